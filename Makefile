@@ -1,0 +1,38 @@
+# Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test check test-gpu bench proto clean
+
+demo: $(READY)  ## deploy the bundled pair on this machine's CPU, stream a completion, take it down
+	$(BIN)/python deploy/demo.py
+
+test: $(READY)  ## every test that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: $(READY)  ## the fast loop: format, lint, types, fresh stubs, unit tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit
+
+test-gpu:  ## on a machine with a CUDA device; uses the Python on PATH, which brings torch and triton
+	$(PYTHON) -m pytest -m gpu tests/gpu
+
+bench: $(READY)  ## the benchmarks that run on this machine; results go to bench/results
+	$(BIN)/python -m bench.decode
+	$(BIN)/python -m bench.rounds
+	$(BIN)/python -m bench.speculate
+
+proto:  ## regenerate echelon/pb after editing protos/
+	protos/generate.sh
+
+clean:
+	rm -rf .venv .venv-proto build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 13) else f"Echelon needs Python 3.11 or 3.12, found {sys.version.split()[0]}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@

@@ -1,0 +1,83 @@
+"""The rules of the house: who may import whom, and what the light processes must not load."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("echelon", "cluster", "scheduler", "workers", "kernels")
+MAY_IMPORT = {
+    "echelon": {"echelon", "cluster"},  # the CLI starts the controller; it does so lazily (below)
+    "cluster": {"cluster", "scheduler", "echelon"},
+    "scheduler": {"scheduler", "echelon"},
+    "workers": {"workers", "kernels", "echelon"},
+    "kernels": {"kernels"},
+}
+TORCH = {"torch", "transformers", "triton"}
+FORBIDDEN = {
+    "echelon": TORCH | {"ray", "pydantic"},
+    "cluster": TORCH,
+    "scheduler": TORCH | {"ray", "pydantic"},
+    "workers": {"ray", "pydantic", "transformers"},
+    "kernels": {"ray", "pydantic", "transformers"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, function bodies included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def sources(folder: str) -> list[Path]:
+    return [p for p in (ROOT / folder).rglob("*.py") if "pb" not in p.parts]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_arrows(folder: str) -> None:
+    for path in sources(folder):
+        for name in imports_of(path):
+            top = name.split(".")[0]
+            if top in FOLDERS:
+                assert top in MAY_IMPORT[folder], f"{path.relative_to(ROOT)} must not import {name}"
+            assert top not in FORBIDDEN[folder], f"{path.relative_to(ROOT)} must not import {name}"
+
+
+@pytest.mark.parametrize("folder", ["scheduler", "workers"])
+def test_only_the_stubs_are_shared(folder: str) -> None:
+    for path in sources(folder):
+        for name in imports_of(path):
+            if name.split(".")[0] == "echelon" and name != "echelon.__version__":
+                assert name.startswith("echelon.pb"), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def modules_loaded_by(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {name.split(".")[0] for name in done.stdout.split()}
+
+
+@pytest.mark.parametrize(
+    ("code", "forbidden"),
+    [
+        ("import echelon, echelon.cli", TORCH | {"ray", "pydantic"}),
+        ("import cluster.gateway", TORCH | {"ray"}),
+        ("import scheduler.server", TORCH | {"ray", "pydantic"}),
+        ("import workers.server", {"ray", "pydantic", "transformers"}),
+    ],
+)
+def test_light_processes_stay_light(code: str, forbidden: set[str]) -> None:
+    assert not modules_loaded_by(code) & forbidden
