@@ -1,38 +1,49 @@
 """The committed stubs say what protos/ says."""
 
+import importlib
 import re
 from pathlib import Path
 
-from google.protobuf import descriptor_pb2
+import pytest
+from google.protobuf.descriptor_pb2 import DescriptorProto, FileDescriptorProto, FileDescriptorSet
 from grpc_tools import protoc
 
 ROOT = Path(__file__).parents[2]
 PROTOS = sorted((ROOT / "protos").glob("*.proto"))
 
 
-def compiled(tmp_path: Path) -> dict[str, descriptor_pb2.FileDescriptorProto]:
-    out = tmp_path / "all.desc"
-    files = [f"echelon/pb/{p.name}" for p in PROTOS]
-    assert protoc.main(["protoc", f"-Iechelon/pb={ROOT / 'protos'}", f"--descriptor_set_out={out}", *files]) == 0
-    return {f.name: f for f in descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes()).file}
+def without_json_names(file: FileDescriptorProto) -> FileDescriptorProto:
+    """protoc writes the derived JSON names, a stub's descriptor leaves them out."""
+
+    def clear(message: DescriptorProto) -> None:
+        for field in message.field:
+            field.ClearField("json_name")
+        for nested in message.nested_type:
+            clear(nested)
+
+    for message in file.message_type:
+        clear(message)
+    return file
 
 
-def test_stubs_are_fresh(tmp_path: Path) -> None:
-    assert PROTOS
-    for name, wanted in compiled(tmp_path).items():
-        module = __import__(name.removesuffix(".proto").replace("/", ".") + "_pb2", fromlist=["DESCRIPTOR"])
-        found = descriptor_pb2.FileDescriptorProto()
-        module.DESCRIPTOR.CopyToProto(found)
-        wanted.ClearField("source_code_info")
-        for each in (wanted, found):  # json names are derived
-            for message in each.message_type:
-                for field in message.field:
-                    field.ClearField("json_name")
-        assert found == wanted, f"{name} changed: run `make proto`"
+def compile_proto(proto: Path, out: Path) -> FileDescriptorProto:
+    arguments = [f"-Iechelon/pb={ROOT / 'protos'}", f"--descriptor_set_out={out}", f"echelon/pb/{proto.name}"]
+    assert protoc.main(["protoc", *arguments]) == 0
+    return FileDescriptorSet.FromString(out.read_bytes()).file[0]
 
 
-def test_every_service_has_its_stub() -> None:
-    for proto in PROTOS:
-        for service in re.findall(r"^service (\w+)", proto.read_text(), re.M):
-            grpc_stub = (ROOT / "echelon/pb" / f"{proto.stem}_pb2_grpc.py").read_text()
-            assert f"class {service}Stub" in grpc_stub
+@pytest.mark.parametrize("proto", PROTOS, ids=lambda p: p.stem)
+def test_stub_is_fresh(proto: Path, tmp_path: Path) -> None:
+    stub = FileDescriptorProto()
+    importlib.import_module(f"echelon.pb.{proto.stem}_pb2").DESCRIPTOR.CopyToProto(stub)
+    wanted = compile_proto(proto, tmp_path / "out.desc")
+    assert without_json_names(stub) == without_json_names(wanted), f"{proto.name} changed: run `make proto`"
+
+
+@pytest.mark.parametrize("proto", PROTOS, ids=lambda p: p.stem)
+def test_every_service_has_its_stub(proto: Path) -> None:
+    grpc_stub = (ROOT / "echelon/pb" / f"{proto.stem}_pb2_grpc.py").read_text()
+    for service, methods in re.findall(r"^service (\w+) \{(.*?)^\}", proto.read_text(), re.M | re.S):
+        assert f"class {service}Stub" in grpc_stub
+        for method in re.findall(r"rpc (\w+)\(", methods):
+            assert f"/echelon.v1.{service}/{method}" in grpc_stub
