@@ -1,0 +1,48 @@
+"""What can go wrong between a deployment file and a running deployment, in words for the person who wrote the file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing to mend: where it stands, what stands there, what is wrong with it and what to do."""
+
+    path: str  # "target.tensor_parallel_size"
+    message: str
+    remedy: str
+    value: str | None = None  # as written; None where nothing is written
+    line: int | None = None  # of the file, from 1
+
+    def __str__(self) -> str:
+        where = self.path if self.value is None else f"{self.path}: {self.value}"
+        line = "" if self.line is None else f"line {self.line}: "
+        return f"{line}{where}: {self.message}; {self.remedy}"
+
+
+class ConfigError(ValueError):
+    """The deployment file, or a model folder that it names, cannot be served as it is. One line a problem."""
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        super().__init__("\n".join(f"{source}: {problem}" for problem in problems))
+
+
+class PlanError(RuntimeError):
+    """The cluster as it is now has no place for the deployment, or Ray did not follow the plan."""
+
+
+class StartError(RuntimeError):
+    """A process did not come up; holds that process's own error. `detail` is its traceback or log tail."""
+
+    def __init__(self, message: str, detail: str = "") -> None:
+        self.detail = detail
+        super().__init__(message, detail)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class DeploymentNotFoundError(LookupError):
+    """No deployment of that name is known here."""
