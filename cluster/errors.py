@@ -10,14 +10,15 @@ class Problem:
 
     path: str  # "target.tensor_parallel_size"
     message: str
-    remedy: str
+    remedy: str = ""  # empty where the message says it all
     value: str | None = None  # as written; None where nothing is written
     line: int | None = None  # of the file, from 1
 
     def __str__(self) -> str:
         where = self.path if self.value is None else f"{self.path}: {self.value}"
         line = "" if self.line is None else f"line {self.line}: "
-        return f"{line}{where}: {self.message}; {self.remedy}"
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return f"{line}{where}: {self.message}{remedy}"
 
 
 class ConfigError(ValueError):

@@ -1,0 +1,171 @@
+"""The deployment file: its keys, their defaults and their limits.
+
+Every key of the file is here, also those whose feature is not built yet: these are refused with a message when they
+are set, never ignored. Unknown keys are errors that name the nearest known one (`cluster.deployment_file`).
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+SIZE_PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*$", re.IGNORECASE)
+_PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+def parse_size(value: Any) -> Any:
+    """Bytes from an integer or text such as "512MiB", "64GiB" or "2GB" (decimal); anything else is refused."""
+    if not isinstance(value, str):
+        return value  # pydantic checks that it is an integer
+    match = SIZE_PATTERN.match(value)
+    if match is None:
+        raise ValueError("is no size; write bytes, or a number with a unit, like 512MiB or 64GiB")
+    number, unit = match.groups(default="")
+    base = 1024 if unit.lower().endswith("i") else 1000
+    return int(float(number) * base ** _PREFIXES[unit.lower().removesuffix("i")])
+
+
+def _refuse(value: Any) -> Any:
+    if value is not None:
+        raise ValueError("is not built yet; leave the key out")
+    return value
+
+
+def _built(*, use: str, later: tuple[str, ...]) -> BeforeValidator:
+    """Refuse values that the schema knows and this version cannot do yet."""
+
+    def check(value: Any) -> Any:
+        if value in later:
+            raise ValueError(f"is not built yet; use {use}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _one_only(what: str) -> AfterValidator:
+    def check(value: int) -> int:
+        if value > 1:
+            raise ValueError(f"{what} is not built yet; use 1")
+        return value
+
+    return AfterValidator(check)
+
+
+def _auto_or_count(value: Any) -> Any:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 16):
+        raise ValueError("must be auto or an integer from 1 to 16")
+    return value
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1)]
+NotBuilt = Annotated[Any, AfterValidator(_refuse), Field(description="not built yet")]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+class Section(BaseModel):
+    """What all sections have in common: unknown keys are errors, "8" is no integer, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Replicas(Section):
+    min: Annotated[Positive, _one_only("more than one replica")] = 1
+    max: Annotated[Positive, _one_only("more than one replica")] = 1
+    target_ongoing_requests: NotBuilt = None
+
+
+class Target(Section):
+    model: str = Field(description="folder in Hugging Face layout (relative to this file), or a hub id in the cache")
+    tensor_parallel_size: Positive = 1
+    dtype: Dtype | None = Field(default=None, description="default: the checkpoint's own")
+
+
+class Draft(Section):
+    model: str = Field(description="folder in Hugging Face layout (relative to this file), or a hub id in the cache")
+    tensor_parallel_size: Positive = 1
+    layer_parallel_size: Annotated[Positive, _one_only("layer-parallel drafting")] = 1
+    dtype: Dtype | None = Field(default=None, description="default: the checkpoint's own")
+    placement: Literal["separate", "colocated"] = Field(
+        default="separate", description="separate: on devices that the target does not use"
+    )
+
+
+class Speculation(Section):
+    method: (
+        Annotated[Literal["none", "draft_model"], _built(use="draft_model or none", later=("suffix", "hybrid"))] | None
+    ) = Field(default=None, description="default: draft_model if a draft is given, else none")
+    num_speculative_tokens: Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count)] = Field(
+        default="auto", description="upper bound a request and round, 1 to 16; auto is 4 so far"
+    )
+    pipeline: Annotated[Literal["serial"], _built(use="serial", later=("continuous",))] = "serial"
+    window: Literal["auto"] = Field(default="auto", description="only auto so far")
+
+
+class KvCache(Section):
+    block_size: Annotated[int, Field(ge=1, le=256)] = 16
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1, description="cuda only")] = 0.9
+    device_bytes: Size | None = Field(default=None, description="cpu only: KV cache of one device; default 1GiB")
+    cpu_bytes: NotBuilt = None
+    disk: NotBuilt = None
+
+
+class Scheduler(Section):
+    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 256
+    max_num_batched_tokens: Positive = 8192
+    max_model_len: Positive | None = Field(
+        default=None, description="default: the models' own limit, at most 32768 and at most what device_bytes holds"
+    )
+    max_queue: Positive = 1024
+    enable_prefix_caching: bool = True
+
+
+class Cpu(Section):
+    threads_per_worker: Annotated[int, Field(ge=1, le=1024)] = 1
+
+
+class Server(Section):
+    host: str = "127.0.0.1"
+    grpc_port: Port = 50051
+    http_port: NotBuilt = None
+    tls: NotBuilt = None
+    auth: NotBuilt = None
+    insecure: bool = Field(default=False, description="listen beyond loopback without TLS and tokens")
+
+    @model_validator(mode="after")
+    def _loopback_unless_insisted(self) -> "Server":
+        if self.host not in LOOPBACK_HOSTS and not self.insecure:
+            raise ValueError(
+                f"host {self.host} is reachable by others and TLS and tokens are not built yet; "
+                "use 127.0.0.1, or set insecure: true to insist"
+            )
+        return self
+
+
+class DeploymentFile(Section):
+    """Everything that a deployment file may say."""
+
+    apiVersion: Literal["echelon/v1"]
+    kind: Literal["Deployment"]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", description="as Kubernetes names")]
+    replicas: Replicas = Replicas()
+    target: Target
+    draft: Draft | None = None
+    speculation: Speculation = Speculation()
+    kv_cache: KvCache = KvCache()
+    scheduler: Scheduler = Scheduler()
+    attention: Annotated[Literal["full"], _built(use="full", later=("budgeted",))] = "full"
+    batch_invariant: bool = False
+    device: Literal["cpu", "cuda"] = "cuda"
+    cpu: Cpu = Cpu()
+    server: Server = Server()
+    startup_timeout_s: Seconds = 120.0
+    collective_timeout_s: Seconds = 60.0
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of the deployment file, for editors."""
+    return DeploymentFile.model_json_schema()

@@ -1,0 +1,98 @@
+"""What is to be served, with every default and every "auto" resolved: what planner, controller and benchmarks share.
+
+Plain dataclasses: the YAML file is one way to make them (`cluster.schema`), keyword arguments another
+(`cluster.local`), and neither pydantic nor Ray is needed to use them.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.model_folder import ModelFolder
+
+Role = Literal["target", "draft"]
+Method = Literal["none", "draft_model"]
+AUTO_NUM_SPECULATIVE_TOKENS = 4  # until the policy measures: longer chains lose more drafts than they save rounds
+DEFAULT_MAX_MODEL_LEN = 32768  # a longer context must be asked for: its KV cache decides how many seqs fit
+DEFAULT_DEVICE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """One model and how it is cut."""
+
+    role: Role
+    folder: ModelFolder
+    dtype: str  # "bfloat16" | "float16" | "float32"
+    tp_size: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes on one rank."""
+        return self.folder.weight_bytes(self.tp_size, self.dtype)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes on one rank."""
+        return self.folder.kv_bytes_per_token(self.tp_size, self.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """A deployment, resolved."""
+
+    name: str
+    model_name: str  # as clients see it
+    target: ModelSettings
+    draft: ModelSettings | None = None  # None: no draft model is started
+    colocated: bool = False  # the draft's ranks live in the target's processes
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads_per_worker: int = 1
+    block_size: int = 16
+    device_bytes: int = DEFAULT_DEVICE_BYTES  # cpu: KV cache of one device, shared by the engines on it
+    gpu_memory_utilization: float = 0.9  # cuda
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    max_model_len: int = DEFAULT_MAX_MODEL_LEN
+    max_queue: int = 1024
+    enable_prefix_caching: bool = True
+    num_speculative_tokens: int = AUTO_NUM_SPECULATIVE_TOKENS
+    pipeline: Literal["serial"] = "serial"
+    batch_invariant: bool = False
+    host: str = "127.0.0.1"
+    grpc_port: int = 50051
+    max_message_bytes: int = 16 << 20
+    startup_timeout_s: float = 120.0
+    collective_timeout_s: float = 60.0
+    round_timeout_s: float = 60.0
+
+    @property
+    def method(self) -> Method:
+        return "none" if self.draft is None else "draft_model"
+
+    @property
+    def max_rounds_in_flight(self) -> int:
+        return 2  # a device never idles while tokens travel
+
+    def kv_cache_bytes(self, role: Role) -> int:
+        """KV cache of one rank of `role` on cpu; 0 on cuda, where the worker takes what the weights leave.
+
+        The draft gets no more tokens than the target can hold, since they hold the same seqs; on a shared device
+        both get the same number.
+        """
+        if self.device == "cuda":
+            return 0
+        target = self.target.kv_bytes_per_token
+        draft = 0 if self.draft is None else self.draft.kv_bytes_per_token
+        per_token = target + draft if self.colocated else target
+        num_tokens = self.device_bytes // (per_token * self.block_size) * self.block_size
+        if role == "target":
+            return num_tokens * target
+        return num_tokens * draft if self.colocated else min(self.device_bytes, num_tokens * draft)
+
+
+def default_max_model_len(target: ModelFolder, draft: ModelFolder | None) -> int:
+    """The model's own limit (the shorter one of a pair), at most DEFAULT_MAX_MODEL_LEN."""
+    limits = [target.max_position_embeddings, DEFAULT_MAX_MODEL_LEN]
+    if draft is not None:
+        limits.append(draft.max_position_embeddings)
+    return min(limits)

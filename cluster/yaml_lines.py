@@ -1,0 +1,74 @@
+"""YAML that remembers where each key stands, and refuses what YAML would silently resolve: a key given twice."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.errors import ConfigError, Problem
+
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A mapping with the line (from 1) of each of its keys, at any depth."""
+
+    value: Mapping[str, Any]
+    lines: Mapping[KeyPath, int]
+
+    def line_of(self, path: Sequence[str | int]) -> int | None:
+        """The line of a key, or of the nearest section around it where the key is not written."""
+        for length in range(len(path), 0, -1):
+            line = self.lines.get(tuple(path[:length]))
+            if line is not None:
+                return line
+        return None
+
+
+def read_document(path: Path) -> Document:
+    """Parse one file. Raises ConfigError for a missing file, a syntax error, a repeated key, or no mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        value = yaml.safe_load(text)
+    except OSError as err:
+        reason = err.strerror or str(err)
+        raise _error(path, Problem(path="file", message=f"cannot be read: {reason}", remedy="check the path")) from err
+    except UnicodeDecodeError as err:
+        raise _error(path, Problem(path="file", message=f"is not UTF-8: {err.reason}", remedy="save as UTF-8")) from err
+    except yaml.MarkedYAMLError as err:
+        line = err.problem_mark.line + 1 if err.problem_mark else None
+        message = ", ".join(part for part in (err.context, err.problem) if part)
+        raise _error(path, Problem(path="YAML", message=message, remedy="mend the syntax", line=line)) from err
+    except yaml.YAMLError as err:
+        raise _error(path, Problem(path="YAML", message=str(err), remedy="mend the syntax")) from err
+    if not isinstance(node, yaml.MappingNode) or not isinstance(value, dict):
+        raise _error(path, Problem(path="file", message="holds no mapping of keys", remedy="see deploy/demo.yaml"))
+    lines: dict[KeyPath, int] = {}
+    problems = _collect_lines(node, (), lines)
+    if problems:
+        raise ConfigError(str(path), problems)
+    return Document(value, lines)
+
+
+def _error(path: Path, problem: Problem) -> ConfigError:
+    return ConfigError(str(path), [problem])
+
+
+def _collect_lines(node: yaml.MappingNode, path: KeyPath, lines: dict[KeyPath, int]) -> list[Problem]:
+    """Fill `lines` below `node`; the problems are keys given twice, of which YAML would keep the last."""
+    problems = []
+    for key_node, value_node in node.value:
+        key_path = (*path, str(key_node.value))
+        line = key_node.start_mark.line + 1
+        if key_path in lines:
+            dotted = ".".join(str(part) for part in key_path)
+            message = f"is given twice, first in line {lines[key_path]}"
+            problems.append(Problem(path=dotted, message=message, remedy="keep one of them", line=line))
+        lines[key_path] = line
+        if isinstance(value_node, yaml.MappingNode):
+            problems += _collect_lines(value_node, key_path, lines)
+    return problems
