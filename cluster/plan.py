@@ -136,8 +136,8 @@ def make_plan(settings: Settings, inventory: Inventory) -> Plan:
 
 def _loopback_if_alone(plan: Plan) -> Plan:
     """The wires inside have no TLS: on a single machine they stay inside it."""
-    places = (*plan.bundles, plan.scheduler, plan.gateway)
-    if len({place.address for place in places}) > 1:
+    addresses = {bundle.address for bundle in plan.bundles} | {plan.scheduler.address, plan.gateway.address}
+    if len(addresses) > 1:
         return plan
     return replace(
         plan,
