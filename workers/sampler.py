@@ -1,0 +1,162 @@
+"""Choosing tokens from vocabulary-parallel logits: every rank calls with its shard and gets the same tokens.
+
+What each rank decides it computes from gathered bytes that are the same everywhere, so ranks agree by construction.
+And everything is a maximum, a count or an integer sum, so the result is that of one rank with the whole vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from echelon.pb.sampling_pb2 import PositionLogprobs
+from kernels.probability_mass import MAX_TOKENS
+from kernels.sample import sample, scale_by_temperature
+from kernels.sort_key import pack_sort_key, unpack_sort_key
+from kernels.truncation import Candidates, Truncation, kept_mass, min_p_top_k_threshold, top_p_threshold
+from workers.groups import Group
+from workers.logprobs import LogprobRows, position_logprobs
+from workers.sampling_rows import RowEntry, SamplingRows
+from workers.sampling_state import SeqSamplingState
+
+__all__ = ["RowEntry", "SampledRows", "Sampler", "SamplingRows", "SeqSamplingState"]
+
+NON_FINITE_KEY = torch.iinfo(torch.int64).max  # above the key of every number
+TOP_P_CANDIDATES = 512  # of each shard; a nucleus is rarely larger, and if it is the whole row is gathered
+MAX_CANDIDATES = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledRows:
+    """The choice in each row, the same on every rank."""
+
+    token_ids: Tensor  # int64 [num_rows]; 0 where non_finite
+    non_finite: Tensor  # bool [num_rows], the raw logits hold NaN or Inf
+    logprobs: Sequence[PositionLogprobs | None] | None  # a row each, None unless asked for; None if no row asked
+
+
+class Sampler:
+    """Stateless but for the group and the vocabulary."""
+
+    def __init__(self, group: Group, vocab_size: int) -> None:
+        if not 0 < vocab_size < MAX_TOKENS:
+            raise ValueError(f"vocab_size must be between 1 and {MAX_TOKENS - 1}, got {vocab_size}")
+        self._group = group
+        self._vocab_size = vocab_size
+
+    def sample(self, logits_shard: Tensor, vocab_start: int, rows: SamplingRows) -> SampledRows:
+        """Chooses a token for each row. Collective: every rank calls with the same rows.
+
+        Args:
+            logits_shard: fp32 [num_rows, shard_size], this rank's logits, not changed. All shards have one size; what
+                lies beyond the vocabulary is padding and is not looked at.
+            vocab_start: token id of the first column.
+            rows: settings of each row.
+        """
+        raw, non_finite = self._screen(logits_shard, vocab_start)
+        processed = raw
+        if rows.edits is not None:
+            processed = raw.clone()
+            rows.edits.apply(processed, vocab_start, min(vocab_start + raw.shape[1], self._vocab_size))
+        if rows.all_greedy:
+            best = processed.max(dim=1)  # documented to give the first of equal maxima
+            values, token_ids = best.values, best.indices + vocab_start
+        else:
+            scaled = self._truncate(scale_by_temperature(processed, rows.temperature), rows)
+            values, token_ids = sample(scaled, rows.temperature, rows.keys, first_token_id=vocab_start)
+        keys = torch.where(non_finite, NON_FINITE_KEY, pack_sort_key(values, token_ids))
+        best_keys = self._group.all_gather(keys).amax(dim=0)  # [num_rows]
+        non_finite = best_keys == NON_FINITE_KEY
+        token_ids = torch.where(non_finite, 0, unpack_sort_key(best_keys)[1])
+        return SampledRows(
+            token_ids=token_ids,
+            non_finite=non_finite,
+            logprobs=self._logprobs(raw, vocab_start, rows, token_ids, non_finite) if rows.logprob_rows else None,
+        )
+
+    def prompt_logprobs(
+        self, logits_shard: Tensor, vocab_start: int, next_token_ids: Tensor, num_top: int
+    ) -> list[PositionLogprobs]:
+        """Logprobs of given tokens. Collective.
+
+        Args:
+            logits_shard: fp32 [num_rows, shard_size], as for `sample`.
+            next_token_ids: int64 [num_rows], the token that follows in the prompt.
+            num_top: most likely tokens beside it.
+        Returns:
+            One for each row; NaN where the logits hold NaN or Inf.
+        """
+        raw, non_finite = self._screen(logits_shard, vocab_start)
+        non_finite = self._group.all_gather(non_finite.to(torch.uint8)).amax(dim=0) > 0
+        wanted = LogprobRows(token_ids=next_token_ids, num_top=[num_top] * raw.shape[0], non_finite=non_finite)
+        return position_logprobs(self._group, raw, wanted, vocab_start=vocab_start, vocab_size=self._vocab_size)
+
+    def _screen(self, logits: Tensor, vocab_start: int) -> tuple[Tensor, Tensor]:
+        """Logits without NaN and Inf but for -Inf as padding, and which rows held any (of this shard)."""
+        num_rows, shard_size = logits.shape
+        num_valid = min(max(self._vocab_size - vocab_start, 0), shard_size)
+        if num_valid < shard_size:
+            logits = logits.clone()
+            logits[:, num_valid:] = -torch.inf
+        if num_valid == 0:
+            return logits, torch.zeros(num_rows, dtype=torch.bool, device=logits.device)
+        valid = logits[:, :num_valid]
+        non_finite = ~(valid.amin(dim=1).isfinite() & valid.amax(dim=1).isfinite())  # NaN spreads in both
+        if non_finite.any():
+            logits = logits.masked_fill(non_finite.unsqueeze(1), 0.0)
+        return logits, non_finite
+
+    def _truncate(self, scaled: Tensor, rows: SamplingRows) -> Tensor:
+        """Excludes what min-p, top-k and top-p exclude; `scaled` may be overwritten."""
+        if rows.truncation is None or rows.truncated_rows is None:
+            return scaled
+        subject = scaled[rows.truncated_rows]  # [num_truncated, shard_size]
+        thresholds = self._thresholds(subject, rows.truncation)
+        scaled[rows.truncated_rows] = subject.masked_fill(subject < thresholds.unsqueeze(1), -torch.inf)
+        return scaled
+
+    def _thresholds(self, scaled: Tensor, truncation: Truncation) -> Tensor:
+        """Thresholds of rows over the whole vocabulary: first from the shards' candidates, then, for the rows that
+        these do not settle, from all their logits."""
+        num_candidates = max(truncation.max_top_k, TOP_P_CANDIDATES if truncation.has_top_p else 1)
+        thresholds, covered = self._thresholds_from(scaled, truncation, min(num_candidates, MAX_CANDIDATES))
+        open_rows = (~covered).nonzero().squeeze(1)
+        if open_rows.numel():
+            complete, _ = self._thresholds_from(
+                scaled[open_rows], truncation.select(open_rows), num_candidates=scaled.shape[1]
+            )
+            thresholds[open_rows] = complete
+        return thresholds
+
+    def _thresholds_from(self, scaled: Tensor, truncation: Truncation, num_candidates: int) -> tuple[Tensor, Tensor]:
+        """Thresholds [num_rows] from so many candidates of each shard, and which of them are proven."""
+        candidates = self._gather_candidates(scaled, num_candidates)
+        thresholds, covered = min_p_top_k_threshold(candidates, truncation)
+        if truncation.has_top_p:
+            mass = kept_mass(scaled, candidates.values[:, 0], thresholds)
+            total_mass = self._group.all_gather(mass).sum(dim=0)
+            thresholds, top_p_covered = top_p_threshold(candidates, truncation, thresholds, total_mass)
+            covered = covered & top_p_covered
+        return thresholds, covered
+
+    def _gather_candidates(self, scaled: Tensor, num_candidates: int) -> Candidates:
+        num_candidates = min(num_candidates, scaled.shape[1])
+        local = scaled.topk(num_candidates, dim=1).values
+        gathered = self._group.all_gather(local)  # [tp_size, num_rows, num_candidates]
+        rest = gathered[:, :, -1].amax(dim=0)
+        if num_candidates == scaled.shape[1]:
+            rest = torch.full_like(rest, -torch.inf)
+        values = gathered.transpose(0, 1).flatten(1).sort(dim=1, descending=True).values
+        return Candidates(values=values, rest=rest)
+
+    def _logprobs(
+        self, raw: Tensor, vocab_start: int, rows: SamplingRows, token_ids: Tensor, non_finite: Tensor
+    ) -> list[PositionLogprobs | None]:
+        index = torch.tensor(rows.logprob_rows, device=raw.device)
+        wanted = LogprobRows(token_ids=token_ids[index], num_top=rows.num_logprobs, non_finite=non_finite[index])
+        found = position_logprobs(self._group, raw[index], wanted, vocab_start=vocab_start, vocab_size=self._vocab_size)
+        result: list[PositionLogprobs | None] = [None] * raw.shape[0]
+        for row, logprobs in zip(rows.logprob_rows, found, strict=True):
+            result[row] = logprobs
+        return result

@@ -1,0 +1,147 @@
+"""A batch of positions for which a token is to be chosen, as tensors."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.penalties import apply_bias, apply_mask, apply_penalties
+from kernels.sample import NoiseKeys
+from kernels.truncation import Truncation
+from workers.sampling_state import SeqSamplingState
+
+
+@dataclass(frozen=True, slots=True)
+class RowEntry:
+    """One row of logits: the token to be chosen at `position` of a seq."""
+
+    state: SeqSamplingState
+    position: int  # absolute
+    hypothetical: Sequence[int]  # drafted tokens between the history in `state` and the position
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEntries:
+    """Single logits of a batch: the tokens `token_ids` of the rows `rows`, with a number or more each."""
+
+    rows: Tensor  # int64 [num_entries]
+    token_ids: Tensor  # int64 [num_entries], of the whole vocabulary
+    values: tuple[Tensor, ...] = ()  # [num_entries] each
+
+    @staticmethod
+    def collect(parts: Sequence[tuple[int, tuple[NDArray[Any], ...]]], device: torch.device) -> "TokenEntries | None":
+        """From (row, (token_ids, *values)) of the rows that have any."""
+        parts = [(row, columns) for row, columns in parts if len(columns[0])]
+        if not parts:
+            return None
+        rows = np.repeat([row for row, _ in parts], [len(columns[0]) for _, columns in parts])
+        joined = [np.concatenate(column) for column in zip(*(columns for _, columns in parts), strict=True)]
+        token_ids, *values = (torch.from_numpy(array).to(device) for array in joined)
+        return TokenEntries(torch.from_numpy(rows).to(device), token_ids, tuple(values))
+
+    def within(self, start: int, end: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Rows, columns and values of the tokens of a shard start .. end - 1."""
+        inside = (self.token_ids >= start) & (self.token_ids < end)
+        return self.rows[inside], self.token_ids[inside] - start, tuple(value[inside] for value in self.values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitEdits:
+    """Penalties, bias and masks of a batch, in the order in which they apply."""
+
+    penalised: TokenEntries | None  # values: seen, output_counts
+    penalty_settings: Tensor  # fp32 [num_rows, 3]
+    biased: TokenEntries | None  # values: bias
+    masked: TokenEntries | None
+
+    def apply(self, logits: Tensor, start: int, end: int) -> None:
+        """Changes logits [num_rows, >= end - start] of the tokens start .. end - 1 in place."""
+        if self.penalised is not None:
+            rows, columns, (seen, counts) = self.penalised.within(start, end)
+            apply_penalties(logits, rows, columns, seen=seen, output_counts=counts, settings=self.penalty_settings)
+        if self.biased is not None:
+            rows, columns, (bias,) = self.biased.within(start, end)
+            apply_bias(logits, rows, columns, bias)
+        if self.masked is not None:
+            rows, columns, _ = self.masked.within(start, end)
+            apply_mask(logits, rows, columns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingRows:
+    """Everything but the logits; the same on every rank."""
+
+    temperature: Tensor  # fp32 [num_rows], 0 is greedy
+    keys: NoiseKeys
+    all_greedy: bool
+    edits: LogitEdits | None
+    truncated_rows: Tensor | None  # int64 [num_truncated]
+    truncation: Truncation | None  # of these
+    logprob_rows: tuple[int, ...]  # ascending
+    num_logprobs: tuple[int, ...]  # of these: top-n beside the chosen token
+
+    @staticmethod
+    def build(entries: Sequence[RowEntry], device: torch.device) -> "SamplingRows":
+        """Python runs a few steps a row, and more only for rows that need more."""
+        states = [entry.state for entry in entries]
+        keys = _integers(
+            device,
+            (state.seed for state in states),
+            (state.sample_index for state in states),
+            (entry.position for entry in entries),
+        )
+        truncated = [row for row, state in enumerate(states) if state.truncates]
+        asking = [(row, state.logprobs) for row, state in enumerate(states) if state.logprobs is not None]
+        return SamplingRows(
+            temperature=torch.tensor([state.temperature for state in states], dtype=torch.float32).to(device),
+            keys=NoiseKeys(seeds=keys[0], sample_indices=keys[1], positions=keys[2]),
+            all_greedy=all(state.temperature == 0 for state in states),
+            edits=_logit_edits(entries, device) if any(state.edits_logits for state in states) else None,
+            truncated_rows=torch.tensor(truncated).to(device) if truncated else None,
+            truncation=_truncation([states[row] for row in truncated], device) if truncated else None,
+            logprob_rows=tuple(row for row, _ in asking),
+            num_logprobs=tuple(num_top for _, num_top in asking),
+        )
+
+
+def _integers(device: torch.device, *columns: Iterable[int]) -> Tensor:
+    return torch.tensor([list(column) for column in columns], dtype=torch.int64).to(device)
+
+
+def _truncation(states: Sequence[SeqSamplingState], device: torch.device) -> Truncation:
+    def tensor(get: Callable[[SeqSamplingState], float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor([get(state) for state in states], dtype=dtype).to(device)
+
+    return Truncation(
+        log_min_p=tensor(lambda state: state.log_min_p, torch.float32),
+        top_k=tensor(lambda state: state.top_k, torch.int64),
+        top_p=tensor(lambda state: state.top_p, torch.float64),
+        max_top_k=max(state.top_k for state in states),
+        has_top_p=any(state.top_p < 1 for state in states),
+    )
+
+
+def _logit_edits(entries: Sequence[RowEntry], device: torch.device) -> LogitEdits:
+    editing = [(row, entry) for row, entry in enumerate(entries) if entry.state.edits_logits]
+    penalised: list[tuple[int, tuple[NDArray[Any], ...]]] = []
+    for row, entry in editing:
+        counts = entry.state.counts_behind(entry.hypothetical)
+        if counts is not None:
+            assert entry.state.length + len(entry.hypothetical) == entry.position, (
+                f"penalties at position {entry.position} need the {entry.position} tokens before it, got "
+                f"{entry.state.length} and {len(entry.hypothetical)} drafts"
+            )
+            penalised.append((row, (counts.token_ids, counts.seen, counts.output_counts.astype(np.float32))))
+    biased = [(row, entry.state.bias) for row, entry in editing]
+    masked = [(row, (entry.state.suppressed_at(entry.position),)) for row, entry in editing]
+    settings = [entry.state.penalties for entry in entries]
+    return LogitEdits(
+        penalised=TokenEntries.collect(penalised, device),
+        penalty_settings=torch.tensor(settings, dtype=torch.float32).to(device),
+        biased=TokenEntries.collect(biased, device),
+        masked=TokenEntries.collect(masked, device),
+    )
