@@ -1,0 +1,65 @@
+"""grpc.health.v1 whose Watch streams every change and whose watchers cannot hold anybody up."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+LIVENESS = ""
+READINESS = "echelon.v1.Inference"
+
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """Two services: "" is SERVING while this process lives, `echelon.v1.Inference` while a request would be served.
+
+    grpcio-health-checking's own asyncio servicer writes to a watcher under the lock that a change of status needs: a
+    watcher that stops reading would freeze the health of everybody. Here a change is an event that is set and replaced.
+    """
+
+    def __init__(self) -> None:
+        self._serving = {LIVENESS: True, READINESS: False}
+        self._changed = asyncio.Event()
+        self._closed = False
+
+    def set(self, service: str, serving: bool) -> None:
+        if self._serving[service] != serving:
+            self._serving[service] = serving
+            self._wake_watchers()
+
+    def close(self) -> None:
+        """NOT_SERVING for good; watchers are told and their streams end, so that a server can stop."""
+        self._serving = dict.fromkeys(self._serving, False)
+        self._closed = True
+        self._wake_watchers()
+
+    def _wake_watchers(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _status(self, service: str) -> Any:
+        if service not in self._serving:
+            return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        response = health_pb2.HealthCheckResponse
+        return response.SERVING if self._serving[service] else response.NOT_SERVING
+
+    async def Check(self, request: Any, context: Context) -> Any:
+        if request.service not in self._serving:
+            known = ", ".join(repr(name) for name in self._serving)
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"service {request.service!r} is not one of {known}")
+        return health_pb2.HealthCheckResponse(status=self._status(request.service))
+
+    async def Watch(self, request: Any, context: Context) -> AsyncIterator[Any]:
+        told = None
+        while True:
+            changed = self._changed  # taken before the status is read: no change falls between the two
+            status = self._status(request.service)
+            if status != told:
+                yield health_pb2.HealthCheckResponse(status=status)
+                told = status
+            if self._closed:
+                return
+            await changed.wait()

@@ -1,0 +1,133 @@
+"""A gateway put together: its gRPC server, its links to schedulers, its health."""
+
+import asyncio
+import errno
+import logging
+import socket
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.gateway.health import READINESS, Health
+from cluster.gateway.model_files import read_eos_token_ids
+from cluster.gateway.sampling import load_sampling_defaults
+from cluster.gateway.scheduler_link import SchedulerLink
+from cluster.gateway.servicer import InferenceServicer, inference_handlers
+from cluster.gateway.tokenization import PromptTokenizer
+from cluster.gateway.validation import RequestValidator
+from echelon.pb import inference_pb2, process_pb2
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+
+
+class StartupError(RuntimeError):
+    """The gateway cannot start; the message says what to change."""
+
+
+class Gateway:
+    """One gateway. `start` within a running event loop, then `drain`; both once.
+
+    Raises StartupError or ValueError, naming the file or the YAML key, when it cannot be built or started.
+    """
+
+    def __init__(self, spec: process_pb2.GatewaySpec) -> None:
+        if not spec.scheduler_addresses:
+            raise StartupError("scheduler_addresses: is empty; a gateway needs a scheduler")
+        self._spec = spec
+        self._health = Health()
+        self._links = [SchedulerLink(address, on_change=self._update_readiness) for address in spec.scheduler_addresses]
+        self._link_tasks: list[asyncio.Task[None]] = []
+        self._became_ready = asyncio.Event()
+        self._servicer = _build_servicer(spec, self._links)
+        self._server = grpc.aio.server(options=_server_options(spec.max_message_bytes or DEFAULT_MAX_MESSAGE_BYTES))
+        self._server.add_generic_rpc_handlers((inference_handlers(self._servicer),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((READINESS, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    async def start(self) -> str:
+        """Listens and connects. Returns host:port; a port that is taken raises StartupError naming it."""
+        port = self._bind()
+        await self._server.start()
+        self._link_tasks = [asyncio.create_task(link.run()) for link in self._links]
+        return f"{self._spec.host}:{port}"
+
+    async def wait_until_ready(self) -> None:
+        """Returns once a scheduler would serve a request."""
+        await self._became_ready.wait()
+
+    async def drain(self, grace_s: float) -> None:
+        """Takes no new requests, lets those that run finish within `grace_s`, then closes everything."""
+        self._servicer.refuse_new_requests()
+        self._health.close()
+        await self._server.stop(grace_s)
+        for task in self._link_tasks:
+            task.cancel()
+        await asyncio.gather(*self._link_tasks, return_exceptions=True)
+
+    def _bind(self) -> int:
+        address = f"{self._spec.host}:{self._spec.grpc_port}"
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            port = 0  # what grpc returned before it raised
+        if not port:
+            raise StartupError(_why_not_bound(self._spec.host, self._spec.grpc_port))
+        return port
+
+    def _update_readiness(self) -> None:
+        ready = any(link.ready for link in self._links)
+        self._health.set(READINESS, ready)
+        if ready:
+            self._became_ready.set()
+
+
+def _build_servicer(spec: process_pb2.GatewaySpec, links: list[SchedulerLink]) -> InferenceServicer:
+    model_dir = Path(spec.model_dir)
+    tokenizer = PromptTokenizer(model_dir)
+    validator = RequestValidator(
+        model_name=spec.model_name,
+        max_model_len=spec.max_model_len,
+        vocab_size=spec.vocab_size,
+        defaults=load_sampling_defaults(model_dir),
+        tokenizer=tokenizer,
+    )
+    info = inference_pb2.ModelInfo(
+        model=spec.model_name,
+        max_model_len=spec.max_model_len,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=read_eos_token_ids(model_dir),
+        has_chat_template=tokenizer.chat_template is not None,
+    )
+    return InferenceServicer(validator, links, info=info)
+
+
+def _server_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    return [
+        ("grpc.so_reuseport", 0),  # two gateways on one port would each get half of the clients
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        # A client whose machine vanished sends no reset: without pings its requests would run to their end.
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ]
+
+
+def _why_not_bound(host: str, port: int) -> str:
+    """grpc says only that it failed; the operating system says why."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as err:
+        if err.errno == errno.EADDRINUSE:
+            return f"{host}:{port} is taken: stop the process that listens there, or change server.grpc_port"
+        return f"cannot listen on {host}:{port} ({err.strerror}); change server.host or server.grpc_port"
+    return f"cannot listen on {host}:{port}; change server.host or server.grpc_port"

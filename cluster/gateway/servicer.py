@@ -1,0 +1,124 @@
+"""The Inference service: translates between clients and schedulers."""
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+
+import echelon
+from cluster.gateway.mailbox import Mailbox
+from cluster.gateway.refusal import Refusal
+from cluster.gateway.scheduler_link import SchedulerLink
+from cluster.gateway.validation import RequestValidator
+from cluster.gateway.wire import Malformed, strict_decoder
+from echelon.pb import inference_pb2, scheduler_pb2
+
+_STATUS_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
+_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
+
+Context = grpc.aio.ServicerContext[Any, Any]
+# A handler may return its reply or, like Generate, write it to the context.
+_Handler = Callable[[Any, Context], Awaitable[Any]]
+
+
+class InferenceServicer:
+    """Serves every method of `echelon.v1.Inference`; what becomes of a request is the scheduler's decision."""
+
+    def __init__(
+        self, validator: RequestValidator, links: Sequence[SchedulerLink], *, info: inference_pb2.ModelInfo
+    ) -> None:
+        self._validator = validator
+        self._links = links
+        self._info = info
+        self._started_at = time.monotonic()
+        self._draining = False
+
+    def refuse_new_requests(self) -> None:
+        self._draining = True
+
+    async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
+        try:
+            submit = await self._validator.validate(request)
+            link = self._choose_link(submit.request_id)
+            remaining_s = context.time_remaining()
+            if remaining_s is not None:
+                submit.timeout_s = remaining_s
+            mailbox = link.submit(submit)
+        except Refusal as refusal:
+            await context.abort(refusal.code, refusal.message)
+        try:
+            await self._forward(submit.request_id, mailbox, context)
+        finally:
+            link.abandon(submit.request_id)  # does nothing unless the client left before the end
+
+    async def _forward(self, request_id: str, mailbox: Mailbox, context: Context) -> None:
+        final = None
+        while final is None:
+            chunks, final = await mailbox.take()
+            for chunk in chunks:
+                await context.write(inference_pb2.GenerateResponse(request_id=request_id, chunk=chunk))
+        if isinstance(final, scheduler_pb2.RequestError):
+            code = _STATUS_BY_NUMBER.get(final.code, grpc.StatusCode.UNKNOWN)
+            await context.abort(code, final.message)
+        await context.write(inference_pb2.GenerateResponse(request_id=request_id, complete=final))
+
+    def _choose_link(self, request_id: str) -> SchedulerLink:
+        """The ready scheduler with the fewest requests."""
+        if self._draining:
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, "this gateway is shutting down; try again later")
+        if any(link.knows(request_id) for link in self._links):
+            raise Refusal(
+                grpc.StatusCode.ALREADY_EXISTS, f"request_id: {request_id!r} is the id of a request that is running"
+            )
+        ready = [link for link in self._links if link.ready]
+        if not ready:
+            reasons = "; ".join(f"{link.address}: {link.not_ready_reason}" for link in self._links)
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, f"no scheduler is ready ({reasons})")
+        return min(ready, key=lambda link: link.num_requests)
+
+    async def Cancel(self, request: inference_pb2.CancelRequest, context: Context) -> inference_pb2.CancelResponse:
+        if not request.request_id:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "request_id: is empty")
+        link = next((link for link in self._links if link.knows(request.request_id)), None)
+        if link is not None:
+            link.cancel(request.request_id)
+        return inference_pb2.CancelResponse(found=link is not None)
+
+    async def GetModelInfo(
+        self, request: inference_pb2.GetModelInfoRequest, context: Context
+    ) -> inference_pb2.ModelInfo:
+        return self._info
+
+    async def GetServerInfo(
+        self, request: inference_pb2.GetServerInfoRequest, context: Context
+    ) -> inference_pb2.ServerInfo:
+        return inference_pb2.ServerInfo(
+            version=echelon.__version__,
+            uptime_s=time.monotonic() - self._started_at,
+            num_replicas=len(self._links),
+            num_ready_replicas=sum(link.ready for link in self._links),
+        )
+
+
+def inference_handlers(servicer: InferenceServicer) -> "grpc.GenericRpcHandler[Any, Any]":
+    """What the generated add_InferenceServicer_to_server makes, but with strict decoding of every request."""
+    handlers = {}
+    for method in _SERVICE.methods:
+        make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
+        message_class = getattr(inference_pb2, method.input_type.name)
+        handlers[method.name] = make(
+            _refuse_malformed(getattr(servicer, method.name)),
+            request_deserializer=strict_decoder(message_class),
+            response_serializer=lambda message: message.SerializeToString(),
+        )
+    return grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers)
+
+
+def _refuse_malformed(handler: _Handler) -> _Handler:
+    async def handle(request: Any, context: Context) -> Any:
+        if isinstance(request, Malformed):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.error)
+        return await handler(request, context)
+
+    return handle

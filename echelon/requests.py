@@ -1,0 +1,138 @@
+"""From Python values to a GenerateRequest, with errors that name the argument."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict
+
+from echelon.pb import inference_pb2
+from echelon.pb.sampling_pb2 import SamplingParams
+
+
+class ChatMessage(TypedDict):
+    role: str
+    content: str
+
+
+Prompt = str | Sequence[int] | Sequence[ChatMessage]
+"""Text, token ids, or a conversation."""
+
+
+class SpeculationOptions(TypedDict, total=False):
+    enabled: bool
+    num_speculative_tokens: int
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of protos/sampling.proto's SamplingParams, which says what they mean. None is the same as absent."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    max_tokens: int | None
+    min_tokens: int | None
+    ignore_eos: bool | None
+    logprobs: int | None
+    prompt_logprobs: int | None
+    n: int | None
+    skip_special_tokens: bool | None
+    include_stop_str_in_output: bool | None
+
+
+class GenerateOptions(SamplingOptions, total=False):
+    """Every keyword of `generate`, `chat` and `stream`."""
+
+    request_id: str | None  # chosen by the server when absent
+    model: str | None  # checked against the served one
+    speculation: SpeculationOptions | None  # this request's own wish
+    add_generation_prompt: bool | None  # conversations; True when absent
+    timeout_s: float | None  # for the whole call, the queue included
+
+
+_SAMPLING_NAMES = tuple(SamplingParams.DESCRIPTOR.fields_by_name)
+_SPECULATION_NAMES = tuple(inference_pb2.Speculation.DESCRIPTOR.fields_by_name)
+_OTHER_NAMES = tuple(GenerateOptions.__optional_keys__ - SamplingOptions.__optional_keys__)
+
+
+def build_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.GenerateRequest:
+    """The message for one call; `timeout_s` is the caller's business.
+
+    Raises TypeError for an unknown keyword, naming the nearest known one, and TypeError or ValueError naming the
+    argument that has the wrong type. Ranges are checked by the server, which knows the model.
+    """
+    _refuse_unknown(options, (*_SAMPLING_NAMES, *_OTHER_NAMES), what="option")
+    request = inference_pb2.GenerateRequest(
+        request_id=options.get("request_id") or "", model=options.get("model") or ""
+    )
+    _set_prompt(request, prompt)
+    add_generation_prompt = options.get("add_generation_prompt")
+    if add_generation_prompt is not None:
+        if request.WhichOneof("input") != "chat":
+            raise TypeError("add_generation_prompt: only a conversation has one")
+        request.chat.add_generation_prompt = add_generation_prompt
+    for name in _SAMPLING_NAMES:
+        _set_field(request.sampling, name, options.get(name))
+    speculation = options.get("speculation") or {}
+    _refuse_unknown(speculation, _SPECULATION_NAMES, what="speculation option")
+    for name, value in speculation.items():
+        _set_field(request.speculation, name, value)
+    return request
+
+
+def _set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        try:
+            request.text = prompt
+        except (UnicodeEncodeError, ValueError) as err:
+            raise ValueError(f"prompt: is not valid Unicode: {err}") from err
+    elif prompt and isinstance(prompt[0], Mapping):
+        for i, message in enumerate(prompt):
+            _add_chat_message(request.chat, i, message)
+    elif isinstance(prompt, Sequence):
+        try:
+            request.token_ids.ids.extend(prompt)  # type: ignore[arg-type]  # the except clause checks it
+        except (TypeError, ValueError) as err:
+            raise type(err)(f"prompt: token ids must be integers in [0, 2^32): {err}") from err
+        request.token_ids.SetInParent()  # an empty list is a prompt that the server refuses by name
+    else:
+        raise TypeError(f"prompt: must be text, token ids or chat messages, got {type(prompt).__name__}")
+
+
+def _add_chat_message(chat: inference_pb2.ChatMessages, i: int, message: Any) -> None:
+    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+        raise TypeError(f"prompt[{i}]: a chat message has exactly the keys 'role' and 'content', got {message!r}")
+    try:
+        chat.messages.add(role=message["role"], content=message["content"])
+    except (TypeError, ValueError) as err:
+        raise type(err)(f"prompt[{i}]: role and content must be text: {err}") from err
+
+
+def _set_field(message: Any, name: str, value: Any) -> None:
+    if value is None:
+        return
+    if name == "stop" and isinstance(value, str):
+        value = (value,)
+    try:
+        if isinstance(value, Mapping):
+            getattr(message, name).update(value)
+        elif isinstance(value, Iterable) and not isinstance(value, str):
+            getattr(message, name).extend(value)
+        else:
+            setattr(message, name, value)
+    except (AttributeError, TypeError, ValueError) as err:
+        raise (ValueError if isinstance(err, ValueError) else TypeError)(f"{name}: {err}") from err
+
+
+def _refuse_unknown(given: Mapping[str, object], known: Sequence[str], *, what: str) -> None:
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(sorted(known))}"
+            raise TypeError(f"unknown {what} {name!r}{hint}")

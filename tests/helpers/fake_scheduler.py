@@ -1,0 +1,79 @@
+"""A scheduler that does what the test says: the edge behind which the gateway is tested."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from echelon.pb import inference_pb2 as pb
+from echelon.pb import scheduler_pb2, scheduler_pb2_grpc
+
+
+class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
+    """`received` holds what the gateway sent, in order; `send_*` answer on the newest stream."""
+
+    def __init__(self) -> None:
+        self.received: asyncio.Queue[scheduler_pb2.SchedulerRequest] = asyncio.Queue()
+        self.ready = True
+        self.not_ready_reason = ""
+        self.streams_opened = asyncio.Semaphore(0)
+        self._replies: asyncio.Queue[scheduler_pb2.SchedulerReply | None] = asyncio.Queue()
+
+    async def Connect(self, request_iterator: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        self._replies = asyncio.Queue()
+        self.streams_opened.release()
+        reader = asyncio.create_task(self._read(request_iterator))
+        try:
+            while (reply := await self._replies.get()) is not None:
+                yield reply
+        finally:
+            reader.cancel()
+
+    async def _read(self, requests: AsyncIterator[Any]) -> None:
+        async for request in requests:
+            await self.received.put(request)
+
+    async def GetSchedulerStatus(self, request: Any, context: Any) -> scheduler_pb2.SchedulerStatus:
+        return scheduler_pb2.SchedulerStatus(ready=self.ready, not_ready_reason=self.not_ready_reason)
+
+    async def next_submit(self) -> scheduler_pb2.Submit:
+        request = await self.received.get()
+        assert request.HasField("submit"), f"expected a submit, got {request}"
+        return request.submit
+
+    async def next_cancel(self) -> str:
+        request = await self.received.get()
+        assert request.HasField("cancel"), f"expected a cancel, got {request}"
+        return request.cancel.request_id
+
+    def send_chunk(self, request_id: str, token_ids: list[int], text: str, **fields: Any) -> None:
+        chunk = pb.GenerateChunk(token_ids=token_ids, text=text, **fields)
+        self._send(scheduler_pb2.SchedulerReply(request_id=request_id, chunk=chunk))
+
+    def send_complete(self, request_id: str, *, reason: Any = pb.FINISH_REASON_LENGTH, num_samples: int = 1) -> None:
+        complete = pb.GenerateComplete(
+            finished=[pb.Finished(index=i, reason=reason) for i in range(num_samples)],
+            usage=pb.Usage(prompt_tokens=3, completion_tokens=2),
+            speculation=pb.SpeculationStats(num_rounds=1, num_draft_tokens=4, num_accepted_tokens=1),
+            seed=7,
+        )
+        self._send(scheduler_pb2.SchedulerReply(request_id=request_id, complete=complete))
+
+    def send_error(self, request_id: str, code: grpc.StatusCode, message: str) -> None:
+        error = scheduler_pb2.RequestError(code=code.value[0], message=message)
+        self._send(scheduler_pb2.SchedulerReply(request_id=request_id, error=error))
+
+    def drop_stream(self) -> None:
+        self._replies.put_nowait(None)
+
+    def _send(self, reply: scheduler_pb2.SchedulerReply) -> None:
+        self._replies.put_nowait(reply)
+
+
+async def serve(scheduler: FakeScheduler, port: int = 0) -> tuple[grpc.aio.Server, str]:
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    scheduler_pb2_grpc.add_SchedulerServicer_to_server(scheduler, server)
+    port = server.add_insecure_port(f"127.0.0.1:{port}")
+    await server.start()
+    return server, f"127.0.0.1:{port}"

@@ -1,0 +1,312 @@
+"""The gateway over loopback, between a real client and a scheduler that the test plays."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+import pytest_asyncio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from cluster.gateway.server import Gateway, StartupError
+from echelon.client import AsyncClient
+from echelon.errors import (
+    DeadlineExceededError,
+    EchelonError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    UnavailableError,
+)
+from echelon.pb import inference_pb2 as pb
+from echelon.pb import process_pb2
+from tests.helpers.fake_scheduler import FakeScheduler, serve
+
+MODEL_DIR = Path(__file__).parents[2] / "models" / "demo-target"
+GENERATE = "/echelon.v1.Inference/Generate"
+
+
+@dataclass
+class House:
+    scheduler: FakeScheduler
+    scheduler_server: grpc.aio.Server
+    scheduler_address: str
+    gateway: Gateway
+    address: str
+    client: AsyncClient
+    channel: grpc.aio.Channel
+
+    async def health(self, service: str) -> str:
+        stub = health_pb2_grpc.HealthStub(self.channel)
+        response = await stub.Check(health_pb2.HealthCheckRequest(service=service))
+        return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+
+
+def gateway_spec(scheduler_address: str, **fields: int) -> process_pb2.GatewaySpec:
+    spec = process_pb2.GatewaySpec(
+        name="test",
+        host="127.0.0.1",
+        model_name="demo",
+        model_dir=str(MODEL_DIR),
+        scheduler_addresses=[scheduler_address],
+        max_model_len=64,
+        max_message_bytes=1 << 20,
+        vocab_size=4096,
+    )
+    spec.MergeFrom(process_pb2.GatewaySpec(**fields))
+    return spec
+
+
+@pytest_asyncio.fixture
+async def house() -> AsyncIterator[House]:
+    scheduler = FakeScheduler()
+    server, scheduler_address = await serve(scheduler)
+    gateway = Gateway(gateway_spec(scheduler_address))
+    address = await gateway.start()
+    await gateway.wait_until_ready()
+    channel = grpc.aio.insecure_channel(address)
+    async with AsyncClient(address) as client:
+        yield House(scheduler, server, scheduler_address, gateway, address, client, channel)
+    await channel.close()
+    await gateway.drain(grace_s=0)
+    await server.stop(grace=0)
+
+
+async def test_streams_chunks_as_they_come_and_then_the_completion(house: House) -> None:
+    stream = house.client.stream([5, 6, 7], temperature=0, max_tokens=9, request_id="r1")
+    first = asyncio.ensure_future(anext(stream))
+    submit = await house.scheduler.next_submit()
+    assert list(submit.prompt_token_ids) == [5, 6, 7]
+    assert submit.sampling.max_tokens == 9
+    house.scheduler.send_chunk("r1", [10, 11], "he", offset=0)
+    assert (await first).text == "he"  # before anything else was sent
+    house.scheduler.send_chunk("r1", [12], "llo", offset=2)
+    house.scheduler.send_complete("r1")
+    completion = await stream.result()
+    assert (completion.text, completion.token_ids) == ("hello", (10, 11, 12))
+    assert completion.finish_reason == "length"
+    assert completion.speculation.num_accepted_tokens == 1
+    assert (completion.request_id, completion.seed) == ("r1", 7)
+
+
+async def test_samples_of_one_request_are_kept_apart(house: House) -> None:
+    call = asyncio.ensure_future(house.client.generate("x", n=2))
+    request_id = (await house.scheduler.next_submit()).request_id
+    for index, token_ids, text in ((0, [1], "a"), (1, [2], "b"), (0, [3], "c"), (1, [4], "d")):
+        house.scheduler.send_chunk(request_id, token_ids, text, index=index)
+    house.scheduler.send_complete(request_id, num_samples=2)
+    completion = await call
+    assert [(s.index, s.text, s.token_ids) for s in completion.samples] == [(0, "ac", (1, 3)), (1, "bd", (2, 4))]
+
+
+async def test_scheduler_errors_keep_their_status(house: House) -> None:
+    call = asyncio.ensure_future(house.client.generate("x"))
+    request_id = (await house.scheduler.next_submit()).request_id
+    house.scheduler.send_error(request_id, grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full (8)")
+    with pytest.raises(OverloadedError, match=r"RESOURCE_EXHAUSTED: the queue is full \(8\)"):
+        await call
+
+
+async def test_a_dropped_stream_cancels_and_frees_its_id(house: House) -> None:
+    stream = house.client.stream("x", request_id="dropped")
+    reading = asyncio.ensure_future(anext(stream))
+    await house.scheduler.next_submit()
+    house.scheduler.send_chunk("dropped", [1], "a")
+    await reading
+    stream.close()
+    assert await house.scheduler.next_cancel() == "dropped"
+    # Until the scheduler says that the old one has ended, a new one under its id would receive the old one's tokens.
+    with pytest.raises(InvalidRequestError, match="ALREADY_EXISTS: request_id: 'dropped'"):
+        await house.client.generate("x", request_id="dropped")
+    house.scheduler.send_chunk("dropped", [2], "late")
+    house.scheduler.send_complete("dropped", reason=pb.FINISH_REASON_ABORT)
+    again = asyncio.ensure_future(house.client.generate("y", request_id="other"))
+    assert (await house.scheduler.next_submit()).request_id == "other"
+    house.scheduler.send_complete("other")
+    await again
+    again = asyncio.ensure_future(house.client.generate("y", request_id="dropped"))
+    assert (await house.scheduler.next_submit()).request_id == "dropped"
+    house.scheduler.send_complete("dropped")
+    assert (await again).text == ""
+
+
+async def test_a_stream_that_is_garbage_collected_cancels(house: House) -> None:
+    stream = house.client.stream("x", request_id="forgotten")
+    reading = asyncio.ensure_future(anext(stream))
+    await house.scheduler.next_submit()
+    house.scheduler.send_chunk("forgotten", [1], "a")
+    await reading
+    del stream, reading
+    assert await house.scheduler.next_cancel() == "forgotten"
+
+
+async def test_cancel_rpc_ends_the_stream_with_abort(house: House) -> None:
+    call = asyncio.ensure_future(house.client.generate("x", request_id="r"))
+    await house.scheduler.next_submit()
+    assert await house.client.cancel("r")
+    assert await house.scheduler.next_cancel() == "r"
+    house.scheduler.send_complete("r", reason=pb.FINISH_REASON_ABORT)
+    assert (await call).finish_reason == "abort"
+    assert not await house.client.cancel("r")
+    with pytest.raises(InvalidRequestError, match="request_id"):
+        await house.client.cancel("")
+
+
+async def test_a_deadline_travels_as_remaining_time_and_cancels(house: House) -> None:
+    call = asyncio.ensure_future(house.client.generate("x", timeout_s=0.5))
+    submit = await house.scheduler.next_submit()
+    assert 0 < submit.timeout_s <= 0.5
+    with pytest.raises(DeadlineExceededError):
+        await call
+    assert await house.scheduler.next_cancel() == submit.request_id
+
+
+async def test_no_deadline_is_no_timeout(house: House) -> None:
+    call = asyncio.ensure_future(house.client.generate("x"))
+    submit = await house.scheduler.next_submit()
+    assert not submit.HasField("timeout_s")
+    house.scheduler.send_complete(submit.request_id)
+    await call
+
+
+async def test_a_running_id_is_refused(house: House) -> None:
+    call = asyncio.ensure_future(house.client.generate("x", request_id="r"))
+    await house.scheduler.next_submit()
+    with pytest.raises(EchelonError, match="ALREADY_EXISTS.*'r'"):
+        await house.client.generate("x", request_id="r")
+    house.scheduler.send_complete("r")
+    await call
+
+
+async def test_a_client_that_does_not_read_holds_nobody_up(house: House) -> None:
+    slow = house.client.stream("slow", request_id="slow")
+    reading = asyncio.ensure_future(anext(slow))
+    await house.scheduler.next_submit()
+    text = "x" * 1000
+    house.scheduler.send_chunk("slow", [0], text)
+    await reading
+    for i in range(1, 3000):  # far more than the flow control windows hold
+        house.scheduler.send_chunk("slow", [i], text, offset=i)
+    quick = asyncio.ensure_future(house.client.generate("quick", request_id="quick"))
+    await house.scheduler.next_submit()
+    house.scheduler.send_chunk("quick", [1], "done")
+    house.scheduler.send_complete("quick")
+    assert (await quick).text == "done"
+    house.scheduler.send_complete("slow")
+    completion = await slow.result()
+    assert completion.token_ids == tuple(range(3000))
+    assert len(completion.text) == 3000 * 1000
+
+
+async def test_a_lost_scheduler_ends_requests_and_health_tells(house: House) -> None:
+    watch = health_pb2_grpc.HealthStub(house.channel).Watch(
+        health_pb2.HealthCheckRequest(service="echelon.v1.Inference")
+    )
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    call = asyncio.ensure_future(house.client.generate("x"))
+    await house.scheduler.next_submit()
+    await house.scheduler_server.stop(grace=0)
+    with pytest.raises(UnavailableError, match="connection to scheduler 127.0.0.1:.* was lost"):
+        await call
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    with pytest.raises(UnavailableError, match="no scheduler is ready"):
+        await house.client.generate("x")
+    assert await house.health("") == "SERVING"  # the gateway itself lives
+
+    house.scheduler_server, _ = await serve(house.scheduler, port=int(house.scheduler_address.split(":")[1]))
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    call = asyncio.ensure_future(house.client.generate("x"))
+    house.scheduler.send_complete((await house.scheduler.next_submit()).request_id)
+    await call
+    await house.scheduler_server.stop(grace=0)
+
+
+async def test_health_follows_the_target_group_and_errors_say_why(house: House) -> None:
+    watch = health_pb2_grpc.HealthStub(house.channel).Watch(
+        health_pb2.HealthCheckRequest(service="echelon.v1.Inference")
+    )
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    house.scheduler.ready, house.scheduler.not_ready_reason = False, "target rank 1 died"
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    with pytest.raises(UnavailableError, match="target rank 1 died"):
+        await house.client.generate("x")
+    assert (await house.client.server_info()).num_ready_replicas == 0
+    house.scheduler.ready = True
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_health_of_an_unknown_service(house: House) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as err:
+        await house.health("echelon.v1.Nothing")
+    assert err.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_reflection_lists_the_services(house: House) -> None:
+    stub = reflection_pb2_grpc.ServerReflectionStub(house.channel)
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    async for response in stub.ServerReflectionInfo(iter([request])):
+        names = {service.name for service in response.list_services_response.service}
+    assert {"echelon.v1.Inference", "grpc.health.v1.Health"} <= names
+
+
+async def test_infos(house: House) -> None:
+    model = await house.client.model_info()
+    assert (model.model, model.max_model_len, model.vocab_size) == ("demo", 64, 4096)
+    assert (model.eos_token_ids, model.has_chat_template) == ((0,), True)
+    server = await house.client.server_info()
+    assert (server.num_replicas, server.num_ready_replicas) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"\x1a\x02\xff\xfe", "text: invalid UTF-8 at byte 0"),
+        (b"\x22\x0a\x0a\x02\x0a\x00\x0a\x04\x12\x02a\xff", r"chat.messages\[1\].content: invalid UTF-8 at byte 1"),
+        (b"\x1a\x01a\x32\x07\xfa\x06\x04abcd", "sampling: unknown field number 111; .*temperature=1"),
+        (b"\x1a\x01a\x3a\x02\x50\x01", "speculation: unknown field number 10"),
+        (b"\x1a\x7f\x01", "not a echelon.v1.GenerateRequest message"),
+        (b"", "input: one of text, chat and token_ids is needed"),
+    ],
+)
+async def test_malformed_bytes_name_the_field(house: House, raw: bytes, message: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match=message) as err:
+        async for _ in house.channel.unary_stream(GENERATE)(raw):
+            pass
+    assert err.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_an_oversized_message_is_refused(house: House) -> None:
+    with pytest.raises(OverloadedError, match="larger than max .*1048576"):
+        await house.client.generate("x" * (2 << 20))
+
+
+async def test_another_model_is_not_found(house: House) -> None:
+    with pytest.raises(NotFoundError, match="'llama' is not served here; this server has 'demo'"):
+        await house.client.generate("x", model="llama")
+
+
+async def test_a_taken_port_is_named(house: House) -> None:
+    port = int(house.address.split(":")[1])
+    second = Gateway(gateway_spec(house.scheduler_address, grpc_port=port))
+    with pytest.raises(StartupError, match=rf"127\.0\.0\.1:{port} is taken.*server\.grpc_port"):
+        await second.start()
+
+
+async def test_draining_finishes_what_runs_and_refuses_the_rest(house: House) -> None:
+    call = asyncio.ensure_future(house.client.generate("x", request_id="running"))
+    await house.scheduler.next_submit()
+    watch = health_pb2_grpc.HealthStub(house.channel).Watch(
+        health_pb2.HealthCheckRequest(service="echelon.v1.Inference")
+    )
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    draining = asyncio.ensure_future(house.gateway.drain(grace_s=60))
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    with pytest.raises(UnavailableError):
+        await house.client.generate("new")
+    house.scheduler.send_chunk("running", [1], "end")
+    house.scheduler.send_complete("running")
+    assert (await call).text == "end"
+    await draining
