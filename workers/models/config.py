@@ -1,0 +1,80 @@
+"""What the decoder needs to know of a model, whatever family it is from."""
+
+from dataclasses import dataclass
+
+from workers.layers.rope import Rope
+from workers.models.errors import LoadError
+
+_MAX_TP_SIZE = 64  # for the list of sizes in an error message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A dense decoder: pre-norm RMSNorm, rotary attention with grouped KV heads, gated SiLU MLP."""
+
+    architecture: str  # as in config.json: "LlamaForCausalLM"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: Rope
+    sliding_windows: tuple[int | None, ...]  # of each layer: tokens that it sees, itself included; None: all
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool  # RMSNorm over each query and key head
+    tie_word_embeddings: bool
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_q_heads", "num_kv_heads"):
+            value = getattr(self, field)
+            if value < 1:
+                raise LoadError(f"{field} must be at least 1, got {value}")
+        if self.num_q_heads % self.num_kv_heads:
+            raise LoadError(
+                f"num_attention_heads ({self.num_q_heads}) is not a multiple of num_key_value_heads "
+                f"({self.num_kv_heads}): is config.json damaged?"
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise LoadError(f"head_dim must be even, got {self.head_dim}")
+        assert len(self.sliding_windows) == self.num_layers, "one sliding window entry a layer"
+
+    @property
+    def max_len(self) -> int:
+        """Longest seq that the model is meant for, its RoPE scaling included."""
+        return self.rope.max_len(self.max_position_embeddings)
+
+    def check_max_model_len(self, max_model_len: int) -> None:
+        """Raises LoadError where positions would leave the range that the model was made for."""
+        if max_model_len > self.max_len:
+            raise LoadError(
+                f"max_model_len {max_model_len} exceeds the {self.max_len} positions that this model's "
+                f"{type(self.rope).__name__} supports (max_position_embeddings {self.max_position_embeddings}): "
+                f"lower scheduler.max_model_len, or configure a RoPE scaling that reaches further (linear, yarn)"
+            )
+
+    def check_tp_size(self, tp_size: int) -> None:
+        """Raises LoadError where heads, MLP or vocabulary cannot be split over that many ranks."""
+        if self._splits_over(tp_size):
+            return
+        sizes = [size for size in range(1, _MAX_TP_SIZE + 1) if self._splits_over(size)]
+        raise LoadError(
+            f"tensor_parallel_size {tp_size} does not split this model: {self.num_q_heads} query heads, "
+            f"{self.num_kv_heads} KV heads, intermediate size {self.intermediate_size}, vocabulary {self.vocab_size}; "
+            f"sizes that do: {', '.join(map(str, sizes))}"
+        )
+
+    def _splits_over(self, tp_size: int) -> bool:
+        kv_heads_fit = self.num_kv_heads % tp_size == 0 or tp_size % self.num_kv_heads == 0
+        last_vocab_start = (tp_size - 1) * -(-self.vocab_size // tp_size)
+        return (
+            kv_heads_fit
+            and self.num_q_heads % tp_size == 0
+            and self.intermediate_size % tp_size == 0
+            and last_vocab_start < self.vocab_size
+        )

@@ -1,0 +1,143 @@
+"""One decoder for all dense families: what differs between them is in ModelConfig."""
+
+import torch
+from torch import Tensor
+
+from kernels.paged_attention import paged_attention
+from kernels.reshape_and_cache import reshape_and_cache
+from kernels.rms_norm import fused_add_rms_norm, rms_norm
+from kernels.silu_and_mul import silu_and_mul
+from workers.batch import Batch
+from workers.layers.context import BuildContext
+from workers.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from workers.layers.rope import cos_sin_cache
+from workers.layers.vocab import ParallelLMHead, VocabParallelEmbedding
+from workers.models.config import ModelConfig
+
+KVCache = tuple[Tensor, Tensor]  # keys and values of a layer: [num_blocks, block_size, kv_heads_per_rank, head_dim]
+
+
+class Attention:
+    """Causal attention over the paged KV cache, which it extends by the batch's tokens."""
+
+    def __init__(self, prefix: str, layer: int, *, config: ModelConfig, cos_sin: Tensor, ctx: BuildContext) -> None:
+        self._cos_sin = cos_sin
+        self._head_dim = config.head_dim
+        self._sliding_window = config.sliding_windows[layer]
+        self._batch_invariant = ctx.batch_invariant
+        self._eps = config.rms_norm_eps
+        self.qkv_proj = QKVParallelLinear(
+            prefix,
+            config.hidden_size,
+            num_q_heads=config.num_q_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            bias=config.qkv_bias,
+            ctx=ctx,
+        )
+        self._heads = [self.qkv_proj.num_q_heads, self.qkv_proj.num_kv_heads, self.qkv_proj.num_kv_heads]
+        q_size = config.num_q_heads * config.head_dim
+        self.o_proj = RowParallelLinear(f"{prefix}.o_proj", q_size, config.hidden_size, bias=config.o_bias, ctx=ctx)
+        self.q_norm = ctx.replicated(f"{prefix}.q_norm.weight", config.head_dim) if config.qk_norm else None
+        self.k_norm = ctx.replicated(f"{prefix}.k_norm.weight", config.head_dim) if config.qk_norm else None
+
+    def __call__(self, x: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:  # [num_tokens, hidden_size], twice
+        qkv = self.qkv_proj(x).view(x.shape[0], -1, self._head_dim)
+        q, k, v = torch.split(qkv, self._heads, dim=1)  # each [num_tokens, heads, head_dim]
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rms_norm(q, self.q_norm, self._eps)
+            k = rms_norm(k, self.k_norm, self._eps)
+        k_cache, v_cache = kv_cache
+        reshape_and_cache(q, k, v, batch.positions, self._cos_sin, batch.slot_mapping, k_cache, v_cache)
+        attended = paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            batch.block_table,
+            batch.seq_lens,
+            batch.cu_seqlens_q,
+            softmax_scale=self._head_dim**-0.5,
+            sliding_window=self._sliding_window,
+            batch_invariant=self._batch_invariant,
+        )
+        return self.o_proj(attended.flatten(1))
+
+
+class MLP:
+    """down(silu(gate(x)) * up(x))"""
+
+    def __init__(self, prefix: str, *, config: ModelConfig, ctx: BuildContext) -> None:
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        names = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
+        self.gate_up_proj = MergedColumnParallelLinear(names, hidden, inner, bias=bias, ctx=ctx)
+        self.down_proj = RowParallelLinear(f"{prefix}.down_proj", inner, hidden, bias=bias, ctx=ctx)
+
+    def __call__(self, x: Tensor) -> Tensor:  # [num_tokens, hidden_size], twice
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+
+
+class DecoderLayer:
+    """Attention and MLP, each on the normalised sum of what came before."""
+
+    def __init__(self, layer: int, *, config: ModelConfig, cos_sin: Tensor, ctx: BuildContext) -> None:
+        prefix = f"model.layers.{layer}"
+        self._eps = config.rms_norm_eps
+        self.input_norm = ctx.replicated(f"{prefix}.input_layernorm.weight", config.hidden_size)
+        self.attention = Attention(f"{prefix}.self_attn", layer, config=config, cos_sin=cos_sin, ctx=ctx)
+        self.mlp_norm = ctx.replicated(f"{prefix}.post_attention_layernorm.weight", config.hidden_size)
+        self.mlp = MLP(f"{prefix}.mlp", config=config, ctx=ctx)
+
+    def __call__(
+        self, hidden: Tensor, residual: Tensor | None, batch: Batch, kv_cache: KVCache
+    ) -> tuple[Tensor, Tensor]:
+        """`hidden` is the last sublayer's output, `residual` the stream without it; both [num_tokens, hidden_size].
+        None: `hidden` is the stream itself."""
+        if residual is None:
+            hidden, residual = rms_norm(hidden, self.input_norm, self._eps), hidden
+        else:
+            hidden, residual = fused_add_rms_norm(hidden, residual, self.input_norm, self._eps)
+        hidden = self.attention(hidden, batch, kv_cache)
+        hidden, residual = fused_add_rms_norm(hidden, residual, self.mlp_norm, self._eps)
+        return self.mlp(hidden), residual
+
+
+class CausalLM:
+    """This rank's part of a model. Call it under torch.inference_mode; parameters never change after loading."""
+
+    def __init__(self, config: ModelConfig, *, max_model_len: int, ctx: BuildContext) -> None:
+        self.config = config
+        self._eps = config.rms_norm_eps
+        cos_sin = cos_sin_cache(config.rope, head_dim=config.head_dim, num_positions=max_model_len, device=ctx.device)
+        self.embedding = VocabParallelEmbedding("model.embed_tokens", config.vocab_size, config.hidden_size, ctx=ctx)
+        self.layers = [
+            DecoderLayer(layer, config=config, cos_sin=cos_sin, ctx=ctx) for layer in range(config.num_layers)
+        ]
+        self.norm = ctx.replicated("model.norm.weight", config.hidden_size)
+        tied_to = self.embedding.weight if config.tie_word_embeddings else None
+        self.head = ParallelLMHead("lm_head", config.vocab_size, config.hidden_size, tied_to=tied_to, ctx=ctx)
+        self.weight_bytes = ctx.num_bytes  # on this rank
+
+    @property
+    def kv_heads_per_rank(self) -> int:
+        return self.layers[0].attention.qkv_proj.num_kv_heads
+
+    @property
+    def vocab_range(self) -> tuple[int, int]:
+        """Token ids [start, end) of this rank's logits."""
+        return self.head.vocab_range
+
+    def forward(self, batch: Batch, kv_caches: list[KVCache]) -> Tensor:
+        """Final hidden states of all tokens of the batch: [num_tokens, hidden_size] in the model's dtype, the same on
+        every rank. Writes the batch's keys and values into `kv_caches` (one entry a layer, in the model's dtype)."""
+        hidden = self.embedding(batch.input_ids)
+        residual: Tensor | None = None
+        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
+            hidden, residual = layer(hidden, residual, batch, kv_cache)
+        assert residual is not None, "a model has at least one layer"
+        return fused_add_rms_norm(hidden, residual, self.norm, self._eps)[0]
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of this rank's tokens for chosen rows of `forward`'s result: [rows, hidden_size] -> fp32
+        [rows, end - start] with (start, end) = vocab_range. Ranks may differ in width: all hold
+        ceil(vocab_size / tp_size) columns but the last ones, which may hold fewer; none holds padding."""
+        return self.head(hidden)
