@@ -1,0 +1,89 @@
+"""What the engines of both roles share: the seam to the server, and a model with its caches and its sampler."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from echelon.pb.sampling_pb2 import PositionLogprobs
+from echelon.pb.worker_pb2 import EngineInfo, Round, RoundResult
+from workers.batch import Batch
+from workers.kv_cache import KVCaches
+from workers.models import CausalLM
+from workers.sampler import RowEntry, SampledRows, Sampler, SamplingRows
+from workers.seq_state import SeqTable
+
+NO_TOKEN = -2  # the choice where logits were not finite; equals no token and no draft
+
+
+class Engine(Protocol):
+    """One engine of a worker process, as the server sees it. Called by one thread, one round at a time."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def check(self, round_: Round) -> None:
+        """Raises ProtocolError if the round does not fit the state, which stays untouched."""
+
+    def run(self, round_: Round) -> RoundResult:
+        """Does a round that `check` lets pass; fills in `rows` and `num_steps`. Every rank calls it for each round."""
+
+    def reset(self) -> None:
+        """Frees all slots: another scheduler took over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRunner:
+    """A model on this rank's device."""
+
+    model: CausalLM
+    kv_caches: KVCaches
+    sampler: Sampler
+    tp_size: int
+    device: torch.device
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states [num_tokens, hidden_size]; K and V of the batch's tokens are in the cache afterwards."""
+        with torch.inference_mode():
+            return self.model.forward(batch, self.kv_caches)
+
+    def choose(self, hidden: Tensor, entries: Sequence[RowEntry]) -> SampledRows:
+        """A token for each row of hidden [num_rows, hidden_size]."""
+        with torch.inference_mode():
+            rows = SamplingRows.build(entries, self.device)
+            return self.sampler.sample(self._logits(hidden), self.model.vocab_range[0], rows)
+
+    def prompt_logprobs(self, hidden: Tensor, next_token_ids: Tensor, num_top: int) -> list[PositionLogprobs]:
+        """Of the tokens int64 [num_rows] that follow rows of hidden [num_rows, hidden_size]."""
+        with torch.inference_mode():
+            logits = self._logits(hidden)
+            return self.sampler.prompt_logprobs(logits, self.model.vocab_range[0], next_token_ids, num_top)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits [num_rows, shard_size] of this rank; the last shards of an uneven vocabulary are padded."""
+        logits = self.model.compute_logits(hidden)
+        shard_size = -(-self.model.config.vocab_size // self.tp_size)
+        return logits if logits.shape[1] == shard_size else F.pad(logits, (0, shard_size - logits.shape[1]))
+
+
+def apply_changes(round_: Round, table: SeqTable) -> None:
+    """All of a round that comes before its chunks: frees, inits, crops, new tokens and blocks."""
+    for slot in round_.free_slots:
+        table.free(slot)
+    for seq in round_.init_seqs:
+        table.init(seq)
+    for row in round_.rows:
+        if row.HasField("crop_len"):
+            table.crop(row.slot, row.crop_len)
+        if row.append_token_ids:
+            table.append(row.slot, row.append_token_ids)
+        if row.new_block_ids:
+            table.add_blocks(row.slot, row.new_block_ids)
+
+
+def chosen_token_ids(sampled: SampledRows) -> Tensor:
+    """int64 [num_rows], NO_TOKEN where the logits were not finite."""
+    return torch.where(sampled.non_finite, NO_TOKEN, sampled.token_ids)

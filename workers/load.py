@@ -1,0 +1,165 @@
+"""From the spec of a worker to engines that are ready for rounds."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
+from echelon.pb.worker_pb2 import EngineInfo, EngineRole
+from workers.cohort import Cohort
+from workers.draft_engine import DraftEngine
+from workers.engine import Engine, ModelRunner
+from workers.groups import Group
+from workers.kv_cache import KVLayout, activation_bytes, check_num_blocks
+from workers.models import CausalLM, load_model
+from workers.process import SpecError
+from workers.sampler import Sampler
+from workers.seq_state import Limits, SeqTable
+from workers.target_engine import TargetEngine
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ROLE_NAMES = {EngineRole.ENGINE_ROLE_TARGET: "target", EngineRole.ENGINE_ROLE_DRAFT: "draft"}
+
+OnProgress = Callable[[str, int, int], None]  # stage, done, total
+Engines = dict[EngineRole.ValueType, Engine]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Loaded:
+    """A model whose KV cache is not sized yet."""
+
+    spec: EngineSpec
+    model: CausalLM
+    group: Group
+    layout: KVLayout
+    load_s: float
+
+
+def load_engines(spec: WorkerSpec, cohort: Cohort, on_progress: OnProgress) -> Engines:
+    """The engines of this rank. All ranks call it; those beyond an engine's tp_size do not have that engine.
+
+    Raises:
+        LoadError: A model folder that cannot be served as asked; names tensor, shape or bytes.
+        KVCacheError: Too little memory for one sequence.
+        SpecError: A field of the spec is wrong.
+    """
+    device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
+    loaded = [_load(engine, cohort, device, on_progress) for engine in spec.engines]
+    present = [entry for entry in loaded if entry is not None]
+    own_blocks = _own_num_blocks(present, device)
+    engines: Engines = {}
+    for index, (engine, entry) in enumerate(zip(spec.engines, loaded, strict=True)):
+        own = str(own_blocks[engine.role]) if entry else ""
+        everyone = cohort.gather(f"num_blocks/{index}", own)
+        if entry is not None:
+            num_blocks = min(int(number) for number in everyone if number)
+            engines[engine.role] = _build(entry, num_blocks, device)
+    return engines
+
+
+def _load(spec: EngineSpec, cohort: Cohort, device: torch.device, on_progress: OnProgress) -> _Loaded | None:
+    if spec.role not in ROLE_NAMES:
+        raise SpecError(f"engines: role {spec.role} is none that a worker can host")
+    if spec.dtype not in DTYPES:
+        raise SpecError(f"engines: dtype {spec.dtype!r} must be one of {', '.join(DTYPES)}")
+    if not 1 <= spec.tp_size <= cohort.world_size:
+        raise SpecError(f"engines: tp_size {spec.tp_size} must be 1 to the group's world_size {cohort.world_size}")
+    group = cohort.group(spec.tp_size, ordered_sum=spec.batch_invariant)
+    if group is None:
+        return None
+    stage = f"loading {ROLE_NAMES[spec.role]} weights"
+    started_s = time.monotonic()
+    model = load_model(
+        Path(spec.model),
+        dtype=DTYPES[spec.dtype],
+        device=device,
+        group=group,
+        max_model_len=spec.max_model_len,
+        batch_invariant=spec.batch_invariant,
+        progress=lambda done, total: on_progress(stage, done, total),
+    )
+    layout = KVLayout(
+        num_layers=model.config.num_layers,
+        block_size=spec.block_size,
+        num_kv_heads=model.kv_heads_per_rank,
+        head_dim=model.config.head_dim,
+        dtype=DTYPES[spec.dtype],
+    )
+    return _Loaded(spec=spec, model=model, group=group, layout=layout, load_s=time.monotonic() - started_s)
+
+
+def _own_num_blocks(loaded: Sequence[_Loaded], device: torch.device) -> dict[EngineRole.ValueType, int]:
+    """How many blocks this rank has memory for, by role. Engines that share what is left of a GPU get equally many:
+    a seq has as many tokens on the draft as on the target."""
+    sharing = [entry for entry in loaded if entry.spec.kv_cache_bytes == 0]
+    left = _bytes_left(sharing, device) if sharing else 0
+    shared_blocks = left // sum(entry.layout.block_bytes for entry in sharing) if sharing else 0
+    return {
+        entry.spec.role: entry.spec.kv_cache_bytes // entry.layout.block_bytes
+        if entry.spec.kv_cache_bytes
+        else shared_blocks
+        for entry in loaded
+    }
+
+
+def _bytes_left(sharing: Sequence[_Loaded], device: torch.device) -> int:
+    """What gpu_memory_utilization leaves beside weights and activations."""
+    if device.type != "cuda":
+        raise SpecError("engines: kv_cache_bytes must be set on cpu (kv_cache.device_bytes in the deployment file)")
+    activations = max(
+        activation_bytes(
+            entry.model,
+            entry.layout,
+            num_tokens=entry.spec.max_num_batched_tokens,
+            max_model_len=entry.spec.max_model_len,
+            num_logit_rows=2 * entry.spec.max_num_seqs,
+            device=device,
+        )
+        for entry in sharing
+    )
+    free, total = torch.cuda.mem_get_info(device)
+    utilization = min(entry.spec.gpu_memory_utilization for entry in sharing)
+    return max(0, int(total * utilization) - (total - free) - activations)
+
+
+def _build(entry: _Loaded, num_blocks: int, device: torch.device) -> Engine:
+    spec, model, layout = entry.spec, entry.model, entry.layout
+    check_num_blocks(num_blocks, layout, max_model_len=spec.max_model_len, device=device)
+    vocab_size = model.config.vocab_size
+    limits = Limits(
+        num_slots=spec.max_num_seqs,
+        max_model_len=spec.max_model_len,
+        vocab_size=vocab_size,
+        block_size=spec.block_size,
+        num_blocks=num_blocks,
+    )
+    runner = ModelRunner(
+        model=model,
+        kv_caches=layout.allocate(num_blocks, device),
+        sampler=Sampler(entry.group, vocab_size),
+        tp_size=spec.tp_size,
+        device=device,
+    )
+    info = EngineInfo(
+        role=spec.role,
+        model=spec.model,
+        dtype=spec.dtype,
+        tp_size=spec.tp_size,
+        vocab_size=vocab_size,
+        num_blocks=num_blocks,
+        block_size=spec.block_size,
+        num_slots=spec.max_num_seqs,
+        max_model_len=spec.max_model_len,
+        max_num_batched_tokens=spec.max_num_batched_tokens,
+        weight_bytes=model.weight_bytes,
+        kv_cache_bytes=num_blocks * layout.block_bytes,
+        load_s=entry.load_s,
+    )
+    make = TargetEngine if spec.role == EngineRole.ENGINE_ROLE_TARGET else DraftEngine
+    return make(runner, SeqTable(limits), info)

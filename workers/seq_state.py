@@ -1,0 +1,140 @@
+"""What a group remembers of each seq that holds a slot, laid out so that a batch is built by indexing."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from echelon.pb.worker_pb2 import SeqInit
+from workers.batch import Batch
+from workers.sampler import SeqSamplingState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much an engine can hold; a round that asks for more is a protocol error."""
+
+    num_slots: int
+    max_model_len: int  # tokens of one seq, prompt and output
+    vocab_size: int
+    block_size: int
+    num_blocks: int
+
+    @property
+    def max_blocks(self) -> int:
+        """Blocks of one seq."""
+        return -(-self.max_model_len // self.block_size)
+
+
+class SeqTable:
+    """The slots of one engine.
+
+    A seq has a history `token_ids[slot, :lengths[slot]]` (on a draft engine followed by the chain of its own drafts),
+    of which the first `num_computed[slot]` tokens have KV, in the blocks `block_table[slot, :num_blocks[slot]]`.
+    Everything is a row of one array, so that no Python runs per token and little per seq. Not thread-safe; methods
+    trust their arguments, which `workers.rounds.plan_round` has checked.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        slots = limits.num_slots
+        self.limits = limits
+        self.token_ids: NDArray[np.int32] = np.zeros((slots, limits.max_model_len), np.int32)  # pages come when used
+        self.block_table: NDArray[np.int32] = np.zeros((slots, limits.max_blocks), np.int32)
+        self.lengths: NDArray[np.int64] = np.zeros(slots, np.int64)
+        self.num_prompt: NDArray[np.int64] = np.zeros(slots, np.int64)
+        self.num_computed: NDArray[np.int64] = np.zeros(slots, np.int64)
+        self.num_blocks: NDArray[np.int64] = np.zeros(slots, np.int64)
+        self.num_prompt_logprobs: list[int | None] = [None] * slots  # top-n wanted, None: not asked for
+        self._sampling: list[SeqSamplingState | None] = [None] * slots
+
+    def holds(self, slot: int) -> bool:
+        return 0 <= slot < len(self._sampling) and self._sampling[slot] is not None
+
+    def sampling(self, slot: int) -> SeqSamplingState:
+        state = self._sampling[slot]
+        assert state is not None, f"slot {slot} holds no seq"
+        return state
+
+    def sizes(self, slot: int) -> tuple[int, int, int, int]:
+        """Tokens, tokens with KV, blocks and prompt tokens of a seq."""
+        return (
+            int(self.lengths[slot]),
+            int(self.num_computed[slot]),
+            int(self.num_blocks[slot]),
+            int(self.num_prompt[slot]),
+        )
+
+    def init(self, seq: SeqInit) -> None:
+        """A seq takes a free slot with its history; the output part of it counts for penalties."""
+        slot, num_tokens, num_blocks = seq.slot, len(seq.token_ids), len(seq.block_table)
+        self.token_ids[slot, :num_tokens] = seq.token_ids
+        self.lengths[slot] = num_tokens
+        self.num_prompt[slot] = seq.num_prompt_tokens
+        self.num_computed[slot] = seq.num_computed_tokens
+        self.block_table[slot, :num_blocks] = seq.block_table
+        self.num_blocks[slot] = num_blocks
+        wants_prompt_logprobs = seq.sampling.HasField("prompt_logprobs")
+        self.num_prompt_logprobs[slot] = seq.sampling.prompt_logprobs if wants_prompt_logprobs else None
+        state = SeqSamplingState(seq.sampling, seq.token_ids[: seq.num_prompt_tokens], self.limits.vocab_size)
+        state.extend(seq.token_ids[seq.num_prompt_tokens :])
+        self._sampling[slot] = state
+
+    def free(self, slot: int) -> None:
+        self._sampling[slot] = None
+
+    def free_all(self) -> None:
+        self._sampling = [None] * len(self._sampling)
+
+    def crop(self, slot: int, length: int) -> None:
+        """Cut the history to `length` tokens; KV beyond is stale."""
+        self.lengths[slot] = length
+        self.num_computed[slot] = min(int(self.num_computed[slot]), length)
+        self.sampling(slot).truncate(length)
+
+    def append(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Tokens join the history, without KV."""
+        start = int(self.lengths[slot])
+        self.token_ids[slot, start : start + len(token_ids)] = token_ids
+        self.lengths[slot] = start + len(token_ids)
+        self.sampling(slot).extend(token_ids)
+
+    def put_behind(self, slot: int, draft_token_ids: Sequence[int]) -> None:
+        """Tokens are written behind the history without joining it: input of a verify step."""
+        start = int(self.lengths[slot])
+        self.token_ids[slot, start : start + len(draft_token_ids)] = draft_token_ids
+
+    def add_blocks(self, slot: int, block_ids: Sequence[int]) -> None:
+        start = int(self.num_blocks[slot])
+        self.block_table[slot, start : start + len(block_ids)] = block_ids
+        self.num_blocks[slot] = start + len(block_ids)
+
+    def pack(self, slots: Iterable[int], counts: Iterable[int], device: torch.device) -> Batch:
+        """The next `counts[i]` tokens without KV of each `slots[i]`, packed behind each other.
+
+        Tokens that stand in `token_ids` behind the history (drafts to be verified) are taken as well.
+        """
+        slot = np.fromiter(slots, np.int64)  # [num_seqs]
+        count = np.fromiter(counts, np.int64)
+        start = self.num_computed[slot]
+        cu_seqlens_q = np.zeros(len(slot) + 1, np.int32)
+        np.cumsum(count, out=cu_seqlens_q[1:])
+        token_slot = np.repeat(slot, count)  # [num_tokens]
+        positions = np.arange(len(token_slot)) + np.repeat(start - cu_seqlens_q[:-1], count)
+        block_size = self.limits.block_size
+        block = self.block_table[token_slot, positions // block_size].astype(np.int64)
+        seq_lens = (start + count).astype(np.int32)
+        width = -(-int(seq_lens.max()) // block_size)
+
+        def upload(array: NDArray[np.generic]) -> torch.Tensor:
+            return torch.from_numpy(array).to(device, non_blocking=True)
+
+        return Batch(
+            input_ids=upload(self.token_ids[token_slot, positions].astype(np.int64)),
+            positions=upload(positions),
+            slot_mapping=upload(block * block_size + positions % block_size),
+            block_table=upload(self.block_table[slot, :width]),
+            seq_lens=upload(seq_lens),
+            cu_seqlens_q=upload(cu_seqlens_q),
+        )
