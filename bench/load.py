@@ -1,0 +1,39 @@
+"""Send prompts to a gateway all at once and time them: what the benchmarks here have in common."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from echelon import AsyncClient
+from echelon.requests import GenerateOptions, Prompt
+from echelon.results import Completion
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """Requests that ran side by side."""
+
+    completions: Sequence[Completion]
+    seconds: float  # from the first word sent to the last token received, prefill included
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(completion.usage.completion_tokens for completion in self.completions)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.seconds
+
+
+def run_side_by_side(address: str, prompts: Sequence[Prompt], options: GenerateOptions) -> Timed:
+    """All prompts as concurrent requests of one client."""
+
+    async def run() -> Timed:
+        async with AsyncClient(address) as client:
+            await client.server_info()  # connected before the clock starts
+            started = time.perf_counter()
+            completions = await asyncio.gather(*(client.generate(prompt, **options) for prompt in prompts))
+            return Timed(completions, time.perf_counter() - started)
+
+    return asyncio.run(run())
