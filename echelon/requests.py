@@ -92,17 +92,17 @@ def _set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:
             request.text = prompt
         except (UnicodeEncodeError, ValueError) as err:
             raise ValueError(f"prompt: is not valid Unicode: {err}") from err
+    elif not isinstance(prompt, Sequence):
+        raise TypeError(f"prompt: must be text, token ids or chat messages, got {type(prompt).__name__}")
     elif prompt and isinstance(prompt[0], Mapping):
         for i, message in enumerate(prompt):
             _add_chat_message(request.chat, i, message)
-    elif isinstance(prompt, Sequence):
+    else:
         try:
             request.token_ids.ids.extend(prompt)  # type: ignore[arg-type]  # the except clause checks it
         except (TypeError, ValueError) as err:
             raise type(err)(f"prompt: token ids must be integers in [0, 2^32): {err}") from err
         request.token_ids.SetInParent()  # an empty list is a prompt that the server refuses by name
-    else:
-        raise TypeError(f"prompt: must be text, token ids or chat messages, got {type(prompt).__name__}")
 
 
 def _add_chat_message(chat: inference_pb2.ChatMessages, i: int, message: Any) -> None:

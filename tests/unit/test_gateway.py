@@ -175,7 +175,7 @@ async def test_no_deadline_is_no_timeout(house: House) -> None:
 async def test_a_running_id_is_refused(house: House) -> None:
     call = asyncio.ensure_future(house.client.generate("x", request_id="r"))
     await house.scheduler.next_submit()
-    with pytest.raises(EchelonError, match="ALREADY_EXISTS.*'r'"):
+    with pytest.raises(EchelonError, match=r"ALREADY_EXISTS.*'r'"):
         await house.client.generate("x", request_id="r")
     house.scheduler.send_complete("r")
     await call
@@ -209,7 +209,7 @@ async def test_a_lost_scheduler_ends_requests_and_health_tells(house: House) -> 
     call = asyncio.ensure_future(house.client.generate("x"))
     await house.scheduler.next_submit()
     await house.scheduler_server.stop(grace=0)
-    with pytest.raises(UnavailableError, match="connection to scheduler 127.0.0.1:.* was lost"):
+    with pytest.raises(UnavailableError, match=r"connection to scheduler 127\.0\.0\.1:.* was lost"):
         await call
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     with pytest.raises(UnavailableError, match="no scheduler is ready"):
@@ -279,7 +279,7 @@ async def test_malformed_bytes_name_the_field(house: House, raw: bytes, message:
 
 
 async def test_an_oversized_message_is_refused(house: House) -> None:
-    with pytest.raises(OverloadedError, match="larger than max .*1048576"):
+    with pytest.raises(OverloadedError, match=r"larger than max .*1048576"):
         await house.client.generate("x" * (2 << 20))
 
 

@@ -1,0 +1,94 @@
+"""What the commands have in common: where output goes, how errors become exit codes."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec
+
+import typer
+from rich.console import Console
+
+from cluster.errors import ConfigError, DeploymentNotFoundError, PlanError, StartError
+from echelon.errors import EchelonError, InvalidRequestError, NotFoundError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+EXIT_CODES_HELP = (
+    "Exit codes: 0 success; 1 failed while running (nobody answers, a process died, not ready); "
+    "2 what was asked for is wrong (an option, the deployment file, the request), so trying again will not help; "
+    "130 interrupted. Errors and progress go to standard error, results to standard output."
+)
+
+P = ParamSpec("P")
+
+
+class UsageProblem(Exception):
+    """What was asked for is wrong. The message says what to change."""
+
+
+def stdout() -> Console:
+    """For results. Made when needed: the stream may have been replaced since import."""
+    return Console(file=sys.stdout, highlight=False)
+
+
+def stderr() -> Console:
+    """For progress and errors."""
+    return Console(file=sys.stderr, highlight=False)
+
+
+def write(text: str) -> None:
+    """Text as it is: no markup, no wrapping, shown at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def write_json(value: Any) -> None:
+    """One JSON document; dataclasses become objects."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def report_error(message: str) -> None:
+    console = stderr()
+    console.print("error:", style="bold red", end=" ")
+    console.print(message, markup=False, soft_wrap=True)
+
+
+def exits(command: Callable[P, None]) -> Callable[P, None]:
+    """Turns what a command may raise into a message and an exit code; what is not expected keeps its traceback."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (UsageProblem, ConfigError, InvalidRequestError, NotFoundError) as err:
+            report_error(str(err))
+            raise typer.Exit(EXIT_USAGE) from err
+        except (EchelonError, PlanError, StartError, DeploymentNotFoundError) as err:
+            report_error(str(err.args[0]) if isinstance(err, LookupError) and err.args else str(err))
+            raise typer.Exit(EXIT_FAILED) from err
+        except BrokenPipeError as err:  # `echelon generate ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush into the pipe
+            raise typer.Exit(EXIT_FAILED) from err
+        except KeyboardInterrupt as err:
+            report_error("interrupted")
+            raise typer.Exit(EXIT_INTERRUPTED) from err
+
+    return run
+
+
+@contextlib.contextmanager
+def cluster_extra() -> Iterator[None]:
+    """Around imports of what only `pip install 'echelon[cluster]'` brings."""
+    try:
+        yield
+    except ModuleNotFoundError as err:
+        raise UsageProblem(
+            f"this command needs the package {err.name!r}, which is not installed: pip install 'echelon[cluster]'"
+        ) from err
