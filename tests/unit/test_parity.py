@@ -1,7 +1,7 @@
 """Logits equal those of transformers, for every family, however a prompt is fed; and each feature matters."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,15 @@ from workers.models import CausalLM, load_model
 
 TOLERANCE = 1e-4  # fp32
 VISIBLE = 1e-3  # a dropped feature moves some logit by more
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from a second thread, and lose 10x where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,37 @@
+"""Runs a function on several gloo ranks, each a process of its own with one thread."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = timedelta(seconds=60)
+
+RankFunction = Callable[..., Any]  # (process_group, *args) -> any result that pickles
+
+
+def run_on_ranks(function: RankFunction, size: int, folder: Path, *args: Any) -> list[Any]:
+    """What `function(process_group, *args)` returned on each rank. `function` must be importable (a module of
+    tests.helpers); an exception on any rank ends all ranks and is raised here. `folder` is for the exchange of files."""
+    mp.spawn(_run_rank, args=(size, folder, function, args), nprocs=size, join=True)
+    return [torch.load(_result_file(folder, rank), weights_only=False) for rank in range(size)]
+
+
+def _run_rank(rank: int, size: int, folder: Path, function: RankFunction, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    group = dist.group.WORLD
+    assert group is not None, "init_process_group made the default group"
+    result = function(group, *args)
+    torch.save(result, _result_file(folder, rank))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _result_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.pt"
