@@ -35,6 +35,7 @@ class DeploymentStatus:
     name: str
     state: State
     reason: str = ""  # why it is not READY
+    detail: str = ""  # traceback or log tail behind the reason
     endpoint: str = ""  # host:port of the public gRPC server
     model: str = ""
     ray_address: str = ""
