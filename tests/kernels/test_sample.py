@@ -1,0 +1,134 @@
+"""One token a row: the pruned path equals the plain one bit for bit, and nothing around a row changes its choice."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.gumbel import gumbel_noise_range
+from kernels.sample import TILE_TOKENS, NoiseKeys, sample, sample_cpu, sample_reference, scale_by_temperature
+from kernels.sort_key import pack_sort_key, top_sort_keys, unpack_sort_key
+
+
+def noise_keys(num_rows: int, seed: int = 0) -> NoiseKeys:
+    generator = torch.Generator().manual_seed(seed)
+    return NoiseKeys(
+        seeds=torch.randint(-(1 << 62), 1 << 62, (num_rows,), generator=generator),
+        sample_indices=torch.randint(0, 3, (num_rows,), generator=generator),
+        positions=torch.randint(0, 1 << 17, (num_rows,), generator=generator),
+    )
+
+
+def logits_of_kind(kind: str, num_rows: int, num_tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(num_rows, num_tokens, generator=generator)
+    match kind:
+        case "peaked":  # a few tokens in reach of the best
+            return torch.where(torch.rand(logits.shape, generator=generator) < 5 / num_tokens, 40 + logits, logits)
+        case "flat":
+            return torch.zeros_like(logits)
+        case "tied":  # few values, many tokens each
+            return (logits * 2).round() * 8
+        case "swallowing":  # so large that rounding swallows the noise: ties far below the largest
+            return (logits * 2e8).round()
+        case "truncated":
+            return logits.masked_fill(logits < 1.5, -torch.inf)
+        case "mixed":  # sparse and dense rows in one batch
+            return logits * torch.tensor([0.1, 40.0]).repeat(num_rows)[:num_rows].unsqueeze(1)
+        case _:
+            return logits * 3
+
+
+@pytest.mark.parametrize("kind", ["peaked", "flat", "tied", "swallowing", "truncated", "mixed", "plain"])
+@pytest.mark.parametrize(("num_rows", "num_tokens", "first_token_id"), [(5, 1, 3), (7, 131, 0), (6, 4099, 2049)])
+def test_pruning_saves_work_only(kind: str, num_rows: int, num_tokens: int, first_token_id: int) -> None:
+    scaled, keys = logits_of_kind(kind, num_rows, num_tokens), noise_keys(num_rows)
+    temperature = torch.tensor([1.0, 0.0, 0.7]).repeat(num_rows)[:num_rows]
+    values, token_ids = sample_cpu(scaled, temperature, keys, first_token_id=first_token_id)
+    expected_values, expected_ids = sample_reference(scaled, temperature, keys, first_token_id=first_token_id)
+    assert torch.equal(values, expected_values)
+    assert torch.equal(token_ids, expected_ids)
+
+
+def test_vocabularies_longer_than_a_tile() -> None:
+    num_tokens = 2 * TILE_TOKENS + 77
+    scaled, keys, temperature = torch.zeros(2, num_tokens), noise_keys(2), torch.tensor([1.0, 0.0])
+    values, token_ids = sample(scaled, temperature, keys, first_token_id=5)
+    expected_values, expected_ids = sample_reference(scaled, temperature, keys, first_token_id=5)
+    assert torch.equal(values, expected_values)
+    assert torch.equal(token_ids, expected_ids)
+    assert int(token_ids[1]) == 5
+
+
+def test_choice_is_the_argmax_of_logit_plus_noise() -> None:
+    logits, keys = logits_of_kind("plain", 4, 100), noise_keys(4)
+    temperature = torch.tensor([0.5, 1.0, 2.0, 1.0])
+    noise = gumbel_noise_range(keys.seeds, keys.sample_indices, keys.positions, first_token_id=0, num_tokens=100)
+    _, token_ids = sample(scale_by_temperature(logits, temperature), temperature, keys)
+    assert torch.equal(token_ids, (logits / temperature.unsqueeze(1) + noise).argmax(dim=1))
+
+
+def test_greedy_ties_go_to_the_lowest_id() -> None:
+    logits = torch.full((3, 5000), -1.0)
+    logits[0, [4999, 70, 71]] = 2.0
+    logits[1] = 0.0
+    logits[2, [0, 4999]] = -0.5
+    _, token_ids = sample(logits, torch.zeros(3), noise_keys(3))
+    assert token_ids.tolist() == [70, 0, 0]
+
+
+def test_temperature_zero_leaves_logits_alone() -> None:
+    logits = torch.tensor([[1.0, 3.0], [1.0, 3.0]])
+    assert torch.equal(scale_by_temperature(logits, torch.tensor([0.0, 0.5])), torch.tensor([[1.0, 3.0], [2.0, 6.0]]))
+
+
+@pytest.mark.parametrize("kind", ["flat", "tied", "plain", "truncated"])
+@pytest.mark.parametrize("tp_size", [2, 3, 5])
+def test_the_best_of_the_shards_is_the_best_of_all(kind: str, tp_size: int) -> None:
+    scaled, keys = logits_of_kind(kind, 6, 1003), noise_keys(6)
+    temperature = torch.tensor([1.0, 0.0]).repeat(3)
+    shard_keys, start = [], 0
+    for shard in scaled.tensor_split(tp_size, dim=1):
+        shard_keys.append(pack_sort_key(*sample(shard, temperature, keys, first_token_id=start)))
+        start += shard.shape[1]
+    _, token_ids = unpack_sort_key(torch.stack(shard_keys).amax(dim=0))
+    assert torch.equal(token_ids, sample(scaled, temperature, keys)[1])
+
+
+def test_a_shard_without_tokens_never_wins() -> None:
+    values, token_ids = sample(torch.full((2, 40), -torch.inf), torch.tensor([0.0, 1.0]), noise_keys(2))
+    assert values.tolist() == [-torch.inf, -torch.inf]
+    assert token_ids.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("kind", ["mixed", "plain", "peaked"])
+def test_a_row_does_not_see_its_batch(kind: str) -> None:
+    scaled, keys = logits_of_kind(kind, 64, 1031), noise_keys(64)
+    temperature = torch.tensor([1.0, 1.0, 0.0, 0.3]).repeat(16)
+    values, token_ids = sample(scaled, temperature, keys)
+    for size in (1, 2, 3, 7, 33):
+        rows = torch.arange(64 - size, 64)
+        alone = sample(scaled[rows], temperature[rows], keys.select(rows))
+        assert torch.equal(alone[0], values[rows])
+        assert torch.equal(alone[1], token_ids[rows])
+
+
+def test_other_types_are_refused() -> None:
+    with pytest.raises(TypeError, match="float32"):
+        sample(torch.zeros(1, 4, dtype=torch.bfloat16), torch.zeros(1), noise_keys(1))
+
+
+def test_sort_keys_order_by_value_then_lowest_id() -> None:
+    generator = torch.Generator().manual_seed(3)
+    values = torch.cat((torch.randn(500, generator=generator).mul(3).round(), torch.tensor([-torch.inf, -0.0, 0.0])))
+    token_ids = torch.randperm(503, generator=generator) * 8_000_000
+    keys = pack_sort_key(values, token_ids)
+    best_first = sorted(range(503), key=lambda index: (-float(values[index]), int(token_ids[index])))
+    assert keys.argsort(descending=True).tolist() == best_first
+    unpacked = unpack_sort_key(keys)
+    assert torch.equal(unpacked[0], values)
+    assert torch.equal(unpacked[1], token_ids)
+
+
+def test_top_sort_keys_take_the_lowest_ids_of_a_tie() -> None:
+    _, token_ids = unpack_sort_key(top_sort_keys(torch.tensor([[0.0, 1.0, 0.0, 0.0, 1.0]]), 4, first_token_id=10))
+    assert token_ids.tolist() == [[11, 14, 10, 12]]
