@@ -118,21 +118,26 @@ def _build(
     qk_norm: bool = False,
 ) -> ModelConfig:
     num_q_heads = _integer(raw, "num_attention_heads")
-    own_head_dim = raw.get("head_dim") is not None
+    hidden_size = _integer(raw, "hidden_size")
+    if raw.get("head_dim") is not None:
+        head_dim = _integer(raw, "head_dim")
     eps = raw.get("rms_norm_eps")
     if not isinstance(eps, float) or eps <= 0:
         raise LoadError(f"config.json: rms_norm_eps must be a positive number, got {eps!r}")
-    _integer(raw, "max_position_embeddings")
+    if "num_key_value_heads" in raw and raw["num_key_value_heads"] is None:
+        num_kv_heads = num_q_heads
+    else:
+        num_kv_heads = _integer(raw, "num_key_value_heads")
     return ModelConfig(
         architecture=architecture,
         vocab_size=_integer(raw, "vocab_size"),
-        hidden_size=_integer(raw, "hidden_size"),
+        hidden_size=hidden_size,
         intermediate_size=_integer(raw, "intermediate_size"),
         num_layers=len(sliding_windows),
         num_q_heads=num_q_heads,
-        num_kv_heads=num_q_heads if raw.get("num_key_value_heads") is None else _integer(raw, "num_key_value_heads"),
-        head_dim=_integer(raw, "head_dim") if own_head_dim else head_dim or raw["hidden_size"] // max(num_q_heads, 1),
-        max_position_embeddings=raw["max_position_embeddings"],
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim or hidden_size // max(num_q_heads, 1),
+        max_position_embeddings=_integer(raw, "max_position_embeddings"),
         rms_norm_eps=eps,
         rope=parse_rope(raw),
         sliding_windows=sliding_windows,
@@ -151,7 +156,7 @@ def _llama(architecture: str, raw: Raw) -> ModelConfig:
     bias = bool(raw.get("attention_bias", False))
     return _build(
         architecture,
-        raw,
+        {"num_key_value_heads": None, **raw},  # configs of Llama 1 and 2 may leave it out
         sliding_windows=(None,) * num_layers,
         qkv_bias=bias,
         o_bias=bias,
