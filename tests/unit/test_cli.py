@@ -1,0 +1,370 @@
+"""The command line: what goes to which stream, and which exit code scripts see."""
+
+import dataclasses
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster import lifecycle
+from cluster.errors import ConfigError, DeploymentNotFoundError, PlanError, Problem, StartError
+from cluster.lifecycle import PlanMade, ProcessChanged, RayConnected
+from cluster.plan import Bundle, ControlProcess, MemoryEstimate, Plan
+from cluster.status import DeploymentStatus, ProcessStatus, State
+from echelon import __version__
+from echelon.cli import main
+from tests.helpers.fake_gateway import FakeGateway, refuse, serving
+
+PLAN = Plan(
+    deployment="demo",
+    device="cpu",
+    bundles=(
+        Bundle(
+            group="target",
+            rank=0,
+            engines=("target",),
+            node_id="n",
+            address="127.0.0.1",
+            num_gpus=0,
+            num_cpus=1.0,
+            cpu_ids=(0, 1),
+            memory=MemoryEstimate(weight_bytes=3 << 30, kv_cache_bytes=5 << 20, activation_bytes=1 << 20),
+        ),
+    ),
+    scheduler=ControlProcess(name="scheduler-0", node_id="n", address="127.0.0.1"),
+    gateway=ControlProcess(name="gateway-0", node_id="n", address="127.0.0.1"),
+    notes=("cores are shared",),
+)
+STATUS = DeploymentStatus(
+    name="demo",
+    state=State.READY,
+    endpoint="127.0.0.1:50051",
+    model="demo-target",
+    ray_address="127.0.0.1:6379",
+    private_ray=True,
+    processes=(ProcessStatus(name="target-0.0", state=State.READY, pid=7, address="127.0.0.1:9"),),
+)
+BAD_KEY = ConfigError("d.yaml", [Problem(path="targt", message="is unknown", remedy="did you mean target?", line=3)])
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command; returns exit code, standard output and standard error."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        out, err = capfd.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def gateway() -> Iterator[FakeGateway]:
+    with serving(FakeGateway()) as fake:
+        yield fake
+
+
+def stub(monkeypatch: pytest.MonkeyPatch, name: str, result: Any) -> list[tuple[Any, ...]]:
+    """Replaces a function of cluster.lifecycle; returns the list of its calls' positional arguments."""
+    calls: list[tuple[Any, ...]] = []
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if isinstance(result, BaseException):
+            raise result
+        return result(**kwargs) if callable(result) else result
+
+    monkeypatch.setattr(lifecycle, name, replacement)
+    return calls
+
+
+def test_version_and_help(run: Run) -> None:
+    assert run("--version") == (0, f"echelon {__version__}\n", "")
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("plan", "up", "status", "down", "generate", "chat", "schema"):
+        assert command in out
+    assert "Exit codes: 0 success" in out
+
+
+@pytest.mark.parametrize(
+    "arguments", [("nonsense",), ("generate", "--max-token", "3", "x"), ("plan",), ("up", "a", "b")]
+)
+def test_misuse_is_2(run: Run, arguments: tuple[str, ...]) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err
+
+
+def test_an_unknown_option_names_the_nearest(run: Run) -> None:
+    assert "--temperature" in run("generate", "--temperatur", "1", "x")[2]
+
+
+# generate
+
+
+def test_generate_streams_the_text_only(run: Run, gateway: FakeGateway) -> None:
+    assert run("generate", "Hi", "--address", gateway.address) == (0, "Hello\n", "")
+    assert gateway.requests[0].text == "Hi"
+
+
+def test_generate_passes_its_options_on(run: Run, gateway: FakeGateway) -> None:
+    options = "-t 0.5 --max-tokens 4 --top-p 0.9 --top-k 3 --min-p 0.1 --seed 5 --stop a --stop b --ignore-eos "
+    options += "--min-tokens 1 --repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty -0.2 "
+    options += "--logprobs 2 --num-speculative-tokens 3 --model demo --timeout 60"
+    assert run("generate", "Hi", "--address", gateway.address, *options.split())[0] == 0
+    request = gateway.requests[0]
+    sampling = {field.name: value for field, value in request.sampling.ListFields()}
+    assert {name: value for name, value in sampling.items() if isinstance(value, int)} == {
+        "max_tokens": 4, "top_k": 3, "seed": 5, "ignore_eos": True, "min_tokens": 1, "logprobs": 2,
+    }  # fmt: skip
+    assert list(sampling["stop"]) == ["a", "b"]
+    assert sampling["frequency_penalty"] == pytest.approx(-0.2)
+    assert request.speculation.num_speculative_tokens == 3
+    assert not request.speculation.HasField("enabled")
+    assert 0 < gateway.time_remaining_s[0] <= 60
+
+
+def test_no_speculation(run: Run, gateway: FakeGateway) -> None:
+    run("generate", "Hi", "--address", gateway.address, "--no-speculation")
+    assert gateway.requests[0].speculation.HasField("enabled")
+    assert gateway.requests[0].speculation.enabled is False
+    code, _, err = run("generate", "Hi", "--no-speculation", "--num-speculative-tokens", "2")
+    assert code == 2
+    assert "exclude each other" in err
+
+
+@pytest.mark.parametrize("arguments", [(), ("-",)])
+def test_generate_reads_standard_input(run: Run, gateway: FakeGateway, arguments: tuple[str, ...]) -> None:
+    code, out, _ = run("generate", "--address", gateway.address, *arguments, stdin="h\u00e9\n".encode())
+    assert (code, out) == (0, "Hello\n")
+    assert gateway.requests[0].text == "h\u00e9\n"
+
+
+def test_invalid_utf8_on_standard_input(run: Run) -> None:
+    code, _, err = run("generate", stdin=b"ab\xff")
+    assert code == 2
+    assert "standard input: invalid UTF-8 at byte 2" in err
+
+
+def test_an_argument_that_is_not_unicode(run: Run) -> None:
+    code, _, err = run("generate", "a\udcff")  # how Python hands on a byte 0xff of the command line
+    assert code == 2
+    assert "prompt: is not valid Unicode" in err
+
+
+def test_generate_json_is_one_document(run: Run, gateway: FakeGateway) -> None:
+    code, out, err = run("generate", "Hi", "--address", gateway.address, "--json")
+    completion = json.loads(out)
+    assert (code, err) == (0, "")
+    assert completion["samples"][0]["text"] == "Hello"
+    assert completion["samples"][0]["finish_reason"] == "length"
+    assert completion["speculation"]["num_accepted_tokens"] == 2
+    assert completion["seed"] == 99
+
+
+def test_stats_go_to_standard_error(run: Run, gateway: FakeGateway) -> None:
+    code, out, err = run("generate", "Hi", "--address", gateway.address, "--stats", "--no-stream")
+    assert (code, out) == (0, "Hello\n")
+    rows = [" ".join(line.split()) for line in err.splitlines()]
+    assert "tokens per target step 2.00" in rows
+    assert "drafts accepted 2 of 4 (50%)" in rows
+    assert "tokens/s 4.0" in rows
+    assert "seed 99" in rows
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, 2),
+        (grpc.StatusCode.NOT_FOUND, 2),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, 1),
+        (grpc.StatusCode.UNAVAILABLE, 1),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, 1),
+        (grpc.StatusCode.INTERNAL, 1),
+    ],
+)
+def test_errors_of_the_server(run: Run, gateway: FakeGateway, status: grpc.StatusCode, code: int) -> None:
+    gateway.script = refuse(status, "sampling.top_p: must be in (0, 1], got 7 [not markup]")
+    assert run("generate", "Hi", "--address", gateway.address, "--top-p", "7") == (
+        code,
+        "",
+        f"error: {status.name}: sampling.top_p: must be in (0, 1], got 7 [not markup]\n",
+    )
+
+
+def test_nobody_listens_is_1(run: Run) -> None:
+    code, out, err = run("generate", "Hi", "--address", "127.0.0.1:1")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: UNAVAILABLE: ")
+
+
+def test_interrupted_is_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(monkeypatch, "plan", KeyboardInterrupt())
+    code, _, err = run("plan", "d.yaml")
+    assert (code, err) == (130, "error: interrupted\n")
+
+
+# chat
+
+
+def test_chat_keeps_the_history(run: Run, gateway: FakeGateway) -> None:
+    lines = b"first\n\nsecond\n/reset\nthird\n/nonsense\n/quit\nnever\n"
+    code, out, err = run("chat", "--address", gateway.address, "--system", "Be brief.", stdin=lines)
+    assert (code, out) == (0, "Hello\nHello\nHello\n")
+    conversations = [[(m.role, m.content) for m in request.chat.messages] for request in gateway.requests]
+    system = ("system", "Be brief.")
+    assert conversations == [
+        [system, ("user", "first")],
+        [system, ("user", "first"), ("assistant", "Hello"), ("user", "second")],
+        [system, ("user", "third")],
+    ]
+    assert "unknown command /nonsense" in err
+
+
+def test_chat_survives_an_error_and_forgets_its_message(run: Run, gateway: FakeGateway) -> None:
+    hello = gateway.script
+    failing = refuse(grpc.StatusCode.INVALID_ARGUMENT, "too long")
+    gateway.script = lambda request, context: (
+        failing(request, context) if request.chat.messages[-1].content == "bad" else hello(request, context)
+    )
+    code, out, err = run("chat", "--address", gateway.address, stdin=b"bad\ngood\n")
+    assert (code, out) == (0, "Hello\n")
+    assert "INVALID_ARGUMENT: too long" in err
+    assert [m.content for m in gateway.requests[-1].chat.messages] == ["good"]
+
+
+def test_chat_needs_a_template(run: Run, gateway: FakeGateway) -> None:
+    gateway.has_chat_template = False
+    code, _, err = run("chat", "--address", gateway.address)
+    assert code == 2
+    assert "'demo' has no chat template" in err
+
+
+# plan, up, status, down, schema
+
+
+def test_plan_shows_every_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stub(monkeypatch, "plan", PLAN)
+    code, out, _ = run("plan", "d.yaml")
+    assert code == 0
+    assert calls == [(Path("d.yaml"),)]
+    for text in ("target-0.0", "scheduler-0", "gateway-0", "cores 0, 1", "3.0 GiB", "note: cores are shared"):
+        assert text in out
+
+
+def test_plan_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(monkeypatch, "plan", PLAN)
+    code, out, _ = run("plan", "d.yaml", "--json")
+    assert code == 0
+    assert json.loads(out)["bundles"][0]["memory"]["weight_bytes"] == 3 << 30
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (BAD_KEY, 2, "d.yaml: line 3: targt: is unknown; did you mean target?"),
+        (PlanError("no place for target rank 0"), 1, "no place for target rank 0"),
+        (StartError("target-0.0: no weights", "traceback"), 1, "target-0.0: no weights"),
+        (DeploymentNotFoundError("there is no deployment 'x'"), 1, "there is no deployment 'x'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "up", "down", "status"])
+def test_errors_of_the_cluster(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str, error: Exception, code: int, message: str
+) -> None:
+    stub(monkeypatch, command, error)
+    got, out, err = run(command, "x")
+    assert (got, out) == (code, "")
+    assert err.endswith(f"error: {message}\n")
+
+
+def test_up_reports_progress_and_the_endpoint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def up(*, on_event: Callable[[Any], None], timeout_s: float, ray_address: str | None) -> DeploymentStatus:
+        assert (timeout_s, ray_address) == (90, "10.0.0.1:6379")
+        on_event(RayConnected(address="10.0.0.1:6379", private=False))
+        on_event(PlanMade(plan=PLAN))
+        loading = ProcessStatus(name="target-0.0", state=State.STARTING, stage="loading", done=1, total=4)
+        for done in (1, 2, 3):
+            on_event(ProcessChanged(process=dataclasses.replace(loading, done=done)))
+        on_event(ProcessChanged(process=STATUS.processes[0]))
+        return STATUS
+
+    stub(monkeypatch, "up", up)
+    code, out, err = run("up", "d.yaml", "--timeout", "90", "--ray-address", "10.0.0.1:6379")
+    assert code == 0
+    assert "demo serves demo-target at 127.0.0.1:50051" in out
+    assert "connected to Ray at 10.0.0.1:6379" in err
+    assert err.count("target-0.0 STARTING loading\n") == 1  # a line for each change of state, not for each step
+    assert "target-0.0 READY 127.0.0.1:9\n" in err
+    code, out, _ = run("up", "d.yaml", "--timeout", "90", "--ray-address", "10.0.0.1:6379", "--json")
+    assert code == 0
+    assert json.loads(out)["endpoint"] == "127.0.0.1:50051"
+
+
+def test_status(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stub(monkeypatch, "status", STATUS)
+    stub(monkeypatch, "list_deployments", ["demo"])
+    code, out, _ = run("status")
+    assert code == 0
+    assert calls == [("demo",)]
+    assert "demo is READY" in out
+    assert "target-0.0" in out
+    assert json.loads(run("status", "demo", "--json")[1])["state"] == "READY"
+
+
+@pytest.mark.parametrize(
+    ("state", "code"), [(State.READY, 0), (State.DEGRADED, 0), (State.STARTING, 1), (State.FAILED, 1)]
+)
+def test_status_is_0_only_if_it_serves(run: Run, monkeypatch: pytest.MonkeyPatch, state: State, code: int) -> None:
+    stub(monkeypatch, "status", dataclasses.replace(STATUS, state=state, reason="because"))
+    got, out, _ = run("status", "demo")
+    assert got == code
+    assert f"demo is {state}: because" in out
+
+
+def test_down(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stub(monkeypatch, "down", None)
+    stub(monkeypatch, "list_deployments", ["demo"])
+    code, out, err = run("down")
+    assert (code, out) == (0, "")
+    assert "demo is down" in err
+    assert calls == [("demo",)]
+
+
+@pytest.mark.parametrize("command", ["status", "down"])
+def test_which_deployment(run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    stub(monkeypatch, "list_deployments", ["a", "b"])
+    code, _, err = run(command)
+    assert code == 2
+    assert "name one of them: a, b" in err
+    stub(monkeypatch, "list_deployments", [])
+    code, _, err = run(command)
+    assert code == 1
+    assert "no deployment was started from this machine" in err
+
+
+def test_schema_is_json(run: Run) -> None:
+    code, out, _ = run("schema")
+    assert code == 0
+    assert "target" in json.loads(out)["properties"]
+
+
+def test_a_missing_extra_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "cluster.schema", raising=False)
+    monkeypatch.setitem(sys.modules, "pydantic", None)  # as if it were not installed
+    code, _, err = run("schema")
+    assert code == 2
+    assert "needs the package 'pydantic'" in err
+    assert "pip install 'echelon[cluster]'" in err
