@@ -1,0 +1,34 @@
+"""Chained digests of token blocks: equal digests mean equal tokens from the first one on."""
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+__all__ = ["Digest", "DigestChain", "root_digest"]
+
+Digest = bytes  # 128 bits: no two different prefixes are ever taken for each other
+
+
+def root_digest(model_name: str, block_size: int) -> Digest:
+    """Where a chain starts: KV of another model or layout is never found."""
+    return blake2b(f"{model_name}\0{block_size}".encode(), digest_size=16).digest()
+
+
+class DigestChain:
+    """The digests of a seq's full blocks, extended as its history grows; each block is hashed once."""
+
+    __slots__ = ("_block_size", "_root", "digests")
+
+    def __init__(self, root: Digest, block_size: int) -> None:
+        self._root = root
+        self._block_size = block_size
+        self.digests: list[Digest] = []
+
+    def extend(self, token_ids: Sequence[int], num_blocks: int) -> list[Digest]:
+        """Digests of at least the first `num_blocks` blocks of `token_ids`."""
+        size = self._block_size
+        for i in range(len(self.digests), num_blocks):
+            parent = self.digests[-1] if self.digests else self._root
+            tokens = array("I", token_ids[i * size : (i + 1) * size])
+            self.digests.append(blake2b(parent + tokens.tobytes(), digest_size=16).digest())
+        return self.digests

@@ -1,0 +1,97 @@
+"""How a round's tokens are shared among the prompts that are being computed.
+
+The rule. Decode rows come first; what they leave of the token budget goes to prompts. Where one prompt arrived alone,
+it gets all of it, and so do prompts of similar length, oldest first. While shorter prompts keep arriving, a prompt more
+than twice as long as the shortest of the last ten seconds is *long*: short ones are computed whole, oldest first, and
+the long ones together get a chunk per round that is a quarter of the shortest arrival, so that an arrival waits little
+for a round that has begun and little for company in its own, but never less than twice the knee (the number of tokens
+whose time equals the fixed time of a round, measured), so that a long prompt keeps two thirds of its speed, nor less
+than half of what the short ones take, so that it is not starved by many of them. Of several long prompts the oldest
+gets half the chunk and the one with the least left gets the other half. Behind a round that computes prompts no second
+one is queued: an arrival would have to wait for both. With short prompts of at least eight knees that keep the target
+busy for up to a quarter of the time, each prompt, the long one included, has its first token within twice the time it
+would take alone.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+
+__all__ = ["Arrivals", "RoundCost", "share_prefill"]
+
+_RECENT_S = 10.0
+_LONG = 2  # times the shortest recent prompt
+
+
+class RoundCost:
+    """Fits round time = fixed + per_token * tokens to the rounds seen; older ones count less and less."""
+
+    def __init__(self, *, knee: float = 64.0) -> None:
+        self._knee = knee
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+
+    def observe(self, num_tokens: int, run_ns: int) -> None:
+        decay = 0.99
+        x, y = float(num_tokens), run_ns * 1e-9
+        self._weight = decay * self._weight + 1.0
+        self._x = decay * self._x + x
+        self._y = decay * self._y + y
+        self._xx = decay * self._xx + x * x
+        self._xy = decay * self._xy + x * y
+
+    @property
+    def knee(self) -> int:
+        """Tokens that take as long as the fixed part of a round; a guess until different sizes were seen."""
+        n = self._weight
+        spread = n * self._xx - self._x * self._x
+        if n < 2.0 or spread < 64.0 * n * n:  # the sizes seen deviate by less than 8 tokens: no slope to trust
+            return int(self._knee)
+        per_token = (n * self._xy - self._x * self._y) / spread
+        fixed = (self._y - per_token * self._x) / n
+        if per_token <= 0.0 or fixed <= 0.0:
+            return int(self._knee)
+        return max(8, min(1024, int(fixed / per_token)))
+
+
+class Arrivals:
+    """The lengths of the prompts that arrived lately."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[float, int]] = deque(maxlen=64)
+
+    def add(self, num_tokens: int, now: float) -> None:
+        self._recent.append((now, num_tokens))
+
+    def shortest(self, now: float) -> int | None:
+        """The shortest prompt of the last seconds, if any."""
+        while self._recent and self._recent[0][0] < now - _RECENT_S:
+            self._recent.popleft()
+        return min((length for _, length in self._recent), default=None)
+
+
+def share_prefill(remaining: Sequence[int], budget: int, *, shortest: int | None, knee: int) -> list[int]:
+    """Tokens to compute now of each prompt.
+
+    remaining: tokens left of each prompt, oldest first. shortest: see Arrivals. The sum is at most `budget`.
+    """
+    limit = max(remaining) if shortest is None else _LONG * shortest
+    long = [i for i, tokens in enumerate(remaining) if tokens > limit]
+    chunk = max(2 * knee, limit // (4 * _LONG))
+    reserved = min(sum(remaining[i] for i in long), max(chunk, budget // 3), budget)
+    shares = [0] * len(remaining)
+    left = budget - reserved
+    for i, tokens in enumerate(remaining):
+        if tokens <= limit:
+            shares[i] = min(tokens, left)
+            left -= shares[i]
+    if long:
+        num_short = sum(shares)
+        _share_pool(shares, remaining, long, min(budget - num_short, max(chunk, num_short // 2)))
+    return shares
+
+
+def _share_pool(shares: list[int], remaining: Sequence[int], long: list[int], pool: int) -> None:
+    oldest = long[0]
+    if len(long) > 1:
+        nearest = min(long[1:], key=remaining.__getitem__)
+        shares[nearest] = min(remaining[nearest], pool // 2)
+    shares[oldest] = min(remaining[oldest], pool - sum(shares[i] for i in long[1:]))
