@@ -69,9 +69,11 @@ def _nearest(path: tuple[str, ...]) -> str:
     close = difflib.get_close_matches(wanted, by_lower, n=1, cutoff=0.7)
     if close:
         return f"did you mean {'.'.join([*parents, by_lower[close[0]]])}?"
-    elsewhere = [f"{name}.{wanted}".lstrip(".") for name, model in known.items() if wanted in model.model_fields]
-    if elsewhere:
-        return f"did you mean {' or '.join(elsewhere)}?"
+    everywhere = [name for model in known.values() for name in model.model_fields]
+    alike = difflib.get_close_matches(wanted, everywhere, n=1, cutoff=0.85)
+    if alike:
+        places = [f"{path}.{alike[0]}".lstrip(".") for path, model in known.items() if alike[0] in model.model_fields]
+        return f"did you mean {' or '.join(places)}?"
     return f"known keys here: {', '.join(section.model_fields)}"
 
 

@@ -5,7 +5,7 @@ GPUs a bundle gets is Ray's choice.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.errors import PlanError
@@ -134,6 +134,17 @@ def make_plan(settings: Settings, inventory: Inventory) -> Plan:
     return _loopback_if_alone(plan)
 
 
+def check_followed(bundles: Sequence[Bundle], got: dict[int, str]) -> None:
+    """Raise PlanError for every bundle that is not on the node of the plan. `got`: bundle index -> node id."""
+    strayed = [
+        f"{bundle.name}: wanted node {bundle.node_id}, got {got.get(index) or 'none'}"
+        for index, bundle in enumerate(bundles)
+        if got.get(index) != bundle.node_id
+    ]
+    if strayed:
+        raise PlanError("Ray did not follow the plan: " + "; ".join(strayed))
+
+
 def _loopback_if_alone(plan: Plan) -> Plan:
     """The wires inside have no TLS: on a single machine they stay inside it."""
     addresses = {bundle.address for bundle in plan.bundles} | {plan.scheduler.address, plan.gateway.address}
@@ -188,6 +199,7 @@ def _activation_bytes(model: ModelSettings, settings: Settings) -> int:
 
 
 def _place_on_gpus(settings: Settings, inventory: Inventory, ranks: list[_Rank]) -> tuple[Bundle, ...]:
+    _check_colocated(settings, inventory.nodes)
     free = {node.node_id: node.num_gpus for node in inventory.nodes}
     nodes = {node.node_id: node for node in inventory.nodes}
     placed: list[tuple[_Rank, Node]] = []
@@ -209,6 +221,15 @@ def _place_on_gpus(settings: Settings, inventory: Inventory, ranks: list[_Rank])
 def _groups(ranks: list[_Rank]) -> list[list[_Rank]]:
     groups = [[rank for rank in ranks if rank.group == role] for role in ("target", "draft")]
     return [group for group in groups if group]
+
+
+def _check_colocated(settings: Settings, nodes: Iterable[Node]) -> None:
+    """Two engines on one device divide its memory beforehand, so its size must be known."""
+    if settings.colocated and any(node.num_gpus and node.gpu_memory_bytes is None for node in nodes):
+        raise PlanError(
+            "placement: colocated needs the GPUs' memory size, and GPU memory is not known on every node; "
+            "install nvidia-smi there or use placement: separate"
+        )
 
 
 def _fits_gpu(rank: _Rank, node: Node, utilization: float) -> bool:

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import PlanError, StartError
 from cluster.inventory import MachineFacts, machine_facts
-from cluster.plan import Bundle, Inventory, Node
+from cluster.plan import Bundle, Inventory, Node, check_followed
 from cluster.processes import REPOSITORY
 
 logger = logging.getLogger(__name__)
@@ -160,17 +160,6 @@ def _groups(deployment: str) -> list[str]:
         for group in placement_group_table().values()
         if group["name"].startswith(prefix) and group["state"] != "REMOVED"
     ]
-
-
-def check_followed(bundles: Sequence[Bundle], got: dict[int, str]) -> None:
-    """Raise PlanError for every bundle that is not on the node of the plan. `got`: bundle index -> node id."""
-    strayed = [
-        f"{bundle.name}: wanted node {bundle.node_id}, got {got.get(index) or 'none'}"
-        for index, bundle in enumerate(bundles)
-        if got.get(index) != bundle.node_id
-    ]
-    if strayed:
-        raise PlanError("Ray did not follow the plan: " + "; ".join(strayed))
 
 
 def _resources(bundle: Bundle) -> dict[str, float]:

@@ -73,6 +73,11 @@ class Settings:
     def max_rounds_in_flight(self) -> int:
         return 2  # a device never idles while tokens travel
 
+    def model(self, role: Role) -> ModelSettings:
+        model = self.target if role == "target" else self.draft
+        assert model is not None, "asked for the draft of a deployment without one"
+        return model
+
     def kv_cache_bytes(self, role: Role) -> int:
         """KV cache of one rank of `role` on cpu; 0 on cuda, where the worker takes what the weights leave.
 

@@ -24,29 +24,38 @@ def worker_specs(settings: Settings, bundles: Sequence[Bundle], incarnation: int
             incarnation=incarnation,
             version=__version__,
             # Every rank is told of every engine: a rank beyond an engine's tp_size only follows the rounds.
-            engines=[_engine_spec(settings, role) for role in bundles[0].engines],
+            engines=[_engine_spec(settings, role, bundles[0]) for role in bundles[0].engines],
             collective_timeout_s=settings.collective_timeout_s,
         )
         for bundle in bundles
     ]
 
 
-def _engine_spec(settings: Settings, role: Role) -> process_pb2.EngineSpec:
-    model = settings.target if role == "target" else settings.draft
-    assert model is not None, "an engine has a model"
+def _engine_spec(settings: Settings, role: Role, bundle: Bundle) -> process_pb2.EngineSpec:
+    model = settings.model(role)
     return process_pb2.EngineSpec(
         role=_ROLES[role],
         model=str(model.folder.path),
         dtype=model.dtype,
         tp_size=model.tp_size,
         block_size=settings.block_size,
-        kv_cache_bytes=settings.kv_cache_bytes(role),
+        kv_cache_bytes=_kv_cache_bytes(settings, role, bundle),
         gpu_memory_utilization=settings.gpu_memory_utilization,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=settings.max_model_len,
         batch_invariant=settings.batch_invariant,
     )
+
+
+def _kv_cache_bytes(settings: Settings, role: Role, bundle: Bundle) -> int:
+    """Per rank; 0 on cuda, where an engine that is alone on its device takes what its weights leave."""
+    if settings.device == "cpu" or len(bundle.engines) == 1:
+        return settings.kv_cache_bytes(role)
+    # Engines that share a GPU get blocks for the same number of tokens.
+    per_token = {engine: settings.model(engine).kv_bytes_per_token for engine in bundle.engines}
+    block_bytes = settings.block_size * sum(per_token.values())
+    return bundle.memory.kv_cache_bytes // block_bytes * settings.block_size * per_token[role]
 
 
 def scheduler_spec(

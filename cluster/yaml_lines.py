@@ -68,6 +68,7 @@ def _collect_lines(node: yaml.MappingNode, path: KeyPath, lines: dict[KeyPath, i
             dotted = ".".join(str(part) for part in key_path)
             message = f"is given twice, first in line {lines[key_path]}"
             problems.append(Problem(path=dotted, message=message, remedy="keep one of them", line=line))
+            continue
         lines[key_path] = line
         if isinstance(value_node, yaml.MappingNode):
             problems += _collect_lines(value_node, key_path, lines)

@@ -1,0 +1,76 @@
+"""Model folders in Hugging Face layout that the control plane can read: true headers, weights of zeros, no torch."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "eos_token_id": 2,
+}
+TOKENS = ("<unk>", "<s>", "</s>", "a", "b", "ab")
+
+
+def tensors_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, mlp, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    q = config["num_attention_heads"] * config["head_dim"]
+    kv = config["num_key_value_heads"] * config["head_dim"]
+    layer = {
+        "self_attn.q_proj.weight": (q, hidden),
+        "self_attn.k_proj.weight": (kv, hidden),
+        "self_attn.v_proj.weight": (kv, hidden),
+        "self_attn.o_proj.weight": (hidden, q),
+        "mlp.gate_proj.weight": (mlp, hidden),
+        "mlp.up_proj.weight": (mlp, hidden),
+        "mlp.down_proj.weight": (hidden, mlp),
+        "input_layernorm.weight": (hidden,),
+    }
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for index in range(config["num_hidden_layers"]):
+        tensors |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    return tensors | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+
+
+def write_safetensors(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
+    """bfloat16 zeros of these shapes; the bytes are a hole in the file, so large models cost nothing."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in tensors.items():
+        start, end = end, end + 2 * _product(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + end)
+
+
+def write_model_folder(path: Path, *, tokens: tuple[str, ...] = TOKENS, **config: Any) -> Path:
+    """A folder with CONFIG and these changes."""
+    merged = {**CONFIG, **config}
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(merged))
+    tokenizer = {
+        "added_tokens": [{"id": index, "content": token} for index, token in enumerate(tokens[:3])],
+        "model": {"type": "BPE", "vocab": {token: index for index, token in enumerate(tokens)}, "merges": ["a b"]},
+    }
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    write_safetensors(path / "model.safetensors", tensors_of(merged))
+    return path
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,126 @@
+"""What the control plane reads of a model folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.model_folder import ModelFolderError, compare_tokenizers, find_model, read_model_folder
+from tests.helpers.model_folders import TOKENS, tensors_of, write_model_folder, write_safetensors
+
+MODELS = Path(__file__).parents[2] / "models"
+
+
+def test_the_bundled_target() -> None:
+    model = read_model_folder(MODELS / "demo-target")
+    assert (model.num_layers, model.num_q_heads, model.num_kv_heads, model.vocab_size) == (8, 8, 4, 4096)
+    assert model.eos_token_ids == (0,)
+    # 2 (keys and values) x 8 layers x 4 heads x 32 x 2 bytes; half of the heads on each of two ranks.
+    assert model.kv_bytes_per_token(1, "bfloat16") == 4096
+    assert model.kv_bytes_per_token(2, "bfloat16") == 2048
+    assert model.kv_bytes_per_token(8, "bfloat16") == 1024, "4 heads for 8 ranks: each holds one"
+
+
+def test_weight_bytes_count_what_a_rank_holds(tmp_path: Path) -> None:
+    model = read_model_folder(write_model_folder(tmp_path / "model"))
+    layer = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 64 * 32
+    norms = 2 * 32 + 32
+    embedding = 2 * 100 * 32
+    assert model.weight_bytes(1, "bfloat16") == 2 * (2 * layer + norms + embedding)
+    assert model.weight_bytes(2, "bfloat16") == 2 * (layer + norms + embedding // 2)
+    assert model.weight_bytes(1, "float32") == 2 * model.weight_bytes(1, "bfloat16")
+    # With 8 ranks each holds one of 4 key-value heads whole: twice an eighth.
+    per_rank_layer = 32 * 32 // 8 + 2 * (16 * 32 // 4) + 32 * 32 // 8 + 3 * 64 * 32 // 8
+    assert model.weight_bytes(8, "bfloat16") == 2 * (2 * per_rank_layer + norms + embedding // 8)
+
+
+def test_a_tied_head_is_counted_once(tmp_path: Path) -> None:
+    untied = read_model_folder(write_model_folder(tmp_path / "untied"))
+    tied = read_model_folder(write_model_folder(tmp_path / "tied", tie_word_embeddings=True))
+    assert untied.weight_bytes(1, "bfloat16") - tied.weight_bytes(1, "bfloat16") == 2 * 100 * 32
+
+
+def test_sharded_weights_are_read_through_their_index(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    whole = read_model_folder(folder)
+    (folder / "model.safetensors").unlink()
+    tensors = sorted(tensors_of(json.loads((folder / "config.json").read_text())).items())
+    write_safetensors(folder / "model-1.safetensors", dict(tensors[:5]))
+    write_safetensors(folder / "model-2.safetensors", dict(tensors[5:]))
+    write_safetensors(folder / "left-over.safetensors", {"model.norm.weight": (32,)})
+    names = {name: f"model-{1 if index < 5 else 2}.safetensors" for index, (name, _) in enumerate(tensors)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert read_model_folder(folder).weight_bytes(2, "bfloat16") == whole.weight_bytes(2, "bfloat16")
+
+
+def test_tensor_parallel_sizes(tmp_path: Path) -> None:
+    model = read_model_folder(write_model_folder(tmp_path / "model"))
+    assert model.possible_tp_sizes() == [1, 2, 4, 8]
+    assert model.tensor_parallel_problem(3) == "does not divide the model's 8 attention heads"
+
+
+def test_generation_config_names_the_tokens_that_end_a_turn(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    assert read_model_folder(folder).eos_token_ids == (2,)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    assert read_model_folder(folder).eos_token_ids == (2, 5)
+
+
+def test_an_older_file_says_torch_dtype(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model", dtype=None, torch_dtype="float16")
+    assert read_model_folder(folder).dtype == "float16"
+
+
+def test_broken_folders_say_what_to_do(tmp_path: Path) -> None:
+    quantised = write_model_folder(tmp_path / "q", quantization_config={"quant_method": "awq"})
+    with pytest.raises(ModelFolderError, match=r"quantised \(awq\); use unquantised weights"):
+        read_model_folder(quantised)
+    broken = write_model_folder(tmp_path / "b", max_position_embeddings=8.5)
+    with pytest.raises(ModelFolderError, match=r"max_position_embeddings is 8\.5; it must be a positive integer"):
+        read_model_folder(broken)
+    cut = write_model_folder(tmp_path / "cut")
+    with (cut / "model.safetensors").open("rb+") as stream:
+        stream.truncate(5000)
+    with pytest.raises(ModelFolderError, match=r"has 5000 bytes, its header promises \d+; copy it again"):
+        read_model_folder(cut)
+    lfs = write_model_folder(tmp_path / "lfs")
+    (lfs / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ModelFolderError, match="no readable safetensors file"):
+        read_model_folder(lfs)
+    (lfs / "model.safetensors").unlink()
+    with pytest.raises(ModelFolderError, match=r"no \*\.safetensors"):
+        read_model_folder(lfs)
+
+
+def test_hub_ids_are_looked_up_in_the_cache_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    with pytest.raises(ModelFolderError, match="run: hf download org/name"):
+        find_model("org/name", tmp_path)
+    repository = tmp_path / "hub" / "models--org--name"
+    snapshot = write_model_folder(repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc\n")
+    assert find_model("org/name", tmp_path) == snapshot
+
+
+def test_relative_paths_start_at_the_file(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "models" / "one")
+    assert find_model("../models/one", tmp_path / "models") == folder
+    with pytest.raises(ModelFolderError, match=r"no such folder: .*/models/two"):
+        find_model("../models/two", tmp_path / "models")
+
+
+def test_tokenisers_are_compared_token_by_token(tmp_path: Path) -> None:
+    target = write_model_folder(tmp_path / "target")
+    padded = write_model_folder(tmp_path / "padded", vocab_size=128)
+    other = write_model_folder(tmp_path / "other", tokens=(*TOKENS[:4], "c", "ac"))
+    longer = write_model_folder(tmp_path / "longer", tokens=(*TOKENS, "aab"))
+    assert compare_tokenizers(target, padded) is None, "padding rows of the vocabulary are no difference"
+    assert compare_tokenizers(target, other) == "token 4 is 'b' in the target and 'c' in the draft"
+    assert compare_tokenizers(target, longer) == "token 6 is missing in the target and 'aab' in the draft"
+    merges = write_model_folder(tmp_path / "merges")
+    tokenizer = json.loads((merges / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = []
+    (merges / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "differs in 'model'" in (compare_tokenizers(target, merges) or "")

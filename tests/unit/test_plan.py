@@ -1,0 +1,177 @@
+"""Placement: which rank goes where, and why one has no place."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import PlanError
+from cluster.local import local_settings
+from cluster.plan import GIB, Inventory, Node, Plan, check_followed, make_plan
+from cluster.settings import Settings
+from cluster.specs import worker_specs
+from tests.helpers.model_folders import write_model_folder
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """A target of which one of four ranks needs a little over 1.5 GiB, and a small draft."""
+    target = write_model_folder(tmp_path / "target", hidden_size=4096, intermediate_size=16384, num_hidden_layers=12)
+    return target, write_model_folder(tmp_path / "draft")
+
+
+def gpu_settings(pair: tuple[Path, Path], tp_size: int, *, draft: bool = True, colocated: bool = False) -> Settings:
+    target, small = pair
+    return local_settings(target, tp_size=tp_size, draft=small if draft else None, colocated=colocated, device="cuda")
+
+
+def gpu_nodes(*num_gpus: int, memory_gib: int | None = 80) -> Inventory:
+    nodes = tuple(
+        Node(
+            node_id=f"node-{index}",
+            address=f"10.0.0.{index}",
+            num_cpus=8,
+            num_gpus=count,
+            gpu_memory_bytes=None if memory_gib is None else memory_gib * GIB,
+        )
+        for index, count in enumerate(num_gpus)
+    )
+    return Inventory(nodes=nodes, head_node_id="node-0")
+
+
+def cpu_nodes(*num_cpus: float, address: str | None = None, idle: bool = True, memory_gib: int = 64) -> Inventory:
+    nodes = tuple(
+        Node(
+            node_id=f"node-{index}",
+            address=address or f"10.0.0.{index}",
+            num_cpus=count,
+            num_gpus=0,
+            cores=tuple(range(int(count))) if idle else (),
+            memory_bytes=memory_gib * GIB,
+        )
+        for index, count in enumerate(num_cpus)
+    )
+    return Inventory(nodes=nodes, head_node_id="node-0")
+
+
+def where(plan: Plan) -> list[str]:
+    return [f"{bundle.name}@{bundle.node_id}" for bundle in plan.bundles]
+
+
+def test_target_and_draft_share_a_node_but_no_device(pair: tuple[Path, Path]) -> None:
+    plan = make_plan(gpu_settings(pair, 4), gpu_nodes(0, 4, 5, 8))
+    assert where(plan) == [f"target-0.{rank}@node-2" for rank in range(4)] + ["draft-0.0@node-2"]
+    assert all(bundle.num_gpus == 1 for bundle in plan.bundles)
+    assert plan.scheduler.node_id == "node-2", "beside the target's leader"
+    assert plan.gateway.node_id == "node-0", "on the head node"
+
+
+def test_the_draft_goes_elsewhere_where_the_targets_node_is_full(pair: tuple[Path, Path]) -> None:
+    plan = make_plan(gpu_settings(pair, 4), gpu_nodes(0, 4, 1))
+    assert where(plan) == [f"target-0.{rank}@node-1" for rank in range(4)] + ["draft-0.0@node-2"]
+
+
+def test_a_group_that_fits_no_node_spreads_over_few(pair: tuple[Path, Path]) -> None:
+    plan = make_plan(gpu_settings(pair, 4, draft=False), gpu_nodes(1, 2, 3))
+    assert [bundle.node_id for bundle in plan.bundles] == ["node-2", "node-2", "node-2", "node-1"]
+
+
+def test_a_colocated_draft_takes_no_device(pair: tuple[Path, Path]) -> None:
+    plan = make_plan(gpu_settings(pair, 2, colocated=True), gpu_nodes(2))
+    assert [bundle.engines for bundle in plan.bundles] == [("target", "draft"), ("target",)]
+
+
+def test_colocated_engines_divide_the_gpu_by_tokens(pair: tuple[Path, Path]) -> None:
+    settings = gpu_settings(pair, 1, colocated=True)
+    plan = make_plan(settings, gpu_nodes(1))
+    (spec,) = worker_specs(settings, plan.group("target"), incarnation=1)
+    target, draft = (engine.kv_cache_bytes for engine in spec.engines)
+    assert settings.draft is not None
+    assert target // settings.target.kv_bytes_per_token == draft // settings.draft.kv_bytes_per_token > 0
+    assert target + draft <= plan.bundles[0].memory.kv_cache_bytes
+    with pytest.raises(PlanError, match="GPU memory is not known"):
+        make_plan(settings, gpu_nodes(1, memory_gib=None))
+
+
+def test_too_few_gpus_names_the_bundle_and_each_node(pair: tuple[Path, Path]) -> None:
+    with pytest.raises(PlanError) as caught:
+        make_plan(gpu_settings(pair, 4), gpu_nodes(0, 3, 1))
+    message = str(caught.value)
+    assert message.startswith("no place for draft rank 0: it needs 1 GPU")
+    assert "node node-0 (10.0.0.0): no free GPU" in message
+    assert "node node-1 (10.0.0.1): 3 free, 3 of them planned already" in message
+    assert "placement: colocated" in message
+
+
+def test_a_gpu_too_small_is_no_place(pair: tuple[Path, Path]) -> None:
+    settings = gpu_settings(pair, 4, draft=False)
+    with pytest.raises(
+        PlanError, match=r"no place for target rank 0: .* 0\.90 GiB a GPU at this gpu_memory_utilization"
+    ):
+        make_plan(settings, gpu_nodes(4, memory_gib=1))
+    make_plan(settings, gpu_nodes(4, memory_gib=4))
+
+
+def test_memory_of_a_rank(pair: tuple[Path, Path]) -> None:
+    settings = gpu_settings(pair, 4, draft=False)
+    memory = make_plan(settings, gpu_nodes(4)).bundles[0].memory
+    assert memory.weight_bytes == settings.target.folder.weight_bytes(4, "bfloat16")
+    assert memory.total_bytes == int(80 * GIB * 0.9), "the KV cache takes what gpu_memory_utilization leaves"
+    unknown = make_plan(settings, gpu_nodes(4, memory_gib=None))
+    assert "GPU memory is not known" in unknown.notes[0]
+
+
+def test_every_rank_gets_cores_of_its_own(pair: tuple[Path, Path]) -> None:
+    settings = replace(gpu_settings(pair, 2), device="cpu", threads_per_worker=2)
+    plan = make_plan(settings, cpu_nodes(8))
+    assert [bundle.cpu_ids for bundle in plan.bundles] == [(0, 1), (2, 3), (4, 5)]
+    assert [bundle.num_cpus for bundle in plan.bundles] == [2.0] * 3
+    assert plan.notes == ()
+
+
+def test_ranks_share_cores_where_there_are_too_few(pair: tuple[Path, Path]) -> None:
+    settings = replace(gpu_settings(pair, 2), device="cpu")
+    plan = make_plan(settings, cpu_nodes(2))
+    assert [bundle.cpu_ids for bundle in plan.bundles] == [()] * 3
+    assert sum(bundle.num_cpus for bundle in plan.bundles) <= 2.0
+    assert plan.notes == ("cores are shared on 10.0.0.0: 3 workers of 1 threads, cores 2 idle",)
+    spread = make_plan(settings, cpu_nodes(1, 1))
+    assert [bundle.node_id for bundle in spread.bundles] == ["node-0", "node-0", "node-1"]
+
+
+def test_ray_nodes_of_one_machine_share_its_cores(pair: tuple[Path, Path]) -> None:
+    settings = replace(gpu_settings(pair, 2), device="cpu")
+    plan = make_plan(settings, cpu_nodes(2, 2, address="10.0.0.9"))
+    assert where(plan) == ["target-0.0@node-0", "target-0.1@node-0", "draft-0.0@node-1"]
+    assert [bundle.cpu_ids for bundle in plan.bundles] == [()] * 3, "three workers, two cores on that machine"
+
+
+def test_nobody_is_pinned_where_others_use_the_cores(pair: tuple[Path, Path]) -> None:
+    settings = replace(gpu_settings(pair, 2), device="cpu")
+    plan = make_plan(settings, cpu_nodes(8, idle=False))
+    assert [bundle.cpu_ids for bundle in plan.bundles] == [()] * 3
+    assert [bundle.num_cpus for bundle in plan.bundles] == [1.0] * 3
+
+
+def test_no_cpu_and_too_little_memory(pair: tuple[Path, Path]) -> None:
+    settings = replace(gpu_settings(pair, 2), device="cpu")
+    with pytest.raises(PlanError, match=r"no place for target rank 0: no free CPU on node node-0"):
+        make_plan(settings, cpu_nodes(0))
+    with pytest.raises(PlanError, match=r"target-0\.0, target-0\.1, draft-0\.0 on node .* 1\.00 GiB is free; lower"):
+        make_plan(settings, cpu_nodes(8, memory_gib=1))
+
+
+def test_wires_stay_on_a_single_machine(pair: tuple[Path, Path]) -> None:
+    settings = gpu_settings(pair, 1)
+    alone = make_plan(settings, gpu_nodes(2))
+    assert {bundle.address for bundle in alone.bundles} == {"127.0.0.1"}
+    assert alone.scheduler.address == "127.0.0.1"
+    apart = make_plan(settings, gpu_nodes(1, 1))
+    assert [bundle.address for bundle in apart.bundles] == ["10.0.0.0", "10.0.0.1"]
+
+
+def test_a_plan_that_ray_did_not_follow_is_an_error(pair: tuple[Path, Path]) -> None:
+    bundles = make_plan(gpu_settings(pair, 2, draft=False), gpu_nodes(2)).bundles
+    check_followed(bundles, {0: "node-0", 1: "node-0"})
+    with pytest.raises(PlanError, match=r"did not follow the plan: target-0\.1: wanted node node-0, got node-7$"):
+        check_followed(bundles, {0: "node-0", 1: "node-7"})

@@ -1,0 +1,193 @@
+"""Deployment files: what they resolve to, and errors that a person can act on."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.deployment_file import load_deployment
+from cluster.errors import ConfigError
+from cluster.schema import json_schema, parse_size
+from tests.helpers.model_folders import TOKENS, write_model_folder
+
+ROOT = Path(__file__).parents[2]
+HEAD = "apiVersion: echelon/v1\nkind: Deployment\nname: test\n"
+CPU = "device: cpu\n"
+TARGET = "target: {model: target}\n"
+PAIR = TARGET + "draft: {model: draft}\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_model_folder(tmp_path / "target")
+    write_model_folder(tmp_path / "draft", num_hidden_layers=1, max_position_embeddings=256)
+    return tmp_path
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "deploy.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems_of(folder: Path, text: str) -> list[str]:
+    path = write(folder, text)
+    with pytest.raises(ConfigError) as caught:
+        load_deployment(path)
+    lines = str(caught.value).splitlines()
+    assert all(line.startswith(f"{path}: ") for line in lines)
+    return [line.removeprefix(f"{path}: ") for line in lines]
+
+
+def test_the_demo_file() -> None:
+    settings = load_deployment(ROOT / "deploy" / "demo.yaml")
+    assert settings.target.tp_size == 2
+    assert settings.draft is not None
+    assert settings.method == "draft_model"
+    assert settings.num_speculative_tokens == 4, "auto"
+    assert settings.target.folder.path == ROOT / "models" / "demo-target", "relative to the file"
+    assert (settings.host, settings.grpc_port) == ("127.0.0.1", 50051)
+
+
+def test_defaults(folder: Path) -> None:
+    settings = load_deployment(write(folder, HEAD + TARGET + CPU))
+    assert settings.method == "none", "without a draft there is nothing to speculate with"
+    assert settings.max_model_len == 512, "the model's own limit"
+    assert settings.startup_timeout_s == 120.0
+    assert settings.target.dtype == "bfloat16", "the checkpoint's own"
+    assert load_deployment(write(folder, HEAD + PAIR + CPU)).max_model_len == 256, "the draft's limit is lower"
+
+
+def test_method_none_starts_no_draft(folder: Path) -> None:
+    settings = load_deployment(write(folder, HEAD + PAIR + CPU + "speculation: {method: none}\n"))
+    assert settings.draft is None
+
+
+def test_kv_cache_is_divided_so_that_both_hold_the_same_seqs(folder: Path) -> None:
+    # A token takes 2 x 2 layers x 4 heads x 4 x 2 bytes = 128 on the target, 64 on the draft.
+    cache = "kv_cache: {device_bytes: 192KiB}\n"
+    separate = load_deployment(write(folder, HEAD + PAIR + CPU + cache))
+    assert separate.kv_cache_bytes("target") == 192 << 10
+    assert separate.kv_cache_bytes("draft") == 96 << 10
+    colocated = load_deployment(
+        write(folder, HEAD + TARGET + "draft: {model: draft, placement: colocated}\n" + CPU + cache)
+    )
+    assert colocated.kv_cache_bytes("target") == 128 << 10
+    assert colocated.kv_cache_bytes("draft") == 64 << 10
+
+
+def test_all_problems_at_once_each_with_its_line(folder: Path) -> None:
+    text = HEAD + "max_model_len: 8\ntarget:\n  model: target\n  tensor-parallel-size: 2\ncpu:\n"
+    assert problems_of(folder, text) == [
+        "line 4: max_model_len: unknown key; did you mean scheduler.max_model_len?",
+        "line 7: target.tensor-parallel-size: unknown key; did you mean target.tensor_parallel_size?",
+        "line 8: cpu: must be a section of keys; fill it in or leave it out",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("gpu_memory_utilisation: 0.5\n", "unknown key; did you mean kv_cache.gpu_memory_utilization?"),
+        ("kv_cache: {gpu_memory_utilisation: 0.5}\n", "did you mean kv_cache.gpu_memory_utilization?"),
+        ("apiversion: echelon/v1\n", "did you mean apiVersion?"),
+        ("frobnicate: 1\n", "unknown key; known keys here: apiVersion, kind, name"),
+        ("scheduler: {max_num_seqs: '8'}\n", "scheduler.max_num_seqs: '8': must be a valid integer"),
+        ("scheduler: {max_num_seqs: 0}\n", "scheduler.max_num_seqs: 0: must be greater than or equal to 1"),
+        ("device: tpu\n", "device: 'tpu': must be 'cpu' or 'cuda'"),
+        ("kv_cache: {device_bytes: 12 parsecs}\n", "'12 parsecs': is no size; write bytes, or a number with a unit"),
+        ("speculation: {num_speculative_tokens: 17}\n", "17: must be auto or an integer from 1 to 16"),
+        ("speculation: {num_speculative_tokens: true}\n", "True: must be auto or an integer from 1 to 16"),
+        ("server: {host: 0.0.0.0}\n", "server: host 0.0.0.0 is reachable by others"),
+        ("server: {grpc_port: 70000}\n", "server.grpc_port: 70000: must be less than or equal to 65535"),
+    ],
+)
+def test_wrong_values(folder: Path, text: str, problem: str) -> None:
+    base = HEAD + TARGET
+    assert problem in "\n".join(problems_of(folder, base + text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "speculation: {pipeline: continuous}\n",
+        "speculation: {method: suffix}\n",
+        "speculation: {method: hybrid}\n",
+        "kv_cache: {cpu_bytes: 64GiB}\n",
+        "kv_cache: {disk: {path: /x, bytes: 1GiB}}\n",
+        "replicas: {max: 4}\n",
+        "replicas: {min: 2, max: 2}\n",
+        "replicas: {target_ongoing_requests: 16}\n",
+        "server: {http_port: 8000}\n",
+        "server: {tls: {cert: x}}\n",
+        "server: {auth: {tokens: x}}\n",
+        "attention: budgeted\n",
+        "draft: {model: draft, layer_parallel_size: 4}\n",
+    ],
+)
+def test_what_is_not_built_yet_is_refused(folder: Path, text: str) -> None:
+    assert "not built yet" in problems_of(folder, HEAD + TARGET + text)[0]
+
+
+def test_not_built_keys_may_be_written_as_off(folder: Path) -> None:
+    off = "server: {tls: null, auth: null, http_port: null}\nreplicas: {min: 1, max: 1}\n"
+    load_deployment(write(folder, HEAD + TARGET + CPU + off))
+
+
+def test_whoever_insists_listens_to_the_world(folder: Path) -> None:
+    text = HEAD + TARGET + CPU + "server: {host: 0.0.0.0, insecure: true}\n"
+    assert load_deployment(write(folder, text)).host == "0.0.0.0"
+
+
+def test_yaml_errors(folder: Path) -> None:
+    assert problems_of(folder, "name: [1, 2\nkind: x\n")[0].startswith("line 2: YAML: ")
+    assert problems_of(folder, "- a\n") == ["file: holds no mapping of keys; see deploy/demo.yaml"]
+    repeated = HEAD + "target: {model: target}\ntarget: {model: other}\n"
+    assert problems_of(folder, repeated) == ["line 5: target: is given twice, first in line 4; keep one of them"]
+    with pytest.raises(ConfigError, match="cannot be read: No such file or directory; check the path"):
+        load_deployment(folder / "absent.yaml")
+
+
+def test_models_are_checked(folder: Path) -> None:
+    write_model_folder(folder / "stranger", tokens=(*TOKENS[:5], "ba"))
+    (missing,) = problems_of(folder, HEAD + "target: {model: ./absent}\n")
+    assert missing.startswith("line 4: target.model: './absent': there is no such folder: ")
+    assert problems_of(folder, HEAD + "target:\n  model: target\n  tensor_parallel_size: 3\n" + CPU) == [
+        "line 6: target.tensor_parallel_size: 3: does not divide the model's 8 attention heads; use one of 1, 2, 4, 8"
+    ]
+    assert problems_of(folder, HEAD + TARGET + "draft: {model: stranger}\n" + CPU) == [
+        "line 5: draft.model: 'stranger': its tokeniser is not the target's: token 5 is 'ab' in the target "
+        "and 'ba' in the draft; use a draft of the same model family"
+    ]
+
+
+def test_values_that_do_not_go_together(folder: Path) -> None:
+    assert problems_of(folder, HEAD + TARGET + CPU + "speculation: {method: draft_model}\n") == [
+        "line 6: speculation.method: 'draft_model': needs a draft model; add a draft section or set method: none"
+    ]
+    assert problems_of(folder, HEAD + PAIR + CPU + "scheduler: {max_model_len: 300}\n") == [
+        "line 7: scheduler.max_model_len: 300: the draft model's own limit is 256 tokens; use at most 256"
+    ]
+    (kv,) = problems_of(
+        folder, HEAD + TARGET + CPU + "kv_cache: {device_bytes: 32KiB}\nscheduler: {max_model_len: 512}\n"
+    )
+    assert "one seq of max_model_len 512 takes 65536 bytes a rank (128 a token), device_bytes is 32768" in kv
+    wide = "draft: {model: draft, placement: colocated, tensor_parallel_size: 2}\n"
+    assert "no more ranks than the target" in problems_of(folder, HEAD + TARGET + CPU + wide)[0]
+
+
+def test_a_default_max_model_len_fits_the_cache(folder: Path) -> None:
+    settings = load_deployment(write(folder, HEAD + TARGET + CPU + "kv_cache: {device_bytes: 32KiB}\n"))
+    assert settings.max_model_len == 256
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("512MiB", 512 << 20), ("2GB", 2_000_000_000), ("1.5KiB", 1536), (" 7 ", 7), ("8 b", 8)]
+)
+def test_sizes(text: str, num_bytes: int) -> None:
+    assert parse_size(text) == num_bytes
+
+
+def test_the_json_schema_knows_every_section() -> None:
+    schema = json_schema()
+    assert set(schema["required"]) == {"apiVersion", "kind", "name", "target"}
+    assert schema["additionalProperties"] is False
