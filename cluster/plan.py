@@ -12,6 +12,7 @@ from cluster.errors import PlanError
 from cluster.settings import ModelSettings, Role, Settings
 
 GIB = 1 << 30
+MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,21 +282,21 @@ def _no_gpu(
             reasons.append(f"node {node.label}: no free GPU")
         elif not _fits_gpu(rank, node, settings.gpu_memory_utilization):
             have = (node.gpu_memory_bytes or 0) * settings.gpu_memory_utilization
-            reasons.append(f"node {node.label}: {_gib(have)} a GPU at this gpu_memory_utilization")
+            reasons.append(f"node {node.label}: {_size(have)} a GPU at this gpu_memory_utilization")
         else:
             reasons.append(f"node {node.label}: {node.num_gpus} free, {taken[node.node_id]} of them planned already")
     need = rank.memory
-    sizes = f"weights {_gib(need.weight_bytes)}, KV cache {_gib(need.kv_cache_bytes)}, "
-    sizes += f"activations {_gib(need.activation_bytes)}"
+    sizes = f"weights {_size(need.weight_bytes)}, KV cache {_size(need.kv_cache_bytes)}, "
+    sizes += f"activations {_size(need.activation_bytes)}"
     remedy = "free or add GPUs, lower tensor_parallel_size"
     remedy += " or use placement: colocated" if rank.group == "draft" else ", or lower scheduler.max_model_len"
-    return f"no place for {rank.name}: it needs 1 GPU with {_gib(need.total_bytes)} ({sizes}); " + "; ".join(
+    return f"no place for {rank.name}: it needs 1 GPU with {_size(need.total_bytes)} ({sizes}); " + "; ".join(
         [*reasons, remedy]
     )
 
 
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.2f} GiB"
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / MIB:.1f} MiB"
 
 
 def _place_on_cpus(
@@ -384,6 +385,6 @@ def _check_host_memory(bundles: Iterable[Bundle], inventory: Inventory) -> None:
         if node.memory_bytes is not None and needed[node.address] > node.memory_bytes:
             names = ", ".join(bundle.name for bundle in bundles if addresses[bundle.node_id] == node.address)
             raise PlanError(
-                f"no place for {names} on node {node.label}: they need {_gib(needed[node.address])} of memory, "
-                f"{_gib(node.memory_bytes)} is free; lower kv_cache.device_bytes or scheduler.max_num_batched_tokens"
+                f"no place for {names} on node {node.label}: they need {_size(needed[node.address])} of memory, "
+                f"{_size(node.memory_bytes)} is free; lower kv_cache.device_bytes or scheduler.max_num_batched_tokens"
             )

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,14 +16,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import PlanError, StartError
 from cluster.inventory import MachineFacts, machine_facts
-from cluster.plan import Bundle, Inventory, Node, check_followed
+from cluster.plan import Bundle, Inventory, Node, Plan, check_followed, make_plan
 from cluster.processes import REPOSITORY
+from cluster.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "echelon"
 _PREFIX = "echelon"
 _PROBE_TIMEOUT_S = 60.0
+_POLL_S = 0.2
 _HEAD_RESOURCE = "node:__internal_head__"
 _NODE_ID_LABEL = "ray.io/node-id"
 
@@ -101,6 +104,22 @@ def ray_inventory() -> Inventory:
             )
         )
     return Inventory(nodes=tuple(nodes), head_node_id=head)
+
+
+def plan_now(settings: Settings, *, patience_s: float = 5.0) -> Plan:
+    """A plan for what the cluster has free now; raises PlanError.
+
+    Ray's view of what is free lags a moment behind what was given back, so a plan that fails is made again for a
+    while.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return make_plan(settings, ray_inventory())
+        except PlanError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_POLL_S)
 
 
 def reserve(name: str, bundles: Sequence[Bundle], timeout_s: float) -> PlacementGroup:

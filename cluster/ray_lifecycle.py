@@ -10,8 +10,8 @@ from ray.exceptions import RayError
 
 from cluster.controller import DesiredState, create_controller, find_controller
 from cluster.errors import StartError
-from cluster.plan import Plan, make_plan
-from cluster.ray_cluster import connected, ray_inventory, remnants, remove_groups
+from cluster.plan import Plan
+from cluster.ray_cluster import connected, plan_now, remnants, remove_groups
 from cluster.settings import Settings
 from cluster.state_dir import Record, folder_of
 from cluster.status import DeploymentStatus, ProcessStatus, State
@@ -28,7 +28,7 @@ _POLL_S = 0.1
 def plan_on(settings: Settings, ray_address: str) -> Plan:
     """A plan for the cluster as it is now."""
     with connected(ray_address):
-        return make_plan(settings, ray_inventory())
+        return plan_now(settings)
 
 
 def deploy(
@@ -45,7 +45,7 @@ def deploy(
                 f"the Ray at {record.ray_address} runs a deployment {settings.name!r} that was started elsewhere; "
                 "choose another name"
             )
-        plan = make_plan(settings, ray_inventory())
+        plan = plan_now(settings)
         on_plan(plan)
         log_dir = folder_of(settings.name) / "logs"
         timeout_s = settings.startup_timeout_s

@@ -67,6 +67,8 @@ class ProcessSet:
         with self._changed:
             self._children[launch.name] = child
             self._watchers.append(watcher)
+            self._board.on_place(launch.name, pid=child.pid, devices=child.devices)
+            self._announce(launch.name)
         watcher.start()
 
     def wait_ready(self, names: Iterable[str], deadline: float) -> None:
@@ -132,6 +134,10 @@ class ProcessSet:
                     )
                 self._changed.wait(remaining_s)
 
+    def _announce(self, name: str) -> None:
+        self._changed.notify_all()
+        self._on_change(self._board.process(name))
+
     def _watch(self, child: Child) -> None:
         while True:
             # Asked before the events: what a process said before its end is in the queue by then.
@@ -147,7 +153,6 @@ class ProcessSet:
                 elif exit_status is not None:
                     self._board.on_exit(child.name, exit_status, stderr_tail)
                 if self._board.version != version:
-                    self._changed.notify_all()
-                    self._on_change(self._board.process(child.name))
+                    self._announce(child.name)
             if has_ended:
                 return

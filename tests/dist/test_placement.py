@@ -13,9 +13,9 @@ from ray.util.placement_group import placement_group_table
 from cluster.errors import PlanError
 from cluster.groups import GroupLaunch, start_groups
 from cluster.local import local_settings
-from cluster.plan import Plan, make_plan
+from cluster.plan import Plan
 from cluster.processes import Child
-from cluster.ray_cluster import NAMESPACE, ray_inventory, remnants, remove_groups, reserve
+from cluster.ray_cluster import NAMESPACE, plan_now, remnants, remove_groups, reserve
 from cluster.ray_host import RayChild, host_in_bundle
 from cluster.settings import Settings
 from cluster.specs import worker_specs
@@ -57,13 +57,17 @@ def reserved(plan: Plan, node_ids: dict[str, str]) -> list[str]:
     ]
 
 
+def test_a_deployment_that_fits_nowhere_says_why(node_ids: dict[str, str], folders: tuple[Path, Path]) -> None:
+    with pytest.raises(PlanError, match=rf"no place for target rank 5: .* node {node_ids['head'][:8]} .*no free GPU"):
+        plan_now(settings_for(folders, 8), patience_s=0.0)
+
+
 def test_hosts_run_where_the_plan_says_on_devices_of_their_own(
     node_ids: dict[str, str], folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     settings = settings_for(folders, 2)
-    inventory = ray_inventory()
-    assert inventory.head_node_id == node_ids["head"]
-    plan = make_plan(settings, inventory)
+    plan = plan_now(settings)
+    assert plan.gateway.node_id == node_ids["head"]
     assert [bundle.node_id for bundle in plan.bundles] == [node_ids["three"]] * 3, "target and draft fit there together"
     groups = {
         role: reserve(f"echelon:{plan.deployment}:{role}", plan.group(role), START_S) for role in ("target", "draft")
@@ -103,7 +107,7 @@ def test_hosts_run_where_the_plan_says_on_devices_of_their_own(
 def test_the_draft_takes_another_node_where_the_target_fills_its_own(
     node_ids: dict[str, str], folders: tuple[Path, Path]
 ) -> None:
-    plan = make_plan(settings_for(folders, 4), ray_inventory())
+    plan = plan_now(settings_for(folders, 4))
     for role in ("target", "draft"):
         reserve(f"echelon:{plan.deployment}:{role}", plan.group(role), START_S)
     try:
@@ -113,7 +117,7 @@ def test_the_draft_takes_another_node_where_the_target_fills_its_own(
 
 
 def test_devices_that_somebody_took_since_the_plan(node_ids: dict[str, str], folders: tuple[Path, Path]) -> None:
-    plan = make_plan(settings_for(folders, 2), ray_inventory())
+    plan = plan_now(settings_for(folders, 2))
     reserve("echelon:other:target", plan.group("target"), START_S)
     try:
         reserve("echelon:local:draft", plan.group("draft"), START_S)
@@ -123,8 +127,3 @@ def test_devices_that_somebody_took_since_the_plan(node_ids: dict[str, str], fol
     finally:
         remove_groups("other")
         remove_groups("local")
-
-
-def test_a_deployment_that_fits_nowhere_says_why(node_ids: dict[str, str], folders: tuple[Path, Path]) -> None:
-    with pytest.raises(PlanError, match=rf"no place for target rank 5: .* node {node_ids['head'][:8]} .*no free GPU"):
-        make_plan(settings_for(folders, 8), ray_inventory())
