@@ -1,7 +1,7 @@
 """The target: prefill chunks, plain decoding and verification of drafts in one packed forward."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -53,44 +53,54 @@ class TargetEngine:
         apply_changes(round_, self._table)
         results = [RowResult(slot=plan.slot) for plan in plans]
         active = [index for index, plan in enumerate(plans) if plan.chunk_len]
-        if active:
-            drafts: list[Sequence[int]] = [
-                round_.rows[index].draft_token_ids[: plans[index].num_drafts] for index in active
-            ]
-            self._step([plans[index] for index in active], drafts, [results[index] for index in active])
-        return RoundResult(rows=results, num_steps=1 if active else 0)
+        if not active:
+            return RoundResult(rows=results)
+        for index in active:
+            drafts = round_.rows[index].draft_token_ids[: plans[index].num_drafts]
+            self._table.put_behind(plans[index].slot, drafts)
+        num_steps = self._step([(plans[index], results[index]) for index in active])
+        return RoundResult(rows=results, num_steps=num_steps)
 
-    def _step(self, plans: list[RowPlan], drafts: list[Sequence[int]], results: list[RowResult]) -> None:
+    def _step(self, active: list[tuple[RowPlan, RowResult]]) -> int:
+        """All rows in one forward, and in a second one those that their drafts have spoiled. Returns how many."""
         table = self._table
-        for plan, draft in zip(plans, drafts, strict=True):
-            table.put_behind(plan.slot, draft)
-        counts = [plan.chunk_len + plan.num_drafts for plan in plans]
-        slots = [plan.slot for plan in plans]
-        hidden = self._runner.forward(table.pack(slots, counts, self._runner.device))
+        counts = [plan.chunk_len + plan.num_drafts for plan, _ in active]
+        hidden = self._runner.forward(table.pack([plan.slot for plan, _ in active], counts, self._runner.device))
         verifies = []
-        for plan, draft, result, end in zip(plans, drafts, results, accumulate(counts), strict=True):
+        for (plan, result), end in zip(active, accumulate(counts), strict=True):
             first_row = end - plan.num_drafts - 1
             self._prompt_logprobs(plan, hidden[first_row + 1 - plan.chunk_len : first_row + 1], result)
             table.num_computed[plan.slot] += plan.chunk_len
             if plan.at_end:
-                verifies.append(_Verify(plan, result, draft, first_row, int(table.lengths[plan.slot])))
-        if verifies:
-            self._verify(hidden, verifies)
+                length = int(table.lengths[plan.slot])
+                drafts = table.token_ids[plan.slot, length : length + plan.num_drafts].tolist()
+                verifies.append(_Verify(plan, result, drafts, first_row, length))
+        spoiled = self._verify(hidden, verifies) if verifies else []
+        return 1 + (self._step([self._undo(seq) for seq in spoiled]) if spoiled else 0)
 
-    def _verify(self, hidden: Tensor, verifies: list[_Verify]) -> None:
-        """Choose a token at each position behind a history and its drafts; commit as far as they agree."""
+    def _undo(self, seq: _Verify) -> tuple[RowPlan, RowResult]:
+        """The row as it was, without its drafts. What follows a token is hidden from it by a factor of 0, which does
+        not hide NaN; and a stream must not depend on its drafts."""
+        self._table.num_computed[seq.plan.slot] -= seq.plan.chunk_len
+        seq.result.Clear()
+        seq.result.slot = seq.plan.slot
+        return replace(seq.plan, num_drafts=0), seq.result
+
+    def _verify(self, hidden: Tensor, verifies: list[_Verify]) -> list[_Verify]:
+        """Choose a token at each position behind a history and its drafts; commit as far as they agree. Returns the
+        seqs with drafts whose logits were not finite; for them nothing was committed."""
         rows: list[int] = []
         entries: list[RowEntry] = []
         draft_token_ids: list[int] = []
         for seq in verifies:
-            sampling, num_drafts = self._table.sampling(seq.plan.slot), seq.plan.num_drafts
+            sampling, num_drafts = self._table.sampling(seq.plan.slot), len(seq.draft_token_ids)
             rows.extend(range(seq.first_row, seq.first_row + num_drafts + 1))
             for depth in range(num_drafts + 1):
                 entries.append(RowEntry(sampling, seq.length + depth, seq.draft_token_ids[:depth]))
             draft_token_ids.extend(seq.draft_token_ids)
             draft_token_ids.append(NO_DRAFT)
         device = self._runner.device
-        cu_rows = [0, *accumulate(seq.plan.num_drafts + 1 for seq in verifies)]
+        cu_rows = [0, *accumulate(len(seq.draft_token_ids) + 1 for seq in verifies)]
         sampled = self._runner.choose(hidden[torch.tensor(rows, device=device)], entries)
         num_accepted, next_token_ids = verify_chain(
             chosen_token_ids(sampled),
@@ -98,31 +108,29 @@ class TargetEngine:
             torch.tensor(cu_rows, device=device),
         )
         verdicts = torch.stack((num_accepted, next_token_ids), dim=1).tolist()
+        spoiled = []
         for seq, row, (accepted, next_token_id) in zip(verifies, cu_rows[:-1], verdicts, strict=True):
+            if next_token_id == NO_TOKEN and seq.draft_token_ids:
+                spoiled.append(seq)
+                continue
             self._commit(seq, accepted, next_token_id)
             if sampled.logprobs is not None:
                 self._add_logprobs(seq, sampled.logprobs[row : row + len(seq.result.token_ids)])
+        return spoiled
 
     def _commit(self, seq: _Verify, num_accepted: int, next_token_id: int) -> None:
-        """Committed tokens join the history; KV of the last one is missing, as for any history.
-
-        Where the logits behind an accepted draft are not finite, that draft is the last token, so that the stream is
-        the one of plain decoding up to there; the next round finds the same logits at the end of the history.
-        """
-        slot, result = seq.plan.slot, seq.result
-        result.num_verified_tokens = seq.plan.num_drafts
+        """Committed tokens join the history; KV of the last one is missing, as for any history."""
+        result = seq.result
         if next_token_id == NO_TOKEN:
-            if num_accepted == 0:
-                result.non_finite = True
-                self._table.num_computed[slot] = seq.length - 1
-                return
-            num_accepted -= 1
-            next_token_id = seq.draft_token_ids[num_accepted]
+            result.non_finite = True
+            self._table.num_computed[seq.plan.slot] = seq.length - 1
+            return
+        result.num_verified_tokens = len(seq.draft_token_ids)
         result.num_accepted_tokens = num_accepted
         result.token_ids.extend(seq.draft_token_ids[:num_accepted])
         result.token_ids.append(next_token_id)
-        self._table.append(slot, result.token_ids)
-        self._table.num_computed[slot] = seq.length + num_accepted
+        self._table.append(seq.plan.slot, result.token_ids)
+        self._table.num_computed[seq.plan.slot] = seq.length + num_accepted
 
     def _add_logprobs(self, seq: _Verify, logprobs: Sequence[PositionLogprobs | None]) -> None:
         seq.result.logprobs.extend(entry for entry in logprobs if entry is not None)

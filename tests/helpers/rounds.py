@@ -1,0 +1,124 @@
+"""A scheduler reduced to what the tests of engines and workers need: slots, blocks and rounds."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from echelon.pb.sampling_pb2 import SeqSampling
+from echelon.pb.worker_pb2 import EngineInfo, Round, RoundResult, Row, RowResult, SeqInit
+
+INCARNATION = 7
+
+
+def greedy(**settings: Any) -> SeqSampling:
+    """Every setting off, but for those given."""
+    return SeqSampling(**{"top_p": 1.0, "repetition_penalty": 1.0, **settings})
+
+
+def seeded(seed: int = 1234, **settings: Any) -> SeqSampling:
+    """Sampling at temperature 1."""
+    return greedy(**{"seed": seed, "temperature": 1.0, **settings})
+
+
+@dataclass
+class Seq:
+    """What the scheduler knows of a seq."""
+
+    slot: int
+    token_ids: list[int]
+    num_prompt: int
+    num_computed: int = 0
+    num_blocks: int = 0
+
+    @property
+    def output(self) -> list[int]:
+        return self.token_ids[self.num_prompt :]
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens without KV."""
+        return len(self.token_ids) - self.num_computed
+
+
+@dataclass
+class Driver:
+    """Builds rounds for one engine and books their results."""
+
+    info: EngineInfo
+    send: Callable[[Round], RoundResult]
+    round_id: int = 0
+    free_blocks: list[int] = field(default_factory=list)
+    inits: list[SeqInit] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.free_blocks = list(range(self.info.num_blocks))[::-1]  # not in order of position
+
+    def start(self, slot: int, prompt: Sequence[int], sampling: SeqSampling) -> Seq:
+        """The seq takes its slot in the next round."""
+        self.inits.append(
+            SeqInit(slot=slot, token_ids=prompt, num_prompt_tokens=len(prompt), block_table=[], sampling=sampling)
+        )
+        return Seq(slot=slot, token_ids=list(prompt), num_prompt=len(prompt))
+
+    def blocks_for(self, seq: Seq, num_tokens: int) -> list[int]:
+        """New blocks, so that positions below `num_tokens` can be written."""
+        num_tokens = min(num_tokens, self.info.max_model_len)
+        needed = -(-num_tokens // self.info.block_size) - seq.num_blocks
+        seq.num_blocks += max(0, needed)
+        return [self.free_blocks.pop() for _ in range(needed)]
+
+    def target_row(self, seq: Seq, chunk_len: int | None = None, drafts: Sequence[int] = ()) -> Row:
+        """A row that takes the seq on; by default over all tokens without KV."""
+        chunk_len = seq.num_missing if chunk_len is None else chunk_len
+        return Row(
+            slot=seq.slot,
+            new_block_ids=self.blocks_for(seq, seq.num_computed + chunk_len + len(drafts)),
+            chunk_len=chunk_len,
+            draft_token_ids=drafts,
+            draft_base_len=len(seq.token_ids),
+        )
+
+    def draft_row(
+        self, seq: Seq, num_draft_tokens: int, crop_len: int | None = None, append: Sequence[int] = ()
+    ) -> Row:
+        """A row that crops, catches up and drafts."""
+        if crop_len is not None:
+            del seq.token_ids[crop_len:]
+            seq.num_computed = min(seq.num_computed, crop_len)
+        seq.token_ids += append
+        return Row(
+            slot=seq.slot,
+            crop_len=crop_len,
+            append_token_ids=append,
+            new_block_ids=self.blocks_for(seq, len(seq.token_ids) + num_draft_tokens),
+            chunk_len=seq.num_missing,
+            num_draft_tokens=num_draft_tokens,
+        )
+
+    def round(self, rows: Sequence[Row], free_slots: Sequence[int] = ()) -> Round:
+        self.round_id += 1
+        inits, self.inits = self.inits, []
+        return Round(round_id=self.round_id, incarnation=INCARNATION, free_slots=free_slots, init_seqs=inits, rows=rows)
+
+    def book(self, seq: Seq, row: Row, result: RowResult) -> None:
+        """A result becomes history: num_computed is what the protocol says it is afterwards."""
+        assert result.slot == seq.slot
+        seq.num_computed += row.chunk_len
+        if result.non_finite:
+            seq.num_computed = len(seq.token_ids) - 1
+        elif result.token_ids:
+            seq.token_ids += result.token_ids
+            seq.num_computed = len(seq.token_ids) - 1
+
+    def run(self, *work: tuple[Seq, Row]) -> list[RowResult]:
+        """One round with these rows; results are booked."""
+        results = self.send(self.round([row for _, row in work])).rows
+        for (seq, row), result in zip(work, results, strict=True):
+            self.book(seq, row, result)
+        return list(results)
+
+    def generate(self, seq: Seq, num_tokens: int) -> list[int]:
+        """Plain decoding, until the output has that many tokens."""
+        while len(seq.output) < num_tokens:
+            self.run((seq, self.target_row(seq)))
+        return seq.output[:num_tokens]

@@ -1,0 +1,409 @@
+"""Engines, one process, tiny random models in fp32: the stream never depends on how it was computed."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from echelon.pb.sampling_pb2 import SeqSampling
+from echelon.pb.worker_pb2 import Round, Row, SeqInit
+from tests.helpers.engines import DRAFT, MAX_MODEL_LEN, TARGET, drive, interleave, make_engine
+from tests.helpers.rounds import INCARNATION, Driver, Seq, greedy, seeded
+from tests.helpers.tiny_models import TinyModel, make_tiny_model
+from workers.kv_cache import KVCacheError
+from workers.models import LoadError
+from workers.rounds import ProtocolError
+from workers.target_engine import TargetEngine
+
+PROMPTS = [[5, 99, 3, 14, 15, 92, 6, 53, 58, 9, 79], [31, 41], [7] * 17]
+NUM_TOKENS = 12
+SAMPLINGS = {
+    "greedy": [greedy()] * 3,
+    "seeded": [seeded(1), seeded(2), seeded(2**63 + 5)],
+    "processed": [
+        seeded(1, top_k=20, presence_penalty=1.5),
+        seeded(2, top_p=0.8, repetition_penalty=1.3, logit_bias={4: 3.0}),
+        greedy(frequency_penalty=0.7, min_tokens=6, suppressed_token_ids=[4, 99]),
+    ],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny operators only lose time to a second thread, on a busy machine a lot of it."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return make_tiny_model("llama", tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def target_engine(tiny: TinyModel) -> TargetEngine:
+    engine = make_engine(tiny.folder, TARGET)
+    assert isinstance(engine, TargetEngine)
+    return engine
+
+
+@pytest.fixture
+def target(target_engine: TargetEngine) -> Iterator[Driver]:
+    target_engine.reset()
+    return drive(target_engine)
+
+
+@pytest.fixture
+def draft(tiny: TinyModel) -> Driver:
+    return drive(make_engine(tiny.folder, DRAFT))
+
+
+def plain(driver: Driver, prompt: list[int], sampling: SeqSampling, num_tokens: int = NUM_TOKENS) -> list[int]:
+    """The stream of plain decoding: whole prompt, then a token a round. Leaves slot 7 free."""
+    seq = driver.start(7, prompt, sampling)
+    output = driver.generate(seq, num_tokens)
+    driver.send(driver.round([], free_slots=[7]))
+    return output
+
+
+# -- target: the stream ---------------------------------------------------------------------------------------------
+
+
+def test_greedy_tokens_are_those_of_transformers(target: Driver, tiny: TinyModel) -> None:
+    for token_ids, logits in zip(tiny.token_ids, tiny.logits, strict=True):
+        assert plain(target, token_ids, greedy(), 1) == [int(logits[-1].argmax())]
+
+
+@pytest.mark.parametrize("settings", SAMPLINGS)
+@pytest.mark.parametrize("seed", range(4))
+def test_any_mix_of_chunks_and_drafts_gives_the_plain_stream(target: Driver, settings: str, seed: int) -> None:
+    samplings = SAMPLINGS[settings]
+    streams = [plain(target, prompt, sampling) for prompt, sampling in zip(PROMPTS, samplings, strict=True)]
+    seqs = [target.start(slot, prompt, samplings[slot]) for slot, prompt in enumerate(PROMPTS)]
+    interleave(target, list(zip(seqs, streams, strict=True)), random.Random(seed), NUM_TOKENS)
+    assert [seq.output[:NUM_TOKENS] for seq in seqs] == streams
+
+
+def test_verification_says_what_it_compared(target: Driver) -> None:
+    stream = plain(target, PROMPTS[0], seeded())
+    seq = target.start(0, PROMPTS[0], seeded())
+    target.run((seq, target.target_row(seq)))
+    wrong = (stream[3] + 1) % target.info.vocab_size
+    (result,) = target.run((seq, target.target_row(seq, drafts=[stream[1], stream[2], wrong, stream[4]])))
+    assert (result.num_verified_tokens, result.num_accepted_tokens) == (4, 2)
+    assert list(result.token_ids) == stream[1:4]
+
+
+def test_drafts_for_another_history_are_dropped(target: Driver) -> None:
+    stream = plain(target, PROMPTS[0], greedy())
+    seq = target.start(0, PROMPTS[0], greedy())
+    target.run((seq, target.target_row(seq)))
+    row = target.target_row(seq, drafts=stream[1:4])
+    row.draft_base_len -= 1
+    (result,) = target.run((seq, row))
+    assert (result.num_verified_tokens, list(result.token_ids)) == (0, stream[1:2])
+
+
+def test_a_decode_row_stands_for_the_last_token_whatever_it_was(target: Driver) -> None:
+    """Rounds made before the answer to the one before is known, as with two in flight."""
+    stream = plain(target, PROMPTS[1], seeded(3))
+    seq = target.start(0, PROMPTS[1], seeded(3))
+    rounds = [target.round([target.target_row(seq)])]
+    rounds += [target.round([Row(slot=0, chunk_len=1, new_block_ids=target.blocks_for(seq, n + 3))]) for n in range(5)]
+    results = [target.send(round_).rows[0] for round_ in rounds]
+    assert [token for result in results for token in result.token_ids] == stream[:6]
+
+
+def test_a_rebuilt_seq_goes_on_where_it_was(target: Driver) -> None:
+    """Preemption and death: output comes back as part of the history and counts as output."""
+    sampling = SAMPLINGS["processed"][1]
+    stream = plain(target, PROMPTS[0], sampling)
+    half = NUM_TOKENS // 2
+    seq = target.start(0, PROMPTS[0] + stream[:half], sampling)
+    target.inits[0].num_prompt_tokens = len(PROMPTS[0])
+    assert target.generate(seq, NUM_TOKENS - half) == stream[half:]
+
+
+def test_shared_blocks_are_not_computed_again(target: Driver) -> None:
+    prompt = PROMPTS[0]
+    stream = plain(target, prompt, greedy())
+    first = target.start(0, prompt, greedy())
+    row = target.target_row(first)
+    target.run((first, row))
+    second = target.start(1, prompt, greedy())
+    target.inits[0].num_computed_tokens = 8  # two full blocks
+    target.inits[0].block_table.extend(row.new_block_ids[:2])
+    second.num_computed, second.num_blocks = 8, 2
+    assert target.generate(second, NUM_TOKENS) == stream
+
+
+def test_a_seq_ends_at_max_model_len(target: Driver) -> None:
+    """Rounds in flight do not know how long it is by now: drafts go first, then rows come back empty."""
+    seq = target.start(0, [7] * (MAX_MODEL_LEN - 3), greedy())
+    target.run((seq, target.target_row(seq)))
+    (result,) = target.run((seq, target.target_row(seq, drafts=[1, 2, 3, 4])))
+    assert result.num_verified_tokens == 1
+    target.generate(seq, 3)
+    assert len(seq.token_ids) == MAX_MODEL_LEN
+    for _ in range(2):
+        result = target.send(target.round([Row(slot=0, chunk_len=1)])).rows[0]
+        assert not result.token_ids
+        assert not result.non_finite
+
+
+def test_logprobs_come_for_each_committed_token(target: Driver) -> None:
+    stream = plain(target, PROMPTS[0], greedy())
+    seq = target.start(0, PROMPTS[0], greedy(logprobs=2))
+    results = target.run((seq, target.target_row(seq)))
+    results += target.run((seq, target.target_row(seq, drafts=[stream[1], stream[2], 0])))
+    logprobs = [entry for result in results for entry in result.logprobs]
+    assert [entry.chosen.token_id for entry in logprobs] == seq.output == stream[: len(logprobs)]
+    assert all(entry.chosen.rank == 1 and len(entry.top) == 2 for entry in logprobs)
+
+
+@pytest.mark.parametrize("chunks", [[15], [4, 1, 10], [14, 1]])
+def test_prompt_logprobs_do_not_depend_on_the_chunks(target: Driver, tiny: TinyModel, chunks: list[int]) -> None:
+    prompt, logits = tiny.token_ids[0], tiny.logits[0]
+    seq = target.start(0, prompt, greedy(prompt_logprobs=1))
+    found: dict[int, Any] = {}
+    for chunk_len in chunks:
+        (result,) = target.run((seq, target.target_row(seq, chunk_len)))
+        found |= dict(enumerate(result.prompt_logprobs, start=result.prompt_logprobs_start))
+    assert sorted(found) == list(range(1, len(prompt)))
+    expected = logits.log_softmax(dim=-1)
+    for position, entry in found.items():
+        assert entry.chosen.token_id == prompt[position]
+        assert entry.chosen.logprob == pytest.approx(float(expected[position - 1, prompt[position]]), abs=1e-4)
+
+
+# -- target: rows that go wrong -------------------------------------------------------------------------------------
+
+POISON = 100
+
+
+@pytest.fixture
+def poisoned(tiny: TinyModel) -> Driver:
+    """A model that goes mad when it reads token POISON."""
+    engine = make_engine(tiny.folder, TARGET)
+    assert isinstance(engine, TargetEngine)
+    engine._runner.model.embedding.weight[POISON] = torch.nan
+    return drive(engine)
+
+
+def test_a_row_that_is_not_finite_harms_no_other(poisoned: Driver, target: Driver) -> None:
+    sound = [poisoned.start(0, PROMPTS[0], greedy()), poisoned.start(2, PROMPTS[1], seeded())]
+    sick = poisoned.start(1, [1, 2, POISON, 3], seeded())
+    work = [(seq, poisoned.target_row(seq)) for seq in (sound[0], sick, sound[1])]
+    results = poisoned.run(*work)
+    assert [result.non_finite for result in results] == [False, True, False]
+    assert not results[1].token_ids
+    again = poisoned.send(poisoned.round([Row(slot=1, chunk_len=1)])).rows[0]
+    assert again.non_finite
+    assert poisoned.generate(sound[0], NUM_TOKENS) == plain(target, PROMPTS[0], greedy())
+    assert poisoned.generate(sound[1], NUM_TOKENS) == plain(target, PROMPTS[1], seeded())
+
+
+def test_blocks_of_a_sick_seq_are_fit_for_the_next(poisoned: Driver, target: Driver) -> None:
+    """NaN in KV that attention masks out must not come through: 0 * NaN is NaN."""
+    sick = poisoned.start(0, [POISON] * 8, greedy())
+    row = poisoned.target_row(sick)
+    poisoned.run((sick, row))
+    poisoned.free_blocks += reversed(row.new_block_ids)
+    seq = poisoned.start(0, PROMPTS[1], greedy())
+    round_ = poisoned.round([poisoned.target_row(seq)], free_slots=[0])
+    assert list(round_.rows[0].new_block_ids) == list(row.new_block_ids[:1])
+    poisoned.book(seq, round_.rows[0], poisoned.send(round_).rows[0])
+    assert poisoned.generate(seq, NUM_TOKENS) == plain(target, PROMPTS[1], greedy())
+
+
+def test_a_draft_that_breaks_the_model_does_not_break_the_stream(poisoned: Driver, target: Driver) -> None:
+    stream = plain(target, PROMPTS[0], greedy())
+    assert POISON not in stream
+    seq = poisoned.start(0, PROMPTS[0], greedy())
+    poisoned.run((seq, poisoned.target_row(seq)))
+    (result,) = poisoned.run((seq, poisoned.target_row(seq, drafts=[stream[1], POISON, 5])))
+    assert result.token_ids
+    assert poisoned.generate(seq, NUM_TOKENS) == stream
+
+
+def test_the_stream_up_to_the_breakdown_is_that_of_plain_decoding(poisoned: Driver) -> None:
+    """The target itself chooses POISON: it is committed, and what would follow fails, with drafts as without."""
+    settings = greedy(logit_bias={POISON: 100.0})
+    seq = poisoned.start(0, PROMPTS[0], settings)
+    poisoned.run((seq, poisoned.target_row(seq)))
+    assert seq.output == [POISON]
+    without = poisoned.send(poisoned.round([poisoned.target_row(seq)])).rows[0]
+    assert (without.non_finite, list(without.token_ids)) == (True, [])
+
+    other = poisoned.start(1, PROMPTS[0], settings)
+    poisoned.run((other, poisoned.target_row(other, 5)))
+    (first,) = poisoned.run((other, poisoned.target_row(other, drafts=[POISON, POISON])))
+    assert (list(first.token_ids), first.non_finite) == ([POISON], False)
+    (second,) = poisoned.run((other, poisoned.target_row(other)))
+    assert (second.non_finite, list(second.token_ids)) == (True, [])
+
+
+# -- draft ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_draft_of_the_same_model_guesses_right(draft: Driver, target: Driver) -> None:
+    """Same rule, same noise at the same absolute positions."""
+    streams = [plain(target, prompt, seeded(slot)) for slot, prompt in enumerate(PROMPTS)]
+    seqs = [draft.start(slot, prompt, seeded(slot, logprobs=3)) for slot, prompt in enumerate(PROMPTS)]
+    wanted = [5, 1, 3]
+    work = [(seq, draft.draft_row(seq, n)) for seq, n in zip(seqs, wanted, strict=True)]
+    round_ = draft.round([row for _, row in work])
+    result = draft.send(round_)
+    assert [list(row.token_ids) for row in result.rows] == [
+        stream[:n] for stream, n in zip(streams, wanted, strict=True)
+    ]
+    assert result.num_steps == 5
+    assert not any(row.logprobs for row in result.rows)
+
+
+def test_a_chain_goes_on_in_the_next_round(draft: Driver, target: Driver) -> None:
+    stream = plain(target, PROMPTS[0], seeded())
+    seq = draft.start(0, PROMPTS[0], seeded())
+    for n in (1, 3, 2):
+        draft.run((seq, draft.draft_row(seq, n)))
+    assert seq.output == stream[:6]
+
+
+def test_a_row_without_drafts_only_catches_up(draft: Driver) -> None:
+    seq = draft.start(0, PROMPTS[2], greedy())
+    row = draft.draft_row(seq, 0)
+    row.chunk_len -= 1
+    (result,) = draft.run((seq, row))
+    assert not result.token_ids
+    assert seq.num_missing == 1
+
+
+@pytest.mark.parametrize("accepted", [0, 1, 2, 3])
+def test_a_cropped_chain_is_that_of_a_fresh_engine(draft: Driver, accepted: int) -> None:
+    """After a verdict: the accepted drafts stay, the correction is appended, stale KV is not read."""
+    sampling = seeded(9, repetition_penalty=1.5, presence_penalty=1.0)
+    seq = draft.start(0, PROMPTS[0], sampling)
+    draft.run((seq, draft.draft_row(seq, 4)))
+    committed = [*seq.token_ids[: len(PROMPTS[0]) + accepted], 77]
+    row = draft.draft_row(seq, 4, crop_len=len(committed) - 1, append=[77])
+    draft.run((seq, row))
+    fresh = draft.start(1, committed, sampling)
+    draft.inits[0].num_prompt_tokens = len(PROMPTS[0])
+    draft.run((fresh, draft.draft_row(fresh, 4)))
+    assert seq.token_ids == fresh.token_ids
+
+
+def test_a_chain_ends_at_max_model_len(draft: Driver) -> None:
+    seq = draft.start(0, [7] * (MAX_MODEL_LEN - 2), greedy())
+    (result,) = draft.run((seq, draft.draft_row(seq, 5)))
+    assert len(result.token_ids) == 2
+
+
+def test_a_draft_that_is_not_finite_ends_its_chain_only(tiny: TinyModel) -> None:
+    engine = make_engine(tiny.folder, DRAFT)
+    engine._runner.model.embedding.weight[POISON] = torch.nan  # type: ignore[attr-defined]
+    driver = drive(engine)
+    sick = driver.start(0, PROMPTS[0], greedy(logit_bias={POISON: 100.0}))
+    sound = driver.start(1, PROMPTS[1], greedy())
+    results = driver.run((sick, driver.draft_row(sick, 4)), (sound, driver.draft_row(sound, 4)))
+    assert [list(results[0].token_ids), len(results[1].token_ids)] == [[POISON], 4]
+    assert not results[0].non_finite
+    (again,) = driver.run((sick, driver.draft_row(sick, 4)))
+    assert (again.non_finite, list(again.token_ids)) == (True, [])
+
+
+# -- rounds that no scheduler may send ------------------------------------------------------------------------------
+
+BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown slot": ({"slot": 3, "chunk_len": 1}, "rows[1] (slot 3): slot"),
+    "slot out of range": ({"slot": 900, "chunk_len": 1}, "rows[1] (slot 900): slot"),
+    "named twice": ({"slot": 0, "chunk_len": 1}, "slot: has a row already"),
+    "chunk too long": ({"slot": 1, "chunk_len": 2}, "chunk_len: 2"),
+    "crop beyond": ({"slot": 1, "crop_len": 40}, "crop_len: 40"),
+    "crop into the prompt": ({"slot": 1, "crop_len": 1}, "crop_len: 1"),
+    "token": ({"slot": 1, "append_token_ids": [131], "chunk_len": 1}, "append_token_ids: token id 131"),
+    "too long": ({"slot": 1, "append_token_ids": [1] * 62}, "append_token_ids: make 65 tokens"),
+    "draft token": ({"slot": 1, "chunk_len": 1, "draft_token_ids": [999]}, "draft_token_ids: token id 999"),
+    "block id": ({"slot": 1, "chunk_len": 1, "new_block_ids": [100_000]}, "new_block_ids: block 100000"),
+    "too many blocks": ({"slot": 1, "chunk_len": 1, "new_block_ids": [9] * 16}, "new_block_ids: make 17 blocks"),
+    "no block": ({"slot": 1, "chunk_len": 1, "draft_token_ids": [5, 6], "draft_base_len": 3}, "position 4"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_round_that_cannot_be_is_refused_untouched(target: Driver, case: str) -> None:
+    fields, message = BAD_ROWS[case]
+    stream = plain(target, PROMPTS[0], greedy())
+    seq, other = target.start(0, PROMPTS[0], greedy()), target.start(1, PROMPTS[1], greedy())
+    target.run((seq, target.target_row(seq)), (other, target.target_row(other)))
+    good = target.target_row(seq)
+    bad = Round(round_id=50, incarnation=INCARNATION, free_slots=[], rows=[good, Row(**fields)])
+    bad.init_seqs.append(SeqInit(slot=5, token_ids=[1], num_prompt_tokens=1, sampling=greedy()))
+    with pytest.raises(ProtocolError, match="round 50") as caught:
+        target.send(bad)
+    assert message in str(caught.value)
+    result = target.send(target.round([good])).rows[0]
+    target.book(seq, good, result)
+    assert target.generate(seq, NUM_TOKENS) == stream
+    with pytest.raises(ProtocolError, match="slot 5"):
+        target.send(target.round([], free_slots=[5]))
+
+
+BAD_INITS: dict[str, tuple[dict[str, Any], str]] = {
+    "taken": ({"slot": 0}, "slot: is taken"),
+    "slot": ({"slot": 8}, "slot: must be below 8"),
+    "empty": ({"token_ids": []}, "token_ids: 0 tokens"),
+    "long": ({"token_ids": [1] * 65}, "token_ids: 65 tokens"),
+    "token": ({"token_ids": [1, 2**31]}, "token id 2147483648"),
+    "prompt": ({"num_prompt_tokens": 9}, "num_prompt_tokens: 9"),
+    "computed": ({"num_computed_tokens": 1}, "num_computed_tokens: 1"),
+    "block": ({"block_table": [100_000]}, "block_table: block 100000"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INITS)
+def test_a_seq_that_cannot_start_is_refused(target: Driver, case: str) -> None:
+    changes, message = BAD_INITS[case]
+    seq = target.start(0, PROMPTS[1], greedy())
+    target.run((seq, target.target_row(seq)))
+    fields = {"slot": 1, "token_ids": [1, 2], "num_prompt_tokens": 2, "sampling": greedy(), **changes}
+    with pytest.raises(ProtocolError) as caught:
+        target.send(Round(round_id=51, init_seqs=[SeqInit(**fields)]))
+    assert "round 51: init_seqs[0]" in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_another_scheduler_finds_all_slots_free(target_engine: TargetEngine) -> None:
+    first = drive(target_engine)
+    target_engine.reset()
+    first.run(*[(seq, first.target_row(seq)) for seq in [first.start(0, PROMPTS[0], greedy())]])
+    target_engine.reset()
+    second = drive(target_engine)
+    assert plain(second, PROMPTS[1], greedy())
+    seq: Seq = second.start(0, PROMPTS[0], greedy())
+    assert second.generate(seq, 2)
+
+
+# -- loading --------------------------------------------------------------------------------------------------------
+
+
+def test_too_little_memory_for_one_seq_says_what_to_raise(tiny: TinyModel) -> None:
+    with pytest.raises(KVCacheError, match=r"needs 16 \(.* bytes\): raise kv_cache\.device_bytes or lower"):
+        make_engine(tiny.folder, TARGET, kv_cache_bytes=20_000)
+
+
+def test_the_cache_takes_the_bytes_that_it_was_given(target: Driver) -> None:
+    info = target.info
+    bytes_per_block = 3 * 2 * 4 * 2 * 24 * 4  # layers, k and v, block_size, num_kv_heads, head_dim, fp32
+    assert info.num_blocks == (1 << 20) // bytes_per_block
+    assert info.kv_cache_bytes == info.num_blocks * bytes_per_block
+
+
+def test_a_missing_folder_is_a_load_error(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="nowhere"):
+        make_engine(tmp_path / "nowhere", TARGET)
