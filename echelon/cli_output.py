@@ -71,7 +71,7 @@ def exits(command: Callable[P, None]) -> Callable[P, None]:
             report_error(str(err))
             raise typer.Exit(EXIT_USAGE) from err
         except (EchelonError, PlanError, StartError, DeploymentNotFoundError) as err:
-            report_error(str(err.args[0]) if isinstance(err, LookupError) and err.args else str(err))
+            report_error(str(err))
             raise typer.Exit(EXIT_FAILED) from err
         except BrokenPipeError as err:  # `echelon generate ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush into the pipe

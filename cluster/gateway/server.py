@@ -10,6 +10,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+import echelon
 from cluster.gateway.health import READINESS, Health
 from cluster.gateway.model_files import read_eos_token_ids
 from cluster.gateway.sampling import load_sampling_defaults
@@ -35,8 +36,7 @@ class Gateway:
     """
 
     def __init__(self, spec: process_pb2.GatewaySpec) -> None:
-        if not spec.scheduler_addresses:
-            raise StartupError("scheduler_addresses: is empty; a gateway needs a scheduler")
+        _check_spec(spec)
         self._spec = spec
         self._health = Health()
         self._links = [SchedulerLink(address, on_change=self._update_readiness) for address in spec.scheduler_addresses]
@@ -53,7 +53,7 @@ class Gateway:
         port = self._bind()
         await self._server.start()
         self._link_tasks = [asyncio.create_task(link.run()) for link in self._links]
-        return f"{self._spec.host}:{port}"
+        return _join(self._spec.host, port)
 
     async def wait_until_ready(self) -> None:
         """Returns once a scheduler would serve a request."""
@@ -69,9 +69,8 @@ class Gateway:
         await asyncio.gather(*self._link_tasks, return_exceptions=True)
 
     def _bind(self) -> int:
-        address = f"{self._spec.host}:{self._spec.grpc_port}"
         try:
-            port = self._server.add_insecure_port(address)
+            port = self._server.add_insecure_port(_join(self._spec.host, self._spec.grpc_port))
         except RuntimeError:
             port = 0  # what grpc returned before it raised
         if not port:
@@ -83,6 +82,17 @@ class Gateway:
         self._health.set(READINESS, ready)
         if ready:
             self._became_ready.set()
+
+
+def _check_spec(spec: process_pb2.GatewaySpec) -> None:
+    if spec.version != echelon.__version__:
+        raise StartupError(
+            f"version: the controller is {spec.version!r}, this gateway {echelon.__version__!r}; install one version"
+        )
+    if not spec.scheduler_addresses:
+        raise StartupError("scheduler_addresses: is empty; a gateway needs a scheduler")
+    if not Path(spec.model_dir).is_dir():
+        raise StartupError(f"model_dir: {spec.model_dir} is no folder on this node")
 
 
 def _build_servicer(spec: process_pb2.GatewaySpec, links: list[SchedulerLink]) -> InferenceServicer:
@@ -119,8 +129,13 @@ def _server_options(max_message_bytes: int) -> list[tuple[str, int]]:
     ]
 
 
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _why_not_bound(host: str, port: int) -> str:
     """grpc says only that it failed; the operating system says why."""
+    address_text = _join(host, port)
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -128,6 +143,6 @@ def _why_not_bound(host: str, port: int) -> str:
             probe.bind(address)
     except OSError as err:
         if err.errno == errno.EADDRINUSE:
-            return f"{host}:{port} is taken: stop the process that listens there, or change server.grpc_port"
-        return f"cannot listen on {host}:{port} ({err.strerror}); change server.host or server.grpc_port"
-    return f"cannot listen on {host}:{port}; change server.host or server.grpc_port"
+            return f"{address_text} is taken: stop the process that listens there, or change server.grpc_port"
+        return f"cannot listen on {address_text} ({err.strerror}); change server.host or server.grpc_port"
+    return f"cannot listen on {address_text}; change server.host or server.grpc_port"

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -12,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.gateway.server import Gateway, StartupError
+from echelon import __version__
 from echelon.client import AsyncClient
 from echelon.errors import (
     DeadlineExceededError,
@@ -45,9 +47,10 @@ class House:
         return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
 
 
-def gateway_spec(scheduler_address: str, **fields: int) -> process_pb2.GatewaySpec:
+def gateway_spec(scheduler_address: str, **fields: Any) -> process_pb2.GatewaySpec:
     spec = process_pb2.GatewaySpec(
         name="test",
+        version=__version__,
         host="127.0.0.1",
         model_name="demo",
         model_dir=str(MODEL_DIR),
@@ -293,6 +296,30 @@ async def test_a_taken_port_is_named(house: House) -> None:
     second = Gateway(gateway_spec(house.scheduler_address, grpc_port=port))
     with pytest.raises(StartupError, match=rf"127\.0\.0\.1:{port} is taken.*server\.grpc_port"):
         await second.start()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"host": "192.0.2.1"}, r"cannot listen on 192\.0\.2\.1:0 .*server\.host"),  # an address of documentation
+        ({"version": "0.0.0"}, "version: the controller is '0.0.0'"),
+        ({"model_dir": "/nowhere"}, "model_dir: /nowhere is no folder"),
+    ],
+)
+async def test_a_spec_that_cannot_work(fields: dict[str, str], message: str) -> None:
+    with pytest.raises(StartupError, match=message):
+        await Gateway(gateway_spec("127.0.0.1:1", **fields)).start()
+
+
+async def test_listens_on_ipv6() -> None:
+    gateway = Gateway(gateway_spec("127.0.0.1:1", host="::1"))
+    try:
+        address = await gateway.start()
+    except StartupError:
+        pytest.skip("no IPv6 on this machine")
+    async with AsyncClient(address) as client:
+        assert (await client.server_info()).num_ready_replicas == 0
+    await gateway.drain(grace_s=0)
 
 
 async def test_draining_finishes_what_runs_and_refuses_the_rest(house: House) -> None:

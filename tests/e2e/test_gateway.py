@@ -1,0 +1,302 @@
+"""The front door of a whole deployment: gateway, scheduler, target and draft as processes, without Ray."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import json_format
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from cluster.local import LocalDeployment, local_settings
+from echelon import AsyncClient, Client, __version__
+from echelon.cli import main
+from echelon.errors import (
+    DeadlineExceededError,
+    EchelonError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    UnavailableError,
+)
+from echelon.pb import process_pb2, scheduler_pb2, scheduler_pb2_grpc
+
+ROOT = Path(__file__).parents[2]
+TARGET, DRAFT = ROOT / "models" / "demo-target", ROOT / "models" / "demo-draft"
+MAX_MODEL_LEN = 512
+PROMPT = "def quicksort(items):\n"
+READY = health_pb2.HealthCheckRequest(service="echelon.v1.Inference")
+
+
+@pytest.fixture(scope="module")
+def deployment() -> Iterator[LocalDeployment]:
+    settings = local_settings(
+        TARGET,
+        draft=DRAFT,
+        dtype="float32",  # a prefix hit must not change a token
+        kv_cache_bytes=32 << 20,
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+        max_model_len=MAX_MODEL_LEN,
+    )
+    with LocalDeployment(settings, gateway=True) as deployment:
+        yield deployment
+
+
+@pytest.fixture
+def address(deployment: LocalDeployment) -> str:
+    return deployment.running.gateway_address
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[Client]:
+    with Client(address) as client:
+        yield client
+
+
+@pytest.fixture
+def channel(address: str) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(address) as channel:
+        yield channel
+
+
+def scheduler_status(deployment: LocalDeployment) -> scheduler_pb2.SchedulerStatus:
+    with grpc.insecure_channel(deployment.running.scheduler_address) as channel:
+        stub = scheduler_pb2_grpc.SchedulerStub(channel)
+        return stub.GetSchedulerStatus(scheduler_pb2.GetSchedulerStatusRequest())
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s"
+        time.sleep(0.02)  # another process is observed: there is nothing to wait on
+
+
+def all_is_free(deployment: LocalDeployment) -> bool:
+    status = scheduler_status(deployment)
+    return (
+        status.num_requests_running + status.num_requests_waiting == 0
+        and status.num_free_blocks == status.num_blocks
+        and status.num_free_draft_blocks == status.num_draft_blocks
+    )
+
+
+def test_streams_what_generate_returns(client: Client) -> None:
+    options: Any = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
+    with client.stream(PROMPT, **options) as stream:
+        chunks = list(stream)
+        streamed = stream.result()
+    assert [chunk.offset for chunk in chunks[1:]] == [
+        sum(len(chunk.token_ids) for chunk in chunks[: i + 1]) for i in range(len(chunks) - 1)
+    ]
+    assert len(streamed.token_ids) == 24
+    assert streamed.finish_reason == "length"
+    assert streamed.usage.completion_tokens == 24
+    again = client.generate(PROMPT, **options)
+    assert (again.text, again.token_ids) == (streamed.text, streamed.token_ids)
+
+
+def test_a_seed_replays_a_request(client: Client) -> None:
+    first = client.generate(PROMPT, max_tokens=16, temperature=1.0)
+    assert client.generate(PROMPT, max_tokens=16, temperature=1.0, seed=first.seed).token_ids == first.token_ids
+
+
+def test_speculation_is_a_requests_own_choice(client: Client) -> None:
+    drafted = client.generate(PROMPT, max_tokens=16, ignore_eos=True, temperature=0)
+    plain = client.generate(PROMPT, max_tokens=16, ignore_eos=True, temperature=0, speculation={"enabled": False})
+    assert drafted.speculation.num_draft_tokens > 0
+    assert plain.speculation.num_draft_tokens == 0
+    assert plain.tokens_per_target_step == 1.0
+
+
+def test_samples_and_logprobs(client: Client) -> None:
+    completion = client.generate(PROMPT, max_tokens=6, n=2, logprobs=2, prompt_logprobs=1, ignore_eos=True)
+    assert [sample.index for sample in completion.samples] == [0, 1]
+    for sample in completion.samples:
+        assert [position.chosen.token_id for position in sample.logprobs] == list(sample.token_ids)
+        assert all(len(position.top) == 2 for position in sample.logprobs)
+    assert len(completion.prompt_logprobs) == completion.usage.prompt_tokens
+    assert completion.prompt_logprobs[0] is None
+
+
+async def test_chat_and_the_async_client(address: str) -> None:
+    async with AsyncClient(address) as client:
+        answer = await client.chat([{"role": "user", "content": "import os"}], max_tokens=8)
+    assert 0 < answer.usage.completion_tokens <= 8
+
+
+def test_the_command_line(address: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", PROMPT, "--address", address, "--max-tokens", "8", "-t", "0"])
+    assert ended.value.code in (None, 0)
+    with Client(address) as client:
+        assert capfd.readouterr().out.rstrip("\n") == client.generate(PROMPT, max_tokens=8, temperature=0).text.rstrip(
+            "\n"
+        )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "error", "message"),
+    [
+        ("x = 1\n" * 600, {}, InvalidRequestError, f"text: the prompt has .* but max_model_len is {MAX_MODEL_LEN}"),
+        ([5000], {}, InvalidRequestError, r"token_ids\[0\]: token id 5000 is outside the vocabulary of 4096"),
+        ([], {}, InvalidRequestError, "token_ids: the prompt is empty"),
+        ([{"role": "", "content": "x"}], {}, InvalidRequestError, r"chat\.messages\[0\]\.role"),
+        ("x", {"top_p": 1.5}, InvalidRequestError, r"sampling\.top_p: must be in \(0, 1\], got 1\.5"),
+        ("x", {"n": 65}, InvalidRequestError, r"sampling\.n: "),
+        ("x", {"model": "other"}, NotFoundError, "model: 'other' is not served here"),
+        ("x" * (17 << 20), {}, OverloadedError, "larger than max"),
+        ("x", {"timeout_s": 0.001}, DeadlineExceededError, "DEADLINE_EXCEEDED"),
+    ],
+)  # fmt: skip
+def test_bad_requests(client: Client, prompt: Any, options: Any, error: type[EchelonError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        client.generate(prompt, **options)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"\x1a\x02\xff\xfe", "text: invalid UTF-8 at byte 0"),
+        (b"\x1a\x01a\x32\x07\xfa\x06\x04abcd", "sampling: unknown field number 111"),
+    ],
+)
+def test_bad_bytes(channel: grpc.Channel, raw: bytes, message: str) -> None:
+    with pytest.raises(grpc.RpcError, match=message) as err:
+        next(channel.unary_stream("/echelon.v1.Inference/Generate")(raw))
+    assert err.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+
+
+def endless(client: Client, **options: Any) -> Any:
+    """A stream that has begun and would go on for long."""
+    stream = client.stream(PROMPT, max_tokens=MAX_MODEL_LEN - 64, ignore_eos=True, **options)
+    next(stream)
+    return stream
+
+
+def test_a_dropped_stream_frees_everything(deployment: LocalDeployment, client: Client) -> None:
+    stream = endless(client, n=2)
+    assert not all_is_free(deployment)
+    stream.close()
+    wait_until(lambda: all_is_free(deployment))
+
+
+def test_a_deadline_frees_everything(deployment: LocalDeployment, client: Client) -> None:
+    with pytest.raises(DeadlineExceededError):
+        endless(client, timeout_s=1.0).result()
+    wait_until(lambda: all_is_free(deployment))
+
+
+def test_cancel_by_id(deployment: LocalDeployment, client: Client) -> None:
+    stream = endless(client, request_id="mine")
+    assert client.cancel("mine")
+    completion = stream.result()
+    assert completion.finish_reason == "abort"
+    assert 0 < completion.usage.completion_tokens < MAX_MODEL_LEN - 64
+    wait_until(lambda: all_is_free(deployment))
+    assert not client.cancel("mine")
+
+
+def test_reflection_describes_the_services(channel: grpc.Channel) -> None:
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    requests = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol="echelon.v1.Inference"),
+    ]
+    services, file = stub.ServerReflectionInfo(iter(requests))
+    names = {service.name for service in services.list_services_response.service}
+    assert names == {
+        "echelon.v1.Inference",
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+    }
+    assert b"GenerateRequest" in file.file_descriptor_response.file_descriptor_proto[0]
+
+
+def test_watch_sees_a_scheduler_that_hangs_and_comes_back(
+    deployment: LocalDeployment, channel: grpc.Channel, client: Client
+) -> None:
+    scheduler = deployment.plan.scheduler.name
+    pid = deployment.processes.read(lambda board: board.process(scheduler).pid)
+    assert pid is not None
+    watch = health_pb2_grpc.HealthStub(channel).Watch(READY)
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(UnavailableError, match="no scheduler is ready"):
+            client.generate(PROMPT, max_tokens=1)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    watch.cancel()
+    assert client.generate(PROMPT, max_tokens=1).usage.completion_tokens == 1
+
+
+# `python -m cluster.gateway` by itself
+
+
+def start_gateway(**fields: Any) -> "subprocess.Popen[bytes]":
+    spec = process_pb2.GatewaySpec(
+        name="gateway-0",
+        host="127.0.0.1",
+        version=__version__,
+        model_name="demo",
+        model_dir=str(TARGET),
+        scheduler_addresses=["127.0.0.1:1"],
+        max_model_len=64,
+        vocab_size=4096,
+    )
+    spec.MergeFrom(process_pb2.GatewaySpec(**fields))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cluster.gateway"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    process.stdin.write(json_format.MessageToJson(spec, indent=None).encode() + b"\n")
+    process.stdin.flush()
+    return process
+
+
+def next_event(process: "subprocess.Popen[bytes]") -> process_pb2.ProcessEvent:
+    assert process.stdout is not None
+    return json_format.Parse(process.stdout.readline(), process_pb2.ProcessEvent())
+
+
+def test_a_taken_port_is_the_last_word() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with start_gateway(grpc_port=port) as process:
+            assert f"127.0.0.1:{port} is taken" in next_event(process).failed.error
+            assert process.wait(30) == 1
+
+
+def test_a_model_folder_that_is_not_there_is_named() -> None:
+    with start_gateway(model_dir="/nowhere") as process:
+        assert "model_dir: /nowhere" in next_event(process).failed.error
+        assert process.wait(30) == 1
+
+
+def test_it_dies_with_its_parent() -> None:
+    with start_gateway() as process:
+        assert next_event(process).progress.stage == "waiting for the scheduler"
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait(30)
+
+
+def test_sigterm_ends_it_in_order() -> None:
+    with start_gateway() as process:
+        assert next_event(process).progress.stage == "waiting for the scheduler"
+        process.terminate()
+        assert process.wait(30) == 0
