@@ -13,7 +13,7 @@ BLOCK_SIZE = 4
 
 
 class PagedRunner:
-    """A few seqs in one model. The cache is full of garbage at first: what is read without having been written shows."""
+    """A few seqs in one model. The cache is full of NaN at first: what is read without having been written shows."""
 
     def __init__(self, model: CausalLM, *, num_seqs: int, max_len: int, dtype: torch.dtype, seed: int = 0) -> None:
         self.model = model
@@ -24,7 +24,7 @@ class PagedRunner:
         self.block_tables = [block_ids[b * blocks_per_seq : (b + 1) * blocks_per_seq] for b in range(num_seqs)]
         shape = (len(block_ids), BLOCK_SIZE, model.kv_heads_per_rank, config.head_dim)
         self.kv_caches = [
-            (torch.full(shape, 1e3, dtype=dtype), torch.full(shape, -1e3, dtype=dtype))
+            (torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype))
             for _ in range(config.num_layers)
         ]
         self.lens = [0] * num_seqs

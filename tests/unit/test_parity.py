@@ -37,10 +37,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]
     return get
 
 
-def load(folder: Path) -> CausalLM:
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
     return load_model(
         folder,
-        dtype=torch.float32,
+        dtype=dtype,
         device=torch.device("cpu"),
         group=SoloGroup(),
         max_model_len=MAX_MODEL_LEN,
@@ -57,6 +57,16 @@ def worst_difference(model: CausalLM, tiny: TinyModel, feed: str) -> float:
 def test_logits_equal_transformers(tiny: Callable[[str], TinyModel], family: str, feed: str) -> None:
     model = tiny(family)
     assert worst_difference(load(model.folder), model, feed) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama-biases-tied", "qwen2-window", "qwen3-tied"])
+def test_narrow_types_are_close_to_fp32(tiny: Callable[[str], TinyModel], family: str, dtype: torch.dtype) -> None:
+    """Three layers of rounding to 8 bits (bf16) stay within 3 % of the logits' size; a wrong cast would not."""
+    logits = torch.cat(run_seqs(load(tiny(family).folder, dtype), tiny(family).token_ids, "chunks", dtype=dtype))
+    expected = torch.cat(tiny(family).logits)
+    assert logits.dtype == torch.float32
+    assert (logits - expected).norm() / expected.norm() < 0.03
 
 
 def drop_qkv_bias(model: CausalLM) -> None:
