@@ -14,7 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.errors import PlanError, StartError
+from cluster.errors import StartError
 from cluster.plan import Plan
 from cluster.processes import Child
 from cluster.ray_cluster import NAMESPACE, actor_name, group_name, reserve
@@ -57,7 +57,8 @@ class Controller:
             )
         self._desired = desired
         self._groups: dict[Role, PlacementGroup] = {}
-        self._failure: StartError | PlanError | None = None
+        self._hosts: dict[str, Any] = {}
+        self._failure: StartError | None = None
         self._endpoint = ""
         self._processes = ProcessSet(self._spawn)
         self._processes.expect(process_names(desired.plan))
@@ -73,6 +74,7 @@ class Controller:
         """End every process and give every placement group back. Idempotent."""
         self._processes.stop(grace_s, order=stop_order(self._desired.plan))
         self._starter.join()
+        self._end_hosts()
         for group in self._groups.values():
             remove_placement_group(group)
         self._groups.clear()
@@ -87,30 +89,35 @@ class Controller:
                 if bundles:
                     timeout_s = min(_RESERVE_TIMEOUT_S, max(0.0, deadline - time.monotonic()))
                     self._groups[role] = reserve(group_name(settings.name, role), bundles, timeout_s)
+            self._create_hosts()
             running = roll_out(settings, plan, self._processes, timeout_s=deadline - time.monotonic())
             self._endpoint = running.gateway_address
-        except (StartError, PlanError) as err:
+        except StartError as err:
             logger.warning("%s did not start: %s", settings.name, err)
             self._failure = err
             self._processes.stop(_FAILED_GRACE_S, order=stop_order(plan))
+            self._end_hosts()
+
+    def _create_hosts(self) -> None:
+        """All at once, since each takes a second or two to come up."""
+        plan = self._desired.plan
+        for bundle in plan.bundles:
+            name = actor_name(plan.deployment, bundle.name)
+            self._hosts[bundle.name] = host_in_bundle(name, bundle, self._groups[bundle.group])
+        for process in (plan.scheduler, plan.gateway):
+            self._hosts[process.name] = host_on_node(actor_name(plan.deployment, process.name), process.node_id)
+
+    def _end_hosts(self) -> None:
+        for host in self._hosts.values():
+            ray.kill(host)
+        self._hosts.clear()
 
     def _spawn(self, launch: Launch) -> Child:
-        plan = self._desired.plan
-        name = actor_name(plan.deployment, launch.name)
-        if launch.bundle is not None:
-            host = host_in_bundle(name, launch.bundle, self._groups[launch.bundle.group])
-        else:
-            process = plan.scheduler if launch.name == plan.scheduler.name else plan.gateway
-            host = host_on_node(name, process.node_id)
-        return RayChild(launch, host, self._desired.log_dir)
+        return RayChild(launch, self._hosts[launch.name], self._desired.log_dir)
 
     def _status_of(self, board: Board) -> tuple[int, DeploymentStatus]:
         settings = self._desired.settings
-        state, reason = board.deployment()
-        detail = ""
-        if self._failure is not None:
-            state, reason = State.FAILED, str(self._failure)
-            detail = self._failure.detail if isinstance(self._failure, StartError) else ""
+        state, reason, detail = self._verdict(board)
         return board.version, DeploymentStatus(
             name=settings.name,
             state=state,
@@ -122,6 +129,16 @@ class Controller:
             plan=self._desired.plan,
             settings=shown_settings(settings),
         )
+
+    def _verdict(self, board: Board) -> tuple[State, str, str]:
+        """State, reason, and the traceback or log tail behind it."""
+        if self._failure is not None:
+            return State.FAILED, str(self._failure), self._failure.detail
+        state, reason = board.deployment()
+        if state is State.FAILED and self._starter.is_alive():
+            return State.STARTING, reason, ""  # the starter is about to say which failure was the cause
+        failed = board.first_failure()
+        return state, reason, "" if failed is None else board.detail(failed.name)
 
 
 def shown_settings(settings: Settings) -> dict[str, str | int | float | bool]:

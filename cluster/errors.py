@@ -30,10 +30,6 @@ class ConfigError(ValueError):
         super().__init__("\n".join(f"{source}: {problem}" for problem in problems))
 
 
-class PlanError(RuntimeError):
-    """The cluster as it is now has no place for the deployment, or Ray did not follow the plan."""
-
-
 class StartError(RuntimeError):
     """A process did not come up; holds that process's own error. `detail` is its traceback or log tail."""
 
@@ -47,3 +43,7 @@ class StartError(RuntimeError):
 
 class DeploymentNotFoundError(LookupError):
     """No deployment of that name is known here."""
+
+
+class PlanError(StartError):
+    """The cluster as it is now has no place for the deployment, or Ray did not follow the plan."""

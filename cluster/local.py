@@ -11,7 +11,7 @@ from typing import Literal, Self
 from cluster.errors import StartError
 from cluster.inventory import local_inventory
 from cluster.model_folder import read_model_folder
-from cluster.plan import Plan, make_plan
+from cluster.plan import Plan, describe_devices, make_plan
 from cluster.processes import Child, ChildProcess
 from cluster.rollout import RunningDeployment, roll_out, stop_order
 from cluster.settings import (
@@ -144,11 +144,15 @@ class LocalDeployment:
         self.stop()
 
     def _spawn(self, launch: Launch) -> Child:
-        env = dict(launch.env)
-        devices = ""
-        if launch.bundle is not None and launch.bundle.num_gpus:
-            devices = f"cuda:{self._num_gpus_given}"
-            env["CUDA_VISIBLE_DEVICES"] = str(self._num_gpus_given)
-            self._num_gpus_given += 1
-        log_path = self.log_dir / f"{launch.name}.log"
-        return ChildProcess(launch.module, launch.spec, name=launch.name, log_path=log_path, env=env, devices=devices)
+        gpu_ids: list[str] = []
+        if launch.bundle is not None:
+            gpu_ids = [str(self._num_gpus_given + index) for index in range(launch.bundle.num_gpus)]
+            self._num_gpus_given += len(gpu_ids)
+        return ChildProcess(
+            launch.module,
+            launch.spec,
+            name=launch.name,
+            log_path=self.log_dir / f"{launch.name}.log",
+            env={**launch.env, "CUDA_VISIBLE_DEVICES": ",".join(gpu_ids)},
+            devices=describe_devices(launch.bundle, gpu_ids),
+        )

@@ -93,6 +93,15 @@ class Plan:
         return tuple(bundle for bundle in self.bundles if bundle.group == role)
 
 
+def describe_devices(bundle: Bundle | None, gpu_ids: Sequence[str] = ()) -> str:
+    """What a worker was given, for people; empty for a control process."""
+    if bundle is None:
+        return ""
+    if bundle.num_gpus:
+        return ", ".join(f"cuda:{gpu}" for gpu in gpu_ids)
+    return f"cores {','.join(str(core) for core in bundle.cpu_ids)}" if bundle.cpu_ids else "shared cores"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rank:
     """A worker process that wants a device."""

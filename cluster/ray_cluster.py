@@ -37,6 +37,9 @@ def connected(address: str, *, token: str = "") -> Iterator[None]:
     `token` is that of a Ray which asks for one; otherwise Ray's own variables and files say. Raises StartError.
     """
     if ray.is_initialized():
+        here = ray.get_runtime_context().gcs_address
+        if here != address:
+            raise StartError(f"this process is connected to the Ray at {here}, not to {address}; use another process")
         yield
         return
     with _authenticated(token):

@@ -12,7 +12,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from cluster.plan import Bundle
+from cluster.plan import Bundle, describe_devices
 from cluster.processes import ChildProcess
 from cluster.ray_cluster import NAMESPACE
 from cluster.startup import Launch
@@ -120,15 +120,6 @@ class RayChild:
         self.pid, self.node_id = hosted.pid, hosted.node_id
         self.devices = describe_devices(self._bundle, hosted.gpu_ids)
         return True
-
-
-def describe_devices(bundle: Bundle | None, gpu_ids: tuple[str, ...] = ()) -> str:
-    """What a worker was given, for people; empty for a control process."""
-    if bundle is None:
-        return ""
-    if bundle.num_gpus:
-        return ", ".join(f"cuda:{gpu}" for gpu in gpu_ids)
-    return f"cores {','.join(str(core) for core in bundle.cpu_ids)}" if bundle.cpu_ids else "shared cores"
 
 
 def host_in_bundle(name: str, bundle: Bundle, group: PlacementGroup) -> Any:

@@ -17,6 +17,7 @@ class Board:
         self._stores: dict[str, str] = {}
         self._workers: dict[str, WorkerInfo] = {}
         self._details: dict[str, str] = {}
+        self._failed: list[str] = []  # in the order in which they did: the first is the cause
         self._was_ready = False  # every process at once
         self._stopping = False
         self.version = 0  # grows with every change
@@ -43,7 +44,7 @@ class Board:
         return all(self._processes[name].state is State.READY for name in names)
 
     def first_failure(self) -> ProcessStatus | None:
-        return next((process for process in self.processes if process.state is State.FAILED), None)
+        return self._processes[self._failed[0]] if self._failed else None
 
     def on_launch(self, name: str, node: str) -> None:
         self._processes.setdefault(name, ProcessStatus(name=name))
@@ -67,16 +68,14 @@ class Board:
             self._workers[name] = event.ready.worker
             self._change(name, state=State.READY, stage="", done=0, total=0, address=event.ready.address)
         elif kind == "failed":
-            self._details[name] = event.failed.detail
-            self._change(name, state=State.FAILED, error=event.failed.error)
+            self._fail(name, event.failed.error, event.failed.detail)
 
     def on_exit(self, name: str, exit_status: int, stderr_tail: str) -> None:
         """The process has ended. Its own last word counts more than its exit status."""
         if self._stopping:
             self._change(name, state=State.STOPPED, pid=None)
         elif self._processes[name].state is not State.FAILED:
-            self._details[name] = stderr_tail
-            self._change(name, state=State.FAILED, error=_end_of(exit_status, stderr_tail))
+            self._fail(name, _end_of(exit_status, stderr_tail), stderr_tail)
 
     def on_all_ready(self) -> None:
         self._was_ready = True
@@ -92,7 +91,7 @@ class Board:
         """The deployment's state and why it is not READY."""
         if self._stopping:
             return State.STOPPING, "it is being taken down"
-        failed = [process for process in self.processes if process.state is State.FAILED]
+        failed = [self._processes[name] for name in self._failed]
         if failed:
             reason = "; ".join(f"{process.name}: {process.error}" for process in failed)
             only_drafts = all(process.name.startswith("draft-") for process in failed)
@@ -109,6 +108,11 @@ class Board:
             for process in self.processes
             if process.state in (State.PENDING, State.STARTING)
         )
+
+    def _fail(self, name: str, error: str, detail: str) -> None:
+        self._failed.append(name)
+        self._details[name] = detail
+        self._change(name, state=State.FAILED, error=error)
 
     def _change(self, name: str, **fields: object) -> None:
         self._processes[name] = replace(self._processes[name], **fields)  # type: ignore[arg-type]  # names are ours
