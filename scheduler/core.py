@@ -174,8 +174,10 @@ class SchedulerCore:
         if engine is None or not (self._running or self._waiting) or not self._may_queue(engine):
             return None
         rows: dict[Seq, PlannedRow] = {}
+        num_preemptions = self._totals.num_preemptions_total
         self._plan_decodes(engine, rows)
-        self._admit(engine, now)
+        if self._totals.num_preemptions_total == num_preemptions:
+            self._admit(engine, now)
         self._plan_prefills(engine, rows, now)
         self._plan_drafts(engine, rows)
         if not rows:

@@ -76,7 +76,7 @@ def share_prefill(remaining: Sequence[int], budget: int, *, shortest: int | None
     limit = max(remaining) if shortest is None else _LONG * shortest
     long = [i for i, tokens in enumerate(remaining) if tokens > limit]
     chunk = max(2 * knee, limit // (4 * _LONG))
-    reserved = min(sum(remaining[i] for i in long), max(chunk, budget // 3), budget)
+    reserved = min(sum(remaining[i] for i in long), max(chunk, budget // 3), budget // 2)
     shares = [0] * len(remaining)
     left = budget - reserved
     for i, tokens in enumerate(remaining):
@@ -86,6 +86,9 @@ def share_prefill(remaining: Sequence[int], budget: int, *, shortest: int | None
     if long:
         num_short = sum(shares)
         _share_pool(shares, remaining, long, min(budget - num_short, max(chunk, num_short // 2)))
+    if shares[0] == 0 and budget > 0:  # the oldest always advances, so that everyone does in the end
+        shares[shares.index(max(shares))] -= 1 if sum(shares) == budget else 0
+        shares[0] = 1
     return shares
 
 

@@ -194,10 +194,20 @@ class Replica:
     def _pump(self) -> None:
         self._pump_is_due = False
         now = self._now()
-        while self.draft is not None and (message := self._core.plan_draft()) is not None:
+        while self._pump_draft() | self._pump_target(now):
+            pass
+
+    def _pump_draft(self) -> bool:
+        message = self._core.plan_draft() if self.draft is not None else None
+        if self.draft is not None and message is not None:
             self.draft.send(message)
-        while (message := self._core.plan_target(now)) is not None:
+        return message is not None
+
+    def _pump_target(self, now: float) -> bool:
+        message = self._core.plan_target(now)
+        if message is not None:
             self.target.send(message)
+        return message is not None
 
     def _deliver(self, outputs: list[Output]) -> None:
         for output in outputs:

@@ -45,7 +45,7 @@ class Failed:
 Output = Chunk | Completed | Failed
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Request:
     request_id: str
     num_prompt_tokens: int

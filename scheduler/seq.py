@@ -39,9 +39,10 @@ class DraftSeat(Seat):
 
     num_known: int  # committed tokens that the engine has been sent
     chain: list[int] = field(default_factory=list)  # drafted behind them
+    is_catching_up: bool = False  # a round without drafts is on its way
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Seq:
     request: "Request"
     index: int  # which of n

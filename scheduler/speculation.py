@@ -48,6 +48,16 @@ def _resync(seq: Seq, seat: DraftSeat) -> _Resync:
     )
 
 
+def _is_ready(seq: Seq) -> bool:
+    """The target has nothing left to do for the seq but to decode, and no drafts were ordered for this position."""
+    return (
+        seq.num_rows_in_flight == 0
+        and seq.num_outputs > 0
+        and seq.num_uncomputed == 1
+        and seq.num_drafted_at != len(seq.token_ids)
+    )
+
+
 class Drafter:
     """Plans the rounds of the draft engine. Without an engine it plans none, and seqs decode without drafts."""
 
@@ -110,7 +120,10 @@ class Drafter:
         seq, seat = row.seq, row.seat
         assert isinstance(seat, DraftSeat), "the draft engine seats draft seats"
         assert self.engine is not None, "a result of an engine that is not connected"
-        self._drafting.discard(seq)
+        if row.num_draft_tokens:
+            self._drafting.discard(seq)
+        else:
+            seat.is_catching_up = False
         if answer.non_finite:
             logger.warning("request %s: non-finite draft logits, going on without drafts", seq.request.request_id)
             self.engine.blocks.forget(seat.block_ids[: seat.num_published])
@@ -161,9 +174,7 @@ class Drafter:
         budget = engine.info.max_num_batched_tokens
         for seq in speculating:
             seat = seq.draft
-            if seat is None or seq.num_rows_in_flight or seq.num_outputs == 0 or seq.target is None:
-                continue
-            if seq.num_drafted_at == len(seq.token_ids):
+            if seat is None or seat.is_catching_up or not _is_ready(seq):
                 continue
             row = self._drafting_row(engine, seq, seat)
             if row is None or row.chunk_len > budget:
@@ -220,6 +231,7 @@ class Drafter:
             )
             budget -= row.chunk_len
             self._apply(row, seat)
+            seat.is_catching_up = True
             rows.append(row)
         return rows
 

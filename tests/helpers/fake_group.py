@@ -1,0 +1,245 @@
+"""A worker group without a model: speaks worker.proto to the letter and refuses whatever breaks it.
+
+The next token is a pure function of everything before it, of the seed and of the sample index, and it is read from the
+simulated KV cache: a block that is freed, shared or reused too early changes the tokens. `plain_tokens` computes the
+same without any of this, so a stream is right exactly when it equals that.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from echelon.pb import sampling_pb2, worker_pb2
+
+__all__ = ["FakeEngine", "FakeModel", "ProtocolError", "plain_tokens"]
+
+_MASK = (1 << 64) - 1
+
+
+class ProtocolError(AssertionError):
+    """The scheduler sent what no correct scheduler sends."""
+
+
+def _mix(state: int, value: int) -> int:
+    state = (state ^ (value + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 & _MASK
+    return state ^ (state >> 29)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FakeModel:
+    """Chooses tokens below `vocab_size`. `agreement` is how often, of 100, it chooses what the target does."""
+
+    vocab_size: int = 40
+    agreement: int = 100
+    bad_prefix: tuple[int, ...] | None = None  # histories that end so give non-finite logits
+
+    def choose(self, prefix: int, sampling: sampling_pb2.SeqSampling, num_outputs: int) -> int:
+        """prefix: hash of the history."""
+        noise = _mix(_mix(prefix, sampling.seed), sampling.sample_index)
+        if _mix(noise, 77) % 100 >= self.agreement:
+            noise += 1
+        if num_outputs >= sampling.min_tokens:
+            return noise % self.vocab_size
+        allowed = [t for t in range(self.vocab_size) if t not in sampling.suppressed_token_ids]
+        return allowed[noise % len(allowed)]
+
+
+def plain_tokens(
+    prompt: Sequence[int], sampling: sampling_pb2.SeqSampling, count: int, model: FakeModel | None = None
+) -> list[int]:
+    """What plain decoding gives: `count` tokens, whatever stops them later."""
+    model = model or FakeModel()
+    prefix = 0
+    for token_id in prompt:
+        prefix = _mix(prefix, token_id)
+    tokens: list[int] = []
+    for num_outputs in range(count):
+        tokens.append(model.choose(prefix, sampling, num_outputs))
+        prefix = _mix(prefix, tokens[-1])
+    return tokens
+
+
+@dataclass(slots=True, kw_only=True)
+class _Slot:
+    history: list[int]
+    num_prompt: int
+    num_computed: int
+    blocks: list[int]
+    sampling: sampling_pb2.SeqSampling
+
+
+@dataclass(slots=True, kw_only=True)
+class FakeEngine:
+    """One engine. `run` does rounds in the order in which they come."""
+
+    role: "worker_pb2.EngineRole.ValueType" = worker_pb2.ENGINE_ROLE_TARGET
+    model: FakeModel = field(default_factory=FakeModel)
+    num_blocks: int = 64
+    block_size: int = 4
+    num_slots: int = 8
+    max_model_len: int = 128
+    max_num_batched_tokens: int = 64
+    incarnation: int = 1
+    # Time of a round in ns, from its number of tokens.
+    run_ns: Callable[[int], int] = lambda num_tokens: 0
+    slots: dict[int, _Slot] = field(default_factory=dict)
+    num_rounds: int = 0
+    num_tokens: int = 0  # that went through the model
+    _kv: dict[tuple[int, int], int] = field(default_factory=dict)  # (block, offset) -> hash of the prefix to there
+    _last_round_id: int = 0
+
+    @property
+    def info(self) -> worker_pb2.EngineInfo:
+        return worker_pb2.EngineInfo(
+            role=self.role,
+            vocab_size=self.model.vocab_size,
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            num_slots=self.num_slots,
+            max_model_len=self.max_model_len,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+        )
+
+    def reset(self) -> None:
+        """A new stream: all slots are free."""
+        self.slots.clear()
+        self._last_round_id = 0
+
+    def run(self, message: worker_pb2.Round) -> worker_pb2.RoundResult:
+        _require(message.round_id > self._last_round_id, "round_id ascends")
+        _require(message.incarnation == self.incarnation, "incarnation")
+        self._last_round_id = message.round_id
+        for slot in message.free_slots:
+            _require(slot in self.slots, f"slot {slot} is freed and holds no seq")
+            del self.slots[slot]
+        for seq in message.init_seqs:
+            self._init(seq)
+        _require(len({row.slot for row in message.rows}) == len(message.rows), "one row a slot")
+        result = worker_pb2.RoundResult(round_id=message.round_id, incarnation=self.incarnation)
+        before = self.num_tokens
+        for row in message.rows:
+            result.rows.append(self._run_row(row))
+        num_tokens = self.num_tokens - before
+        _require(num_tokens <= self.max_num_batched_tokens or self.role != worker_pb2.ENGINE_ROLE_TARGET, "budget")
+        result.run_ns = self.run_ns(num_tokens)
+        self.num_rounds += 1
+        return result
+
+    def _init(self, seq: worker_pb2.SeqInit) -> None:
+        _require(seq.slot < self.num_slots and seq.slot not in self.slots, f"slot {seq.slot} is free")
+        _require(seq.num_computed_tokens < len(seq.token_ids), "a token is left to compute")
+        _require(1 <= seq.num_prompt_tokens <= len(seq.token_ids), "num_prompt_tokens")
+        slot = _Slot(
+            history=list(seq.token_ids),
+            num_prompt=seq.num_prompt_tokens,
+            num_computed=seq.num_computed_tokens,
+            blocks=[],
+            sampling=seq.sampling,
+        )
+        self._add_blocks(slot, seq.block_table)
+        _require(seq.num_computed_tokens <= len(slot.blocks) * self.block_size, "computed tokens have blocks")
+        self.slots[seq.slot] = slot
+
+    def _add_blocks(self, slot: _Slot, block_ids: Sequence[int]) -> None:
+        _require(all(block_id < self.num_blocks for block_id in block_ids), "block ids exist")
+        slot.blocks += block_ids
+        _require(len(set(slot.blocks)) == len(slot.blocks), "a block stands once in a block table")
+        _require(len(slot.blocks) <= -(-self.max_model_len // self.block_size), "blocks of one seq")
+
+    def _run_row(self, row: worker_pb2.Row) -> worker_pb2.RowResult:
+        _require(row.slot in self.slots, f"slot {row.slot} holds a seq")
+        slot = self.slots[row.slot]
+        if row.HasField("crop_len"):
+            _require(self.role == worker_pb2.ENGINE_ROLE_DRAFT, "only a draft engine's history is cut")
+            _require(slot.num_prompt <= row.crop_len <= len(slot.history), "crop_len")
+            del slot.history[row.crop_len :]
+            slot.num_computed = min(slot.num_computed, row.crop_len)
+        slot.history += row.append_token_ids
+        self._add_blocks(slot, row.new_block_ids)
+        _require(row.chunk_len >= 1, "a row computes something")
+        _require(slot.num_computed + row.chunk_len <= len(slot.history), "the chunk lies within the history")
+        start = slot.num_computed
+        prefix = self._compute(slot, row.chunk_len)
+        result = worker_pb2.RowResult(slot=row.slot)
+        self._add_prompt_logprobs(slot, start, result)
+        if slot.num_computed < len(slot.history):
+            _require(not row.draft_token_ids and not row.num_draft_tokens, "drafts stand behind the whole history")
+            return result
+        bad = self.model.bad_prefix
+        if bad is not None and tuple(slot.history[-len(bad) :]) == bad:
+            result.non_finite = True
+            slot.num_computed -= 1
+            return result
+        if self.role == worker_pb2.ENGINE_ROLE_DRAFT:
+            self._draft(slot, prefix, row.num_draft_tokens, result)
+        else:
+            self._verify(slot, prefix, row, result)
+        return result
+
+    def _compute(self, slot: _Slot, count: int) -> int:
+        """KV of the next `count` tokens of the history -> hash of the prefix to the last of them."""
+        prefix = 0
+        for position in range(slot.num_computed):
+            prefix = _mix(prefix, slot.history[position])
+            held = self._kv.get(self._place(slot, position))
+            _require(held == prefix, f"KV at position {position} is that of the history")
+        for position in range(slot.num_computed, slot.num_computed + count):
+            prefix = _mix(prefix, slot.history[position])
+            self._kv[self._place(slot, position)] = prefix
+        slot.num_computed += count
+        self.num_tokens += count
+        return prefix
+
+    def _place(self, slot: _Slot, position: int) -> tuple[int, int]:
+        _require(position < len(slot.blocks) * self.block_size, f"a block covers position {position}")
+        return slot.blocks[position // self.block_size], position % self.block_size
+
+    def _verify(self, slot: _Slot, prefix: int, row: worker_pb2.Row, result: worker_pb2.RowResult) -> None:
+        drafts = list(row.draft_token_ids)
+        if row.draft_base_len != len(slot.history):
+            drafts = []
+        _require(len(slot.history) + len(drafts) < self.max_model_len, "max_model_len")
+        base = len(slot.history)
+        for i, draft in enumerate([*drafts, None]):
+            token_id = self.model.choose(prefix, slot.sampling, base + i - slot.num_prompt)
+            result.token_ids.append(token_id)
+            if token_id != draft:
+                break
+            prefix = _mix(prefix, token_id)
+        # Rejected drafts leave stale KV behind, as in a real engine.
+        slot.history += drafts
+        self._compute(slot, len(drafts))
+        result.num_accepted_tokens = len(result.token_ids) - 1
+        result.num_verified_tokens = len(drafts)
+        slot.num_computed = base + result.num_accepted_tokens
+        slot.history[base:] = result.token_ids
+        if slot.sampling.HasField("logprobs"):
+            for position, token_id in enumerate(result.token_ids, start=base):
+                result.logprobs.append(_logprobs(token_id, position))
+
+    def _draft(self, slot: _Slot, prefix: int, count: int, result: worker_pb2.RowResult) -> None:
+        for i in range(count):
+            token_id = self.model.choose(prefix, slot.sampling, len(slot.history) - slot.num_prompt)
+            slot.history.append(token_id)
+            result.token_ids.append(token_id)
+            if i + 1 < count:
+                prefix = self._compute(slot, 1)
+        _require(len(slot.history) <= self.max_model_len, "max_model_len")
+
+    def _add_prompt_logprobs(self, slot: _Slot, start: int, result: worker_pb2.RowResult) -> None:
+        if not slot.sampling.HasField("prompt_logprobs"):
+            return
+        # The row at position p gives the log-probability of the prompt token at p + 1.
+        positions = range(start + 1, min(slot.num_computed + 1, slot.num_prompt))
+        result.prompt_logprobs_start = start + 1
+        for position in positions:
+            result.prompt_logprobs.append(_logprobs(slot.history[position], position))
+
+
+def _logprobs(token_id: int, position: int) -> sampling_pb2.PositionLogprobs:
+    chosen = sampling_pb2.TokenLogprob(token_id=token_id, logprob=-position, rank=1)
+    return sampling_pb2.PositionLogprobs(chosen=chosen)
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ProtocolError(f"violated: {what}")

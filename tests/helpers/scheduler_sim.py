@@ -1,0 +1,160 @@
+"""A scheduler core with fake engines and a clock that the test moves."""
+
+import random
+from collections import deque
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models
+
+from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2, worker_pb2
+from scheduler.config import SchedulerConfig
+from scheduler.core import SchedulerCore
+from scheduler.detokenizer import TokenTable
+from scheduler.request import Chunk, Completed, Failed, Output
+from tests.helpers.fake_group import FakeEngine, FakeModel, plain_tokens
+
+__all__ = ["Simulation", "letters", "seq_sampling", "submit", "token_table"]
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN"
+
+
+def token_table(size: int = 40) -> TokenTable:
+    """Token i is one letter."""
+    tokenizer = Tokenizer(models.BPE(vocab={_LETTERS[i]: i for i in range(size)}, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    return TokenTable(tokenizer)
+
+
+def letters(token_ids: list[int]) -> str:
+    return "".join(_LETTERS[token_id] for token_id in token_ids)
+
+
+def submit(request_id: str, prompt: list[int], *, timeout_s: float | None = None, **fields: Any) -> Any:
+    """A Submit; `fields` are sampling parameters, or `enabled` and `num_speculative_tokens`."""
+    speculation = {name: fields.pop(name) for name in ("enabled", "num_speculative_tokens") if name in fields}
+    return scheduler_pb2.Submit(
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        sampling=sampling_pb2.SamplingParams(**{"seed": 1, "max_tokens": 16} | fields),
+        speculation=inference_pb2.Speculation(**speculation),
+        timeout_s=timeout_s,
+    )
+
+
+def seq_sampling(message: scheduler_pb2.Submit, index: int = 0) -> sampling_pb2.SeqSampling:
+    """What `plain_tokens` needs of a Submit (no EOS configured)."""
+    sampling = message.sampling
+    return sampling_pb2.SeqSampling(
+        seed=sampling.seed,
+        sample_index=index,
+        min_tokens=sampling.min_tokens,
+        suppressed_token_ids=sampling.stop_token_ids,
+    )
+
+
+class Simulation:
+    """Rounds wait in a queue for each engine until the test, or `run`, has the engine do the next one."""
+
+    def __init__(
+        self, *, target: FakeEngine | None = None, draft: FakeEngine | None = None, k: int = 4, **config: Any
+    ) -> None:
+        self.target = target or FakeEngine()
+        self.draft = draft
+        self.now = 0.0
+        defaults = {
+            "model_name": "fake",
+            "max_num_batched_tokens": self.target.max_num_batched_tokens,
+            "max_model_len": self.target.max_model_len,
+            "num_speculative_tokens": k if draft else 0,
+        }
+        self.core = SchedulerCore(SchedulerConfig(**defaults | config), token_table())
+        self.core.connect_target(self.target.info, self.target.incarnation)
+        if draft:
+            self.core.connect_draft(draft.info, draft.incarnation)
+        self.target_rounds: deque[worker_pb2.Round] = deque()
+        self.draft_rounds: deque[worker_pb2.Round] = deque()
+        self.chunks: list[Chunk] = []
+        self.tokens: dict[tuple[str, int], list[int]] = {}
+        self.text: dict[tuple[str, int], str] = {}
+        self.completed: dict[str, inference_pb2.GenerateComplete] = {}
+        self.failed: dict[str, Failed] = {}
+        self.ended_at: dict[str, float] = {}
+        self.first_token_at: dict[str, float] = {}
+
+    def submit(self, message: scheduler_pb2.Submit) -> None:
+        self.take(self.core.add(message, self.now))
+
+    def cancel(self, request_id: str) -> None:
+        self.take(self.core.cancel(request_id, self.now))
+
+    def plan(self) -> None:
+        """Send every round that the core wants to send."""
+        while True:
+            draft, target = self.core.plan_draft(), self.core.plan_target(self.now)
+            if draft is not None:
+                self.draft_rounds.append(draft)
+            if target is not None:
+                self.target_rounds.append(target)
+            if draft is None and target is None:
+                return
+
+    def run_target_round(self) -> worker_pb2.RoundResult:
+        result = self.target.run(self.target_rounds.popleft())
+        self.take(self.core.on_target_result(result, self.now))
+        return result
+
+    def run_draft_round(self) -> None:
+        assert self.draft is not None
+        self.core.on_draft_result(self.draft.run(self.draft_rounds.popleft()))
+
+    def step(self, rng: random.Random | None = None) -> bool:
+        """One engine does one round; False when there is none to do."""
+        self.plan()
+        ready = [queue for queue in (self.draft_rounds, self.target_rounds) if queue]
+        if not ready:
+            return False
+        if (rng.choice(ready) if rng else ready[0]) is self.draft_rounds:
+            self.run_draft_round()
+        else:
+            self.run_target_round()
+        return True
+
+    def run(self, rng: random.Random | None = None) -> None:
+        while self.step(rng):
+            pass
+        assert self.core.num_requests == 0, f"stuck with {self.core.num_requests} requests"
+
+    def take(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            request_id = output.request_id
+            assert request_id not in self.ended_at or isinstance(output, Failed), f"{request_id} went on after its end"
+            match output:
+                case Chunk():
+                    self._take_chunk(output)
+                case Completed():
+                    self.completed[request_id] = output.message
+                    self.ended_at[request_id] = self.now
+                case Failed():
+                    self.failed[request_id] = output
+                    self.ended_at[request_id] = self.now
+
+    def _take_chunk(self, chunk: Chunk) -> None:
+        key = (chunk.request_id, chunk.index)
+        tokens = self.tokens.setdefault(key, [])
+        assert chunk.offset == len(tokens), "chunks follow each other without gap or overlap"
+        self.chunks.append(chunk)
+        tokens += chunk.token_ids
+        self.text[key] = self.text.get(key, "") + chunk.text
+        self.first_token_at.setdefault(chunk.request_id, self.now)
+
+    def assert_all_free(self) -> None:
+        """No request holds anything on either engine."""
+        status = self.core.status()
+        assert status.num_free_blocks == status.num_blocks
+        assert status.num_free_draft_blocks == status.num_draft_blocks
+
+    def assert_plain(self, message: scheduler_pb2.Submit, index: int = 0) -> None:
+        """The sample's tokens are those of plain decoding, up to where it ended."""
+        tokens = self.tokens.get((message.request_id, index), [])
+        expected = plain_tokens(list(message.prompt_token_ids), seq_sampling(message, index), len(tokens), FakeModel())
+        assert tokens == expected

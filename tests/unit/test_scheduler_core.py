@@ -1,0 +1,421 @@
+"""What streams out of the scheduler is what plain decoding gives, whatever happens on the way."""
+
+import random
+from typing import Any
+
+import pytest
+from grpc import StatusCode
+
+from echelon.pb import inference_pb2, worker_pb2
+from tests.helpers.fake_group import FakeEngine, FakeModel, plain_tokens
+from tests.helpers.scheduler_sim import Simulation, letters, seq_sampling, submit
+
+DRAFT = worker_pb2.ENGINE_ROLE_DRAFT
+
+
+def draft_engine(agreement: int = 70, **fields: Any) -> FakeEngine:
+    return FakeEngine(role=DRAFT, model=FakeModel(agreement=agreement), **fields)
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(40) for _ in range(length)]
+
+
+def only_finish(sim: Simulation, request_id: str) -> inference_pb2.Finished:
+    (finished,) = sim.completed[request_id].finished
+    return finished
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("speculate", [False, True])
+def test_streams_are_those_of_plain_decoding(depth: int, speculate: bool) -> None:
+    sim = Simulation(draft=draft_engine() if speculate else None, max_rounds_in_flight=depth)
+    messages = [submit(f"r{i}", prompt(i, 5 + 7 * i), seed=i, max_tokens=10 + i) for i in range(6)]
+    for message in messages:
+        sim.submit(message)
+    sim.run()
+    for i, message in enumerate(messages):
+        sim.assert_plain(message)
+        assert len(sim.tokens[message.request_id, 0]) == 10 + i
+        assert sim.text[message.request_id, 0] == letters(sim.tokens[message.request_id, 0])
+        assert only_finish(sim, message.request_id).reason == inference_pb2.FINISH_REASON_LENGTH
+    sim.assert_all_free()
+
+
+def random_simulation(rng: random.Random) -> Simulation:
+    draft = None
+    if rng.random() < 0.7:
+        draft = draft_engine(
+            rng.choice([0, 50, 90, 100]), num_blocks=rng.choice([6, 20, 64]), num_slots=rng.choice([1, 8])
+        )
+    target = FakeEngine(num_blocks=rng.choice([16, 24, 64]), num_slots=rng.choice([2, 8]), max_model_len=64)
+    return Simulation(
+        target=target,
+        draft=draft,
+        k=rng.randint(1, 6),
+        max_num_batched_tokens=rng.choice([8, 16, 64]),
+        max_rounds_in_flight=rng.choice([1, 2]),
+        enable_prefix_caching=rng.random() < 0.8,
+    )
+
+
+def random_submit(rng: random.Random, number: int) -> Any:
+    shared = prompt(rng.randrange(2), 24)
+    fields: dict[str, Any] = {"seed": rng.randrange(3), "max_tokens": rng.randint(1, 40), "n": rng.choice([1, 1, 1, 3])}
+    if rng.random() < 0.3:
+        fields |= {"stop_token_ids": [rng.randrange(40)], "min_tokens": rng.randrange(4)}
+    if rng.random() < 0.3:
+        fields["enabled"] = rng.random() < 0.5
+    if rng.random() < 0.3:
+        fields["num_speculative_tokens"] = rng.randrange(5)
+    return submit(f"r{number}", shared[: rng.randint(1, 24)] + prompt(number, rng.randint(1, 12)), **fields)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_schedule_gives_the_plain_stream(seed: int) -> None:
+    """Chunks, prefix hits, preemption, draft lengths, lost drafts and cancels, in random order."""
+    rng = random.Random(seed)
+    sim = random_simulation(rng)
+    messages = [random_submit(rng, i) for i in range(14)]
+    waiting = list(messages)
+    while waiting or sim.core.num_requests:
+        if waiting and rng.random() < 0.3:
+            sim.submit(waiting.pop())
+        if rng.random() < 0.02:
+            sim.cancel(rng.choice(messages).request_id)
+        if sim.draft and rng.random() < 0.01:
+            sim.core.disconnect_draft()
+            sim.draft_rounds.clear()
+            sim.draft.reset()
+            sim.core.connect_draft(sim.draft.info, sim.draft.incarnation)
+        assert sim.step(rng) or waiting or not sim.core.num_requests, "stuck"
+    sim.run(rng)
+    for message in messages:
+        for index in range(message.sampling.n):
+            sim.assert_plain(message, index)
+        for finished in sim.completed[message.request_id].finished:
+            check_end(sim, message, finished)
+    sim.assert_all_free()
+
+
+def check_end(sim: Simulation, message: Any, finished: inference_pb2.Finished) -> None:
+    tokens = sim.tokens.get((message.request_id, finished.index), [])
+    sampling = message.sampling
+    stops = [t in sampling.stop_token_ids and i >= sampling.min_tokens for i, t in enumerate(tokens)]
+    room = min(sampling.max_tokens, sim.target.max_model_len - len(message.prompt_token_ids))
+    assert finished.num_tokens == len(tokens)
+    assert not any(stops[:-1])
+    if finished.reason == inference_pb2.FINISH_REASON_STOP:
+        assert stops[-1]
+        assert finished.stop_token_id == tokens[-1]
+    elif finished.reason == inference_pb2.FINISH_REASON_LENGTH:
+        assert len(tokens) == room
+
+
+def test_a_thousand_cancels_leak_nothing() -> None:
+    rng = random.Random(7)
+    sim = Simulation(draft=draft_engine(80, num_blocks=40), target=FakeEngine(num_blocks=40))
+    for i in range(1000):
+        sim.submit(submit(f"r{i}", prompt(i % 5, rng.randint(1, 30)), max_tokens=40, n=rng.choice([1, 2])))
+        for _ in range(rng.randrange(4)):
+            sim.step(rng)
+        sim.cancel(f"r{rng.randint(max(0, i - 4), i)}")
+    for i in range(1000):
+        sim.cancel(f"r{i}")
+    sim.run(rng)
+    sim.assert_all_free()
+    reasons = {f.reason for done in sim.completed.values() for f in done.finished}
+    assert inference_pb2.FINISH_REASON_ABORT in reasons
+    # The slots are free as well: a full set of seqs runs at once.
+    for i in range(sim.target.num_slots):
+        sim.submit(submit(f"last{i}", prompt(i, 4), max_tokens=8))
+    sim.step()
+    assert sim.core.status().num_requests_running == sim.target.num_slots
+
+
+def test_perfect_drafts_are_all_accepted_and_counted() -> None:
+    sim = Simulation(draft=draft_engine(100), k=3)
+    message = submit("r", prompt(1, 9), max_tokens=13)
+    sim.submit(message)
+    sim.run()
+    sim.assert_plain(message)
+    stats = sim.completed["r"].speculation
+    # The prompt's round commits 1 token, then each verifies 3 drafts and commits 4.
+    assert stats.num_rounds == 4
+    assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (3, 9, 9)
+    assert list(stats.accepted_per_position) == [3, 3, 3]
+    assert sim.core.status().accepted_tokens_total == 9
+
+
+def test_acceptance_is_that_of_the_draft_model() -> None:
+    """A draft engine whose history went wrong anywhere would hardly ever agree."""
+    sim = Simulation(draft=draft_engine(70), k=4)
+    for i in range(30):
+        sim.submit(submit(f"r{i}", prompt(i, 10), seed=i, max_tokens=60))
+    sim.run()
+    stats = [done.speculation for done in sim.completed.values()]
+    first = sum(s.accepted_per_position[0] for s in stats) / sum(s.num_drafts for s in stats)
+    assert 0.6 < first < 0.8
+
+
+@pytest.mark.parametrize(("wish", "expected_k"), [({"enabled": False}, 0), ({"num_speculative_tokens": 2}, 2), ({}, 4)])
+def test_a_request_sets_its_own_speculation(wish: dict[str, Any], expected_k: int) -> None:
+    sim = Simulation(draft=draft_engine(0), k=4)
+    sim.submit(submit("r", prompt(1, 9), max_tokens=20, **wish))
+    sim.run()
+    stats = sim.completed["r"].speculation
+    assert len(stats.accepted_per_position) == expected_k
+
+
+def test_speculation_ends_and_resumes_with_the_draft_group() -> None:
+    sim = Simulation(draft=draft_engine(100), k=4)
+    assert sim.draft is not None
+    message = submit("r", prompt(1, 9), max_tokens=60)
+    sim.submit(message)
+    while not sim.core.status().accepted_tokens_total:
+        sim.step()
+    sim.core.disconnect_draft()
+    sim.draft_rounds.clear()
+    before = sim.core.status()
+    for _ in range(6):
+        sim.step()
+    after = sim.core.status()
+    assert after.generation_tokens_total > before.generation_tokens_total
+    assert after.draft_tokens_total == before.draft_tokens_total
+    sim.draft.reset()
+    sim.core.connect_draft(sim.draft.info, sim.draft.incarnation)
+    sim.run()
+    assert sim.core.status().accepted_tokens_total > after.accepted_tokens_total
+    sim.assert_plain(message)
+
+
+def test_the_first_token_does_not_wait_for_the_draft() -> None:
+    sim = Simulation(draft=draft_engine(100))
+    sim.submit(submit("r", prompt(1, 60), max_tokens=5))
+    sim.plan()
+    assert sim.draft_rounds, "the draft engine starts on the prompt beside the target"
+    while not sim.tokens:
+        sim.plan()
+        sim.run_target_round()  # not one draft round is run
+    sim.plan()
+    assert sim.target_rounds, "the seq decodes on without drafts"
+
+
+def test_two_rounds_are_in_flight_when_nobody_speculates() -> None:
+    sim = Simulation()
+    sim.submit(submit("r", prompt(1, 9), max_tokens=9))
+    sim.plan()
+    assert len(sim.target_rounds) == 1, "nothing is queued behind a round that computes a prompt"
+    sim.run_target_round()
+    sim.plan()
+    assert [list(r.rows[0].append_token_ids) for r in sim.target_rounds] == [[], []]
+
+
+def test_rounds_in_flight_do_not_overrun_the_end() -> None:
+    """max_tokens is known beforehand: no row is sent for a token that nobody gets."""
+    sim = Simulation()
+    sim.submit(submit("r", prompt(1, 9), max_tokens=3))
+    sim.run()
+    assert sim.target.num_rounds == 3
+    assert sim.target.num_tokens == 9 + 2
+
+
+def test_a_prefix_is_computed_once() -> None:
+    sim = Simulation()
+    shared = prompt(1, 24)
+    sim.submit(submit("first", shared, max_tokens=1))
+    sim.run()
+    before = sim.target.num_tokens
+    sim.submit(submit("again", shared, max_tokens=1))
+    sim.run()
+    assert sim.completed["again"].usage.cached_prompt_tokens == 20, "the block of the last token is computed again"
+    assert sim.target.num_tokens == before + 4
+    sim.assert_plain(submit("again", shared, max_tokens=1))
+    assert sim.core.status().prefix_cache_hits == 20
+
+
+def test_samples_share_the_prompt() -> None:
+    sim = Simulation()
+    message = submit("r", prompt(1, 21), n=4, max_tokens=6)
+    sim.submit(message)
+    sim.run()
+    assert sim.target.num_tokens == 21 + 3 * 1 + 4 * 5
+    streams = set()
+    for index in range(4):
+        sim.assert_plain(message, index)
+        streams.add(tuple(sim.tokens["r", index]))
+    assert len(streams) == 4, "each sample has noise of its own"
+    usage = sim.completed["r"].usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (21, 24)
+
+
+def test_blocks_running_out_preempts_the_youngest_and_loses_nothing() -> None:
+    sim = Simulation(target=FakeEngine(num_blocks=20, max_model_len=64))
+    messages = [submit(f"r{i}", prompt(i, 16), max_tokens=30) for i in range(3)]
+    for message in messages:
+        sim.submit(message)
+    sim.run()
+    assert sim.core.status().num_preemptions_total > 0
+    for message in messages:
+        sim.assert_plain(message)
+        assert len(sim.tokens[message.request_id, 0]) == 30
+    assert sim.ended_at["r0"] <= sim.ended_at["r2"]
+
+
+def test_a_full_queue_refuses_with_numbers() -> None:
+    sim = Simulation(max_queue=2)
+    for i in range(3):
+        sim.submit(submit(f"r{i}", prompt(i, 4)))
+    assert sim.failed["r2"].code == StatusCode.RESOURCE_EXHAUSTED.value[0]
+    assert "max_queue 2" in sim.failed["r2"].message
+    sim.run()
+    assert set(sim.completed) == {"r0", "r1"}
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (submit("r", []), "prompt_token_ids is empty"),
+        (submit("r", [1] * 128), "max_model_len 128"),
+        (submit("r", [1], max_tokens=0), "max_tokens must be >= 1"),
+    ],
+)
+def test_what_can_never_run_is_refused(message: Any, words: str) -> None:
+    sim = Simulation()
+    sim.submit(message)
+    assert sim.failed["r"].code == StatusCode.INVALID_ARGUMENT.value[0]
+    assert words in sim.failed["r"].message
+
+
+def test_a_request_id_is_unique_among_running_requests() -> None:
+    sim = Simulation()
+    sim.submit(submit("r", prompt(1, 4)))
+    sim.submit(submit("r", prompt(2, 4)))
+    assert sim.failed["r"].code == StatusCode.ALREADY_EXISTS.value[0]
+    sim.ended_at.clear()
+    sim.run()
+    sim.assert_plain(submit("r", prompt(1, 4)))
+
+
+def test_the_deadline_includes_the_queue() -> None:
+    sim = Simulation(max_num_seqs=1)
+    sim.submit(submit("running", prompt(1, 4), max_tokens=50))
+    sim.submit(submit("queued", prompt(2, 4), timeout_s=2.0))
+    sim.step()
+    assert sim.core.next_deadline() == 2.0
+    sim.now = 1.9
+    sim.take(sim.core.expire(sim.now))
+    assert not sim.failed
+    sim.now = 2.0
+    sim.take(sim.core.expire(sim.now))
+    assert sim.failed["queued"].code == StatusCode.DEADLINE_EXCEEDED.value[0]
+    assert sim.core.next_deadline() is None
+    sim.run()
+    assert set(sim.completed) == {"running"}
+    sim.assert_all_free()
+
+
+def test_a_non_finite_row_fails_its_own_request_alone() -> None:
+    bad = plain_tokens(prompt(1, 9), seq_sampling(submit("bad", prompt(1, 9))), 5)
+    sim = Simulation(target=FakeEngine(model=FakeModel(bad_prefix=tuple(bad[3:5]))))
+    good = submit("good", prompt(2, 9))
+    sim.submit(submit("bad", prompt(1, 9)))
+    sim.submit(good)
+    sim.run()
+    assert sim.failed["bad"].code == StatusCode.INTERNAL.value[0]
+    assert sim.failed["bad"].message == "non-finite logits at position 14"
+    assert sim.tokens["bad", 0] == bad
+    sim.assert_plain(good)
+    assert "good" in sim.completed
+    sim.assert_all_free()
+
+
+def test_non_finite_drafts_cost_nothing_but_speed() -> None:
+    message = submit("r", prompt(1, 9), max_tokens=20)
+    tokens = plain_tokens(prompt(1, 9), seq_sampling(message), 20)
+    sim = Simulation(draft=FakeEngine(role=DRAFT, model=FakeModel(bad_prefix=tuple(tokens[:2]))), k=1)
+    sim.submit(message)
+    sim.run()
+    sim.assert_plain(message)
+    assert len(sim.tokens["r", 0]) == 20
+    sim.assert_all_free()
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_stop_strings_end_inside_a_round(speculate: bool) -> None:
+    tokens = plain_tokens(prompt(1, 9), seq_sampling(submit("r", prompt(1, 9))), 16)
+    stop = letters(tokens[5:8])
+    sim = Simulation(draft=draft_engine(100) if speculate else None)
+    sim.submit(submit("r", prompt(1, 9), stop=[stop]))
+    sim.run()
+    assert sim.tokens["r", 0] == tokens[:8]
+    assert sim.text["r", 0] == letters(tokens[:5])
+    finished = only_finish(sim, "r")
+    assert (finished.reason, finished.stop_str) == (inference_pb2.FINISH_REASON_STOP, stop)
+    assert sim.completed["r"].usage.completion_tokens == 8
+    sim.assert_all_free()
+
+
+def test_eos_is_a_token_without_text_and_can_be_ignored() -> None:
+    tokens = plain_tokens(prompt(1, 9), seq_sampling(submit("r", prompt(1, 9))), 16)
+    eos = tokens[4]
+    end = tokens.index(eos)
+    sim = Simulation(eos_token_ids=frozenset([eos]))
+    sim.submit(submit("stops", prompt(1, 9)))
+    sim.submit(submit("goes on", prompt(1, 9), ignore_eos=True))
+    sim.run()
+    assert sim.tokens["stops", 0] == tokens[: end + 1]
+    assert sim.text["stops", 0] == letters(tokens[:end])
+    assert only_finish(sim, "stops").stop_token_id == eos
+    assert sim.tokens["goes on", 0] == tokens
+    assert not only_finish(sim, "goes on").HasField("stop_token_id")
+
+
+def test_logprobs_carry_text_and_cover_the_tokens() -> None:
+    sim = Simulation(draft=draft_engine(60))
+    sim.submit(submit("r", prompt(1, 9), logprobs=0))
+    sim.run()
+    entries = [entry for chunk in sim.chunks for entry in chunk.logprobs]
+    assert [entry.chosen.token_id for entry in entries] == sim.tokens["r", 0]
+    assert [entry.chosen.logprob for entry in entries] == [-(9 + i) for i in range(16)]
+    assert "".join(entry.chosen.text for entry in entries) == sim.text["r", 0]
+
+
+@pytest.mark.parametrize("num_blocks", [64, 20])
+def test_prompt_logprobs_are_whole_with_prefix_hits_and_preemption(num_blocks: int) -> None:
+    sim = Simulation(target=FakeEngine(num_blocks=num_blocks, max_model_len=64), max_num_batched_tokens=16)
+    for i in range(3):
+        sim.submit(submit(f"r{i}", prompt(1, 30), max_tokens=20, prompt_logprobs=0, n=2))
+    sim.run()
+    for i in range(3):
+        first, *others = sim.completed[f"r{i}"].prompt_logprobs
+        assert not first.HasField("chosen")
+        assert [entry.chosen.token_id for entry in others] == prompt(1, 30)[1:]
+        assert [entry.chosen.logprob for entry in others] == [-p for p in range(1, 30)]
+        sim.assert_plain(submit(f"r{i}", prompt(1, 30)))
+
+
+def test_losing_the_target_fails_what_runs_and_names_the_reason() -> None:
+    sim = Simulation(draft=draft_engine())
+    sim.submit(submit("r", prompt(1, 9)))
+    sim.step()
+    sim.take(sim.core.disconnect_target("target group: it died"))
+    assert sim.failed["r"].code == StatusCode.UNAVAILABLE.value[0]
+    assert sim.failed["r"].message == "target group: it died"
+    sim.submit(submit("late", prompt(1, 9)))
+    assert sim.failed["late"].code == StatusCode.UNAVAILABLE.value[0]
+
+
+def test_timings_are_those_of_the_clock() -> None:
+    sim = Simulation()
+    sim.now = 10.0
+    sim.submit(submit("r", prompt(1, 9), max_tokens=2))
+    sim.now = 11.0
+    sim.plan()
+    sim.now = 13.0
+    sim.run_target_round()
+    sim.now = 17.0
+    sim.run()
+    timings = sim.completed["r"].timings
+    assert (timings.queue_s, timings.first_token_s, timings.total_s) == (1.0, 3.0, 7.0)
