@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "num_hidden_layers": 2,
     "hidden_size": 32,
