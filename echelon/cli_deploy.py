@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
@@ -187,7 +188,8 @@ class StartupDisplay:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live = Live(console=console, transient=True) if console.is_terminal else None
+        waiting = Spinner("dots", "connecting to Ray")
+        self._live = Live(waiting, console=console, transient=True) if console.is_terminal else None
         self._processes: dict[str, ProcessStatus] = {}
 
     def __enter__(self) -> "StartupDisplay":
@@ -215,6 +217,6 @@ class StartupDisplay:
         self._processes[process.name] = process
         if self._live is not None:
             self._live.update(process_table(tuple(self._processes.values())))
-        elif before is None or (before.state, before.stage) != (process.state, process.stage):
+        elif before is not None and (before.state, before.stage) != (process.state, process.stage):
             doing = process.error or process.stage or process.address
             self._console.print(f"{process.name} {process.state} {doing}".rstrip(), markup=False, soft_wrap=True)

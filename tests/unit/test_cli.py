@@ -296,6 +296,7 @@ def test_up_reports_progress_and_the_endpoint(run: Run, monkeypatch: pytest.Monk
         on_event(RayConnected(address="10.0.0.1:6379", private=False))
         on_event(PlanMade(plan=PLAN))
         loading = ProcessStatus(name="target-0.0", state=State.STARTING, stage="loading", done=1, total=4)
+        on_event(ProcessChanged(process=ProcessStatus(name="target-0.0")))
         for done in (1, 2, 3):
             on_event(ProcessChanged(process=dataclasses.replace(loading, done=done)))
         on_event(ProcessChanged(process=STATUS.processes[0]))
