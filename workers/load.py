@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.worker_pb2 import EngineInfo, EngineRole
+from kernels.linear import probe_linear_batch_invariant
 from workers.cohort import Cohort
 from workers.draft_engine import DraftEngine
 from workers.engine import Engine, ModelRunner
@@ -84,6 +86,9 @@ def _load(spec: EngineSpec, cohort: Cohort, device: torch.device, on_progress: O
         batch_invariant=spec.batch_invariant,
         progress=lambda done, total: on_progress(stage, done, total),
     )
+    if spec.batch_invariant:
+        on_progress("probing batch invariance", 0, 0)
+        _probe(model)
     layout = KVLayout(
         num_layers=model.config.num_layers,
         block_size=spec.block_size,
@@ -92,6 +97,21 @@ def _load(spec: EngineSpec, cohort: Cohort, device: torch.device, on_progress: O
         dtype=DTYPES[spec.dtype],
     )
     return _Loaded(spec=spec, model=model, group=group, layout=layout, load_s=time.monotonic() - started_s)
+
+
+def _probe(model: CausalLM) -> None:
+    """Batch invariance rests on the machine's matrix products: one weight of each shape is tried."""
+    layer = model.layers[0]
+    for linear in (layer.attention.qkv_proj, layer.attention.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
+        _probe_weight(linear.weight)
+    _probe_weight(model.head.weight)
+
+
+def _probe_weight(weight: Tensor) -> None:
+    with torch.inference_mode():
+        finding = probe_linear_batch_invariant(weight)
+    if finding is not None:
+        raise SpecError(f"batch_invariant: {finding}; set batch_invariant: false")
 
 
 def _own_num_blocks(loaded: Sequence[_Loaded], device: torch.device) -> dict[EngineRole.ValueType, int]:
