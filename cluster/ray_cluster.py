@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from typing import Any
 
 import ray
@@ -49,7 +50,7 @@ def connected(address: str, *, token: str = "") -> Iterator[None]:
                 namespace=NAMESPACE,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
+                runtime_env=_runtime_env(),
             )
         except (RayError, ConnectionError, RuntimeError, ValueError) as err:
             raise StartError(f"cannot connect to the Ray cluster at {address}: {err}") from err
@@ -230,5 +231,14 @@ def _probe(node_ids: Sequence[str]) -> dict[str, MachineFacts]:
         ) from err
 
 
-def _python_path() -> str:
-    return os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+def _runtime_env() -> dict[str, Any]:
+    """How Ray's workers find our code: an installed Echelon by itself, a bare checkout by its path.
+
+    An empty one is worth having: Ray keeps idle workers ready for it, which halves the time to start an actor.
+    """
+    try:
+        metadata.distribution("echelon")
+    except metadata.PackageNotFoundError:
+        paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
+    return {}
