@@ -28,8 +28,8 @@ def logits_of_kind(kind: str, num_rows: int, num_tokens: int) -> Tensor:
             return torch.zeros_like(logits)
         case "tied":  # few values, many tokens each
             return (logits * 2).round() * 8
-        case "swallowing":  # so large that rounding swallows the noise: ties far below the largest
-            return (logits * 2e8).round()
+        case "swallowing":  # units in the last place of 32: with noise, tokens 32 below the largest can tie with it
+            return 4e8 - 32 * (logits.abs() * 2).round()
         case "truncated":
             return logits.masked_fill(logits < 1.5, -torch.inf)
         case "mixed":  # sparse and dense rows in one batch

@@ -211,7 +211,11 @@ def test_shards_agree_where_candidates_do_not_cover() -> None:
     states = [state(vocab_size, seed=row, **settings[row % 4]) for row in range(16)]
     logits = torch.randn(16, vocab_size, generator=torch.Generator().manual_seed(3)) * 0.2
     logits[8:] = logits[8:].mul(5).round()
+    logits[4:8] = 0.0
+    logits[4:8, 1000:] = -1.0  # a nucleus of the first shard alone, while both shards' candidates add up to enough
+    states[4:8] = [state(vocab_size, seed=row, top_p=0.3) for row in range(4, 8)]
     expected = as_tuple(sample_whole(logits, states))
+    assert max(expected[0][4:8]) < 1000
     rows = rows_of(states)
     assert [as_tuple(sampled) for sampled in run_ranks(2, lambda group: sample_sharded(group, logits, rows))] == [
         expected,
