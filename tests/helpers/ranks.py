@@ -16,7 +16,7 @@ RankFunction = Callable[..., Any]  # (process_group, *args) -> any result that p
 
 def run_on_ranks(function: RankFunction, size: int, folder: Path, *args: Any) -> list[Any]:
     """What `function(process_group, *args)` returned on each rank. `function` must be importable (a module of
-    tests.helpers); an exception on any rank ends all ranks and is raised here. `folder` is for the exchange of files."""
+    tests.helpers); an exception on any rank ends all ranks and is raised here. Files are exchanged in `folder`."""
     mp.spawn(_run_rank, args=(size, folder, function, args), nprocs=size, join=True)
     return [torch.load(_result_file(folder, rank), weights_only=False) for rank in range(size)]
 

@@ -29,7 +29,7 @@ def variant(architecture: str, **changes: Any) -> dict[str, Any]:
 
 def test_llama_2_as_transformers_4_wrote_it() -> None:
     raw = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
-    config = parse_config(raw | {"rope_theta": 5e5, "pretraining_tp": 1, "torch_dtype": "float16", "use_cache": True})
+    config = parse_config(raw | {"rope_theta": 5e5, "pretraining_tp": 1, "torch_dtype": "float16", "use_mrope": False})
     assert (config.num_q_heads, config.num_kv_heads, config.head_dim) == (12, 12, 8)
     assert config.rope == DefaultRope(theta=5e5)
     assert config.sliding_windows == (None,) * 4
@@ -84,6 +84,7 @@ def test_qwen_window(architecture: str) -> None:
         ({"hidden_act": "gelu"}, "gelu"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"use_mrope": True}, "use_mrope"),
         ({"sliding_window": 64}, "sliding_window"),
         ({"num_key_value_heads": 5}, r"num_attention_heads \(12\).*num_key_value_heads \(5\)"),
         ({"head_dim": 9}, "head_dim"),

@@ -37,13 +37,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]
     return get
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
+def load(folder: Path, dtype: torch.dtype = torch.float32, *, batch_invariant: bool = False) -> CausalLM:
     return load_model(
         folder,
         dtype=dtype,
         device=torch.device("cpu"),
         group=SoloGroup(),
         max_model_len=MAX_MODEL_LEN,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -67,6 +68,14 @@ def test_narrow_types_are_close_to_fp32(tiny: Callable[[str], TinyModel], family
     expected = torch.cat(tiny(family).logits)
     assert logits.dtype == torch.float32
     assert (logits - expected).norm() / expected.norm() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_batch_invariance_reaches_every_layer(tiny: Callable[[str], TinyModel], dtype: torch.dtype) -> None:
+    """The same bits in one piece, in chunks and step by step. Without the flag this model fails in both dtypes."""
+    model = load(tiny("qwen3").folder, dtype, batch_invariant=True)
+    logits = [torch.cat(run_seqs(model, tiny("qwen3").token_ids, feed, dtype=dtype)) for feed in FEEDS]
+    assert all(torch.equal(logits[0], other) for other in logits[1:])
 
 
 def drop_qkv_bias(model: CausalLM) -> None:

@@ -17,19 +17,14 @@ _MISTRAL_DEFAULT_WINDOW = 4096  # of a config.json without the key; null switche
 _QWEN_DEFAULT_WINDOW = 4096
 _QWEN_DEFAULT_FULL_LAYERS = 28
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-# Features of other families that some forks add to these; a value other than "off" would change the result.
-_OFF = (
+# Features of other families that forks add to these; anything but "off" (null, false, 0, []) would change the result.
+_FOREIGN = (
     "num_experts",
     "num_local_experts",
     "attn_logit_softcapping",
     "final_logit_softcapping",
     "attention_sinks",
     "attention_chunk_size",
-    "embedding_multiplier",
-    "residual_multiplier",
-    "attention_multiplier",
-    "logits_scaling",
-    "logit_scale",
     "use_mrope",
     "no_rope_layers",
 )
@@ -87,8 +82,8 @@ def _refuse_foreign_features(raw: Raw) -> None:
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise LoadError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'")
-    for key in _OFF:
-        if raw.get(key) not in (None, False, 0, 1.0):
+    for key in _FOREIGN:
+        if raw.get(key):
             raise LoadError(f"config.json: {key} = {raw[key]!r} is not supported")
 
 
