@@ -16,7 +16,7 @@ from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2, worker_pb2
 from scheduler.config import SchedulerConfig
 from scheduler.detokenizer import TokenTable
 from scheduler.engine import Engine, PlannedRow
-from scheduler.prefill import Arrivals, RoundCost, share_prefill
+from scheduler.prefill import Arrivals, Prompt, RoundCost, share_prefill
 from scheduler.queue import WaitingQueue
 from scheduler.request import Chunk, Failed, InvalidRequestError, Output, Request, build_request
 from scheduler.seq import Seat, Seq, SeqStatus
@@ -260,6 +260,7 @@ class SchedulerCore:
             return False
         blocks.hold(found)
         seq.target = Seat(slot=engine.take_slot(), block_ids=found, num_computed=num_cached, num_published=len(found))
+        seq.num_reused = num_cached
         if seq.request.admitted_s is None:
             seq.request.num_cached_tokens = num_cached
         if reuse:
@@ -274,7 +275,7 @@ class SchedulerCore:
         budget = self._budget(engine) - len(rows)
         num_drafts = sum(len(seq.drafts) for seq in rows)
         shares = share_prefill(
-            [seq.num_uncomputed for seq in prefilling],
+            [Prompt(seq.num_uncomputed, seq.num_tokens_ahead - seq.num_reused) for seq in prefilling],
             budget - min(num_drafts, budget // 2),
             shortest=self._arrivals.shortest(now),
             knee=self._cost.knee,

@@ -15,8 +15,9 @@ would take alone.
 
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
-__all__ = ["Arrivals", "RoundCost", "share_prefill"]
+__all__ = ["Arrivals", "Prompt", "RoundCost", "share_prefill"]
 
 _RECENT_S = 10.0
 _LONG = 2  # times the shortest recent prompt
@@ -68,33 +69,39 @@ class Arrivals:
         return min((length for _, length in self._recent), default=None)
 
 
-def share_prefill(remaining: Sequence[int], budget: int, *, shortest: int | None, knee: int) -> list[int]:
-    """Tokens to compute now of each prompt.
+class Prompt(NamedTuple):
+    remaining: int  # tokens left to compute
+    length: int  # tokens that there were to compute in all
 
-    remaining: tokens left of each prompt, oldest first. shortest: see Arrivals. The sum is at most `budget`.
+
+def share_prefill(prompts: Sequence[Prompt], budget: int, *, shortest: int | None, knee: int) -> list[int]:
+    """Tokens to compute now of each prompt, `budget` in all at most.
+
+    prompts: oldest first. shortest, knee: see Arrivals and RoundCost.
     """
-    limit = max(remaining) if shortest is None else _LONG * shortest
-    long = [i for i, tokens in enumerate(remaining) if tokens > limit]
+    limit = _LONG * shortest if shortest is not None else max(prompt.length for prompt in prompts)
+    long = [i for i, prompt in enumerate(prompts) if prompt.length > limit]
     chunk = max(2 * knee, limit // (4 * _LONG))
-    reserved = min(sum(remaining[i] for i in long), max(chunk, budget // 3), budget // 2)
-    shares = [0] * len(remaining)
+    reserved = min(sum(prompts[i].remaining for i in long), max(chunk, budget // 3), budget // 2)
+    shares = [0] * len(prompts)
     left = budget - reserved
-    for i, tokens in enumerate(remaining):
-        if tokens <= limit:
-            shares[i] = min(tokens, left)
+    for i, prompt in enumerate(prompts):
+        if prompt.length <= limit:
+            shares[i] = min(prompt.remaining, left)
             left -= shares[i]
+    num_short = sum(shares)
     if long:
-        num_short = sum(shares)
-        _share_pool(shares, remaining, long, min(budget - num_short, max(chunk, num_short // 2)))
+        _share_chunk(shares, prompts, long, min(budget - num_short, max(chunk, num_short // 2)))
     if shares[0] == 0 and budget > 0:  # the oldest always advances, so that everyone does in the end
         shares[shares.index(max(shares))] -= 1 if sum(shares) == budget else 0
         shares[0] = 1
     return shares
 
 
-def _share_pool(shares: list[int], remaining: Sequence[int], long: list[int], pool: int) -> None:
-    oldest = long[0]
-    if len(long) > 1:
-        nearest = min(long[1:], key=remaining.__getitem__)
-        shares[nearest] = min(remaining[nearest], pool // 2)
-    shares[oldest] = min(remaining[oldest], pool - sum(shares[i] for i in long[1:]))
+def _share_chunk(shares: list[int], prompts: Sequence[Prompt], long: list[int], chunk: int) -> None:
+    oldest, others = long[0], long[1:]
+    if others:
+        nearest = min(others, key=lambda i: prompts[i].remaining)
+        shares[nearest] = min(prompts[nearest].remaining, chunk // 2)
+        chunk -= shares[nearest]
+    shares[oldest] = min(prompts[oldest].remaining, chunk)

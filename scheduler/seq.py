@@ -56,6 +56,7 @@ class Seq:
     finish: Finish | None = None
 
     target: Seat | None = None
+    num_reused: int = 0  # tokens that the prefix cache gave the seat
     num_rows_in_flight: int = 0  # at the target, of this seat or an earlier one
     num_pending: int = 0  # tokens that those rows will certainly commit
     is_verifying: bool = False  # one of them has drafts: nobody knows how many tokens it will commit
