@@ -28,7 +28,7 @@ from echelon import __version__
 
 logger = logging.getLogger(__name__)
 
-_RESERVE_TIMEOUT_S = 30.0
+_RESERVE_TIMEOUT_S = 15.0  # the plan counts on free devices only, so this is Ray's own delay
 _FAILED_GRACE_S = 2.0
 
 
@@ -87,8 +87,7 @@ class Controller:
             for role in ("target", "draft"):
                 bundles = plan.group(role)
                 if bundles:
-                    timeout_s = min(_RESERVE_TIMEOUT_S, max(0.0, deadline - time.monotonic()))
-                    self._groups[role] = reserve(group_name(settings.name, role), bundles, timeout_s)
+                    self._groups[role] = reserve(group_name(settings.name, role), bundles, _RESERVE_TIMEOUT_S)
             self._create_hosts()
             running = roll_out(settings, plan, self._processes, timeout_s=deadline - time.monotonic())
             self._endpoint = running.gateway_address

@@ -17,6 +17,7 @@ CONFIG = {
     "vocab_size": 100,
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
     "dtype": "bfloat16",
     "eos_token_id": 2,
 }
