@@ -12,7 +12,8 @@ from cluster import state_dir
 from cluster.deployment_file import load_deployment
 from cluster.errors import StartError
 from cluster.inventory import local_inventory
-from cluster.plan import Plan, make_plan
+from cluster.plan import Plan
+from cluster.planner import make_plan
 from cluster.ray_runtime import is_listening, start_private_ray, stop_private_ray
 from cluster.state_dir import Record
 from cluster.status import DeploymentStatus, ProcessStatus, State

@@ -11,7 +11,8 @@ from typing import Literal, Self
 from cluster.errors import StartError
 from cluster.inventory import local_inventory
 from cluster.model_folder import read_model_folder
-from cluster.plan import Plan, describe_devices, make_plan
+from cluster.plan import Plan, describe_devices
+from cluster.planner import make_plan
 from cluster.processes import Child, ChildProcess
 from cluster.rollout import RunningDeployment, roll_out, stop_order
 from cluster.settings import (

@@ -17,7 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import PlanError, StartError
 from cluster.inventory import MachineFacts, machine_facts
-from cluster.plan import Bundle, Inventory, Node, Plan, check_followed, make_plan
+from cluster.plan import Bundle, Inventory, Node, Plan, check_followed
+from cluster.planner import make_plan
 from cluster.processes import REPOSITORY
 from cluster.settings import Settings
 

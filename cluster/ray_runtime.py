@@ -135,11 +135,12 @@ def _tail(log_path: Path) -> str:
 
 
 def _end(pid: int, token: str, temp_dir: Path, *, grace_s: float = 10.0) -> None:
-    ours = set(processes_with(token))
-    if pid in ours or (not Path("/proc").is_dir() and _is_child_or_alive(pid)):
-        _signal(pid, signal.SIGTERM)  # `ray start --block` ends its node's processes
+    ours = processes_with(token)
+    # `ray start --block` ends its node's processes in order; where it is gone, each is told.
+    for ray_pid in [pid] if pid in ours or not Path("/proc").is_dir() else ours:
+        _signal(ray_pid, signal.SIGTERM)
     deadline = time.monotonic() + grace_s
-    while (ours := set(processes_with(token))) and time.monotonic() < deadline:
+    while (ours := processes_with(token)) and time.monotonic() < deadline:
         _reap(pid)
         time.sleep(_POLL_S)
     for left in ours:
@@ -165,11 +166,3 @@ def _reap(pid: int) -> None:
         os.waitpid(pid, os.WNOHANG)
     except ChildProcessError:
         return
-
-
-def _is_child_or_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -7,7 +7,8 @@ import pytest
 
 from cluster.errors import PlanError
 from cluster.local import local_settings
-from cluster.plan import GIB, Inventory, Node, Plan, check_followed, make_plan
+from cluster.plan import Inventory, Node, Plan, check_followed
+from cluster.planner import GIB, make_plan
 from cluster.settings import Settings
 from cluster.specs import worker_specs
 from tests.helpers.model_folders import write_model_folder
