@@ -269,7 +269,7 @@ class SchedulerCore:
         return True
 
     def _plan_prefills(self, engine: Engine, rows: dict[Seq, PlannedRow], now: float) -> None:
-        prefilling = [seq for seq in self._running if seq not in rows and seq.may_step and seq.num_uncomputed > 1]
+        prefilling = [seq for seq in self._running if seq not in rows and seq.may_step]
         if not prefilling:
             return
         budget = self._budget(engine) - len(rows)

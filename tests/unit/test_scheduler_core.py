@@ -235,6 +235,14 @@ def test_a_prefix_is_computed_once() -> None:
     assert sim.core.status().prefix_cache_hits == 20
 
 
+def test_a_prompt_that_is_cached_but_for_its_last_token_runs_at_once() -> None:
+    sim = Simulation()
+    for request_id in ("first", "again"):
+        sim.submit(submit(request_id, prompt(1, 21), max_tokens=1))
+        sim.run()
+    assert sim.completed["again"].usage.cached_prompt_tokens == 20
+
+
 def test_samples_share_the_prompt() -> None:
     sim = Simulation()
     message = submit("r", prompt(1, 21), n=4, max_tokens=6)

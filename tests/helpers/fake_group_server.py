@@ -1,0 +1,84 @@
+"""Serves fake engines over gRPC: the edge behind which the scheduler process is tested."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from echelon.pb import worker_pb2, worker_pb2_grpc
+from tests.helpers.fake_group import FakeEngine
+
+__all__ = ["FakeGroupServer"]
+
+
+class FakeGroupServer(worker_pb2_grpc.WorkerServicer):
+    """One group of one or two engines. `pause` keeps rounds unanswered; `drop_streams` breaks every stream."""
+
+    def __init__(self, *engines: FakeEngine, version: str = "test") -> None:
+        self.engines = {engine.role: engine for engine in engines}
+        self.version = version
+        self._resumed = asyncio.Event()
+        self._resumed.set()
+        self._dropped = asyncio.Event()
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, port: int = 0) -> str:
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
+        bound = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        await self._server.start()
+        return f"127.0.0.1:{bound}"
+
+    async def stop(self) -> None:
+        assert self._server is not None
+        self._resumed.set()
+        await self._server.stop(None)
+
+    def pause(self) -> None:
+        self._resumed.clear()
+
+    def resume(self) -> None:
+        self._resumed.set()
+
+    def drop_streams(self) -> None:
+        self._dropped.set()
+        self._dropped = asyncio.Event()
+
+    async def GetWorkerInfo(self, request: Any, context: Any) -> worker_pb2.WorkerInfo:
+        engines = list(self.engines.values())
+        return worker_pb2.WorkerInfo(
+            version=self.version,
+            incarnation=engines[0].incarnation,
+            world_size=1,
+            engines=[engine.info for engine in engines],
+        )
+
+    async def Rounds(
+        self, request_iterator: AsyncIterator[worker_pb2.RoundRequest], context: Any
+    ) -> AsyncIterator[worker_pb2.RoundResult]:
+        hello = (await anext(aiter(request_iterator))).hello
+        engine = self.engines[hello.role]
+        engine.reset()
+        dropped = asyncio.create_task(self._dropped.wait())
+        while True:
+            answer = asyncio.create_task(self._next_result(engine, request_iterator))
+            await asyncio.wait({answer, dropped}, return_when=asyncio.FIRST_COMPLETED)
+            if dropped.done():
+                answer.cancel()
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "dropped by the test")
+            result = answer.result()
+            if result is None:
+                dropped.cancel()
+                return
+            yield result
+
+    async def _next_result(
+        self, engine: FakeEngine, requests: AsyncIterator[worker_pb2.RoundRequest]
+    ) -> worker_pb2.RoundResult | None:
+        request = await anext(aiter(requests), None)
+        if request is None:
+            return None
+        await self._resumed.wait()
+        return engine.run(request.round)

@@ -1,0 +1,309 @@
+"""The scheduler over gRPC, between a gateway played by the test and groups without models."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tokenizers import Tokenizer, decoders, models
+
+from echelon.pb import inference_pb2, process_pb2, scheduler_pb2, scheduler_pb2_grpc, worker_pb2
+from scheduler.config import ConfigError
+from scheduler.replica import Outbox
+from scheduler.request import Chunk, Failed
+from scheduler.server import SchedulerServer
+from tests.helpers.fake_group import FakeEngine, FakeModel, plain_tokens
+from tests.helpers.fake_group_server import FakeGroupServer
+from tests.helpers.scheduler_sim import letters, seq_sampling, submit
+
+DRAFT = worker_pb2.ENGINE_ROLE_DRAFT
+PROMPT = [5, 4, 3, 2, 1]
+
+
+class Gateway:
+    """A stream to the scheduler: sends requests, sorts replies."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.stub = scheduler_pb2_grpc.SchedulerStub(channel)
+        self.call: Any = self.stub.Connect()
+        self.tokens: dict[str, list[int]] = {}
+        self.text: dict[str, str] = {}
+
+    async def submit(self, message: scheduler_pb2.Submit) -> None:
+        await self.call.write(scheduler_pb2.SchedulerRequest(submit=message))
+
+    async def cancel(self, request_id: str) -> None:
+        await self.call.write(scheduler_pb2.SchedulerRequest(cancel=scheduler_pb2.Cancel(request_id=request_id)))
+
+    async def next_reply(self) -> scheduler_pb2.SchedulerReply:
+        reply = await asyncio.wait_for(self.call.read(), 30)
+        assert isinstance(reply, scheduler_pb2.SchedulerReply), "the stream ended"
+        if reply.HasField("chunk"):
+            tokens = self.tokens.setdefault(reply.request_id, [])
+            assert reply.chunk.offset == len(tokens)
+            tokens.extend(reply.chunk.token_ids)
+            self.text[reply.request_id] = self.text.get(reply.request_id, "") + reply.chunk.text
+        return reply
+
+    async def end_of(self, request_id: str) -> scheduler_pb2.SchedulerReply:
+        """The last message of a request."""
+        while True:
+            reply = await self.next_reply()
+            if reply.request_id == request_id and not reply.HasField("chunk"):
+                return reply
+
+    async def status(self) -> scheduler_pb2.SchedulerStatus:
+        return await self.stub.GetSchedulerStatus(scheduler_pb2.GetSchedulerStatusRequest())
+
+    async def until(self, condition: Callable[[scheduler_pb2.SchedulerStatus], bool]) -> None:
+        """Poll the status, as a supervisor does."""
+        async with asyncio.timeout(30):
+            while not condition(await self.status()):
+                pass
+
+
+class House:
+    """A scheduler with a target group and a draft group."""
+
+    def __init__(self, tokenizer_dir: Path) -> None:
+        self.target = FakeGroupServer(FakeEngine())
+        self.draft = FakeGroupServer(FakeEngine(role=DRAFT, model=FakeModel(agreement=80)))
+        self.spec = process_pb2.SchedulerSpec(
+            name="scheduler-0",
+            host="127.0.0.1",
+            version="test",
+            model_name="fake",
+            tokenizer_dir=str(tokenizer_dir),
+            speculation=process_pb2.SpeculationSpec(method="draft_model", pipeline="serial", num_speculative_tokens=3),
+            max_num_seqs=8,
+            max_num_batched_tokens=64,
+            max_model_len=128,
+            max_queue=4,
+            enable_prefix_caching=True,
+            round_timeout_s=60.0,
+            max_rounds_in_flight=2,
+        )
+        self.channels: list[grpc.aio.Channel] = []
+        self.address = ""
+
+    async def start(self) -> None:
+        self.spec.target.address = await self.target.start()
+        self.spec.target.incarnation = 1
+        self.spec.draft.address = await self.draft.start()
+        self.server = SchedulerServer(self.spec)
+        self.address = await self.server.start(10.0)
+
+    def channel(self) -> grpc.aio.Channel:
+        self.channels.append(grpc.aio.insecure_channel(self.address))
+        return self.channels[-1]
+
+    def gateway(self) -> Gateway:
+        return Gateway(self.channel())
+
+    async def stop(self) -> None:
+        for channel in self.channels:
+            await channel.close()
+        await self.server.stop(0.0)
+        await self.target.stop()
+        await self.draft.stop()
+
+
+@pytest.fixture
+def tokenizer_dir(tmp_path: Path) -> Path:
+    tokenizer = Tokenizer(models.BPE(vocab={letters([i]): i for i in range(40)}, merges=[]))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+@pytest.fixture
+async def house(tokenizer_dir: Path) -> AsyncIterator[House]:
+    house = House(tokenizer_dir)
+    await house.start()
+    yield house
+    await house.stop()
+
+
+def expected(message: scheduler_pb2.Submit, count: int) -> list[int]:
+    return plain_tokens(list(message.prompt_token_ids), seq_sampling(message), count)
+
+
+async def test_requests_stream_side_by_side(house: House) -> None:
+    gateway = house.gateway()
+    messages = [submit(f"r{i}", [*PROMPT, i], max_tokens=20, seed=i) for i in range(4)]
+    for message in messages:
+        await gateway.submit(message)
+    waiting = {message.request_id for message in messages}
+    while waiting:
+        reply = await gateway.next_reply()
+        if reply.HasField("complete"):
+            waiting.remove(reply.request_id)
+            assert reply.complete.seed == int(reply.request_id[1:])
+            assert reply.complete.speculation.num_accepted_tokens > 0
+    for message in messages:
+        assert gateway.tokens[message.request_id] == expected(message, 20)
+        assert gateway.text[message.request_id] == letters(expected(message, 20))
+    status = await gateway.status()
+    assert status.ready
+    assert status.draft_ready
+    assert (status.num_requests_running, status.num_requests_waiting) == (0, 0)
+    assert status.num_free_blocks == status.num_blocks > 0
+    assert status.num_free_draft_blocks == status.num_draft_blocks > 0
+    assert status.generation_tokens_total == 80
+
+
+async def test_cancel_ends_with_abort_and_frees_everything(house: House) -> None:
+    gateway = house.gateway()
+    await gateway.submit(submit("r", PROMPT, max_tokens=120))
+    await gateway.next_reply()
+    await gateway.cancel("r")
+    end = await gateway.end_of("r")
+    (finished,) = end.complete.finished
+    assert finished.reason == inference_pb2.FINISH_REASON_ABORT
+    assert finished.num_tokens == len(gateway.tokens["r"])
+    status = await gateway.status()
+    assert status.num_free_blocks == status.num_blocks
+
+
+async def test_a_lost_gateway_takes_its_requests_along_and_no_others(house: House) -> None:
+    house.target.pause()
+    lost, other = house.gateway(), house.gateway()
+    await lost.submit(submit("lost", PROMPT, max_tokens=100))
+    await other.submit(submit("other", PROMPT, max_tokens=10))
+    await other.until(lambda status: status.num_requests_running + status.num_requests_waiting == 2)
+    lost.call.cancel()
+    await other.until(lambda status: status.num_requests_running + status.num_requests_waiting == 1)
+    house.target.resume()
+    assert (await other.end_of("other")).HasField("complete")
+
+
+async def test_a_deadline_ends_a_request_that_hangs(house: House) -> None:
+    house.target.pause()
+    gateway = house.gateway()
+    await gateway.submit(submit("r", PROMPT, timeout_s=0.05))
+    end = await gateway.end_of("r")
+    assert end.error.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+    house.target.resume()
+    await gateway.until(lambda status: status.num_free_blocks == status.num_blocks)
+
+
+async def test_refusals_do_not_disturb_what_runs(house: House) -> None:
+    house.target.pause()
+    gateway = house.gateway()
+    await gateway.submit(submit("r", PROMPT, max_tokens=9))
+    await gateway.submit(submit("r", PROMPT))
+    refusal = await gateway.next_reply()
+    assert refusal.error.code == grpc.StatusCode.ALREADY_EXISTS.value[0]
+    house.target.resume()
+    assert (await gateway.end_of("r")).HasField("complete")
+    assert gateway.tokens["r"] == expected(submit("r", PROMPT), 9)
+
+
+async def test_speculation_survives_its_group(house: House) -> None:
+    gateway = house.gateway()
+    house.draft.drop_streams()
+    await gateway.submit(submit("r", PROMPT, max_tokens=30))
+    assert (await gateway.end_of("r")).HasField("complete")
+    assert gateway.tokens["r"] == expected(submit("r", PROMPT), 30)
+    await gateway.until(lambda status: status.draft_ready)
+    await gateway.submit(submit("again", PROMPT, max_tokens=30))
+    assert (await gateway.end_of("again")).complete.speculation.num_accepted_tokens > 0
+
+
+async def test_losing_the_target_fails_requests_and_health_until_it_is_back(house: House) -> None:
+    gateway = house.gateway()
+    health = health_pb2_grpc.HealthStub(house.channel())
+    watch = health.Watch(health_pb2.HealthCheckRequest())
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    house.target.pause()
+    await gateway.submit(submit("r", PROMPT))
+    await gateway.until(lambda status: status.num_requests_running == 1)
+    house.target.drop_streams()
+    end = await gateway.end_of("r")
+    assert end.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+    assert "target group" in end.error.message
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    house.target.resume()
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    await gateway.submit(submit("again", PROMPT, max_tokens=9))
+    assert (await gateway.end_of("again")).HasField("complete")
+    assert gateway.tokens["again"] == expected(submit("again", PROMPT), 9)
+
+
+async def test_a_round_without_answer_counts_as_a_lost_group(tokenizer_dir: Path) -> None:
+    house = House(tokenizer_dir)
+    house.spec.round_timeout_s = 0.1
+    await house.start()
+    house.target.pause()
+    gateway = house.gateway()
+    await gateway.submit(submit("r", PROMPT))
+    end = await gateway.end_of("r")
+    assert end.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+    assert "did not answer a round within 0.1 s" in end.error.message
+    await house.stop()
+
+
+async def test_draining_finishes_what_runs_and_takes_nothing_new(house: House) -> None:
+    house.target.pause()
+    gateway = house.gateway()
+    await gateway.submit(submit("r", PROMPT, max_tokens=9))
+    await gateway.until(lambda status: status.num_requests_running == 1)
+    stopping = asyncio.create_task(house.server.stop(30.0))
+    await gateway.until(lambda status: not status.ready)
+    await gateway.submit(submit("late", PROMPT))
+    refusal = await gateway.next_reply()
+    assert refusal.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+    assert "shutting down" in refusal.error.message
+    house.target.resume()
+    assert (await gateway.end_of("r")).HasField("complete")
+    await stopping
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda spec: setattr(spec.target, "incarnation", 9), "incarnation 1, expected 9"),
+        (lambda spec: setattr(spec, "version", "other"), "version test, this scheduler is other"),
+    ],
+)
+async def test_a_target_that_does_not_fit_is_refused_by_name(
+    tokenizer_dir: Path, change: Callable[[process_pb2.SchedulerSpec], None], words: str
+) -> None:
+    house = House(tokenizer_dir)
+    house.spec.target.address = await house.target.start()
+    house.spec.target.incarnation = 1
+    house.spec.speculation.method = "none"
+    change(house.spec)
+    server = SchedulerServer(house.spec)
+    with pytest.raises(ConfigError, match=words):
+        await server.start(0.2)
+    await server.stop(0.0)
+    await house.target.stop()
+
+
+async def test_a_taken_port_is_named(house: House) -> None:
+    spec = process_pb2.SchedulerSpec()
+    spec.CopyFrom(house.spec)
+    spec.port = int(house.address.rsplit(":", 1)[1])
+    with pytest.raises(ConfigError, match=f"cannot listen on {house.address}"):
+        await SchedulerServer(spec).start(1.0)
+
+
+def chunk(index: int, offset: int, text: str) -> Chunk:
+    return Chunk(request_id="r", index=index, offset=offset, token_ids=[offset], text=text, logprobs=[])
+
+
+async def test_a_slow_gateway_holds_one_chunk_a_sample() -> None:
+    outbox = Outbox()
+    for offset in range(3):
+        outbox.put(chunk(0, offset, "ab"))
+        outbox.put(chunk(1, offset, "cd"))
+    outbox.put(Failed(request_id="r", code=1, message="over"))
+    first, second, last = [await outbox.take() for _ in range(3)]
+    assert (first.chunk.index, list(first.chunk.token_ids), first.chunk.text) == (0, [0, 1, 2], "ababab")
+    assert (second.chunk.index, list(second.chunk.token_ids), second.chunk.text) == (1, [0, 1, 2], "cdcdcd")
+    assert last.error.message == "over"
