@@ -32,19 +32,22 @@ class DraftEngine:
         self._runner = runner
         self._table = table
         self._info = info
+        self._checked: tuple[Round | None, list[RowPlan]] = (None, [])  # on the leader `run` follows `check`
 
     @property
     def info(self) -> EngineInfo:
         return self._info
 
     def check(self, round_: Round) -> None:
-        plan_draft(round_, self._table)
+        self._checked = round_, plan_draft(round_, self._table)
 
     def reset(self) -> None:
         self._table.free_all()
 
     def run(self, round_: Round) -> RoundResult:
-        plans = plan_draft(round_, self._table)
+        checked, plans = self._checked
+        if checked is not round_:
+            plans = plan_draft(round_, self._table)
         apply_changes(round_, self._table)
         results = [RowResult(slot=plan.slot) for plan in plans]
         active = [(plan, result) for plan, result in zip(plans, results, strict=True) if plan.chunk_len]
@@ -75,16 +78,15 @@ class DraftEngine:
             return []
         table = self._table
         entries = [RowEntry(table.sampling(chain.slot), int(table.lengths[chain.slot]), ()) for chain in chains]
-        growing = []
         token_ids = chosen_token_ids(self._runner.choose(hidden, entries)).tolist()
+        grown = []
         for chain, token_id in zip(chains, token_ids, strict=True):
             if token_id == NO_TOKEN:
                 table.num_computed[chain.slot] = table.lengths[chain.slot] - 1
                 chain.result.non_finite = not chain.result.token_ids
                 continue
-            table.append(chain.slot, (token_id,))
             chain.result.token_ids.append(token_id)
             chain.remaining -= 1
-            if chain.remaining:
-                growing.append(chain)
-        return growing
+            grown.append((chain, token_id))
+        table.append([chain.slot for chain, _ in grown], [(token_id,) for _, token_id in grown])
+        return [chain for chain, _ in grown if chain.remaining]

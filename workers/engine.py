@@ -79,7 +79,7 @@ def apply_changes(round_: Round, table: SeqTable) -> None:
         if row.HasField("crop_len"):
             table.crop(row.slot, row.crop_len)
         if row.append_token_ids:
-            table.append(row.slot, row.append_token_ids)
+            table.append([row.slot], [row.append_token_ids])
         if row.new_block_ids:
             table.add_blocks(row.slot, row.new_block_ids)
 

@@ -1,6 +1,6 @@
 """What a group remembers of each seq that holds a slot, laid out so that a batch is built by indexing."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,35 +93,43 @@ class SeqTable:
         self.num_computed[slot] = min(int(self.num_computed[slot]), length)
         self.sampling(slot).truncate(length)
 
-    def append(self, slot: int, token_ids: Sequence[int]) -> None:
-        """Tokens join the history, without KV."""
-        start = int(self.lengths[slot])
-        self.token_ids[slot, start : start + len(token_ids)] = token_ids
-        self.lengths[slot] = start + len(token_ids)
-        self.sampling(slot).extend(token_ids)
+    def append(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> None:
+        """`token_ids[i]` join the history of `slots[i]`, without KV. A slot is named once at most."""
+        slot = np.array(slots, np.int64)  # [num_seqs]
+        count = np.fromiter(map(len, token_ids), np.int64, len(slot))
+        positions = _ranges(self.lengths[slot], count)
+        self.token_ids[np.repeat(slot, count), positions] = [token_id for tokens in token_ids for token_id in tokens]
+        self.lengths[slot] += count
+        for index, tokens in zip(slots, token_ids, strict=True):
+            self.sampling(index).extend(tokens)
 
     def put_behind(self, slot: int, draft_token_ids: Sequence[int]) -> None:
         """Tokens are written behind the history without joining it: input of a verify step."""
         start = int(self.lengths[slot])
         self.token_ids[slot, start : start + len(draft_token_ids)] = draft_token_ids
 
+    def behind(self, slot: int, num_tokens: int) -> list[int]:
+        """What `put_behind` has written."""
+        start = int(self.lengths[slot])
+        return self.token_ids[slot, start : start + num_tokens].tolist() if num_tokens else []
+
     def add_blocks(self, slot: int, block_ids: Sequence[int]) -> None:
         start = int(self.num_blocks[slot])
         self.block_table[slot, start : start + len(block_ids)] = block_ids
         self.num_blocks[slot] = start + len(block_ids)
 
-    def pack(self, slots: Iterable[int], counts: Iterable[int], device: torch.device) -> Batch:
+    def pack(self, slots: Sequence[int], counts: Sequence[int], device: torch.device) -> Batch:
         """The next `counts[i]` tokens without KV of each `slots[i]`, packed behind each other.
 
         Tokens that stand in `token_ids` behind the history (drafts to be verified) are taken as well.
         """
-        slot = np.fromiter(slots, np.int64)  # [num_seqs]
-        count = np.fromiter(counts, np.int64)
+        slot = np.array(slots, np.int64)  # [num_seqs]
+        count = np.array(counts, np.int64)
         start = self.num_computed[slot]
         cu_seqlens_q = np.zeros(len(slot) + 1, np.int32)
         np.cumsum(count, out=cu_seqlens_q[1:])
         token_slot = np.repeat(slot, count)  # [num_tokens]
-        positions = np.arange(len(token_slot)) + np.repeat(start - cu_seqlens_q[:-1], count)
+        positions = _ranges(start, count)
         block_size = self.limits.block_size
         block = self.block_table[token_slot, positions // block_size].astype(np.int64)
         seq_lens = (start + count).astype(np.int32)
@@ -138,3 +146,11 @@ class SeqTable:
             seq_lens=upload(seq_lens),
             cu_seqlens_q=upload(cu_seqlens_q),
         )
+
+
+def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """starts[i], starts[i] + 1, ... counts[i] numbers for each i, behind each other."""
+    ends = counts.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    numbers: NDArray[np.int64] = np.arange(total, dtype=np.int64) + np.repeat(starts - ends + counts, counts)
+    return numbers

@@ -7,12 +7,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from echelon.pb.sampling_pb2 import PositionLogprobs
 from echelon.pb.worker_pb2 import EngineInfo, Round, RoundResult, RowResult
 from kernels.verify_chain import verify_chain
 from workers.engine import NO_TOKEN, ModelRunner, apply_changes, chosen_token_ids
 from workers.rounds import RowPlan, plan_target
-from workers.sampler import RowEntry
+from workers.sampler import RowEntry, SampledRows
 from workers.seq_state import SeqTable
 
 NO_DRAFT = -1
@@ -27,7 +26,6 @@ class _Verify:
     result: RowResult
     draft_token_ids: Sequence[int]
     first_row: int  # in the packed batch: the last token of the history; the drafts follow it
-    length: int  # of the history
 
 
 class TargetEngine:
@@ -37,44 +35,47 @@ class TargetEngine:
         self._runner = runner
         self._table = table
         self._info = info
+        self._checked: tuple[Round | None, list[RowPlan]] = (None, [])  # on the leader `run` follows `check`
 
     @property
     def info(self) -> EngineInfo:
         return self._info
 
     def check(self, round_: Round) -> None:
-        plan_target(round_, self._table)
+        self._checked = round_, plan_target(round_, self._table)
 
     def reset(self) -> None:
         self._table.free_all()
 
     def run(self, round_: Round) -> RoundResult:
-        plans = plan_target(round_, self._table)
+        checked, plans = self._checked
+        if checked is not round_:
+            plans = plan_target(round_, self._table)
         apply_changes(round_, self._table)
         results = [RowResult(slot=plan.slot) for plan in plans]
         active = [index for index, plan in enumerate(plans) if plan.chunk_len]
         if not active:
             return RoundResult(rows=results)
         for index in active:
-            drafts = round_.rows[index].draft_token_ids[: plans[index].num_drafts]
-            self._table.put_behind(plans[index].slot, drafts)
+            if num_drafts := plans[index].num_drafts:
+                self._table.put_behind(plans[index].slot, round_.rows[index].draft_token_ids[:num_drafts])
         num_steps = self._step([(plans[index], results[index]) for index in active])
         return RoundResult(rows=results, num_steps=num_steps)
 
     def _step(self, active: list[tuple[RowPlan, RowResult]]) -> int:
         """All rows in one forward, and in a second one those that their drafts have spoiled. Returns how many."""
         table = self._table
+        slots = [plan.slot for plan, _ in active]
         counts = [plan.chunk_len + plan.num_drafts for plan, _ in active]
-        hidden = self._runner.forward(table.pack([plan.slot for plan, _ in active], counts, self._runner.device))
+        hidden = self._runner.forward(table.pack(slots, counts, self._runner.device))
         verifies = []
         for (plan, result), end in zip(active, accumulate(counts), strict=True):
             first_row = end - plan.num_drafts - 1
-            self._prompt_logprobs(plan, hidden[first_row + 1 - plan.chunk_len : first_row + 1], result)
-            table.num_computed[plan.slot] += plan.chunk_len
+            if table.num_prompt_logprobs[plan.slot] is not None:
+                self._prompt_logprobs(plan, hidden[first_row + 1 - plan.chunk_len : first_row + 1], result)
             if plan.at_end:
-                length = int(table.lengths[plan.slot])
-                drafts = table.token_ids[plan.slot, length : length + plan.num_drafts].tolist()
-                verifies.append(_Verify(plan, result, drafts, first_row, length))
+                verifies.append(_Verify(plan, result, table.behind(plan.slot, plan.num_drafts), first_row))
+        table.num_computed[slots] += [plan.chunk_len for plan, _ in active]
         spoiled = self._verify(hidden, verifies) if verifies else []
         return 1 + (self._step([self._undo(seq) for seq in spoiled]) if spoiled else 0)
 
@@ -89,51 +90,58 @@ class TargetEngine:
     def _verify(self, hidden: Tensor, verifies: list[_Verify]) -> list[_Verify]:
         """Choose a token at each position behind a history and its drafts; commit as far as they agree. Returns the
         seqs with drafts whose logits were not finite; for them nothing was committed."""
+        cu_rows = [0, *accumulate(len(seq.draft_token_ids) + 1 for seq in verifies)]
+        sampled, verdicts = self._verdicts(hidden, verifies, cu_rows)
+        committing, spoiled = [], []
+        for seq, row, (num_accepted, next_token_id) in zip(verifies, cu_rows[:-1], verdicts, strict=True):
+            if next_token_id != NO_TOKEN:
+                self._fill_in(seq, num_accepted, next_token_id)
+                committing.append(seq)
+                if sampled.logprobs is not None:
+                    logprobs = sampled.logprobs[row : row + num_accepted + 1]
+                    seq.result.logprobs.extend(entry for entry in logprobs if entry is not None)
+            elif seq.draft_token_ids:
+                spoiled.append(seq)
+            else:
+                seq.result.non_finite = True
+                self._table.num_computed[seq.plan.slot] -= 1  # the next row finds the last token again
+        if committing:
+            slots = [seq.plan.slot for seq in committing]
+            self._table.append(slots, [seq.result.token_ids for seq in committing])
+            # Of what was committed the last token alone has no KV yet.
+            self._table.num_computed[slots] += [seq.result.num_accepted_tokens for seq in committing]
+        return spoiled
+
+    def _verdicts(
+        self, hidden: Tensor, verifies: list[_Verify], cu_rows: list[int]
+    ) -> tuple[SampledRows, list[list[int]]]:
+        """The choices, and for each seq how many drafts they confirm and which token follows them."""
         rows: list[int] = []
         entries: list[RowEntry] = []
         draft_token_ids: list[int] = []
         for seq in verifies:
-            sampling, num_drafts = self._table.sampling(seq.plan.slot), len(seq.draft_token_ids)
-            rows.extend(range(seq.first_row, seq.first_row + num_drafts + 1))
-            for depth in range(num_drafts + 1):
-                entries.append(RowEntry(sampling, seq.length + depth, seq.draft_token_ids[:depth]))
-            draft_token_ids.extend(seq.draft_token_ids)
+            sampling, drafts = self._table.sampling(seq.plan.slot), seq.draft_token_ids
+            rows.extend(range(seq.first_row, seq.first_row + len(drafts) + 1))
+            entries.extend(
+                RowEntry(sampling, sampling.length + depth, drafts[:depth]) for depth in range(len(drafts) + 1)
+            )
+            draft_token_ids.extend(drafts)
             draft_token_ids.append(NO_DRAFT)
         device = self._runner.device
-        cu_rows = [0, *accumulate(len(seq.draft_token_ids) + 1 for seq in verifies)]
         sampled = self._runner.choose(hidden[torch.tensor(rows, device=device)], entries)
         num_accepted, next_token_ids = verify_chain(
             chosen_token_ids(sampled),
             torch.tensor(draft_token_ids, device=device),
             torch.tensor(cu_rows, device=device),
         )
-        verdicts = torch.stack((num_accepted, next_token_ids), dim=1).tolist()
-        spoiled = []
-        for seq, row, (accepted, next_token_id) in zip(verifies, cu_rows[:-1], verdicts, strict=True):
-            if next_token_id == NO_TOKEN and seq.draft_token_ids:
-                spoiled.append(seq)
-                continue
-            self._commit(seq, accepted, next_token_id)
-            if sampled.logprobs is not None:
-                self._add_logprobs(seq, sampled.logprobs[row : row + len(seq.result.token_ids)])
-        return spoiled
+        return sampled, torch.stack((num_accepted, next_token_ids), dim=1).tolist()
 
-    def _commit(self, seq: _Verify, num_accepted: int, next_token_id: int) -> None:
-        """Committed tokens join the history; KV of the last one is missing, as for any history."""
+    def _fill_in(self, seq: _Verify, num_accepted: int, next_token_id: int) -> None:
         result = seq.result
-        if next_token_id == NO_TOKEN:
-            result.non_finite = True
-            self._table.num_computed[seq.plan.slot] = seq.length - 1
-            return
         result.num_verified_tokens = len(seq.draft_token_ids)
         result.num_accepted_tokens = num_accepted
         result.token_ids.extend(seq.draft_token_ids[:num_accepted])
         result.token_ids.append(next_token_id)
-        self._table.append(seq.plan.slot, result.token_ids)
-        self._table.num_computed[seq.plan.slot] = seq.length + num_accepted
-
-    def _add_logprobs(self, seq: _Verify, logprobs: Sequence[PositionLogprobs | None]) -> None:
-        seq.result.logprobs.extend(entry for entry in logprobs if entry is not None)
 
     def _prompt_logprobs(self, plan: RowPlan, hidden: Tensor, result: RowResult) -> None:
         """Logprobs of the prompt tokens that follow the chunk's positions; hidden [chunk_len, hidden_size]."""

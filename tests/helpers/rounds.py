@@ -120,5 +120,6 @@ class Driver:
     def generate(self, seq: Seq, num_tokens: int) -> list[int]:
         """Plain decoding, until the output has that many tokens."""
         while len(seq.output) < num_tokens:
-            self.run((seq, self.target_row(seq)))
+            (result,) = self.run((seq, self.target_row(seq)))
+            assert result.token_ids, f"nothing was committed: {result}"
         return seq.output[:num_tokens]

@@ -42,6 +42,11 @@ def test_a_batch_holds_the_tokens_without_kv_at_their_places(table: SeqTable) ->
     assert (batch.input_ids.dtype, batch.block_table.dtype) == (torch.int64, torch.int32)
 
 
+def test_tokens_join_several_histories_at_once(table: SeqTable) -> None:
+    table.append([2, 0], [[60, 61], [62]])
+    assert table.pack([0, 2], [2, 6], CPU).input_ids.tolist() == [4, 62, 23, 24, 25, 26, 60, 61]
+
+
 def test_drafts_behind_the_history_are_read_but_do_not_join_it(table: SeqTable) -> None:
     table.put_behind(0, [50, 51])
     assert table.pack([0], [3], CPU).input_ids.tolist() == [4, 50, 51]
@@ -49,10 +54,10 @@ def test_drafts_behind_the_history_are_read_but_do_not_join_it(table: SeqTable) 
 
 
 def test_a_crop_makes_kv_stale_and_takes_tokens_out_of_the_counts(table: SeqTable) -> None:
-    table.append(0, [60, 61])
+    table.append([0], [[60, 61]])
     table.num_computed[0] = 7
     table.crop(0, 5)
-    table.append(0, [62])
+    table.append([0], [[62]])
     assert table.sizes(0)[:2] == (6, 5)
     assert table.pack([0], [1], CPU).input_ids.tolist() == [62]
     counts = table.sampling(0).counts_behind([])
@@ -67,7 +72,7 @@ def test_a_crop_makes_kv_stale_and_takes_tokens_out_of_the_counts(table: SeqTabl
 
 
 def test_new_blocks_go_behind_the_old_ones(table: SeqTable) -> None:
-    table.append(0, [60, 61, 62, 63])
+    table.append([0], [[60, 61, 62, 63]])
     table.add_blocks(0, [20])
     assert table.pack([0], [5], CPU).block_table.tolist() == [[7, 1, 20]]
 
