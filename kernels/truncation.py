@@ -77,8 +77,8 @@ def top_p_threshold(
         covered: bool [num_rows].
     """
     values = candidates.values
-    mass = probability_mass(values, values[:, 0])
-    reached = torch.where(values >= threshold.unsqueeze(1), mass, 0).cumsum(dim=1)
+    # Tokens below the threshold come last, so the mass is reached before them.
+    reached = probability_mass(values, values[:, 0]).cumsum(dim=1)
     wanted = (truncation.top_p * total_mass.to(torch.float64)).ceil().to(torch.int64)
     last = (reached < wanted.unsqueeze(1)).sum(dim=1)  # index of the candidate that reaches the wanted mass
     found = last < values.shape[1]

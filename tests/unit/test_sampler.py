@@ -117,6 +117,7 @@ PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_pena
 
 def choices_behind(seq: SeqSamplingState, hypothetical: list[int]) -> list[int]:
     logits = random_logits(64)
+    logits[:, [3, 9, 77]] += 6.0  # so that the penalties on them decide
     rows = [RowEntry(seq, seq.length + len(hypothetical), hypothetical)] * 64
     return Sampler(SoloGroup(), VOCAB_SIZE).sample(logits, 0, SamplingRows.build(rows, CPU)).token_ids.tolist()
 
@@ -211,16 +212,21 @@ def test_shards_agree_where_candidates_do_not_cover() -> None:
     states = [state(vocab_size, seed=row, **settings[row % 4]) for row in range(16)]
     logits = torch.randn(16, vocab_size, generator=torch.Generator().manual_seed(3)) * 0.2
     logits[8:] = logits[8:].mul(5).round()
-    logits[4:8] = 0.0
-    logits[4:8, 1000:] = -1.0  # a nucleus of the first shard alone, while both shards' candidates add up to enough
-    states[4:8] = [state(vocab_size, seed=row, top_p=0.3) for row in range(4, 8)]
     expected = as_tuple(sample_whole(logits, states))
-    assert max(expected[0][4:8]) < 1000
     rows = rows_of(states)
     assert [as_tuple(sampled) for sampled in run_ranks(2, lambda group: sample_sharded(group, logits, rows))] == [
         expected,
         expected,
     ]
+
+
+def test_a_nucleus_of_one_shard_is_not_filled_up_from_the_other() -> None:
+    """The candidates of both shards add up to the nucleus' mass, yet it lies in the first alone, beyond its share."""
+    logits = torch.full((20, 6000), -1.0)
+    logits[:, :1000] = 0.0
+    rows = rows_of([state(6000, seed=seed, top_p=0.22) for seed in range(20)])
+    for sampled in run_ranks(2, lambda group: sample_sharded(group, logits, rows)):
+        assert max(sampled.token_ids.tolist()) < 1000
 
 
 def test_a_shard_of_padding_only() -> None:

@@ -1,0 +1,140 @@
+"""How often drafts are accepted, beside the most that any lossless rule could accept.
+
+Echelon draws draft and target with the same noise and accepts while the tokens are equal (arXiv 2408.07978), so that
+the output does not depend on the drafter. Rejection sampling from draft probabilities (maximal coupling) accepts a
+token with probability 1 - TV, where TV is the distance of the two distributions. This program prints what the
+difference costs, on text that the target writes behind each prompt.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bench.prompts import load_prompts
+from bench.report import add_report_options, publish, table
+from kernels.sample import NoiseKeys, sample, scale_by_temperature
+
+MODELS = Path(__file__).parents[1] / "models"
+
+
+def maximal_coupling_acceptance(target_logits: Tensor, draft_logits: Tensor, temperature: float) -> Tensor:
+    """1 - TV of the two distributions at each position: fp32 [num_rows, vocab_size] x 2 -> [num_rows].
+
+    At temperature 0 both are one token: 1 where they agree.
+    """
+    if temperature == 0:
+        return (target_logits.argmax(dim=1) == draft_logits.argmax(dim=1)).float()
+    target = (target_logits / temperature).softmax(dim=1)
+    draft = (draft_logits / temperature).softmax(dim=1)
+    return torch.minimum(target, draft).sum(dim=1)
+
+
+def shared_noise_acceptance(
+    target_logits: Tensor, draft_logits: Tensor, temperature: float, *, first_position: int, num_seeds: int
+) -> Tensor:
+    """Share of seeds with which both choose the same token: fp32 [num_rows, vocab_size] x 2 -> fp32 [num_rows]."""
+    num_rows = target_logits.shape[0]
+    temperatures = torch.full((num_rows,), temperature)
+    matches = torch.zeros(num_rows)
+    for seed in range(num_seeds):
+        keys = NoiseKeys(
+            seeds=torch.full((num_rows,), seed),
+            sample_indices=torch.zeros(num_rows, dtype=torch.int64),
+            positions=torch.arange(first_position, first_position + num_rows),
+        )
+        target, draft = (
+            sample(scale_by_temperature(logits, temperatures), temperatures, keys)[1]
+            for logits in (target_logits, draft_logits)
+        )
+        matches += target == draft
+    return matches / num_seeds
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A prompt with the target's continuation, and both models' logits at each position of the continuation."""
+
+    num_prompt_tokens: int
+    target_logits: Tensor  # fp32 [num_tokens, vocab_size]
+    draft_logits: Tensor
+
+
+def write(target: Any, draft: Any, prompt: list[int], num_tokens: int, *, temperature: float, seed: int) -> Text:
+    """Lets the target write `num_tokens` tokens and both models look at them."""
+    cache, step, written = None, prompt, list(prompt)
+    temperatures = torch.tensor([temperature])
+    for position in range(len(prompt), len(prompt) + num_tokens):
+        output = target(torch.tensor([step]), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        keys = NoiseKeys(
+            seeds=torch.tensor([seed]), sample_indices=torch.tensor([0]), positions=torch.tensor([position])
+        )
+        scaled = scale_by_temperature(output.logits[0, -1:].float(), temperatures)
+        step = sample(scaled, temperatures, keys)[1].tolist()
+        written += step
+    logits = [model(torch.tensor([written])).logits[0, len(prompt) - 1 : -1].float() for model in (target, draft)]
+    return Text(len(prompt), logits[0], logits[1])
+
+
+def acceptance(texts: list[Text], temperature: float, num_seeds: int) -> tuple[float, float]:
+    """Measured with shared noise, and 1 - TV, averaged over all positions."""
+    shared, maximal = [], []
+    for text in texts:
+        shared.append(
+            shared_noise_acceptance(
+                text.target_logits,
+                text.draft_logits,
+                temperature,
+                first_position=text.num_prompt_tokens,
+                num_seeds=num_seeds if temperature else 1,
+            )
+        )
+        maximal.append(maximal_coupling_acceptance(text.target_logits, text.draft_logits, temperature))
+    return float(torch.cat(shared).mean()), float(torch.cat(maximal).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=Path, default=MODELS / "demo-target")
+    parser.add_argument("--draft", type=Path, default=MODELS / "demo-draft")
+    parser.add_argument("--dataset", type=Path, help="JSON lines with 'prompt'; default: a few bundled ones")
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=128, help="written behind each prompt")
+    parser.add_argument("--seeds", type=int, default=16, help="draws at each position")
+    add_report_options(parser)
+    options = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    models = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (options.target, options.draft)
+    ]
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in load_prompts(options.dataset, options.prompts)]
+    lines = []
+    with torch.inference_mode():
+        for text_temperature in (0.0, 1.0):
+            texts = [
+                write(*models, prompt, options.tokens, temperature=text_temperature, seed=index)
+                for index, prompt in enumerate(prompts)
+            ]
+            for temperature in (0.0, 1.0):
+                shared, maximal = acceptance(texts, temperature, options.seeds)
+                lines.append([f"{text_temperature:g}", f"{temperature:g}", f"{shared:.3f}", f"{maximal:.3f}"])
+    header = [
+        "text written at temperature",
+        "drawn at temperature",
+        "accepted (shared noise)",
+        "maximal coupling (1 - TV)",
+    ]
+    command = (
+        f"python -m bench.acceptance --prompts {options.prompts} --tokens {options.tokens} --seeds {options.seeds}"
+    )
+    publish("acceptance", table(header, lines), command=command, save=options.save)
+
+
+if __name__ == "__main__":
+    main()
