@@ -52,6 +52,8 @@ class SchedulerCore:
         self._arrivals = Arrivals()
         self._cost = RoundCost()
         self._refusal: tuple[Seq, int] | None = None  # the seq that found too few free blocks, and how many there were
+        self._num_generated = 0
+        self._num_accepted = 0
         self._totals = scheduler_pb2.SchedulerStatus()
 
     # -- engines ------------------------------------------------------------------------------------------------------
@@ -130,9 +132,8 @@ class SchedulerCore:
         outputs: list[Output] = []
         for seq in request.seqs:
             if seq.status is not SeqStatus.FINISHED:
-                offset = seq.num_outputs
                 seq.output.end()
-                outputs += self._finish(seq, _ABORT, now, self._chunk(seq, offset, []))
+                outputs += self._finish(seq, _ABORT, now, self._chunk(seq, [], []))
         return outputs
 
     def expire(self, now: float) -> list[Output]:
@@ -204,7 +205,10 @@ class SchedulerCore:
     def _plan_decodes(self, engine: Engine, rows: dict[Seq, PlannedRow]) -> None:
         for seq in list(self._running):
             seat = seq.target
-            if seat is None or not seq.may_step or seq.num_uncomputed != 1:
+            if seat is None or seq.is_verifying:
+                continue
+            length = len(seq.token_ids) + seq.num_pending
+            if length - seat.num_computed != 1 or length >= seq.max_len:
                 continue
             if self._make_room(engine, seq, seat, rows):
                 rows[seq] = PlannedRow(seq=seq, seat=seat, start=seat.num_computed, chunk_len=1)
@@ -321,56 +325,66 @@ class SchedulerCore:
         self._cost.observe(record.num_tokens, result.run_ns)
         outputs: list[Output] = []
         for row, answer in zip(record.rows, result.rows, strict=True):
-            outputs += self._on_row(row, answer, now)
+            seq = row.seq
+            seq.num_rows_in_flight -= 1
+            seq.num_pending -= row.num_pending
+            if row.drafts:
+                seq.is_verifying = False
+            if seq.status is not SeqStatus.FINISHED:
+                self._on_row(row, answer, now, outputs)
         return outputs
 
-    def _on_row(self, row: PlannedRow, answer: worker_pb2.RowResult, now: float) -> list[Output]:
+    def _on_row(self, row: PlannedRow, answer: worker_pb2.RowResult, now: float, outputs: list[Output]) -> None:
         seq = row.seq
-        seq.num_rows_in_flight -= 1
-        seq.num_pending -= row.num_pending
-        if row.drafts:
-            seq.is_verifying = False
-        if seq.status is SeqStatus.FINISHED:
-            return []
         if answer.non_finite:
-            return self._on_non_finite(row)
-        self._take_prompt_logprobs(seq, answer)
-        if seq.target is row.seat:
-            seq.target.num_computed += answer.num_accepted_tokens
-        if not answer.token_ids:
-            self._publish(row, row.start + row.chunk_len)
-            return []
-        return self._commit(row, answer, now)
-
-    def _commit(self, row: PlannedRow, answer: worker_pb2.RowResult, now: float) -> list[Output]:
-        seq, request = row.seq, row.seq.request
+            outputs += self._on_non_finite(row)
+            return
+        if seq.request.prompt_logprobs:
+            self._take_prompt_logprobs(seq.request, answer)
+        num_accepted = answer.num_accepted_tokens if row.drafts else 0
+        num_computed = row.start + row.chunk_len + num_accepted
+        if num_accepted and seq.target is row.seat:
+            row.seat.num_computed += num_accepted
+        token_ids = list(answer.token_ids)
+        if not token_ids:
+            self._publish(row, num_computed)
+            return
         offset = seq.num_outputs
-        finish: Finish | None = None
-        for token_id in answer.token_ids:
+        finish = self._commit(seq, token_ids)
+        num_taken = seq.num_outputs - offset
+        self._count(seq.request, answer.num_verified_tokens, min(num_accepted, num_taken), num_taken, now)
+        self._publish(row, min(num_computed, len(seq.token_ids)))
+        logprobs = list(answer.logprobs[:num_taken]) if answer.logprobs else []
+        chunk = self._chunk(seq, token_ids[:num_taken], logprobs)
+        if finish is None:
+            outputs.append(chunk)
+        else:
+            outputs += self._finish(seq, finish, now, chunk)
+
+    def _commit(self, seq: Seq, token_ids: list[int]) -> Finish | None:
+        """Tokens join the history, up to the one that ends the seq."""
+        for token_id in token_ids:
             seq.token_ids.append(token_id)
             finish = seq.output.push(token_id)
             if finish is not None:
-                break
-        num_taken = seq.num_outputs - offset
-        num_accepted = min(answer.num_accepted_tokens, num_taken)
-        request.count_verdict(answer.num_verified_tokens, num_accepted)
-        self._totals.accepted_tokens_total += num_accepted
-        self._totals.generation_tokens_total += num_taken
+                return finish
+        return None
+
+    def _count(self, request: Request, num_verified: int, num_accepted: int, num_taken: int, now: float) -> None:
+        request.count_verdict(num_verified, num_accepted)
+        self._num_accepted += num_accepted
+        self._num_generated += num_taken
         if request.first_token_s is None:
             request.first_token_s = now
-        self._publish(row, min(row.start + row.chunk_len + answer.num_accepted_tokens, len(seq.token_ids)))
-        self._start_siblings(request)
-        chunk = self._chunk(seq, offset, list(answer.logprobs[:num_taken]))
-        return [chunk] if finish is None else self._finish(seq, finish, now, chunk)
+        if len(request.seqs) > 1:
+            self._start_siblings(request)
 
     def _publish(self, row: PlannedRow, num_tokens: int) -> None:
         if self._target is not None and row.seq.target is row.seat:
             self._target.publish(row.seq, row.seat, num_tokens)
 
-    def _take_prompt_logprobs(self, seq: Seq, answer: worker_pb2.RowResult) -> None:
-        entries = seq.request.prompt_logprobs
-        if not entries:
-            return
+    def _take_prompt_logprobs(self, request: Request, answer: worker_pb2.RowResult) -> None:
+        entries = request.prompt_logprobs
         for position, entry in enumerate(answer.prompt_logprobs, start=answer.prompt_logprobs_start):
             if 1 <= position <= len(entries):
                 self._add_text(entry)
@@ -380,14 +394,14 @@ class SchedulerCore:
         for candidate in (entry.chosen, *entry.top):
             candidate.text = self._table.text_of(candidate.token_id)
 
-    def _chunk(self, seq: Seq, offset: int, logprobs: list[sampling_pb2.PositionLogprobs]) -> Chunk:
+    def _chunk(self, seq: Seq, token_ids: list[int], logprobs: list[sampling_pb2.PositionLogprobs]) -> Chunk:
         for entry in logprobs:
             self._add_text(entry)
         return Chunk(
             request_id=seq.request.request_id,
             index=seq.index,
-            offset=offset,
-            token_ids=seq.token_ids[seq.request.num_prompt_tokens + offset :],
+            offset=seq.num_outputs - len(token_ids),
+            token_ids=token_ids,
             text=seq.output.take_text(),
             logprobs=logprobs,
         )
@@ -449,6 +463,8 @@ class SchedulerCore:
         """Counters and gauges; whether the groups answer is for the shell to add."""
         status = scheduler_pb2.SchedulerStatus()
         status.CopyFrom(self._totals)
+        status.generation_tokens_total = self._num_generated
+        status.accepted_tokens_total = self._num_accepted
         num_running = len({seq.request.request_id for seq in self._running})
         status.num_requests_running = num_running
         status.num_requests_waiting = len(self._requests) - num_running

@@ -75,7 +75,7 @@ class Engine:
 
     def grow(self, seat: Seat, num_tokens: int) -> bool:
         """Make the seat's blocks cover `num_tokens` positions; False, and nothing happens, if too few are free."""
-        missing = self.blocks.num_blocks_for(num_tokens) - len(seat.block_ids)
+        missing = -(-num_tokens // self.blocks.block_size) - len(seat.block_ids)
         if missing <= 0:
             return True
         if missing > self.blocks.num_free:
