@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Self
 
-from cluster.errors import StartError
-from cluster.inventory import local_inventory
+from cluster.inventory import inventory_of, machine_facts
 from cluster.model_folder import read_model_folder
 from cluster.plan import Plan, describe_devices
 from cluster.planner import make_plan
@@ -109,11 +108,12 @@ class LocalDeployment:
     ) -> None:
         """Plans; raises PlanError. `log_dir` (default: a new temporary folder) takes a log of each process."""
         self.settings = settings
-        self.plan: Plan = make_plan(settings, local_inventory())
+        facts = machine_facts()
+        self.plan: Plan = make_plan(settings, inventory_of(facts))
         self.log_dir = log_dir or Path(tempfile.mkdtemp(prefix="echelon-"))
         self.processes = ProcessSet(self._spawn, on_change=on_change)
         self._gateway = gateway
-        self._num_gpus_given = 0
+        self._free_gpus = [gpu.device_id for gpu in facts.gpus]
         self._running: RunningDeployment | None = None
 
     @property
@@ -128,7 +128,7 @@ class LocalDeployment:
             self._running = roll_out(
                 self.settings, self.plan, self.processes, timeout_s=timeout_s, gateway=self._gateway
             )
-        except (StartError, KeyboardInterrupt):
+        except BaseException:
             self.stop()
             raise
         return self._running
@@ -147,8 +147,7 @@ class LocalDeployment:
     def _spawn(self, launch: Launch) -> Child:
         gpu_ids: list[str] = []
         if launch.bundle is not None:
-            gpu_ids = [str(self._num_gpus_given + index) for index in range(launch.bundle.num_gpus)]
-            self._num_gpus_given += len(gpu_ids)
+            gpu_ids = [self._free_gpus.pop(0) for _ in range(launch.bundle.num_gpus)]
         return ChildProcess(
             launch.module,
             launch.spec,

@@ -105,7 +105,7 @@ def ray_inventory() -> Inventory:
                 num_gpus=int(available.get("GPU", 0.0)),
                 cores=machine.cores if is_idle else (),
                 memory_bytes=machine.memory_bytes,
-                gpu_memory_bytes=min(machine.gpu_memory_bytes, default=None),
+                gpu_memory_bytes=machine.gpu_memory_bytes,
             )
         )
     return Inventory(nodes=tuple(nodes), head_node_id=head)

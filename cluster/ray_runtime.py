@@ -91,12 +91,19 @@ def processes_with(token: str) -> list[int]:
 def _command(temp_dir: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
-        *("--port=0", "--node-ip-address=127.0.0.2", f"--temp-dir={temp_dir}"),
+        *("--port=0", *_loopback(), f"--temp-dir={temp_dir}"),
         *("--include-dashboard=false", "--disable-usage-stats", "--include-log-monitor=false"),
         # Ray's client server has a fixed port unless told otherwise, and takes no 0 for "any".
         *(f"--ray-client-server-port={_free_port()}", "--dashboard-agent-listen-port=0"),
         f"--object-store-memory={_OBJECT_STORE_BYTES}",
     ]
+
+
+def _loopback() -> list[str]:
+    """Stay on the loopback interface, so that a laptop may change its network. Ray replaces 127.0.0.1 by the machine's
+    outer address, and only Linux answers on the rest of 127/8 by itself.
+    """
+    return ["--node-ip-address=127.0.0.2"] if sys.platform == "linux" else []
 
 
 def _free_port() -> int:

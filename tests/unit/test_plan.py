@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import PlanError
+from cluster.inventory import visible_gpus
 from cluster.local import local_settings
 from cluster.plan import Inventory, Node, Plan, check_followed
 from cluster.planner import GIB, make_plan
@@ -176,3 +177,11 @@ def test_a_plan_that_ray_did_not_follow_is_an_error(pair: tuple[Path, Path]) -> 
     check_followed(bundles, {0: "node-0", 1: "node-0"})
     with pytest.raises(PlanError, match=r"did not follow the plan: target-0\.1: wanted node node-0, got node-7$"):
         check_followed(bundles, {0: "node-0", 1: "node-7"})
+
+
+def test_visible_gpus_are_those_that_cuda_shows() -> None:
+    listing = "0, GPU-aa, 81920\n1, GPU-bb, 81920\n2, GPU-cc, 40960\n"
+    assert [gpu.device_id for gpu in visible_gpus(listing, None)] == ["0", "1", "2"]
+    assert [gpu.device_id for gpu in visible_gpus(listing, "2,GPU-aa")] == ["2", "0"]
+    assert visible_gpus(listing, "2")[0].memory_bytes == 40 * GIB
+    assert visible_gpus(listing, "") == ()
