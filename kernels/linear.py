@@ -55,8 +55,8 @@ def probe_linear_batch_invariant(weight: Tensor, bias: Tensor | None = None) -> 
         for part in (slice(0, num_rows), slice(x.shape[0] - num_rows, None)):
             if not torch.equal(linear_batch_invariant(x[part], weight, bias), expected[part]):
                 return (
-                    f"matrix products with a {weight.dtype} weight of {list(weight.shape)} on this {weight.device.type} "
-                    f"round a row differently in a batch of {num_rows} rows than in one of {x.shape[0]} "
+                    f"products with a {weight.dtype} weight of {list(weight.shape)} on this {weight.device.type} round "
+                    f"a row differently in a batch of {num_rows} rows than in one of {x.shape[0]} "
                     f"({torch.get_num_threads()} threads), so batch_invariant cannot be kept here"
                 )
     return None
@@ -80,7 +80,7 @@ def _linear_in_padded_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None) -
     if num_rows == 0:
         return F.linear(rows, weight, bias)
     padded = F.pad(rows, (0, 0, 0, -num_rows % PADDED_TILE_ROWS))
-    return torch.cat([F.linear(tile, weight, bias) for tile in padded.split(PADDED_TILE_ROWS)])[:num_rows]
+    return torch.cat([F.linear(tile, weight, bias) for tile in torch.split(padded, PADDED_TILE_ROWS)])[:num_rows]
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -16,8 +16,8 @@ def reshape_and_cache(
 ) -> None:
     """Rotate q IN PLACE; write rotated k, and v, into their slots of the cache. k and v are left as they are.
 
-    q: [num_tokens, num_q_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim]; rows may be strided, so slices of
-    one fused projection need no copy. positions, slot_mapping: int64 [num_tokens]; slot = block_id * block_size + offset,
+    q: [num_tokens, num_q_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim]; any strides, so slices of one
+    fused projection need no copy. positions, slot_mapping: int64 [num_tokens]; slot = block_id * block_size + offset,
     and the keys and values of a token with slot -1 are not written. No slot may occur twice.
     cos_sin_cache: fp32 [max_position, rotary_dim], cosines in its first half, sines in its second; the first rotary_dim
     features of each head are rotated in fp32, the others pass.
@@ -45,7 +45,8 @@ def reshape_and_cache_reference(
     cos, sin = cos_sin_cache[positions].unsqueeze(1).chunk(2, dim=-1)  # [num_tokens, 1, rotary_dim / 2] each
 
     def rotated(x: Tensor) -> Tensor:
-        first, second, rest = x.float().split([cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+        half = cos.shape[-1]
+        first, second, rest = x.float().tensor_split([half, 2 * half], dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
 
     q.copy_(rotated(q))
