@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 EXIT_FAILED = 1
 EXIT_PARENT_DIED = 3
 MIN_PROGRESS_INTERVAL_S = 0.2
+DEFAULT_COLLECTIVE_TIMEOUT_S = 30.0
 
 
 class SpecError(ValueError):
@@ -45,6 +46,7 @@ def read_spec(stdin: BinaryIO) -> WorkerSpec:
         raise SpecError("engines: is empty, a worker runs one or more")
     if spec.rank >= max(1, spec.world_size):
         raise SpecError(f"rank: {spec.rank}, must be below world_size {spec.world_size}")
+    spec.collective_timeout_s = spec.collective_timeout_s or DEFAULT_COLLECTIVE_TIMEOUT_S
     return spec
 
 

@@ -182,8 +182,11 @@ class ServerThread:
         return self._call(self._start(host)).result()
 
     def fail(self, error: str) -> None:
-        """The group is broken: tells everybody who listens, then stops."""
-        self._call(self._fail(error)).result(timeout=2 * FAIL_GRACE_S)
+        """The group is broken: tells everybody who listens, then stops. Raises nothing: worse has happened."""
+        try:
+            self._call(self._fail(error)).result(timeout=2 * FAIL_GRACE_S)
+        except Exception:  # as the docstring says
+            logger.exception("could not tell the streams that the group is broken")
 
     def stop(self, grace_s: float) -> None:
         self._call(self._stop(grace_s)).result()

@@ -14,8 +14,10 @@ from echelon.pb.worker_pb2 import Round, Row, SeqInit
 from tests.helpers.engines import DRAFT, KV_CACHE_BYTES, MAX_MODEL_LEN, TARGET, drive, interleave, make_engine
 from tests.helpers.rounds import INCARNATION, Driver, Seq, greedy, seeded
 from tests.helpers.tiny_models import TinyModel, make_tiny_model
+from workers import load
 from workers.kv_cache import KVCacheError
 from workers.models import LoadError
+from workers.process import SpecError
 from workers.rounds import ProtocolError
 from workers.target_engine import TargetEngine
 
@@ -79,6 +81,21 @@ def test_any_mix_of_chunks_and_drafts_gives_the_plain_stream(target: Driver, set
     seqs = [target.start(slot, prompt, samplings[slot]) for slot, prompt in enumerate(PROMPTS)]
     interleave(target, list(zip(seqs, streams, strict=True)), random.Random(seed), NUM_TOKENS)
     assert [seq.output[:NUM_TOKENS] for seq in seqs] == streams
+
+
+def test_batch_invariance_makes_it_exact_in_bf16(tiny: TinyModel) -> None:
+    driver = drive(make_engine(tiny.folder, TARGET, dtype="bfloat16", batch_invariant=True))
+    samplings = [seeded(slot) for slot in range(3)]
+    streams = [plain(driver, prompt, sampling) for prompt, sampling in zip(PROMPTS, samplings, strict=True)]
+    seqs = [driver.start(slot, prompt, samplings[slot]) for slot, prompt in enumerate(PROMPTS)]
+    interleave(driver, list(zip(seqs, streams, strict=True)), random.Random(1), NUM_TOKENS)
+    assert [seq.output[:NUM_TOKENS] for seq in seqs] == streams
+
+
+def test_a_machine_that_cannot_keep_batch_invariance_says_so(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "probe_linear_batch_invariant", lambda weight: "this machine rounds as it likes")
+    with pytest.raises(SpecError, match="rounds as it likes; set batch_invariant: false"):
+        make_engine(tiny.folder, TARGET, batch_invariant=True)
 
 
 def test_verification_says_what_it_compared(target: Driver) -> None:

@@ -1,0 +1,122 @@
+"""The leader's loop, with engines that do nothing."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from echelon.pb.worker_pb2 import EngineInfo, EngineRole, Round, RoundResult
+from workers.control import Leader
+from workers.rounds import ProtocolError
+from workers.run_loop import Arrived, Opened, RunLoop, Stop
+
+TARGET = EngineRole.ENGINE_ROLE_TARGET
+DRAFT = EngineRole.ENGINE_ROLE_DRAFT
+
+
+@dataclass
+class RecordingEngine:
+    """Writes down what it is asked to do; refuses round 13, breaks at round 66."""
+
+    role: EngineRole.ValueType
+    record: list[str]
+    loop: list[RunLoop] = field(default_factory=list)
+
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(role=self.role, tp_size=1)
+
+    def check(self, round_: Round) -> None:
+        if round_.round_id == 13:
+            raise ProtocolError("round 13: is unlucky")
+
+    def run(self, round_: Round) -> RoundResult:
+        if round_.round_id == 66:
+            raise RuntimeError("collective failed")
+        if round_.round_id == 99:
+            self.loop[0].submit(Stop())  # as a signal does, in the middle of a round
+        self.record.append(f"{EngineRole.Name(self.role)[12:].lower()} {round_.round_id}")
+        return RoundResult(num_steps=1)
+
+    def reset(self) -> None:
+        self.record.append(f"reset {EngineRole.Name(self.role)[12:].lower()}")
+
+
+@dataclass
+class RecordingSession:
+    role: EngineRole.ValueType
+    is_open: bool = True
+    results: list[RoundResult] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def deliver(self, result: RoundResult) -> None:
+        self.results.append(result)
+
+    def reject(self, error: str) -> None:
+        self.is_open = False
+        self.errors.append(error)
+
+
+class Fixture:
+    def __init__(self) -> None:
+        self.record: list[str] = []
+        engines = {role: RecordingEngine(role, self.record) for role in (TARGET, DRAFT)}
+        self.loop = RunLoop(engines, Leader([], [], 1.0))
+        for engine in engines.values():
+            engine.loop.append(self.loop)
+        self.target, self.draft = self.open(TARGET), self.open(DRAFT)
+
+    def open(self, role: EngineRole.ValueType) -> RecordingSession:
+        session = RecordingSession(role)
+        self.loop.submit(Opened(session))
+        return session
+
+    def arrive(self, session: RecordingSession, *round_ids: int) -> None:
+        for round_id in round_ids:
+            self.loop.submit(Arrived(session, Round(round_id=round_id, incarnation=3), arrived_ns=0))
+
+    def run(self) -> list[str]:
+        """All that was submitted; what the engines did after the first resets."""
+        self.arrive(self.draft, 99)
+        self.loop.run()
+        return self.record[2:-1]
+
+
+@pytest.fixture
+def fixture() -> Fixture:
+    return Fixture()
+
+
+def test_rounds_of_all_engines_run_in_order_of_arrival(fixture: Fixture) -> None:
+    fixture.arrive(fixture.target, 1, 2)
+    fixture.arrive(fixture.draft, 1)
+    fixture.arrive(fixture.target, 3)
+    assert fixture.run() == ["target 1", "target 2", "draft 1", "target 3"]
+    assert [(result.round_id, result.incarnation) for result in fixture.target.results] == [(1, 3), (2, 3), (3, 3)]
+    assert all(result.queue_ns > 0 and result.run_ns > 0 for result in fixture.target.results)
+
+
+def test_a_bad_round_takes_what_is_queued_behind_it_along(fixture: Fixture) -> None:
+    fixture.arrive(fixture.target, 1, 13, 14)
+    fixture.arrive(fixture.draft, 14)
+    assert fixture.run() == ["target 1", "draft 14"]
+    assert fixture.target.errors == ["round 13: is unlucky"]
+
+
+def test_rounds_of_a_replaced_scheduler_do_not_run(fixture: Fixture) -> None:
+    fixture.arrive(fixture.target, 1)
+    fixture.open(TARGET)
+    fixture.arrive(fixture.target, 2)
+    assert fixture.run() == ["target 1", "reset target"]
+
+
+def test_stopping_ends_the_round_that_runs_and_starts_no_other(fixture: Fixture) -> None:
+    fixture.arrive(fixture.target, 99, 100)
+    fixture.loop.run()
+    assert fixture.record[2:] == ["target 99"]
+    assert [result.round_id for result in fixture.target.results] == [99]
+
+
+def test_an_engine_that_breaks_ends_the_loop(fixture: Fixture) -> None:
+    fixture.arrive(fixture.target, 66)
+    with pytest.raises(RuntimeError, match="collective failed"):
+        fixture.loop.run()
