@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.prompts import load_prompts
 from bench.report import add_report_options, publish, table
-from kernels.sample import NoiseKeys, sample, scale_by_temperature
+from kernels.sample import NoiseKeys, sample
 
 MODELS = Path(__file__).parents[1] / "models"
 
@@ -47,10 +47,7 @@ def shared_noise_acceptance(
             sample_indices=torch.zeros(num_rows, dtype=torch.int64),
             positions=torch.arange(first_position, first_position + num_rows),
         )
-        target, draft = (
-            sample(scale_by_temperature(logits, temperatures), temperatures, keys)[1]
-            for logits in (target_logits, draft_logits)
-        )
+        target, draft = (sample(logits, temperatures, keys)[1] for logits in (target_logits, draft_logits))
         matches += target == draft
     return matches / num_seeds
 
@@ -74,8 +71,7 @@ def write(target: Any, draft: Any, prompt: list[int], num_tokens: int, *, temper
         keys = NoiseKeys(
             seeds=torch.tensor([seed]), sample_indices=torch.tensor([0]), positions=torch.tensor([position])
         )
-        scaled = scale_by_temperature(output.logits[0, -1:].float(), temperatures)
-        step = sample(scaled, temperatures, keys)[1].tolist()
+        step = sample(output.logits[0, -1:].float(), temperatures, keys)[1].tolist()
         written += step
     logits = [model(torch.tensor([written])).logits[0, len(prompt) - 1 : -1].float() for model in (target, draft)]
     return Text(len(prompt), logits[0], logits[1])

@@ -58,12 +58,6 @@ def min_p_top_k_threshold(candidates: Candidates, truncation: Truncation) -> tup
     return threshold, (top_k == 0) | (threshold >= candidates.rest)
 
 
-def kept_mass(scaled_logits: Tensor, largest: Tensor, threshold: Tensor) -> Tensor:
-    """Mass of the tokens that stay: fp32 [num_rows, num_tokens], [num_rows], [num_rows] -> int64 [num_rows]."""
-    mass = probability_mass(scaled_logits, largest)
-    return torch.where(scaled_logits >= threshold.unsqueeze(1), mass, 0).sum(dim=1)
-
-
 def top_p_threshold(
     candidates: Candidates, truncation: Truncation, threshold: Tensor, total_mass: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -71,7 +65,7 @@ def top_p_threshold(
 
     Args:
         threshold: fp32 [num_rows], of min-p and top-k.
-        total_mass: int64 [num_rows], `kept_mass` of the whole vocabulary at this threshold.
+        total_mass: int64 [num_rows], of the tokens of the whole vocabulary that are not below this threshold.
     Returns:
         threshold: fp32 [num_rows], not below the given one.
         covered: bool [num_rows].

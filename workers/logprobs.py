@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from echelon.pb.sampling_pb2 import PositionLogprobs, TokenLogprob
-from kernels.probability_mass import MASS_BITS, probability_mass
+from kernels.probability_mass import MASS_BITS, total_mass
 from kernels.sort_key import pack_sort_key, top_sort_keys, unpack_sort_key
 from workers.groups import Group
 
@@ -64,7 +64,7 @@ def _chunk_logprobs(
     best = gathered[:, :, 1:].transpose(0, 1).flatten(1).sort(dim=1, descending=True).values[:, :num_top]
     top_logits, top_ids = unpack_sort_key(best)
 
-    mass = probability_mass(logits, top_logits[:, 0]).sum(dim=1)
+    mass = total_mass(logits, top_logits[:, 0])
     num_better = (logits > chosen.unsqueeze(1)).sum(dim=1)
     mass, num_better = group.all_gather(torch.stack((mass, num_better))).sum(dim=0).unbind(dim=0)
     # One logarithm a row, in fp64 on the host: tensor libraries differ in the last bits.

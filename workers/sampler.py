@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from echelon.pb.sampling_pb2 import PositionLogprobs
-from kernels.probability_mass import MAX_TOKENS
+from kernels.probability_mass import MAX_TOKENS, total_mass
 from kernels.sample import sample, scale_by_temperature
 from kernels.sort_key import pack_sort_key, unpack_sort_key
-from kernels.truncation import Candidates, Truncation, kept_mass, min_p_top_k_threshold, top_p_threshold
+from kernels.truncation import Candidates, Truncation, min_p_top_k_threshold, top_p_threshold
 from workers.groups import Group
 from workers.logprobs import LogprobRows, position_logprobs
 from workers.sampling_rows import RowEntry, SamplingRows
@@ -63,8 +63,8 @@ class Sampler:
             best = processed.max(dim=1)  # documented to give the first of equal maxima
             values, token_ids = best.values, best.indices + vocab_start
         else:
-            scaled = self._truncate(scale_by_temperature(processed, rows.temperature), rows)
-            values, token_ids = sample(scaled, rows.temperature, rows.keys, first_token_id=vocab_start)
+            kept = self._truncate(processed, rows)
+            values, token_ids = sample(kept, rows.temperature, rows.keys, first_token_id=vocab_start)
         keys = torch.where(non_finite, NON_FINITE_KEY, pack_sort_key(values, token_ids))
         best_keys = self._group.all_gather(keys).amax(dim=0)  # [num_rows]
         non_finite = best_keys == NON_FINITE_KEY
@@ -107,14 +107,16 @@ class Sampler:
             logits = logits.masked_fill(non_finite.unsqueeze(1), 0.0)
         return logits, non_finite
 
-    def _truncate(self, scaled: Tensor, rows: SamplingRows) -> Tensor:
-        """Excludes what min-p, top-k and top-p exclude; `scaled` may be overwritten."""
+    def _truncate(self, logits: Tensor, rows: SamplingRows) -> Tensor:
+        """Logits without what min-p, top-k and top-p exclude."""
         if rows.truncation is None or rows.truncated_rows is None:
-            return scaled
-        subject = scaled[rows.truncated_rows]  # [num_truncated, shard_size]
-        thresholds = self._thresholds(subject, rows.truncation)
-        scaled[rows.truncated_rows] = subject.masked_fill(subject < thresholds.unsqueeze(1), -torch.inf)
-        return scaled
+            return logits
+        all_rows = len(rows.truncated_rows) == logits.shape[0]
+        subject = logits if all_rows else logits[rows.truncated_rows]  # [num_truncated, shard_size]
+        scaled = scale_by_temperature(subject, rows.temperature[rows.truncated_rows])
+        thresholds = self._thresholds(scaled, rows.truncation)
+        subject = subject.masked_fill(scaled < thresholds.unsqueeze(1), -torch.inf)
+        return subject if all_rows else logits.index_copy(0, rows.truncated_rows, subject)
 
     def _thresholds(self, scaled: Tensor, truncation: Truncation) -> Tensor:
         """Thresholds of rows over the whole vocabulary: first from the shards' candidates, then, for the rows that
@@ -134,9 +136,9 @@ class Sampler:
         candidates = self._gather_candidates(scaled, num_candidates)
         thresholds, covered = min_p_top_k_threshold(candidates, truncation)
         if truncation.has_top_p:
-            mass = kept_mass(scaled, candidates.values[:, 0], thresholds)
-            total_mass = self._group.all_gather(mass).sum(dim=0)
-            thresholds, top_p_covered = top_p_threshold(candidates, truncation, thresholds, total_mass)
+            shard_mass = total_mass(scaled, candidates.values[:, 0], thresholds)
+            mass = self._group.all_gather(shard_mass).sum(dim=0)
+            thresholds, top_p_covered = top_p_threshold(candidates, truncation, thresholds, mass)
             covered = covered & top_p_covered
         return thresholds, covered
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels.gumbel import gumbel_noise_range
-from kernels.sample import TILE_TOKENS, NoiseKeys, sample, sample_cpu, sample_reference, scale_by_temperature
+from kernels.sample import NOISE_TILE, NoiseKeys, sample, sample_cpu, sample_reference, scale_by_temperature
 from kernels.sort_key import pack_sort_key, top_sort_keys, unpack_sort_key
 
 
@@ -41,19 +41,19 @@ def logits_of_kind(kind: str, num_rows: int, num_tokens: int) -> Tensor:
 @pytest.mark.parametrize("kind", ["peaked", "flat", "tied", "swallowing", "truncated", "mixed", "plain"])
 @pytest.mark.parametrize(("num_rows", "num_tokens", "first_token_id"), [(5, 1, 3), (7, 131, 0), (6, 4099, 2049)])
 def test_pruning_saves_work_only(kind: str, num_rows: int, num_tokens: int, first_token_id: int) -> None:
-    scaled, keys = logits_of_kind(kind, num_rows, num_tokens), noise_keys(num_rows)
+    logits, keys = logits_of_kind(kind, num_rows, num_tokens), noise_keys(num_rows)
     temperature = torch.tensor([1.0, 0.0, 0.7]).repeat(num_rows)[:num_rows]
-    values, token_ids = sample_cpu(scaled, temperature, keys, first_token_id=first_token_id)
-    expected_values, expected_ids = sample_reference(scaled, temperature, keys, first_token_id=first_token_id)
+    values, token_ids = sample_cpu(logits, temperature, keys, first_token_id=first_token_id)
+    expected_values, expected_ids = sample_reference(logits, temperature, keys, first_token_id=first_token_id)
     assert torch.equal(values, expected_values)
     assert torch.equal(token_ids, expected_ids)
 
 
 def test_vocabularies_longer_than_a_tile() -> None:
-    num_tokens = 2 * TILE_TOKENS + 77
-    scaled, keys, temperature = torch.zeros(2, num_tokens), noise_keys(2), torch.tensor([1.0, 0.0])
-    values, token_ids = sample(scaled, temperature, keys, first_token_id=5)
-    expected_values, expected_ids = sample_reference(scaled, temperature, keys, first_token_id=5)
+    num_tokens = 2 * NOISE_TILE + 77
+    logits, keys, temperature = torch.zeros(2, num_tokens), noise_keys(2), torch.tensor([1.0, 0.0])
+    values, token_ids = sample(logits, temperature, keys, first_token_id=5)
+    expected_values, expected_ids = sample_reference(logits, temperature, keys, first_token_id=5)
     assert torch.equal(values, expected_values)
     assert torch.equal(token_ids, expected_ids)
     assert int(token_ids[1]) == 5
@@ -63,7 +63,7 @@ def test_choice_is_the_argmax_of_logit_plus_noise() -> None:
     logits, keys = logits_of_kind("plain", 4, 100), noise_keys(4)
     temperature = torch.tensor([0.5, 1.0, 2.0, 1.0])
     noise = gumbel_noise_range(keys.seeds, keys.sample_indices, keys.positions, first_token_id=0, num_tokens=100)
-    _, token_ids = sample(scale_by_temperature(logits, temperature), temperature, keys)
+    _, token_ids = sample(logits, temperature, keys)
     assert torch.equal(token_ids, (logits / temperature.unsqueeze(1) + noise).argmax(dim=1))
 
 
@@ -84,14 +84,14 @@ def test_temperature_zero_leaves_logits_alone() -> None:
 @pytest.mark.parametrize("kind", ["flat", "tied", "plain", "truncated"])
 @pytest.mark.parametrize("tp_size", [2, 3, 5])
 def test_the_best_of_the_shards_is_the_best_of_all(kind: str, tp_size: int) -> None:
-    scaled, keys = logits_of_kind(kind, 6, 1003), noise_keys(6)
+    logits, keys = logits_of_kind(kind, 6, 1003), noise_keys(6)
     temperature = torch.tensor([1.0, 0.0]).repeat(3)
     shard_keys, start = [], 0
-    for shard in scaled.tensor_split(tp_size, dim=1):
+    for shard in logits.tensor_split(tp_size, dim=1):
         shard_keys.append(pack_sort_key(*sample(shard, temperature, keys, first_token_id=start)))
         start += shard.shape[1]
     _, token_ids = unpack_sort_key(torch.stack(shard_keys).amax(dim=0))
-    assert torch.equal(token_ids, sample(scaled, temperature, keys)[1])
+    assert torch.equal(token_ids, sample(logits, temperature, keys)[1])
 
 
 def test_a_shard_without_tokens_never_wins() -> None:
@@ -102,12 +102,12 @@ def test_a_shard_without_tokens_never_wins() -> None:
 
 @pytest.mark.parametrize("kind", ["mixed", "plain", "peaked"])
 def test_a_row_does_not_see_its_batch(kind: str) -> None:
-    scaled, keys = logits_of_kind(kind, 64, 1031), noise_keys(64)
+    logits, keys = logits_of_kind(kind, 64, 1031), noise_keys(64)
     temperature = torch.tensor([1.0, 1.0, 0.0, 0.3]).repeat(16)
-    values, token_ids = sample(scaled, temperature, keys)
+    values, token_ids = sample(logits, temperature, keys)
     for size in (1, 2, 3, 7, 33):
         rows = torch.arange(64 - size, 64)
-        alone = sample(scaled[rows], temperature[rows], keys.select(rows))
+        alone = sample(logits[rows], temperature[rows], keys.select(rows))
         assert torch.equal(alone[0], values[rows])
         assert torch.equal(alone[1], token_ids[rows])
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.probability_mass import MASS_BITS, probability_mass
-from kernels.truncation import Candidates, Truncation, kept_mass, min_p_top_k_threshold, top_p_threshold
+from kernels.probability_mass import MASS_BITS, probability_mass, total_mass
+from kernels.truncation import Candidates, Truncation, min_p_top_k_threshold, top_p_threshold
 
 
 def truncation(min_p: float = 0.0, top_k: int = 0, top_p: float = 1.0, num_rows: int = 1) -> Truncation:
@@ -28,7 +28,7 @@ def thresholds(logits: Tensor, settings: Truncation, num_candidates: int | None 
     rest = values[:, -1] if values.shape[1] < num_tokens else torch.full_like(values[:, -1], -torch.inf)
     candidates = Candidates(values=values, rest=rest)
     threshold, covered = min_p_top_k_threshold(candidates, settings)
-    mass = kept_mass(logits, values[:, 0], threshold)
+    mass = total_mass(logits, values[:, 0], threshold)
     threshold, top_p_covered = top_p_threshold(candidates, settings, threshold, mass)
     return threshold, covered & top_p_covered
 
