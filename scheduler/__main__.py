@@ -1,6 +1,7 @@
 """`python -m scheduler`: the process that protos/process.proto describes."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -42,6 +43,9 @@ async def _serve(spec: process_pb2.SchedulerSpec) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     server = SchedulerServer(spec)
+    # Rounds make garbage in proportion to their rows; the default would look for cycles in every few of them.
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
     address = await server.start(_CONNECT_TIMEOUT_S)
     _say(process_pb2.ProcessEvent(ready=process_pb2.Ready(address=address)))
     await stopped.wait()

@@ -1,14 +1,16 @@
 """What runs next. A plain synchronous class: no clock, no I/O, no threads.
 
-The shell tells it what happened (`add`, `cancel`, `on_target_result`, ...), hands on what it returns, and asks it
-after every event for the next rounds (`plan_draft`, then `plan_target`) until it has none. Times are seconds of one
-monotonic clock.
+The shell tells it what happened (`add`, `cancel`, `on_target_result`, ...), asks it after every event for the next
+rounds (`plan_draft`, `plan_target`) until it has none, and then, while engines work on those, takes what is to be
+delivered (`take_outputs`). Times are seconds of one monotonic clock.
 """
 
 import logging
 from bisect import insort
+from collections.abc import Sequence
 from heapq import heappop, heappush
 from operator import attrgetter
+from typing import NamedTuple
 
 from grpc import StatusCode
 
@@ -35,6 +37,15 @@ def _failed(request_id: str, code: StatusCode, message: str) -> Failed:
     return Failed(request_id=request_id, code=code.value[0], message=message)
 
 
+class _Fresh(NamedTuple):
+    """Tokens that were committed and are not yet a chunk."""
+
+    seq: Seq
+    offset: int  # output tokens before them
+    token_ids: list[int]
+    logprobs: Sequence[sampling_pb2.PositionLogprobs]
+
+
 class SchedulerCore:
     """Continuous batching over one target engine and, if there is one, a draft engine."""
 
@@ -52,6 +63,7 @@ class SchedulerCore:
         self._arrivals = Arrivals()
         self._cost = RoundCost()
         self._refusal: tuple[Seq, int] | None = None  # the seq that found too few free blocks, and how many there were
+        self._outputs: list[Output | _Fresh] = []
         self._num_generated = 0
         self._num_accepted = 0
         self._totals = scheduler_pb2.SchedulerStatus()
@@ -66,14 +78,12 @@ class SchedulerCore:
         """Speculation starts, or resumes, for every seq."""
         self._drafter.attach(self._new_engine(info, incarnation))
 
-    def disconnect_target(self, reason: str) -> list[Output]:
+    def disconnect_target(self, reason: str) -> None:
         """The target is gone with all that it held: every request fails."""
-        outputs: list[Output] = []
         for request in list(self._requests.values()):
-            outputs += self._fail(request, StatusCode.UNAVAILABLE, reason)
+            self._fail(request, StatusCode.UNAVAILABLE, reason)
         self._target = None
         self._refusal = None
-        return outputs
 
     def disconnect_draft(self) -> None:
         """The draft engine is gone: requests go on without drafts."""
@@ -89,22 +99,22 @@ class SchedulerCore:
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    def add(self, submit: scheduler_pb2.Submit, now: float) -> list[Output]:
+    def add(self, submit: scheduler_pb2.Submit, now: float) -> Failed | None:
         """Queue a request, or say why not."""
         try:
             return self._add(submit, now)
         except InvalidRequestError as error:
-            return [_failed(submit.request_id, StatusCode.INVALID_ARGUMENT, str(error))]
+            return _failed(submit.request_id, StatusCode.INVALID_ARGUMENT, str(error))
 
-    def _add(self, submit: scheduler_pb2.Submit, now: float) -> list[Output]:
+    def _add(self, submit: scheduler_pb2.Submit, now: float) -> Failed | None:
         request_id = submit.request_id
         if self._target is None:
-            return [_failed(request_id, StatusCode.UNAVAILABLE, "the target group is not connected")]
+            return _failed(request_id, StatusCode.UNAVAILABLE, "the target group is not connected")
         if request_id in self._requests:
-            return [_failed(request_id, StatusCode.ALREADY_EXISTS, f"request_id {request_id!r} is already running")]
+            return _failed(request_id, StatusCode.ALREADY_EXISTS, f"request_id {request_id!r} is already running")
         if self._num_queued >= self._config.max_queue:
             full = f"the queue is full: {self._num_queued} requests wait (max_queue {self._config.max_queue})"
-            return [_failed(request_id, StatusCode.RESOURCE_EXHAUSTED, f"{full}; try again later")]
+            return _failed(request_id, StatusCode.RESOURCE_EXHAUSTED, f"{full}; try again later")
         request = build_request(
             submit,
             config=self._config,
@@ -122,30 +132,26 @@ class SchedulerCore:
         self._arrivals.add(request.num_prompt_tokens, now)
         self._totals.prompt_tokens_total += request.num_prompt_tokens
         self._waiting.push(request.seqs[0])
-        return []
+        return None
 
-    def cancel(self, request_id: str, now: float) -> list[Output]:
+    def cancel(self, request_id: str, now: float) -> None:
         """End a request at its client's wish. Unknown ids (finished a moment ago, say) are ignored."""
         request = self._requests.get(request_id)
         if request is None:
-            return []
-        outputs: list[Output] = []
+            return
         for seq in request.seqs:
             if seq.status is not SeqStatus.FINISHED:
                 seq.output.end()
-                outputs += self._finish(seq, _ABORT, now, self._chunk(seq, [], []))
-        return outputs
+                self._finish(seq, _ABORT, now, _Fresh(seq, seq.num_outputs, [], []))
 
-    def expire(self, now: float) -> list[Output]:
+    def expire(self, now: float) -> None:
         """Fail the requests whose time is up."""
-        outputs: list[Output] = []
         while self._deadlines and self._deadlines[0][0] <= now:
             request = heappop(self._deadlines)[2]
             if request.is_finished:
                 continue
             allowed = request.deadline_s - request.arrived_s if request.deadline_s is not None else 0.0
-            outputs += self._fail(request, StatusCode.DEADLINE_EXCEEDED, f"not finished within {allowed:.3f} s")
-        return outputs
+            self._fail(request, StatusCode.DEADLINE_EXCEEDED, f"not finished within {allowed:.3f} s")
 
     def next_deadline(self) -> float | None:
         """When `expire` is worth calling again."""
@@ -319,11 +325,11 @@ class SchedulerCore:
 
     # -- the target engine: results -----------------------------------------------------------------------------------
 
-    def on_target_result(self, result: worker_pb2.RoundResult, now: float) -> list[Output]:
+    def on_target_result(self, result: worker_pb2.RoundResult, now: float) -> None:
+        """Commit what a round has computed."""
         assert self._target is not None, "a result of an engine that is not connected"
         record = self._target.land(result)
         self._cost.observe(record.num_tokens, result.run_ns)
-        outputs: list[Output] = []
         for row, answer in zip(record.rows, result.rows, strict=True):
             seq = row.seq
             seq.num_rows_in_flight -= 1
@@ -331,13 +337,12 @@ class SchedulerCore:
             if row.drafts:
                 seq.is_verifying = False
             if seq.status is not SeqStatus.FINISHED:
-                self._on_row(row, answer, now, outputs)
-        return outputs
+                self._on_row(row, answer, now)
 
-    def _on_row(self, row: PlannedRow, answer: worker_pb2.RowResult, now: float, outputs: list[Output]) -> None:
+    def _on_row(self, row: PlannedRow, answer: worker_pb2.RowResult, now: float) -> None:
         seq = row.seq
         if answer.non_finite:
-            outputs += self._on_non_finite(row)
+            self._on_non_finite(row)
             return
         if seq.request.prompt_logprobs:
             self._take_prompt_logprobs(seq.request, answer)
@@ -351,15 +356,14 @@ class SchedulerCore:
             return
         offset = seq.num_outputs
         finish = self._commit(seq, token_ids)
-        num_taken = seq.num_outputs - offset
-        self._count(seq.request, answer.num_verified_tokens, min(num_accepted, num_taken), num_taken, now)
+        del token_ids[seq.num_outputs - offset :]
+        self._count(seq.request, answer.num_verified_tokens, min(num_accepted, len(token_ids)), len(token_ids), now)
         self._publish(row, min(num_computed, len(seq.token_ids)))
-        logprobs = list(answer.logprobs[:num_taken]) if answer.logprobs else []
-        chunk = self._chunk(seq, token_ids[:num_taken], logprobs)
+        fresh = _Fresh(seq, offset, token_ids, answer.logprobs[: len(token_ids)])
         if finish is None:
-            outputs.append(chunk)
+            self._outputs.append(fresh)
         else:
-            outputs += self._finish(seq, finish, now, chunk)
+            self._finish(seq, finish, now, fresh)
 
     def _commit(self, seq: Seq, token_ids: list[int]) -> Finish | None:
         """Tokens join the history, up to the one that ends the seq."""
@@ -371,6 +375,7 @@ class SchedulerCore:
         return None
 
     def _count(self, request: Request, num_verified: int, num_accepted: int, num_taken: int, now: float) -> None:
+        """`num_taken` tokens were committed for one of the request's seqs."""
         request.count_verdict(num_verified, num_accepted)
         self._num_accepted += num_accepted
         self._num_generated += num_taken
@@ -394,18 +399,6 @@ class SchedulerCore:
         for candidate in (entry.chosen, *entry.top):
             candidate.text = self._table.text_of(candidate.token_id)
 
-    def _chunk(self, seq: Seq, token_ids: list[int], logprobs: list[sampling_pb2.PositionLogprobs]) -> Chunk:
-        for entry in logprobs:
-            self._add_text(entry)
-        return Chunk(
-            request_id=seq.request.request_id,
-            index=seq.index,
-            offset=seq.num_outputs - len(token_ids),
-            token_ids=token_ids,
-            text=seq.output.take_text(),
-            logprobs=logprobs,
-        )
-
     def _start_siblings(self, request: Request) -> None:
         """The first sample has computed the prompt: the others find it in the cache."""
         for seq in request.seqs[1:]:
@@ -414,31 +407,30 @@ class SchedulerCore:
 
     # -- ends ---------------------------------------------------------------------------------------------------------
 
-    def _finish(self, seq: Seq, finish: Finish, now: float, chunk: Chunk) -> list[Output]:
+    def _finish(self, seq: Seq, finish: Finish, now: float, last: _Fresh) -> None:
         request = seq.request
         self._release(seq)
         seq.finish = finish
         self._start_siblings(request)
-        outputs: list[Output] = [chunk] if chunk.token_ids or chunk.text else []
+        self._outputs.append(last)
         if all(s.status is SeqStatus.FINISHED for s in request.seqs):
             self._forget(request)
-            outputs.append(request.completion(now))
-        return outputs
+            self._outputs.append(request.completion(now))
 
-    def _fail(self, request: Request, code: StatusCode, message: str) -> list[Output]:
+    def _fail(self, request: Request, code: StatusCode, message: str) -> None:
         for seq in request.seqs:
             if seq.status is not SeqStatus.FINISHED:
                 self._release(seq)
         self._forget(request)
-        return [_failed(request.request_id, code, message)]
+        self._outputs.append(_failed(request.request_id, code, message))
 
-    def _on_non_finite(self, row: PlannedRow) -> list[Output]:
+    def _on_non_finite(self, row: PlannedRow) -> None:
         seq = row.seq
         if self._target is not None and seq.target is row.seat:
             self._target.blocks.forget(row.seat.block_ids[: row.seat.num_published])
         position = len(seq.token_ids)
         logger.error("request %s: non-finite logits at position %d", seq.request.request_id, position)
-        return self._fail(seq.request, StatusCode.INTERNAL, f"non-finite logits at position {position}")
+        self._fail(seq.request, StatusCode.INTERNAL, f"non-finite logits at position {position}")
 
     def _release(self, seq: Seq) -> None:
         """Slots and blocks are free behind the rounds already sent; the queue forgets the seq."""
@@ -456,6 +448,34 @@ class SchedulerCore:
         del self._requests[request.request_id]
         request.is_finished = True
         self._num_queued -= request.admitted_s is None
+
+    # -- what comes out -----------------------------------------------------------------------------------------------
+
+    def take_outputs(self) -> list[Output]:
+        """What is to be delivered since the last call, in order."""
+        outputs: list[Output] = []
+        for output in self._outputs:
+            if not isinstance(output, _Fresh):
+                outputs.append(output)
+                continue
+            chunk = self._chunk(output)
+            if chunk.token_ids or chunk.text:
+                outputs.append(chunk)
+        self._outputs.clear()
+        return outputs
+
+    def _chunk(self, fresh: _Fresh) -> Chunk:
+        logprobs = list(fresh.logprobs)
+        for entry in logprobs:
+            self._add_text(entry)
+        return Chunk(
+            request_id=fresh.seq.request.request_id,
+            index=fresh.seq.index,
+            offset=fresh.offset,
+            token_ids=fresh.token_ids,
+            text=fresh.seq.output.take_text(),
+            logprobs=logprobs,
+        )
 
     # -- status -------------------------------------------------------------------------------------------------------
 

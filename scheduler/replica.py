@@ -108,9 +108,8 @@ class Replica:
 
     def submit(self, submit: scheduler_pb2.Submit, outbox: Outbox) -> None:
         refusal = self._refusal(submit) or self._core.add(submit, self._now())
-        if refusal:
-            for output in refusal:
-                outbox.put(output)
+        if refusal is not None:
+            outbox.put(refusal)
             return
         self._outboxes[submit.request_id] = outbox
         outbox.request_ids.add(submit.request_id)
@@ -119,7 +118,7 @@ class Replica:
         self._pump_soon()
 
     def cancel(self, request_id: str) -> None:
-        self._deliver(self._core.cancel(request_id, self._now()))
+        self._core.cancel(request_id, self._now())
         self._pump_soon()
 
     def drop(self, outbox: Outbox) -> None:
@@ -147,14 +146,14 @@ class Replica:
         except TimeoutError:
             logger.warning("%d requests did not finish within %g s", self._core.num_requests, grace_s)
 
-    def _refusal(self, submit: scheduler_pb2.Submit) -> list[Output]:
+    def _refusal(self, submit: scheduler_pb2.Submit) -> Failed | None:
         if self._draining:
             reason = "this scheduler is shutting down"
         elif not self.ready:
             reason = f"{self.target.name}: {self.target.last_error or 'not connected yet'}"
         else:
-            return []
-        return [Failed(request_id=submit.request_id, code=StatusCode.UNAVAILABLE.value[0], message=reason)]
+            return None
+        return Failed(request_id=submit.request_id, code=StatusCode.UNAVAILABLE.value[0], message=reason)
 
     # -- from worker groups -------------------------------------------------------------------------------------------
 
@@ -164,14 +163,14 @@ class Replica:
         self._on_ready(not self._draining)
 
     def _target_result(self, result: worker_pb2.RoundResult) -> None:
-        outputs = self._core.on_target_result(result, self._now())
+        self._core.on_target_result(result, self._now())
         self._pump()
-        self._deliver(outputs)
 
     def _target_lost(self, reason: str) -> None:
         self.ready = False
         self._on_ready(False)
-        self._deliver(self._core.disconnect_target(f"{self.target.name}: {reason}"))
+        self._core.disconnect_target(f"{self.target.name}: {reason}")
+        self._pump_soon()
 
     def _draft_up(self, info: worker_pb2.EngineInfo, incarnation: int) -> None:
         self._core.connect_draft(info, incarnation)
@@ -203,6 +202,7 @@ class Replica:
         now = self._now()
         while self._pump_draft() | self._pump_target(now):
             pass
+        self._deliver()
 
     def _pump_draft(self) -> bool:
         message = self._core.plan_draft() if self.draft is not None else None
@@ -216,8 +216,8 @@ class Replica:
             self.target.send(message)
         return message is not None
 
-    def _deliver(self, outputs: list[Output]) -> None:
-        for output in outputs:
+    def _deliver(self) -> None:
+        for output in self._core.take_outputs():
             outbox = self._outboxes[output.request_id]
             outbox.put(output)
             if not isinstance(output, Chunk):
@@ -235,6 +235,6 @@ class Replica:
             self._deadline = asyncio.get_running_loop().call_at(deadline, self._expire)
 
     def _expire(self) -> None:
-        self._deliver(self._core.expire(self._now()))
+        self._core.expire(self._now())
         self._arm_deadline()
         self._pump_soon()

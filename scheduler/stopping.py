@@ -48,14 +48,12 @@ class StopScan:
 
     def push(self, piece: str) -> tuple[str, str | None]:
         """-> (text that no stop string can take back, stop string found behind it if any)."""
-        if not self._stops.strings:
-            return piece, None
         text = self._held + piece
         for i, char in enumerate(piece, start=len(self._held) + 1):
             found = self._step(char)
             if found is not None:
                 return text[: i - len(found)], found
-        num_held = max(self._matched)
+        num_held = max(self._matched, default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held], None
 
@@ -90,54 +88,67 @@ class StopRules:
 class OutputText:
     """The output of one seq: counts its tokens, decodes them, and says when it is over.
 
-    The result depends on the tokens alone, not on how many of them one round brought.
+    The result depends on the tokens alone, not on how many of them one round brought. Without stop strings the text
+    decides nothing, so tokens are decoded only when it is asked for, while the next round already runs.
     """
 
-    __slots__ = ("_detokenizer", "_pieces", "_rules", "_scan", "num_tokens")
+    __slots__ = ("_detokenizer", "_pieces", "_rules", "_scan", "_undecoded", "num_tokens")
 
     def __init__(self, rules: StopRules, detokenizer: Detokenizer) -> None:
         self._rules = rules
         self._detokenizer = detokenizer
-        self._scan = StopScan(rules.strings)
+        self._scan = StopScan(rules.strings) if rules.strings.strings else None
         self._pieces: list[str] = []
+        self._undecoded: list[int] = []
         self.num_tokens = 0
 
     def push(self, token_id: int) -> Finish | None:
         """Add a token; a seq that is finished takes no further one."""
         rules = self._rules
         self.num_tokens += 1
-        may_stop = self.num_tokens > rules.min_tokens
-        if may_stop and token_id in rules.stop_token_ids:
+        if token_id in rules.stop_token_ids and self.num_tokens > rules.min_tokens:
             self.end()
             return Finish(reason=inference_pb2.FINISH_REASON_STOP, stop_token_id=token_id)
-        found = self._add_text(self._detokenizer.push(token_id), may_stop)
-        if found is not None:
-            return Finish(reason=inference_pb2.FINISH_REASON_STOP, stop_str=found)
-        if self.num_tokens >= rules.max_tokens:
+        found: str | None = None
+        if self._scan is None:
+            self._undecoded.append(token_id)
+        else:
+            found = self._scan_text(self._detokenizer.push(token_id), self._scan)
+        if found is None and self.num_tokens >= rules.max_tokens:
             found = self.end()
-            if found is not None:
-                return Finish(reason=inference_pb2.FINISH_REASON_STOP, stop_str=found)
-            return Finish(reason=inference_pb2.FINISH_REASON_LENGTH)
-        return None
+            if found is None:
+                return Finish(reason=inference_pb2.FINISH_REASON_LENGTH)
+        return None if found is None else Finish(reason=inference_pb2.FINISH_REASON_STOP, stop_str=found)
 
     def take_text(self) -> str:
         """The text that became certain since the last call."""
+        self._decode()
         text = "".join(self._pieces)
         self._pieces.clear()
         return text
 
     def end(self) -> str | None:
         """Nothing more will come: what was held back is text after all, unless it completes a stop string."""
-        found = self._add_text(self._detokenizer.flush(), self.num_tokens > self._rules.min_tokens)
+        self._decode()
+        rest = self._detokenizer.flush()
+        if self._scan is None:
+            self._pieces.append(rest)
+            return None
+        found = self._scan_text(rest, self._scan)
         if found is None:
             self._pieces.append(self._scan.flush())
         return found
 
-    def _add_text(self, piece: str, may_stop: bool) -> str | None:
-        if not may_stop:
+    def _decode(self) -> None:
+        if self._undecoded:
+            self._pieces += map(self._detokenizer.push, self._undecoded)
+            self._undecoded.clear()
+
+    def _scan_text(self, piece: str, scan: StopScan) -> str | None:
+        if self.num_tokens <= self._rules.min_tokens:
             self._pieces.append(piece)
             return None
-        text, found = self._scan.push(piece)
+        text, found = scan.push(piece)
         self._pieces.append(text)
         if found is not None and self._rules.include_stop_str:
             self._pieces.append(found)

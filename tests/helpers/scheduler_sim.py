@@ -82,10 +82,21 @@ class Simulation:
         self.first_token_at: dict[str, float] = {}
 
     def submit(self, message: scheduler_pb2.Submit) -> None:
-        self.take(self.core.add(message, self.now))
+        refusal = self.core.add(message, self.now)
+        if refusal is not None:
+            self.take([refusal])
 
     def cancel(self, request_id: str) -> None:
-        self.take(self.core.cancel(request_id, self.now))
+        self.core.cancel(request_id, self.now)
+        self.take(self.core.take_outputs())
+
+    def expire(self) -> None:
+        self.core.expire(self.now)
+        self.take(self.core.take_outputs())
+
+    def disconnect_target(self, reason: str) -> None:
+        self.core.disconnect_target(reason)
+        self.take(self.core.take_outputs())
 
     def plan(self) -> None:
         """Send every round that the core wants to send."""
@@ -100,7 +111,8 @@ class Simulation:
 
     def run_target_round(self) -> worker_pb2.RoundResult:
         result = self.target.run(self.target_rounds.popleft())
-        self.take(self.core.on_target_result(result, self.now))
+        self.core.on_target_result(result, self.now)
+        self.take(self.core.take_outputs())
         return result
 
     def run_draft_round(self) -> None:

@@ -313,10 +313,10 @@ def test_the_deadline_includes_the_queue() -> None:
     sim.step()
     assert sim.core.next_deadline() == 2.0
     sim.now = 1.9
-    sim.take(sim.core.expire(sim.now))
+    sim.expire()
     assert not sim.failed
     sim.now = 2.0
-    sim.take(sim.core.expire(sim.now))
+    sim.expire()
     assert sim.failed["queued"].code == StatusCode.DEADLINE_EXCEEDED.value[0]
     assert sim.core.next_deadline() is None
     sim.run()
@@ -408,7 +408,7 @@ def test_losing_the_target_fails_what_runs_and_names_the_reason() -> None:
     sim = Simulation(draft=draft_engine())
     sim.submit(submit("r", prompt(1, 9)))
     sim.step()
-    sim.take(sim.core.disconnect_target("target group: it died"))
+    sim.disconnect_target("target group: it died")
     assert sim.failed["r"].code == StatusCode.UNAVAILABLE.value[0]
     assert sim.failed["r"].message == "target group: it died"
     sim.submit(submit("late", prompt(1, 9)))
