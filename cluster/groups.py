@@ -21,7 +21,6 @@ class RunningGroup:
     address: str  # host:port of the leader's gRPC server
     incarnation: int
     info: WorkerInfo
-    names: tuple[str, ...]  # of its processes, in the order of rank
 
     @property
     def endpoint(self) -> GroupEndpoint:
@@ -89,5 +88,4 @@ def _running(processes: ProcessSet, group: GroupLaunch) -> RunningGroup:
         address=processes.read(lambda board: board.process(leader.name).address),
         incarnation=leader.incarnation,
         info=processes.read(lambda board: board.worker_info(leader.name)),
-        names=tuple(spec.name for spec in group.specs),
     )

@@ -277,7 +277,8 @@ def _pin(threads: int, places: list[Node]) -> tuple[list[tuple[int, ...]], list[
     for address, count in ranks_on.items():
         if len(cores[address]) < count * threads:
             have = f"{len(cores[address])} idle" if cores[address] else "not all idle"
-            notes.append(f"cores are shared on {address}: {count} workers of {threads} threads, cores {have}")
+            each = "1 thread" if threads == 1 else f"{threads} threads"
+            notes.append(f"cores are shared on {address}: {count} workers of {each}, cores {have}")
             cores[address] = []
     pins = []
     for node in places:

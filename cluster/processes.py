@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Protocol, Self
+from typing import IO, Protocol
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
@@ -97,12 +97,6 @@ class ChildProcess:
         self._events: queue.SimpleQueue[ProcessEvent | None] = queue.SimpleQueue()  # None: standard output ended
         self._send(json_format.MessageToJson(spec, indent=None))
         threading.Thread(target=self._read_events, name=f"events of {name}", daemon=True).start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop(grace_s=5.0)
 
     def next_event(self, timeout_s: float) -> ProcessEvent | None:
         try:
