@@ -202,7 +202,7 @@ class Replica:
         now = self._now()
         while self._pump_draft() | self._pump_target(now):
             pass
-        self._deliver()
+        asyncio.get_running_loop().call_soon(self._deliver)  # behind the tasks that write the rounds
 
     def _pump_draft(self) -> bool:
         message = self._core.plan_draft() if self.draft is not None else None
