@@ -12,6 +12,7 @@ import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from cluster.gateway.mailbox import Mailbox
 from cluster.gateway.server import Gateway, StartupError
 from echelon import __version__
 from echelon.client import AsyncClient
@@ -24,7 +25,7 @@ from echelon.errors import (
     UnavailableError,
 )
 from echelon.pb import inference_pb2 as pb
-from echelon.pb import process_pb2
+from echelon.pb import process_pb2, sampling_pb2
 from tests.helpers.fake_scheduler import FakeScheduler, serve
 
 MODEL_DIR = Path(__file__).parents[2] / "models" / "demo-target"
@@ -188,10 +189,10 @@ async def test_a_client_that_does_not_read_holds_nobody_up(house: House) -> None
     slow = house.client.stream("slow", request_id="slow")
     reading = asyncio.ensure_future(anext(slow))
     await house.scheduler.next_submit()
-    text = "x" * 1000
+    text = "x" * 20_000
     house.scheduler.send_chunk("slow", [0], text)
     await reading
-    for i in range(1, 3000):  # far more than the flow control windows hold
+    for i in range(1, 600):  # 12 MB, more than grpc keeps on its way
         house.scheduler.send_chunk("slow", [i], text, offset=i)
     quick = asyncio.ensure_future(house.client.generate("quick", request_id="quick"))
     await house.scheduler.next_submit()
@@ -199,9 +200,29 @@ async def test_a_client_that_does_not_read_holds_nobody_up(house: House) -> None
     house.scheduler.send_complete("quick")
     assert (await quick).text == "done"
     house.scheduler.send_complete("slow")
+    rest = [chunk async for chunk in slow]
+    assert len(rest) < 599  # what waited for the client was merged
     completion = await slow.result()
-    assert completion.token_ids == tuple(range(3000))
-    assert len(completion.text) == 3000 * 1000
+    assert completion.token_ids == tuple(range(600))
+    assert len(completion.text) == 600 * len(text)
+
+
+async def test_a_mailbox_holds_one_chunk_for_each_sample() -> None:
+    mailbox = Mailbox()
+    position = sampling_pb2.PositionLogprobs(chosen=sampling_pb2.TokenLogprob(token_id=1))
+    for offset, (index, text) in enumerate([(0, "a"), (1, "x"), (0, "b"), (0, ""), (1, "y")]):
+        mailbox.put(pb.GenerateChunk(index=index, token_ids=[offset], text=text, logprobs=[position], offset=offset))
+    chunks, final = await mailbox.take()
+    assert final is None
+    assert [(c.index, list(c.token_ids), c.text, len(c.logprobs), c.offset) for c in chunks] == [
+        (0, [0, 2, 3], "ab", 3, 0),
+        (1, [1, 4], "xy", 2, 1),
+    ]
+    mailbox.put(pb.GenerateChunk(token_ids=[9]))
+    mailbox.finish(pb.GenerateComplete(seed=3))
+    chunks, final = await mailbox.take()
+    assert [list(c.token_ids) for c in chunks] == [[9]]
+    assert final == pb.GenerateComplete(seed=3)
 
 
 async def test_a_lost_scheduler_ends_requests_and_health_tells(house: House) -> None:
