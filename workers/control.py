@@ -28,6 +28,10 @@ TOKEN_BYTES = 16
 OnLost = Callable[[str], None]
 
 
+class LostRank(ConnectionError):
+    """Another rank of the group died or does not answer. Says which."""
+
+
 class Kind(IntEnum):
     """What a frame tells a follower to do."""
 
@@ -75,10 +79,13 @@ class Leader:
         return cls([connections[rank, 0] for rank in ranks], [connections[rank, 1] for rank in ranks], timeout_s)
 
     def send(self, frame: Frame, num_ranks: int) -> None:
-        """To the ranks below `num_ranks`. Raises OSError when one of them is lost."""
+        """To the ranks below `num_ranks`. Raises LostRank."""
         data = HEADER.pack(len(frame.payload), frame.kind, frame.role) + frame.payload
-        for connection in self._rounds[: num_ranks - 1]:
-            connection.sendall(data)
+        for rank, connection in enumerate(self._rounds[: num_ranks - 1], start=1):
+            try:
+                connection.sendall(data)
+            except OSError as err:
+                raise LostRank(f"lost rank {rank}: {err}") from err
 
     def watch(self, on_lost: OnLost) -> None:
         """Calls `on_lost` from a thread when a follower dies or does not answer for `timeout_s`."""
@@ -127,9 +134,12 @@ class Follower:
         return cls(rounds, pulse, timeout_s)
 
     def receive(self) -> Frame:
-        """The next frame; blocks as long as the leader lives. Raises ConnectionError when it does not."""
-        num_bytes, kind, role = HEADER.unpack(_receive_exactly(self._rounds, HEADER.size))
-        frame = Frame(Kind(kind), role, bytes(_receive_exactly(self._rounds, num_bytes)))
+        """The next frame; blocks as long as the leader lives. Raises LostRank when it does not."""
+        try:
+            num_bytes, kind, role = HEADER.unpack(_receive_exactly(self._rounds, HEADER.size))
+            frame = Frame(Kind(kind), role, bytes(_receive_exactly(self._rounds, num_bytes)))
+        except OSError as err:
+            raise LostRank(f"lost rank 0, the leader: it died ({err})") from err
         if frame.kind is Kind.STOP:
             self._stopping.set()
         return frame
@@ -180,6 +190,6 @@ def _receive_exactly(connection: socket.socket, num_bytes: int) -> bytearray:
     while view:
         received = connection.recv_into(view)
         if received == 0:
-            raise ConnectionError("the leader closed the control channel")
+            raise ConnectionError("end of the connection")
         view = view[received:]
     return data

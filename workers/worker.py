@@ -95,6 +95,8 @@ def _lead(spec: WorkerSpec, channel: control.Leader, engines: Engines, events: E
     logger.info("serving on %s", address)
     try:
         loop.run()
+    except control.LostRank as err:
+        fail(str(err))
     except Exception as err:  # noqa: BLE001  # whatever it is, the ranks no longer agree: the incarnation ends
         fail(f"a round failed on rank 0: {type(err).__name__}: {err}")
     channel.stop()
@@ -107,6 +109,8 @@ def _follow(spec: WorkerSpec, channel: control.Follower, engines: Engines, event
     events.ready("", _info(spec, engines))
     try:
         follow(engines, channel)
+    except control.LostRank as err:
+        events.fail(str(err))
     except Exception as err:  # noqa: BLE001  # as in _lead
         events.fail(f"a round failed on rank {spec.rank}: {type(err).__name__}: {err}")
 

@@ -213,11 +213,15 @@ def test_a_lost_rank_ends_the_incarnation(tiny: Path, tmp_path: Path, how: signa
     engines = [engine_spec(tiny, TARGET, tp_size=2)]
     with WorkerGroup(tmp_path, 2, engines, collective_timeout_s=3.0) as group:
         group.spawn().wait_ready()
-        with RoundStream(group.ready.address, TARGET) as stream:
+        address = group.ready.address
+        with RoundStream(address, TARGET) as stream, grpc.insecure_channel(address) as channel:
             driver = Driver(group.ready.worker.engines[0], stream.call)
             driver.generate(driver.start(0, PROMPTS[0], greedy()), 1)
+            health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="target"))
+            assert next(health).status == health_pb2.HealthCheckResponse.SERVING
             group.ranks[1].popen.send_signal(how)
             code, _ = stream.ending()
+            assert next(health).status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert code == grpc.StatusCode.UNAVAILABLE
         assert "rank 1" in group.ranks[0].next_failed()
 
