@@ -7,7 +7,6 @@ delivered (`take_outputs`). Times are seconds of one monotonic clock.
 
 import logging
 from bisect import insort
-from collections.abc import Sequence
 from heapq import heappop, heappush
 from operator import attrgetter
 from typing import NamedTuple
@@ -43,7 +42,7 @@ class _Fresh(NamedTuple):
     seq: Seq
     offset: int  # output tokens before them
     token_ids: list[int]
-    logprobs: Sequence[sampling_pb2.PositionLogprobs]
+    answer: worker_pb2.RowResult | None  # with their log-probabilities, and perhaps those of tokens behind the end
 
 
 class SchedulerCore:
@@ -142,7 +141,7 @@ class SchedulerCore:
         for seq in request.seqs:
             if seq.status is not SeqStatus.FINISHED:
                 seq.output.end()
-                self._finish(seq, _ABORT, now, _Fresh(seq, seq.num_outputs, [], []))
+                self._finish(seq, _ABORT, now, _Fresh(seq, seq.num_outputs, [], None))
 
     def expire(self, now: float) -> None:
         """Fail the requests whose time is up."""
@@ -356,10 +355,11 @@ class SchedulerCore:
             return
         offset = seq.num_outputs
         finish = self._commit(seq, token_ids)
-        del token_ids[seq.num_outputs - offset :]
-        self._count(seq.request, answer.num_verified_tokens, min(num_accepted, len(token_ids)), len(token_ids), now)
+        if finish is not None:
+            del token_ids[seq.num_outputs - offset :]
+        self._count(row, answer, len(token_ids), now)
         self._publish(row, min(num_computed, len(seq.token_ids)))
-        fresh = _Fresh(seq, offset, token_ids, answer.logprobs[: len(token_ids)])
+        fresh = _Fresh(seq, offset, token_ids, answer)
         if finish is None:
             self._outputs.append(fresh)
         else:
@@ -374,11 +374,15 @@ class SchedulerCore:
                 return finish
         return None
 
-    def _count(self, request: Request, num_verified: int, num_accepted: int, num_taken: int, now: float) -> None:
-        """`num_taken` tokens were committed for one of the request's seqs."""
-        request.count_verdict(num_verified, num_accepted)
-        self._num_accepted += num_accepted
+    def _count(self, row: PlannedRow, answer: worker_pb2.RowResult, num_taken: int, now: float) -> None:
+        """`num_taken` tokens were committed for the row's seq."""
+        request = row.seq.request
+        request.num_rounds += 1
         self._num_generated += num_taken
+        if row.drafts:
+            num_accepted = min(answer.num_accepted_tokens, num_taken)
+            self._num_accepted += num_accepted
+            request.count_verdict(answer.num_verified_tokens, num_accepted)
         if request.first_token_s is None:
             request.first_token_s = now
         if len(request.seqs) > 1:
@@ -465,7 +469,7 @@ class SchedulerCore:
         return outputs
 
     def _chunk(self, fresh: _Fresh) -> Chunk:
-        logprobs = list(fresh.logprobs)
+        logprobs = [] if fresh.answer is None else list(fresh.answer.logprobs)[: len(fresh.token_ids)]
         for entry in logprobs:
             self._add_text(entry)
         return Chunk(

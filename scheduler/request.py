@@ -54,6 +54,7 @@ class Request:
     seed: int
     seqs: list[Seq] = field(default_factory=list)
     speculation: inference_pb2.SpeculationStats = field(default_factory=inference_pb2.SpeculationStats)
+    num_rounds: int = 0  # target rows that committed tokens
     admitted_s: float | None = None
     first_token_s: float | None = None
     is_finished: bool = False
@@ -66,11 +67,10 @@ class Request:
         return any(entry is None for entry in self.prompt_logprobs)
 
     def count_verdict(self, num_verified: int, num_accepted: int) -> None:
-        """A target row of this request committed tokens."""
-        stats = self.speculation
-        stats.num_rounds += 1
+        """Drafts of one of the seqs were compared."""
         if num_verified == 0:
             return
+        stats = self.speculation
         stats.num_drafts += 1
         stats.num_draft_tokens += num_verified
         stats.num_accepted_tokens += num_accepted
@@ -80,6 +80,7 @@ class Request:
             stats.accepted_per_position[i] += 1
 
     def completion(self, now: float) -> Completed:
+        self.speculation.num_rounds = self.num_rounds
         message = inference_pb2.GenerateComplete(
             finished=[_finished(seq) for seq in self.seqs],
             usage=inference_pb2.Usage(
