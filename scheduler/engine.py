@@ -55,6 +55,11 @@ class Engine:
         self._slots_to_free: list[int] = []
 
     @property
+    def longest_seq(self) -> int:
+        """Tokens of a seq that fits whatever else goes on, so that nobody is preempted for ever."""
+        return min(self.info.max_model_len, self.info.num_blocks * self.info.block_size)
+
+    @property
     def num_free_slots(self) -> int:
         return len(self._free_slots)
 
