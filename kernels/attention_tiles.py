@@ -130,24 +130,24 @@ def _key_tiles(
 
 def _merge(q: Tensor, tiles: Iterable[KeyTile]) -> tuple[Tensor, Tensor]:
     """(result [..., num_kv_heads, rows, head_dim], total [..., num_kv_heads, rows, 1]) over all tiles."""
-    peak = total = result = None
+    merged: tuple[Tensor, Tensor, Tensor] | None = None
     for tile in tiles:
         scores = _multiply(q, tile.k.transpose(1, 2))
         if tile.hidden is not None:
             scores.masked_fill_(tile.hidden, HIDDEN)
-        tile_peak = scores.amax(dim=-1, keepdim=True)
-        new_peak = tile_peak if peak is None else torch.maximum(peak, tile_peak)
-        weights = scores.sub_(new_peak).exp_()
-        tile_total, tile_result = weights.sum(dim=-1, keepdim=True), _multiply(weights, tile.v)
-        if peak is None or total is None or result is None:
-            total, result = tile_total, tile_result
-        else:
-            decay = peak.sub_(new_peak).exp_()
-            total.mul_(decay).add_(tile_total)
-            result.mul_(decay).add_(tile_result)
-        peak = new_peak
-    assert total is not None and result is not None, "no keys, but every new token sees itself"
-    return result, total
+        peak = scores.amax(dim=-1, keepdim=True)
+        if merged is not None:
+            peak = torch.maximum(peak, merged[0])
+        weights = scores.sub_(peak).exp_()
+        total, result = weights.sum(dim=-1, keepdim=True), _multiply(weights, tile.v)
+        if merged is not None:
+            old_peak, old_total, old_result = merged
+            decay = old_peak.sub_(peak).exp_()
+            total.add_(old_total.mul_(decay))
+            result.add_(old_result.mul_(decay))
+        merged = peak, total, result
+    assert merged is not None, "no keys, but every new token sees itself"
+    return merged[2], merged[1]
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:

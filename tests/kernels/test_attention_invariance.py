@@ -1,0 +1,111 @@
+"""`batch_invariant` attention: a token's bits, whatever is computed beside it and however its seq came in pieces."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import attention_tiles
+from kernels.paged_attention import paged_attention
+from kernels.paged_attention_cpu import probe_paged_attention_batch_invariant
+
+BLOCK_SIZE = 16
+
+
+class Seqs:
+    """A few seqs with all their queries, keys and values, of which any pieces can be asked for in any company."""
+
+    def __init__(
+        self, lengths: list[int], heads: tuple[int, int], head_dim: int, dtype: torch.dtype, *, neighbours: bool = False
+    ) -> None:
+        torch.manual_seed(0)
+        self.lengths, self.head_dim = lengths, head_dim
+        self.q = [torch.randn(length, heads[0], head_dim).to(dtype) for length in lengths]
+        blocks_of = [-(-length // BLOCK_SIZE) for length in lengths]
+        order = torch.arange(sum(blocks_of)) if neighbours else torch.randperm(sum(blocks_of))
+        self.tables = list(torch.split(order.int(), blocks_of))
+        self.k_cache, self.v_cache = torch.randn(2, len(order), BLOCK_SIZE, heads[1], head_dim).to(dtype)
+
+    def attend(self, pieces: list[tuple[int, int, int]], sliding_window: int | None = None) -> list[Tensor]:
+        """Results of the tokens [start, end) of seq, for each piece (seq, start, end), computed in one call."""
+        sizes = [end - start for _, start, end in pieces]
+        out = paged_attention(
+            torch.cat([self.q[seq][start:end] for seq, start, end in pieces]),
+            self.k_cache,
+            self.v_cache,
+            torch.nn.utils.rnn.pad_sequence([self.tables[seq] for seq, _, _ in pieces], batch_first=True),
+            torch.tensor([end for _, _, end in pieces], dtype=torch.int32),
+            torch.tensor([0, *sizes]).cumsum(0).int(),
+            softmax_scale=self.head_dim**-0.5,
+            sliding_window=sliding_window,
+            batch_invariant=True,
+        )
+        return list(torch.split(out, sizes))
+
+    def in_chunks(self, seq: int, size: int, sliding_window: int | None = None) -> Tensor:
+        length = self.lengths[seq]
+        starts = range(0, length, size)
+        pieces = [[(seq, start, min(start + size, length))] for start in starts]
+        return torch.cat([self.attend(piece, sliding_window)[0] for piece in pieces])
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "head_dim"), [((4, 4), 64), ((8, 2), 32), ((12, 4), 128)])
+def test_every_row_in_every_chunking(
+    heads: tuple[int, int], head_dim: int, dtype: torch.dtype, num_threads: int, torch_threads: None
+) -> None:
+    """Hidden 256 and 1536, 540 tokens: alone, as in decoding, and in prefill chunks of any size."""
+    torch.set_num_threads(num_threads)
+    seqs = Seqs([540], heads, head_dim, dtype)
+    decoded = seqs.in_chunks(0, 1)
+    for chunk in (7, 16, 64, 300, 540):
+        assert torch.equal(seqs.in_chunks(0, chunk), decoded), f"chunks of {chunk}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "head_dim"), [((4, 4), 64), ((12, 12), 128), ((6, 1), 96)])
+def test_any_company(heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
+    """Decode, verify and prefill rows of other seqs in the same call, in any order, and other places in memory."""
+    lengths = [530, 257, 40, 512, 300]
+    seqs = Seqs(lengths, heads, head_dim, dtype)
+    whole = [seqs.attend([(seq, 0, length)])[0] for seq, length in enumerate(lengths)]
+    choose = random.Random(0)
+    for _ in range(12):
+        pieces = []
+        for seq in choose.sample(range(len(lengths)), choose.randint(2, len(lengths))):
+            end = choose.randint(1, lengths[seq])
+            pieces.append((seq, max(0, end - choose.choice([1, 1, 2, 4, 8, 9, 33])), end))
+        for (seq, start, end), result in zip(pieces, seqs.attend(pieces), strict=True):
+            assert torch.equal(result, whole[seq][start:end]), (seq, start, end)
+
+
+def test_where_the_pages_lie_does_not_matter() -> None:
+    scattered = Seqs([600], (4, 2), 64, torch.float32)
+    together = Seqs([600], (4, 2), 64, torch.float32, neighbours=True)
+    together.q = scattered.q
+    together.k_cache, together.v_cache = (x[scattered.tables[0]] for x in (scattered.k_cache, scattered.v_cache))
+    assert torch.equal(together.in_chunks(0, 600), scattered.in_chunks(0, 37))
+
+
+@pytest.mark.parametrize("sliding_window", [5, 256, 300])
+def test_with_a_sliding_window(sliding_window: int) -> None:
+    seqs = Seqs([600], (4, 2), 64, torch.bfloat16)
+    whole = seqs.in_chunks(0, 600, sliding_window)
+    for chunk in (1, 9, 100):
+        assert torch.equal(seqs.in_chunks(0, chunk, sliding_window), whole)
+
+
+def test_the_probe_agrees_with_this_machine() -> None:
+    assert probe_paged_attention_batch_invariant(12, 4, 128) is None
+
+
+def test_the_probe_notices_products_that_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(a: Tensor, b: Tensor) -> Tensor:
+        return torch.matmul(a, b) * (1.001 if a.shape[0] > 1 else 1.0)
+
+    monkeypatch.setattr(attention_tiles, "_multiply", careless)
+    finding = probe_paged_attention_batch_invariant(4, 2, 32)
+    assert finding is not None
+    assert "4 query heads, 2 KV heads and head_dim 32" in finding

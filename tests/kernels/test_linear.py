@@ -1,0 +1,91 @@
+"""Row-invariant products: right, the same bits in every batch, and a probe that notices where they are not."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import linear
+from kernels.linear import linear_batch_invariant, linear_batch_invariant_reference, probe_linear_batch_invariant
+
+
+def inputs(num_rows: int, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    out_features, in_features = shape
+    weight = torch.randn(out_features, in_features) * in_features**-0.5
+    return torch.randn(num_rows, in_features).to(dtype), weight.to(dtype), torch.randn(out_features).to(dtype)
+
+
+# fp32: a sum of in_features products; bf16: one rounding of the result.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (768, 256), (100, 1536)])
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 15, 16, 17, 257])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_is_the_product(
+    num_rows: int, shape: tuple[int, int], dtype: torch.dtype, tolerance: float, with_bias: bool
+) -> None:
+    x, weight, bias = inputs(num_rows, shape, dtype)
+    expected = x.double() @ weight.double().t() + (bias.double() if with_bias else 0)
+    for operator in (linear_batch_invariant, linear_batch_invariant_reference):
+        y = operator(x, weight, bias if with_bias else None)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_leading_dimensions_and_strides() -> None:
+    x, weight, bias = inputs(60, (20, 48), torch.float32)
+    expected = linear_batch_invariant(x[:, 8:40].contiguous(), weight[:, 8:40].contiguous(), bias)
+    y = linear_batch_invariant(x[:, 8:40].view(3, 20, 32), weight[:, 8:40], bias)
+    torch.testing.assert_close(y, expected.view(3, 20, 20), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(768, 256), (256, 688), (1536, 1536), (111, 4096)])
+def test_a_row_does_not_depend_on_its_batch(
+    shape: tuple[int, int], dtype: torch.dtype, num_threads: int, torch_threads: None
+) -> None:
+    torch.set_num_threads(num_threads)
+    x, weight, bias = inputs(300, shape, dtype)
+    if finding := probe_linear_batch_invariant(weight):
+        pytest.skip(f"refused at load on this machine: {finding}")
+    whole = linear_batch_invariant(x, weight, bias)
+    for start, num_rows in ((0, 1), (299, 1), (43, 2), (7, 3), (100, 8), (283, 17), (1, 64), (45, 255), (44, 256)):
+        part = slice(start, start + num_rows)
+        assert torch.equal(linear_batch_invariant(x[part], weight, bias), whole[part]), f"{num_rows} rows"
+
+
+def test_every_lone_row() -> None:
+    x, weight, _ = inputs(300, (512, 1536), torch.bfloat16)
+    if finding := probe_linear_batch_invariant(weight):
+        pytest.skip(f"refused at load on this machine: {finding}")
+    alone = torch.cat([linear_batch_invariant(row, weight) for row in x.unsqueeze(1)])
+    assert torch.equal(alone, linear_batch_invariant(x, weight))
+
+
+def test_fp32_can_be_kept_here() -> None:
+    _, weight, bias = inputs(1, (200, 1536), torch.float32)
+    assert probe_linear_batch_invariant(weight, bias) is None
+
+
+def test_the_probe_notices_a_product_that_depends_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    careful = linear._linear_in_padded_tiles
+
+    def careless(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return careful(rows, weight, bias) * (1.001 if rows.shape[0] == 17 else 1)
+
+    monkeypatch.setattr(linear, "_linear_in_padded_tiles", careless)
+    _, weight, _ = inputs(1, (24, 16), torch.float32)
+    finding = probe_linear_batch_invariant(weight)
+    assert finding is not None
+    assert "17 rows" in finding
+    assert "[24, 16]" in finding
+
+
+def test_errors_name_the_argument() -> None:
+    x, weight = torch.zeros(2, 8), torch.zeros(3, 8)
+    with pytest.raises(ValueError, match=r"^weight: .*x \[2, 8\], got \[3, 7\]"):
+        linear_batch_invariant(x, weight[:, :7])
+    with pytest.raises(ValueError, match=r"^weight: expected torch.float32 like x"):
+        linear_batch_invariant(x, weight.bfloat16())
+    with pytest.raises(ValueError, match=r"^bias: expected \[3\], got \[2\]"):
+        linear_batch_invariant(x, weight, torch.zeros(2))
