@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import traceback
+from typing import Any
 
 from google.protobuf import json_format
 
@@ -48,7 +49,10 @@ async def _serve(spec: process_pb2.SchedulerSpec) -> None:
     gc.set_threshold(100_000, 20, 20)
     address = await server.start(_CONNECT_TIMEOUT_S)
     _say(process_pb2.ProcessEvent(ready=process_pb2.Ready(address=address)))
-    await stopped.wait()
+    ends: set[asyncio.Future[Any]] = {server.failure, asyncio.create_task(stopped.wait())}
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    if server.failure.done():
+        server.failure.result()
     await server.stop(_DRAIN_GRACE_S)
 
 

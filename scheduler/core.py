@@ -181,7 +181,7 @@ class SchedulerCore:
             self._on_non_finite(row)
             return
         if seq.request.prompt_logprobs:
-            self._take_prompt_logprobs(seq.request, answer)
+            self._take_prompt_logprobs(seq.request.prompt_logprobs, answer)
         num_accepted = answer.num_accepted_tokens if row.drafts else 0
         num_computed = row.start + row.chunk_len + num_accepted
         if num_accepted and seq.target is row.seat:
@@ -230,8 +230,9 @@ class SchedulerCore:
         if engine is not None and row.seq.target is row.seat:
             engine.publish(row.seq, row.seat, num_tokens)
 
-    def _take_prompt_logprobs(self, request: Request, answer: worker_pb2.RowResult) -> None:
-        entries = request.prompt_logprobs
+    def _take_prompt_logprobs(
+        self, entries: list[sampling_pb2.PositionLogprobs | None], answer: worker_pb2.RowResult
+    ) -> None:
         for position, entry in enumerate(answer.prompt_logprobs, start=answer.prompt_logprobs_start):
             if 1 <= position <= len(entries):
                 self._add_text(entry)

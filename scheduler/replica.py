@@ -73,9 +73,15 @@ class Replica:
     """The running scheduler of one replica. Lives on one event loop; nothing here blocks."""
 
     def __init__(
-        self, core: SchedulerCore, spec: process_pb2.SchedulerSpec, *, on_ready: Callable[[bool], None]
+        self,
+        core: SchedulerCore,
+        spec: process_pb2.SchedulerSpec,
+        *,
+        on_ready: Callable[[bool], None],
+        on_failure: Callable[[Exception], None],
     ) -> None:
         self._core = core
+        self._on_failure = on_failure
         self._on_ready = on_ready
         self._outboxes: dict[str, Outbox] = {}
         self._pump_is_due = False
@@ -191,18 +197,28 @@ class Replica:
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
+    def _soon(self, callback: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_soon(self._run, callback)
+
+    def _run(self, callback: Callable[[], None]) -> None:
+        """A callback of the loop: where an error would only be logged, with the state behind it broken."""
+        try:
+            callback()
+        except Exception as error:  # noqa: BLE001  # the edge of the event loop; the process ends with it
+            self._on_failure(error)
+
     def _pump_soon(self) -> None:
         """Plan once for all that arrives in this turn of the loop."""
         if not self._pump_is_due:
             self._pump_is_due = True
-            asyncio.get_running_loop().call_soon(self._pump)
+            self._soon(self._pump)
 
     def _pump(self) -> None:
         self._pump_is_due = False
         now = self._now()
         while self._pump_draft() | self._pump_target(now):
             pass
-        asyncio.get_running_loop().call_soon(self._deliver)  # behind the tasks that write the rounds
+        self._soon(self._deliver)  # behind the tasks that write the rounds
 
     def _pump_draft(self) -> bool:
         message = self._core.plan_draft() if self.draft is not None else None
@@ -232,7 +248,7 @@ class Replica:
             self._deadline = None
         deadline = self._core.next_deadline()
         if deadline is not None:
-            self._deadline = asyncio.get_running_loop().call_at(deadline, self._expire)
+            self._deadline = asyncio.get_running_loop().call_at(deadline, self._run, self._expire)
 
     def _expire(self) -> None:
         self._core.expire(self._now())

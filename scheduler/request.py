@@ -59,12 +59,12 @@ class Request:
     first_token_s: float | None = None
     is_finished: bool = False
     num_cached_tokens: int = 0
-    # [i]: the log-probabilities of prompt token i + 1; complete when none is missing.
-    prompt_logprobs: list[sampling_pb2.PositionLogprobs | None] = field(default_factory=list)
+    # [i]: of prompt token i + 1, None while it has not been computed.
+    prompt_logprobs: list[sampling_pb2.PositionLogprobs | None] | None = None  # None: not asked for
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        return any(entry is None for entry in self.prompt_logprobs)
+        return self.prompt_logprobs is not None and None in self.prompt_logprobs
 
     def count_verdict(self, num_verified: int, num_accepted: int) -> None:
         """Drafts of one of the seqs were compared."""
@@ -92,7 +92,7 @@ class Request:
             seed=self.seed,
             timings=self._timings(now),
         )
-        if self.prompt_logprobs:
+        if self.prompt_logprobs is not None:
             empty = sampling_pb2.PositionLogprobs()
             message.prompt_logprobs.extend([empty, *(entry or empty for entry in self.prompt_logprobs)])
         return Completed(request_id=self.request_id, message=message)

@@ -78,8 +78,10 @@ class SchedulerServer:
         self._health = health_aio.HealthServicer()
         self._server = grpc.aio.server(options=_OPTIONS)
         core = SchedulerCore(SchedulerConfig.from_spec(spec), table)
-        self.replica = Replica(core, spec, on_ready=self._set_health)
+        self.replica = Replica(core, spec, on_ready=self._set_health, on_failure=self._fail)
         self._tasks: set[asyncio.Task[None]] = set()
+        # Set when a part of the scheduler has died of an error: nothing it says can be relied on any more.
+        self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def start(self, connect_timeout_s: float) -> str:
         """Connect to the groups and listen -> "host:port". ConfigError where that fails."""
@@ -125,4 +127,13 @@ class SchedulerServer:
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._on_task_done)
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            self._fail(task.exception())
+
+    def _fail(self, error: BaseException | None) -> None:
+        if error is not None and not self.failure.done():
+            self.failure.set_exception(error)

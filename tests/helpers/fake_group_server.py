@@ -19,6 +19,7 @@ class FakeGroupServer(worker_pb2_grpc.WorkerServicer):
     def __init__(self, *engines: FakeEngine, version: str = "test") -> None:
         self.engines = {engine.role: engine for engine in engines}
         self.version = version
+        self.shift_round_ids = 0  # makes the group answer rounds that nobody sent
         self._resumed = asyncio.Event()
         self._resumed.set()
         self._dropped = asyncio.Event()
@@ -81,4 +82,6 @@ class FakeGroupServer(worker_pb2_grpc.WorkerServicer):
         if request is None:
             return None
         await self._resumed.wait()
-        return engine.run(request.round)
+        result = engine.run(request.round)
+        result.round_id += self.shift_round_ids
+        return result

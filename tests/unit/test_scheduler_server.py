@@ -307,3 +307,25 @@ async def test_a_slow_gateway_holds_one_chunk_a_sample() -> None:
     assert (first.chunk.index, list(first.chunk.token_ids), first.chunk.text) == (0, [0, 1, 2], "ababab")
     assert (second.chunk.index, list(second.chunk.token_ids), second.chunk.text) == (1, [0, 1, 2], "cdcdcd")
     assert last.error.message == "over"
+
+
+async def test_an_error_of_its_own_is_fatal(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler that has lost its state must end, not go on answering."""
+    gateway = house.gateway()
+
+    def broken() -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(house.server.replica, "_pump_draft", broken)
+    await gateway.submit(submit("r", PROMPT))
+    with pytest.raises(RuntimeError, match="a bug"):
+        await asyncio.wait_for(house.server.failure, 30)
+
+
+async def test_an_answer_that_nobody_asked_for_counts_as_a_lost_group(house: House) -> None:
+    gateway = house.gateway()
+    house.target.shift_round_ids = 1
+    await gateway.submit(submit("r", PROMPT))
+    end = await gateway.end_of("r")
+    assert end.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+    assert "result of round 2 came, expected was 1" in end.error.message
