@@ -33,7 +33,8 @@ def _fail(error: str, detail: str) -> int:
 
 def _exit_with_parent() -> None:
     """Standard input ends when the parent dies; nobody is left to drain for."""
-    while sys.stdin.buffer.read(4096):
+    # Not sys.stdin: its lock, held by a daemon thread, aborts the interpreter's own shutdown.
+    while os.read(sys.stdin.fileno(), 4096):
         pass
     os._exit(0)
 

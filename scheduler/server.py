@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -69,11 +70,17 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         return self._replica.status()
 
 
+def _load_tokenizer(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise ConfigError(f"tokenizer_dir: there is no file {path}")
+    return Tokenizer.from_file(str(path))
+
+
 class SchedulerServer:
     """A scheduler process's life: connect, serve, drain."""
 
     def __init__(self, spec: process_pb2.SchedulerSpec) -> None:
-        table = TokenTable(Tokenizer.from_file(f"{spec.tokenizer_dir}/tokenizer.json"))
+        table = TokenTable(_load_tokenizer(Path(spec.tokenizer_dir) / "tokenizer.json"))
         self._spec = spec
         self._health = health_aio.HealthServicer()
         self._server = grpc.aio.server(options=_OPTIONS)
