@@ -11,7 +11,8 @@ For each tile of keys (positions 0..511, 512..1023, ...) and some query rows of 
 and result / total at the end: the online softmax of FlashAttention (arXiv 2205.14135), merged in order of position.
 
 `attend_rows` does this for all new rows of a seq at once. `attend_rows_invariant` gives a row the same bits whatever is
-computed beside it, by showing every matrix product one shape: FIXED_ROWS query rows and FIXED_KEYS keys, both padded.
+computed beside it, by showing every matrix product one shape: the rows of a fixed number of tokens and FIXED_KEYS keys,
+both padded.
 On one machine with one number of threads a row of a GEMM of fixed shape has the same bits in every position and
 company, and a hidden or padded key adds exactly 0.0; so what is left is the row's own query and keys.
 """
@@ -27,11 +28,12 @@ from kernels.paged_kv import SeqRows
 
 TILE_KEYS = 512
 FIXED_KEYS = 256
+# Unless one token has more. A decode step pays for all rows and uses one token's, so few; prefill would like more.
 FIXED_ROWS = 8
 # Query tiles that go through the keys together: bounds the memory for scores (13 MB with 12 heads).
 MAX_QUERY_TILES = 32
 # A score that no real key has. Finite, so that a row which sees nothing of a tile makes no NaN: whatever it adds up
-# there is multiplied by decay = exp(HIDDEN - real peak) = 0.0 as soon as it sees a key, and every row sees one.
+# there is multiplied by decay = exp(HIDDEN - real peak) = 0.0 as soon as it sees a key, at the latest its own.
 HIDDEN = -1e30
 
 
@@ -88,26 +90,24 @@ def attend_rows_invariant(call: AttentionCall, seq: SeqRows) -> None:
         num_tokens = min(step, seq.num_tokens - start)
         tokens = slice(seq.first_token + start, seq.first_token + start + num_tokens)
         q = torch.mul(call.q[tokens].float(), call.softmax_scale)
-        # [tiles, num_kv_heads, rows, head_dim]; padded rows stand at position 0, so that they see a key.
         q = _tile_rows(q.view(num_tokens, call.num_kv_heads, call.group, -1), tokens_per_tile)
         first = seq.first_position + start
         positions = torch.arange(first, first + num_tokens).view(-1, 1, 1, 1).expand(-1, 1, call.group, 1)
         positions = _tile_rows(positions, tokens_per_tile)
         result, total = _merge(q, _key_tiles(call, seq, positions, first, first + num_tokens, fixed=True))
-        result = result.div_(total)[:, :, : tokens_per_tile * call.group]
-        result = result.reshape(*result.shape[:2], tokens_per_tile, call.group, -1).transpose(1, 2)
+        result = result.div_(total).view(*q.shape[:2], tokens_per_tile, call.group, -1).transpose(1, 2)
         call.out[tokens] = result.reshape(-1, *call.out.shape[1:])[:num_tokens]
 
 
 def _tile_rows(x: Tensor, tokens_per_tile: int) -> Tensor:
-    """[num_tokens, heads, group, d] to [tiles, heads, rows, d]; both tokens and rows padded with zeros.
+    """[num_tokens, heads, group, d] to [tiles, heads, tokens_per_tile * group, d].
 
-    rows is the next multiple of FIXED_ROWS from tokens_per_tile * group.
+    The last tile is filled up with zeros: queries at position 0, whose results nobody reads.
     """
     num_tokens, heads, group, d = x.shape
     x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -num_tokens % tokens_per_tile))
-    x = x.view(-1, tokens_per_tile, heads, group, d).transpose(1, 2).reshape(-1, heads, tokens_per_tile * group, d)
-    return F.pad(x, (0, 0, 0, -x.shape[2] % FIXED_ROWS))
+    x = x.view(-1, tokens_per_tile, heads, group, d).transpose(1, 2)
+    return x.reshape(-1, heads, tokens_per_tile * group, d)
 
 
 def _key_tiles(
