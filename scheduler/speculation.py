@@ -120,10 +120,8 @@ class Drafter:
         seq, seat = row.seq, row.seat
         assert isinstance(seat, DraftSeat), "the draft engine seats draft seats"
         assert self.engine is not None, "a result of an engine that is not connected"
-        if row.num_draft_tokens:
-            self._drafting.discard(seq)
-        else:
-            seat.is_catching_up = False
+        self._drafting.discard(seq)
+        seat.is_catching_up = False
         if answer.non_finite:
             logger.warning("request %s: non-finite draft logits, going on without drafts", seq.request.request_id)
             self.engine.blocks.forget(seat.block_ids[: seat.num_published])

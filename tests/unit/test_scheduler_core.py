@@ -271,6 +271,23 @@ def test_blocks_running_out_preempts_the_youngest_and_loses_nothing() -> None:
     assert sim.ended_at["r0"] <= sim.ended_at["r2"]
 
 
+def test_a_verdict_for_a_preempted_seq_commits_before_the_seq_comes_back() -> None:
+    sim = Simulation(target=FakeEngine(num_blocks=6, max_model_len=24))
+    older, younger = submit("older", prompt(1, 8), max_tokens=2), submit("younger", prompt(2, 11), max_tokens=8)
+    sim.submit(older)
+    sim.submit(younger)
+    sim.plan()
+    sim.run_target_round()
+    sim.plan()  # one round in flight, and no block for the younger one's next token
+    assert (len(sim.target_rounds), sim.core.status().num_preemptions_total) == (1, 1)
+    sim.cancel("older")  # now there is room, but the verdict is still on its way
+    sim.plan()
+    sim.run()
+    sim.assert_plain(younger)
+    assert len(sim.tokens["younger", 0]) == 8
+    sim.assert_all_free()
+
+
 def test_a_full_queue_refuses_with_numbers() -> None:
     sim = Simulation(max_queue=2)
     for i in range(3):
@@ -337,6 +354,9 @@ def test_a_non_finite_row_fails_its_own_request_alone() -> None:
     sim.assert_plain(good)
     assert "good" in sim.completed
     sim.assert_all_free()
+    sim.submit(submit("again", prompt(1, 9), max_tokens=1))
+    sim.run()
+    assert sim.completed["again"].usage.cached_prompt_tokens == 0, "what it computed is not trusted"
 
 
 def test_non_finite_drafts_cost_nothing_but_speed() -> None:
@@ -362,6 +382,8 @@ def test_stop_strings_end_inside_a_round(speculate: bool) -> None:
     finished = only_finish(sim, "r")
     assert (finished.reason, finished.stop_str) == (inference_pb2.FINISH_REASON_STOP, stop)
     assert sim.completed["r"].usage.completion_tokens == 8
+    # Rounds bring 1, 5 and 5 tokens; of the last one's accepted drafts two are left.
+    assert sim.completed["r"].speculation.num_accepted_tokens == (6 if speculate else 0)
     sim.assert_all_free()
 
 
