@@ -40,7 +40,6 @@ NUM_TIMED_RUNS = 3  # of each kind, in turns
 
 def main() -> int:
     console = Console(highlight=False)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` cleans up
     try:
         with tempfile.TemporaryDirectory(prefix="echelon-demo-") as folder, deployed(Path(folder), console) as address:
             show(console, address)
@@ -62,6 +61,7 @@ def deployed(folder: Path, console: Console) -> Iterator[str]:
     with StartupDisplay(console) as display:
         status = lifecycle.up(with_free_port(folder), on_event=display.on_event)  # cleans up itself when it fails
     try:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # now: Ray had installed, and removed, its own
         console.print(f"{status.model} serves at {status.endpoint}\n")
         yield status.endpoint
     finally:

@@ -9,6 +9,7 @@ Both clients take the same arguments and raise the same errors (`echelon.errors`
 calls at once. A stream that is closed, left behind by an exception or garbage-collected cancels its request.
 """
 
+import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import NoReturn, Protocol, Self, Unpack, cast
@@ -26,6 +27,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),  # a server whose machine vanished is noticed
     ("grpc.keepalive_timeout_ms", 10_000),
 )
+CLOSE_TIMEOUT_S = 2.0
 
 
 class _Call(Protocol):
@@ -169,7 +171,11 @@ class Client:
 
     def close(self) -> None:
         """Cancels what is running and disconnects."""
-        self._channel.close()
+        # grpc cancels its calls and waits until they have ended. A KeyboardInterrupt that strikes while a call is being
+        # started leaves one that nobody will see ending: Ctrl-C would hang here for ever.
+        closing = threading.Thread(target=self._channel.close, name="close channel", daemon=True)
+        closing.start()
+        closing.join(CLOSE_TIMEOUT_S)
 
     def __enter__(self) -> Self:
         return self

@@ -6,6 +6,7 @@ import grpc
 import pytest
 
 from echelon import AsyncClient, Client
+from echelon import client as client_module
 from echelon.errors import (
     DeadlineExceededError,
     EchelonError,
@@ -125,6 +126,21 @@ def test_errors_have_the_status_and_the_servers_words(
 def test_nobody_listens() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1"):
         client.server_info()
+
+
+def test_an_interrupt_while_a_call_starts_does_not_hang_close(
+    gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Ctrl-C does at the wrong moment: grpc has made the call, but nothing was started that reads its events."""
+
+    def interrupted(state: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grpc._channel, "_run_channel_spin_thread", interrupted)
+    monkeypatch.setattr(client_module, "CLOSE_TIMEOUT_S", 0.1)
+    gateway.script = gateway.hang_after_one_chunk
+    with pytest.raises(KeyboardInterrupt), Client(gateway.address) as client:
+        client.stream("Hi")
 
 
 def test_a_stream_that_ends_without_completion_is_an_error(client: Client, gateway: FakeGateway) -> None:
