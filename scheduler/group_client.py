@@ -67,6 +67,7 @@ class GroupClient:
         self._num_in_flight = 0
         self._watchdog: asyncio.TimerHandle | None = None
         self._timed_out = False
+        self._was_connected = False
 
     def send(self, message: worker_pb2.Round) -> None:
         """Queue a round. Only between `connected` and `lost`."""
