@@ -271,6 +271,7 @@ class SchedulerCore:
         seq = row.seq
         if self._target.engine is not None and seq.target is row.seat:
             self._target.engine.blocks.forget(row.seat.block_ids[: row.seat.num_published])
+        self._totals.non_finite_rows_total += 1
         position = len(seq.token_ids)
         logger.error("request %s: non-finite logits at position %d", seq.request.request_id, position)
         self._fail(seq.request, StatusCode.INTERNAL, f"non-finite logits at position {position}")

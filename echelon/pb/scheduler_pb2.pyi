@@ -181,6 +181,7 @@ class SchedulerStatus(google.protobuf.message.Message):
     NUM_PREEMPTIONS_TOTAL_FIELD_NUMBER: builtins.int
     TARGET_ROUNDS_TOTAL_FIELD_NUMBER: builtins.int
     DRAFT_ROUNDS_TOTAL_FIELD_NUMBER: builtins.int
+    NON_FINITE_ROWS_TOTAL_FIELD_NUMBER: builtins.int
     ready: builtins.bool
     """the target group answers (the draft group is not needed)"""
     not_ready_reason: builtins.str
@@ -202,6 +203,8 @@ class SchedulerStatus(google.protobuf.message.Message):
     num_preemptions_total: builtins.int
     target_rounds_total: builtins.int
     draft_rounds_total: builtins.int
+    non_finite_rows_total: builtins.int
+    """target rows with NaN or Inf logits; each ended its request"""
     def __init__(
         self,
         *,
@@ -223,7 +226,8 @@ class SchedulerStatus(google.protobuf.message.Message):
         num_preemptions_total: builtins.int = ...,
         target_rounds_total: builtins.int = ...,
         draft_rounds_total: builtins.int = ...,
+        non_finite_rows_total: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["accepted_tokens_total", b"accepted_tokens_total", "draft_ready", b"draft_ready", "draft_rounds_total", b"draft_rounds_total", "draft_tokens_total", b"draft_tokens_total", "generation_tokens_total", b"generation_tokens_total", "not_ready_reason", b"not_ready_reason", "num_blocks", b"num_blocks", "num_draft_blocks", b"num_draft_blocks", "num_free_blocks", b"num_free_blocks", "num_free_draft_blocks", b"num_free_draft_blocks", "num_preemptions_total", b"num_preemptions_total", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens_total", b"prompt_tokens_total", "ready", b"ready", "target_rounds_total", b"target_rounds_total"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accepted_tokens_total", b"accepted_tokens_total", "draft_ready", b"draft_ready", "draft_rounds_total", b"draft_rounds_total", "draft_tokens_total", b"draft_tokens_total", "generation_tokens_total", b"generation_tokens_total", "non_finite_rows_total", b"non_finite_rows_total", "not_ready_reason", b"not_ready_reason", "num_blocks", b"num_blocks", "num_draft_blocks", b"num_draft_blocks", "num_free_blocks", b"num_free_blocks", "num_free_draft_blocks", b"num_free_draft_blocks", "num_preemptions_total", b"num_preemptions_total", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens_total", b"prompt_tokens_total", "ready", b"ready", "target_rounds_total", b"target_rounds_total"]) -> None: ...
 
 global___SchedulerStatus = SchedulerStatus

@@ -350,6 +350,7 @@ def test_a_non_finite_row_fails_its_own_request_alone() -> None:
     sim.run()
     assert sim.failed["bad"].code == StatusCode.INTERNAL.value[0]
     assert sim.failed["bad"].message == "non-finite logits at position 14"
+    assert sim.core.status().non_finite_rows_total == 1
     assert sim.tokens["bad", 0] == bad
     sim.assert_plain(good)
     assert "good" in sim.completed
