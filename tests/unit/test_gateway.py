@@ -358,3 +358,23 @@ async def test_draining_finishes_what_runs_and_refuses_the_rest(house: House) ->
     house.scheduler.send_complete("running")
     assert (await call).text == "end"
     await draining
+
+
+async def test_a_stream_that_the_scheduler_closes_is_opened_again(house: House) -> None:
+    call = asyncio.ensure_future(house.client.generate("x"))
+    await house.scheduler.next_submit()
+    await house.scheduler.streams_opened.acquire()  # the first
+    house.scheduler.drop_stream()
+    with pytest.raises(UnavailableError, match="the scheduler closed the stream"):
+        await call
+    with pytest.raises(UnavailableError, match="no scheduler is ready"):
+        await house.client.generate("x")
+    await house.scheduler.streams_opened.acquire()
+    watch = health_pb2_grpc.HealthStub(house.channel).Watch(
+        health_pb2.HealthCheckRequest(service="echelon.v1.Inference")
+    )
+    while (await watch.read()).status != health_pb2.HealthCheckResponse.SERVING:
+        pass
+    call = asyncio.ensure_future(house.client.generate("x"))
+    house.scheduler.send_complete((await house.scheduler.next_submit()).request_id)
+    await call
