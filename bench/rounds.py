@@ -91,10 +91,10 @@ async def decode(scheduler_address: str, num_seqs: int, num_tokens: int, first_i
             await call.write(SchedulerRequest(submit=submit))
         num_left = num_seqs
         while num_left:
-            reply = await call.read()
-            if reply is grpc.aio.EOF or reply.HasField("error"):
-                raise RuntimeError(f"a request failed: {reply}")
-            num_left -= reply.HasField("complete")
+            batch = await call.read()
+            if batch is grpc.aio.EOF or any(reply.HasField("error") for reply in batch.replies):
+                raise RuntimeError(f"a request failed: {batch}")
+            num_left -= sum(reply.HasField("complete") for reply in batch.replies)
         call.cancel()
 
 

@@ -36,19 +36,14 @@ class Outbox:
         self._pending[key] = output
         self._filled.set()
 
-    async def take(self) -> scheduler_pb2.SchedulerReply:
-        """The next reply, as soon as there is one."""
+    async def take_all(self) -> scheduler_pb2.SchedulerReplies:
+        """All that is ready, as soon as there is anything."""
         while not self._pending:
             self._filled.clear()
             await self._filled.wait()
-        return _reply(self._pending.popitem(last=False)[1])
-
-    async def take_all(self) -> scheduler_pb2.SchedulerReply:
-        """The next reply with all others that are ready in its `more`."""
-        reply = await self.take()
-        reply.more.extend(_reply(output) for output in self._pending.values())
+        replies = scheduler_pb2.SchedulerReplies(replies=map(_reply, self._pending.values()))
         self._pending.clear()
-        return reply
+        return replies
 
 
 def _reply(output: Output) -> scheduler_pb2.SchedulerReply:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,10 @@ _OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
 ]
-_BATCHED = ("echelon-replies", "batched")  # what a gateway sends that reads `SchedulerReply.more`
 _SERVICE_NAME = "echelon.v1.Scheduler"
 
 if TYPE_CHECKING:
-    Context = grpc.aio.ServicerContext[scheduler_pb2.SchedulerRequest, scheduler_pb2.SchedulerReply]
+    Context = grpc.aio.ServicerContext[scheduler_pb2.SchedulerRequest, scheduler_pb2.SchedulerReplies]
 
 
 class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
@@ -43,8 +42,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         self, request_iterator: AsyncIterator[scheduler_pb2.SchedulerRequest], context: "Context"
     ) -> None:
         outbox = Outbox()
-        batched = _BATCHED in (context.invocation_metadata() or ())
-        writer = asyncio.create_task(self._write(outbox.take_all if batched else outbox.take, context))
+        writer = asyncio.create_task(self._write(outbox, context))
         try:
             async for request in request_iterator:
                 self._handle(request, outbox)
@@ -59,10 +57,10 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
             case "cancel":
                 self._replica.cancel(request.cancel.request_id)
 
-    async def _write(self, take: Callable[[], Awaitable[scheduler_pb2.SchedulerReply]], context: "Context") -> None:
+    async def _write(self, outbox: Outbox, context: "Context") -> None:
         with contextlib.suppress(grpc.aio.AbortError, grpc.aio.InternalError):  # the reader ends with the stream too
             while True:
-                await context.write(await take())
+                await context.write(await outbox.take_all())
 
     async def GetSchedulerStatus(
         self, request: scheduler_pb2.GetSchedulerStatusRequest, context: object

@@ -88,9 +88,10 @@ class SchedulerLink:
             outgoing = self._outgoing = asyncio.Queue()
             reason = "the scheduler closed the stream"
             try:
-                async for reply in self._stub.Connect(_drain(outgoing)):
+                async for batch in self._stub.Connect(_drain(outgoing)):
                     backoff_s = MIN_BACKOFF_S
-                    self._dispatch(reply)
+                    for reply in batch.replies:
+                        self._dispatch(reply)
             except grpc.aio.AioRpcError as err:
                 reason = f"{err.code().name}: {err.details()}"
             self._lose_stream(reason)

@@ -89,6 +89,26 @@ class Cancel(google.protobuf.message.Message):
 global___Cancel = Cancel
 
 @typing.final
+class SchedulerReplies(google.protobuf.message.Message):
+    """What was ready at the same moment: a round has something to say to every request, and a message costs more
+    than what is in it.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REPLIES_FIELD_NUMBER: builtins.int
+    @property
+    def replies(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SchedulerReply]: ...
+    def __init__(
+        self,
+        *,
+        replies: collections.abc.Iterable[global___SchedulerReply] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["replies", b"replies"]) -> None: ...
+
+global___SchedulerReplies = SchedulerReplies
+
+@typing.final
 class SchedulerReply(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -96,7 +116,6 @@ class SchedulerReply(google.protobuf.message.Message):
     CHUNK_FIELD_NUMBER: builtins.int
     COMPLETE_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
-    MORE_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     @property
     def chunk(self) -> echelon.pb.inference_pb2.GenerateChunk: ...
@@ -108,13 +127,6 @@ class SchedulerReply(google.protobuf.message.Message):
     def error(self) -> global___RequestError:
         """... or this"""
 
-    @property
-    def more(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SchedulerReply]:
-        """Further replies that were ready at the same moment; they have no `more`. A message costs more than
-        what is in it, and a round has something to say to every request. Sent only to a gateway whose
-        Connect carries the metadata `echelon-replies: batched`.
-        """
-
     def __init__(
         self,
         *,
@@ -122,10 +134,9 @@ class SchedulerReply(google.protobuf.message.Message):
         chunk: echelon.pb.inference_pb2.GenerateChunk | None = ...,
         complete: echelon.pb.inference_pb2.GenerateComplete | None = ...,
         error: global___RequestError | None = ...,
-        more: collections.abc.Iterable[global___SchedulerReply] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["chunk", b"chunk", "complete", b"complete", "error", b"error", "message", b"message"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "complete", b"complete", "error", b"error", "message", b"message", "more", b"more", "request_id", b"request_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "complete", b"complete", "error", b"error", "message", b"message", "request_id", b"request_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["chunk", "complete", "error"] | None: ...
 
 global___SchedulerReply = SchedulerReply

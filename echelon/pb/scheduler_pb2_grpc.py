@@ -17,7 +17,7 @@ class SchedulerStub(object):
         self.Connect = channel.stream_stream(
                 '/echelon.v1.Scheduler/Connect',
                 request_serializer=echelon_dot_pb_dot_scheduler__pb2.SchedulerRequest.SerializeToString,
-                response_deserializer=echelon_dot_pb_dot_scheduler__pb2.SchedulerReply.FromString,
+                response_deserializer=echelon_dot_pb_dot_scheduler__pb2.SchedulerReplies.FromString,
                 )
         self.GetSchedulerStatus = channel.unary_unary(
                 '/echelon.v1.Scheduler/GetSchedulerStatus',
@@ -47,7 +47,7 @@ def add_SchedulerServicer_to_server(servicer, server):
             'Connect': grpc.stream_stream_rpc_method_handler(
                     servicer.Connect,
                     request_deserializer=echelon_dot_pb_dot_scheduler__pb2.SchedulerRequest.FromString,
-                    response_serializer=echelon_dot_pb_dot_scheduler__pb2.SchedulerReply.SerializeToString,
+                    response_serializer=echelon_dot_pb_dot_scheduler__pb2.SchedulerReplies.SerializeToString,
             ),
             'GetSchedulerStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetSchedulerStatus,
@@ -77,7 +77,7 @@ class Scheduler(object):
             metadata=None):
         return grpc.experimental.stream_stream(request_iterator, target, '/echelon.v1.Scheduler/Connect',
             echelon_dot_pb_dot_scheduler__pb2.SchedulerRequest.SerializeToString,
-            echelon_dot_pb_dot_scheduler__pb2.SchedulerReply.FromString,
+            echelon_dot_pb_dot_scheduler__pb2.SchedulerReplies.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

@@ -21,7 +21,7 @@ class SchedulerStub:
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
     Connect: grpc.StreamStreamMultiCallable[
         echelon.pb.scheduler_pb2.SchedulerRequest,
-        echelon.pb.scheduler_pb2.SchedulerReply,
+        echelon.pb.scheduler_pb2.SchedulerReplies,
     ]
 
     GetSchedulerStatus: grpc.UnaryUnaryMultiCallable[
@@ -32,7 +32,7 @@ class SchedulerStub:
 class SchedulerAsyncStub:
     Connect: grpc.aio.StreamStreamMultiCallable[
         echelon.pb.scheduler_pb2.SchedulerRequest,
-        echelon.pb.scheduler_pb2.SchedulerReply,
+        echelon.pb.scheduler_pb2.SchedulerReplies,
     ]
 
     GetSchedulerStatus: grpc.aio.UnaryUnaryMultiCallable[
@@ -46,7 +46,7 @@ class SchedulerServicer(metaclass=abc.ABCMeta):
         self,
         request_iterator: _MaybeAsyncIterator[echelon.pb.scheduler_pb2.SchedulerRequest],
         context: _ServicerContext,
-    ) -> typing.Union[collections.abc.Iterator[echelon.pb.scheduler_pb2.SchedulerReply], collections.abc.AsyncIterator[echelon.pb.scheduler_pb2.SchedulerReply]]: ...
+    ) -> typing.Union[collections.abc.Iterator[echelon.pb.scheduler_pb2.SchedulerReplies], collections.abc.AsyncIterator[echelon.pb.scheduler_pb2.SchedulerReplies]]: ...
 
     @abc.abstractmethod
     def GetSchedulerStatus(

@@ -48,7 +48,8 @@ class Client:
 
     def __init__(self, stub: scheduler_pb2_grpc.SchedulerStub) -> None:
         self._requests: queue.SimpleQueue[scheduler_pb2.SchedulerRequest | None] = queue.SimpleQueue()
-        self._replies = stub.Connect(iter(self._requests.get, None))
+        batches = stub.Connect(iter(self._requests.get, None))
+        self._replies = (reply for batch in batches for reply in batch.replies)
         self.tokens: Streams = {}
         self.text: dict[tuple[str, int], str] = {}
         self.ends: dict[str, inference_pb2.GenerateComplete] = {}

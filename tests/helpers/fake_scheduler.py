@@ -26,7 +26,7 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
         reader = asyncio.create_task(self._read(request_iterator))
         try:
             while (reply := await self._replies.get()) is not None:
-                yield reply
+                yield scheduler_pb2.SchedulerReplies(replies=[reply])
         finally:
             reader.cancel()
 

@@ -1,6 +1,7 @@
 """The scheduler over gRPC, between a gateway played by the test and groups without models."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Gateway:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self.stub = scheduler_pb2_grpc.SchedulerStub(channel)
         self.call: Any = self.stub.Connect()
+        self.waiting: deque[scheduler_pb2.SchedulerReply] = deque()  # received, not looked at
         self.tokens: dict[str, list[int]] = {}
         self.text: dict[str, str] = {}
 
@@ -40,8 +42,11 @@ class Gateway:
         await self.call.write(scheduler_pb2.SchedulerRequest(cancel=scheduler_pb2.Cancel(request_id=request_id)))
 
     async def next_reply(self) -> scheduler_pb2.SchedulerReply:
-        reply = await asyncio.wait_for(self.call.read(), 30)
-        assert isinstance(reply, scheduler_pb2.SchedulerReply), "the stream ended"
+        while not self.waiting:
+            batch = await asyncio.wait_for(self.call.read(), 30)
+            assert isinstance(batch, scheduler_pb2.SchedulerReplies), "the stream ended"
+            self.waiting.extend(batch.replies)
+        reply = self.waiting.popleft()
         if reply.HasField("chunk"):
             tokens = self.tokens.setdefault(reply.request_id, [])
             assert reply.chunk.offset == len(tokens)
@@ -303,7 +308,7 @@ async def test_a_slow_gateway_holds_one_chunk_a_sample() -> None:
         outbox.put(chunk(0, offset, "ab"))
         outbox.put(chunk(1, offset, "cd"))
     outbox.put(Failed(request_id="r", code=1, message="over"))
-    first, second, last = [await outbox.take() for _ in range(3)]
+    first, second, last = (await outbox.take_all()).replies
     assert (first.chunk.index, list(first.chunk.token_ids), first.chunk.text) == (0, [0, 1, 2], "ababab")
     assert (second.chunk.index, list(second.chunk.token_ids), second.chunk.text) == (1, [0, 1, 2], "cdcdcd")
     assert last.error.message == "over"
