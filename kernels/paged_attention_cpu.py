@@ -1,8 +1,9 @@
-"""Paged attention on CPU: which of the two ways each seq goes.
+"""Paged attention on CPU: which of two ways each seq goes.
 
-*Tiles* (attention_tiles.py) for decode and verify rows: torch's SDPA takes four to seven times as long for a single
-query row, and as long for eight. *SDPA* for prefill chunks. With `batch_invariant` all rows go through tiles, because
-SDPA rounds a row differently with the number of rows beside it.
+*SDPA*, torch's own, for prefill chunks and for a few rows over short contexts: one call, one parallel region.
+*Tiles* (attention_tiles.py) for a few rows over long contexts, up to a third faster there, and for a lone row: SDPA
+takes four times as long for one row as for two, which is twice as long as tiles. With `batch_invariant` all rows go
+through tiles, because SDPA rounds a row differently with the number of rows beside it.
 """
 
 import torch
@@ -12,9 +13,11 @@ from torch.nn import functional as F
 from kernels.attention_tiles import FIXED_KEYS, AttentionCall, attend_rows, attend_rows_invariant
 from kernels.paged_kv import SeqRows, rows_of_seqs
 
-# From here on a seq's new rows (tokens times query heads per KV head) are as fast through SDPA.
-SDPA_MIN_ROWS = 33
-SDPA_QUERY_TOKENS = 64
+# Rows of a seq: its new tokens times the query heads that share a KV head. Measured with 4 to 12 KV heads.
+TILES_MAX_ROWS = 32
+TILES_MIN_KEYS = 1024
+# Query tokens in one call of SDPA: bounds the mask, and skips the keys that none of them sees.
+SDPA_TOKENS = 64
 
 
 def paged_attention_cpu(
@@ -52,7 +55,7 @@ def paged_attention_cpu(
     for seq in seqs:
         if batch_invariant:
             attend_rows_invariant(call, seq)
-        elif seq.num_tokens * call.group < SDPA_MIN_ROWS:
+        elif _prefers_tiles(seq.num_tokens * call.group, seq.num_keys):
             attend_rows(call, seq)
         else:
             _attend_sdpa(call, seq)
@@ -96,28 +99,36 @@ def probe_paged_attention_batch_invariant(num_q_heads: int, num_kv_heads: int, h
     return None
 
 
-def _attend_sdpa(call: AttentionCall, seq: SeqRows) -> None:
-    """A prefill chunk, SDPA_QUERY_TOKENS tokens at a time against the keys up to the last of them.
+def _prefers_tiles(num_rows: int, num_keys: int) -> bool:
+    return num_rows == 1 or (num_rows <= TILES_MAX_ROWS and num_keys >= TILES_MIN_KEYS)
 
-    That is a third faster than one call with is_causal, which does not skip the keys above the diagonal, and needs no
-    mask of the whole chunk. (And is_causal aligns the diagonal to the first key: wrong behind a prefix.)
+
+def _attend_sdpa(call: AttentionCall, seq: SeqRows) -> None:
+    """SDPA_TOKENS new tokens at a time, against the keys up to the last of them.
+
+    For a prefill chunk that is a third faster than one call with is_causal, which does not skip the keys above the
+    diagonal (and aligns it to the first key: wrong behind a prefix). The query heads of a KV head are rows of one
+    product: enable_gqa would read the keys once for each.
     """
     base, end = call.first_key(seq.first_position), seq.num_keys
     k = seq.read(call.k_cache, base, end).transpose(0, 1).unsqueeze(0)  # [1, num_kv_heads, keys, head_dim]
     v = seq.read(call.v_cache, base, end).transpose(0, 1).unsqueeze(0)
-    positions = torch.arange(base, end)
-    for first in range(seq.first_position, end, SDPA_QUERY_TOKENS):
-        last = min(first + SDPA_QUERY_TOKENS, end)
+    for first in range(seq.first_position, end, SDPA_TOKENS):
+        last = min(first + SDPA_TOKENS, end)
         keys = slice(call.first_key(first) - base, last - base)
-        hidden = call.hidden(positions[keys], positions[first - base : last - base].unsqueeze(1))
+        visible = None
+        if last - first > 1:  # one token sees all keys from its first to itself
+            query_positions = torch.arange(first, last).repeat_interleave(call.group).unsqueeze(1)
+            visible = ~call.hidden(torch.arange(keys.start + base, last), query_positions)
         start = seq.first_token + first - seq.first_position
         tokens = slice(start, start + last - first)
+        q = call.q[tokens].view(last - first, call.num_kv_heads, call.group, -1).transpose(0, 1)
         result = F.scaled_dot_product_attention(
-            call.q[tokens].transpose(0, 1).unsqueeze(0),
+            q.reshape(1, call.num_kv_heads, (last - first) * call.group, -1),
             k[:, :, keys],
             v[:, :, keys],
-            attn_mask=~hidden,
+            attn_mask=visible,
             scale=call.softmax_scale,
-            enable_gqa=call.group > 1,
         )
-        call.out[tokens] = result.squeeze(0).transpose(0, 1)
+        result = result.view(call.num_kv_heads, last - first, call.group, -1).transpose(0, 1)
+        call.out[tokens].view(result.shape).copy_(result)

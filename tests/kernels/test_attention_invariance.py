@@ -50,18 +50,23 @@ class Seqs:
         return torch.cat([self.attend(piece, sliding_window)[0] for piece in pieces])
 
 
-@pytest.mark.parametrize(("num_threads", "length"), [(1, 540), (2, 270)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "head_dim"), [((4, 4), 64), ((8, 2), 32), ((12, 4), 128)])
-def test_every_row_in_every_chunking(
-    heads: tuple[int, int], head_dim: int, dtype: torch.dtype, num_threads: int, length: int, torch_threads: None
-) -> None:
-    """Hidden 256 and 1536: tokens alone, as in decoding, and in prefill chunks of any size."""
-    torch.set_num_threads(num_threads)
-    seqs = Seqs([length], heads, head_dim, dtype)
+def test_every_row_in_every_chunking(heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
+    """Hidden 256 and 1536: 540 tokens alone, as in decoding, and in prefill chunks of any size."""
+    seqs = Seqs([540], heads, head_dim, dtype)
     decoded = seqs.in_chunks(0, 1)
-    for chunk in (7, 16, 64, 300, length):
+    for chunk in (7, 16, 64, 300, 540):
         assert torch.equal(seqs.in_chunks(0, chunk), decoded), f"chunks of {chunk}"
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [((8, 2), 32), ((12, 12), 128)])
+def test_with_several_threads(heads: tuple[int, int], head_dim: int, torch_threads: None) -> None:
+    torch.set_num_threads(2)
+    seqs = Seqs([300], heads, head_dim, torch.bfloat16)
+    whole = seqs.attend([(0, 0, 300)])[0]
+    for start, end in [(0, 1), (255, 256), (256, 257), (299, 300), (250, 258), (100, 164)]:
+        assert torch.equal(seqs.attend([(0, start, end)])[0], whole[start:end]), f"tokens {start} to {end}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

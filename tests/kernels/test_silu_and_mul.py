@@ -56,9 +56,9 @@ def test_a_row_does_not_depend_on_its_batch(
     intermediate: int, dtype: torch.dtype, num_threads: int, torch_threads: None
 ) -> None:
     torch.set_num_threads(num_threads)
-    gate_up = inputs(300, intermediate, dtype)
+    gate_up = inputs(70, intermediate, dtype)
     whole = silu_and_mul(gate_up)
-    for num_rows in (1, 2, 3, 5, 8, 64):
+    for num_rows in (1, 5, 16, 64):
         parts = torch.cat([silu_and_mul(part) for part in gate_up.split(num_rows)])
         assert torch.equal(parts, whole), f"{num_rows} rows at a time"
 
