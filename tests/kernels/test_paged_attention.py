@@ -10,7 +10,7 @@ from kernels.paged_attention import paged_attention, paged_attention_reference
 
 # (length, new tokens): around block and tile borders, decode, verify and prefill rows, long chunks behind a prefix.
 # A context past 1024 keys and short ones go different ways.
-RAGGED = [(1, 1), (16, 16), (17, 5), (33, 0), (0, 0), (256, 1), (257, 2), (511, 8), (700, 100), (1023, 2), (1100, 3)]
+RAGGED = [(1, 1), (16, 16), (17, 5), (33, 0), (0, 0), (256, 1), (257, 2), (511, 8), (700, 100), (1024, 2), (1100, 3)]
 SHORT = [(7, 1), (0, 0), (5, 5), (12, 3)]
 # fp32: rounding in sums of up to 700 terms of size one. 16-bit: one rounding of the result, and in SDPA one of each
 # weight; half an ulp of numbers up to one each.
