@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from bench.report import Spread, add_report_options, publish, table
 from kernels.linear import linear_batch_invariant
 from kernels.paged_attention import paged_attention
-from kernels.reshape_and_cache import reshape_and_cache
+from kernels.reshape_and_cache import gather_rotary, reshape_and_cache
 from kernels.rms_norm import fused_add_rms_norm, rms_norm
 from kernels.silu_and_mul import silu_and_mul
 
@@ -144,7 +144,7 @@ def layer_table(num_rows: Sequence[int], *, heads: tuple[int, int], head_dim: in
             partial(rms_norm, x, norm_weight, 1e-5),
             partial(fused_add_rms_norm, x, residual, norm_weight, 1e-5),
             partial(silu_and_mul, gate_up),
-            partial(reshape_and_cache, q, k, v, slots % 64, cos_sin_cache, slots, k_cache, v_cache),
+            partial(reshape_and_cache, q, k, v, gather_rotary(cos_sin_cache, slots % 64), slots, k_cache, v_cache),
             partial(F.linear, x, gate_up_weight),
             partial(linear_batch_invariant, x, gate_up_weight),
         ]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.reshape_and_cache import reshape_and_cache, reshape_and_cache_reference
+from kernels.reshape_and_cache import gather_rotary, reshape_and_cache, reshape_and_cache_reference
 
 MAX_POSITION = 4096
 # The result is rounded once; fp32 also carries the rounding of the table's cosines and sines.
@@ -45,7 +45,7 @@ class Case:
         fused = torch.randn(num_tokens, num_q_heads + 2 * num_kv_heads, head_dim).to(dtype)
         self.q, self.k, self.v = fused.split([num_q_heads, num_kv_heads, num_kv_heads], dim=1)
         self.positions = torch.randint(0, MAX_POSITION, (num_tokens,))
-        self.table = cos_sin(self.rotary_dim)
+        self.rotary = gather_rotary(cos_sin(self.rotary_dim), self.positions)
         num_blocks, block_size = num_tokens // 8 + 2, 16
         self.slots = torch.randperm(num_blocks * block_size)[:num_tokens]
         self.k_cache = torch.full((num_blocks, block_size, num_kv_heads, head_dim), torch.nan, dtype=dtype)
@@ -56,8 +56,7 @@ class Case:
             "q": self.q,
             "k": self.k,
             "v": self.v,
-            "positions": self.positions,
-            "cos_sin_cache": self.table,
+            "rotary": self.rotary,
             "slot_mapping": self.slots,
             "k_cache": self.k_cache,
             "v_cache": self.v_cache,
@@ -115,8 +114,9 @@ def test_has_the_bits_of_the_reference_for_any_batch(dtype: torch.dtype) -> None
     reshape_and_cache_reference(**slow.arguments())
     for start, end in [(0, 1), (1, 8), (8, 9), (9, 200), (200, 300)]:
         arguments = fast.arguments()
-        for name in ("q", "k", "v", "positions", "slot_mapping"):
+        for name in ("q", "k", "v", "slot_mapping"):
             arguments[name] = arguments[name][start:end]
+        arguments["rotary"] = arguments["rotary"][:, start:end]
         reshape_and_cache(**arguments)
     assert torch.equal(fast.q, slow.q)
     assert torch.equal(fast.k_cache.nan_to_num(), slow.k_cache.nan_to_num())
@@ -149,11 +149,10 @@ def test_all_slots_may_be_skipped() -> None:
         ("k", lambda x: x[:3], r"^k: expected \[4, 2, 64\].*got \[3, 2, 64\]"),
         ("v", lambda x: x[:, :1], r"^v: expected \[4, 2, 64\].*got \[4, 1, 64\]"),
         ("v", lambda x: x.bfloat16(), r"^v: expected torch.float32 like q, got torch.bfloat16"),
-        ("positions", lambda x: x.int(), r"^positions: expected int64 \[4\], got torch.int32"),
         ("slot_mapping", lambda x: x[:2], r"^slot_mapping: expected int64 \[4\], got torch.int64 \[2\]"),
-        ("cos_sin_cache", lambda x: x.bfloat16(), r"^cos_sin_cache: expected fp32"),
-        ("cos_sin_cache", lambda x: x.repeat(1, 2), r"^cos_sin_cache: .*at most 64, got 128"),
-        ("cos_sin_cache", lambda x: x[:, :7], r"^cos_sin_cache: .*even.*got 7"),
+        ("rotary", lambda x: x.bfloat16(), r"^rotary: expected fp32"),
+        ("rotary", lambda x: x.repeat(1, 1, 1, 2), r"^rotary: .*at most 64.*got torch.float32 \[2, 4, 1, 128\]"),
+        ("rotary", lambda x: x[:, :3], r"^rotary: expected fp32 \[2, 4, 1,.*got torch.float32 \[2, 3, 1, 64\]"),
         ("k_cache", lambda x: x.transpose(1, 2), r"^k_cache: expected contiguous"),
         ("v_cache", lambda x: x[1:], r"^v_cache: expected contiguous"),
         ("v_cache", lambda x: x.bfloat16(), r"^v_cache: expected torch.float32 like q"),
@@ -164,3 +163,18 @@ def test_errors_name_the_argument(name: str, change, message: str) -> None:
     arguments[name] = change(arguments[name])
     with pytest.raises(ValueError, match=message):
         reshape_and_cache(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("positions", lambda x: x.int(), r"^positions: expected int64 \[num_tokens\], got torch.int32"),
+        ("cos_sin_cache", lambda x: x.bfloat16(), r"^cos_sin_cache: expected fp32"),
+        ("cos_sin_cache", lambda x: x[:, :7], r"^cos_sin_cache: .*even.*\[4096, 7\]"),
+    ],
+)
+def test_errors_of_the_gather_name_the_argument(name: str, change, message: str) -> None:
+    arguments = {"cos_sin_cache": cos_sin(64), "positions": torch.arange(4)}
+    arguments[name] = change(arguments[name])
+    with pytest.raises(ValueError, match=message):
+        gather_rotary(**arguments)

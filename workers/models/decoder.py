@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.paged_attention import paged_attention
-from kernels.reshape_and_cache import reshape_and_cache
+from kernels.reshape_and_cache import gather_rotary, reshape_and_cache
 from kernels.rms_norm import fused_add_rms_norm, rms_norm
 from kernels.silu_and_mul import silu_and_mul
 from workers.batch import Batch
@@ -20,8 +20,7 @@ KVCache = tuple[Tensor, Tensor]  # keys and values of a layer: [num_blocks, bloc
 class Attention:
     """Causal attention over the paged KV cache, which it extends by the batch's tokens."""
 
-    def __init__(self, prefix: str, layer: int, *, config: ModelConfig, cos_sin: Tensor, ctx: BuildContext) -> None:
-        self._cos_sin = cos_sin
+    def __init__(self, prefix: str, layer: int, *, config: ModelConfig, ctx: BuildContext) -> None:
         self._head_dim = config.head_dim
         self._sliding_window = config.sliding_windows[layer]
         self._batch_invariant = ctx.batch_invariant
@@ -41,14 +40,15 @@ class Attention:
         self.q_norm = ctx.replicated(f"{prefix}.q_norm.weight", config.head_dim) if config.qk_norm else None
         self.k_norm = ctx.replicated(f"{prefix}.k_norm.weight", config.head_dim) if config.qk_norm else None
 
-    def __call__(self, x: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:  # [num_tokens, hidden_size], twice
+    def __call__(self, x: Tensor, batch: Batch, rotary: Tensor, kv_cache: KVCache) -> Tensor:
+        """x and the result: [num_tokens, hidden_size]. rotary: of the batch's positions, see gather_rotary."""
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self._head_dim)
         q, k, v = torch.split(qkv, self._heads, dim=1)  # each [num_tokens, heads, head_dim]
         if self.q_norm is not None and self.k_norm is not None:
             q = rms_norm(q, self.q_norm, self._eps)
             k = rms_norm(k, self.k_norm, self._eps)
         k_cache, v_cache = kv_cache
-        reshape_and_cache(q, k, v, batch.positions, self._cos_sin, batch.slot_mapping, k_cache, v_cache)
+        reshape_and_cache(q, k, v, rotary, batch.slot_mapping, k_cache, v_cache)
         attended = paged_attention(
             q,
             k_cache,
@@ -79,16 +79,16 @@ class MLP:
 class DecoderLayer:
     """Attention and MLP, each on the normalised sum of what came before."""
 
-    def __init__(self, layer: int, *, config: ModelConfig, cos_sin: Tensor, ctx: BuildContext) -> None:
+    def __init__(self, layer: int, *, config: ModelConfig, ctx: BuildContext) -> None:
         prefix = f"model.layers.{layer}"
         self._eps = config.rms_norm_eps
         self.input_norm = ctx.replicated(f"{prefix}.input_layernorm.weight", config.hidden_size)
-        self.attention = Attention(f"{prefix}.self_attn", layer, config=config, cos_sin=cos_sin, ctx=ctx)
+        self.attention = Attention(f"{prefix}.self_attn", layer, config=config, ctx=ctx)
         self.mlp_norm = ctx.replicated(f"{prefix}.post_attention_layernorm.weight", config.hidden_size)
         self.mlp = MLP(f"{prefix}.mlp", config=config, ctx=ctx)
 
     def __call__(
-        self, hidden: Tensor, residual: Tensor | None, batch: Batch, kv_cache: KVCache
+        self, hidden: Tensor, residual: Tensor | None, batch: Batch, rotary: Tensor, kv_cache: KVCache
     ) -> tuple[Tensor, Tensor]:
         """`hidden` is the last sublayer's output, `residual` the stream without it; both [num_tokens, hidden_size].
         None: `hidden` is the stream itself."""
@@ -96,7 +96,7 @@ class DecoderLayer:
             hidden, residual = rms_norm(hidden, self.input_norm, self._eps), hidden
         else:
             hidden, residual = fused_add_rms_norm(hidden, residual, self.input_norm, self._eps)
-        hidden = self.attention(hidden, batch, kv_cache)
+        hidden = self.attention(hidden, batch, rotary, kv_cache)
         hidden, residual = fused_add_rms_norm(hidden, residual, self.mlp_norm, self._eps)
         return self.mlp(hidden), residual
 
@@ -107,11 +107,11 @@ class CausalLM:
     def __init__(self, config: ModelConfig, *, max_model_len: int, ctx: BuildContext) -> None:
         self.config = config
         self._eps = config.rms_norm_eps
-        cos_sin = cos_sin_cache(config.rope, head_dim=config.head_dim, num_positions=max_model_len, device=ctx.device)
+        self._cos_sin = cos_sin_cache(
+            config.rope, head_dim=config.head_dim, num_positions=max_model_len, device=ctx.device
+        )
         self.embedding = VocabParallelEmbedding("model.embed_tokens", config.vocab_size, config.hidden_size, ctx=ctx)
-        self.layers = [
-            DecoderLayer(layer, config=config, cos_sin=cos_sin, ctx=ctx) for layer in range(config.num_layers)
-        ]
+        self.layers = [DecoderLayer(layer, config=config, ctx=ctx) for layer in range(config.num_layers)]
         self.norm = ctx.replicated("model.norm.weight", config.hidden_size)
         tied_to = self.embedding.weight if config.tie_word_embeddings else None
         self.head = ParallelLMHead("lm_head", config.vocab_size, config.hidden_size, tied_to=tied_to, ctx=ctx)
@@ -130,9 +130,10 @@ class CausalLM:
         """Final hidden states of all tokens of the batch: [num_tokens, hidden_size] in the model's dtype, the same on
         every rank. Writes the batch's keys and values into `kv_caches` (one entry a layer, in the model's dtype)."""
         hidden = self.embedding(batch.input_ids)
+        rotary = gather_rotary(self._cos_sin, batch.positions)
         residual: Tensor | None = None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            hidden, residual = layer(hidden, residual, batch, kv_cache)
+            hidden, residual = layer(hidden, residual, batch, rotary, kv_cache)
         assert residual is not None, "a model has at least one layer"
         return fused_add_rms_norm(hidden, residual, self.norm, self._eps)[0]
 
