@@ -1,6 +1,5 @@
 """Scheduler and workers as real processes: a stream does not depend on how it was computed."""
 
-import queue
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from cluster.local import LocalDeployment, local_settings
-from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2, scheduler_pb2_grpc
+from echelon.pb import inference_pb2, scheduler_pb2, scheduler_pb2_grpc
+from tests.helpers.scheduler_client import SchedulerClient
 
 MODELS = Path(__file__).parents[2] / "models"
 PROMPTS = ["def fibonacci(n):\n    ", "import os\nimport sys\n\ndef main(", "class Stack:\n    def __init__(self"]
 NUM_TOKENS = 40
-
-Streams = dict[tuple[str, int], list[int]]
 
 
 @pytest.fixture(scope="module")
@@ -43,44 +41,8 @@ def stub() -> Iterator[scheduler_pb2_grpc.SchedulerStub]:
         yield scheduler_pb2_grpc.SchedulerStub(channel)
 
 
-class Client:
-    """Submits requests on one stream and gathers what comes back."""
-
-    def __init__(self, stub: scheduler_pb2_grpc.SchedulerStub) -> None:
-        self._requests: queue.SimpleQueue[scheduler_pb2.SchedulerRequest | None] = queue.SimpleQueue()
-        batches = stub.Connect(iter(self._requests.get, None))
-        self._replies = (reply for batch in batches for reply in batch.replies)
-        self.tokens: Streams = {}
-        self.text: dict[tuple[str, int], str] = {}
-        self.ends: dict[str, inference_pb2.GenerateComplete] = {}
-
-    def submit(self, request_id: str, prompt: list[int], *, speculate: bool, **sampling: Any) -> None:
-        message = scheduler_pb2.Submit(
-            request_id=request_id,
-            prompt_token_ids=prompt,
-            sampling=sampling_pb2.SamplingParams(**{"max_tokens": NUM_TOKENS, "seed": 7} | sampling),
-            speculation=inference_pb2.Speculation(enabled=speculate),
-        )
-        self._requests.put(scheduler_pb2.SchedulerRequest(submit=message))
-
-    def cancel(self, request_id: str) -> None:
-        self._requests.put(scheduler_pb2.SchedulerRequest(cancel=scheduler_pb2.Cancel(request_id=request_id)))
-
-    def next_reply(self) -> scheduler_pb2.SchedulerReply:
-        reply = next(self._replies)
-        assert not reply.HasField("error"), reply.error
-        if reply.HasField("chunk"):
-            key = (reply.request_id, reply.chunk.index)
-            self.tokens.setdefault(key, []).extend(reply.chunk.token_ids)
-            self.text[key] = self.text.get(key, "") + reply.chunk.text
-        else:
-            self.ends[reply.request_id] = reply.complete
-        return reply
-
-    def finish(self, num_requests: int) -> None:
-        while len(self.ends) < num_requests:
-            self.next_reply()
-        self._requests.put(None)
+def connect(stub: scheduler_pb2_grpc.SchedulerStub) -> SchedulerClient:
+    return SchedulerClient(stub, max_tokens=NUM_TOKENS, seed=7)
 
 
 def requests(tokenizer: Tokenizer) -> dict[str, tuple[list[int], dict[str, Any]]]:
@@ -98,11 +60,13 @@ def requests(tokenizer: Tokenizer) -> dict[str, tuple[list[int], dict[str, Any]]
     }
 
 
-def run(stub: scheduler_pb2_grpc.SchedulerStub, tokenizer: Tokenizer, *, speculate: bool, together: bool) -> Client:
-    client = Client(stub)
+def run(
+    stub: scheduler_pb2_grpc.SchedulerStub, tokenizer: Tokenizer, *, speculate: bool, together: bool
+) -> SchedulerClient:
+    client = connect(stub)
     wanted = requests(tokenizer)
     for number, (request_id, (prompt, sampling)) in enumerate(wanted.items(), start=1):
-        client.submit(request_id, prompt, speculate=speculate, **sampling)
+        client.submit(request_id, prompt, num_drafts=None if speculate else 0, **sampling)
         if not together:
             while len(client.ends) < number:
                 client.next_reply()
@@ -131,9 +95,9 @@ def test_streams_are_the_same_with_and_without_drafts(
 
 def test_a_cached_prefix_changes_nothing(stub: scheduler_pb2_grpc.SchedulerStub, tokenizer: Tokenizer) -> None:
     prompt = requests(tokenizer)["chunked"][0][5:]
-    client = Client(stub)
+    client = connect(stub)
     for request_id in ("cold", "warm"):
-        client.submit(request_id, prompt, speculate=True, temperature=1.0)
+        client.submit(request_id, prompt, temperature=1.0)
         while request_id not in client.ends:
             client.next_reply()
     client.finish(2)
@@ -144,8 +108,8 @@ def test_a_cached_prefix_changes_nothing(stub: scheduler_pb2_grpc.SchedulerStub,
 
 def test_prompt_logprobs_cover_the_prompt(stub: scheduler_pb2_grpc.SchedulerStub, tokenizer: Tokenizer) -> None:
     prompt = requests(tokenizer)["chunked"][0]
-    client = Client(stub)
-    client.submit("r", prompt, speculate=True, temperature=0.0, max_tokens=4, prompt_logprobs=1, logprobs=1)
+    client = connect(stub)
+    client.submit("r", prompt, temperature=0.0, max_tokens=4, prompt_logprobs=1, logprobs=1)
     client.finish(1)
     first, *others = client.ends["r"].prompt_logprobs
     assert not first.HasField("chosen")
@@ -154,9 +118,9 @@ def test_prompt_logprobs_cover_the_prompt(stub: scheduler_pb2_grpc.SchedulerStub
 
 
 def test_cancelled_requests_leave_nothing_behind(stub: scheduler_pb2_grpc.SchedulerStub, tokenizer: Tokenizer) -> None:
-    client = Client(stub)
+    client = connect(stub)
     for i in range(8):
-        client.submit(f"r{i}", tokenizer.encode(PROMPTS[i % 3]).ids, speculate=i % 2 == 0, max_tokens=1000)
+        client.submit(f"r{i}", tokenizer.encode(PROMPTS[i % 3]).ids, num_drafts=4 * (i % 2), max_tokens=1000)
     while len(client.tokens) < 8:
         client.next_reply()
     for i in range(8):
