@@ -32,10 +32,9 @@ def reshape_and_cache(
     """Rotate q IN PLACE; write rotated k, and v, into their slots of the cache. k and v are left as they are.
 
     q: [num_tokens, num_q_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim]; any strides, so slices of one
-    fused projection need no copy. positions, slot_mapping: int64 [num_tokens]; slot = block_id * block_size + offset,
-    and the keys and values of a token with slot -1 are not written. No slot may occur twice.
-    cos_sin_cache: fp32 [max_position, rotary_dim], cosines in its first half, sines in its second; the first rotary_dim
-    features of each head are rotated in fp32, the others pass.
+    fused projection need no copy. rotary: fp32 [2, num_tokens, 1, rotary_dim] of gather_rotary; the first rotary_dim
+    features of each head are rotated in fp32, the others pass. slot_mapping: int64 [num_tokens]; slot = block_id *
+    block_size + offset, and the keys and values of a token with slot -1 are not written. No slot may occur twice.
     k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], contiguous, written in place.
     Raises ValueError naming the argument that does not fit.
     """
