@@ -29,12 +29,16 @@ class PagedRunner:
         ]
         self.lens = [0] * num_seqs
 
-    def step(self, chunks: dict[int, list[int]]) -> dict[int, Tensor]:
-        """One forward over new tokens of some seqs: logits of each of these tokens, [len(chunk), shard]."""
-        batch = self._batch(chunks)
+    def forward(self, chunks: dict[int, list[int]]) -> Tensor:
+        """One forward over new tokens of some seqs: [num_tokens, hidden_size]."""
         with torch.inference_mode():
-            logits = self.model.compute_logits(self.model.forward(batch, self.kv_caches))
-        return dict(zip(chunks, logits.split([len(chunk) for chunk in chunks.values()]), strict=True))
+            return self.model.forward(self._batch(chunks), self.kv_caches)
+
+    def step(self, chunks: dict[int, list[int]]) -> dict[int, Tensor]:
+        """The same, and the logits of each of these tokens, [len(chunk), shard]."""
+        with torch.inference_mode():
+            logits = self.model.compute_logits(self.forward(chunks))
+        return dict(zip(chunks, torch.split(logits, [len(chunk) for chunk in chunks.values()]), strict=True))
 
     def _batch(self, chunks: dict[int, list[int]]) -> Batch:
         input_ids, positions, slots, cu_seqlens_q = [], [], [], [0]
