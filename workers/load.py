@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.worker_pb2 import EngineInfo, EngineRole
 from kernels.linear import probe_linear_batch_invariant
+from kernels.paged_attention_cpu import probe_paged_attention_batch_invariant
 from workers.cohort import Cohort
 from workers.draft_engine import DraftEngine
 from workers.engine import Engine, ModelRunner
@@ -72,6 +72,10 @@ def _load(spec: EngineSpec, cohort: Cohort, device: torch.device, on_progress: O
         raise SpecError(f"engines: dtype {spec.dtype!r} must be one of {', '.join(DTYPES)}")
     if not 1 <= spec.tp_size <= cohort.world_size:
         raise SpecError(f"engines: tp_size {spec.tp_size} must be 1 to the group's world_size {cohort.world_size}")
+    if spec.batch_invariant and device.type != "cpu":
+        raise SpecError(
+            f"batch_invariant: attention on {device.type} cannot keep it so far; set batch_invariant: false"
+        )
     group = cohort.group(spec.tp_size, ordered_sum=spec.batch_invariant)
     if group is None:
         return None
@@ -100,16 +104,17 @@ def _load(spec: EngineSpec, cohort: Cohort, device: torch.device, on_progress: O
 
 
 def _probe(model: CausalLM) -> None:
-    """Batch invariance rests on the machine's matrix products: one weight of each shape is tried."""
+    """Batch invariance rests on the machine's matrix products: one weight of each shape is tried, and attention."""
     layer = model.layers[0]
-    for linear in (layer.attention.qkv_proj, layer.attention.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
-        _probe_weight(linear.weight)
-    _probe_weight(model.head.weight)
-
-
-def _probe_weight(weight: Tensor) -> None:
+    attention, mlp = layer.attention, layer.mlp
     with torch.inference_mode():
-        finding = probe_linear_batch_invariant(weight)
+        for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj, model.head):
+            _require(probe_linear_batch_invariant(linear.weight))
+        heads = attention.qkv_proj
+        _require(probe_paged_attention_batch_invariant(heads.num_q_heads, heads.num_kv_heads, model.config.head_dim))
+
+
+def _require(finding: str | None) -> None:
     if finding is not None:
         raise SpecError(f"batch_invariant: {finding}; set batch_invariant: false")
 

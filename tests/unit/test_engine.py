@@ -9,12 +9,23 @@ from typing import Any
 import pytest
 import torch
 
+from echelon.pb.process_pb2 import WorkerSpec
 from echelon.pb.sampling_pb2 import SeqSampling
 from echelon.pb.worker_pb2 import Round, Row, SeqInit
-from tests.helpers.engines import DRAFT, KV_CACHE_BYTES, MAX_MODEL_LEN, TARGET, drive, interleave, make_engine
+from tests.helpers.engines import (
+    DRAFT,
+    KV_CACHE_BYTES,
+    MAX_MODEL_LEN,
+    TARGET,
+    drive,
+    engine_spec,
+    interleave,
+    make_engine,
+)
 from tests.helpers.rounds import INCARNATION, Driver, Seq, greedy, seeded
 from tests.helpers.tiny_models import TinyModel, make_tiny_model
 from workers import load
+from workers.cohort import Cohort
 from workers.kv_cache import KVCacheError
 from workers.models import LoadError
 from workers.process import SpecError
@@ -92,10 +103,20 @@ def test_batch_invariance_makes_it_exact_in_bf16(tiny: TinyModel) -> None:
     assert [seq.output[:NUM_TOKENS] for seq in seqs] == streams
 
 
-def test_a_machine_that_cannot_keep_batch_invariance_says_so(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "probe_linear_batch_invariant", lambda weight: "this machine rounds as it likes")
+@pytest.mark.parametrize("probe", ["probe_linear_batch_invariant", "probe_paged_attention_batch_invariant"])
+def test_a_machine_that_cannot_keep_batch_invariance_says_so(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, probe: str
+) -> None:
+    monkeypatch.setattr(load, probe, lambda *_: "this machine rounds as it likes")
     with pytest.raises(SpecError, match="rounds as it likes; set batch_invariant: false"):
         make_engine(tiny.folder, TARGET, batch_invariant=True)
+
+
+def test_a_device_that_cannot_keep_batch_invariance_says_so(tiny: TinyModel) -> None:
+    """Before anything is loaded, so this needs no such device."""
+    spec = WorkerSpec(world_size=1, device="cuda", engines=[engine_spec(tiny.folder, TARGET, batch_invariant=True)])
+    with pytest.raises(SpecError, match="batch_invariant: attention on cuda cannot keep it"):
+        load.load_engines(spec, Cohort(0, 1, None), lambda *_: None)
 
 
 def test_verification_says_what_it_compared(target: Driver) -> None:
