@@ -49,6 +49,8 @@ def _problem(details: ErrorDetails) -> Problem:
         return Problem(path=path, message="unknown key", remedy=_nearest(tuple(str(p) for p in details["loc"])))
     if kind == "missing":
         return Problem(path=path, message="is missing", remedy="add it")
+    if kind == "invalid_key":
+        return Problem(path=path, message="a key must be text", remedy="put it in quotes, or take it out")
     if kind == "model_type":
         return Problem(path=path, message="must be a section of keys", remedy="fill it in or leave it out")
     if kind == "string_pattern_mismatch":

@@ -114,7 +114,10 @@ def find_model(model: str, relative_to: Path) -> Path:
 
     Nothing is downloaded: a deployment must not fail, or change, because a hub did.
     """
-    path = (relative_to / Path(model).expanduser()).resolve()
+    try:
+        path = (relative_to / Path(model).expanduser()).resolve()
+    except RuntimeError as err:  # pathlib's way to say that "~somebody" is nobody
+        raise ModelFolderError("starts with ~ and a user that does not exist", "write the path out") from err
     if path.is_dir():
         return path
     looks_like_hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
@@ -146,8 +149,9 @@ def _cached_snapshot(hub_id: str) -> Path | None:
 def read_model_folder(path: Path) -> ModelFolder:
     """Read the facts of a folder. Raises ModelFolderError for what is missing, broken or not supported."""
     config = _read_json(path / "config.json")
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+    quantisation = config.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
         raise ModelFolderError(f"the checkpoint is quantised ({method})", "use unquantised weights: not built yet")
     generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
     if not (path / "tokenizer.json").is_file():

@@ -7,7 +7,7 @@ are set, never ignored. Unknown keys are errors that name the nearest known one 
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 SIZE_PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*$", re.IGNORECASE)
 _PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -58,11 +58,11 @@ def _auto_or_count(value: Any) -> Any:
     return value
 
 
-Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1)]
+Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(ge=1)]
 NotBuilt = Annotated[Any, AfterValidator(_refuse), Field(description="not built yet")]
 Port = Annotated[int, Field(ge=1, le=65535)]
-Positive = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]  # what every message and operating system can carry
+Seconds = Annotated[float, Field(gt=0, le=7 * 86_400, allow_inf_nan=False)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -128,21 +128,22 @@ class Cpu(Section):
 
 
 class Server(Section):
-    host: str = "127.0.0.1"
+    insecure: bool = Field(default=False, description="listen beyond loopback without TLS and tokens")
+    host: str = "127.0.0.1"  # behind `insecure`, which its check needs
     grpc_port: Port = 50051
     http_port: NotBuilt = None
     tls: NotBuilt = None
     auth: NotBuilt = None
-    insecure: bool = Field(default=False, description="listen beyond loopback without TLS and tokens")
 
-    @model_validator(mode="after")
-    def _loopback_unless_insisted(self) -> "Server":
-        if self.host not in LOOPBACK_HOSTS and not self.insecure:
+    @field_validator("host")
+    @classmethod
+    def _loopback_unless_insisted(cls, host: str, info: ValidationInfo) -> str:
+        if host not in LOOPBACK_HOSTS and not info.data.get("insecure"):
             raise ValueError(
-                f"host {self.host} is reachable by others and TLS and tokens are not built yet; "
-                "use 127.0.0.1, or set insecure: true to insist"
+                "is reachable by others and TLS and tokens are not built yet; "
+                "use 127.0.0.1, or set server.insecure: true to insist"
             )
-        return self
+        return host
 
 
 class DeploymentFile(Section):

@@ -38,13 +38,19 @@ def read_document(path: Path) -> Document:
         reason = err.strerror or str(err)
         raise _error(path, Problem(path="file", message=f"cannot be read: {reason}", remedy="check the path")) from err
     except UnicodeDecodeError as err:
-        raise _error(path, Problem(path="file", message=f"is not UTF-8: {err.reason}", remedy="save as UTF-8")) from err
+        message, line = f"is not UTF-8: {err.reason}", err.object.count(b"\n", 0, err.start) + 1
+        raise _error(path, Problem(path="file", message=message, remedy="save as UTF-8", line=line)) from err
     except yaml.MarkedYAMLError as err:
-        line = err.problem_mark.line + 1 if err.problem_mark else None
+        mark = err.problem_mark
         message = ", ".join(part for part in (err.context, err.problem) if part)
-        raise _error(path, Problem(path="YAML", message=message, remedy="mend the syntax", line=line)) from err
-    except yaml.YAMLError as err:
-        raise _error(path, Problem(path="YAML", message=str(err), remedy="mend the syntax")) from err
+        problem = Problem(path="YAML", message=message, remedy="mend the syntax", line=mark.line + 1 if mark else None)
+        raise _error(path, problem) from err
+    except yaml.reader.ReaderError as err:
+        line = text.count("\n", 0, err.position) + 1
+        message = f"character U+{err.character:04X} is not allowed"
+        raise _error(path, Problem(path="YAML", message=message, remedy="take it out", line=line)) from err
+    except ValueError as err:  # a value that looks like a date and is none
+        raise _error(path, Problem(path="YAML", message=str(err), remedy="put dates in quotes")) from err
     if not isinstance(node, yaml.MappingNode) or not isinstance(value, dict):
         raise _error(path, Problem(path="file", message="holds no mapping of keys", remedy="see deploy/demo.yaml"))
     lines: dict[KeyPath, int] = {}
@@ -58,18 +64,27 @@ def _error(path: Path, problem: Problem) -> ConfigError:
     return ConfigError(str(path), [problem])
 
 
-def _collect_lines(node: yaml.MappingNode, path: KeyPath, lines: dict[KeyPath, int]) -> list[Problem]:
-    """Fill `lines` below `node`; the problems are keys given twice, of which YAML would keep the last."""
+def _collect_lines(
+    node: yaml.MappingNode, path: KeyPath, lines: dict[KeyPath, int], *, around: Sequence[yaml.MappingNode] = ()
+) -> list[Problem]:
+    """Fill `lines` below `node`, which stands in `around`.
+
+    The problems are keys given twice, of which YAML would keep the last, and sections that contain themselves.
+    """
     problems = []
+    around = (*around, node)
     for key_node, value_node in node.value:
         key_path = (*path, str(key_node.value))
         line = key_node.start_mark.line + 1
+        dotted = ".".join(str(part) for part in key_path)
         if key_path in lines:
-            dotted = ".".join(str(part) for part in key_path)
             message = f"is given twice, first in line {lines[key_path]}"
             problems.append(Problem(path=dotted, message=message, remedy="keep one of them", line=line))
             continue
         lines[key_path] = line
-        if isinstance(value_node, yaml.MappingNode):
-            problems += _collect_lines(value_node, key_path, lines)
+        if any(value_node is parent for parent in around):
+            remedy = "write the keys out"
+            problems.append(Problem(path=dotted, message="is an alias of what it stands in", remedy=remedy, line=line))
+        elif isinstance(value_node, yaml.MappingNode):
+            problems += _collect_lines(value_node, key_path, lines, around=around)
     return problems

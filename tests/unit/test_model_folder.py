@@ -75,6 +75,7 @@ def test_broken_folders_say_what_to_do(tmp_path: Path) -> None:
     quantised = write_model_folder(tmp_path / "q", quantization_config={"quant_method": "awq"})
     with pytest.raises(ModelFolderError, match=r"quantised \(awq\); use unquantised weights"):
         read_model_folder(quantised)
+    assert read_model_folder(write_model_folder(tmp_path / "null", quantization_config=None)).num_layers == 2
     broken = write_model_folder(tmp_path / "b", max_position_embeddings=8.5)
     with pytest.raises(ModelFolderError, match=r"max_position_embeddings is 8\.5; it must be a positive integer"):
         read_model_folder(broken)

@@ -97,7 +97,11 @@ def test_all_problems_at_once_each_with_its_line(folder: Path) -> None:
         ("kv_cache: {device_bytes: 12 parsecs}\n", "'12 parsecs': is no size; write bytes, or a number with a unit"),
         ("speculation: {num_speculative_tokens: 17}\n", "17: must be auto or an integer from 1 to 16"),
         ("speculation: {num_speculative_tokens: true}\n", "True: must be auto or an integer from 1 to 16"),
-        ("server: {host: 0.0.0.0}\n", "server: host 0.0.0.0 is reachable by others"),
+        ("server: {host: 0.0.0.0}\n", "server.host: '0.0.0.0': is reachable by others"),
+        ("server: {host: 0.0.0.0, insecure: false}\n", "or set server.insecure: true to insist"),
+        ("startup_timeout_s: .inf\n", "startup_timeout_s: inf: must be a finite number"),
+        ("scheduler: {max_queue: 5000000000}\n", "scheduler.max_queue: 5000000000: must be less than or equal to"),
+        ("8: 1\n", "8: a key must be text; put it in quotes"),
         ("server: {grpc_port: 70000}\n", "server.grpc_port: 70000: must be less than or equal to 65535"),
     ],
 )
@@ -143,12 +147,25 @@ def test_yaml_errors(folder: Path) -> None:
     assert problems_of(folder, "- a\n") == ["file: holds no mapping of keys; see deploy/demo.yaml"]
     repeated = HEAD + "target: {model: target}\ntarget: {model: other}\n"
     assert problems_of(folder, repeated) == ["line 5: target: is given twice, first in line 4; keep one of them"]
+    assert problems_of(folder, HEAD + "cpu: &a {b: *a}\n") == [
+        "line 4: cpu.b: is an alias of what it stands in; write the keys out"
+    ]
+    assert problems_of(folder, HEAD + "target: {model: 2026-13-45}\n") == [
+        "YAML: month must be in 1..12; put dates in quotes"
+    ]
+    assert problems_of(folder, HEAD + "cpu: \0\n") == ["line 4: YAML: character U+0000 is not allowed; take it out"]
+    (folder / "latin.yaml").write_bytes(HEAD.encode() + b"# caf\xe9 \n")
+    with pytest.raises(ConfigError, match=r"line 4: file: is not UTF-8: .*; save as UTF-8"):
+        load_deployment(folder / "latin.yaml")
     with pytest.raises(ConfigError, match="cannot be read: No such file or directory; check the path"):
         load_deployment(folder / "absent.yaml")
 
 
 def test_models_are_checked(folder: Path) -> None:
     write_model_folder(folder / "stranger", tokens=(*TOKENS[:5], "ba"))
+    assert problems_of(folder, HEAD + "target: {model: ~no-such-user/model}\n") == [
+        "line 4: target.model: '~no-such-user/model': starts with ~ and a user that does not exist; write the path out"
+    ]
     (missing,) = problems_of(folder, HEAD + "target: {model: ./absent}\n")
     assert missing.startswith("line 4: target.model: './absent': there is no such folder: ")
     assert problems_of(folder, HEAD + "target:\n  model: target\n  tensor_parallel_size: 3\n" + CPU) == [
@@ -191,3 +208,8 @@ def test_the_json_schema_knows_every_section() -> None:
     schema = json_schema()
     assert set(schema["required"]) == {"apiVersion", "kind", "name", "target"}
     assert schema["additionalProperties"] is False
+
+
+def test_an_editor_accepts_sizes_with_a_unit() -> None:
+    device_bytes = json_schema()["$defs"]["KvCache"]["properties"]["device_bytes"]
+    assert {"type": "string"} in device_bytes["anyOf"][0]["anyOf"]
