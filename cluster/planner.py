@@ -201,6 +201,8 @@ def _no_gpu(
     sizes += f"activations {_size(need.activation_bytes)}"
     remedy = "free or add GPUs, lower tensor_parallel_size"
     remedy += " or use placement: colocated" if rank.group == "draft" else ", or lower scheduler.max_model_len"
+    if not any(node.num_gpus for node in inventory.nodes):
+        remedy += "; to run on cores, set device: cpu"
     return f"no place for {rank.name}: it needs 1 GPU with {_size(need.total_bytes)} ({sizes}); " + "; ".join(
         [*reasons, remedy]
     )

@@ -101,6 +101,9 @@ def test_too_few_gpus_names_the_bundle_and_each_node(pair: tuple[Path, Path]) ->
     message = str(caught.value)
     assert message.startswith("no place for draft rank 0: it needs 1 GPU")
     assert "node node-0 (10.0.0.0): no free GPU" in message
+    assert "device: cpu" not in message
+    with pytest.raises(PlanError, match=r"no free GPU; .*; to run on cores, set device: cpu"):
+        make_plan(gpu_settings(pair, 2), gpu_nodes(0))
     assert "node node-1 (10.0.0.1): 3 free, 3 of them planned already" in message
     assert "placement: colocated" in message
 
