@@ -19,6 +19,7 @@ from cluster.supervision import Board
 logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 1.0
+_LATE_GRACE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +64,9 @@ class ProcessSet:
                 raise StartError(f"{launch.name}: not started, the deployment is being taken down")
             self._board.on_launch(launch.name, launch.node)
         child = self._spawn(launch)
-        watcher = threading.Thread(target=self._watch, args=(child,), name=f"watch {launch.name}", daemon=True)
-        with self._changed:
-            self._children[launch.name] = child
-            self._watchers.append(watcher)
-            self._board.on_place(launch.name, pid=child.pid, devices=child.devices)
-            self._announce(launch.name)
-        watcher.start()
+        if not self._take(child):
+            child.stop(_LATE_GRACE_S)
+            raise StartError(f"{launch.name}: ended again, the deployment is being taken down")
 
     def wait_ready(self, names: Iterable[str], deadline: float) -> None:
         """Block until all of these are ready. Raises StartError as soon as any process has failed, or at the deadline.
@@ -118,6 +115,19 @@ class ProcessSet:
                 list(pool.map(lambda child: child.stop(grace_s), children.values()))
         for watcher in self._watchers:
             watcher.join(timeout=10 * WATCH_INTERVAL_S)
+
+    def _take(self, child: Child) -> bool:
+        """Watch a child; False where stop() came while it was spawned, and so knows nothing of it."""
+        watcher = threading.Thread(target=self._watch, args=(child,), name=f"watch {child.name}", daemon=True)
+        with self._changed:
+            if self._stopped:
+                return False
+            self._children[child.name] = child
+            self._watchers.append(watcher)
+            self._board.on_place(child.name, pid=child.pid, devices=child.devices)
+            self._announce(child.name)
+            watcher.start()
+        return True
 
     def _wait(self, done: Callable[[Board], bool], deadline: float) -> None:
         with self._changed:

@@ -152,6 +152,20 @@ def test_a_rank_that_dies_wordlessly_is_described_by_its_log(tmp_path: Path) -> 
     assert caught.value.detail == "first line\nout of cheese"
 
 
+def test_a_child_that_comes_up_during_the_stop_is_stopped_too(tmp_path: Path) -> None:
+    spawner = Spawner(tmp_path)
+
+    def spawn(launch: Launch) -> Child:
+        child = spawner(launch)
+        processes.stop(grace_s=1.0)  # by another thread, as it were, which has not seen this child yet
+        return child
+
+    processes = ProcessSet(spawn)
+    with pytest.raises(StartError, match=r"target-0\.0: ended again, the deployment is being taken down"):
+        processes.launch(Launch(name="target-0.0", module=FAKE, spec=spec()))
+    assert spawner.children[0].poll() is not None
+
+
 def test_a_late_rank_is_named_with_what_it_last_reported(tmp_path: Path) -> None:
     spawn = Spawner(tmp_path, {"target-0.0": "silent"})
     with pytest.raises(StartError, match=r"not ready in time: target-0\.0: (started|rank 0 joins nobody 1/2)"):
