@@ -6,6 +6,7 @@ It owns their hosts and placement groups, so that its own end frees everything.
 import logging
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,16 @@ class Controller:
             running = roll_out(settings, plan, self._processes, timeout_s=deadline - time.monotonic())
             self._endpoint = running.gateway_address
         except StartError as err:
-            logger.warning("%s did not start: %s", settings.name, err)
-            self._failure = err
-            self._processes.stop(_FAILED_GRACE_S, order=stop_order(plan))
-            self._end_hosts()
+            self._give_up(err)
+        except Exception as err:  # the edge of the thread: whatever it is, who waits for the start must hear of it
+            logger.exception("the start of %s broke", settings.name)
+            self._give_up(StartError(f"{type(err).__name__}: {err}", traceback.format_exc()))
+
+    def _give_up(self, failure: StartError) -> None:
+        logger.warning("%s did not start: %s", self._desired.settings.name, failure)
+        self._failure = failure
+        self._processes.stop(_FAILED_GRACE_S, order=stop_order(self._desired.plan))
+        self._end_hosts()
 
     def _create_hosts(self) -> None:
         """All at once, since each takes a second or two to come up."""

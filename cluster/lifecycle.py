@@ -3,6 +3,7 @@
 Ray is imported only by what needs it (`cluster.ray_lifecycle`): it takes a second.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,13 +11,15 @@ from pathlib import Path
 
 from cluster import state_dir
 from cluster.deployment_file import load_deployment
-from cluster.errors import StartError
+from cluster.errors import DeploymentNotFoundError, StartError
 from cluster.inventory import local_inventory
 from cluster.plan import Plan
 from cluster.planner import make_plan
 from cluster.ray_runtime import is_listening, start_private_ray, stop_private_ray
 from cluster.state_dir import Record
 from cluster.status import DeploymentStatus, ProcessStatus, State
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +83,7 @@ def up(
             on_change=lambda process: on_event(ProcessChanged(process=process)),
         )
     except BaseException:
-        _take_down(state_dir.load(settings.name), grace_s=1.0)
+        _clean_up(settings.name)
         raise
 
 
@@ -131,6 +134,16 @@ def _checked(ray_address: str) -> str:
         remedy = "start it, or leave --ray-address and RAY_ADDRESS out to use a private Ray"
         raise StartError(f"no Ray cluster answers at {ray_address}; {remedy}")
     return ray_address
+
+
+def _clean_up(name: str) -> None:
+    """Take down what a failed start has left. What goes wrong here must not hide why the start failed."""
+    try:
+        _take_down(state_dir.load(name), grace_s=1.0)
+    except DeploymentNotFoundError:
+        logger.info("%s has been taken down by somebody else", name)
+    except StartError as err:
+        logger.warning("%s is not wholly gone: %s; run: echelon down %s", name, err, name)
 
 
 def _take_down(record: Record, *, grace_s: float) -> None:

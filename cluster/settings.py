@@ -14,6 +14,7 @@ Method = Literal["none", "draft_model"]
 AUTO_NUM_SPECULATIVE_TOKENS = 4  # until the policy measures: longer chains lose more drafts than they save rounds
 DEFAULT_MAX_MODEL_LEN = 32768  # a longer context must be asked for: its KV cache decides how many seqs fit
 DEFAULT_DEVICE_BYTES = 1 << 30
+MIN_ROUND_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,11 @@ class Settings:
     max_message_bytes: int = 16 << 20
     startup_timeout_s: float = 120.0
     collective_timeout_s: float = 60.0
-    round_timeout_s: float = 60.0
+
+    @property
+    def round_timeout_s(self) -> float:
+        """How long the scheduler waits for a round: no less than the ranks wait for one another inside it."""
+        return max(MIN_ROUND_TIMEOUT_S, self.collective_timeout_s)
 
     @property
     def method(self) -> Method:

@@ -48,20 +48,29 @@ def folder_of(name: str) -> Path:
 
 
 def claim(name: str, deployment_file: Path) -> Record:
-    """Take the name; raises StartError where it is taken. Logs of an earlier deployment of that name go."""
+    """Take the name; logs of an earlier deployment of that name go.
+
+    Raises StartError where the name is taken or the folder cannot be written; the name is free then.
+    """
     folder = folder_of(name)
-    folder.mkdir(parents=True, exist_ok=True)
     record = Record(name=name)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / "record.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as err:
         raise StartError(
             f"deployment {name!r} exists; look at: echelon status {name}, end it: echelon down {name}"
         ) from err
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(_to_json(record))
-    shutil.rmtree(folder / "logs", ignore_errors=True)
-    shutil.copyfile(deployment_file, folder / "deployment.yaml")
+    except OSError as err:
+        raise StartError(f"{folder} cannot be written: {err}; set ECHELON_STATE_DIR to a folder that can be") from err
+    try:
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(_to_json(record))
+        shutil.rmtree(folder / "logs", ignore_errors=True)
+        shutil.copyfile(deployment_file, folder / "deployment.yaml")
+    except OSError as err:
+        forget(name)
+        raise StartError(f"{deployment_file} cannot be copied to {folder}: {err}; give a regular file") from err
     return record
 
 

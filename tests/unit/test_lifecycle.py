@@ -1,0 +1,85 @@
+"""What stays on this machine when a start fails: nothing, and the error says what went wrong."""
+
+import os
+import threading
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from cluster import controller, lifecycle, state_dir
+from cluster.controller import Controller, DesiredState
+from cluster.deployment_file import load_deployment
+from cluster.errors import StartError
+from cluster.local import local_settings
+from cluster.status import State
+
+DEMO = Path(__file__).parents[2] / "deploy" / "demo.yaml"
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ECHELON_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return tmp_path
+
+
+def test_a_file_that_cannot_be_copied_does_not_take_the_name(root: Path) -> None:
+    pipe = root / "pipe"  # what `echelon up <(sed ...)` gives
+    os.mkfifo(pipe)
+    with pytest.raises(StartError, match=r"cannot be copied to .*; give a regular file"):
+        state_dir.claim("demo", pipe)
+    assert state_dir.names() == []
+
+
+def test_a_state_folder_that_cannot_be_written_is_named(root: Path) -> None:
+    (root / "state").write_text("a file")
+    with pytest.raises(StartError, match=r"state/demo cannot be written: .*; set ECHELON_STATE_DIR"):
+        state_dir.claim("demo", DEMO)
+
+
+def test_a_failed_start_says_why_although_somebody_took_it_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(log_path: Path) -> NoReturn:
+        state_dir.forget("demo")  # `echelon down demo` in another terminal
+        raise StartError("Ray is out of cheese")
+
+    monkeypatch.setattr(lifecycle, "start_private_ray", fail)
+    with pytest.raises(StartError, match="Ray is out of cheese"):
+        lifecycle.up(DEMO)
+
+
+def test_a_failure_to_clean_up_does_not_hide_why_the_start_failed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(log_path: Path) -> NoReturn:
+        raise StartError("Ray is out of cheese")
+
+    def fail_too(record: state_dir.Record, *, grace_s: float) -> NoReturn:
+        raise StartError("Ray still has a gateway")
+
+    monkeypatch.setattr(lifecycle, "start_private_ray", fail)
+    monkeypatch.setattr(lifecycle, "_take_down", fail_too)
+    with pytest.raises(StartError, match="Ray is out of cheese"):
+        lifecycle.up(DEMO)
+    assert "demo is not wholly gone: Ray still has a gateway; run: echelon down demo" in caplog.text
+
+
+def test_an_error_that_nobody_expected_fails_the_start(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down(host: str, port: int) -> NoReturn:
+        raise ZeroDivisionError("cheese / 0")
+
+    monkeypatch.setattr(controller, "check_port", break_down)
+    plan = lifecycle.plan(DEMO)
+    desired = DesiredState(settings=load_deployment(DEMO), plan=plan, log_dir=root, timeout_s=60.0)
+    starting = Controller(desired)
+    for thread in threading.enumerate():
+        if thread.name == "start":
+            thread.join()
+    _, status = starting.status()
+    assert (status.state, status.reason) == (State.FAILED, "ZeroDivisionError: cheese / 0")
+    assert "break_down" in status.detail
+
+
+def test_the_scheduler_waits_no_shorter_than_the_ranks() -> None:
+    target = DEMO.parents[1] / "models" / "demo-target"
+    assert local_settings(target, collective_timeout_s=300.0).round_timeout_s == 300.0
