@@ -28,6 +28,7 @@ MODELS = Path(__file__).parents[2] / "models"
 TARGET, DRAFT = MODELS / "demo-target", MODELS / "demo-draft"
 PROMPTS = ["def fibonacci(n):\n    ", "import os\nimport sys\n\ndef main(", "class Stack:\n    def __init__(self"]
 NUM_TOKENS = 24
+MAX_MODEL_LEN = 640
 NUM_DRAFTS = (0, 1, 2, 3, 4)
 TIE = 1e-4
 MOST_TIES = 2  # of all comparisons with one deployment
@@ -89,7 +90,7 @@ def generate(cases: dict[str, Case], num_drafts: Iterable[int], **settings: Any)
         "kv_cache_bytes": 128 << 20,
         "max_num_seqs": len(streams),
         "max_num_batched_tokens": 192,
-        "max_model_len": 640,
+        "max_model_len": MAX_MODEL_LEN,
         "num_speculative_tokens": max(NUM_DRAFTS),
     }
     deployment = LocalDeployment(local_settings(**options | settings))
@@ -116,8 +117,14 @@ def cases() -> dict[str, Case]:
 
 @pytest.fixture(scope="module")
 def rule() -> TokenRule:
-    solo = load_model(TARGET, dtype=torch.float32, device=torch.device("cpu"), group=SoloGroup(), max_model_len=640)
-    return TokenRule(solo)
+    return rule_of(TARGET)
+
+
+def rule_of(folder: Path) -> TokenRule:
+    model = load_model(
+        folder, dtype=torch.float32, device=torch.device("cpu"), group=SoloGroup(), max_model_len=MAX_MODEL_LEN
+    )
+    return TokenRule(model)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +206,33 @@ def test_drafts_change_no_token(
     streams = fp32(tp_size)
     assert_really_speculated(streams)
     assert_equal_but_for_ties(rule, cases, ((key, streams[key[0], 0], streams[key]) for key in streams if key[1]))
+
+
+def test_drafts_are_those_of_the_draft_model(fp32: Callable[[int], Streams], cases: dict[str, Case]) -> None:
+    """As many are accepted as if the draft model had computed each chain from the true history: what it holds is cut
+    right behind each verdict. Which rounds have no drafts, before the first and now and then, is a matter of time."""
+    draft_rule = rule_of(DRAFT)
+    predicted, found = inference_pb2.SpeculationStats(), inference_pb2.SpeculationStats()
+    for (name, k), stream in fp32(1).items():
+        if k and name != "long":
+            tokens = torch.tensor(stream.token_ids)
+            lags = draft_rule.lags(cases[name].prompt, stream.token_ids, cases[name].settings)
+            simulate(lags.gather(1, tokens.unsqueeze(1)).squeeze(1) == 0, k, predicted)
+            found.num_draft_tokens += stream.speculation.num_draft_tokens
+            found.num_accepted_tokens += stream.speculation.num_accepted_tokens
+    assert found.num_draft_tokens == pytest.approx(predicted.num_draft_tokens, rel=0.2)
+    expected_rate = predicted.num_accepted_tokens / predicted.num_draft_tokens
+    assert found.num_accepted_tokens / found.num_draft_tokens == pytest.approx(expected_rate, abs=0.03)
+
+
+def simulate(agrees: torch.Tensor, k: int, stats: inference_pb2.SpeculationStats) -> None:
+    """Rounds over a stream of which the draft model would write the tokens `agrees` (bool [NUM_TOKENS])."""
+    place = 1  # the prompt's last token gave the first
+    while (num_drafts := min(k, NUM_TOKENS - 1 - place)) > 0:
+        num_accepted = int(agrees[place : place + num_drafts].cumprod(dim=0).sum())
+        stats.num_draft_tokens += num_drafts
+        stats.num_accepted_tokens += num_accepted
+        place += num_accepted + 1
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])
