@@ -132,6 +132,7 @@ class GroupClient:
     def _stop(self) -> None:
         if self._watchdog is not None:
             self._watchdog.cancel()
+            self._watchdog = None  # what the next stream's first round looks at
 
     async def _write(self, call: "RoundsCall") -> None:
         while True:

@@ -249,6 +249,10 @@ async def test_a_round_without_answer_counts_as_a_lost_group(tokenizer_dir: Path
     end = await gateway.end_of("r")
     assert end.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
     assert "did not answer a round within 0.1 s" in end.error.message
+    await gateway.until(lambda status: status.ready)
+    await gateway.submit(submit("first of the next stream", PROMPT))
+    end = await gateway.end_of("first of the next stream")
+    assert "did not answer a round within 0.1 s" in end.error.message
     await house.stop()
 
 
