@@ -96,11 +96,12 @@ class SamplingRows:
         )
         truncated = [row for row, state in enumerate(states) if state.truncates]
         asking = [(row, state.logprobs) for row, state in enumerate(states) if state.logprobs is not None]
+        edits_logits = any(entry.state.edits_logits_at(entry.position) for entry in entries)
         return SamplingRows(
             temperature=torch.tensor([state.temperature for state in states], dtype=torch.float32).to(device),
             keys=NoiseKeys(seeds=keys[0], sample_indices=keys[1], positions=keys[2]),
             all_greedy=all(state.temperature == 0 for state in states),
-            edits=_logit_edits(entries, device) if any(state.edits_logits for state in states) else None,
+            edits=_logit_edits(entries, device) if edits_logits else None,
             truncated_rows=torch.tensor(truncated).to(device) if truncated else None,
             truncation=_truncation([states[row] for row in truncated], device) if truncated else None,
             logprob_rows=tuple(row for row, _ in asking),
@@ -126,7 +127,7 @@ def _truncation(states: Sequence[SeqSamplingState], device: torch.device) -> Tru
 
 
 def _logit_edits(entries: Sequence[RowEntry], device: torch.device) -> LogitEdits:
-    editing = [(row, entry) for row, entry in enumerate(entries) if entry.state.edits_logits]
+    editing = [(row, entry) for row, entry in enumerate(entries) if entry.state.edits_logits_at(entry.position)]
     penalised: list[tuple[int, tuple[NDArray[Any], ...]]] = []
     for row, entry in editing:
         counts = entry.state.counts_behind(entry.hypothetical)

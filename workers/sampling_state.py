@@ -117,10 +117,9 @@ class SeqSamplingState:
         self.suppressed: IntArray = np.array(sampling.suppressed_token_ids, dtype=np.int64)
         self.suppressed_before: int = self.num_prompt_tokens + sampling.min_tokens  # absolute position
 
-    @property
-    def edits_logits(self) -> bool:
-        """Whether single logits may change before the choice."""
-        return self._history is not None or len(self.bias[0]) > 0 or len(self.suppressed) > 0
+    def edits_logits_at(self, position: int) -> bool:
+        """Whether single logits may change before the choice of the token at this absolute position."""
+        return self._history is not None or len(self.bias[0]) > 0 or len(self.suppressed_at(position)) > 0
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Output tokens join the history."""

@@ -34,7 +34,7 @@ class SeqTable:
     A seq has a history `token_ids[slot, :lengths[slot]]` (on a draft engine followed by the chain of its own drafts),
     of which the first `num_computed[slot]` tokens have KV, in the blocks `block_table[slot, :num_blocks[slot]]`.
     Everything is a row of one array, so that no Python runs per token and little per seq. Not thread-safe; methods
-    trust their arguments, which `workers.rounds.plan_round` has checked.
+    trust their arguments, which workers/rounds.py has checked.
     """
 
     def __init__(self, limits: Limits) -> None:

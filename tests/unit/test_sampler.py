@@ -104,6 +104,13 @@ def test_end_tokens_are_masked_until_min_tokens() -> None:
             assert (chosen == {40}) == (num_output >= 2)
 
 
+def test_end_tokens_cost_nothing_behind_min_tokens() -> None:
+    """Every seq of a model with EOS has end tokens: their masks must not copy the logits of each step."""
+    settings: dict[str, Any] = {"min_tokens": 2, "suppressed_token_ids": [40]}
+    assert rows_of([state(VOCAB_SIZE, output=[9], **settings)]).edits is not None
+    assert rows_of([state(VOCAB_SIZE, output=[9, 9], **settings)]).edits is None
+
+
 def test_min_tokens_counts_drafts_before_the_position() -> None:
     seq = state(VOCAB_SIZE, output=[9], min_tokens=2, suppressed_token_ids=[40], temperature=0.0)
     logits = torch.zeros(2, VOCAB_SIZE)
