@@ -65,8 +65,8 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationStats:
-    num_rounds: int  # target rounds that committed tokens of this request
-    num_drafts: int  # rounds with drafted tokens
+    num_rounds: int  # target rounds that committed tokens, summed over the samples
+    num_drafts: int  # those of them in which drafts were compared
     num_draft_tokens: int
     num_accepted_tokens: int
     accepted_per_position: tuple[int, ...]  # [i]: how often draft i of a round was accepted

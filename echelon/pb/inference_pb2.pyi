@@ -335,9 +335,9 @@ class SpeculationStats(google.protobuf.message.Message):
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: builtins.int
     ACCEPTED_PER_POSITION_FIELD_NUMBER: builtins.int
     num_rounds: builtins.int
-    """target rounds that committed tokens of this request"""
+    """target rounds that committed tokens, summed over the samples"""
     num_drafts: builtins.int
-    """rounds with drafted tokens"""
+    """those of them in which drafts were compared"""
     num_draft_tokens: builtins.int
     num_accepted_tokens: builtins.int
     @property
