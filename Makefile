@@ -21,9 +21,11 @@ test-gpu:  ## on a machine with a CUDA device; uses the Python on PATH, which br
 	$(PYTHON) -m pytest -m gpu tests/gpu
 
 bench: $(READY)  ## the benchmarks that run on this machine; results go to bench/results
-	$(BIN)/python -m bench.decode
-	$(BIN)/python -m bench.rounds
-	$(BIN)/python -m bench.speculate
+	$(BIN)/python -m bench.kernels --save
+	$(BIN)/python -m bench.decode --save
+	$(BIN)/python -m bench.rounds --save
+	$(BIN)/python -m bench.speculate --save
+	$(BIN)/python -m bench.acceptance --save
 
 proto:  ## regenerate echelon/pb after editing protos/
 	protos/generate.sh
