@@ -152,6 +152,12 @@ class Replica:
             reason = "this scheduler is shutting down"
         elif not self.ready:
             reason = f"{self.target.name}: {self.target.last_error or 'not connected yet'}"
+        elif submit.request_id in self._outboxes:
+            return Failed(
+                request_id=submit.request_id,
+                code=StatusCode.ALREADY_EXISTS.value[0],
+                message=f"request_id {submit.request_id!r} has not ended yet",
+            )
         else:
             return None
         return Failed(request_id=submit.request_id, code=StatusCode.UNAVAILABLE.value[0], message=reason)

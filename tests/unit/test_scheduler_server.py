@@ -208,6 +208,22 @@ async def test_refusals_do_not_disturb_what_runs(house: House) -> None:
     assert gateway.tokens["r"] == expected(submit("r", PROMPT), 9)
 
 
+async def test_an_id_is_taken_until_its_end_has_been_delivered(house: House) -> None:
+    """Another gateway may send the same id in the very turn of the loop in which the first one cancels."""
+    replica = house.server.replica
+    house.target.pause()
+    first, second = Outbox(), Outbox()
+    replica.submit(submit("r", PROMPT), first)
+    replica.cancel("r")
+    replica.submit(submit("r", PROMPT), second)
+    assert (await second.take_all()).replies[0].error.code == grpc.StatusCode.ALREADY_EXISTS.value[0]
+    assert (await first.take_all()).replies[-1].HasField("complete")
+    house.target.resume()
+    replica.submit(submit("r", PROMPT), second)
+    while not (replies := (await second.take_all()).replies)[-1].HasField("complete"):
+        assert not replies[-1].HasField("error")
+
+
 async def test_speculation_survives_its_group(house: House) -> None:
     gateway = house.gateway()
     house.draft.drop_streams()
