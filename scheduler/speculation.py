@@ -155,6 +155,9 @@ class Drafter:
         num_new = blocks.num_blocks_for(min(len(seq.token_ids) + seq.max_drafts, most)) - len(found)
         if num_new + blocks.num_idle_among(found) > blocks.num_free:
             return False
+        if max(seq.token_ids) >= engine.info.vocab_size:  # padding of the target's vocabulary that the draft lacks
+            seq.max_drafts = 0
+            return False
         blocks.hold(found)
         seat = DraftSeat(
             slot=engine.take_slot(),

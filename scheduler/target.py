@@ -1,6 +1,7 @@
 """Which seqs the target computes next: continuous batching with chunked prefill, preemption and prefix reuse."""
 
 from bisect import insort
+from itertools import takewhile
 from operator import attrgetter
 
 from echelon.pb import worker_pb2
@@ -211,7 +212,9 @@ class TargetPlanner:
             if not seq.drafts:
                 continue
             room = engine.room_for(row.seat) - row.start - 1
-            drafts = seq.drafts[: max(0, min(budget, room))]
+            # Padding of the draft's vocabulary may reach beyond the target's.
+            known = list(takewhile(lambda token_id: token_id < engine.info.vocab_size, seq.drafts))
+            drafts = known[: max(0, min(budget, room))]
             seq.drafts = []
             if drafts and engine.grow(row.seat, row.start + 1 + len(drafts)):
                 row.drafts = drafts

@@ -128,6 +128,7 @@ class FakeEngine:
         _require(seq.slot < self.num_slots and seq.slot not in self.slots, f"slot {seq.slot} is free")
         _require(seq.num_computed_tokens < len(seq.token_ids), "a token is left to compute")
         _require(1 <= seq.num_prompt_tokens <= len(seq.token_ids), "num_prompt_tokens")
+        self._check_token_ids(seq.token_ids)
         slot = _Slot(
             history=list(seq.token_ids),
             num_prompt=seq.num_prompt_tokens,
@@ -138,6 +139,9 @@ class FakeEngine:
         self._add_blocks(slot, seq.block_table)
         _require(seq.num_computed_tokens <= len(slot.blocks) * self.block_size, "computed tokens have blocks")
         self.slots[seq.slot] = slot
+
+    def _check_token_ids(self, token_ids: Sequence[int]) -> None:
+        _require(all(token_id < self.model.vocab_size for token_id in token_ids), "token ids are of the vocabulary")
 
     def _add_blocks(self, slot: _Slot, block_ids: Sequence[int]) -> None:
         _require(all(block_id < self.num_blocks for block_id in block_ids), "block ids exist")
@@ -153,6 +157,8 @@ class FakeEngine:
             _require(slot.num_prompt <= row.crop_len <= len(slot.history), "crop_len")
             del slot.history[row.crop_len :]
             slot.num_computed = min(slot.num_computed, row.crop_len)
+        self._check_token_ids(row.append_token_ids)
+        self._check_token_ids(row.draft_token_ids)
         slot.history += row.append_token_ids
         self._add_blocks(slot, row.new_block_ids)
         _require(row.chunk_len >= 1, "a row computes something")

@@ -190,6 +190,17 @@ def test_speculation_ends_and_resumes_with_the_draft_group() -> None:
     sim.assert_plain(message)
 
 
+@pytest.mark.parametrize("draft_vocab_size", [30, 50])
+def test_a_padding_token_of_one_vocabulary_is_not_shown_to_the_other_model(draft_vocab_size: int) -> None:
+    sim = Simulation(draft=FakeEngine(role=DRAFT, model=FakeModel(vocab_size=draft_vocab_size)))
+    message = submit("r", [*prompt(1, 9), 39], max_tokens=60)
+    sim.submit(message)
+    sim.run()
+    sim.assert_plain(message)
+    sim.assert_all_free()
+    assert bool(sim.core.status().draft_tokens_total) == (draft_vocab_size > 39)
+
+
 def test_the_first_token_does_not_wait_for_the_draft() -> None:
     sim = Simulation(draft=draft_engine(100))
     sim.submit(submit("r", prompt(1, 60), max_tokens=5))
