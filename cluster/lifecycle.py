@@ -151,7 +151,12 @@ def _take_down(record: Record, *, grace_s: float) -> None:
     if record.ray_address and is_listening(record.ray_address):
         from cluster import ray_lifecycle
 
-        ray_lifecycle.end(record, grace_s)
+        try:
+            ray_lifecycle.end(record, grace_s)
+        except StartError as err:
+            if record.private_ray is None:
+                raise
+            logger.warning("%s; its private Ray is ended with all that runs in it", err)
     if record.private_ray is not None:
         stop_private_ray(record.private_ray, grace_s=grace_s)
     state_dir.forget(record.name)

@@ -2,16 +2,18 @@
 
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-from cluster import controller, lifecycle, state_dir
+from cluster import controller, lifecycle, ray_lifecycle, state_dir
 from cluster.controller import Controller, DesiredState
 from cluster.deployment_file import load_deployment
 from cluster.errors import StartError
 from cluster.local import local_settings
+from cluster.ray_runtime import PrivateRay
 from cluster.status import State
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo.yaml"
@@ -62,6 +64,27 @@ def test_a_failure_to_clean_up_does_not_hide_why_the_start_failed(
     with pytest.raises(StartError, match="Ray is out of cheese"):
         lifecycle.up(DEMO)
     assert "demo is not wholly gone: Ray still has a gateway; run: echelon down demo" in caplog.text
+
+
+def test_a_private_ray_that_hangs_is_ended_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(record: state_dir.Record, grace_s: float) -> NoReturn:
+        raise StartError("cannot connect to the Ray cluster")
+
+    ended: list[PrivateRay] = []
+    private = PrivateRay(address="127.0.0.2:1", pid=1, token="t", temp_dir="/tmp/t")
+    monkeypatch.setattr(lifecycle, "is_listening", lambda address: True)
+    monkeypatch.setattr(ray_lifecycle, "end", hang)
+    monkeypatch.setattr(lifecycle, "stop_private_ray", lambda ray, grace_s: ended.append(ray))
+    record = state_dir.claim("demo", DEMO)
+    state_dir.save(replace(record, ray_address=private.address, private_ray=private))
+    lifecycle.down("demo")
+    assert ended == [private]
+    assert state_dir.names() == []
+    shared = state_dir.claim("demo", DEMO)
+    state_dir.save(replace(shared, ray_address="10.0.0.1:6379"))
+    with pytest.raises(StartError, match="cannot connect"):
+        lifecycle.down("demo")
+    assert state_dir.names() == ["demo"], "so that down can be tried again"
 
 
 def test_an_error_that_nobody_expected_fails_the_start(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
