@@ -54,7 +54,7 @@ class Submit(google.protobuf.message.Message):
     def prompt_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
     def sampling(self) -> echelon.pb.sampling_pb2.SamplingParams:
-        """every field set; seed drawn"""
+        """every field set but logprobs that were not asked for; seed drawn"""
 
     @property
     def speculation(self) -> echelon.pb.inference_pb2.Speculation: ...
