@@ -96,7 +96,7 @@ class Drafter:
         engine = self.engine
         if engine is None or self._drafting or len(engine.in_flight) >= _MAX_ROUNDS:
             return None
-        speculating = [seq for seq in running if seq.max_drafts]
+        speculating = [seq for seq in running if seq.max_drafts and self._may_follow(engine, seq)]
         self._seat_newcomers(engine, speculating)
         rows = self._drafting_rows(engine, speculating)
         if rows:
@@ -125,8 +125,7 @@ class Drafter:
         if answer.non_finite:
             logger.warning("request %s: non-finite draft logits, going on without drafts", seq.request.request_id)
             self.engine.blocks.forget(seat.block_ids[: seat.num_published])
-            self.release(seq)
-            seq.max_drafts = 0
+            self._give_up(seq)
             return 0
         self.engine.publish(seq, seat, row.start + row.chunk_len)
         if row.num_draft_tokens == 0:
@@ -135,6 +134,18 @@ class Drafter:
         seat.num_computed += max(0, len(seat.chain) - 1)  # the last draft has not been computed
         seq.drafts = seat.chain.copy()
         return len(seat.chain)
+
+    def _may_follow(self, engine: Engine, seq: Seq) -> bool:
+        """Whether there is room for the seq and a draft in the draft's context, which may be the shorter one."""
+        if len(seq.token_ids) < engine.info.max_model_len:
+            return True
+        self._give_up(seq)
+        return False
+
+    def _give_up(self, seq: Seq) -> None:
+        """The seq goes on without drafts."""
+        self.release(seq)
+        seq.max_drafts = 0
 
     def _seat_newcomers(self, engine: Engine, speculating: list[Seq]) -> None:
         for seq in speculating:
@@ -150,13 +161,11 @@ class Drafter:
         blocks = engine.blocks
         found = engine.find_prefix(seq)
         most = min(seq.max_len, engine.info.max_model_len)
-        if len(seq.token_ids) > most:
-            return False
         num_new = blocks.num_blocks_for(min(len(seq.token_ids) + seq.max_drafts, most)) - len(found)
         if num_new + blocks.num_idle_among(found) > blocks.num_free:
             return False
         if max(seq.token_ids) >= engine.info.vocab_size:  # padding of the target's vocabulary that the draft lacks
-            seq.max_drafts = 0
+            self._give_up(seq)
             return False
         blocks.hold(found)
         seat = DraftSeat(

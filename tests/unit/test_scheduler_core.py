@@ -201,6 +201,22 @@ def test_a_padding_token_of_one_vocabulary_is_not_shown_to_the_other_model(draft
     assert bool(sim.core.status().draft_tokens_total) == (draft_vocab_size > 39)
 
 
+def test_a_seq_that_outgrows_the_draft_goes_on_without_it() -> None:
+    draft = draft_engine(max_model_len=60, max_num_batched_tokens=8)
+    sim = Simulation(draft=draft)
+    message = submit("r", prompt(1, 50), max_tokens=70)
+    sim.submit(message)
+    while not sim.draft_rounds:
+        sim.plan()
+    while len(sim.tokens.get(("r", 0), [])) < 12:  # the draft is still busy with the prompt
+        sim.plan()
+        sim.run_target_round()
+    sim.run()
+    sim.assert_plain(message)
+    assert len(sim.tokens["r", 0]) == 70
+    sim.assert_all_free()
+
+
 def test_the_first_token_does_not_wait_for_the_draft() -> None:
     sim = Simulation(draft=draft_engine(100))
     sim.submit(submit("r", prompt(1, 60), max_tokens=5))
