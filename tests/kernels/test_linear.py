@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import linear
-from kernels.linear import linear_batch_invariant, linear_batch_invariant_reference, probe_linear_batch_invariant
+import kernels.linear
+from kernels.linear import (
+    linear,
+    linear_batch_invariant,
+    linear_batch_invariant_reference,
+    pack_weight,
+    probe_linear_batch_invariant,
+)
 
 
 def inputs(num_rows: int, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,12 +76,12 @@ def test_fp32_can_be_kept_here() -> None:
 
 
 def test_the_probe_notices_a_product_that_depends_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    careful = linear._linear_in_padded_tiles
+    careful = kernels.linear._linear_in_padded_tiles
 
     def careless(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return careful(rows, weight, bias) * (1.001 if rows.shape[0] == 17 else 1)
 
-    monkeypatch.setattr(linear, "_linear_in_padded_tiles", careless)
+    monkeypatch.setattr(kernels.linear, "_linear_in_padded_tiles", careless)
     _, weight, _ = inputs(1, (24, 16), torch.float32)
     finding = probe_linear_batch_invariant(weight)
     assert finding is not None
@@ -91,3 +97,27 @@ def test_errors_name_the_argument() -> None:
         linear_batch_invariant(x, weight.bfloat16())
     with pytest.raises(ValueError, match=r"^bias: expected \[3\], got \[2\]"):
         linear_batch_invariant(x, weight, torch.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 7, 33, 300])
+@pytest.mark.parametrize(("in_features", "out_features"), [(64, 48), (96, 1), (1536, 520), (33, 17)])
+def test_a_packed_weight_gives_the_same_product(
+    dtype: torch.dtype, num_rows: int, in_features: int, out_features: int
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(num_rows, 2 * in_features).to(dtype)[:, ::2]  # strided
+    weight, bias = torch.randn(out_features, in_features).to(dtype), torch.randn(out_features).to(dtype)
+    packed = pack_weight(weight)
+    expected = x.double() @ weight.double().T + bias.double()
+    bound = {torch.bfloat16: 2**-8, torch.float32: 1e-5}[dtype]
+    magnitude = x.double().abs() @ weight.double().abs().T + bias.double().abs()
+    error = linear(x, packed, bias).double() - expected
+    assert error.shape == (num_rows, out_features)
+    assert (error.abs() <= bound * magnitude).all()
+
+
+def test_only_what_gains_is_packed() -> None:
+    weight = torch.randn(32, 32)
+    assert pack_weight(weight) is weight
+    assert pack_weight(weight.bfloat16()).is_mkldnn == torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -2,15 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.linear import linear_batch_invariant
+from kernels.linear import linear, linear_batch_invariant, pack_weight
 from workers.groups import Group
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Packable(Protocol):
+    """A layer whose weight nothing but `ctx.linear` reads."""
+
+    weight: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,7 +38,8 @@ class BuildContext:
         self.dtype = dtype
         self.device = device
         self.batch_invariant = batch_invariant
-        self.linear: Linear = linear_batch_invariant if batch_invariant else F.linear
+        self.linear: Linear = linear_batch_invariant if batch_invariant else linear
+        self._packable: list[Packable] = []
         self.slices: list[WeightSlice] = []
         self.num_bytes = 0  # of all parameters allocated so far
 
@@ -45,6 +52,17 @@ class BuildContext:
     def read(self, name: str, full_shape: tuple[int, ...], target: Tensor, *, dim: int = 0, start: int = 0) -> None:
         """Lets `target` be filled with checkpoint tensor `name`, narrowed along `dim` from `start` on."""
         self.slices.append(WeightSlice(name=name, full_shape=full_shape, dim=dim, start=start, target=target))
+
+    def packable(self, layer: Packable) -> None:
+        """Lets the weight of `layer` change its layout once it is filled."""
+        self._packable.append(layer)
+
+    def pack(self) -> None:
+        """Brings the filled weights into the layout that `linear` reads fastest, one at a time."""
+        self.slices.clear()  # they hold the weights that are replaced
+        if not self.batch_invariant:  # its promise about bits is tested for weights as they are
+            for layer in self._packable:
+                layer.weight = pack_weight(layer.weight)
 
     def replicated(self, name: str, *shape: int) -> Tensor:
         """A parameter that every rank holds whole."""

@@ -32,6 +32,7 @@ class ColumnParallelLinear:
             if self.bias is not None:
                 ctx.read(f"{part.name}.bias", (part.out_features,), self.bias[rows], start=part.start)
             row += part.size
+        ctx.packable(self)
 
     def __call__(self, x: Tensor) -> Tensor:  # [num_tokens, in_features] -> [num_tokens, sum of part sizes]
         return self._linear(x, self.weight, self.bias)
@@ -93,6 +94,7 @@ class RowParallelLinear:
         self.weight = ctx.empty(out_features, size)
         ctx.read(f"{name}.weight", (out_features, in_features), self.weight, dim=1, start=ctx.group.rank * size)
         self.bias = ctx.replicated(f"{name}.bias", out_features) if bias else None
+        ctx.packable(self)
 
     def __call__(self, x: Tensor) -> Tensor:  # [num_tokens, in_features / tp_size] -> [num_tokens, out_features]
         y = self._all_reduce(self._linear(x, self.weight, None))

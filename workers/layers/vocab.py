@@ -38,11 +38,12 @@ class ParallelLMHead:
         self._linear = ctx.linear
         self.vocab_range = vocab_range(vocab_size, ctx.group.rank, ctx.group.size)
         if tied_to is not None:
-            self.weight = tied_to
+            self.weight = tied_to  # not packed: the embedding reads it too, and a second copy would be large
             return
         start, end = self.vocab_range
         self.weight = ctx.empty(end - start, hidden_size)
         ctx.read(f"{name}.weight", (vocab_size, hidden_size), self.weight, start=start)
+        ctx.packable(self)
 
     def __call__(self, hidden: Tensor) -> Tensor:  # [rows, hidden_size] -> fp32 [rows, end - start]
         return self._linear(hidden, self.weight, None).float()

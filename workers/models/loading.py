@@ -44,6 +44,8 @@ def load_model(
     checkpoint.read(ctx.slices, progress or _ignore)
     if config.tie_word_embeddings and _HEAD in checkpoint.tensors:
         _check_head_is_tied(model, checkpoint, group)
+    with torch.inference_mode():
+        ctx.pack()
     took_s = time.monotonic() - started_s
     logger.info("loaded %s: %d MiB on rank %d in %.1f s", folder, model.weight_bytes >> 20, group.rank, took_s)
     return model
