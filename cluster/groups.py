@@ -79,6 +79,9 @@ def _launch(group: GroupLaunch, rank: int, *, store_address: str) -> Launch:
     spec.store_address = store_address
     # Libraries size their thread pools when they are imported, before the worker has read its spec.
     env = {"OMP_NUM_THREADS": str(max(1, spec.threads))}
+    if not spec.cpu_ids:
+        # Cores that others use too: a thread that spins at a barrier keeps the one it waits for from running.
+        env["OMP_WAIT_POLICY"] = "passive"
     return Launch(name=spec.name, module=WORKER_MODULE, spec=spec, node=spec.host, bundle=group.bundles[rank], env=env)
 
 

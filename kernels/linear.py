@@ -33,7 +33,7 @@ def pack_weight(weight: Tensor) -> Tensor:
     weight: [out_features, in_features]. Packed are bf16 weights on a CPU with bf16 instructions, by oneDNN; any other
     weight is returned as it is.
     """
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _onednn_multiplies_bf16():
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS)
         return packed
     return weight
@@ -93,6 +93,10 @@ def probe_linear_batch_invariant(weight: Tensor, bias: Tensor | None = None) -> 
                     f"({torch.get_num_threads()} threads), so batch_invariant cannot be kept here"
                 )
     return None
+
+
+def _onednn_multiplies_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _linear_in_bounded_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -44,7 +44,8 @@ def serve(spec: WorkerSpec) -> None:
     if spec.rank == 0 and spec.world_size > 1:
         say(storeOpened={"address": "127.0.0.1:1234"})
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    info = {"device": f"gpus={devices} omp={os.environ.get('OMP_NUM_THREADS', '')}", "worldSize": spec.world_size}
+    threads = f"omp={os.environ.get('OMP_NUM_THREADS', '')} {os.environ.get('OMP_WAIT_POLICY', 'default')}"
+    info = {"device": f"gpus={devices} {threads}", "worldSize": spec.world_size}
     say(ready={"address": "127.0.0.1:5678" if spec.rank == 0 else "", "worker": info})
 
 

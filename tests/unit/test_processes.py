@@ -132,7 +132,7 @@ def test_the_leaders_store_goes_to_the_other_ranks(tmp_path: Path, to_stop: list
     assert group.address == "127.0.0.1:5678"
     assert group.incarnation == 7
     assert group.info.world_size == 3
-    assert group.info.device.endswith("omp=2"), "thread pools are sized before the worker has read its spec"
+    assert group.info.device.endswith("omp=2 passive"), "thread pools are set up before the worker has read its spec"
     assert "rank 0 joins nobody" in stages["target-0.0"]
     assert "rank 2 joins 127.0.0.1:1234" in stages["target-0.2"]
 
@@ -185,3 +185,11 @@ def test_a_process_that_dies_later_changes_the_deployments_state(tmp_path: Path,
     state, reason = processes.read(lambda board: board.deployment())
     assert state is State.FAILED
     assert reason.startswith("target-0.0: was killed by SIGKILL")
+
+
+def test_threads_spin_only_on_cores_of_their_own(tmp_path: Path, to_stop: list[ProcessSet]) -> None:
+    pinned = spec()
+    pinned.cpu_ids.extend([0, 1])
+    group, processes = start_worker_group([pinned], Spawner(tmp_path), timeout_s=ANSWER_S)
+    to_stop.append(processes)
+    assert group.info.device.endswith("omp=2 default")
