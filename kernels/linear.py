@@ -96,7 +96,7 @@ def probe_linear_batch_invariant(weight: Tensor, bias: Tensor | None = None) -> 
 
 
 def _onednn_multiplies_bf16() -> bool:
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _linear_in_bounded_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
