@@ -25,10 +25,6 @@ class Group(Protocol):
         """Every rank's `x` (same shape everywhere, contiguous): [size, *x.shape]."""
         ...
 
-    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
-        """`x` of rank `src`, written into the argument (contiguous), which is returned."""
-        ...
-
 
 class SoloGroup:
     """A group of one: no communication."""
@@ -41,10 +37,6 @@ class SoloGroup:
 
     def all_gather(self, x: Tensor) -> Tensor:
         return x.unsqueeze(0)
-
-    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
-        assert src == 0, f"a group of one has no rank {src}"
-        return x
 
 
 class TorchGroup:
@@ -75,10 +67,6 @@ class TorchGroup:
         # Under this name in every torch we support; the public wrapper was renamed between 2.11 and 2.13.
         self._process_group._allgather_base(gathered, x.reshape(-1)).wait()
         return gathered.view(self.size, *x.shape)
-
-    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
-        self._process_group.broadcast(x, src).wait()
-        return x
 
 
 def _sum_in_order(partials: Tensor) -> Tensor:  # [size, ...] -> [...]

@@ -41,9 +41,6 @@ class ThreadGroup:
     def all_reduce(self, x: Tensor) -> Tensor:
         return self.all_gather(x).sum(dim=0, dtype=x.dtype)
 
-    def broadcast(self, x: Tensor, src: int = 0) -> Tensor:
-        return x.copy_(self.all_gather(x)[src])
-
 
 def run_ranks(size: int, function: Callable[[ThreadGroup], T]) -> list[T]:
     """What each rank's call returns; a failure of any rank is raised."""
