@@ -11,10 +11,47 @@ ones, their keys and values already stand in the cache, and each attends to all 
 so prefill chunks, verify rows and decode rows are one operator, and differ only in how many tokens are new.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from kernels.paged_attention_cpu import paged_attention_cpu
+from kernels.paged_kv import SeqRows, rows_of_seqs
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """What can be worked out once for all layers of a step."""
+
+    seqs: list[SeqRows] | None  # None: nothing on this device
+
+
+def plan_attention(
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    *,
+    num_tokens: int,
+    num_blocks: int,
+    block_size: int,
+) -> AttentionPlan:
+    """The plan of all calls of paged_attention with these lengths and blocks, in caches of one shape.
+
+    Raises ValueError for lengths and blocks that cannot be.
+    """
+    if seq_lens.device.type != "cpu":
+        return AttentionPlan(None)
+    return AttentionPlan(
+        rows_of_seqs(
+            block_table,
+            seq_lens,
+            cu_seqlens_q,
+            num_tokens=num_tokens,
+            num_blocks=num_blocks,
+            block_size=block_size,
+        )
+    )
 
 
 def paged_attention(
@@ -28,6 +65,7 @@ def paged_attention(
     softmax_scale: float,
     sliding_window: int | None = None,
     batch_invariant: bool = False,
+    plan: AttentionPlan | None = None,
 ) -> Tensor:
     """softmax(q k^T * softmax_scale) v for each query token over the keys of its own seq.
 
@@ -37,7 +75,8 @@ def paged_attention(
     last block are not read. seq_lens: int32 [num_seqs], keys of each seq, this batch's new tokens included.
     cu_seqlens_q: int32 [num_seqs + 1]. sliding_window: a token sees itself and the sliding_window - 1 positions before.
     batch_invariant: the bits of a token's result depend neither on the batch around it nor on how many tokens of its
-    seq are computed together (see paged_attention_cpu.py); needs a probe of the machine.
+    seq are computed together (see paged_attention_cpu.py); needs a probe of the machine. plan: from plan_attention for
+    the same lengths and blocks; without it every call makes its own.
 
     Returns [num_tokens, num_q_heads, head_dim] in q's dtype. What the cache holds outside a seq's own slots, NaN
     included, has no influence. Raises ValueError naming the argument that does not fit.
@@ -46,13 +85,22 @@ def paged_attention(
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window: expected None or at least 1, got {sliding_window}")
     if q.device.type == "cpu":
+        if plan is None or plan.seqs is None:
+            num_blocks, block_size = k_cache.shape[:2]
+            plan = plan_attention(
+                block_table,
+                seq_lens,
+                cu_seqlens_q,
+                num_tokens=q.shape[0],
+                num_blocks=num_blocks,
+                block_size=block_size,
+            )
+        assert plan.seqs is not None, "a plan on cpu lists the seqs"
         return paged_attention_cpu(
             q,
             k_cache,
             v_cache,
-            block_table,
-            seq_lens,
-            cu_seqlens_q,
+            plan.seqs,
             softmax_scale=softmax_scale,
             sliding_window=sliding_window,
             batch_invariant=batch_invariant,

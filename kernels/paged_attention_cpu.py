@@ -6,12 +6,14 @@ takes four times as long for one row as for two, which is twice as long as tiles
 through tiles, because SDPA rounds a row differently with the number of rows beside it.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.attention_tiles import FIXED_KEYS, AttentionCall, attend_rows, attend_rows_invariant
-from kernels.paged_kv import SeqRows, rows_of_seqs
+from kernels.paged_kv import SeqRows
 
 # Rows of a seq: its new tokens times the query heads that share a KV head. Measured with 4 to 12 KV heads.
 TILES_MAX_ROWS = 32
@@ -24,24 +26,14 @@ def paged_attention_cpu(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens_q: Tensor,
+    seqs: Sequence[SeqRows],
     *,
     softmax_scale: float,
     sliding_window: int | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """paged_attention for CPU tensors that passed its layout checks. Raises ValueError for values that do not fit."""
-    num_blocks, block_size, num_kv_heads, _ = k_cache.shape
-    seqs = rows_of_seqs(
-        block_table,
-        seq_lens,
-        cu_seqlens_q,
-        num_tokens=q.shape[0],
-        num_blocks=num_blocks,
-        block_size=block_size,
-    )
+    """paged_attention for CPU tensors that passed its layout checks."""
+    num_kv_heads = k_cache.shape[2]
     call = AttentionCall(
         q=q,
         k_cache=k_cache,
@@ -73,18 +65,12 @@ def probe_paged_attention_batch_invariant(num_q_heads: int, num_kv_heads: int, h
     num_blocks = -(-length // block_size)
     q = torch.randn(length, num_q_heads, head_dim, generator=generator)
     k_cache, v_cache = torch.randn(2, num_blocks, block_size, num_kv_heads, head_dim, generator=generator)
-    table = torch.arange(num_blocks, dtype=torch.int32).unsqueeze(0)
+    blocks = list(range(num_blocks))
 
     def rows(start: int, end: int) -> Tensor:
+        seq = SeqRows(first_token=0, num_tokens=end - start, first_position=start, blocks=blocks, neighbours=True)
         return paged_attention_cpu(
-            q[start:end],
-            k_cache,
-            v_cache,
-            table,
-            torch.tensor([end], dtype=torch.int32),
-            torch.tensor([0, end - start], dtype=torch.int32),
-            softmax_scale=head_dim**-0.5,
-            batch_invariant=True,
+            q[start:end], k_cache, v_cache, [seq], softmax_scale=head_dim**-0.5, batch_invariant=True
         )
 
     whole = rows(0, length)

@@ -1,9 +1,11 @@
 """One decoder for all dense families: what differs between them is in ModelConfig."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from kernels.paged_attention import paged_attention
+from kernels.paged_attention import AttentionPlan, paged_attention, plan_attention
 from kernels.reshape_and_cache import gather_rotary, reshape_and_cache
 from kernels.rms_norm import fused_add_rms_norm, rms_norm
 from kernels.silu_and_mul import silu_and_mul
@@ -15,6 +17,15 @@ from workers.layers.vocab import ParallelLMHead, VocabParallelEmbedding
 from workers.models.config import ModelConfig
 
 KVCache = tuple[Tensor, Tensor]  # keys and values of a layer: [num_blocks, block_size, kv_heads_per_rank, head_dim]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all layers of a forward share."""
+
+    batch: Batch
+    rotary: Tensor  # of the batch's positions, see gather_rotary
+    attention_plan: AttentionPlan
 
 
 class Attention:
@@ -40,15 +51,15 @@ class Attention:
         self.q_norm = ctx.replicated(f"{prefix}.q_norm.weight", config.head_dim) if config.qk_norm else None
         self.k_norm = ctx.replicated(f"{prefix}.k_norm.weight", config.head_dim) if config.qk_norm else None
 
-    def __call__(self, x: Tensor, batch: Batch, rotary: Tensor, kv_cache: KVCache) -> Tensor:
-        """x and the result: [num_tokens, hidden_size]. rotary: of the batch's positions, see gather_rotary."""
+    def __call__(self, x: Tensor, step: Step, kv_cache: KVCache) -> Tensor:  # [num_tokens, hidden_size], twice
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self._head_dim)
         q, k, v = torch.split(qkv, self._heads, dim=1)  # each [num_tokens, heads, head_dim]
         if self.q_norm is not None and self.k_norm is not None:
             q = rms_norm(q, self.q_norm, self._eps)
             k = rms_norm(k, self.k_norm, self._eps)
+        batch = step.batch
         k_cache, v_cache = kv_cache
-        reshape_and_cache(q, k, v, rotary, batch.slot_mapping, k_cache, v_cache)
+        reshape_and_cache(q, k, v, step.rotary, batch.slot_mapping, k_cache, v_cache)
         attended = paged_attention(
             q,
             k_cache,
@@ -59,6 +70,7 @@ class Attention:
             softmax_scale=self._head_dim**-0.5,
             sliding_window=self._sliding_window,
             batch_invariant=self._batch_invariant,
+            plan=step.attention_plan,
         )
         return self.o_proj(attended.flatten(1))
 
@@ -87,16 +99,14 @@ class DecoderLayer:
         self.mlp_norm = ctx.replicated(f"{prefix}.post_attention_layernorm.weight", config.hidden_size)
         self.mlp = MLP(f"{prefix}.mlp", config=config, ctx=ctx)
 
-    def __call__(
-        self, hidden: Tensor, residual: Tensor | None, batch: Batch, rotary: Tensor, kv_cache: KVCache
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, hidden: Tensor, residual: Tensor | None, step: Step, kv_cache: KVCache) -> tuple[Tensor, Tensor]:
         """`hidden` is the last sublayer's output, `residual` the stream without it; both [num_tokens, hidden_size].
         None: `hidden` is the stream itself."""
         if residual is None:
             hidden, residual = rms_norm(hidden, self.input_norm, self._eps), hidden
         else:
             hidden, residual = fused_add_rms_norm(hidden, residual, self.input_norm, self._eps)
-        hidden = self.attention(hidden, batch, rotary, kv_cache)
+        hidden = self.attention(hidden, step, kv_cache)
         hidden, residual = fused_add_rms_norm(hidden, residual, self.mlp_norm, self._eps)
         return self.mlp(hidden), residual
 
@@ -130,12 +140,24 @@ class CausalLM:
         """Final hidden states of all tokens of the batch: [num_tokens, hidden_size] in the model's dtype, the same on
         every rank. Writes the batch's keys and values into `kv_caches` (one entry a layer, in the model's dtype)."""
         hidden = self.embedding(batch.input_ids)
-        rotary = gather_rotary(self._cos_sin, batch.positions)
+        step = self._step(batch, kv_caches[0])
         residual: Tensor | None = None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            hidden, residual = layer(hidden, residual, batch, rotary, kv_cache)
+            hidden, residual = layer(hidden, residual, step, kv_cache)
         assert residual is not None, "a model has at least one layer"
         return fused_add_rms_norm(hidden, residual, self.norm, self._eps)[0]
+
+    def _step(self, batch: Batch, kv_cache: KVCache) -> Step:
+        num_blocks, block_size = kv_cache[0].shape[:2]
+        plan = plan_attention(
+            batch.block_table,
+            batch.seq_lens,
+            batch.cu_seqlens_q,
+            num_tokens=batch.input_ids.shape[0],
+            num_blocks=num_blocks,
+            block_size=block_size,
+        )
+        return Step(batch, gather_rotary(self._cos_sin, batch.positions), plan)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Logits of this rank's tokens for chosen rows of `forward`'s result: [rows, hidden_size] -> fp32
