@@ -73,7 +73,7 @@ def measure(runs: int, sides: dict[str, Callable[[], float]]) -> dict[str, list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="paired runs behind each median")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each seq")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens of each seq")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=18)
     parser.add_argument("--hidden", type=int, default=1536)

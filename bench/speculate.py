@@ -101,7 +101,7 @@ def main() -> None:
         f"median (least-greatest) of {args.runs} paired runs.\n\n"
         + table(["temperature", "k", "tokens/target step", "accepted/drafted", "speed-up", "outputs that differ"], rows)
     )
-    publish("speculate", body, command="python -m bench.speculate", save=args.save)
+    publish(f"speculate-tp{args.tp}", body, command=f"python -m bench.speculate --tp {args.tp}", save=args.save)
 
 
 if __name__ == "__main__":
