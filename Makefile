@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check test-gpu bench proto clean
+.PHONY: demo test check lint test-gpu bench proto clean
 
 demo: $(READY)  ## deploy the bundled pair on this machine's CPU, stream a completion, take it down
 	$(BIN)/python deploy/demo.py
@@ -11,11 +11,13 @@ demo: $(READY)  ## deploy the bundled pair on this machine's CPU, stream a compl
 test: $(READY)  ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu"
 
-check: $(READY)  ## the fast loop: format, lint, types, fresh stubs, unit tests
+check: lint  ## the fast loop: lint, and the unit tests, fresh stubs among them
+	$(BIN)/python -m pytest -q tests/unit
+
+lint: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/unit
 
 test-gpu:  ## on a machine with a CUDA device; uses the Python on PATH, which brings torch and triton
 	$(PYTHON) -m pytest -m gpu tests/gpu
@@ -24,7 +26,8 @@ bench: $(READY)  ## the benchmarks that run on this machine; results go to bench
 	$(BIN)/python -m bench.kernels --save
 	$(BIN)/python -m bench.decode --save
 	$(BIN)/python -m bench.rounds --save
-	$(BIN)/python -m bench.speculate --save
+	$(BIN)/python -m bench.speculate --tp 1 --save
+	$(BIN)/python -m bench.speculate --tp 2 --save
 	$(BIN)/python -m bench.acceptance --save
 
 proto:  ## regenerate echelon/pb after editing protos/

@@ -1,0 +1,74 @@
+"""What a GPU must agree on with the CPU: bits of noise, and tokens. Needs neither Ray nor pydantic."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from echelon.pb.process_pb2 import WorkerSpec
+from echelon.pb.sampling_pb2 import SeqSampling
+from kernels.gumbel import gumbel_noise_range
+from tests.helpers.engines import TARGET, drive, engine_spec, interleave
+from tests.helpers.rounds import Driver, greedy, seeded
+from workers.cohort import Cohort
+from workers.load import load_engines
+
+pytestmark = pytest.mark.gpu
+
+DEMO_TARGET = Path(__file__).parents[2] / "models" / "demo-target"
+DEVICES = ("cpu", "cuda")
+NUM_TOKENS = 64
+SETTINGS = {
+    "greedy": greedy(),
+    "sampled": seeded(),
+    "truncated": seeded(top_k=40, top_p=0.9, min_p=0.01),
+    "penalised": seeded(repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.5),
+}
+
+
+def demo_driver(device: str) -> Driver:
+    engine = engine_spec(DEMO_TARGET, TARGET, kv_cache_bytes=32 << 20, max_model_len=512, block_size=16)
+    spec = WorkerSpec(rank=0, world_size=1, device=device, engines=[engine])
+    return drive(load_engines(spec, Cohort(0, 1, None), lambda stage, done, total: None)[TARGET])
+
+
+def plain_outputs(device: str, prompts: list[list[int]], sampling: SeqSampling) -> list[list[int]]:
+    driver = demo_driver(device)
+    seqs = [driver.start(slot, prompt, sampling) for slot, prompt in enumerate(prompts)]
+    return [driver.generate(seq, NUM_TOKENS) for seq in seqs]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    rng = random.Random(0)
+    return [[rng.randrange(1, 4096) for _ in range(length)] for length in (1, 17, 100)]
+
+
+def test_noise_has_the_same_bits() -> None:
+    seeds = torch.tensor([0, 1, 2**63 - 1, -1])
+    positions = torch.tensor([0, 5, 1000, 131071])
+    cpu, cuda = (
+        gumbel_noise_range(
+            seeds.to(device), (seeds * 0).to(device), positions.to(device), first_token_id=3, num_tokens=100_000
+        )
+        for device in DEVICES
+    )
+    assert torch.equal(cpu, cuda.cpu())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_tokens_are_those_of_the_cpu(name: str, prompts: list[list[int]]) -> None:
+    """In fp32 logits differ by about 1e-5, so all but a rare near-tie agrees: most of each output must."""
+    expected, found = (plain_outputs(device, prompts, SETTINGS[name]) for device in DEVICES)
+    assert sum(a == b for a, b in zip(expected, found, strict=True)) >= len(prompts) - 1
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_drafts_and_chunks_change_no_token(name: str, prompts: list[list[int]]) -> None:
+    expected = plain_outputs("cuda", prompts, SETTINGS[name])
+    driver = demo_driver("cuda")
+    seqs = [driver.start(slot, prompt, SETTINGS[name]) for slot, prompt in enumerate(prompts)]
+    interleave(driver, list(zip(seqs, expected, strict=True)), random.Random(1), NUM_TOKENS)
+    same = [seq.output[:NUM_TOKENS] == tokens for seq, tokens in zip(seqs, expected, strict=True)]
+    assert sum(same) >= len(prompts) - 1
