@@ -213,3 +213,11 @@ def test_the_json_schema_knows_every_section() -> None:
 def test_an_editor_accepts_sizes_with_a_unit() -> None:
     device_bytes = json_schema()["$defs"]["KvCache"]["properties"]["device_bytes"]
     assert {"type": "string"} in device_bytes["anyOf"][0]["anyOf"]
+
+
+def test_batch_invariance_is_refused_where_it_cannot_be_kept(folder: Path) -> None:
+    assert load_deployment(write(folder, HEAD + TARGET + CPU + "batch_invariant: true\n")).batch_invariant
+    (problem,) = problems_of(folder, HEAD + TARGET + "batch_invariant: true\ndevice: cuda\n")
+    assert problem == (
+        "line 5: batch_invariant: True: is not built yet for device: cuda; leave it out, or use device: cpu"
+    ), problem
