@@ -5,8 +5,8 @@ from itertools import accumulate
 
 import torch
 
-from echelon.pb.worker_pb2 import EngineInfo, Round, RoundResult, RowResult
-from workers.engine import NO_TOKEN, ModelRunner, apply_changes, chosen_token_ids
+from echelon.pb.worker_pb2 import EngineInfo, RowResult
+from workers.engine import NO_TOKEN, ActiveRow, ModelEngine, ModelRunner, chosen_token_ids
 from workers.rounds import RowPlan, plan_draft
 from workers.sampler import RowEntry
 from workers.seq_state import SeqTable
@@ -21,7 +21,7 @@ class _Chain:
     result: RowResult
 
 
-class DraftEngine:
+class DraftEngine(ModelEngine):
     """See workers.engine.Engine.
 
     Drafts are chosen by the target's rule with the target's noise (same seed, same absolute positions), which makes
@@ -29,29 +29,10 @@ class DraftEngine:
     """
 
     def __init__(self, runner: ModelRunner, table: SeqTable, info: EngineInfo) -> None:
-        self._runner = runner
-        self._table = table
-        self._info = info
-        self._checked: tuple[Round | None, list[RowPlan]] = (None, [])  # on the leader `run` follows `check`
+        super().__init__(runner, table, info, plan_draft)
 
-    @property
-    def info(self) -> EngineInfo:
-        return self._info
-
-    def check(self, round_: Round) -> None:
-        self._checked = round_, plan_draft(round_, self._table)
-
-    def reset(self) -> None:
-        self._table.free_all()
-
-    def run(self, round_: Round) -> RoundResult:
-        checked, plans = self._checked
-        if checked is not round_:
-            plans = plan_draft(round_, self._table)
-        apply_changes(round_, self._table)
-        results = [RowResult(slot=plan.slot) for plan in plans]
-        active = [(plan, result) for plan, result in zip(plans, results, strict=True) if plan.chunk_len]
-        return RoundResult(rows=results, num_steps=self._draft(active) if active else 0)
+    def _run_rows(self, active: list[ActiveRow]) -> int:
+        return self._draft([(each.plan, each.result) for each in active])
 
     def _draft(self, active: list[tuple[RowPlan, RowResult]]) -> int:
         """All forwards of a round: the chunks, then a token a step for the chains that still grow."""

@@ -1,6 +1,7 @@
 """What the engines of both roles share: the seam to the server, and a model with its caches and its sampler."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from echelon.pb.sampling_pb2 import PositionLogprobs
-from echelon.pb.worker_pb2 import EngineInfo, Round, RoundResult
+from echelon.pb.worker_pb2 import EngineInfo, Round, RoundResult, Row, RowResult
 from workers.batch import Batch
 from workers.kv_cache import KVCaches
 from workers.models import CausalLM
+from workers.rounds import RowPlan
 from workers.sampler import RowEntry, SampledRows, Sampler, SamplingRows
 from workers.seq_state import SeqTable
 
@@ -67,6 +69,55 @@ class ModelRunner:
         logits = self.model.compute_logits(hidden)
         shard_size = -(-self.model.config.vocab_size // self.tp_size)
         return logits if logits.shape[1] == shard_size else F.pad(logits, (0, shard_size - logits.shape[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveRow:
+    """A row that computes something, and its answer, which is to be filled in."""
+
+    row: Row
+    plan: RowPlan
+    result: RowResult
+
+
+class ModelEngine(ABC):
+    """An Engine around a model: what target and draft have in common."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        table: SeqTable,
+        info: EngineInfo,
+        plan: Callable[[Round, SeqTable], list[RowPlan]],
+    ) -> None:
+        self._runner = runner
+        self._table = table
+        self._info = info
+        self._plan = plan
+        self._checked: tuple[Round | None, list[RowPlan]] = (None, [])  # on the leader `run` follows `check`
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def check(self, round_: Round) -> None:
+        self._checked = round_, self._plan(round_, self._table)
+
+    def reset(self) -> None:
+        self._table.free_all()
+
+    def run(self, round_: Round) -> RoundResult:
+        checked, plans = self._checked
+        if checked is not round_:
+            plans = self._plan(round_, self._table)
+        apply_changes(round_, self._table)
+        results = [RowResult(slot=plan.slot) for plan in plans]
+        active = [ActiveRow(*each) for each in zip(round_.rows, plans, results, strict=True) if each[1].chunk_len]
+        return RoundResult(rows=results, num_steps=self._run_rows(active) if active else 0)
+
+    @abstractmethod
+    def _run_rows(self, active: list[ActiveRow]) -> int:
+        """Compute the chunks and choose tokens; fill in the results. Returns the number of forwards."""
 
 
 def apply_changes(round_: Round, table: SeqTable) -> None:

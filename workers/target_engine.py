@@ -7,9 +7,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from echelon.pb.worker_pb2 import EngineInfo, Round, RoundResult, RowResult
+from echelon.pb.worker_pb2 import EngineInfo, RowResult
 from kernels.verify_chain import verify_chain
-from workers.engine import NO_TOKEN, ModelRunner, apply_changes, chosen_token_ids
+from workers.engine import NO_TOKEN, ActiveRow, ModelEngine, ModelRunner, chosen_token_ids
 from workers.rounds import RowPlan, plan_target
 from workers.sampler import RowEntry, SampledRows
 from workers.seq_state import SeqTable
@@ -28,39 +28,17 @@ class _Verify:
     first_row: int  # in the packed batch: the last token of the history; the drafts follow it
 
 
-class TargetEngine:
+class TargetEngine(ModelEngine):
     """See workers.engine.Engine."""
 
     def __init__(self, runner: ModelRunner, table: SeqTable, info: EngineInfo) -> None:
-        self._runner = runner
-        self._table = table
-        self._info = info
-        self._checked: tuple[Round | None, list[RowPlan]] = (None, [])  # on the leader `run` follows `check`
+        super().__init__(runner, table, info, plan_target)
 
-    @property
-    def info(self) -> EngineInfo:
-        return self._info
-
-    def check(self, round_: Round) -> None:
-        self._checked = round_, plan_target(round_, self._table)
-
-    def reset(self) -> None:
-        self._table.free_all()
-
-    def run(self, round_: Round) -> RoundResult:
-        checked, plans = self._checked
-        if checked is not round_:
-            plans = plan_target(round_, self._table)
-        apply_changes(round_, self._table)
-        results = [RowResult(slot=plan.slot) for plan in plans]
-        active = [index for index, plan in enumerate(plans) if plan.chunk_len]
-        if not active:
-            return RoundResult(rows=results)
-        for index in active:
-            if num_drafts := plans[index].num_drafts:
-                self._table.put_behind(plans[index].slot, round_.rows[index].draft_token_ids[:num_drafts])
-        num_steps = self._step([(plans[index], results[index]) for index in active])
-        return RoundResult(rows=results, num_steps=num_steps)
+    def _run_rows(self, active: list[ActiveRow]) -> int:
+        for each in active:
+            if num_drafts := each.plan.num_drafts:
+                self._table.put_behind(each.plan.slot, each.row.draft_token_ids[:num_drafts])
+        return self._step([(each.plan, each.result) for each in active])
 
     def _step(self, active: list[tuple[RowPlan, RowResult]]) -> int:
         """All rows in one forward, and in a second one those that their drafts have spoiled. Returns how many."""
