@@ -1,9 +1,8 @@
 """Paged attention on CPU: which of two ways each seq goes.
 
-*SDPA*, torch's own, for prefill chunks and for a few rows over short contexts: one call, one parallel region.
-*Tiles* (attention_tiles.py) for a few rows over long contexts, up to a third faster there, and for a lone row: SDPA
-takes four times as long for one row as for two, which is twice as long as tiles. With `batch_invariant` all rows go
-through tiles, because SDPA rounds a row differently with the number of rows beside it.
+*SDPA*, torch's own, for two rows or more, where a row is a query head of a new token: one call, one parallel region.
+*Tiles* (attention_tiles.py) for a lone row, which SDPA takes four times as long for as for two. With `batch_invariant`
+all rows go through tiles, because SDPA rounds a row differently with the number of rows beside it.
 """
 
 from collections.abc import Sequence
@@ -15,9 +14,6 @@ from torch.nn import functional as F
 from kernels.attention_tiles import FIXED_KEYS, AttentionCall, attend_rows, attend_rows_invariant
 from kernels.paged_kv import SeqRows
 
-# Rows of a seq: its new tokens times the query heads that share a KV head. Measured with 4 to 12 KV heads.
-TILES_MAX_ROWS = 32
-TILES_MIN_KEYS = 1024
 # Query tokens in one call of SDPA: bounds the mask, and skips the keys that none of them sees.
 SDPA_TOKENS = 64
 
@@ -47,7 +43,7 @@ def paged_attention_cpu(
     for seq in seqs:
         if batch_invariant:
             attend_rows_invariant(call, seq)
-        elif _prefers_tiles(seq.num_tokens * call.group, seq.num_keys):
+        elif seq.num_tokens * call.group == 1:
             attend_rows(call, seq)
         else:
             _attend_sdpa(call, seq)
@@ -83,10 +79,6 @@ def probe_paged_attention_batch_invariant(num_q_heads: int, num_kv_heads: int, h
                     f"threads), so batch_invariant cannot be kept here"
                 )
     return None
-
-
-def _prefers_tiles(num_rows: int, num_keys: int) -> bool:
-    return num_rows == 1 or (num_rows <= TILES_MAX_ROWS and num_keys >= TILES_MIN_KEYS)
 
 
 def _attend_sdpa(call: AttentionCall, seq: SeqRows) -> None:
