@@ -5,6 +5,8 @@ compared token by token: speculation must not change them.
 """
 
 import argparse
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +103,12 @@ def main() -> None:
         f"median (least-greatest) of {args.runs} paired runs.\n\n"
         + table(["temperature", "k", "tokens/target step", "accepted/drafted", "speed-up", "outputs that differ"], rows)
     )
-    publish(f"speculate-tp{args.tp}", body, command=f"python -m bench.speculate --tp {args.tp}", save=args.save)
+    publish(
+        f"speculate-tp{args.tp}",
+        body,
+        command=shlex.join(["python", "-m", "bench.speculate", *sys.argv[1:]]),
+        save=args.save,
+    )
 
 
 if __name__ == "__main__":
