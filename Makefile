@@ -10,6 +10,7 @@ demo: $(READY)  ## deploy the bundled pair on this machine's CPU, stream a compl
 
 test: $(READY)  ## every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton
 
 check: lint  ## the fast loop: lint, and the unit tests, fresh stubs among them
 	$(BIN)/python -m pytest -q tests/unit
@@ -20,7 +21,7 @@ lint: $(READY)  ## format, lint, types
 	$(BIN)/mypy
 
 test-gpu:  ## on a machine with a CUDA device; uses the Python on PATH, which brings torch and triton
-	$(PYTHON) -m pytest -m gpu tests/gpu
+	$(PYTHON) -m pytest -m gpu tests/gpu tests/triton
 
 bench: $(READY)  ## the benchmarks that run on this machine; results go to bench/results
 	$(BIN)/python -m bench.kernels --save

@@ -15,15 +15,15 @@ _sym_db = _symbol_database.Default()
 from echelon.pb import sampling_pb2 as echelon_dot_pb_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65\x63helon/pb/inference.proto\x12\nechelon.v1\x1a\x19\x65\x63helon/pb/sampling.proto\"\xfe\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x18.echelon.v1.ChatMessagesH\x00\x12)\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x14.echelon.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.echelon.v1.SamplingParams\x12,\n\x0bspeculation\x18\x07 \x01(\x0b\x32\x17.echelon.v1.SpeculationB\x07\n\x05input\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"w\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.echelon.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"o\n\x0bSpeculation\x12\x14\n\x07\x65nabled\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16num_speculative_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\n\n\x08_enabledB\x19\n\x17_num_speculative_tokens\"\x8f\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x19.echelon.v1.GenerateChunkH\x00\x12\x30\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x1c.echelon.v1.GenerateCompleteH\x00\x42\t\n\x07message\"\x7f\n\rGenerateChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.echelon.v1.PositionLogprobs\x12\x0e\n\x06offset\x18\x05 \x01(\r\"\x81\x02\n\x10GenerateComplete\x12&\n\x08\x66inished\x18\x01 \x03(\x0b\x32\x14.echelon.v1.Finished\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.echelon.v1.Usage\x12\x31\n\x0bspeculation\x18\x03 \x01(\x0b\x32\x1c.echelon.v1.SpeculationStats\x12\x35\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1c.echelon.v1.PositionLogprobs\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12+\n\x07timings\x18\x06 \x01(\x0b\x32\x1a.echelon.v1.RequestTimings\"\x97\x01\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.echelon.v1.FinishReason\x12\x10\n\x08stop_str\x18\x03 \x01(\t\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nnum_tokens\x18\x05 \x01(\rB\x10\n\x0e_stop_token_id\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"\x90\x01\n\x10SpeculationStats\x12\x12\n\nnum_rounds\x18\x01 \x01(\r\x12\x12\n\nnum_drafts\x18\x02 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x04 \x01(\r\x12\x1d\n\x15\x61\x63\x63\x65pted_per_position\x18\x05 \x03(\r\"I\n\x0eRequestTimings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x15\n\x13GetModelInfoRequest\"w\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\"\x16\n\x14GetServerInfoRequest\"a\n\nServerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08uptime_s\x18\x02 \x01(\x01\x12\x14\n\x0cnum_replicas\x18\x03 \x01(\r\x12\x1a\n\x12num_ready_replicas\x18\x04 \x01(\r*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xa8\x02\n\tInference\x12G\n\x08Generate\x12\x1b.echelon.v1.GenerateRequest\x1a\x1c.echelon.v1.GenerateResponse0\x01\x12?\n\x06\x43\x61ncel\x12\x19.echelon.v1.CancelRequest\x1a\x1a.echelon.v1.CancelResponse\x12\x46\n\x0cGetModelInfo\x12\x1f.echelon.v1.GetModelInfoRequest\x1a\x15.echelon.v1.ModelInfo\x12I\n\rGetServerInfo\x12 .echelon.v1.GetServerInfoRequest\x1a\x16.echelon.v1.ServerInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65\x63helon/pb/inference.proto\x12\nechelon.v1\x1a\x19\x65\x63helon/pb/sampling.proto\"\xfe\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x18.echelon.v1.ChatMessagesH\x00\x12)\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x14.echelon.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.echelon.v1.SamplingParams\x12,\n\x0bspeculation\x18\x07 \x01(\x0b\x32\x17.echelon.v1.SpeculationB\x07\n\x05input\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"w\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.echelon.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"o\n\x0bSpeculation\x12\x14\n\x07\x65nabled\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16num_speculative_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\n\n\x08_enabledB\x19\n\x17_num_speculative_tokens\"Y\n\x15SetSpeculationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x0bspeculation\x18\x02 \x01(\x0b\x32\x17.echelon.v1.Speculation\"\'\n\x16SetSpeculationResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x8f\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x19.echelon.v1.GenerateChunkH\x00\x12\x30\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x1c.echelon.v1.GenerateCompleteH\x00\x42\t\n\x07message\"\x7f\n\rGenerateChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.echelon.v1.PositionLogprobs\x12\x0e\n\x06offset\x18\x05 \x01(\r\"\x81\x02\n\x10GenerateComplete\x12&\n\x08\x66inished\x18\x01 \x03(\x0b\x32\x14.echelon.v1.Finished\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.echelon.v1.Usage\x12\x31\n\x0bspeculation\x18\x03 \x01(\x0b\x32\x1c.echelon.v1.SpeculationStats\x12\x35\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1c.echelon.v1.PositionLogprobs\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12+\n\x07timings\x18\x06 \x01(\x0b\x32\x1a.echelon.v1.RequestTimings\"\x97\x01\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.echelon.v1.FinishReason\x12\x10\n\x08stop_str\x18\x03 \x01(\t\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nnum_tokens\x18\x05 \x01(\rB\x10\n\x0e_stop_token_id\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"\x90\x01\n\x10SpeculationStats\x12\x12\n\nnum_rounds\x18\x01 \x01(\r\x12\x12\n\nnum_drafts\x18\x02 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x04 \x01(\r\x12\x1d\n\x15\x61\x63\x63\x65pted_per_position\x18\x05 \x03(\r\"I\n\x0eRequestTimings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x15\n\x13GetModelInfoRequest\"w\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\"\x16\n\x14GetServerInfoRequest\"a\n\nServerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08uptime_s\x18\x02 \x01(\x01\x12\x14\n\x0cnum_replicas\x18\x03 \x01(\r\x12\x1a\n\x12num_ready_replicas\x18\x04 \x01(\r*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\x81\x03\n\tInference\x12G\n\x08Generate\x12\x1b.echelon.v1.GenerateRequest\x1a\x1c.echelon.v1.GenerateResponse0\x01\x12?\n\x06\x43\x61ncel\x12\x19.echelon.v1.CancelRequest\x1a\x1a.echelon.v1.CancelResponse\x12W\n\x0eSetSpeculation\x12!.echelon.v1.SetSpeculationRequest\x1a\".echelon.v1.SetSpeculationResponse\x12\x46\n\x0cGetModelInfo\x12\x1f.echelon.v1.GetModelInfoRequest\x1a\x15.echelon.v1.ModelInfo\x12I\n\rGetServerInfo\x12 .echelon.v1.GetServerInfoRequest\x1a\x16.echelon.v1.ServerInfob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'echelon.pb.inference_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_FINISHREASON']._serialized_start=1968
-  _globals['_FINISHREASON']._serialized_end=2088
+  _globals['_FINISHREASON']._serialized_start=2100
+  _globals['_FINISHREASON']._serialized_end=2220
   _globals['_GENERATEREQUEST']._serialized_start=70
   _globals['_GENERATEREQUEST']._serialized_end=324
   _globals['_TOKENIDS']._serialized_start=326
@@ -34,32 +34,36 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_CHATMESSAGE']._serialized_end=516
   _globals['_SPECULATION']._serialized_start=518
   _globals['_SPECULATION']._serialized_end=629
-  _globals['_GENERATERESPONSE']._serialized_start=632
-  _globals['_GENERATERESPONSE']._serialized_end=775
-  _globals['_GENERATECHUNK']._serialized_start=777
-  _globals['_GENERATECHUNK']._serialized_end=904
-  _globals['_GENERATECOMPLETE']._serialized_start=907
-  _globals['_GENERATECOMPLETE']._serialized_end=1164
-  _globals['_FINISHED']._serialized_start=1167
-  _globals['_FINISHED']._serialized_end=1318
-  _globals['_USAGE']._serialized_start=1320
-  _globals['_USAGE']._serialized_end=1407
-  _globals['_SPECULATIONSTATS']._serialized_start=1410
-  _globals['_SPECULATIONSTATS']._serialized_end=1554
-  _globals['_REQUESTTIMINGS']._serialized_start=1556
-  _globals['_REQUESTTIMINGS']._serialized_end=1629
-  _globals['_CANCELREQUEST']._serialized_start=1631
-  _globals['_CANCELREQUEST']._serialized_end=1666
-  _globals['_CANCELRESPONSE']._serialized_start=1668
-  _globals['_CANCELRESPONSE']._serialized_end=1699
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1701
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1722
-  _globals['_MODELINFO']._serialized_start=1724
-  _globals['_MODELINFO']._serialized_end=1843
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=1845
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=1867
-  _globals['_SERVERINFO']._serialized_start=1869
-  _globals['_SERVERINFO']._serialized_end=1966
-  _globals['_INFERENCE']._serialized_start=2091
-  _globals['_INFERENCE']._serialized_end=2387
+  _globals['_SETSPECULATIONREQUEST']._serialized_start=631
+  _globals['_SETSPECULATIONREQUEST']._serialized_end=720
+  _globals['_SETSPECULATIONRESPONSE']._serialized_start=722
+  _globals['_SETSPECULATIONRESPONSE']._serialized_end=761
+  _globals['_GENERATERESPONSE']._serialized_start=764
+  _globals['_GENERATERESPONSE']._serialized_end=907
+  _globals['_GENERATECHUNK']._serialized_start=909
+  _globals['_GENERATECHUNK']._serialized_end=1036
+  _globals['_GENERATECOMPLETE']._serialized_start=1039
+  _globals['_GENERATECOMPLETE']._serialized_end=1296
+  _globals['_FINISHED']._serialized_start=1299
+  _globals['_FINISHED']._serialized_end=1450
+  _globals['_USAGE']._serialized_start=1452
+  _globals['_USAGE']._serialized_end=1539
+  _globals['_SPECULATIONSTATS']._serialized_start=1542
+  _globals['_SPECULATIONSTATS']._serialized_end=1686
+  _globals['_REQUESTTIMINGS']._serialized_start=1688
+  _globals['_REQUESTTIMINGS']._serialized_end=1761
+  _globals['_CANCELREQUEST']._serialized_start=1763
+  _globals['_CANCELREQUEST']._serialized_end=1798
+  _globals['_CANCELRESPONSE']._serialized_start=1800
+  _globals['_CANCELRESPONSE']._serialized_end=1831
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1833
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1854
+  _globals['_MODELINFO']._serialized_start=1856
+  _globals['_MODELINFO']._serialized_end=1975
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=1977
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=1999
+  _globals['_SERVERINFO']._serialized_start=2001
+  _globals['_SERVERINFO']._serialized_end=2098
+  _globals['_INFERENCE']._serialized_start=2223
+  _globals['_INFERENCE']._serialized_end=2608
 # @@protoc_insertion_point(module_scope)

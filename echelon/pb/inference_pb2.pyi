@@ -169,6 +169,44 @@ class Speculation(google.protobuf.message.Message):
 global___Speculation = Speculation
 
 @typing.final
+class SetSpeculationRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    SPECULATION_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    @property
+    def speculation(self) -> global___Speculation:
+        """replaces the former wish"""
+
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        speculation: global___Speculation | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["speculation", b"speculation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["request_id", b"request_id", "speculation", b"speculation"]) -> None: ...
+
+global___SetSpeculationRequest = SetSpeculationRequest
+
+@typing.final
+class SetSpeculationResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FOUND_FIELD_NUMBER: builtins.int
+    found: builtins.bool
+    """false: not running (any more)"""
+    def __init__(
+        self,
+        *,
+        found: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["found", b"found"]) -> None: ...
+
+global___SetSpeculationResponse = SetSpeculationResponse
+
+@typing.final
 class GenerateResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -24,6 +24,11 @@ class InferenceStub(object):
                 request_serializer=echelon_dot_pb_dot_inference__pb2.CancelRequest.SerializeToString,
                 response_deserializer=echelon_dot_pb_dot_inference__pb2.CancelResponse.FromString,
                 )
+        self.SetSpeculation = channel.unary_unary(
+                '/echelon.v1.Inference/SetSpeculation',
+                request_serializer=echelon_dot_pb_dot_inference__pb2.SetSpeculationRequest.SerializeToString,
+                response_deserializer=echelon_dot_pb_dot_inference__pb2.SetSpeculationResponse.FromString,
+                )
         self.GetModelInfo = channel.unary_unary(
                 '/echelon.v1.Inference/GetModelInfo',
                 request_serializer=echelon_dot_pb_dot_inference__pb2.GetModelInfoRequest.SerializeToString,
@@ -53,6 +58,13 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetSpeculation(self, request, context):
+        """Changes how a running request speculates, from its next round on; its tokens stay the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModelInfo(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -77,6 +89,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Cancel,
                     request_deserializer=echelon_dot_pb_dot_inference__pb2.CancelRequest.FromString,
                     response_serializer=echelon_dot_pb_dot_inference__pb2.CancelResponse.SerializeToString,
+            ),
+            'SetSpeculation': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetSpeculation,
+                    request_deserializer=echelon_dot_pb_dot_inference__pb2.SetSpeculationRequest.FromString,
+                    response_serializer=echelon_dot_pb_dot_inference__pb2.SetSpeculationResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
@@ -129,6 +146,23 @@ class Inference(object):
         return grpc.experimental.unary_unary(request, target, '/echelon.v1.Inference/Cancel',
             echelon_dot_pb_dot_inference__pb2.CancelRequest.SerializeToString,
             echelon_dot_pb_dot_inference__pb2.CancelResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def SetSpeculation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/echelon.v1.Inference/SetSpeculation',
+            echelon_dot_pb_dot_inference__pb2.SetSpeculationRequest.SerializeToString,
+            echelon_dot_pb_dot_inference__pb2.SetSpeculationResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

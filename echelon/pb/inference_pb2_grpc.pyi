@@ -32,6 +32,12 @@ class InferenceStub:
         echelon.pb.inference_pb2.CancelResponse,
     ]
 
+    SetSpeculation: grpc.UnaryUnaryMultiCallable[
+        echelon.pb.inference_pb2.SetSpeculationRequest,
+        echelon.pb.inference_pb2.SetSpeculationResponse,
+    ]
+    """Changes how a running request speculates, from its next round on; its tokens stay the same."""
+
     GetModelInfo: grpc.UnaryUnaryMultiCallable[
         echelon.pb.inference_pb2.GetModelInfoRequest,
         echelon.pb.inference_pb2.ModelInfo,
@@ -55,6 +61,12 @@ class InferenceAsyncStub:
         echelon.pb.inference_pb2.CancelRequest,
         echelon.pb.inference_pb2.CancelResponse,
     ]
+
+    SetSpeculation: grpc.aio.UnaryUnaryMultiCallable[
+        echelon.pb.inference_pb2.SetSpeculationRequest,
+        echelon.pb.inference_pb2.SetSpeculationResponse,
+    ]
+    """Changes how a running request speculates, from its next round on; its tokens stay the same."""
 
     GetModelInfo: grpc.aio.UnaryUnaryMultiCallable[
         echelon.pb.inference_pb2.GetModelInfoRequest,
@@ -83,6 +95,14 @@ class InferenceServicer(metaclass=abc.ABCMeta):
         request: echelon.pb.inference_pb2.CancelRequest,
         context: _ServicerContext,
     ) -> typing.Union[echelon.pb.inference_pb2.CancelResponse, collections.abc.Awaitable[echelon.pb.inference_pb2.CancelResponse]]: ...
+
+    @abc.abstractmethod
+    def SetSpeculation(
+        self,
+        request: echelon.pb.inference_pb2.SetSpeculationRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[echelon.pb.inference_pb2.SetSpeculationResponse, collections.abc.Awaitable[echelon.pb.inference_pb2.SetSpeculationResponse]]:
+        """Changes how a running request speculates, from its next round on; its tokens stay the same."""
 
     @abc.abstractmethod
     def GetModelInfo(

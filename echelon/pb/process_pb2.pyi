@@ -205,6 +205,11 @@ class EngineSpec(google.protobuf.message.Message):
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: builtins.int
     BATCH_INVARIANT_FIELD_NUMBER: builtins.int
+    LP_SIZE_FIELD_NUMBER: builtins.int
+    LAYER_GROUPS_FIELD_NUMBER: builtins.int
+    LAYER_PARALLEL_WEIGHTS_FIELD_NUMBER: builtins.int
+    LAYER_PARALLEL_MLP_FIELD_NUMBER: builtins.int
+    FORCED_ACCEPTANCE_FIELD_NUMBER: builtins.int
     role: echelon.pb.worker_pb2.EngineRole.ValueType
     model: builtins.str
     """folder in Hugging Face layout"""
@@ -221,6 +226,24 @@ class EngineSpec(google.protobuf.message.Message):
     max_num_batched_tokens: builtins.int
     max_model_len: builtins.int
     batch_invariant: builtins.bool
+    lp_size: builtins.int
+    """Draft, layer-parallel (arXiv 2502.02493): attention of up to lp_size consecutive layers runs at once. With as many
+    ranks as lp_size on a rank each, on one rank as one batched pass. tp_size is 1 then.
+    0 or 1: none
+    """
+    layer_parallel_weights: builtins.str
+    """"replicated" (every rank holds every layer) | "sharded" (attention by owner)"""
+    layer_parallel_mlp: builtins.str
+    """"replicated" | "tensor_parallel" | "auto" (what is measured to be faster)"""
+    forced_acceptance: builtins.float
+    """Benchmarks only, target: a draft counts as right with this probability (a hash of seed and position decides), and
+    is committed instead of the target's own token. The output is then nobody's.
+    0: off
+    """
+    @property
+    def layer_groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[echelon.pb.worker_pb2.LayerGroup]:
+        """every layer, in order; none: chosen by the similarity of hidden states"""
+
     def __init__(
         self,
         *,
@@ -235,8 +258,13 @@ class EngineSpec(google.protobuf.message.Message):
         max_num_batched_tokens: builtins.int = ...,
         max_model_len: builtins.int = ...,
         batch_invariant: builtins.bool = ...,
+        lp_size: builtins.int = ...,
+        layer_groups: collections.abc.Iterable[echelon.pb.worker_pb2.LayerGroup] | None = ...,
+        layer_parallel_weights: builtins.str = ...,
+        layer_parallel_mlp: builtins.str = ...,
+        forced_acceptance: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["batch_invariant", b"batch_invariant", "block_size", b"block_size", "dtype", b"dtype", "gpu_memory_utilization", b"gpu_memory_utilization", "kv_cache_bytes", b"kv_cache_bytes", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "role", b"role", "tp_size", b"tp_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["batch_invariant", b"batch_invariant", "block_size", b"block_size", "dtype", b"dtype", "forced_acceptance", b"forced_acceptance", "gpu_memory_utilization", b"gpu_memory_utilization", "kv_cache_bytes", b"kv_cache_bytes", "layer_groups", b"layer_groups", "layer_parallel_mlp", b"layer_parallel_mlp", "layer_parallel_weights", b"layer_parallel_weights", "lp_size", b"lp_size", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "role", b"role", "tp_size", b"tp_size"]) -> None: ...
 
 global___EngineSpec = EngineSpec
 
@@ -340,19 +368,32 @@ class SpeculationSpec(google.protobuf.message.Message):
     METHOD_FIELD_NUMBER: builtins.int
     PIPELINE_FIELD_NUMBER: builtins.int
     NUM_SPECULATIVE_TOKENS_FIELD_NUMBER: builtins.int
+    ADAPTIVE_FIELD_NUMBER: builtins.int
+    WINDOW_FIELD_NUMBER: builtins.int
+    VERDICT_CACHE_ROWS_FIELD_NUMBER: builtins.int
     method: builtins.str
-    """"none" | "draft_model" """
+    """"none" | "draft_model" | "suffix" | "hybrid" """
     pipeline: builtins.str
-    """"serial" """
+    """"serial" | "continuous" """
     num_speculative_tokens: builtins.int
+    """most drafts that a target row verifies"""
+    adaptive: builtins.bool
+    """the policy chooses how many, up to that; else always as many as there are"""
+    window: builtins.int
+    """continuous: most drafts ahead of the last commit; 0: chosen"""
+    verdict_cache_rows: builtins.int
+    """continuous: most branches of a seq that are drafted ahead; 0: none"""
     def __init__(
         self,
         *,
         method: builtins.str = ...,
         pipeline: builtins.str = ...,
         num_speculative_tokens: builtins.int = ...,
+        adaptive: builtins.bool = ...,
+        window: builtins.int = ...,
+        verdict_cache_rows: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["method", b"method", "num_speculative_tokens", b"num_speculative_tokens", "pipeline", b"pipeline"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adaptive", b"adaptive", "method", b"method", "num_speculative_tokens", b"num_speculative_tokens", "pipeline", b"pipeline", "verdict_cache_rows", b"verdict_cache_rows", "window", b"window"]) -> None: ...
 
 global___SpeculationSpec = SpeculationSpec
 

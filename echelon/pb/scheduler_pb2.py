@@ -16,29 +16,31 @@ from echelon.pb import inference_pb2 as echelon_dot_pb_dot_inference__pb2
 from echelon.pb import sampling_pb2 as echelon_dot_pb_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65\x63helon/pb/scheduler.proto\x12\nechelon.v1\x1a\x1a\x65\x63helon/pb/inference.proto\x1a\x19\x65\x63helon/pb/sampling.proto\"i\n\x10SchedulerRequest\x12$\n\x06submit\x18\x01 \x01(\x0b\x32\x12.echelon.v1.SubmitH\x00\x12$\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x12.echelon.v1.CancelH\x00\x42\t\n\x07message\"\xb8\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.echelon.v1.SamplingParams\x12,\n\x0bspeculation\x18\x04 \x01(\x0b\x32\x17.echelon.v1.Speculation\x12\x16\n\ttimeout_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"?\n\x10SchedulerReplies\x12+\n\x07replies\x18\x01 \x03(\x0b\x32\x1a.echelon.v1.SchedulerReply\"\xb8\x01\n\x0eSchedulerReply\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x19.echelon.v1.GenerateChunkH\x00\x12\x30\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x1c.echelon.v1.GenerateCompleteH\x00\x12)\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x18.echelon.v1.RequestErrorH\x00\x42\t\n\x07message\"-\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x1b\n\x19GetSchedulerStatusRequest\"\x9a\x04\n\x0fSchedulerStatus\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x02 \x01(\t\x12\x13\n\x0b\x64raft_ready\x18\x03 \x01(\x08\x12\x1c\n\x14num_requests_running\x18\x04 \x01(\r\x12\x1c\n\x14num_requests_waiting\x18\x05 \x01(\r\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x07 \x01(\r\x12\x18\n\x10num_draft_blocks\x18\x08 \x01(\r\x12\x1d\n\x15num_free_draft_blocks\x18\t \x01(\r\x12\x1b\n\x13prompt_tokens_total\x18\n \x01(\x04\x12\x1f\n\x17generation_tokens_total\x18\x0b \x01(\x04\x12\x1a\n\x12\x64raft_tokens_total\x18\x0c \x01(\x04\x12\x1d\n\x15\x61\x63\x63\x65pted_tokens_total\x18\r \x01(\x04\x12\x1c\n\x14prefix_cache_queries\x18\x0e \x01(\x04\x12\x19\n\x11prefix_cache_hits\x18\x0f \x01(\x04\x12\x1d\n\x15num_preemptions_total\x18\x10 \x01(\x04\x12\x1b\n\x13target_rounds_total\x18\x11 \x01(\x04\x12\x1a\n\x12\x64raft_rounds_total\x18\x12 \x01(\x04\x12\x1d\n\x15non_finite_rows_total\x18\x13 \x01(\x04\x32\xb0\x01\n\tScheduler\x12I\n\x07\x43onnect\x12\x1c.echelon.v1.SchedulerRequest\x1a\x1c.echelon.v1.SchedulerReplies(\x01\x30\x01\x12X\n\x12GetSchedulerStatus\x12%.echelon.v1.GetSchedulerStatusRequest\x1a\x1b.echelon.v1.SchedulerStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65\x63helon/pb/scheduler.proto\x12\nechelon.v1\x1a\x1a\x65\x63helon/pb/inference.proto\x1a\x19\x65\x63helon/pb/sampling.proto\"\x8f\x01\n\x10SchedulerRequest\x12$\n\x06submit\x18\x01 \x01(\x0b\x32\x12.echelon.v1.SubmitH\x00\x12$\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x12.echelon.v1.CancelH\x00\x12$\n\x06\x61\x64just\x18\x03 \x01(\x0b\x32\x12.echelon.v1.AdjustH\x00\x42\t\n\x07message\"\xb8\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.echelon.v1.SamplingParams\x12,\n\x0bspeculation\x18\x04 \x01(\x0b\x32\x17.echelon.v1.Speculation\x12\x16\n\ttimeout_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"J\n\x06\x41\x64just\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x0bspeculation\x18\x02 \x01(\x0b\x32\x17.echelon.v1.Speculation\"?\n\x10SchedulerReplies\x12+\n\x07replies\x18\x01 \x03(\x0b\x32\x1a.echelon.v1.SchedulerReply\"\xb8\x01\n\x0eSchedulerReply\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x19.echelon.v1.GenerateChunkH\x00\x12\x30\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x1c.echelon.v1.GenerateCompleteH\x00\x12)\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x18.echelon.v1.RequestErrorH\x00\x42\t\n\x07message\"-\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x1b\n\x19GetSchedulerStatusRequest\"\x9a\x04\n\x0fSchedulerStatus\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x02 \x01(\t\x12\x13\n\x0b\x64raft_ready\x18\x03 \x01(\x08\x12\x1c\n\x14num_requests_running\x18\x04 \x01(\r\x12\x1c\n\x14num_requests_waiting\x18\x05 \x01(\r\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x07 \x01(\r\x12\x18\n\x10num_draft_blocks\x18\x08 \x01(\r\x12\x1d\n\x15num_free_draft_blocks\x18\t \x01(\r\x12\x1b\n\x13prompt_tokens_total\x18\n \x01(\x04\x12\x1f\n\x17generation_tokens_total\x18\x0b \x01(\x04\x12\x1a\n\x12\x64raft_tokens_total\x18\x0c \x01(\x04\x12\x1d\n\x15\x61\x63\x63\x65pted_tokens_total\x18\r \x01(\x04\x12\x1c\n\x14prefix_cache_queries\x18\x0e \x01(\x04\x12\x19\n\x11prefix_cache_hits\x18\x0f \x01(\x04\x12\x1d\n\x15num_preemptions_total\x18\x10 \x01(\x04\x12\x1b\n\x13target_rounds_total\x18\x11 \x01(\x04\x12\x1a\n\x12\x64raft_rounds_total\x18\x12 \x01(\x04\x12\x1d\n\x15non_finite_rows_total\x18\x13 \x01(\x04\x32\xb0\x01\n\tScheduler\x12I\n\x07\x43onnect\x12\x1c.echelon.v1.SchedulerRequest\x1a\x1c.echelon.v1.SchedulerReplies(\x01\x30\x01\x12X\n\x12GetSchedulerStatus\x12%.echelon.v1.GetSchedulerStatusRequest\x1a\x1b.echelon.v1.SchedulerStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'echelon.pb.scheduler_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_SCHEDULERREQUEST']._serialized_start=97
-  _globals['_SCHEDULERREQUEST']._serialized_end=202
-  _globals['_SUBMIT']._serialized_start=205
-  _globals['_SUBMIT']._serialized_end=389
-  _globals['_CANCEL']._serialized_start=391
-  _globals['_CANCEL']._serialized_end=419
-  _globals['_SCHEDULERREPLIES']._serialized_start=421
-  _globals['_SCHEDULERREPLIES']._serialized_end=484
-  _globals['_SCHEDULERREPLY']._serialized_start=487
-  _globals['_SCHEDULERREPLY']._serialized_end=671
-  _globals['_REQUESTERROR']._serialized_start=673
-  _globals['_REQUESTERROR']._serialized_end=718
-  _globals['_GETSCHEDULERSTATUSREQUEST']._serialized_start=720
-  _globals['_GETSCHEDULERSTATUSREQUEST']._serialized_end=747
-  _globals['_SCHEDULERSTATUS']._serialized_start=750
-  _globals['_SCHEDULERSTATUS']._serialized_end=1288
-  _globals['_SCHEDULER']._serialized_start=1291
-  _globals['_SCHEDULER']._serialized_end=1467
+  _globals['_SCHEDULERREQUEST']._serialized_start=98
+  _globals['_SCHEDULERREQUEST']._serialized_end=241
+  _globals['_SUBMIT']._serialized_start=244
+  _globals['_SUBMIT']._serialized_end=428
+  _globals['_CANCEL']._serialized_start=430
+  _globals['_CANCEL']._serialized_end=458
+  _globals['_ADJUST']._serialized_start=460
+  _globals['_ADJUST']._serialized_end=534
+  _globals['_SCHEDULERREPLIES']._serialized_start=536
+  _globals['_SCHEDULERREPLIES']._serialized_end=599
+  _globals['_SCHEDULERREPLY']._serialized_start=602
+  _globals['_SCHEDULERREPLY']._serialized_end=786
+  _globals['_REQUESTERROR']._serialized_start=788
+  _globals['_REQUESTERROR']._serialized_end=833
+  _globals['_GETSCHEDULERSTATUSREQUEST']._serialized_start=835
+  _globals['_GETSCHEDULERSTATUSREQUEST']._serialized_end=862
+  _globals['_SCHEDULERSTATUS']._serialized_start=865
+  _globals['_SCHEDULERSTATUS']._serialized_end=1403
+  _globals['_SCHEDULER']._serialized_start=1406
+  _globals['_SCHEDULER']._serialized_end=1582
 # @@protoc_insertion_point(module_scope)

@@ -20,19 +20,23 @@ class SchedulerRequest(google.protobuf.message.Message):
 
     SUBMIT_FIELD_NUMBER: builtins.int
     CANCEL_FIELD_NUMBER: builtins.int
+    ADJUST_FIELD_NUMBER: builtins.int
     @property
     def submit(self) -> global___Submit: ...
     @property
     def cancel(self) -> global___Cancel: ...
+    @property
+    def adjust(self) -> global___Adjust: ...
     def __init__(
         self,
         *,
         submit: global___Submit | None = ...,
         cancel: global___Cancel | None = ...,
+        adjust: global___Adjust | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["cancel", b"cancel", "message", b"message", "submit", b"submit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "message", b"message", "submit", b"submit"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["submit", "cancel"] | None: ...
+    def HasField(self, field_name: typing.Literal["adjust", b"adjust", "cancel", b"cancel", "message", b"message", "submit", b"submit"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adjust", b"adjust", "cancel", b"cancel", "message", b"message", "submit", b"submit"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["submit", "cancel", "adjust"] | None: ...
 
 global___SchedulerRequest = SchedulerRequest
 
@@ -87,6 +91,28 @@ class Cancel(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["request_id", b"request_id"]) -> None: ...
 
 global___Cancel = Cancel
+
+@typing.final
+class Adjust(google.protobuf.message.Message):
+    """Replaces a running request's wish; unknown ids are ignored."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    SPECULATION_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    @property
+    def speculation(self) -> echelon.pb.inference_pb2.Speculation: ...
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        speculation: echelon.pb.inference_pb2.Speculation | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["speculation", b"speculation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["request_id", b"request_id", "speculation", b"speculation"]) -> None: ...
+
+global___Adjust = Adjust
 
 @typing.final
 class SchedulerReplies(google.protobuf.message.Message):

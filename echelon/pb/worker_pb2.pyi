@@ -92,14 +92,23 @@ class Round(google.protobuf.message.Message):
     INCARNATION_FIELD_NUMBER: builtins.int
     FREE_SLOTS_FIELD_NUMBER: builtins.int
     INIT_SEQS_FIELD_NUMBER: builtins.int
+    FORKS_FIELD_NUMBER: builtins.int
     ROWS_FIELD_NUMBER: builtins.int
+    NUM_ALTERNATIVES_FIELD_NUMBER: builtins.int
+    TRACE_FIELD_NUMBER: builtins.int
     round_id: builtins.int
     """ascending on a stream"""
     incarnation: builtins.int
+    num_alternatives: builtins.int
+    """draft: how many runners-up are reported for each drafted token"""
+    trace: builtins.bool
+    """spans are reported"""
     @property
     def free_slots(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
     def init_seqs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SeqInit]: ...
+    @property
+    def forks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Fork]: ...
     @property
     def rows(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Row]: ...
     def __init__(
@@ -109,9 +118,12 @@ class Round(google.protobuf.message.Message):
         incarnation: builtins.int = ...,
         free_slots: collections.abc.Iterable[builtins.int] | None = ...,
         init_seqs: collections.abc.Iterable[global___SeqInit] | None = ...,
+        forks: collections.abc.Iterable[global___Fork] | None = ...,
         rows: collections.abc.Iterable[global___Row] | None = ...,
+        num_alternatives: builtins.int = ...,
+        trace: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["free_slots", b"free_slots", "incarnation", b"incarnation", "init_seqs", b"init_seqs", "round_id", b"round_id", "rows", b"rows"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["forks", b"forks", "free_slots", b"free_slots", "incarnation", b"incarnation", "init_seqs", b"init_seqs", "num_alternatives", b"num_alternatives", "round_id", b"round_id", "rows", b"rows", "trace", b"trace"]) -> None: ...
 
 global___Round = Round
 
@@ -155,6 +167,39 @@ class SeqInit(google.protobuf.message.Message):
 global___SeqInit = SeqInit
 
 @typing.final
+class Fork(google.protobuf.message.Message):
+    """Draft engine: a slot becomes a branch of another one, with its settings and its first tokens, whatever is done to the
+    parent afterwards. KV blocks full of those tokens are shared (the scheduler keeps them held); KV in the block in which
+    the branch parts from its parent is copied.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: builtins.int
+    PARENT_SLOT_FIELD_NUMBER: builtins.int
+    LENGTH_FIELD_NUMBER: builtins.int
+    NEW_BLOCK_IDS_FIELD_NUMBER: builtins.int
+    slot: builtins.int
+    parent_slot: builtins.int
+    length: builtins.int
+    """tokens of the parent's history and chain that the branch begins with"""
+    @property
+    def new_block_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """of its own, behind the length / block_size blocks that are shared"""
+
+    def __init__(
+        self,
+        *,
+        slot: builtins.int = ...,
+        parent_slot: builtins.int = ...,
+        length: builtins.int = ...,
+        new_block_ids: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["length", b"length", "new_block_ids", b"new_block_ids", "parent_slot", b"parent_slot", "slot", b"slot"]) -> None: ...
+
+global___Fork = Fork
+
+@typing.final
 class Row(google.protobuf.message.Message):
     """What one seq does in a round. The slot holds `token_ids` (its history, on a draft engine followed
     by the chain of its own drafts), `num_computed_tokens` and a block table.
@@ -166,6 +211,7 @@ class Row(google.protobuf.message.Message):
     CROP_LEN_FIELD_NUMBER: builtins.int
     APPEND_TOKEN_IDS_FIELD_NUMBER: builtins.int
     NEW_BLOCK_IDS_FIELD_NUMBER: builtins.int
+    CALIBRATE_LEN_FIELD_NUMBER: builtins.int
     CHUNK_LEN_FIELD_NUMBER: builtins.int
     DRAFT_TOKEN_IDS_FIELD_NUMBER: builtins.int
     DRAFT_BASE_LEN_FIELD_NUMBER: builtins.int
@@ -173,8 +219,13 @@ class Row(google.protobuf.message.Message):
     slot: builtins.int
     crop_len: builtins.int
     """1. The history is cut to this many tokens (KV beyond is stale) ..."""
+    calibrate_len: builtins.int
+    """4. Draft engine, layer-parallel: KV of the first tokens of the history is exact, of drafts it is approximate. The
+       next calibrate_len tokens whose KV is approximate go through the exact model again. Before any chunk: in the same
+       forward where the chunk follows them directly.
+    """
     chunk_len: builtins.int
-    """4. The next chunk_len tokens of the history without KV go through the model. A decode row has 1,
+    """5. The next chunk_len tokens of the history without KV go through the model. A decode row has 1,
        which stands for "the last token you committed" when an earlier round is still in flight.
     """
     draft_base_len: builtins.int
@@ -190,7 +241,8 @@ class Row(google.protobuf.message.Message):
 
     @property
     def draft_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """5. If the chunk reached the end of the history, a token is chosen there:
+        """   Draft engine: exact, but for the last token of a chain that grows further (a chunk of 1).
+        6. If the chunk reached the end of the history, a token is chosen there:
            target: drafts are verified behind it, accepted ones and the next token join the history.
                    Drafts count only if the history's length is draft_base_len, else they are dropped.
         """
@@ -202,13 +254,14 @@ class Row(google.protobuf.message.Message):
         crop_len: builtins.int | None = ...,
         append_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         new_block_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        calibrate_len: builtins.int = ...,
         chunk_len: builtins.int = ...,
         draft_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         draft_base_len: builtins.int = ...,
         num_draft_tokens: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_crop_len", b"_crop_len", "crop_len", b"crop_len"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_crop_len", b"_crop_len", "append_token_ids", b"append_token_ids", "chunk_len", b"chunk_len", "crop_len", b"crop_len", "draft_base_len", b"draft_base_len", "draft_token_ids", b"draft_token_ids", "new_block_ids", b"new_block_ids", "num_draft_tokens", b"num_draft_tokens", "slot", b"slot"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_crop_len", b"_crop_len", "append_token_ids", b"append_token_ids", "calibrate_len", b"calibrate_len", "chunk_len", b"chunk_len", "crop_len", b"crop_len", "draft_base_len", b"draft_base_len", "draft_token_ids", b"draft_token_ids", "new_block_ids", b"new_block_ids", "num_draft_tokens", b"num_draft_tokens", "slot", b"slot"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_crop_len", b"_crop_len"]) -> typing.Literal["crop_len"] | None: ...
 
 global___Row = Row
@@ -223,6 +276,7 @@ class RoundResult(google.protobuf.message.Message):
     QUEUE_NS_FIELD_NUMBER: builtins.int
     RUN_NS_FIELD_NUMBER: builtins.int
     NUM_STEPS_FIELD_NUMBER: builtins.int
+    SPANS_FIELD_NUMBER: builtins.int
     round_id: builtins.int
     incarnation: builtins.int
     queue_ns: builtins.int
@@ -235,6 +289,10 @@ class RoundResult(google.protobuf.message.Message):
     def rows(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RowResult]:
         """one for each row of the round, in order"""
 
+    @property
+    def spans(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Span]:
+        """if the round asked for a trace"""
+
     def __init__(
         self,
         *,
@@ -244,10 +302,38 @@ class RoundResult(google.protobuf.message.Message):
         queue_ns: builtins.int = ...,
         run_ns: builtins.int = ...,
         num_steps: builtins.int = ...,
+        spans: collections.abc.Iterable[global___Span] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "num_steps", b"num_steps", "queue_ns", b"queue_ns", "round_id", b"round_id", "rows", b"rows", "run_ns", b"run_ns"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "num_steps", b"num_steps", "queue_ns", b"queue_ns", "round_id", b"round_id", "rows", b"rows", "run_ns", b"run_ns", "spans", b"spans"]) -> None: ...
 
 global___RoundResult = RoundResult
+
+@typing.final
+class Span(google.protobuf.message.Message):
+    """What a rank did for a while. Times count from when the rank began the round, on its own monotonic clock."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    START_NS_FIELD_NUMBER: builtins.int
+    RUN_NS_FIELD_NUMBER: builtins.int
+    rank: builtins.int
+    name: builtins.str
+    """"prefill", "decode", "verify", "draft", "calibrate", "wait", "transfer", "sample" """
+    start_ns: builtins.int
+    run_ns: builtins.int
+    def __init__(
+        self,
+        *,
+        rank: builtins.int = ...,
+        name: builtins.str = ...,
+        start_ns: builtins.int = ...,
+        run_ns: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "rank", b"rank", "run_ns", b"run_ns", "start_ns", b"start_ns"]) -> None: ...
+
+global___Span = Span
 
 @typing.final
 class RowResult(google.protobuf.message.Message):
@@ -261,6 +347,8 @@ class RowResult(google.protobuf.message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     PROMPT_LOGPROBS_START_FIELD_NUMBER: builtins.int
     NON_FINITE_FIELD_NUMBER: builtins.int
+    ALTERNATIVE_TOKEN_IDS_FIELD_NUMBER: builtins.int
+    CONFIDENCES_FIELD_NUMBER: builtins.int
     slot: builtins.int
     num_accepted_tokens: builtins.int
     num_verified_tokens: builtins.int
@@ -283,6 +371,18 @@ class RowResult(google.protobuf.message.Message):
     def prompt_logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[echelon.pb.sampling_pb2.PositionLogprobs]:
         """for history positions computed in this chunk"""
 
+    @property
+    def alternative_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """draft: for each of token_ids the round's num_alternatives tokens that came next in the draft's own choice (its
+        logits with the noise of the position), best first; fewer where the vocabulary left fewer are repeated.
+        """
+
+    @property
+    def confidences(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """draft: for each of token_ids the probability that the draft gives it, at the temperature of the request (at
+        temperature 0: at 1).
+        """
+
     def __init__(
         self,
         *,
@@ -294,8 +394,10 @@ class RowResult(google.protobuf.message.Message):
         prompt_logprobs: collections.abc.Iterable[echelon.pb.sampling_pb2.PositionLogprobs] | None = ...,
         prompt_logprobs_start: builtins.int = ...,
         non_finite: builtins.bool = ...,
+        alternative_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        confidences: collections.abc.Iterable[builtins.float] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["logprobs", b"logprobs", "non_finite", b"non_finite", "num_accepted_tokens", b"num_accepted_tokens", "num_verified_tokens", b"num_verified_tokens", "prompt_logprobs", b"prompt_logprobs", "prompt_logprobs_start", b"prompt_logprobs_start", "slot", b"slot", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["alternative_token_ids", b"alternative_token_ids", "confidences", b"confidences", "logprobs", b"logprobs", "non_finite", b"non_finite", "num_accepted_tokens", b"num_accepted_tokens", "num_verified_tokens", b"num_verified_tokens", "prompt_logprobs", b"prompt_logprobs", "prompt_logprobs_start", b"prompt_logprobs_start", "slot", b"slot", "token_ids", b"token_ids"]) -> None: ...
 
 global___RowResult = RowResult
 
@@ -354,6 +456,10 @@ class EngineInfo(google.protobuf.message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: builtins.int
     KV_CACHE_BYTES_FIELD_NUMBER: builtins.int
     LOAD_S_FIELD_NUMBER: builtins.int
+    LP_SIZE_FIELD_NUMBER: builtins.int
+    LAYER_GROUPS_FIELD_NUMBER: builtins.int
+    LAYER_PARALLEL_WEIGHTS_FIELD_NUMBER: builtins.int
+    LAYER_PARALLEL_MLP_FIELD_NUMBER: builtins.int
     role: global___EngineRole.ValueType
     model: builtins.str
     dtype: builtins.str
@@ -371,6 +477,16 @@ class EngineInfo(google.protobuf.message.Message):
     kv_cache_bytes: builtins.int
     """on this rank"""
     load_s: builtins.float
+    lp_size: builtins.int
+    """draft: ranks that run attention of consecutive layers at once; 1: none"""
+    layer_parallel_weights: builtins.str
+    """as in EngineSpec"""
+    layer_parallel_mlp: builtins.str
+    """as used"""
+    @property
+    def layer_groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LayerGroup]:
+        """draft, as used: every layer, in order"""
+
     def __init__(
         self,
         *,
@@ -387,7 +503,29 @@ class EngineInfo(google.protobuf.message.Message):
         weight_bytes: builtins.int = ...,
         kv_cache_bytes: builtins.int = ...,
         load_s: builtins.float = ...,
+        lp_size: builtins.int = ...,
+        layer_groups: collections.abc.Iterable[global___LayerGroup] | None = ...,
+        layer_parallel_weights: builtins.str = ...,
+        layer_parallel_mlp: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "dtype", b"dtype", "kv_cache_bytes", b"kv_cache_bytes", "load_s", b"load_s", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "model", b"model", "num_blocks", b"num_blocks", "num_slots", b"num_slots", "role", b"role", "tp_size", b"tp_size", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "dtype", b"dtype", "kv_cache_bytes", b"kv_cache_bytes", "layer_groups", b"layer_groups", "layer_parallel_mlp", b"layer_parallel_mlp", "layer_parallel_weights", b"layer_parallel_weights", "load_s", b"load_s", "lp_size", b"lp_size", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "model", b"model", "num_blocks", b"num_blocks", "num_slots", b"num_slots", "role", b"role", "tp_size", b"tp_size", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]) -> None: ...
 
 global___EngineInfo = EngineInfo
+
+@typing.final
+class LayerGroup(google.protobuf.message.Message):
+    """Consecutive layers whose attention runs at once, on the group's input. One layer: exact."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: builtins.int
+    @property
+    def layers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        layers: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["layers", b"layers"]) -> None: ...
+
+global___LayerGroup = LayerGroup

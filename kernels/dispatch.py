@@ -1,0 +1,15 @@
+"""Which implementation of an operator runs, decided in one place for the whole folder.
+
+CUDA tensors take the Triton kernel. CPU tensors take the CPU path, or, in a process started with TRITON_INTERPRET=1, the
+kernel through Triton's interpreter (for tests: it is slow, and Triton reads the variable when a kernel is decorated).
+"""
+
+from torch import Tensor
+from triton import knobs
+
+INTERPRETED: bool = knobs.runtime.interpret
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether an operator on tensors like `x` launches its Triton kernel."""
+    return x.is_cuda or INTERPRETED
