@@ -1,7 +1,7 @@
 """Which implementation of an operator runs, decided in one place for the whole folder.
 
-CUDA tensors take the Triton kernel. CPU tensors take the CPU path, or, in a process started with TRITON_INTERPRET=1, the
-kernel through Triton's interpreter (for tests: it is slow, and Triton reads the variable when a kernel is decorated).
+CUDA tensors take the Triton kernel. CPU tensors take the CPU path, or, in a process started with TRITON_INTERPRET=1,
+the kernel through the interpreter of Triton (for tests: it is slow, and Triton reads the variable at decoration).
 """
 
 from torch import Tensor

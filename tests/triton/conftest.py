@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test with an argument `dtype` runs once for each floating dtype that this machine's kernels can be tested in."""
+    """A test with an argument `dtype` runs once for each floating dtype that can be tested on this machine."""
     if "dtype" in metafunc.fixturenames:
         dtypes = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
         metafunc.parametrize("dtype", dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
