@@ -52,6 +52,11 @@ class ModelRunner:
         with torch.inference_mode():
             return self.model.forward(batch, self.kv_caches)
 
+    def draft_forward(self, batch: Batch) -> Tensor:
+        """As `forward`, where approximate hidden states, keys and values will do: equal to it unless the model is
+        layer-parallel."""
+        return self.forward(batch)
+
     def choose(self, hidden: Tensor, entries: Sequence[RowEntry]) -> SampledRows:
         """A token for each row of hidden [num_rows, hidden_size]."""
         with torch.inference_mode():
