@@ -1,0 +1,43 @@
+"""Compiles Triton kernels for an H100 on a machine that has none, so that what only a GPU would refuse shows here too.
+
+Belongs to processes without TRITON_INTERPRET: with it there are no kernels to compile.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+SM90 = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY_BYTES = 227 << 10  # what one program can have there; more fails at the launch
+POINTER_OF_TORCH = [["tt.divisibility", 16]]  # torch aligns what it allocates, and a launch specialises on that
+
+
+def compile_for_sm90(
+    kernel: Any,  # what @triton.jit made
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, object],
+    num_warps: int = 4,
+    **options: object,
+) -> CompiledKernel:
+    """The compiled kernel; its `asm` holds "cubin" and "ptx", its `metadata` what it takes, `shared` memory among it.
+
+    signature: the type of each other argument, such as "*bf16", "i32" or "fp32". constexprs: the values of tl.constexpr
+    arguments, and None for a pointer that a launch leaves out. options: of a launch, such as num_stages. Raises
+    ValueError where the two do not name each argument once, AssertionError if a program takes more shared memory than
+    there is, and whatever the compiler raises.
+    """
+    named = [*signature, *constexprs]
+    if sorted(named) != sorted(kernel.arg_names):
+        raise ValueError(f"{kernel.__name__}: expected the arguments {kernel.arg_names} once each, got {named}")
+    types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {(i,): POINTER_OF_TORCH for i, kind in enumerate(types.values()) if kind.startswith("*")}
+    source = ASTSource(kernel, types, constexprs=dict(constexprs), attrs=aligned)
+    compiled = triton.compile(source, target=SM90, options={"num_warps": num_warps, **options})
+    assert compiled.asm["cubin"], f"{kernel.__name__}: the compiler gave no code"
+    assert compiled.metadata.shared <= SHARED_MEMORY_BYTES, (
+        f"{kernel.__name__}: a program takes {compiled.metadata.shared} bytes of shared memory"
+    )
+    return compiled
