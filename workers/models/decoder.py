@@ -28,6 +28,20 @@ class Step:
     attention_plan: AttentionPlan
 
 
+def make_step(batch: Batch, cos_sin: Tensor, kv_cache: KVCache) -> Step:
+    """The step of a batch whose layers all have caches shaped like `kv_cache`; cos_sin: see cos_sin_cache."""
+    num_blocks, block_size = kv_cache[0].shape[:2]
+    plan = plan_attention(
+        batch.block_table,
+        batch.seq_lens,
+        batch.cu_seqlens_q,
+        num_tokens=batch.input_ids.shape[0],
+        num_blocks=num_blocks,
+        block_size=block_size,
+    )
+    return Step(batch, gather_rotary(cos_sin, batch.positions), plan)
+
+
 class Attention:
     """Causal attention over the paged KV cache, which it extends by the batch's tokens."""
 
@@ -52,15 +66,24 @@ class Attention:
         self.k_norm = ctx.replicated(f"{prefix}.k_norm.weight", config.head_dim) if config.qk_norm else None
 
     def __call__(self, x: Tensor, step: Step, kv_cache: KVCache) -> Tensor:  # [num_tokens, hidden_size], twice
-        qkv = self.qkv_proj(x).view(x.shape[0], -1, self._head_dim)
-        q, k, v = torch.split(qkv, self._heads, dim=1)  # each [num_tokens, heads, head_dim]
+        q, k, v = self.heads(self.qkv_proj(x))
+        return self.o_proj(self.attend(q, k, v, step=step, kv_cache=kv_cache).flatten(1))
+
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [num_tokens, heads, head_dim] of the projection's [num_tokens, features]."""
+        qkv = qkv.view(qkv.shape[0], -1, self._head_dim)
+        q, k, v = torch.split(qkv, self._heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q = rms_norm(q, self.q_norm, self._eps)
             k = rms_norm(k, self.k_norm, self._eps)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, step: Step, kv_cache: KVCache) -> Tensor:
+        """Rotates q and k, writes k and v into the cache and attends: like q, which is overwritten."""
         batch = step.batch
         k_cache, v_cache = kv_cache
         reshape_and_cache(q, k, v, step.rotary, batch.slot_mapping, k_cache, v_cache)
-        attended = paged_attention(
+        return paged_attention(
             q,
             k_cache,
             v_cache,
@@ -72,7 +95,6 @@ class Attention:
             batch_invariant=self._batch_invariant,
             plan=step.attention_plan,
         )
-        return self.o_proj(attended.flatten(1))
 
 
 class MLP:
@@ -140,24 +162,12 @@ class CausalLM:
         """Final hidden states of all tokens of the batch: [num_tokens, hidden_size] in the model's dtype, the same on
         every rank. Writes the batch's keys and values into `kv_caches` (one entry a layer, in the model's dtype)."""
         hidden = self.embedding(batch.input_ids)
-        step = self._step(batch, kv_caches[0])
+        step = make_step(batch, self._cos_sin, kv_caches[0])
         residual: Tensor | None = None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             hidden, residual = layer(hidden, residual, step, kv_cache)
         assert residual is not None, "a model has at least one layer"
         return fused_add_rms_norm(hidden, residual, self.norm, self._eps)[0]
-
-    def _step(self, batch: Batch, kv_cache: KVCache) -> Step:
-        num_blocks, block_size = kv_cache[0].shape[:2]
-        plan = plan_attention(
-            batch.block_table,
-            batch.seq_lens,
-            batch.cu_seqlens_q,
-            num_tokens=batch.input_ids.shape[0],
-            num_blocks=num_blocks,
-            block_size=block_size,
-        )
-        return Step(batch, gather_rotary(self._cos_sin, batch.positions), plan)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Logits of this rank's tokens for chosen rows of `forward`'s result: [rows, hidden_size] -> fp32
