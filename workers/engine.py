@@ -46,6 +46,7 @@ class ModelRunner:
     sampler: Sampler
     tp_size: int
     device: torch.device
+    is_approximate: bool = False  # draft_forward differs from forward: the model is layer-parallel
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states [num_tokens, hidden_size]; K and V of the batch's tokens are in the cache afterwards."""
@@ -53,8 +54,8 @@ class ModelRunner:
             return self.model.forward(batch, self.kv_caches)
 
     def draft_forward(self, batch: Batch) -> Tensor:
-        """As `forward`, where approximate hidden states, keys and values will do: equal to it unless the model is
-        layer-parallel."""
+        """As `forward`, where approximate hidden states, keys and values will do: equal to it unless
+        `is_approximate`."""
         return self.forward(batch)
 
     def choose(self, hidden: Tensor, entries: Sequence[RowEntry]) -> SampledRows:
