@@ -13,8 +13,10 @@ from torch import Tensor
 from echelon.pb.sampling_pb2 import PositionLogprobs
 from kernels.probability_mass import MAX_TOKENS, total_mass
 from kernels.sample import sample, scale_by_temperature
+from kernels.sample_top import sample_top
 from kernels.sort_key import pack_sort_key, unpack_sort_key
 from kernels.truncation import Candidates, Truncation, min_p_top_k_threshold, top_p_threshold
+from workers.confidence import NUM_WORDS, confidence_words, confidences
 from workers.groups import Group
 from workers.logprobs import LogprobRows, position_logprobs
 from workers.sampling_rows import RowEntry, SamplingRows
@@ -34,6 +36,12 @@ class SampledRows:
     token_ids: Tensor  # int64 [num_rows]; 0 where non_finite
     non_finite: Tensor  # bool [num_rows], the raw logits hold NaN or Inf
     logprobs: Sequence[PositionLogprobs | None] | None  # a row each, None unless asked for; None if no row asked
+    # int64 [num_rows, num_alternatives]: the runners-up of the choice, best first. Where the processors leave fewer
+    # tokens the last one is repeated; void where non_finite.
+    alternatives: Tensor | None
+    # fp32 [num_rows]: softmax probability of the chosen token at the row's temperature, at temperature 0 at 1, behind
+    # penalties, bias and masks, before min-p, top-k and top-p; void where non_finite.
+    confidences: Tensor | None
 
 
 class Sampler:
@@ -45,7 +53,15 @@ class Sampler:
         self._group = group
         self._vocab_size = vocab_size
 
-    def sample(self, logits_shard: Tensor, vocab_start: int, rows: SamplingRows) -> SampledRows:
+    def sample(
+        self,
+        logits_shard: Tensor,
+        vocab_start: int,
+        rows: SamplingRows,
+        *,
+        num_alternatives: int = 0,
+        with_confidence: bool = False,
+    ) -> SampledRows:
         """Chooses a token for each row. Collective: every rank calls with the same rows.
 
         Args:
@@ -53,27 +69,41 @@ class Sampler:
                 lies beyond the vocabulary is padding and is not looked at.
             vocab_start: token id of the first column.
             rows: settings of each row.
+            num_alternatives: runners-up that are wanted of each row.
+            with_confidence: whether the probability of each choice is wanted.
         """
         raw, non_finite = self._screen(logits_shard, vocab_start)
         processed = raw
         if rows.edits is not None:
             processed = raw.clone()
             rows.edits.apply(processed, vocab_start, min(vocab_start + raw.shape[1], self._vocab_size))
-        if rows.all_greedy:
-            best = processed.max(dim=1)  # documented to give the first of equal maxima
-            values, token_ids = best.values, best.indices + vocab_start
-        else:
-            kept = self._truncate(processed, rows)
-            values, token_ids = sample(kept, rows.temperature, rows.keys, first_token_id=vocab_start)
-        keys = torch.where(non_finite, NON_FINITE_KEY, pack_sort_key(values, token_ids))
-        best_keys = self._group.all_gather(keys).amax(dim=0)  # [num_rows]
+        values, token_ids = self._choose(processed, vocab_start, rows, num=1 + num_alternatives)
+        words = torch.where(non_finite.unsqueeze(1), NON_FINITE_KEY, pack_sort_key(values, token_ids))
+        if with_confidence:
+            columns = token_ids[:, 0] - vocab_start
+            words = torch.cat((words, confidence_words(processed, rows.temperature, columns)), dim=1)
+        gathered = self._group.all_gather(words)  # [tp_size, num_rows, 1 + num_alternatives (+ NUM_WORDS)]
+        best_keys, winner = gathered[:, :, 0].max(dim=0)  # [num_rows]
         non_finite = best_keys == NON_FINITE_KEY
         token_ids = torch.where(non_finite, 0, unpack_sort_key(best_keys)[1])
         return SampledRows(
             token_ids=token_ids,
             non_finite=non_finite,
             logprobs=self._logprobs(raw, vocab_start, rows, token_ids, non_finite) if rows.logprob_rows else None,
+            alternatives=_runners_up(gathered[:, :, : 1 + num_alternatives]) if num_alternatives else None,
+            confidences=confidences(gathered[:, :, -NUM_WORDS:], winner) if with_confidence else None,
         )
+
+    def _choose(self, logits: Tensor, vocab_start: int, rows: SamplingRows, *, num: int) -> tuple[Tensor, Tensor]:
+        """The best `num` tokens of this shard with their values, both [num_rows, num]."""
+        if rows.all_greedy and num == 1:
+            best = logits.max(dim=1, keepdim=True)  # documented to give the first of equal maxima
+            return best.values, best.indices + vocab_start
+        kept = logits if rows.all_greedy else self._truncate(logits, rows)
+        if num > 1:
+            return sample_top(kept, rows.temperature, rows.keys, num=num, first_token_id=vocab_start)
+        values, token_ids = sample(kept, rows.temperature, rows.keys, first_token_id=vocab_start)
+        return values.unsqueeze(1), token_ids.unsqueeze(1)
 
     def prompt_logprobs(
         self, logits_shard: Tensor, vocab_start: int, next_token_ids: Tensor, num_top: int
@@ -162,3 +192,13 @@ class Sampler:
         for row, logprobs in zip(rows.logprob_rows, found, strict=True):
             result[row] = logprobs
         return result
+
+
+def _runners_up(sort_keys: Tensor) -> Tensor:
+    """Token ids [num_rows, num - 1] of all but the best, of the shards' keys [tp_size, num_rows, num]."""
+    num = sort_keys.shape[2]
+    best = sort_keys.transpose(0, 1).flatten(1).sort(dim=1, descending=True).values[:, :num]
+    values, token_ids = unpack_sort_key(best)
+    last = (values > -torch.inf).sum(dim=1, keepdim=True).clamp(min=1) - 1
+    columns = torch.arange(1, num, device=best.device).clamp(max=last)  # [num_rows, num - 1]
+    return token_ids.gather(1, columns)
