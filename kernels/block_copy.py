@@ -7,6 +7,7 @@ words: bits stay as they are, NaN and all, whatever the dtype.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import triton
@@ -18,7 +19,8 @@ from kernels.dispatch import runs_triton
 KVCaches = Sequence[tuple[Tensor, Tensor]]  # of each layer: k, v [num_blocks, block_size, num_kv_heads, head_dim]
 WORD_BYTES = 4
 TILE_WORDS = 2048  # 8 KiB a program: 16 bytes for each of 128 threads, four times
-MOVES_AT_ONCE = 16
+MOVES_AT_ONCE = 16  # by MOVE_TILE_WORDS: what a program reads before it writes
+MOVE_TILE_WORDS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +35,7 @@ class CacheAddresses:
 def cache_addresses(kv_caches: KVCaches) -> CacheAddresses:
     """The addresses for calls with these caches. Raises ValueError where the caches are not of one shape and kind."""
     k_cache = _check_caches(kv_caches)
-    addresses = [cache.data_ptr() for layer in kv_caches for cache in layer]
+    addresses = [cache.data_ptr() for cache in chain.from_iterable(kv_caches)]
     slot_bytes = k_cache.shape[2] * k_cache.shape[3] * k_cache.element_size()
     if slot_bytes % WORD_BYTES:
         raise ValueError(f"kv_caches: expected slots of a multiple of {WORD_BYTES} bytes, got {slot_bytes}")
@@ -43,6 +45,64 @@ def cache_addresses(kv_caches: KVCaches) -> CacheAddresses:
         block_words=k_cache.shape[1] * slot_words,
         slot_words=slot_words,
     )
+
+
+@triton.jit
+def _words_at(table_ptr, part):
+    """The cache of a part as a pointer to its words. torch aligns what it allocates."""
+    return tl.multiple_of(tl.load(table_ptr + part).to(tl.pointer_type(tl.int32)), 16)
+
+
+@triton.jit
+def _copy_blocks_kernel(table_ptr, src_ptr, dst_ptr, block_words, TILE: tl.constexpr):
+    copy = tl.program_id(0)
+    cache_ptr = _words_at(table_ptr, tl.program_id(1))
+    word = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    src = tl.load(src_ptr + copy) * block_words
+    dst = tl.load(dst_ptr + copy) * block_words
+    words = tl.load(cache_ptr + src + word, mask=word < block_words)
+    tl.store(cache_ptr + dst + word, words, mask=word < block_words)
+
+
+@triton.jit
+def _move_slots_kernel(table_ptr, src_ptr, dst_ptr, num_moves, slot_words, MOVES: tl.constexpr, TILE: tl.constexpr):
+    """A program moves the same few words of every slot, so moves that meet in a slot meet in one program."""
+    cache_ptr = _words_at(table_ptr, tl.program_id(0))
+    word = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    start = 0
+    while start < num_moves:  # a for loop may be pipelined: loads sent ahead of the stores before them
+        move = start + tl.arange(0, MOVES)
+        src = tl.load(src_ptr + move, mask=move < num_moves, other=-1)
+        dst = tl.load(dst_ptr + move, mask=move < num_moves, other=-1)
+        moved = (src >= 0)[:, None] & (word < slot_words)[None, :]
+        words = tl.load(cache_ptr + src[:, None] * slot_words + word[None, :], mask=moved)
+        tl.debug_barrier()  # a slot may be read by one thread and written by another
+        tl.store(cache_ptr + dst[:, None] * slot_words + word[None, :], words, mask=moved)
+        tl.debug_barrier()
+        start += MOVES
+
+
+@triton.jit
+def _stage_blocks_kernel(
+    table_ptr,
+    block_ptr,
+    staging_ptr,
+    block_stride,  # words from a block of the staging buffer to the next
+    layer_stride,
+    block_words,
+    GATHER: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    number = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1).to(tl.int64)
+    word = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    cached = _words_at(table_ptr, part) + tl.load(block_ptr + number) * block_words + word
+    staged = staging_ptr.to(tl.pointer_type(tl.int32)) + number * block_stride + (part // 2) * layer_stride
+    staged += (part % 2) * block_words + word
+    if GATHER:
+        tl.store(staged, tl.load(cached, mask=word < block_words), mask=word < block_words)
+    else:
+        tl.store(cached, tl.load(staged, mask=word < block_words), mask=word < block_words)
 
 
 def copy_blocks(
@@ -66,28 +126,124 @@ def copy_blocks(
     _copy_blocks_kernel[grid](addresses.table, src_blocks, dst_blocks, addresses.block_words, TILE_WORDS)
 
 
+def move_slots(
+    kv_caches: KVCaches, src_slots: Tensor, dst_slots: Tensor, *, addresses: CacheAddresses | None = None
+) -> None:
+    """Copy slot src_slots[i] over slot dst_slots[i] in all layers, in order of i: re-packs accepted tree nodes.
+
+    src_slots, dst_slots: int64 [num_moves] on the device of the caches; slot = block_id * block_size + offset, and -1
+    as a source is no move. A destination occurs once, and no later move reads it. Tree nodes that are numbered level by
+    level keep this by themselves, since each moves to its own place or further to the front. addresses: as for
+    copy_blocks. Raises ValueError naming the argument that does not fit.
+    """
+    _check_pairs("src_slots", src_slots, "dst_slots", dst_slots)
+    if not runs_triton(src_slots):
+        _check_caches(kv_caches)
+        move_slots_reference(kv_caches, src_slots, dst_slots)
+        return
+    addresses = addresses or cache_addresses(kv_caches)
+    num_moves = src_slots.numel()
+    if not num_moves:
+        return
+    tile = min(MOVE_TILE_WORDS, triton.next_power_of_2(addresses.slot_words))
+    grid = (addresses.table.numel(), triton.cdiv(addresses.slot_words, tile))
+    _move_slots_kernel[grid](
+        addresses.table,
+        src_slots,
+        dst_slots,
+        num_moves,
+        addresses.slot_words,
+        MOVES=MOVES_AT_ONCE,
+        TILE=tile,
+    )
+
+
+def gather_blocks(
+    kv_caches: KVCaches, block_ids: Tensor, staging: Tensor, *, addresses: CacheAddresses | None = None
+) -> None:
+    """Copy blocks of all layers into `staging`, one after the other: what offloading reads.
+
+    block_ids: int64 [num_blocks] on the device of the caches. staging: [num_blocks, num_layers, 2, block_size,
+    num_kv_heads, head_dim] in dtype and device of the caches, keys before values; blocks and layers may be strided (a
+    few layers of a larger buffer), the rest is contiguous. A block is then one piece of memory, to be hashed, sent or
+    written to disk. addresses: as for copy_blocks. Raises ValueError naming the argument that does not fit.
+    """
+    _stage_blocks(kv_caches, block_ids, staging, addresses, gather=True)
+
+
+def scatter_blocks(
+    kv_caches: KVCaches, block_ids: Tensor, staging: Tensor, *, addresses: CacheAddresses | None = None
+) -> None:
+    """Copy `staging` into blocks of all layers: the way back of gather_blocks. A block id may occur once."""
+    _stage_blocks(kv_caches, block_ids, staging, addresses, gather=False)
+
+
 def copy_blocks_reference(kv_caches: KVCaches, src_blocks: Tensor, dst_blocks: Tensor) -> None:
     """The definition, one cache at a time."""
-    for layer in kv_caches:
-        for cache in layer:
-            cache.index_copy_(0, dst_blocks, cache.index_select(0, src_blocks))
+    for cache in chain.from_iterable(kv_caches):
+        cache.index_copy_(0, dst_blocks, cache.index_select(0, src_blocks))
 
 
-@triton.jit
-def _words_at(table_ptr, part):
-    """The cache of a part as a pointer to its words. torch aligns what it allocates."""
-    return tl.multiple_of(tl.load(table_ptr + part).to(tl.pointer_type(tl.int32)), 16)
+def move_slots_reference(kv_caches: KVCaches, src_slots: Tensor, dst_slots: Tensor) -> None:
+    """The definition. All is read before anything is written, which is the same for moves that keep the rule."""
+    moved = (src_slots >= 0).nonzero().squeeze(1)
+    src, dst = src_slots[moved], dst_slots[moved]
+    for cache in chain.from_iterable(kv_caches):
+        slots = cache.view(-1, *cache.shape[2:])
+        slots.index_copy_(0, dst, slots.index_select(0, src))
 
 
-@triton.jit
-def _copy_blocks_kernel(table_ptr, src_ptr, dst_ptr, block_words, TILE: tl.constexpr):
-    copy = tl.program_id(0)
-    cache_ptr = _words_at(table_ptr, tl.program_id(1))
-    word = tl.program_id(2) * TILE + tl.arange(0, TILE)
-    src = tl.load(src_ptr + copy) * block_words
-    dst = tl.load(dst_ptr + copy) * block_words
-    words = tl.load(cache_ptr + src + word, mask=word < block_words)
-    tl.store(cache_ptr + dst + word, words, mask=word < block_words)
+def gather_blocks_reference(kv_caches: KVCaches, block_ids: Tensor, staging: Tensor) -> None:
+    """The definition, one layer at a time."""
+    for number, (k_cache, v_cache) in enumerate(kv_caches):
+        staging[:, number, 0] = k_cache[block_ids]
+        staging[:, number, 1] = v_cache[block_ids]
+
+
+def scatter_blocks_reference(kv_caches: KVCaches, block_ids: Tensor, staging: Tensor) -> None:
+    """The definition, one layer at a time."""
+    for number, (k_cache, v_cache) in enumerate(kv_caches):
+        k_cache[block_ids] = staging[:, number, 0]
+        v_cache[block_ids] = staging[:, number, 1]
+
+
+def _stage_blocks(
+    kv_caches: KVCaches, block_ids: Tensor, staging: Tensor, addresses: CacheAddresses | None, *, gather: bool
+) -> None:
+    _check_staging(kv_caches, block_ids, staging)
+    if not runs_triton(staging):
+        _check_caches(kv_caches)
+        copy = gather_blocks_reference if gather else scatter_blocks_reference
+        copy(kv_caches, block_ids, staging)
+        return
+    addresses = addresses or cache_addresses(kv_caches)
+    if not block_ids.numel():
+        return
+    grid = (block_ids.numel(), addresses.table.numel(), triton.cdiv(addresses.block_words, TILE_WORDS))
+    _stage_blocks_kernel[grid](
+        addresses.table,
+        block_ids,
+        staging,
+        staging.stride(0) * staging.element_size() // WORD_BYTES,
+        staging.stride(1) * staging.element_size() // WORD_BYTES,
+        addresses.block_words,
+        GATHER=gather,
+        TILE=TILE_WORDS,
+    )
+
+
+def _check_staging(kv_caches: KVCaches, block_ids: Tensor, staging: Tensor) -> None:
+    if block_ids.ndim != 1 or block_ids.dtype != torch.int64 or not block_ids.is_contiguous():
+        raise ValueError(f"block_ids: expected contiguous int64 [n], got {block_ids.dtype} {list(block_ids.shape)}")
+    cache = kv_caches[0][0]
+    expected = (block_ids.numel(), len(kv_caches), 2, *cache.shape[1:])
+    if staging.shape != expected or staging.dtype != cache.dtype or staging.device != cache.device:
+        raise ValueError(
+            f"staging: expected {list(expected)} {cache.dtype} on {cache.device}, got {list(staging.shape)} "
+            f"{staging.dtype} on {staging.device}"
+        )
+    if staging.numel() and not staging[0, 0].is_contiguous():
+        raise ValueError(f"staging: expected each block of a layer in one piece, got strides {list(staging.stride())}")
 
 
 def _check_caches(kv_caches: KVCaches) -> Tensor:

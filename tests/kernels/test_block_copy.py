@@ -2,54 +2,135 @@
 
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from kernels.block_copy import KVCaches, cache_addresses, copy_blocks
+from kernels import block_copy
+from kernels.block_copy import cache_addresses, copy_blocks, gather_blocks, move_slots, scatter_blocks
 from tests.helpers.compile_sm90 import compile_for_sm90
+from tests.helpers.kv_caches import clone, flat, random_caches, same_bits
 
-Caches = list[tuple[Tensor, Tensor]]
-
-
-def numbered_caches(num_layers: int = 3, num_blocks: int = 6, block_size: int = 4) -> Caches:
-    """Every number in them is another."""
-    shape = (num_layers, 2, num_blocks, block_size, 2, 8)
-    numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
-    return [(layer[0].clone(), layer[1].clone()) for layer in numbers]
-
-
-def flat(caches: KVCaches) -> list[Tensor]:
-    return [cache for layer in caches for cache in layer]
+NONE = torch.empty(0, dtype=torch.int64)
 
 
 def test_blocks_are_copied_in_all_layers_and_nothing_else_changes() -> None:
-    caches, before = numbered_caches(), numbered_caches()
+    caches = random_caches(6)
+    before = clone(caches)
     copy_blocks(caches, torch.tensor([4, 0, 4]), torch.tensor([1, 2, 5]))
     for after, old in zip(flat(caches), flat(before), strict=True):
-        expected = [old[0], old[4], old[0], old[3], old[4], old[4]]
-        assert torch.equal(after, torch.stack(expected))
+        assert torch.equal(after, torch.stack([old[0], old[4], old[0], old[3], old[4], old[4]]))
 
 
-def test_no_copy_is_no_change() -> None:
-    caches, none = numbered_caches(), torch.empty(0, dtype=torch.int64)
-    copy_blocks(caches, none, none)
-    assert all(torch.equal(a, b) for a, b in zip(flat(caches), flat(numbered_caches()), strict=True))
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_moves_of_tree_nodes_are_those_done_one_after_the_other(data: st.DataObject) -> None:
+    """An accepted path through a tree in level order: node ids grow and each is at least its depth."""
+    num_nodes = data.draw(st.integers(1, 11))
+    path = sorted(data.draw(st.sets(st.integers(1, num_nodes))))
+    first = data.draw(st.integers(0, 3))
+    src, dst = [first + node for node in path], [first + 1 + depth for depth in range(len(path))]
+    caches = random_caches(4)
+    expected = clone(caches)
+    for cache in flat(expected):
+        slots = cache.view(16, 2, 8)
+        for source, destination in zip(src, dst, strict=True):
+            slots[destination] = slots[source]
+    move_slots(caches, torch.tensor(src, dtype=torch.int64), torch.tensor(dst, dtype=torch.int64))
+    assert same_bits(caches, expected)
+
+
+def test_a_source_of_minus_one_is_no_move() -> None:
+    caches = random_caches(3)
+    before = clone(caches)
+    move_slots(caches, torch.tensor([-1, 7, -1]), torch.tensor([3, 2, -1]))
+    for after, old in zip(flat(caches), flat(before), strict=True):
+        expected = old.clone().view(12, 2, 8)
+        expected[2] = expected[7]
+        assert torch.equal(after.view(12, 2, 8), expected)
+
+
+def test_blocks_come_back_from_staging_wherever_they_go() -> None:
+    caches = random_caches(6)
+    staging = torch.empty(3, 3, 2, 4, 2, 8)
+    gather_blocks(caches, torch.tensor([5, 0, 3]), staging)
+    assert torch.equal(staging[2, 1, 0], caches[1][0][3])  # third block, layer 1, keys
+    assert torch.equal(staging[0, 2, 1], caches[2][1][5])
+    elsewhere = [(torch.zeros_like(k), torch.zeros_like(v)) for k, v in caches]
+    scatter_blocks(elsewhere, torch.tensor([2, 4, 1]), staging)
+    for there, here in zip(flat(elsewhere), flat(caches), strict=True):
+        nothing = torch.zeros_like(here[0])
+        assert torch.equal(there, torch.stack([nothing, here[3], here[5], nothing, here[0], nothing]))
+
+
+def test_one_layer_can_be_staged_in_a_buffer_for_all() -> None:
+    caches = random_caches(6)
+    staging = torch.full((2, 3, 2, 4, 2, 8), torch.nan)
+    gather_blocks(caches[1:2], torch.tensor([5, 0]), staging[:, 1:2])
+    assert torch.equal(staging[:, 1, 0], caches[1][0][[5, 0]])
+    assert staging[:, [0, 2]].isnan().all()
+
+
+def test_nothing_to_copy_is_no_change() -> None:
+    caches = random_caches(3)
+    before = clone(caches)
+    copy_blocks(caches, NONE, NONE)
+    move_slots(caches, NONE, NONE)
+    gather_blocks(caches, NONE, torch.empty(0, 3, 2, 4, 2, 8))
+    scatter_blocks(caches, NONE, torch.empty(0, 3, 2, 4, 2, 8))
+    assert same_bits(caches, before)
 
 
 def test_what_does_not_fit_is_named() -> None:
-    caches, blocks = numbered_caches(), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match="dst_blocks: expected \\[2\\]"):
+    caches, blocks = random_caches(6), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"dst_blocks: expected \[2\]"):
         copy_blocks(caches, blocks, torch.tensor([2]))
-    with pytest.raises(ValueError, match="src_blocks: expected contiguous int64"):
-        copy_blocks(caches, blocks.int(), blocks)
+    with pytest.raises(ValueError, match="src_slots: expected contiguous int64"):
+        move_slots(caches, blocks.int(), blocks)
     with pytest.raises(ValueError, match="v of layer 1"):
         copy_blocks([caches[0], (caches[1][0], caches[1][1].half())], blocks, blocks + 2)
+    with pytest.raises(ValueError, match="kv_caches: expected at least one layer"):
+        copy_blocks([], blocks, blocks + 2)
+    with pytest.raises(ValueError, match=r"staging: expected \[2, 3, 2, 4, 2, 8\]"):
+        gather_blocks(caches, blocks, torch.empty(2, 2, 2, 4, 2, 8))
+    with pytest.raises(ValueError, match="in one piece"):
+        gather_blocks(caches, blocks, torch.empty(2, 3, 2, 4, 8, 2).transpose(-1, -2))
     with pytest.raises(ValueError, match="multiple of 4 bytes"):
-        cache_addresses([(torch.zeros(1, 1, 1, 3).half(), torch.zeros(1, 1, 1, 3).half())])
+        cache_addresses(random_caches(1, num_kv_heads=1, head_dim=3, dtype=torch.float16))
 
 
-def test_copies_compile_for_sm_90_into_wide_accesses() -> None:
-    from kernels.block_copy import TILE_WORDS, _copy_blocks_kernel
-
-    types = {"table_ptr": "*i64", "src_ptr": "*i64", "dst_ptr": "*i64", "block_words": "i32:16"}
-    compiled = compile_for_sm90(_copy_blocks_kernel, types, {"TILE": TILE_WORDS})
-    assert "ld.global.v4.b32" in compiled.asm["ptx"]
+@pytest.mark.parametrize(
+    ("name", "types", "constexprs"),
+    [
+        (
+            "_copy_blocks_kernel",
+            {"src_ptr": "*i64", "dst_ptr": "*i64", "block_words": "i32:16"},
+            {"TILE": block_copy.TILE_WORDS},
+        ),
+        (
+            "_move_slots_kernel",
+            {"src_ptr": "*i64", "dst_ptr": "*i64", "num_moves": "i32", "slot_words": "i32:16"},
+            {"MOVES": block_copy.MOVES_AT_ONCE, "TILE": block_copy.MOVE_TILE_WORDS},
+        ),
+        *(
+            (
+                "_stage_blocks_kernel",
+                {
+                    "block_ptr": "*i64",
+                    "staging_ptr": "*bf16",
+                    "block_stride": "i32:16",
+                    "layer_stride": "i32:16",
+                    "block_words": "i32:16",
+                },
+                {"GATHER": gather, "TILE": block_copy.TILE_WORDS},
+            )
+            for gather in (True, False)
+        ),
+    ],
+)
+def test_kernels_compile_for_sm_90_into_wide_accesses(
+    name: str, types: dict[str, str], constexprs: dict[str, object]
+) -> None:
+    kernel = getattr(block_copy, name)
+    ptx = compile_for_sm90(kernel, {"table_ptr": "*i64", **types}, constexprs).asm["ptx"]
+    assert "ld.global.v4.b32" in ptx
+    assert "st.global.v4.b32" in ptx
