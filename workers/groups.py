@@ -25,6 +25,10 @@ class Group(Protocol):
         """Every rank's `x` (same shape everywhere, contiguous): [size, *x.shape]."""
         ...
 
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """The `x` of rank `source`; that of the others (same shape, contiguous) is overwritten."""
+        ...
+
 
 class SoloGroup:
     """A group of one: no communication."""
@@ -37,6 +41,9 @@ class SoloGroup:
 
     def all_gather(self, x: Tensor) -> Tensor:
         return x.unsqueeze(0)
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        return x
 
 
 class TorchGroup:
@@ -67,6 +74,10 @@ class TorchGroup:
         # Under this name in every torch we support; the public wrapper was renamed between 2.11 and 2.13.
         self._process_group._allgather_base(gathered, x.reshape(-1)).wait()
         return gathered.view(self.size, *x.shape)
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        self._process_group.broadcast(x, source).wait()
+        return x
 
 
 def _sum_in_order(partials: Tensor) -> Tensor:  # [size, ...] -> [...]

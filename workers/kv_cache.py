@@ -32,19 +32,20 @@ class KVLayout:
         return self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     def allocate(self, num_blocks: int, device: torch.device) -> KVCaches:
-        """Zeroed caches: what attention masks out must still be finite, since 0 * NaN is NaN."""
-        return [self._layer(num_blocks, device) for _ in range(self.num_layers)]
+        """Zeroed caches: what attention masks out must still be finite, since 0 * NaN is NaN. The keys of all layers
+        lie behind each other in memory, and so do the values."""
+        keys = self._layers(self.num_layers, num_blocks, device)
+        values = self._layers(self.num_layers, num_blocks, device)
+        return list(zip(keys.unbind(), values.unbind(), strict=True))
 
     def allocate_shared(self, num_blocks: int, device: torch.device) -> KVCaches:
         """One cache that all layers overwrite: enough to see how much memory a forward takes."""
-        return [self._layer(num_blocks, device)] * self.num_layers
+        keys, values = self._layers(2, num_blocks, device).unbind()
+        return [(keys, values)] * self.num_layers
 
-    def _layer(self, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        shape = (num_blocks, self.block_size, self.num_kv_heads, self.head_dim)
-        return (
-            torch.zeros(shape, dtype=self.dtype, device=device),
-            torch.zeros(shape, dtype=self.dtype, device=device),
-        )
+    def _layers(self, num_layers: int, num_blocks: int, device: torch.device) -> Tensor:
+        shape = (num_layers, num_blocks, self.block_size, self.num_kv_heads, self.head_dim)
+        return torch.zeros(shape, dtype=self.dtype, device=device)
 
 
 def check_num_blocks(num_blocks: int, layout: KVLayout, *, max_model_len: int, device: torch.device) -> None:

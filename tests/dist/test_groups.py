@@ -16,7 +16,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Collectives]:
 
 def test_each_rank_gets_what_the_operation_promises(ranks: list[Collectives]) -> None:
     parts = torch.stack([torch.arange(6).view(2, 3) + 10 * rank for rank in range(SIZE)])
-    expected = {"sum": parts.sum(dim=0), "gather": parts}
+    expected = {"sum": parts.sum(dim=0), "gather": parts, "broadcast": parts[1]}
     for rank in ranks:
         for name, value in rank.by_name.items():
             operation = name.removeprefix("ordered ").split()[0]

@@ -38,6 +38,9 @@ class ThreadGroup:
         self._shared.barrier.wait()
         return gathered
 
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        return self.all_gather(x)[source].clone()
+
     def all_reduce(self, x: Tensor) -> Tensor:
         return self.all_gather(x).sum(dim=0, dtype=x.dtype)
 

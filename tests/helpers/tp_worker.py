@@ -57,6 +57,7 @@ def collectives(process_group: ProcessGroup) -> Collectives:
         by_name[f"sum {dtype}"] = group.all_reduce(mine.clone())
         by_name[f"ordered sum {dtype}"] = ordered.all_reduce(mine.clone())
         by_name[f"gather {dtype}"] = group.all_gather(mine)
+        by_name[f"broadcast {dtype}"] = group.broadcast(mine.clone(), 1)
     rows = torch.randn(33, 96, generator=torch.Generator().manual_seed(group.rank)).to(torch.bfloat16)
     return Collectives(
         by_name=by_name,

@@ -1,5 +1,6 @@
 """How layers come by their parameters: allocated here, filled later with this rank's slices of a checkpoint."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -40,13 +41,33 @@ class BuildContext:
         self.batch_invariant = batch_invariant
         self.linear: Linear = linear_batch_invariant if batch_invariant else linear
         self._packable: list[Packable] = []
+        self._sizes: list[int] = []
         self.slices: list[WeightSlice] = []
-        self.num_bytes = 0  # of all parameters allocated so far
+        self.foreign: list[WeightSlice] = []  # what other ranks read
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all parameters allocated so far."""
+        return sum(self._sizes)
+
+    def over(self, group: Group) -> "BuildContext":
+        """The same for layers that another group shares: what either builds is counted, read and packed with this."""
+        other = copy.copy(self)
+        other.group = group
+        return other
+
+    def elsewhere(self) -> "BuildContext":
+        """For layers that other ranks hold: the checkpoint must have their tensors, but nothing is allocated."""
+        other = BuildContext(
+            self.group, dtype=self.dtype, device=torch.device("meta"), batch_invariant=self.batch_invariant
+        )
+        other.slices = self.foreign
+        return other
 
     def empty(self, *shape: int) -> Tensor:
         """A parameter without contents: say with `read` what fills it."""
         parameter = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self.num_bytes += parameter.nbytes
+        self._sizes.append(parameter.nbytes)
         return parameter
 
     def read(self, name: str, full_shape: tuple[int, ...], target: Tensor, *, dim: int = 0, start: int = 0) -> None:
@@ -60,6 +81,7 @@ class BuildContext:
     def pack(self) -> None:
         """Brings the filled weights into the layout that `linear` reads fastest, one at a time."""
         self.slices.clear()  # they hold the weights that are replaced
+        self.foreign.clear()
         if not self.batch_invariant:  # its promise about bits is tested for weights as they are
             for layer in self._packable:
                 layer.weight = pack_weight(layer.weight)

@@ -4,6 +4,17 @@ from workers.models.config import ModelConfig
 from workers.models.decoder import CausalLM
 from workers.models.errors import LoadError
 from workers.models.hf_config import load_model_config
-from workers.models.loading import load_model
+from workers.models.layer_groups import LayerParallelPlan
+from workers.models.layer_parallel import LayerParallelLM
+from workers.models.loading import load_layer_parallel_model, load_model
 
-__all__ = ["CausalLM", "LoadError", "ModelConfig", "load_model", "load_model_config"]
+__all__ = [
+    "CausalLM",
+    "LayerParallelLM",
+    "LayerParallelPlan",
+    "LoadError",
+    "ModelConfig",
+    "load_layer_parallel_model",
+    "load_model",
+    "load_model_config",
+]

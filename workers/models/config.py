@@ -69,6 +69,19 @@ class ModelConfig:
             f"sizes that do: {', '.join(map(str, sizes))}"
         )
 
+    def check_layer_parallel(self, num_ranks: int, *, splits_mlps: bool) -> None:
+        """Raises LoadError where so many ranks cannot share the layers, the vocabulary or (splits_mlps) each MLP."""
+        if num_ranks > min(self.num_layers, self.vocab_size):
+            raise LoadError(
+                f"layer_parallel_size {num_ranks}: the model has {self.num_layers} layers and a vocabulary of "
+                f"{self.vocab_size}, some ranks would have nothing: lower draft.layer_parallel_size"
+            )
+        if splits_mlps and self.intermediate_size % num_ranks:
+            raise LoadError(
+                f"layer_parallel_mlp: tensor_parallel: intermediate size {self.intermediate_size} is not a multiple "
+                f"of layer_parallel_size {num_ranks}: use replicated or auto"
+            )
+
     def _splits_over(self, tp_size: int) -> bool:
         kv_heads_fit = self.num_kv_heads % tp_size == 0 or tp_size % self.num_kv_heads == 0
         last_vocab_start = (tp_size - 1) * -(-self.vocab_size // tp_size)

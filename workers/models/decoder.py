@@ -150,6 +150,11 @@ class CausalLM:
         self.weight_bytes = ctx.num_bytes  # on this rank
 
     @property
+    def num_kv_layers(self) -> int:
+        """Layers whose keys and values this rank keeps."""
+        return len(self.layers)
+
+    @property
     def kv_heads_per_rank(self) -> int:
         return self.layers[0].attention.qkv_proj.num_kv_heads
 
@@ -168,6 +173,10 @@ class CausalLM:
             hidden, residual = layer(hidden, residual, step, kv_cache)
         assert residual is not None, "a model has at least one layer"
         return fused_add_rms_norm(hidden, residual, self.norm, self._eps)[0]
+
+    def draft_forward(self, batch: Batch, kv_caches: list[KVCache]) -> Tensor:
+        """For a draft's own tokens, where an approximation will do: see LayerParallelLM. Here it is `forward`."""
+        return self.forward(batch, kv_caches)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Logits of this rank's tokens for chosen rows of `forward`'s result: [rows, hidden_size] -> fp32

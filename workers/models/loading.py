@@ -13,6 +13,8 @@ from workers.models.checkpoint import Checkpoint, Progress
 from workers.models.decoder import CausalLM
 from workers.models.errors import LoadError
 from workers.models.hf_config import load_model_config
+from workers.models.layer_groups import LayerParallelPlan, MLPs
+from workers.models.layer_parallel import LayerParallelLM
 
 logger = logging.getLogger(__name__)
 
@@ -33,22 +35,49 @@ def load_model(
     the rank needs; calls nobody, so ranks may load at different speeds. `progress(done, total)` counts bytes in
     memory. `batch_invariant`: a row's result does not depend on the batch around it (give a group with ordered sums).
     Raises LoadError."""
-    started_s = time.monotonic()
     config = load_model_config(folder)
     config.check_tp_size(group.size)
     config.check_max_model_len(max_model_len)
-    checkpoint = Checkpoint(folder)
     ctx = BuildContext(group, dtype=dtype, device=device, batch_invariant=batch_invariant)
     model = CausalLM(config, max_model_len=max_model_len, ctx=ctx)
-    checkpoint.check(ctx.slices, unused=lambda name: _is_unused(name, tied=config.tie_word_embeddings))
-    checkpoint.read(ctx.slices, progress or _ignore)
-    if config.tie_word_embeddings and _HEAD in checkpoint.tensors:
-        _check_head_is_tied(model, checkpoint, group)
+    _fill(model, Checkpoint(folder), ctx, progress or _ignore)
+    return model
+
+
+def load_layer_parallel_model(
+    folder: Path,
+    plan: LayerParallelPlan,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: Group,
+    max_model_len: int,
+    batch_invariant: bool = False,
+    progress: Progress | None = None,
+) -> LayerParallelLM:
+    """As load_model, for a draft whose ranks share it by layers. Raises LoadError."""
+    config = load_model_config(folder)
+    config.check_layer_parallel(group.size, splits_mlps=plan.mlps is MLPs.TENSOR_PARALLEL)
+    config.check_max_model_len(max_model_len)
+    ctx = BuildContext(group, dtype=dtype, device=device, batch_invariant=batch_invariant)
+    model = LayerParallelLM(config, plan, max_model_len=max_model_len, ctx=ctx)
+    _fill(model, Checkpoint(folder), ctx, progress or _ignore)
+    return model
+
+
+def _fill(model: CausalLM | LayerParallelLM, checkpoint: Checkpoint, ctx: BuildContext, progress: Progress) -> None:
+    """Reads what the layers of a model have asked `ctx` for."""
+    started_s = time.monotonic()
+    tied = model.config.tie_word_embeddings
+    checkpoint.check([*ctx.slices, *ctx.foreign], unused=lambda name: _is_unused(name, tied=tied))
+    checkpoint.read(ctx.slices, progress)
+    if tied and _HEAD in checkpoint.tensors:
+        _check_head_is_tied(model, checkpoint, ctx)
     with torch.inference_mode():
         ctx.pack()
     took_s = time.monotonic() - started_s
-    logger.info("loaded %s: %d MiB on rank %d in %.1f s", folder, model.weight_bytes >> 20, group.rank, took_s)
-    return model
+    rank, mebibytes = ctx.group.rank, model.weight_bytes >> 20
+    logger.info("loaded %s: %d MiB on rank %d in %.1f s", checkpoint.folder, mebibytes, rank, took_s)
 
 
 def _is_unused(name: str, *, tied: bool) -> bool:
@@ -56,14 +85,13 @@ def _is_unused(name: str, *, tied: bool) -> bool:
     return name.endswith(".rotary_emb.inv_freq") or (tied and name == _HEAD)
 
 
-def _check_head_is_tied(model: CausalLM, checkpoint: Checkpoint, group: Group) -> None:
+def _check_head_is_tied(model: CausalLM | LayerParallelLM, checkpoint: Checkpoint, ctx: BuildContext) -> None:
     """A saved head beside `tie_word_embeddings: true` must equal the embedding, else one of the two is wrong."""
-    embedding = model.embedding.weight
-    ctx = BuildContext(group, dtype=embedding.dtype, device=embedding.device, batch_invariant=False)
-    head = ParallelLMHead("lm_head", model.config.vocab_size, model.config.hidden_size, tied_to=None, ctx=ctx)
-    checkpoint.check(ctx.slices, unused=lambda name: True)
-    checkpoint.read(ctx.slices, _ignore)
-    if not torch.equal(head.weight, embedding):
+    own = BuildContext(ctx.group, dtype=ctx.dtype, device=ctx.device, batch_invariant=False)
+    head = ParallelLMHead("lm_head", model.config.vocab_size, model.config.hidden_size, tied_to=None, ctx=own)
+    checkpoint.check(own.slices, unused=lambda name: True)
+    checkpoint.read(own.slices, _ignore)
+    if not torch.equal(head.weight, model.head.weight):
         raise LoadError(
             f"{checkpoint.folder}: config.json says tie_word_embeddings, but {_HEAD} differs from the embedding: "
             f"set it to false if the head is meant, or remove the tensor"

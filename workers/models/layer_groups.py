@@ -1,0 +1,116 @@
+"""Which layers of a draft attend at once, and which rank does which of them (arXiv 2502.02493)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from workers.models.errors import LoadError
+
+LayerGroups = tuple[tuple[int, ...], ...]  # every layer once, in order; attention within a group runs at once
+
+
+class Weights(StrEnum):
+    """Where attention weights and KV are."""
+
+    REPLICATED = "replicated"  # every rank holds all layers
+    SHARDED = "sharded"  # a rank holds the layers that it owns
+
+
+class MLPs(StrEnum):
+    """How a rank takes part in an MLP."""
+
+    REPLICATED = "replicated"  # every rank computes it whole
+    TENSOR_PARALLEL = "tensor_parallel"  # a slice each
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerParallelPlan:
+    """How the ranks of a draft divide its layers; the same on all of them."""
+
+    groups: LayerGroups
+    lp_size: int
+    num_ranks: int  # lp_size, or 1: the layers of a group run as one batch
+    weights: Weights
+    mlps: MLPs
+
+    def __post_init__(self) -> None:
+        assert self.num_ranks in (1, self.lp_size), f"{self.num_ranks} ranks cannot run {self.lp_size} layers at once"
+
+    def owners(self) -> tuple[int, ...]:
+        """The rank of each layer. A full group has one layer for each rank, in order; a shorter one goes to the ranks
+        with the fewest layers so far, so that sharded KV caches are of equal size."""
+        owners: list[int] = []
+        loads = [0] * self.num_ranks
+        for group in self.groups:
+            ranks = sorted(sorted(range(self.num_ranks), key=lambda rank: loads[rank])[: len(group)])
+            for rank in ranks if self.num_ranks > 1 else [0] * len(group):
+                loads[rank] += 1
+                owners.append(rank)
+        return tuple(owners)
+
+
+def one_by_one(num_layers: int) -> LayerGroups:
+    """The exact model."""
+    return tuple((layer,) for layer in range(num_layers))
+
+
+def check_groups(groups: Sequence[Sequence[int]], *, num_layers: int, lp_size: int) -> LayerGroups:
+    """The groups, if they name every layer once and in order and none is empty or longer than lp_size.
+
+    Raises:
+        LoadError: They do not; names the first wrong group.
+    """
+    expected = 0
+    for index, group in enumerate(groups):
+        where = f"draft.layer_groups[{index}] {list(group)}"
+        if not group:
+            raise LoadError(f"{where}: is empty, a group has 1 to {lp_size} layers")
+        if len(group) > lp_size:
+            raise LoadError(
+                f"{where}: has {len(group)} layers, but layer_parallel_size {lp_size} runs that many at once: split "
+                f"the group or raise draft.layer_parallel_size"
+            )
+        for layer in group:
+            if layer != expected:
+                raise LoadError(
+                    f"{where}: layer {layer} stands where layer {expected} is due: the groups must name every layer, "
+                    f"0 to {num_layers - 1}, once and in order"
+                )
+            expected += 1
+    if expected != num_layers:
+        raise LoadError(
+            f"draft.layer_groups: name the layers 0 to {expected - 1}, but the model has {num_layers}: add groups for "
+            f"the others, or leave layer_groups out to have them chosen"
+        )
+    return tuple(tuple(group) for group in groups)
+
+
+def choose_groups(similarity: Sequence[Sequence[float]], *, lp_size: int, least_similarity: float) -> LayerGroups:
+    """As few groups as possible of at most lp_size layers, whose layers see an input similar to their own. Of several
+    such choices that with the greatest similarity. The first and the last layer stand alone.
+
+    Args:
+        similarity: [num_layers][num_layers], of the inputs of two layers; the second is not before the first.
+        least_similarity: between the input of a group and that of each of its layers.
+    """
+    num_layers = len(similarity)
+    if num_layers < 3:
+        return one_by_one(num_layers)
+    last = num_layers - 1
+    # By the layer at which the next group begins: number of groups, dissimilarity, and where the last group began.
+    best: dict[int, tuple[int, float, int]] = {1: (0, 0.0, 1)}
+    for start in range(1, last):
+        num_groups, loss, _ = best[start]
+        for end in range(start + 1, min(start + lp_size, last) + 1):
+            inside = [similarity[start][layer] for layer in range(start, end)]
+            if min(inside[1:], default=1.0) < least_similarity:
+                break
+            candidate = (num_groups + 1, loss + sum(1 - value for value in inside), start)
+            best[end] = min(best.get(end, candidate), candidate)
+    groups: list[tuple[int, ...]] = [(last,)]
+    end = last
+    while end > 1:
+        start = best[end][2]
+        groups.append(tuple(range(start, end)))
+        end = start
+    return ((0,), *reversed(groups))
