@@ -1,7 +1,7 @@
 """What the engines of both roles share: the seam to the server, and a model with its caches and its sampler."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from echelon.pb.sampling_pb2 import PositionLogprobs
 from echelon.pb.worker_pb2 import EngineInfo, Round, RoundResult, Row, RowResult
+from kernels.block_copy import copy_blocks
 from workers.batch import Batch
 from workers.kv_cache import KVCaches
 from workers.models import CausalLM
@@ -57,6 +58,11 @@ class ModelRunner:
         """As `forward`, where approximate hidden states, keys and values will do: equal to it unless
         `is_approximate`."""
         return self.forward(batch)
+
+    def copy_blocks(self, sources: Mapping[int, int]) -> None:
+        """KV of all layers, to each key from its value. No block is both."""
+        pairs = torch.tensor([list(sources.values()), list(sources)], dtype=torch.int64).to(self.device)
+        copy_blocks(self.kv_caches, pairs[0], pairs[1])
 
     def choose(self, hidden: Tensor, entries: Sequence[RowEntry]) -> SampledRows:
         """A token for each row of hidden [num_rows, hidden_size]."""
@@ -116,9 +122,11 @@ class ModelEngine(ABC):
         checked, plans = self._checked
         if checked is not round_:
             plans = self._plan(round_, self._table)
-        apply_changes(round_, self._table)
+        copies = apply_changes(round_, self._table)
+        if copies:
+            self._runner.copy_blocks(copies)
         results = [RowResult(slot=plan.slot) for plan in plans]
-        active = [ActiveRow(*each) for each in zip(round_.rows, plans, results, strict=True) if each[1].chunk_len]
+        active = [ActiveRow(*each) for each in zip(round_.rows, plans, results, strict=True) if not each[1].is_idle]
         return RoundResult(rows=results, num_steps=self._run_rows(active) if active else 0)
 
     @abstractmethod
@@ -126,19 +134,28 @@ class ModelEngine(ABC):
         """Compute the chunks and choose tokens; fill in the results. Returns the number of forwards."""
 
 
-def apply_changes(round_: Round, table: SeqTable) -> None:
-    """All of a round that comes before its chunks: frees, inits, crops, new tokens and blocks."""
+def apply_changes(round_: Round, table: SeqTable) -> dict[int, int]:
+    """All of a round that comes before its chunks: frees, inits, forks, crops, new tokens and blocks. Returns blocks to
+    be copied before any chunk: from which, by the block that it goes to."""
     for slot in round_.free_slots:
         table.free(slot)
     for seq in round_.init_seqs:
         table.init(seq)
+    sources: dict[int, int] = {}
+    for fork in round_.forks:
+        if blocks := table.fork(fork):
+            source, own = blocks
+            sources[own] = sources.get(source, source)  # all copies are made at once, that of a copy too
     for row in round_.rows:
+        if table.is_void[row.slot]:
+            continue
         if row.HasField("crop_len"):
             table.crop(row.slot, row.crop_len)
         if row.append_token_ids:
-            table.append([row.slot], [row.append_token_ids])
+            table.give(row.slot, row.append_token_ids)
         if row.new_block_ids:
             table.add_blocks(row.slot, row.new_block_ids)
+    return sources
 
 
 def chosen_token_ids(sampled: SampledRows) -> Tensor:

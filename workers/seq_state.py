@@ -1,5 +1,6 @@
 """What a group remembers of each seq that holds a slot, laid out so that a batch is built by indexing."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from echelon.pb.worker_pb2 import SeqInit
+from echelon.pb.worker_pb2 import Fork, SeqInit
 from workers.batch import Batch
 from workers.sampler import SeqSamplingState
 
@@ -33,6 +34,10 @@ class SeqTable:
 
     A seq has a history `token_ids[slot, :lengths[slot]]` (on a draft engine followed by the chain of its own drafts),
     of which the first `num_computed[slot]` tokens have KV, in the blocks `block_table[slot, :num_blocks[slot]]`.
+    A draft engine knows two things more. The first `num_given[slot]` tokens came from the scheduler, those behind them
+    it drafted itself. And the KV of the first `num_exact[slot]` tokens is that of the exact model, KV behind it may be
+    approximate.
+
     Everything is a row of one array, so that no Python runs per token and little per seq. Not thread-safe; methods
     trust their arguments, which workers/rounds.py has checked.
     """
@@ -45,7 +50,11 @@ class SeqTable:
         self.lengths: NDArray[np.int64] = np.zeros(slots, np.int64)
         self.num_prompt: NDArray[np.int64] = np.zeros(slots, np.int64)
         self.num_computed: NDArray[np.int64] = np.zeros(slots, np.int64)
+        self.num_exact: NDArray[np.int64] = np.zeros(slots, np.int64)
+        self.num_given: NDArray[np.int64] = np.zeros(slots, np.int64)
         self.num_blocks: NDArray[np.int64] = np.zeros(slots, np.int64)
+        self.fell_short: NDArray[np.bool_] = np.zeros(slots, np.bool_)  # the chain ended before all that was ordered
+        self.is_void: NDArray[np.bool_] = np.zeros(slots, np.bool_)  # a branch of tokens that never came to be
         self.num_prompt_logprobs: list[int | None] = [None] * slots  # top-n wanted, None: not asked for
         self._sampling: list[SeqSamplingState | None] = [None] * slots
 
@@ -72,7 +81,9 @@ class SeqTable:
         self.token_ids[slot, :num_tokens] = seq.token_ids
         self.lengths[slot] = num_tokens
         self.num_prompt[slot] = seq.num_prompt_tokens
-        self.num_computed[slot] = seq.num_computed_tokens
+        self.num_computed[slot] = self.num_exact[slot] = seq.num_computed_tokens
+        self.num_given[slot] = num_tokens
+        self.fell_short[slot] = self.is_void[slot] = False
         self.block_table[slot, :num_blocks] = seq.block_table
         self.num_blocks[slot] = num_blocks
         wants_prompt_logprobs = seq.sampling.HasField("prompt_logprobs")
@@ -80,6 +91,34 @@ class SeqTable:
         state = SeqSamplingState(seq.sampling, seq.token_ids[: seq.num_prompt_tokens], self.limits.vocab_size)
         state.extend(seq.token_ids[seq.num_prompt_tokens :])
         self._sampling[slot] = state
+
+    def fork(self, fork: Fork) -> tuple[int, int] | None:
+        """A branch takes a free slot: settings and first tokens of its parent, and the blocks that are full of them.
+
+        Returns:
+            A block of the parent with KV that the branch needs in a block of its own, and that block; None if none is.
+            A parent that does not have so many tokens leaves a void: a slot that is taken and does nothing.
+        """
+        slot, parent, length = fork.slot, fork.parent_slot, fork.length
+        self._sampling[slot] = copy.deepcopy(self.sampling(parent))
+        self.is_void[slot] = self.is_void[parent] or length > self.lengths[parent]
+        if self.is_void[slot]:
+            return None
+        self.sampling(slot).truncate(length)
+        self.token_ids[slot, :length] = self.token_ids[parent, :length]
+        self.lengths[slot] = length
+        for counts in (self.num_computed, self.num_exact, self.num_given):
+            counts[slot] = min(counts[parent], length)
+        self.num_prompt[slot] = self.num_prompt[parent]
+        self.num_prompt_logprobs[slot] = self.num_prompt_logprobs[parent]
+        self.fell_short[slot] = False
+        num_shared = length // self.limits.block_size
+        self.block_table[slot, :num_shared] = self.block_table[parent, :num_shared]
+        self.num_blocks[slot] = num_shared
+        self.add_blocks(slot, fork.new_block_ids)
+        if self.num_computed[slot] <= num_shared * self.limits.block_size:
+            return None
+        return int(self.block_table[parent, num_shared]), int(self.block_table[slot, num_shared])
 
     def free(self, slot: int) -> None:
         self._sampling[slot] = None
@@ -90,8 +129,16 @@ class SeqTable:
     def crop(self, slot: int, length: int) -> None:
         """Cut the history to `length` tokens; KV beyond is stale."""
         self.lengths[slot] = length
-        self.num_computed[slot] = min(int(self.num_computed[slot]), length)
+        for counts in (self.num_computed, self.num_exact, self.num_given):
+            counts[slot] = min(counts[slot], length)
+        self.fell_short[slot] = False
         self.sampling(slot).truncate(length)
+
+    def give(self, slot: int, token_ids: Sequence[int]) -> None:
+        """The scheduler's own tokens join the history, without KV."""
+        self.append([slot], [token_ids])
+        self.num_given[slot] = self.lengths[slot]
+        self.fell_short[slot] = False
 
     def append(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> None:
         """`token_ids[i]` join the history of `slots[i]`, without KV. A slot is named once at most."""
@@ -102,6 +149,26 @@ class SeqTable:
         self.lengths[slot] += count
         for index, tokens in zip(slots, token_ids, strict=True):
             self.sampling(index).extend(tokens)
+
+    def compute(
+        self, slots: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: torch.device
+    ) -> Batch:
+        """counts[i] tokens of slots[i] from starts[i] on, some of which may have KV already: packed for the exact model
+        and counted as computed by it."""
+        slot, start = np.array(slots, np.int64), np.array(starts, np.int64)
+        end = start + np.array(counts, np.int64)
+        held, exact = self.num_computed[slot], self.num_exact[slot]
+        self.num_computed[slot] = start
+        batch = self.pack(slots, counts, device)
+        self.num_computed[slot] = np.maximum(held, end)
+        # Computed by the exact model behind approximate KV is approximate all the same.
+        self.num_exact[slot] = np.where(start <= exact, np.maximum(exact, end), exact)
+        return batch
+
+    def forget_last(self, slot: int) -> None:
+        """The last token counts as one without KV."""
+        self.num_computed[slot] = min(self.num_computed[slot], self.lengths[slot] - 1)
+        self.num_exact[slot] = min(self.num_exact[slot], self.num_computed[slot])
 
     def put_behind(self, slot: int, draft_token_ids: Sequence[int]) -> None:
         """Tokens are written behind the history without joining it: input of a verify step."""

@@ -169,8 +169,15 @@ global___SeqInit = SeqInit
 @typing.final
 class Fork(google.protobuf.message.Message):
     """Draft engine: a slot becomes a branch of another one, with its settings and its first tokens, whatever is done to the
-    parent afterwards. KV blocks full of those tokens are shared (the scheduler keeps them held); KV in the block in which
-    the branch parts from its parent is copied.
+    parent afterwards; it may even be freed. Afterwards it is a slot like any other. KV blocks full of those tokens are
+    shared (the scheduler keeps them held); KV in the block in which the branch parts from its parent is copied. Of the
+    branch's tokens those have KV, and exact KV, that have it in the parent. (If the last of them fills a shared block and
+    has no KV yet, both sides compute it there: it is the same token behind the same tokens.)
+
+    Refused: a slot that is taken, a parent that holds no seq, a length below its prompt or above its tokens, too few
+    blocks for the KV. But a parent whose chain ended early (see Row) may be shorter than thought: then the branch takes
+    its slot and is void. Rows for it are not looked at any closer and answered empty, until the slot is freed; branches
+    of it are void too.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -203,6 +210,12 @@ global___Fork = Fork
 class Row(google.protobuf.message.Message):
     """What one seq does in a round. The slot holds `token_ids` (its history, on a draft engine followed
     by the chain of its own drafts), `num_computed_tokens` and a block table.
+
+    Draft engine: a chain may end early, at max_model_len or where logits are not finite; the row that it ends in brings
+    fewer drafts than it ordered, and leaves the slot as if it had ordered those (non_finite: none, the chunk has its KV).
+    Rows behind it that were sent before this was known are harmless: one that wants to go on (chunk_len 1) goes on from
+    where the chain really ends or, if no token is left to compute, is answered empty; one that crops and appends finds
+    what it expects, since crop_len can only name tokens that the scheduler has seen, and all of these are there.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -218,11 +231,11 @@ class Row(google.protobuf.message.Message):
     NUM_DRAFT_TOKENS_FIELD_NUMBER: builtins.int
     slot: builtins.int
     crop_len: builtins.int
-    """1. The history is cut to this many tokens (KV beyond is stale) ..."""
+    """1. The history is cut to this many tokens (KV beyond is stale). Not below the prompt, not beyond the history ..."""
     calibrate_len: builtins.int
-    """4. Draft engine, layer-parallel: KV of the first tokens of the history is exact, of drafts it is approximate. The
-       next calibrate_len tokens whose KV is approximate go through the exact model again. Before any chunk: in the same
-       forward where the chunk follows them directly.
+    """4. Draft engine, layer-parallel: KV of the first num_exact tokens is exact, behind them it may be approximate. The
+       next calibrate_len tokens (as many of them as have KV) go through the exact model again; num_exact grows by that.
+       Before any chunk: in the same forward where the chunk follows directly.
     """
     chunk_len: builtins.int
     """5. The next chunk_len tokens of the history without KV go through the model. A decode row has 1,
@@ -230,7 +243,9 @@ class Row(google.protobuf.message.Message):
     """
     draft_base_len: builtins.int
     num_draft_tokens: builtins.int
-    """   draft: the chain grows by this many tokens, a step each."""
+    """   draft: the chain grows by this many tokens, a step each. With chunk_len 1 and nothing appended a chain of
+              earlier rounds goes on, also of one that is still in flight: the chunk is its last draft.
+    """
     @property
     def append_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """2. ... and extended by these (tokens that the target committed; draft engine)."""
@@ -241,7 +256,11 @@ class Row(google.protobuf.message.Message):
 
     @property
     def draft_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """   Draft engine: exact, but for the last token of a chain that grows further (a chunk of 1).
+        """   Draft engine: they go through the exact model, with one exception: a chain that goes on behind approximate KV,
+           that is a chunk of 1 whose token the engine has drafted (nothing was appended) in a row that drafts. This token
+           is computed approximately, as is every draft of a row but the last, which gets no KV. A round does all that is
+           exact first, then steps of one token for the chains that grow. num_exact becomes the end of the chunk if, behind
+           4, it was its start; drafts do not move it. Not layer-parallel: num_exact is num_computed_tokens, always.
         6. If the chunk reached the end of the history, a token is chosen there:
            target: drafts are verified behind it, accepted ones and the next token join the history.
                    Drafts count only if the history's length is draft_base_len, else they are dropped.
@@ -356,7 +375,7 @@ class RowResult(google.protobuf.message.Message):
     prompt_logprobs_start: builtins.int
     """absolute position of the first of them"""
     non_finite: builtins.bool
-    """NaN or Inf logits: nothing was committed"""
+    """NaN or Inf logits: nothing was committed; draft: nothing was drafted"""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """target: committed in this round (accepted drafts, then the target's own token); empty in
