@@ -1,20 +1,68 @@
 """RMSNorm, alone and fused with the residual addition (arXiv 1910.07467).
 
-Each row is reduced on its own and in one fixed order, so the bits of a row never depend on the batch around it.
+Each row is reduced on its own and in one fixed order, so the bits of a row never depend on the batch around it: what a
+program of the kernel looks like follows from the length of a row alone.
 """
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import functional as F
+from triton import language as tl
+
+from kernels.dispatch import runs_triton
+
+TILE_ELEMENTS = 2048  # at least so many a program: rows of a head come several at a time
+ELEMENTS_PER_WARP = 1024  # 32 a lane: four 16-byte loads in flight in 16-bit types
+MAX_WARPS = 16
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _rms_norm_kernel(
+    x_ptr,
+    residual_ptr,  # None: normalise x itself
+    weight_ptr,
+    out_ptr,  # [num_rows, HIDDEN], contiguous
+    num_rows,
+    num_inner,  # row = outer * num_inner + inner
+    x_stride_outer,
+    x_stride_inner,
+    x_stride,
+    residual_stride_outer,
+    residual_stride_inner,
+    residual_stride,
+    eps,
+    HIDDEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = (row < num_rows) & (column < HIDDEN)
+    outer, inner = (row // num_inner).to(tl.int64), (row % num_inner).to(tl.int64)
+    offsets = outer * x_stride_outer + inner * x_stride_inner + column * x_stride
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    weight = tl.load(weight_ptr + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        offsets = outer * residual_stride_outer + inner * residual_stride_inner + column * residual_stride
+        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+        tl.store(residual_ptr + offsets, x, mask=mask)
+    x = x.to(tl.float32)
+    mean_square = tl.sum(x * x, axis=1) / HIDDEN
+    y = x * tl.rsqrt(mean_square + eps)[:, None] * weight
+    tl.store(out_ptr + row.to(tl.int64) * HIDDEN + column, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; fp32 inside, rounded once to x.dtype.
 
-    x: [..., hidden], any strides; weight: [hidden]. Also serves per-head norms: hidden is then head_dim.
-    Raises ValueError where weight does not fit x.
+    x: [..., hidden] with up to two leading dimensions, any strides; weight: contiguous [hidden]. Also serves per-head
+    norms: hidden is then head_dim. Returns a contiguous tensor like x. Raises ValueError where weight does not fit x.
     """
     _check(x, weight)
+    if runs_triton(x):
+        return _launch(x, None, weight, eps)
     # The bits of rms_norm_reference in one call: 11 us against 14 us for a row of 1536 (a test compares them).
     return F.rms_norm(x, weight.shape, weight, eps)
 
@@ -29,6 +77,8 @@ def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
         raise ValueError(
             f"residual: expected {list(x.shape)} {x.dtype} like x, got {list(residual.shape)} {residual.dtype}"
         )
+    if runs_triton(x):
+        return _launch(x, residual, weight, eps), residual
     residual.add_(x)
     return F.rms_norm(residual, weight.shape, weight, eps), residual
 
@@ -40,10 +90,58 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (x_fp32 * torch.rsqrt(mean_square + eps) * weight.float()).to(x.dtype)
 
 
+def tile_shape(hidden: int) -> tuple[int, int, int]:
+    """(rows a program, columns of its tile, warps): from the length of a row alone, so that bits depend on no batch.
+
+    The columns are a power of two, at least `hidden`.
+    """
+    block = triton.next_power_of_2(hidden)
+    rows = max(1, TILE_ELEMENTS // block)
+    return rows, block, min(MAX_WARPS, rows * block // ELEMENTS_PER_WARP)
+
+
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return out
+    x_rows = _as_3d(x)
+    residual_rows = x_rows if residual is None else _as_3d(residual)
+    num_rows = x_rows.shape[0] * x_rows.shape[1]
+    hidden = x.shape[-1]
+    rows, block, num_warps = tile_shape(hidden)
+    _rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
+        x,
+        residual,
+        weight,
+        out,
+        num_rows,
+        x_rows.shape[1],
+        *x_rows.stride(),
+        *residual_rows.stride(),
+        eps,
+        HIDDEN=hidden,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=num_warps,
+    )
+    return out
+
+
+def _as_3d(x: Tensor) -> Tensor:
+    """[..., hidden] as [outer, inner, hidden] in the same memory."""
+    if x.ndim == 3:
+        return x
+    return x.view(1, 1, -1) if x.ndim == 1 else x.unsqueeze(1)
+
+
 def _check(x: Tensor, weight: Tensor) -> None:
     if not x.is_floating_point():
         raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
-    if weight.ndim != 1 or x.ndim == 0 or weight.shape[0] != x.shape[-1]:
+    if not 1 <= x.ndim <= 3:
+        raise ValueError(f"x: expected [..., hidden] with up to two leading dimensions, got {list(x.shape)}")
+    if weight.ndim != 1 or weight.shape[0] != x.shape[-1]:
         raise ValueError(f"weight: expected [hidden] for x {list(x.shape)}, got {list(weight.shape)}")
-    if weight.dtype != x.dtype:
-        raise ValueError(f"weight: expected {x.dtype} like x, got {weight.dtype}")
+    if weight.dtype != x.dtype or not weight.is_contiguous():
+        raise ValueError(
+            f"weight: expected contiguous {x.dtype} like x, got {weight.dtype} with strides {list(weight.stride())}"
+        )

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.rms_norm import fused_add_rms_norm, rms_norm, rms_norm_reference
+from kernels.rms_norm import _rms_norm_kernel, fused_add_rms_norm, rms_norm, rms_norm_reference, tile_shape
+from tests.helpers.compile_sm90 import compile_for_sm90
 
 EPS = 1e-5
 # One rounding of the result to its dtype; fp32 has a few more inside.
@@ -84,11 +85,37 @@ def test_errors_name_the_argument() -> None:
     x, weight = torch.zeros(2, 8), torch.zeros(8)
     with pytest.raises(ValueError, match=r"^weight: .*\[2, 8\].*\[7\]"):
         rms_norm(x, weight[:7], EPS)
-    with pytest.raises(ValueError, match=r"^weight: expected torch.float32 like x"):
+    with pytest.raises(ValueError, match=r"^weight: expected contiguous torch.float32 like x"):
         rms_norm(x, weight.bfloat16(), EPS)
+    with pytest.raises(ValueError, match=r"^weight: .*strides \[2\]"):
+        rms_norm(x[:, :4], weight[::2], EPS)
+    with pytest.raises(ValueError, match=r"^x: .*up to two leading dimensions.*\[1, 1, 2, 8\]"):
+        rms_norm(x.view(1, 1, 2, 8), weight, EPS)
     with pytest.raises(ValueError, match=r"^x: expected a floating dtype"):
         rms_norm(x.int(), weight, EPS)
     with pytest.raises(ValueError, match=r"^residual: .*\[2, 8\].*\[1, 8\]"):
         fused_add_rms_norm(x, x[:1], weight, EPS)
     with pytest.raises(ValueError, match=r"^residual: .*bfloat16"):
         fused_add_rms_norm(x, x.bfloat16(), weight, EPS)
+
+
+@pytest.mark.parametrize("kind", ["*bf16", "*fp16", "*fp32"])
+@pytest.mark.parametrize(("hidden", "with_residual"), [(128, False), (4096, True), (5120, True)])
+def test_compiles_for_sm_90_into_wide_accesses(hidden: int, with_residual: bool, kind: str) -> None:
+    rows, block, num_warps = tile_shape(hidden)
+    strides = {f"{name}_stride_{level}": "i32:16" for name in ("x", "residual") for level in ("outer", "inner")}
+    signature = {"x_ptr": kind, "weight_ptr": kind, "out_ptr": kind, "num_rows": "i32", "num_inner": "i32", **strides}
+    constexprs: dict[str, object] = {
+        "HIDDEN": hidden,
+        "ROWS": rows,
+        "BLOCK": block,
+        "x_stride": 1,
+        "residual_stride": 1,
+    }
+    if with_residual:
+        signature["residual_ptr"] = kind
+    else:
+        constexprs["residual_ptr"] = None
+    compiled = compile_for_sm90(_rms_norm_kernel, {**signature, "eps": "fp32"}, constexprs, num_warps)
+    assert "ld.global.v4.b32" in compiled.asm["ptx"]
+    assert "st.global.v4.b32" in compiled.asm["ptx"]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.silu_and_mul import silu_and_mul, silu_and_mul_reference
+from kernels.silu_and_mul import TILE_ELEMENTS, _silu_and_mul_kernel, silu_and_mul, silu_and_mul_reference
+from tests.helpers.compile_sm90 import compile_for_sm90
 
 # 16-bit types round silu(gate) and the product: two roundings of half an ulp each, and their cross term.
 RTOL = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -79,3 +80,18 @@ def test_errors_name_the_argument() -> None:
         silu_and_mul(torch.zeros(8))
     with pytest.raises(ValueError, match=r"^gate_up: expected a floating dtype"):
         silu_and_mul(torch.zeros(3, 8, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("kind", ["*bf16", "*fp16", "*fp32"])
+def test_compiles_for_sm_90_into_wide_accesses(kind: str) -> None:
+    signature = {
+        "gate_up_ptr": kind,
+        "out_ptr": kind,
+        "num_rows": "i32",
+        "intermediate": "i32:16",
+        "row_stride": "i32:16",
+    }
+    constexprs = {"column_stride": 1, "ROWS": 1, "BLOCK": TILE_ELEMENTS}
+    compiled = compile_for_sm90(_silu_and_mul_kernel, signature, constexprs)
+    assert "ld.global.v4.b32" in compiled.asm["ptx"]
+    assert "st.global.v4.b32" in compiled.asm["ptx"]
