@@ -35,7 +35,7 @@ def test_heads_of_a_fused_projection(dtype: torch.dtype, device: torch.device) -
     fused = random(9, 8, 96, dtype=dtype, device=device)
     fused[:, 3] = torch.nan  # a head that is not asked for
     weight = random(96, dtype=dtype, device=device)
-    for heads in (fused[:, :3], fused[:, 4:], fused[::2, 4:7]):
+    for heads in (fused[:, :3], fused[:, 4:], fused[::2, 4:7], fused[:, 4:].transpose(0, 1)):
         y = rms_norm(heads, weight, EPS)
         assert y.is_contiguous()
         assert_normed(y, heads, weight)
@@ -57,6 +57,7 @@ def test_fused_add(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
     assert torch.equal(residual, total)  # one rounding, as torch rounds it
     assert torch.equal(x, x_before)
     assert_normed(y, total, weight)
+    assert torch.equal(y, rms_norm(total, weight, EPS))
 
 
 def test_fused_add_into_rows_of_a_wider_tensor(dtype: torch.dtype, device: torch.device) -> None:
