@@ -6,10 +6,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from echelon.pb.worker_pb2 import EngineInfo, RowResult
+from echelon.pb.worker_pb2 import EngineInfo, Round, RowResult
 from workers.engine import NO_TOKEN, ActiveRow, ModelEngine, ModelRunner, chosen_token_ids
 from workers.rounds import plan_draft
-from workers.sampler import RowEntry
+from workers.sampler import RowEntry, SampledRows
 from workers.seq_state import SeqTable
 
 
@@ -46,14 +46,15 @@ class DraftEngine(ModelEngine):
     def __init__(self, runner: ModelRunner, table: SeqTable, info: EngineInfo) -> None:
         super().__init__(runner, table, info, plan_draft)
 
-    def _run_rows(self, active: list[ActiveRow]) -> int:
+    def _run_rows(self, round_: Round, active: list[ActiveRow]) -> int:
         exact, late, chains = self._spans(active)
         num_steps = 0
         for spans in filter(None, (exact, late)):
-            chains += self._compute_exactly(spans)
+            hidden, opened = self._compute_exactly(spans)
+            chains += self._grow(opened, hidden, round_)
             num_steps += 1
         while chains:
-            chains = self._step(chains)
+            chains = self._grow(chains, self._step(chains), round_)
             num_steps += 1
         for each in active:
             if len(each.result.token_ids) < each.plan.num_ordered:
@@ -83,42 +84,56 @@ class DraftEngine(ModelEngine):
                 spans.append(_Span(slot, num_computed, num_computed + plan.chunk_len, chain))
         return exact, late, chains
 
-    def _compute_exactly(self, spans: list[_Span]) -> list[_Chain]:
-        """Returns the chains that want a second draft."""
+    def _compute_exactly(self, spans: list[_Span]) -> tuple[Tensor, list[_Chain]]:
+        """Hidden states [num_chains, hidden_size] behind the spans of which chains grow, and these."""
         slots = [span.slot for span in spans]
         counts = [span.end - span.start for span in spans]
         starts = [span.start for span in spans]
         hidden = self._runner.forward(self._table.compute(slots, starts, counts, self._runner.device))
-        last_rows = [(end - 1, span.chain) for span, end in zip(spans, accumulate(counts), strict=True) if span.chain]
-        if not last_rows:
-            return []
-        rows = torch.tensor([row for row, _ in last_rows], device=hidden.device)
-        return self._grow([chain for _, chain in last_rows], hidden[rows])
+        ends = zip(spans, accumulate(counts), strict=True)
+        last_rows = [(end - 1, span.chain) for span, end in ends if span.chain]
+        rows = torch.tensor([row for row, _ in last_rows], dtype=torch.int64, device=hidden.device)
+        return hidden[rows], [chain for _, chain in last_rows]
 
-    def _step(self, chains: list[_Chain]) -> list[_Chain]:
-        """Compute the last token of each chain and append one; returns the chains that want another."""
+    def _step(self, chains: list[_Chain]) -> Tensor:
+        """Compute the last token of each chain -> hidden states [num_chains, hidden_size]."""
         table, slots = self._table, [chain.slot for chain in chains]
         hidden = self._runner.draft_forward(table.pack(slots, [1] * len(slots), self._runner.device))
         table.num_computed[slots] += 1
         if not self._runner.is_approximate:
             table.num_exact[slots] = table.num_computed[slots]
-        return self._grow(chains, hidden)
+        return hidden
 
-    def _grow(self, chains: list[_Chain], hidden: Tensor) -> list[_Chain]:
+    def _grow(self, chains: list[_Chain], hidden: Tensor, round_: Round) -> list[_Chain]:
         """Append one token to each chain, hidden [num_chains, hidden_size]; returns those that want another."""
+        if not chains:
+            return []
         table = self._table
         entries = [RowEntry(table.sampling(chain.slot), int(table.lengths[chain.slot]), ()) for chain in chains]
-        token_ids = chosen_token_ids(self._runner.choose(hidden, entries)).tolist()
+        sampled = self._runner.choose(
+            hidden, entries, num_alternatives=round_.num_alternatives, with_confidence=round_.confidences
+        )
+        grown = self._fill_in(chains, sampled)
+        table.append([chain.slot for chain in grown], [chain.result.token_ids[-1:] for chain in grown])
+        return [chain for chain in grown if chain.remaining]
+
+    def _fill_in(self, chains: list[_Chain], sampled: SampledRows) -> list[_Chain]:
+        """The drafts join the answers; returns the chains that have got one."""
+        alternatives = None if sampled.alternatives is None else sampled.alternatives.tolist()
+        confidences = None if sampled.confidences is None else sampled.confidences.tolist()
         grown = []
-        for chain, token_id in zip(chains, token_ids, strict=True):
+        for row, (chain, token_id) in enumerate(zip(chains, chosen_token_ids(sampled).tolist(), strict=True)):
             if token_id == NO_TOKEN:
                 self._end(chain)
                 continue
             chain.result.token_ids.append(token_id)
             chain.remaining -= 1
-            grown.append((chain, token_id))
-        table.append([chain.slot for chain, _ in grown], [(token_id,) for _, token_id in grown])
-        return [chain for chain, _ in grown if chain.remaining]
+            if alternatives is not None:
+                chain.result.alternative_token_ids.extend(alternatives[row])
+            if confidences is not None:
+                chain.result.confidences.append(confidences[row])
+            grown.append(chain)
+        return grown
 
     def _end(self, chain: _Chain) -> None:
         """Its logits are not finite. What it has got stays, as if no more had been ordered."""

@@ -64,11 +64,18 @@ class ModelRunner:
         pairs = torch.tensor([list(sources.values()), list(sources)], dtype=torch.int64).to(self.device)
         copy_blocks(self.kv_caches, pairs[0], pairs[1])
 
-    def choose(self, hidden: Tensor, entries: Sequence[RowEntry]) -> SampledRows:
-        """A token for each row of hidden [num_rows, hidden_size]."""
+    def choose(
+        self, hidden: Tensor, entries: Sequence[RowEntry], *, num_alternatives: int = 0, with_confidence: bool = False
+    ) -> SampledRows:
+        """A token for each row of hidden [num_rows, hidden_size]; see Sampler.sample."""
         with torch.inference_mode():
-            rows = SamplingRows.build(entries, self.device)
-            return self.sampler.sample(self._logits(hidden), self.model.vocab_range[0], rows)
+            return self.sampler.sample(
+                self._logits(hidden),
+                self.model.vocab_range[0],
+                SamplingRows.build(entries, self.device),
+                num_alternatives=num_alternatives,
+                with_confidence=with_confidence,
+            )
 
     def prompt_logprobs(self, hidden: Tensor, next_token_ids: Tensor, num_top: int) -> list[PositionLogprobs]:
         """Of the tokens int64 [num_rows] that follow rows of hidden [num_rows, hidden_size]."""
@@ -127,10 +134,10 @@ class ModelEngine(ABC):
             self._runner.copy_blocks(copies)
         results = [RowResult(slot=plan.slot) for plan in plans]
         active = [ActiveRow(*each) for each in zip(round_.rows, plans, results, strict=True) if not each[1].is_idle]
-        return RoundResult(rows=results, num_steps=self._run_rows(active) if active else 0)
+        return RoundResult(rows=results, num_steps=self._run_rows(round_, active) if active else 0)
 
     @abstractmethod
-    def _run_rows(self, active: list[ActiveRow]) -> int:
+    def _run_rows(self, round_: Round, active: list[ActiveRow]) -> int:
         """Compute the chunks and choose tokens; fill in the results. Returns the number of forwards."""
 
 

@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from echelon.pb.worker_pb2 import EngineInfo, RowResult
+from echelon.pb.worker_pb2 import EngineInfo, Round, RowResult
 from kernels.verify_chain import verify_chain
 from workers.engine import NO_TOKEN, ActiveRow, ModelEngine, ModelRunner, chosen_token_ids
 from workers.rounds import RowPlan, plan_target
@@ -34,7 +34,7 @@ class TargetEngine(ModelEngine):
     def __init__(self, runner: ModelRunner, table: SeqTable, info: EngineInfo) -> None:
         super().__init__(runner, table, info, plan_target)
 
-    def _run_rows(self, active: list[ActiveRow]) -> int:
+    def _run_rows(self, round_: Round, active: list[ActiveRow]) -> int:
         for each in active:
             if num_drafts := each.plan.num_drafts:
                 self._table.put_behind(each.plan.slot, each.row.draft_token_ids[:num_drafts])

@@ -96,6 +96,7 @@ class Round(google.protobuf.message.Message):
     ROWS_FIELD_NUMBER: builtins.int
     NUM_ALTERNATIVES_FIELD_NUMBER: builtins.int
     TRACE_FIELD_NUMBER: builtins.int
+    CONFIDENCES_FIELD_NUMBER: builtins.int
     round_id: builtins.int
     """ascending on a stream"""
     incarnation: builtins.int
@@ -103,6 +104,8 @@ class Round(google.protobuf.message.Message):
     """draft: how many runners-up are reported for each drafted token"""
     trace: builtins.bool
     """spans are reported"""
+    confidences: builtins.bool
+    """draft: the probability of each drafted token is reported"""
     @property
     def free_slots(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
@@ -122,8 +125,9 @@ class Round(google.protobuf.message.Message):
         rows: collections.abc.Iterable[global___Row] | None = ...,
         num_alternatives: builtins.int = ...,
         trace: builtins.bool = ...,
+        confidences: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["forks", b"forks", "free_slots", b"free_slots", "incarnation", b"incarnation", "init_seqs", b"init_seqs", "num_alternatives", b"num_alternatives", "round_id", b"round_id", "rows", b"rows", "trace", b"trace"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["confidences", b"confidences", "forks", b"forks", "free_slots", b"free_slots", "incarnation", b"incarnation", "init_seqs", b"init_seqs", "num_alternatives", b"num_alternatives", "round_id", b"round_id", "rows", b"rows", "trace", b"trace"]) -> None: ...
 
 global___Round = Round
 
@@ -398,8 +402,8 @@ class RowResult(google.protobuf.message.Message):
 
     @property
     def confidences(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """draft: for each of token_ids the probability that the draft gives it, at the temperature of the request (at
-        temperature 0: at 1).
+        """draft, if the round asks for it: for each of token_ids the probability that the draft gives it, at the temperature
+        of the request (at temperature 0: at 1).
         """
 
     def __init__(
