@@ -35,6 +35,7 @@ class InstantEngine:
             max_model_len=spec.max_model_len,
             max_num_batched_tokens=spec.max_num_batched_tokens,
         )
+        self.num_ranks = spec.tp_size
         self._record = record
         self._lengths: dict[int, int] = {}
         self._num_computed: dict[int, int] = {}

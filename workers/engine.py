@@ -14,7 +14,7 @@ from echelon.pb.worker_pb2 import EngineInfo, Round, RoundResult, Row, RowResult
 from kernels.block_copy import copy_blocks
 from workers.batch import Batch
 from workers.kv_cache import KVCaches
-from workers.models import CausalLM
+from workers.models import CausalLM, LayerParallelLM
 from workers.rounds import RowPlan
 from workers.sampler import RowEntry, SampledRows, Sampler, SamplingRows
 from workers.seq_state import SeqTable
@@ -27,6 +27,10 @@ class Engine(Protocol):
 
     @property
     def info(self) -> EngineInfo: ...
+
+    @property
+    def num_ranks(self) -> int:
+        """The first so many ranks of the group take part in its rounds."""
 
     def check(self, round_: Round) -> None:
         """Raises ProtocolError if the round does not fit the state, which stays untouched."""
@@ -42,10 +46,10 @@ class Engine(Protocol):
 class ModelRunner:
     """A model on this rank's device."""
 
-    model: CausalLM
+    model: CausalLM | LayerParallelLM
     kv_caches: KVCaches
     sampler: Sampler
-    tp_size: int
+    num_ranks: int  # that share the model, and its vocabulary
     device: torch.device
     is_approximate: bool = False  # draft_forward differs from forward: the model is layer-parallel
 
@@ -57,7 +61,8 @@ class ModelRunner:
     def draft_forward(self, batch: Batch) -> Tensor:
         """As `forward`, where approximate hidden states, keys and values will do: equal to it unless
         `is_approximate`."""
-        return self.forward(batch)
+        with torch.inference_mode():
+            return self.model.draft_forward(batch, self.kv_caches)
 
     def copy_blocks(self, sources: Mapping[int, int]) -> None:
         """KV of all layers, to each key from its value. No block is both."""
@@ -86,7 +91,7 @@ class ModelRunner:
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits [num_rows, shard_size] of this rank; the last shards of an uneven vocabulary are padded."""
         logits = self.model.compute_logits(hidden)
-        shard_size = -(-self.model.config.vocab_size // self.tp_size)
+        shard_size = -(-self.model.config.vocab_size // self.num_ranks)
         return logits if logits.shape[1] == shard_size else F.pad(logits, (0, shard_size - logits.shape[1]))
 
 
@@ -118,6 +123,10 @@ class ModelEngine(ABC):
     @property
     def info(self) -> EngineInfo:
         return self._info
+
+    @property
+    def num_ranks(self) -> int:
+        return self._runner.num_ranks
 
     def check(self, round_: Round) -> None:
         self._checked = round_, self._plan(round_, self._table)

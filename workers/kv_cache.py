@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from workers.batch import Batch
-from workers.models import CausalLM
+from workers.models import CausalLM, LayerParallelLM
 
 KVCaches = list[tuple[Tensor, Tensor]]  # of each layer: k, v [num_blocks, block_size, num_kv_heads, head_dim]
 LOGIT_COPIES = 6  # fp32 temporaries of sampling with truncation, per logit
@@ -62,7 +62,7 @@ def check_num_blocks(num_blocks: int, layout: KVLayout, *, max_model_len: int, d
 
 
 def activation_bytes(
-    model: CausalLM,
+    model: CausalLM | LayerParallelLM,
     layout: KVLayout,
     *,
     num_tokens: int,

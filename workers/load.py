@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
-from echelon.pb.worker_pb2 import EngineInfo, EngineRole
+from echelon.pb.worker_pb2 import EngineInfo, EngineRole, LayerGroup
 from kernels.linear import probe_linear_batch_invariant
 from kernels.paged_attention_cpu import probe_paged_attention_batch_invariant
 from workers.cohort import Cohort
@@ -17,7 +18,10 @@ from workers.draft_engine import DraftEngine
 from workers.engine import Engine, ModelRunner
 from workers.groups import Group
 from workers.kv_cache import KVLayout, activation_bytes, check_num_blocks
-from workers.models import CausalLM, load_model
+from workers.layer_parallel import is_layer_parallel, num_ranks, resolve_plan
+from workers.models import CausalLM, LayerParallelLM, LayerParallelPlan, load_layer_parallel_model, load_model
+from workers.models.checkpoint import Progress
+from workers.models.decoder import MLP, Attention
 from workers.process import SpecError
 from workers.sampler import Sampler
 from workers.seq_state import Limits, SeqTable
@@ -32,19 +36,30 @@ OnProgress = Callable[[str, int, int], None]  # stage, done, total
 Engines = dict[EngineRole.ValueType, Engine]
 
 
+class _LoadOptions(TypedDict):
+    """What loading a model is told, however its ranks share it."""
+
+    dtype: torch.dtype
+    device: torch.device
+    group: Group
+    max_model_len: int
+    batch_invariant: bool
+    progress: Progress
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Loaded:
     """A model whose KV cache is not sized yet."""
 
     spec: EngineSpec
-    model: CausalLM
+    model: CausalLM | LayerParallelLM
     group: Group
     layout: KVLayout
     load_s: float
 
 
 def load_engines(spec: WorkerSpec, cohort: Cohort, on_progress: OnProgress) -> Engines:
-    """The engines of this rank. All ranks call it; those beyond an engine's tp_size do not have that engine.
+    """The engines of this rank. All ranks call it; those beyond an engine's ranks do not have it.
 
     Raises:
         LoadError: A model folder that cannot be served as asked; names tensor, shape or bytes.
@@ -72,29 +87,21 @@ def _load(spec: EngineSpec, cohort: Cohort, device: torch.device, on_progress: O
         raise SpecError(f"engines: dtype {spec.dtype!r} must be one of {', '.join(DTYPES)}")
     if not 1 <= spec.tp_size <= cohort.world_size:
         raise SpecError(f"engines: tp_size {spec.tp_size} must be 1 to the group's world_size {cohort.world_size}")
+    num_members = num_ranks(spec, cohort.world_size)
     if spec.batch_invariant and device.type != "cpu":
         raise SpecError(
             f"batch_invariant: attention on {device.type} cannot keep it so far; set batch_invariant: false"
         )
-    group = cohort.group(spec.tp_size, ordered_sum=spec.batch_invariant)
+    group = cohort.group(num_members, ordered_sum=spec.batch_invariant)
     if group is None:
         return None
-    stage = f"loading {ROLE_NAMES[spec.role]} weights"
     started_s = time.monotonic()
-    model = load_model(
-        Path(spec.model),
-        dtype=DTYPES[spec.dtype],
-        device=device,
-        group=group,
-        max_model_len=spec.max_model_len,
-        batch_invariant=spec.batch_invariant,
-        progress=lambda done, total: on_progress(stage, done, total),
-    )
+    model = _load_model(spec, group, cohort, device, on_progress)
     if spec.batch_invariant:
         on_progress("probing batch invariance", 0, 0)
         _probe(model)
     layout = KVLayout(
-        num_layers=model.config.num_layers,
+        num_layers=model.num_kv_layers,
         block_size=spec.block_size,
         num_kv_heads=model.kv_heads_per_rank,
         head_dim=model.config.head_dim,
@@ -103,15 +110,39 @@ def _load(spec: EngineSpec, cohort: Cohort, device: torch.device, on_progress: O
     return _Loaded(spec=spec, model=model, group=group, layout=layout, load_s=time.monotonic() - started_s)
 
 
-def _probe(model: CausalLM) -> None:
+def _load_model(
+    spec: EngineSpec, group: Group, cohort: Cohort, device: torch.device, on_progress: OnProgress
+) -> CausalLM | LayerParallelLM:
+    stage = f"loading {ROLE_NAMES[spec.role]} weights"
+    options: _LoadOptions = {
+        "dtype": DTYPES[spec.dtype],
+        "device": device,
+        "group": group,
+        "max_model_len": spec.max_model_len,
+        "batch_invariant": spec.batch_invariant,
+        "progress": lambda done, total: on_progress(stage, done, total),
+    }
+    if not is_layer_parallel(spec):
+        return load_model(Path(spec.model), **options)
+    plan = resolve_plan(spec, group, cohort, device, on_progress)
+    return load_layer_parallel_model(Path(spec.model), plan, **options)
+
+
+def _probe(model: CausalLM | LayerParallelLM) -> None:
     """Batch invariance rests on the machine's matrix products: one weight of each shape is tried, and attention."""
-    layer = model.layers[0]
-    attention, mlp = layer.attention, layer.mlp
+    attention, mlp = _sublayers(model)
     with torch.inference_mode():
         for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj, model.head):
             _require(probe_linear_batch_invariant(linear.weight))
         heads = attention.qkv_proj
         _require(probe_paged_attention_batch_invariant(heads.num_q_heads, heads.num_kv_heads, model.config.head_dim))
+
+
+def _sublayers(model: CausalLM | LayerParallelLM) -> tuple[Attention, MLP]:
+    """One of each on this rank: those of all layers have the same shapes."""
+    if isinstance(model, LayerParallelLM):
+        return next(iter(model.attention_layers.values())).attention, model.mlp_layers[0].mlp
+    return model.layers[0].attention, model.layers[0].mlp
 
 
 def _require(finding: str | None) -> None:
@@ -168,14 +199,16 @@ def _build(entry: _Loaded, num_blocks: int, device: torch.device) -> Engine:
         model=model,
         kv_caches=layout.allocate(num_blocks, device),
         sampler=Sampler(entry.group, vocab_size),
-        tp_size=spec.tp_size,
+        num_ranks=entry.group.size,
         device=device,
+        is_approximate=isinstance(model, LayerParallelLM) and model.plan.is_approximate,
     )
     info = EngineInfo(
         role=spec.role,
         model=spec.model,
         dtype=spec.dtype,
         tp_size=spec.tp_size,
+        lp_size=1,
         vocab_size=vocab_size,
         num_blocks=num_blocks,
         block_size=spec.block_size,
@@ -186,5 +219,14 @@ def _build(entry: _Loaded, num_blocks: int, device: torch.device) -> Engine:
         kv_cache_bytes=num_blocks * layout.block_bytes,
         load_s=entry.load_s,
     )
+    if isinstance(model, LayerParallelLM):
+        _describe_layers(model.plan, info)
     make = TargetEngine if spec.role == EngineRole.ENGINE_ROLE_TARGET else DraftEngine
     return make(runner, SeqTable(limits), info)
+
+
+def _describe_layers(plan: LayerParallelPlan, info: EngineInfo) -> None:
+    info.lp_size = plan.lp_size
+    info.layer_groups.extend(LayerGroup(layers=group) for group in plan.groups)
+    info.layer_parallel_weights = plan.weights
+    info.layer_parallel_mlp = plan.mlps

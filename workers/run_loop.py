@@ -87,7 +87,7 @@ class RunLoop:
             logger.info("a new stream for the %s engine: its slots are free", EngineRole.Name(role))
         self._owners[role] = session
         engine = self._engines[role]
-        self._channel.send(Frame(Kind.RESET, role, b""), engine.info.tp_size)
+        self._channel.send(Frame(Kind.RESET, role, b""), engine.num_ranks)
         engine.reset()
 
     def _run_round(self, work: Arrived) -> None:
@@ -102,9 +102,8 @@ class RunLoop:
             logger.error("refused: %s", err)
             session.reject(str(err))
             return
-        tp_size = engine.info.tp_size
-        if tp_size > 1:
-            self._channel.send(Frame(Kind.ROUND, session.role, round_.SerializeToString()), tp_size)
+        if engine.num_ranks > 1:
+            self._channel.send(Frame(Kind.ROUND, session.role, round_.SerializeToString()), engine.num_ranks)
         result = engine.run(round_)
         result.round_id = round_.round_id
         result.incarnation = round_.incarnation

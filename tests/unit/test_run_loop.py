@@ -20,6 +20,7 @@ class RecordingEngine:
     role: EngineRole.ValueType
     record: list[str]
     loop: list[RunLoop] = field(default_factory=list)
+    num_ranks: int = 1
 
     @property
     def info(self) -> EngineInfo:

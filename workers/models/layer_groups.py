@@ -36,6 +36,10 @@ class LayerParallelPlan:
     def __post_init__(self) -> None:
         assert self.num_ranks in (1, self.lp_size), f"{self.num_ranks} ranks cannot run {self.lp_size} layers at once"
 
+    @property
+    def is_approximate(self) -> bool:
+        return any(len(group) > 1 for group in self.groups)
+
     def owners(self) -> tuple[int, ...]:
         """The rank of each layer. A full group has one layer for each rank, in order; a shorter one goes to the ranks
         with the fewest layers so far, so that sharded KV caches are of equal size."""

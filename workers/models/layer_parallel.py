@@ -30,7 +30,7 @@ from workers.models.layer_groups import LayerGroups, LayerParallelPlan, MLPs, We
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _MLPLayer:
+class MLPLayer:
     norm: Tensor
     mlp: MLP
 
@@ -103,12 +103,12 @@ class LayerParallelLM:
                 held[layer] = built
         return held
 
-    def _build_mlps(self, ctx: BuildContext) -> list[_MLPLayer]:
+    def _build_mlps(self, ctx: BuildContext) -> list[MLPLayer]:
         layers = []
         for layer in range(self.config.num_layers):
             prefix = f"model.layers.{layer}"
             norm = ctx.replicated(f"{prefix}.post_attention_layernorm.weight", self.config.hidden_size)
-            layers.append(_MLPLayer(norm=norm, mlp=MLP(f"{prefix}.mlp", config=self.config, ctx=ctx)))
+            layers.append(MLPLayer(norm=norm, mlp=MLP(f"{prefix}.mlp", config=self.config, ctx=ctx)))
         return layers
 
     def _own_vocab_rows(self, ctx: BuildContext) -> Tensor:
