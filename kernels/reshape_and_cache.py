@@ -1,7 +1,110 @@
 """RoPE on q and k, and the write of k and v into the paged KV cache (arXiv 2104.09864, NeoX layout)."""
 
 import torch
+import triton
 from torch import Tensor
+from triton import language as tl
+
+from kernels.dispatch import runs_triton
+
+TILE_ELEMENTS = 1024  # of half a head by ROWS heads: one 16-byte load of each half a lane, in 16-bit types
+NUM_WARPS = 4
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _gather_rotary_kernel(
+    cache_ptr, position_ptr, out_ptr, cache_stride, position_stride, num_tokens, HALF: tl.constexpr, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < HALF
+    row_ptr = cache_ptr + tl.load(position_ptr + token * position_stride) * cache_stride + column
+    cos = tl.load(row_ptr, mask=mask)
+    sin = tl.load(row_ptr + HALF, mask=mask)
+    cos_ptr = out_ptr + token * (2 * HALF) + column
+    sin_ptr = cos_ptr + num_tokens.to(tl.int64) * (2 * HALF)
+    tl.store(cos_ptr, cos, mask=mask)
+    tl.store(cos_ptr + HALF, cos, mask=mask)
+    tl.store(sin_ptr, -sin, mask=mask)
+    tl.store(sin_ptr + HALF, sin, mask=mask)
+
+
+@triton.jit
+def _load_rotated(head_ptr, stride, cos, sin, column, mask, HALF: tl.constexpr):
+    """Both halves of some heads, rotated, in fp32: [ROWS, BLOCK_HALF] each."""
+    first = tl.load(head_ptr + column * stride, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(head_ptr + (column + HALF) * stride, mask=mask, other=0.0).to(tl.float32)
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _reshape_and_cache_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    rotary_ptr,
+    slot_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    num_tokens,
+    q_stride_token,
+    q_stride_head,
+    q_stride,
+    k_stride_token,
+    k_stride_head,
+    k_stride,
+    v_stride_token,
+    v_stride_head,
+    v_stride,
+    rotary_stride_sin,  # from cosines to sines
+    rotary_stride_token,
+    slot_stride,
+    NUM_Q_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,  # of the features that rotate
+    ROWS: tl.constexpr,  # heads a program, of one token or of several
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,  # for the features that do not rotate; 0: there are none
+):
+    """The first programs rotate heads of q, the others write heads of k and v."""
+    num_q_programs = tl.cdiv(num_tokens * NUM_Q_HEADS, ROWS)
+    is_q = tl.program_id(0) < num_q_programs
+    num_heads = tl.where(is_q, NUM_Q_HEADS, NUM_KV_HEADS)
+    first_row = (tl.program_id(0) - tl.where(is_q, 0, num_q_programs)) * ROWS
+    row = first_row + tl.arange(0, ROWS)[:, None]
+    token, head = (row // num_heads).to(tl.int64), (row % num_heads).to(tl.int64)
+    column = tl.arange(0, BLOCK_HALF)[None, :]
+    row_mask = token < num_tokens
+    mask = row_mask & (column < HALF)
+    cos_ptr = rotary_ptr + token * rotary_stride_token + column
+    cos = tl.load(cos_ptr, mask=mask, other=0.0)
+    sin = tl.load(cos_ptr + rotary_stride_sin + HALF, mask=mask, other=0.0)  # the second half has the plain sign
+
+    if is_q:
+        head_ptr = q_ptr + token * q_stride_token + head * q_stride_head
+        first, second = _load_rotated(head_ptr, q_stride, cos, sin, column, mask, HALF)
+        tl.store(head_ptr + column * q_stride, first, mask=mask)
+        tl.store(head_ptr + (column + HALF) * q_stride, second, mask=mask)
+    else:
+        slot = tl.load(slot_ptr + token * slot_stride, mask=row_mask, other=-1)
+        head_ptr = k_ptr + token * k_stride_token + head * k_stride_head
+        v_head_ptr = v_ptr + token * v_stride_token + head * v_stride_head
+        first, second = _load_rotated(head_ptr, k_stride, cos, sin, column, mask, HALF)
+        v_first = tl.load(v_head_ptr + column * v_stride, mask=mask)
+        v_second = tl.load(v_head_ptr + (column + HALF) * v_stride, mask=mask)
+        written = mask & (slot >= 0)
+        target = (slot * NUM_KV_HEADS + head) * HEAD_DIM + column
+        tl.store(k_cache_ptr + target, first, mask=written)
+        tl.store(k_cache_ptr + target + HALF, second, mask=written)
+        tl.store(v_cache_ptr + target, v_first, mask=written)
+        tl.store(v_cache_ptr + target + HALF, v_second, mask=written)
+        if BLOCK_REST > 0:
+            rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+            written = (rest < HEAD_DIM) & (slot >= 0)
+            target = (slot * NUM_KV_HEADS + head) * HEAD_DIM + rest
+            tl.store(k_cache_ptr + target, tl.load(head_ptr + rest * k_stride, mask=written), mask=written)
+            tl.store(v_cache_ptr + target, tl.load(v_head_ptr + rest * v_stride, mask=written), mask=written)
 
 
 def gather_rotary(cos_sin_cache: Tensor, positions: Tensor) -> Tensor:
@@ -16,6 +119,21 @@ def gather_rotary(cos_sin_cache: Tensor, positions: Tensor) -> Tensor:
         raise ValueError(f"cos_sin_cache: expected fp32 [max_position, rotary_dim] with an even rotary_dim, got {got}")
     if positions.ndim != 1 or positions.dtype != torch.int64:
         raise ValueError(f"positions: expected int64 [num_tokens], got {positions.dtype} {list(positions.shape)}")
+    if cos_sin_cache.stride(1) != 1:
+        raise ValueError(f"cos_sin_cache: expected contiguous rows, got strides {list(cos_sin_cache.stride())}")
+    if not runs_triton(positions):
+        return gather_rotary_reference(cos_sin_cache, positions)
+    num_tokens, rotary_dim = positions.shape[0], cos_sin_cache.shape[1]
+    out = torch.empty(2, num_tokens, 1, rotary_dim, device=positions.device)
+    strides = (cos_sin_cache.stride(0), positions.stride(0))
+    blocks = {"HALF": rotary_dim // 2, "BLOCK": triton.next_power_of_2(rotary_dim // 2)}
+    if out.numel():
+        _gather_rotary_kernel[(num_tokens,)](cos_sin_cache, positions, out, *strides, num_tokens, **blocks, num_warps=1)
+    return out
+
+
+def gather_rotary_reference(cos_sin_cache: Tensor, positions: Tensor) -> Tensor:
+    """The definition, and in few enough calls for the CPU."""
     cos, sin = cos_sin_cache.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
     return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
 
@@ -39,10 +157,8 @@ def reshape_and_cache(
     Raises ValueError naming the argument that does not fit.
     """
     _check(q, k, v, rotary, slot_mapping, k_cache, v_cache)
-    if q.device.type == "cpu":
-        reshape_and_cache_cpu(q, k, v, rotary, slot_mapping, k_cache, v_cache)
-    else:
-        reshape_and_cache_reference(q, k, v, rotary, slot_mapping, k_cache, v_cache)
+    run = _launch_reshape_and_cache if runs_triton(q) else reshape_and_cache_cpu
+    run(q, k, v, rotary, slot_mapping, k_cache, v_cache)
 
 
 def reshape_and_cache_reference(
@@ -93,6 +209,47 @@ def reshape_and_cache_cpu(
     v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slot_mapping, v)
 
 
+def _launch_reshape_and_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: Tensor,
+    slot_mapping: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> None:
+    num_tokens, num_q_heads, head_dim = q.shape
+    num_kv_heads, half = k.shape[1], rotary.shape[-1] // 2
+    if num_tokens == 0:
+        return
+    block_half = triton.next_power_of_2(half)
+    rows = max(1, TILE_ELEMENTS // block_half)
+    num_programs = triton.cdiv(num_tokens * num_q_heads, rows) + triton.cdiv(num_tokens * num_kv_heads, rows)
+    _reshape_and_cache_kernel[(num_programs,)](
+        q,
+        k,
+        v,
+        rotary,
+        slot_mapping,
+        k_cache,
+        v_cache,
+        num_tokens,
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *rotary.stride()[:2],
+        slot_mapping.stride(0),
+        NUM_Q_HEADS=num_q_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        HALF=half,
+        ROWS=rows,
+        BLOCK_HALF=block_half,
+        BLOCK_REST=triton.next_power_of_2(head_dim - 2 * half) if head_dim > 2 * half else 0,
+        num_warps=NUM_WARPS,
+    )
+
+
 def _rotated(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotate all features of x [num_tokens, num_heads, rotary_dim] into a new fp32 tensor."""
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
@@ -127,6 +284,7 @@ def _check(
     if slot_mapping.shape != (num_tokens,) or slot_mapping.dtype != torch.int64:
         got = f"{slot_mapping.dtype} {list(slot_mapping.shape)}"
         raise ValueError(f"slot_mapping: expected int64 [{num_tokens}], got {got}")
-    if rotary.shape[:-1] != (2, num_tokens, 1) or rotary.dtype != torch.float32 or rotary.shape[-1] > head_dim:
-        got = f"{rotary.dtype} {list(rotary.shape)}"
+    fits = rotary.ndim == 4 and rotary.shape[:-1] == (2, num_tokens, 1) and rotary.shape[-1] <= head_dim
+    if not fits or rotary.dtype != torch.float32 or rotary.stride(-1) != 1:
+        got = f"{rotary.dtype} {list(rotary.shape)} with strides {list(rotary.stride())}"
         raise ValueError(f"rotary: expected fp32 [2, {num_tokens}, 1, at most {head_dim}], got {got}")

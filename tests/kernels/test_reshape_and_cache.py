@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.reshape_and_cache import gather_rotary, reshape_and_cache, reshape_and_cache_reference
+from kernels.reshape_and_cache import (
+    TILE_ELEMENTS,
+    _gather_rotary_kernel,
+    _reshape_and_cache_kernel,
+    gather_rotary,
+    reshape_and_cache,
+    reshape_and_cache_reference,
+)
+from tests.helpers.compile_sm90 import compile_for_sm90
 
 MAX_POSITION = 4096
 # The result is rounded once; fp32 also carries the rounding of the table's cosines and sines.
@@ -152,6 +160,7 @@ def test_all_slots_may_be_skipped() -> None:
         ("slot_mapping", lambda x: x[:2], r"^slot_mapping: expected int64 \[4\], got torch.int64 \[2\]"),
         ("rotary", lambda x: x.bfloat16(), r"^rotary: expected fp32"),
         ("rotary", lambda x: x.repeat(1, 1, 1, 2), r"^rotary: .*at most 64.*got torch.float32 \[2, 4, 1, 128\]"),
+        ("rotary", lambda x: x[..., ::2], r"^rotary: .*strides"),
         ("rotary", lambda x: x[:, :3], r"^rotary: expected fp32 \[2, 4, 1,.*got torch.float32 \[2, 3, 1, 64\]"),
         ("k_cache", lambda x: x.transpose(1, 2), r"^k_cache: expected contiguous"),
         ("v_cache", lambda x: x[1:], r"^v_cache: expected contiguous"),
@@ -170,6 +179,7 @@ def test_errors_name_the_argument(name: str, change, message: str) -> None:
     [
         ("positions", lambda x: x.int(), r"^positions: expected int64 \[num_tokens\], got torch.int32"),
         ("cos_sin_cache", lambda x: x.bfloat16(), r"^cos_sin_cache: expected fp32"),
+        ("cos_sin_cache", lambda x: x[:, ::2], r"^cos_sin_cache: expected contiguous rows, got strides \[64, 2\]"),
         ("cos_sin_cache", lambda x: x[:, :7], r"^cos_sin_cache: .*even.*\[4096, 7\]"),
     ],
 )
@@ -178,3 +188,25 @@ def test_errors_of_the_gather_name_the_argument(name: str, change, message: str)
     arguments[name] = change(arguments[name])
     with pytest.raises(ValueError, match=message):
         gather_rotary(**arguments)
+
+
+@pytest.mark.parametrize("kind", ["*bf16", "*fp16", "*fp32"])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(128, 128), (96, 96), (80, 32)])
+def test_compiles_for_sm_90_into_wide_accesses(head_dim: int, rotary_dim: int, kind: str) -> None:
+    block_half = {128: 64, 96: 64, 32: 16}[rotary_dim]
+    signature = {f"{name}_ptr": kind for name in ("q", "k", "v", "k_cache", "v_cache")}
+    signature |= {"rotary_ptr": "*fp32", "slot_ptr": "*i64", "num_tokens": "i32"}
+    signature |= {f"{name}_stride_{level}": "i32:16" for name in "qkv" for level in ("token", "head")}
+    signature |= {f"rotary_stride_{level}": "i32:16" for level in ("sin", "token")}
+    constexprs = {"q_stride": 1, "k_stride": 1, "v_stride": 1, "slot_stride": 1, "NUM_Q_HEADS": 32, "NUM_KV_HEADS": 8}
+    constexprs |= {"HEAD_DIM": head_dim, "HALF": rotary_dim // 2, "ROWS": TILE_ELEMENTS // block_half}
+    constexprs |= {"BLOCK_HALF": block_half, "BLOCK_REST": 64 if head_dim > rotary_dim else 0}
+    compiled = compile_for_sm90(_reshape_and_cache_kernel, signature, constexprs)
+    assert "ld.global.v4.b32" in compiled.asm["ptx"]
+    assert "st.global.v4.b32" in compiled.asm["ptx"]
+
+
+def test_the_gather_compiles_for_sm_90() -> None:
+    signature = {"cache_ptr": "*fp32", "position_ptr": "*i64", "out_ptr": "*fp32", "cache_stride": "i32:16"}
+    constexprs = {"position_stride": 1, "HALF": 64, "BLOCK": 64}
+    compile_for_sm90(_gather_rotary_kernel, {**signature, "num_tokens": "i32"}, constexprs, num_warps=1)
