@@ -1,0 +1,111 @@
+"""How likely a draft is accepted: from the verdicts of its seq, starting from what other seqs have shown."""
+
+from dataclasses import dataclass, field
+from typing import Self
+
+__all__ = ["Acceptance", "AcceptancePrior", "expected_tokens"]
+
+_PRIOR_MEAN = 0.7  # what a trained draft of the same family reaches, until verdicts say otherwise
+_PRIOR_TRIALS = 2.0  # how much that guess weighs: a handful of verdicts overrule it
+_PRIOR_MEMORY = 200.0  # trials
+_SEQ_PRIOR_TRIALS = 16.0  # how much the prior weighs in a seq's own estimate: texts differ by 0.1 or so ...
+_CHANGED_PRIOR_TRIALS = 3.0  # ... but one that has changed went its own way
+_MEMORIES = (300.0, 60.0, 12.0)  # trials: long ones are steady, short ones notice that the text has changed
+_MIN_TRIALS = 6.0  # below that a memory says nothing of a change
+_CHANGE_SIGMAS = 3.5  # how far a shorter memory must stray from a longer one to replace it
+
+
+def expected_tokens(acceptance: float, num_drafts: float) -> float:
+    """Tokens that a verification of `num_drafts` drafts commits on average, the target's own token included.
+
+    (1 - a^(k+1)) / (1 - a), arXiv 2406.14066; a real `num_drafts` interpolates.
+    """
+    if acceptance > 0.9999:
+        return 1.0 + num_drafts
+    return float((1.0 - acceptance ** (num_drafts + 1.0)) / (1.0 - acceptance))
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Accepted drafts among those that were compared, older ones forgotten."""
+
+    memory: float  # trials
+    num_accepted: float = 0.0
+    num_trials: float = 0.0
+
+    def add(self, num_accepted: float, num_trials: float) -> None:
+        keep = max(0.0, 1.0 - num_trials / self.memory)
+        self.num_accepted = self.num_accepted * keep + num_accepted
+        self.num_trials = self.num_trials * keep + num_trials
+
+    def contradicts(self, longer: "_Tally") -> bool:
+        """Whether chance does not explain how far this one strays from a longer memory."""
+        if self.num_trials < _MIN_TRIALS or longer.num_trials < 2 * self.num_trials:
+            return False
+        before = longer.rate(0.5, 1.0)
+        strayed = self.num_accepted / self.num_trials - before
+        return strayed**2 > _CHANGE_SIGMAS**2 * before * (1.0 - before) / self.num_trials
+
+    def copy_from(self, other: "_Tally") -> None:
+        self.num_accepted, self.num_trials = other.num_accepted, other.num_trials
+
+    def rate(self, prior_mean: float, prior_trials: float) -> float:
+        return (self.num_accepted + prior_mean * prior_trials) / (self.num_trials + prior_trials)
+
+
+class AcceptancePrior:
+    """What the verdicts of all seqs say of one that has none yet. One a scheduler and draft source."""
+
+    def __init__(self) -> None:
+        self._tally = _Tally(_PRIOR_MEMORY)
+        self.num_accepted = 0  # since the start
+        self.num_trials = 0
+
+    def observe(self, num_accepted: int, num_trials: int) -> None:
+        self._tally.add(num_accepted, num_trials)
+        self.num_accepted += num_accepted
+        self.num_trials += num_trials
+
+    @property
+    def rate(self) -> float:
+        return self._tally.rate(_PRIOR_MEAN, _PRIOR_TRIALS)
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """Of one seq and draft source.
+
+    Drafts behind the first rejected one were never compared, so a verdict of `a` accepted among `k` drafts is
+    min(a + 1, k) trials with `a` successes; a / k would be biased, the more so the longer the chain.
+    """
+
+    prior: AcceptancePrior
+    _prior_trials: float = _SEQ_PRIOR_TRIALS
+    _tallies: list[_Tally] = field(default_factory=lambda: [_Tally(memory) for memory in _MEMORIES])
+
+    @classmethod
+    def start(cls, prior: AcceptancePrior) -> Self:
+        return cls(prior)
+
+    def observe(self, num_accepted: int, num_verified: int) -> None:
+        """A verdict: `num_accepted` of `num_verified` drafts were accepted."""
+        if num_verified == 0:
+            return
+        num_trials = min(num_accepted + 1, num_verified)
+        self.prior.observe(num_accepted, num_trials)
+        for tally in self._tallies:
+            tally.add(num_accepted, num_trials)
+        for index in range(len(self._tallies) - 1, 0, -1):
+            if self._tallies[index].contradicts(self._tallies[0]):
+                self._forget_before(index)
+
+    def _forget_before(self, index: int) -> None:
+        """The text has changed: longer memories know no more than this one."""
+        for longer in self._tallies[:index]:
+            longer.copy_from(self._tallies[index])
+        self._prior_trials = _CHANGED_PRIOR_TRIALS
+
+    @property
+    def rate(self) -> float:
+        """The probability that a draft behind accepted ones is accepted, 0 < rate < 1."""
+        return self._tallies[0].rate(self.prior.rate, self._prior_trials)

@@ -1,0 +1,153 @@
+"""How long a forward takes, learned while serving.
+
+A forward's time is no line in its tokens: captured graphs make it a staircase, and a few rows may cost as much as
+one. So the mean of every batch size seen is kept, exact sizes up to 64 and a handful an octave above. What was not
+seen is guessed, on the fast side, so that it is tried and known: between two sizes the time stays near the smaller's,
+and beyond the largest it goes on as it rose last.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from math import log2
+
+__all__ = ["DraftTimes", "StepTimes"]
+
+_MAX_EXACT = 64  # tokens
+_PER_OCTAVE = 6
+_MEMORY = 24.0  # observations of a size that its mean is of
+_MAX_SURPRISE = 3.0  # an observation counts for at most so many times its size's mean: hiccups are no news
+
+
+def _bucket(num_tokens: int) -> int:
+    if num_tokens <= _MAX_EXACT:
+        return num_tokens
+    return _MAX_EXACT + 1 + int(_PER_OCTAVE * log2(num_tokens / _MAX_EXACT))
+
+
+@dataclass(slots=True)
+class _Bucket:
+    num_tokens: float  # means
+    num_context: float
+    run_s: float
+    weight: float = 1.0  # observations, at most _MEMORY
+
+
+class StepTimes:
+    """Seconds of one forward by the tokens in it and the KV that they attend to."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, _Bucket] = {}
+        self._curve: list[tuple[float, float]] = []  # (tokens, seconds without context), both rising
+        self._is_stale = False
+        self._context_num = 0.0  # what seconds by context is the quotient of
+        self._context_den = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        return bool(self._buckets)
+
+    @property
+    def most_tokens(self) -> float:
+        """The largest size seen."""
+        return max((bucket.num_tokens for bucket in self._buckets.values()), default=0.0)
+
+    def weight(self, num_tokens: int) -> float:
+        """How many recent observations of this size there are."""
+        bucket = self._buckets.get(_bucket(num_tokens))
+        return 0.0 if bucket is None else bucket.weight
+
+    def observe(self, num_tokens: int, run_s: float, *, num_context: float = 0.0) -> None:
+        """A forward over `num_tokens` tokens that attend to `num_context` cached ones took `run_s`."""
+        self._is_stale = True
+        bucket = self._buckets.get(_bucket(num_tokens))
+        if bucket is None:
+            self._buckets[_bucket(num_tokens)] = _Bucket(float(num_tokens), num_context, run_s)
+            return
+        expected_s = bucket.run_s + self._context_s * (num_context - bucket.num_context)
+        if bucket.weight >= 3:
+            run_s = min(run_s, _MAX_SURPRISE * expected_s)
+        self._learn_context(bucket, num_context, run_s)
+        bucket.weight = min(_MEMORY, bucket.weight + 1.0)
+        share = 1.0 / bucket.weight
+        bucket.num_tokens += share * (num_tokens - bucket.num_tokens)
+        bucket.num_context += share * (num_context - bucket.num_context)
+        bucket.run_s += share * (run_s - bucket.run_s)
+
+    def _learn_context(self, bucket: _Bucket, num_context: float, run_s: float) -> None:
+        """Compare within a size only: more tokens tend to come with more context."""
+        off = num_context - bucket.num_context
+        self._context_num = 0.99 * self._context_num + off * (run_s - bucket.run_s)
+        self._context_den = 0.99 * self._context_den + off * off
+
+    @property
+    def _context_s(self) -> float:
+        return max(0.0, self._context_num / self._context_den) if self._context_den > 0.0 else 0.0
+
+    def predict(self, num_tokens: float, *, num_context: float = 0.0) -> float:
+        """Expected seconds of a forward; something must have been observed (`is_known`)."""
+        assert self._buckets, "no forward was observed yet"
+        if self._is_stale:
+            self._curve = self._rising_curve()
+            self._is_stale = False
+        return self._on_curve(num_tokens) + self._context_s * num_context
+
+    def _rising_curve(self) -> list[tuple[float, float]]:
+        """The means, neighbours that fall pooled: more tokens never take less time, so that is noise."""
+        context_s = self._context_s
+        pools: list[tuple[list[float], float, float]] = []  # (tokens, seconds, weight)
+        for _, bucket in sorted(self._buckets.items()):
+            base_s = max(bucket.run_s - context_s * bucket.num_context, 0.1 * bucket.run_s)
+            pool = ([bucket.num_tokens], base_s, bucket.weight)
+            while pools and pools[-1][1] >= pool[1]:
+                tokens, run_s, weight = pools.pop()
+                total = weight + pool[2]
+                pool = (tokens + pool[0], (run_s * weight + pool[1] * pool[2]) / total, total)
+            pools.append(pool)
+        return [(tokens, run_s) for members, run_s, _ in pools for tokens in members]
+
+    def _on_curve(self, num_tokens: float) -> float:
+        curve = self._curve
+        index = bisect_left(curve, (num_tokens, 0.0))
+        if index == 0:
+            return curve[0][1]
+        if index < len(curve):
+            (x0, y0), (x1, y1) = curve[index - 1], curve[index]
+            return y0 + (y1 - y0) * ((num_tokens - x0) / (x1 - x0)) ** 2
+        last_x, last_y = curve[-1]
+        x, y = curve[min(bisect_left(curve, (last_x / 2, 0.0)), max(0, len(curve) - 2))]
+        return last_y + (last_y - y) / (last_x - x) * (num_tokens - last_x) if last_x > x else last_y
+
+
+class DraftTimes:
+    """Seconds of a draft round: a forward over what the draft has to catch up, then one a further draft."""
+
+    def __init__(self) -> None:
+        self._forward = StepTimes()
+
+    @property
+    def is_known(self) -> bool:
+        return self._forward.is_known
+
+    def observe(self, *, num_seqs: int, num_steps: int, num_chunk_tokens: int, run_s: float) -> None:
+        """A round of `num_steps` forwards for `num_seqs` seqs, the first over `num_chunk_tokens` tokens."""
+        first, num_more = max(1, num_chunk_tokens), max(0, num_steps - 1)
+        if num_seqs == 0 or not self.is_known:
+            share_s = run_s / (1 + num_more)
+            self._forward.observe(first, share_s)
+            if num_more:
+                self._forward.observe(num_seqs, share_s)
+            return
+        # Which forward was how much off is not known: all by the same factor.
+        first_s, step_s = self._forward.predict(first), self._forward.predict(num_seqs)
+        factor = run_s / (first_s + num_more * step_s)
+        self._forward.observe(first, first_s * factor)
+        if num_more:
+            self._forward.observe(num_seqs, step_s * factor)
+
+    def step_s(self, num_seqs: int) -> float:
+        """Seconds of one draft for each of `num_seqs` seqs."""
+        return self._forward.predict(max(1, num_seqs))
+
+    def chunk_s(self, num_tokens: int) -> float:
+        """Seconds of a forward that only catches up."""
+        return self._forward.predict(max(1, num_tokens))

@@ -1,0 +1,61 @@
+"""Step times learned from rounds."""
+
+import pytest
+
+from scheduler.step_times import DraftTimes, StepTimes
+
+
+def test_small_batches_are_known_exactly_also_on_a_staircase() -> None:
+    times = StepTimes()
+    stairs = {1: 0.010, 2: 0.010, 3: 0.014, 4: 0.014, 5: 0.030}
+    for _ in range(5):
+        for num_tokens, run_s in stairs.items():
+            times.observe(num_tokens, run_s)
+    for num_tokens, run_s in stairs.items():
+        assert times.predict(num_tokens) == pytest.approx(run_s)
+
+
+def test_what_was_not_seen_is_guessed_between_its_neighbours_and_beyond_them() -> None:
+    times = StepTimes()
+    for num_tokens in (8, 16, 32):
+        times.observe(num_tokens, 0.001 * num_tokens)
+    assert 0.008 <= times.predict(12) <= 0.012, "on the fast side, so that it is tried"
+    assert times.predict(64) == pytest.approx(0.064)
+    assert times.predict(1) == pytest.approx(0.008), "nothing is faster than the smallest seen"
+
+
+def test_more_tokens_never_seem_faster() -> None:
+    times = StepTimes()
+    for num_tokens, run_s in ((1, 0.010), (2, 0.012), (3, 0.011), (4, 0.013)):
+        times.observe(num_tokens, run_s)
+    predicted = [times.predict(n) for n in range(1, 9)]
+    assert predicted == sorted(predicted)
+
+
+def test_context_is_told_from_tokens() -> None:
+    times = StepTimes()
+    for index in range(60):
+        for num_tokens in (1, 4):
+            num_context = 100 * (index % 10) + 50 * num_tokens
+            times.observe(num_tokens, 0.010 + 0.001 * num_tokens + 1e-6 * num_context, num_context=num_context)
+    assert times.predict(4, num_context=2000) == pytest.approx(0.016, rel=0.05)
+    assert times.predict(1, num_context=0) == pytest.approx(0.011, rel=0.05)
+
+
+def test_a_hiccup_is_no_news_and_a_slower_machine_is() -> None:
+    times = StepTimes()
+    for _ in range(30):
+        times.observe(1, 0.010)
+    times.observe(1, 5.0)
+    assert times.predict(1) < 0.011
+    for _ in range(60):
+        times.observe(1, 0.030)
+    assert times.predict(1) == pytest.approx(0.030, rel=0.1)
+
+
+def test_a_draft_round_is_a_chunk_and_steps() -> None:
+    times = DraftTimes()
+    for num_steps in (1, 4, 2, 8) * 10:
+        times.observe(num_seqs=4, num_steps=num_steps, num_chunk_tokens=9, run_s=0.003 + 0.002 * (num_steps - 1))
+    assert times.step_s(4) == pytest.approx(0.002, rel=0.1)
+    assert times.chunk_s(9) == pytest.approx(0.003, rel=0.1)
