@@ -4,6 +4,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.worker_pb2 import EngineRole
 from tests.helpers.rounds import Driver, Seq
@@ -36,6 +38,13 @@ def engine_spec(folder: Path, role: EngineRole.ValueType, **changes: object) -> 
 def make_engine(folder: Path, role: EngineRole.ValueType, **changes: object) -> Engine:
     spec = WorkerSpec(rank=0, world_size=1, device="cpu", engines=[engine_spec(folder, role, **changes)])
     return load_engines(spec, Cohort(0, 1, None), lambda stage, done, total: None)[role]
+
+
+def poison(engine: Engine) -> int:
+    """A token that breaks the model when it reads it: logits behind it are not finite."""
+    token_id = 100
+    engine._runner.model.embedding.weight[token_id] = torch.nan  # type: ignore[attr-defined]
+    return token_id
 
 
 def drive(engine: Engine) -> Driver:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from echelon.pb.sampling_pb2 import SeqSampling
-from echelon.pb.worker_pb2 import EngineInfo, Round, RoundResult, Row, RowResult, SeqInit
+from echelon.pb.worker_pb2 import EngineInfo, EngineRole, Fork, Round, RoundResult, Row, RowResult, SeqInit
 
 INCARNATION = 7
 
@@ -49,6 +49,7 @@ class Driver:
     round_id: int = 0
     free_blocks: list[int] = field(default_factory=list)
     inits: list[SeqInit] = field(default_factory=list)
+    forks: list[Fork] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.free_blocks = list(range(self.info.num_blocks))[::-1]  # not in order of position
@@ -59,6 +60,15 @@ class Driver:
             SeqInit(slot=slot, token_ids=prompt, num_prompt_tokens=len(prompt), block_table=[], sampling=sampling)
         )
         return Seq(slot=slot, token_ids=list(prompt), num_prompt=len(prompt))
+
+    def fork(self, parent: Seq, slot: int, length: int) -> Seq:
+        """A branch of the first `length` tokens of a seq takes its slot in the next round."""
+        block_size = self.info.block_size
+        num_computed = min(parent.num_computed, length)
+        branch = Seq(slot, parent.token_ids[:length], parent.num_prompt, num_computed, num_blocks=length // block_size)
+        new_block_ids = self.blocks_for(branch, length)
+        self.forks.append(Fork(slot=slot, parent_slot=parent.slot, length=length, new_block_ids=new_block_ids))
+        return branch
 
     def blocks_for(self, seq: Seq, num_tokens: int) -> list[int]:
         """New blocks, so that positions below `num_tokens` can be written."""
@@ -79,9 +89,15 @@ class Driver:
         )
 
     def draft_row(
-        self, seq: Seq, num_draft_tokens: int, crop_len: int | None = None, append: Sequence[int] = ()
+        self,
+        seq: Seq,
+        num_draft_tokens: int,
+        crop_len: int | None = None,
+        append: Sequence[int] = (),
+        *,
+        calibrate_len: int = 0,
     ) -> Row:
-        """A row that crops, catches up and drafts."""
+        """A row that crops, calibrates, catches up and drafts."""
         if crop_len is not None:
             del seq.token_ids[crop_len:]
             seq.num_computed = min(seq.num_computed, crop_len)
@@ -91,28 +107,39 @@ class Driver:
             crop_len=crop_len,
             append_token_ids=append,
             new_block_ids=self.blocks_for(seq, len(seq.token_ids) + num_draft_tokens),
+            calibrate_len=calibrate_len,
             chunk_len=seq.num_missing,
             num_draft_tokens=num_draft_tokens,
         )
 
-    def round(self, rows: Sequence[Row], free_slots: Sequence[int] = ()) -> Round:
+    def round(self, rows: Sequence[Row], free_slots: Sequence[int] = (), **settings: Any) -> Round:
         self.round_id += 1
-        inits, self.inits = self.inits, []
-        return Round(round_id=self.round_id, incarnation=INCARNATION, free_slots=free_slots, init_seqs=inits, rows=rows)
+        round_ = Round(
+            round_id=self.round_id,
+            incarnation=INCARNATION,
+            free_slots=free_slots,
+            init_seqs=self.inits,
+            forks=self.forks,
+            rows=rows,
+            **settings,
+        )
+        self.inits, self.forks = [], []
+        return round_
 
     def book(self, seq: Seq, row: Row, result: RowResult) -> None:
         """A result becomes history: num_computed is what the protocol says it is afterwards."""
         assert result.slot == seq.slot
         seq.num_computed += row.chunk_len
         if result.non_finite:
-            seq.num_computed = len(seq.token_ids) - 1
+            is_target = self.info.role == EngineRole.ENGINE_ROLE_TARGET
+            seq.num_computed = len(seq.token_ids) - (1 if is_target else 0)
         elif result.token_ids:
             seq.token_ids += result.token_ids
             seq.num_computed = len(seq.token_ids) - 1
 
-    def run(self, *work: tuple[Seq, Row]) -> list[RowResult]:
+    def run(self, *work: tuple[Seq, Row], **settings: Any) -> list[RowResult]:
         """One round with these rows; results are booked."""
-        results = self.send(self.round([row for _, row in work])).rows
+        results = self.send(self.round([row for _, row in work], **settings)).rows
         for (seq, row), result in zip(work, results, strict=True):
             self.book(seq, row, result)
         return list(results)
