@@ -221,8 +221,9 @@ def _build(entry: _Loaded, num_blocks: int, device: torch.device) -> Engine:
     )
     if isinstance(model, LayerParallelLM):
         _describe_layers(model.plan, info)
-    make = TargetEngine if spec.role == EngineRole.ENGINE_ROLE_TARGET else DraftEngine
-    return make(runner, SeqTable(limits), info)
+    if spec.role == EngineRole.ENGINE_ROLE_TARGET:
+        return TargetEngine(runner, SeqTable(limits), info, forced_acceptance=spec.forced_acceptance)
+    return DraftEngine(runner, SeqTable(limits), info)
 
 
 def _describe_layers(plan: LayerParallelPlan, info: EngineInfo) -> None:

@@ -1,5 +1,7 @@
 """The target: prefill chunks, plain decoding and verification of drafts in one packed forward."""
 
+import logging
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -13,6 +15,8 @@ from workers.engine import NO_TOKEN, ActiveRow, ModelEngine, ModelRunner, chosen
 from workers.rounds import RowPlan, plan_target
 from workers.sampler import RowEntry, SampledRows
 from workers.seq_state import SeqTable
+
+logger = logging.getLogger(__name__)
 
 NO_DRAFT = -1
 PROMPT_ROWS = 256  # prompt positions whose logits are held at a time
@@ -31,8 +35,21 @@ class _Verify:
 class TargetEngine(ModelEngine):
     """See workers.engine.Engine."""
 
-    def __init__(self, runner: ModelRunner, table: SeqTable, info: EngineInfo) -> None:
+    def __init__(
+        self, runner: ModelRunner, table: SeqTable, info: EngineInfo, *, forced_acceptance: float = 0.0
+    ) -> None:
+        """`forced_acceptance`: the share of drafts that count as right, whatever they say; for benchmarks only, 0 is
+        off. Raises ValueError for what is no share."""
         super().__init__(runner, table, info, plan_target)
+        if not 0 <= forced_acceptance <= 1:
+            raise ValueError(f"engines: forced_acceptance {forced_acceptance} must be between 0 and 1")
+        if forced_acceptance:
+            logger.warning(
+                "forced_acceptance %g: drafts are committed whether they are right or not, so THE OUTPUT IS NOT THE "
+                "MODEL'S; only a benchmark may set this",
+                forced_acceptance,
+            )
+        self._forced_acceptance = forced_acceptance
 
     def _run_rows(self, round_: Round, active: list[ActiveRow]) -> int:
         for each in active:
@@ -98,20 +115,19 @@ class TargetEngine(ModelEngine):
         entries: list[RowEntry] = []
         draft_token_ids: list[int] = []
         for seq in verifies:
-            sampling, drafts = self._table.sampling(seq.plan.slot), seq.draft_token_ids
-            rows.extend(range(seq.first_row, seq.first_row + len(drafts) + 1))
+            sampling, chain = self._table.sampling(seq.plan.slot), seq.draft_token_ids
+            rows.extend(range(seq.first_row, seq.first_row + len(chain) + 1))
             entries.extend(
-                RowEntry(sampling, sampling.length + depth, drafts[:depth]) for depth in range(len(drafts) + 1)
+                RowEntry(sampling, sampling.length + depth, chain[:depth]) for depth in range(len(chain) + 1)
             )
-            draft_token_ids.extend(drafts)
+            draft_token_ids.extend(chain)
             draft_token_ids.append(NO_DRAFT)
         device = self._runner.device
         sampled = self._runner.choose(hidden[torch.tensor(rows, device=device)], entries)
-        num_accepted, next_token_ids = verify_chain(
-            chosen_token_ids(sampled),
-            torch.tensor(draft_token_ids, device=device),
-            torch.tensor(cu_rows, device=device),
-        )
+        choices, drafts = chosen_token_ids(sampled), torch.tensor(draft_token_ids, device=device)
+        if self._forced_acceptance:
+            choices, drafts = force_acceptance(choices, drafts, entries, self._forced_acceptance)
+        num_accepted, next_token_ids = verify_chain(choices, drafts, torch.tensor(cu_rows, device=device))
         return sampled, torch.stack((num_accepted, next_token_ids), dim=1).tolist()
 
     def _fill_in(self, seq: _Verify, num_accepted: int, next_token_id: int) -> None:
@@ -134,3 +150,18 @@ class TargetEngine(ModelEngine):
         for row in range(0, end - start, PROMPT_ROWS):
             rows = slice(row, min(row + PROMPT_ROWS, end - start))
             result.prompt_logprobs.extend(self._runner.prompt_logprobs(hidden[rows], next_token_ids[rows], num_top))
+
+
+def force_acceptance(
+    choices: Tensor, draft_token_ids: Tensor, entries: Sequence[RowEntry], rate: float
+) -> tuple[Tensor, Tensor]:
+    """Choices and drafts, int64 [num_rows] each, of which the share `rate` agrees and no others do.
+
+    Seed and position of a row decide alone, so that every rank, and a second run, decides alike. NO_TOKEN and NO_DRAFT
+    stay as they are.
+    """
+    draws = [random.Random(f"{entry.state.seed} {entry.position}").random() for entry in entries]
+    agree = torch.tensor(draws, dtype=torch.float64, device=choices.device) < rate
+    decides = (draft_token_ids != NO_DRAFT) & (choices != NO_TOKEN)
+    forced = torch.where(agree & decides, draft_token_ids, choices)
+    return forced, torch.where(agree & decides, draft_token_ids, NO_DRAFT)
