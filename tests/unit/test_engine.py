@@ -1,13 +1,13 @@
 """Engines, one process, tiny random models in fp32: the stream never depends on how it was computed."""
 
 import json
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from echelon.pb.process_pb2 import WorkerSpec
 from echelon.pb.sampling_pb2 import SeqSampling
@@ -21,6 +21,7 @@ from tests.helpers.engines import (
     engine_spec,
     interleave,
     make_engine,
+    poison,
 )
 from tests.helpers.rounds import INCARNATION, Driver, Seq, greedy, seeded
 from tests.helpers.tiny_models import TinyModel, make_tiny_model
@@ -221,8 +222,7 @@ NEVER = {POISON: -100.0}  # logit bias with which the model does not choose it
 def poisoned(tiny: TinyModel) -> Driver:
     """A model that goes mad when it reads token POISON."""
     engine = make_engine(tiny.folder, TARGET)
-    assert isinstance(engine, TargetEngine)
-    engine._runner.model.embedding.weight[POISON] = torch.nan
+    assert poison(engine) == POISON
     return drive(engine)
 
 
@@ -307,6 +307,56 @@ def test_a_chain_goes_on_in_the_next_round(draft: Driver, target: Driver) -> Non
     assert seq.output == stream[:6]
 
 
+def blind_row(driver: Driver, seq: Seq, num_drafts: int, *, num_known: int) -> Row:
+    """A chain goes on by so many drafts, behind rounds whose answers are not known: it should have num_known tokens."""
+    return Row(
+        slot=seq.slot,
+        chunk_len=1,
+        num_draft_tokens=num_drafts,
+        new_block_ids=driver.blocks_for(seq, num_known + num_drafts),
+    )
+
+
+@pytest.mark.parametrize("settings", SAMPLINGS)
+@pytest.mark.parametrize("pieces", [(1, 1, 6), (3, 5), (2, 4, 1, 1)])
+def test_a_chain_in_pieces_is_that_of_one_round(draft: Driver, settings: str, pieces: tuple[int, ...]) -> None:
+    """The rounds are made without knowing any answer, as those that are queued."""
+    seqs = [draft.start(slot, prompt, SAMPLINGS[settings][slot]) for slot, prompt in enumerate(PROMPTS)]
+    draft.run(*[(seq, draft.draft_row(seq, 8)) for seq in seqs])
+    others = [draft.start(slot + 3, prompt, SAMPLINGS[settings][slot]) for slot, prompt in enumerate(PROMPTS)]
+    rounds = [draft.round([draft.draft_row(seq, pieces[0]) for seq in others])]
+    for index, piece in enumerate(pieces[1:], start=1):
+        num_ahead = sum(pieces[:index])
+        rows = [blind_row(draft, seq, piece, num_known=len(seq.token_ids) + num_ahead) for seq in others]
+        rounds.append(draft.round(rows))
+    answers = [draft.send(round_).rows for round_ in rounds]
+    for seq, rows in zip(seqs, zip(*answers, strict=True), strict=True):
+        assert [token_id for row in rows for token_id in row.token_ids] == seq.output
+
+
+def test_drafts_come_with_what_came_next_and_how_likely_they_were(draft: Driver, target: Driver) -> None:
+    """The same model as target says it in logprobs."""
+    seq = target.start(0, PROMPTS[0], greedy(logprobs=4))
+    expected = []
+    for _ in range(5):
+        (result,) = target.run((seq, target.target_row(seq)))
+        expected += result.logprobs
+    for settings in (greedy(), seeded(5)):
+        seqs = [draft.start(0, PROMPTS[0], settings), draft.start(1, PROMPTS[1], settings)]
+        work = [(each, draft.draft_row(each, n)) for each, n in zip(seqs, (5, 2), strict=True)]
+        result, other = draft.run(*work, num_alternatives=3, confidences=True)
+        assert [len(result.token_ids), len(result.alternative_token_ids), len(result.confidences)] == [5, 15, 5]
+        assert [len(other.token_ids), len(other.alternative_token_ids), len(other.confidences)] == [2, 6, 2]
+        if settings == greedy():
+            runners_up = [[entry.token_id for entry in each.top[1:]] for each in expected]
+            assert list(result.alternative_token_ids) == [token_id for each in runners_up for token_id in each]
+            assert list(result.confidences) == pytest.approx([math.exp(e.chosen.logprob) for e in expected], rel=1e-4)
+        draft.send(draft.round([], free_slots=[0, 1]))
+    (result,) = draft.run((seq := draft.start(0, PROMPTS[0], greedy()), draft.draft_row(seq, 5)))
+    assert not result.alternative_token_ids
+    assert not result.confidences
+
+
 def test_a_row_without_drafts_only_catches_up(draft: Driver) -> None:
     seq = draft.start(0, PROMPTS[2], greedy())
     row = draft.draft_row(seq, 0)
@@ -337,10 +387,32 @@ def test_a_chain_ends_at_max_model_len(draft: Driver) -> None:
     assert len(result.token_ids) == 2
 
 
-def test_a_draft_that_is_not_finite_ends_its_chain_only(tiny: TinyModel) -> None:
+def test_rounds_behind_the_end_of_a_context_draft_nothing(draft: Driver) -> None:
+    """They were sent before it was known that the chain had come to max_model_len. Then the verdict is a mismatch."""
+    num_prompt = MAX_MODEL_LEN - 3
+    seq = draft.start(0, [7] * num_prompt, greedy())
+    rounds = [draft.round([draft.draft_row(seq, 5)])]
+    rounds += [draft.round([blind_row(draft, seq, 5, num_known=MAX_MODEL_LEN)]) for _ in range(3)]
+    results = [draft.send(round_).rows[0] for round_ in rounds]
+    assert [len(result.token_ids) for result in results] == [3, 0, 0, 0]
+    assert not any(result.non_finite for result in results)
+    row = Row(slot=0, crop_len=num_prompt + 1, append_token_ids=[77], chunk_len=1, num_draft_tokens=1)
+    (result,) = draft.send(draft.round([row])).rows
+    fresh = draft.start(1, [7] * num_prompt + [results[0].token_ids[0], 77], greedy())
+    (expected,) = draft.run((fresh, draft.draft_row(fresh, 1)))
+    assert result.token_ids == expected.token_ids
+
+
+@pytest.fixture
+def sick_draft(tiny: TinyModel) -> Driver:
+    """An engine of which a seq that is biased to POISON breaks behind it."""
     engine = make_engine(tiny.folder, DRAFT)
-    engine._runner.model.embedding.weight[POISON] = torch.nan  # type: ignore[attr-defined]
-    driver = drive(engine)
+    assert poison(engine) == POISON
+    return drive(engine)
+
+
+def test_a_draft_that_is_not_finite_ends_its_chain_only(sick_draft: Driver) -> None:
+    driver = sick_draft
     sick = driver.start(0, PROMPTS[0], greedy(logit_bias={POISON: 100.0}))
     sound = driver.start(1, PROMPTS[1], greedy())
     results = driver.run((sick, driver.draft_row(sick, 4)), (sound, driver.draft_row(sound, 4)))
@@ -348,6 +420,56 @@ def test_a_draft_that_is_not_finite_ends_its_chain_only(tiny: TinyModel) -> None
     assert not results[0].non_finite
     (again,) = driver.run((sick, driver.draft_row(sick, 4)))
     assert (again.non_finite, list(again.token_ids)) == (True, [])
+
+
+@pytest.mark.parametrize("num_appended", [1, 2])
+def test_rounds_behind_a_chain_that_broke_are_harmless(sick_draft: Driver, num_appended: int) -> None:
+    """Of 4 drafts one came. Three rounds that take them for granted are under way; then comes what the target says."""
+    driver = sick_draft
+    num_prompt = len(PROMPTS[0])
+    sick = driver.start(0, PROMPTS[0], greedy(logit_bias={POISON: 100.0}))
+    sound = driver.start(1, PROMPTS[1], greedy())
+    rounds = [driver.round([driver.draft_row(sick, 4), driver.draft_row(sound, 1)])]
+    for ahead in (4, 5, 6):
+        rows = [
+            blind_row(driver, sick, 1, num_known=num_prompt + ahead),
+            blind_row(driver, sound, 1, num_known=len(PROMPTS[1]) + ahead),
+        ]
+        rounds.append(driver.round(rows))
+    results = [driver.send(round_).rows for round_ in rounds]
+    assert [[len(row.token_ids) for row in rows] for rows in results] == [[1, 1], [0, 1], [0, 1], [0, 1]]
+    assert [rows[0].non_finite for rows in results] == [False, True, False, False]
+    append = [77, 78][:num_appended]
+    blocks = driver.blocks_for(sick, num_prompt + 10)
+    row = Row(slot=0, crop_len=num_prompt, append_token_ids=append, new_block_ids=blocks)
+    row.chunk_len, row.num_draft_tokens = num_appended, 1
+    (result,) = driver.send(driver.round([row])).rows
+    assert list(result.token_ids) == [POISON]
+
+
+def test_a_crop_behind_a_row_that_drafted_nothing_finds_what_it_expects(sick_draft: Driver) -> None:
+    """The verdict came while that row was under way: history up to the last token that was seen, and one behind it."""
+    driver = sick_draft
+    settings = greedy(logit_bias={POISON: 100.0})
+    seq = driver.start(0, [*PROMPTS[0], POISON], settings)
+    driver.inits[0].num_prompt_tokens = len(PROMPTS[0])
+    num_tokens = len(seq.token_ids)
+    first = driver.round([driver.draft_row(seq, 3)])
+    row = Row(slot=0, crop_len=num_tokens, append_token_ids=[77], chunk_len=1, num_draft_tokens=2)
+    row.new_block_ids.extend(driver.blocks_for(seq, num_tokens + 3))
+    second = driver.round([row])
+    third = driver.round([blind_row(driver, seq, 1, num_known=num_tokens + 3)])
+    results = [driver.send(round_).rows[0] for round_ in (first, second, third)]
+    assert [(result.non_finite, len(result.token_ids)) for result in results] == [(True, 0), (True, 0), (False, 0)]
+
+
+def test_a_chain_that_did_not_end_cannot_go_on_twice(draft: Driver) -> None:
+    """Leniency is for chains that ended early only."""
+    seq = draft.start(0, PROMPTS[0], greedy())
+    draft.run((seq, draft.draft_row(seq, 2)))
+    draft.send(draft.round([Row(slot=0, chunk_len=1)]))
+    with pytest.raises(ProtocolError, match="chunk_len: 1, but only 0 of 13 tokens"):
+        draft.send(draft.round([blind_row(draft, seq, 1, num_known=13)]))
 
 
 # -- rounds that no scheduler may send ------------------------------------------------------------------------------
