@@ -46,8 +46,8 @@ def _step_of(least, greatest):
 
 @triton.jit
 def _encode(x, least, step):
-    code = tl.floor(tl.div_rn(x - least, tl.where(step > 0, step, 1.0)) + 0.5)
-    return tl.minimum(tl.maximum(code, 0.0), LAST_CODE).to(tl.int32)
+    """0 to 255: at the greatest element the quotient is off by less than the half that is added."""
+    return tl.floor(tl.div_rn(x - least, tl.where(step > 0, step, 1.0)) + 0.5).to(tl.int32)
 
 
 @triton.jit
@@ -76,7 +76,8 @@ def _quantise_kernel(
     """One head of the keys or of the values of a block: channels i and HALF_DIM + i side by side."""
     block, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     token, channel = tl.arange(0, TOKENS), tl.arange(0, CHANNELS)
-    mask = (token < BLOCK_SIZE)[:, None] & (channel < HALF_DIM)[None, :]
+    tokens, channels = (token < BLOCK_SIZE)[:, None], (channel < HALF_DIM)[None, :]
+    mask = tokens & channels
     row = ((block * 2 + part) * BLOCK_SIZE + token) * num_kv_heads + head
     x_ptr = kv_ptr + row[:, None] * (2 * HALF_DIM) + channel[None, :]
     first = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
@@ -86,10 +87,10 @@ def _quantise_kernel(
         k_scales = k_scales_ptr + (block * 2 * num_kv_heads + head) * (2 * HALF_DIM) + channel
         k_steps = k_scales + num_kv_heads * 2 * HALF_DIM
         kept = channel < HALF_DIM
-        least_1 = tl.min(tl.where(mask, first, inf), axis=0)
-        least_2 = tl.min(tl.where(mask, second, inf), axis=0)
-        step_1 = _step_of(least_1, tl.max(tl.where(mask, first, -inf), axis=0))
-        step_2 = _step_of(least_2, tl.max(tl.where(mask, second, -inf), axis=0))
+        least_1 = tl.min(tl.where(tokens, first, inf), axis=0)
+        least_2 = tl.min(tl.where(tokens, second, inf), axis=0)
+        step_1 = _step_of(least_1, tl.max(tl.where(tokens, first, -inf), axis=0))
+        step_2 = _step_of(least_2, tl.max(tl.where(tokens, second, -inf), axis=0))
         tl.store(k_scales, least_1, mask=kept)
         tl.store(k_scales + HALF_DIM, least_2, mask=kept)
         tl.store(k_steps, step_1, mask=kept)
@@ -98,8 +99,8 @@ def _quantise_kernel(
         code_2 = _encode(second, least_2[None, :], step_2[None, :])
     else:
         v_scales = v_scales_ptr + (block * 2 * BLOCK_SIZE + token) * num_kv_heads + head
-        least = tl.min(tl.where(mask, tl.minimum(first, second), inf), axis=1)
-        step = _step_of(least, tl.max(tl.where(mask, tl.maximum(first, second), -inf), axis=1))
+        least = tl.min(tl.where(channels, tl.minimum(first, second), inf), axis=1)
+        step = _step_of(least, tl.max(tl.where(channels, tl.maximum(first, second), -inf), axis=1))
         tl.store(v_scales, least, mask=token < BLOCK_SIZE)
         tl.store(v_scales + BLOCK_SIZE * num_kv_heads, step, mask=token < BLOCK_SIZE)
         code_1 = _encode(first, least[:, None], step[:, None])
@@ -245,7 +246,7 @@ def _codes_and_scales(x: Tensor, *, group_dim: int) -> tuple[Tensor, Tensor]:
     least, greatest = x.aminmax(dim=group_dim, keepdim=True)
     step = (greatest - least) / LAST_CODE.value
     step = torch.where(step >= SMALLEST_STEP.value, step, 0.0)
-    codes = torch.floor((x - least) / torch.where(step > 0, step, 1.0) + 0.5).clamp(max=LAST_CODE.value)
+    codes = torch.floor((x - least) / torch.where(step > 0, step, 1.0) + 0.5)
     scales = torch.stack([least.squeeze(group_dim), step.squeeze(group_dim)], dim=-3)
     return codes.to(torch.uint8), scales
 

@@ -15,13 +15,15 @@ SHAPES = [(2, 1, 2, 16, 2, 64), (3, 2, 5, 3, 96), (1, 2, 1, 1, 128), (2, 8, 1, 2
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["normal", "large", "constant"])
+@pytest.mark.parametrize("kind", ["normal", "large", "tiny", "constant"])
 def test_codes_and_what_they_stand_for(
     shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     kv = torch.randn(shape, device=device)
     if kind == "large":
         kv = kv * (1e30 if dtype != torch.float16 else 1e4)
+    if kind == "tiny":
+        kv = kv * 1e-38  # steps that fp32 holds in part only
     if kind == "constant":
         kv = kv[..., :1, :].expand(shape).clone() if kv.numel() else kv
         kv[..., 0] = kv[..., 1]
