@@ -9,15 +9,17 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cluster.errors import ConfigError, Problem
+from cluster.layer_parallel import LayerParallel, layer_parallel, layer_parallel_problems
 from cluster.model_folder import ModelFolder, ModelFolderError, compare_tokenizers, find_model, read_model_folder
 from cluster.schema import DeploymentFile, Draft, Target
 from cluster.settings import (
-    AUTO_NUM_SPECULATIVE_TOKENS,
     DEFAULT_DEVICE_BYTES,
+    DRAFT_MODEL_METHODS,
     ModelSettings,
     Role,
     Settings,
     default_max_model_len,
+    resolve_speculation,
 )
 from cluster.yaml_lines import read_document
 
@@ -92,13 +94,18 @@ def _resolve(file: DeploymentFile, base: Path) -> tuple[Settings | None, list[Pr
     problems: list[Problem] = []
     target = _model("target", file.target, base, problems)
     draft = None if file.draft is None else _model("draft", file.draft, base, problems)
-    if file.speculation.method == "draft_model" and file.draft is None:
-        message, remedy = "needs a draft model", "add a draft section or set method: none"
-        problems.append(Problem(path="speculation.method", value="'draft_model'", message=message, remedy=remedy))
+    method = file.speculation.method
+    if method in DRAFT_MODEL_METHODS and file.draft is None:
+        remedy = "add a draft section or set method: " + ("suffix" if method == "hybrid" else "none")
+        message = "needs a draft model"
+        problems.append(Problem(path="speculation.method", value=f"'{method}'", message=message, remedy=remedy))
     if target is None or (file.draft is not None and draft is None):
         return None, problems
-    if file.speculation.method == "none":
-        draft = None
+    if draft is not None and file.draft is not None:
+        draft = replace(draft, layer_parallel=_layer_parallel(file.draft, target))
+        problems += _layer_parallel_problems(file.draft, draft)
+    if method is not None and method not in DRAFT_MODEL_METHODS:
+        draft = None  # a file says none or suffix to compare: what it says of the draft may stay
     settings = _settings(file, target, draft)
     if file.scheduler.max_model_len is None and settings.device == "cpu":
         settings = _cap_max_model_len(settings)
@@ -121,14 +128,44 @@ def _model(role: Role, section: Target | Draft, base: Path, problems: list[Probl
     return ModelSettings(role=role, folder=folder, dtype=section.dtype or folder.dtype, tp_size=tp_size)
 
 
+def _layer_parallel(section: Draft, target: ModelSettings) -> LayerParallel | None:
+    return layer_parallel(
+        section.layer_parallel_size,
+        target_tp_size=target.tp_size,
+        colocated=section.placement == "colocated",
+        groups=None if section.layer_groups == "auto" else section.layer_groups,
+        weights=section.layer_parallel_weights,
+        mlps=section.layer_parallel_mlp,
+    )
+
+
+def _layer_parallel_problems(section: Draft, draft: ModelSettings) -> Iterator[Problem]:
+    return layer_parallel_problems(
+        section.layer_parallel_size,
+        draft.folder,
+        tp_size=draft.tp_size,
+        groups=None if section.layer_groups == "auto" else section.layer_groups,
+        mlps=section.layer_parallel_mlp,
+    )
+
+
 def _settings(file: DeploymentFile, target: ModelSettings, draft: ModelSettings | None) -> Settings:
-    wanted = file.speculation.num_speculative_tokens
+    colocated = draft is not None and file.draft is not None and file.draft.placement == "colocated"
     return Settings(
         name=file.name,
         model_name=_served_name(file.target.model, target.folder),
         target=target,
         draft=draft,
-        colocated=draft is not None and file.draft is not None and file.draft.placement == "colocated",
+        speculation=resolve_speculation(
+            method=file.speculation.method,
+            has_draft=draft is not None,
+            colocated=colocated,
+            pipeline=file.speculation.pipeline,
+            num_speculative_tokens=file.speculation.num_speculative_tokens,
+            window=file.speculation.window,
+            verdict_cache=file.speculation.verdict_cache,
+        ),
+        colocated=colocated,
         device=file.device,
         threads_per_worker=file.cpu.threads_per_worker,
         block_size=file.kv_cache.block_size,
@@ -140,8 +177,6 @@ def _settings(file: DeploymentFile, target: ModelSettings, draft: ModelSettings 
         or default_max_model_len(target.folder, None if draft is None else draft.folder),
         max_queue=file.scheduler.max_queue,
         enable_prefix_caching=file.scheduler.enable_prefix_caching,
-        num_speculative_tokens=AUTO_NUM_SPECULATIVE_TOKENS if wanted == "auto" else wanted,
-        pipeline=file.speculation.pipeline,
         batch_invariant=file.batch_invariant,
         host=file.server.host,
         grpc_port=file.server.grpc_port,
@@ -171,6 +206,14 @@ def _pair_problems(file: DeploymentFile, settings: Settings) -> Iterator[Problem
         message = f"its tokeniser is not the target's: {difference}"
         remedy = "use a draft of the same model family"
         yield Problem(path="draft.model", value=repr(file.draft.model), message=message, remedy=remedy)
+    if settings.colocated and settings.pipeline == "continuous":
+        message = "needs a draft on devices of its own: a colocated one takes turns with the target"
+        remedy = "use serial or draft.placement: separate"
+        yield Problem(path="speculation.pipeline", value="'continuous'", message=message, remedy=remedy)
+    if 0 < settings.speculation.window < settings.num_speculative_tokens and not settings.speculation.adaptive:
+        message = f"is less than speculation.num_speculative_tokens {settings.num_speculative_tokens}"
+        value = str(settings.speculation.window)
+        yield Problem(path="speculation.window", value=value, message=message, remedy="raise it or use auto")
     if settings.colocated and draft.tp_size > target.tp_size:
         message = f"a colocated draft has no more ranks than the target, which has {target.tp_size}"
         remedy = "lower it or use placement: separate"

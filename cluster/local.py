@@ -4,23 +4,27 @@ What benchmarks and tests use, and what runs where Ray is not installed.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
 from cluster.inventory import inventory_of, machine_facts
+from cluster.layer_parallel import Mlps, Weights, layer_parallel
 from cluster.model_folder import read_model_folder
 from cluster.plan import Plan, describe_devices
 from cluster.planner import make_plan
 from cluster.processes import Child, ChildProcess
 from cluster.rollout import RunningDeployment, roll_out, stop_order
 from cluster.settings import (
-    AUTO_NUM_SPECULATIVE_TOKENS,
     DEFAULT_DEVICE_BYTES,
+    Method,
     ModelSettings,
+    Pipeline,
     Role,
     Settings,
     default_max_model_len,
+    resolve_speculation,
 )
 from cluster.startup import Launch, ProcessSet
 from cluster.status import ProcessStatus
@@ -34,6 +38,10 @@ def local_settings(
     tp_size: int = 1,
     draft: Path | None = None,
     draft_tp_size: int = 1,
+    layer_parallel_size: int = 1,
+    layer_groups: Sequence[Sequence[int]] | None = None,
+    layer_parallel_weights: Weights = "replicated",
+    layer_parallel_mlp: Mlps = "auto",
     colocated: bool = False,
     dtype: str | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
@@ -46,7 +54,12 @@ def local_settings(
     max_model_len: int | None = None,
     max_queue: int = 1024,
     enable_prefix_caching: bool = True,
-    num_speculative_tokens: int = AUTO_NUM_SPECULATIVE_TOKENS,
+    method: Method | None = None,
+    pipeline: Pipeline | None = None,
+    num_speculative_tokens: int | Literal["auto"] = "auto",
+    window: int | Literal["auto"] = "auto",
+    verdict_cache: int | Literal["auto", "off"] = "auto",
+    forced_acceptance: float = 0.0,
     batch_invariant: bool = False,
     grpc_port: int = 0,
     startup_timeout_s: float = 120.0,
@@ -54,8 +67,9 @@ def local_settings(
 ) -> Settings:
     """Settings from keyword arguments, which mean what the deployment file's keys of the same name mean.
 
-    `dtype` is that of both models (default: each checkpoint's own), `kv_cache_bytes` is that of one cpu device, and
-    `grpc_port` 0 takes any free port. Raises ModelFolderError.
+    `dtype` is that of both models (default: each checkpoint's own), `kv_cache_bytes` is that of one cpu device,
+    `layer_groups` None is auto, `forced_acceptance` is for benchmarks only, and `grpc_port` 0 takes any free port.
+    Values are not checked against one another. Raises ModelFolderError.
     """
 
     def model(role: Role, folder: Path, size: int) -> ModelSettings:
@@ -63,14 +77,33 @@ def local_settings(
         return ModelSettings(role=role, folder=facts, dtype=dtype or facts.dtype, tp_size=size)
 
     target_model = model("target", target, tp_size)
-    draft_model = None if draft is None else model("draft", draft, draft_tp_size)
+    draft_model = None
+    if draft is not None and method not in ("none", "suffix"):
+        layers = layer_parallel(
+            layer_parallel_size,
+            target_tp_size=tp_size,
+            colocated=colocated,
+            groups=layer_groups,
+            weights=layer_parallel_weights,
+            mlps=layer_parallel_mlp,
+        )
+        draft_model = replace(model("draft", draft, draft_tp_size), layer_parallel=layers)
     default_len = default_max_model_len(target_model.folder, None if draft_model is None else draft_model.folder)
     return Settings(
         name="local",
         model_name=target_model.folder.path.name,
         target=target_model,
         draft=draft_model,
-        colocated=colocated,
+        speculation=resolve_speculation(
+            method=method,
+            has_draft=draft_model is not None,
+            colocated=colocated,
+            pipeline=pipeline,
+            num_speculative_tokens=num_speculative_tokens,
+            window=window,
+            verdict_cache=verdict_cache,
+        ),
+        colocated=colocated and draft_model is not None,
         device=device,
         threads_per_worker=threads_per_worker,
         block_size=block_size,
@@ -81,7 +114,7 @@ def local_settings(
         max_model_len=max_model_len or default_len,
         max_queue=max_queue,
         enable_prefix_caching=enable_prefix_caching,
-        num_speculative_tokens=num_speculative_tokens,
+        forced_acceptance=forced_acceptance,
         batch_invariant=batch_invariant,
         grpc_port=grpc_port,
         startup_timeout_s=startup_timeout_s,

@@ -7,7 +7,7 @@ are there, not those that a formula expects.
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -79,7 +79,12 @@ class ModelFolder:
 
     def weight_bytes(self, tp_size: int, dtype: str) -> int:
         """Bytes of weights on one of `tp_size` ranks once they are loaded as `dtype`."""
-        return sum(self._elements_per_rank(tensor, tp_size) for tensor in self.tensors) * DTYPE_BYTES[dtype]
+        return sum(self._elements_per_rank(tensor, tp_size) for tensor in self.held_tensors) * DTYPE_BYTES[dtype]
+
+    @property
+    def held_tensors(self) -> Iterator[TensorInfo]:
+        """Those that are loaded: a head that is the embedding is none of its own."""
+        return (t for t in self.tensors if not (self.tied_embeddings and t.name.startswith("lm_head.")))
 
     def kv_bytes_per_token(self, tp_size: int, dtype: str) -> int:
         """Bytes of keys and values that one token takes on one rank."""
@@ -98,8 +103,6 @@ class ModelFolder:
         return layer + logits
 
     def _elements_per_rank(self, tensor: TensorInfo, tp_size: int) -> int:
-        if self.tied_embeddings and tensor.name.startswith("lm_head."):
-            return 0
         module = tensor.name.split(".")[-2] if "." in tensor.name else ""
         if module in _KV_MODULES:
             return tensor.num_elements * self.kv_heads_per_rank(tp_size) // self.num_kv_heads

@@ -44,6 +44,7 @@ def make_plan(settings: Settings, inventory: Inventory) -> Plan:
     else:
         bundles, notes = _place_on_cpus(settings, inventory, ranks)
         _check_host_memory(bundles, inventory)
+    notes += _layer_parallel_notes(settings)
     leader = bundles[0]
     head = next((node for node in inventory.nodes if node.node_id == inventory.head_node_id), inventory.nodes[0])
     plan = Plan(
@@ -55,6 +56,13 @@ def make_plan(settings: Settings, inventory: Inventory) -> Plan:
         notes=tuple(notes),
     )
     return _loopback_if_alone(plan)
+
+
+def _layer_parallel_notes(settings: Settings) -> list[str]:
+    wanted = None if settings.draft is None else settings.draft.layer_parallel
+    if wanted is None or wanted.num_ranks > 1:
+        return []
+    return [f"attention of {wanted.size} draft layers at once is one batched pass on target rank 0"]
 
 
 def _loopback_if_alone(plan: Plan) -> Plan:
@@ -74,11 +82,11 @@ def _ranks(settings: Settings) -> list[_Rank]:
     target, draft = settings.target, settings.draft
     ranks = []
     for rank in range(target.tp_size):
-        with_draft = draft is not None and settings.colocated and rank < draft.tp_size
+        with_draft = draft is not None and settings.colocated and rank < draft.num_ranks
         models = [target, draft] if with_draft and draft is not None else [target]
         ranks.append(_rank("target", rank, models, settings))
     if draft is not None and not settings.colocated:
-        ranks += [_rank("draft", rank, [draft], settings) for rank in range(draft.tp_size)]
+        ranks += [_rank("draft", rank, [draft], settings) for rank in range(draft.num_ranks)]
     return ranks
 
 
@@ -106,7 +114,7 @@ def _activation_bytes(model: ModelSettings, settings: Settings) -> int:
         model.tp_size,
         model.dtype,
         num_tokens=settings.max_num_batched_tokens,
-        num_logit_rows=min(settings.max_num_seqs * rows_per_seq, settings.max_num_batched_tokens),
+        num_logit_rows=min(settings.max_seqs_of(model.role) * rows_per_seq, settings.max_num_batched_tokens),
     )
 
 

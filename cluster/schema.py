@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
+from cluster.layer_parallel import Mlps, Weights
+from cluster.settings import Method, Pipeline
+
 SIZE_PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*$", re.IGNORECASE)
 _PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -52,10 +55,17 @@ def _one_only(what: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _auto_or_count(value: Any) -> Any:
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 16):
-        raise ValueError("must be auto or an integer from 1 to 16")
-    return value
+def _count_or(word: str, *, most: int, off: bool = False) -> BeforeValidator:
+    """An integer from 1 to `most`, `word`, or, where it may be, off (which YAML reads as false)."""
+
+    def check(value: Any) -> Any:
+        if off and (value is False or value == "off"):
+            return "off"
+        if value != word and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
+            raise ValueError(f"must be {word}{', off' if off else ''} or an integer from 1 to {most}")
+        return value
+
+    return BeforeValidator(check)
 
 
 Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(ge=1)]
@@ -87,7 +97,16 @@ class Target(Section):
 class Draft(Section):
     model: str = Field(description="folder in Hugging Face layout (relative to this file), or a hub id in the cache")
     tensor_parallel_size: Positive = 1
-    layer_parallel_size: Annotated[Positive, _one_only("layer-parallel drafting")] = 1
+    layer_parallel_size: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=1, description="layers whose attention runs at once, each on a device of its own"
+    )
+    layer_groups: list[list[Annotated[int, Field(ge=0)]]] | Literal["auto"] = Field(
+        default="auto", description="which layers: all, in order, like [[0], [1, 2], [3]]; auto: alike ones"
+    )
+    layer_parallel_weights: Weights = Field(
+        default="replicated", description="sharded: a device holds the attention of its own layers only"
+    )
+    layer_parallel_mlp: Mlps = Field(default="auto", description="auto: what is measured to be faster at start")
     dtype: Dtype | None = Field(default=None, description="default: the checkpoint's own")
     placement: Literal["separate", "colocated"] = Field(
         default="separate", description="separate: on devices that the target does not use"
@@ -95,14 +114,17 @@ class Draft(Section):
 
 
 class Speculation(Section):
-    method: (
-        Annotated[Literal["none", "draft_model"], _built(use="draft_model or none", later=("suffix", "hybrid"))] | None
-    ) = Field(default=None, description="default: draft_model if a draft is given, else none")
-    num_speculative_tokens: Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count)] = Field(
-        default="auto", description="upper bound a request and round, 1 to 16; auto is 4 so far"
+    method: Method | None = Field(default=None, description="default: draft_model if a draft is given, else none")
+    num_speculative_tokens: Annotated[int | Literal["auto"], _count_or("auto", most=16)] = Field(
+        default="auto", description="auto: chosen for each seq and round; else so many, 1 to 16"
     )
-    pipeline: Annotated[Literal["serial"], _built(use="serial", later=("continuous",))] = "serial"
-    window: Literal["auto"] = Field(default="auto", description="only auto so far")
+    pipeline: Pipeline | None = Field(default=None, description="serial: the target waits while the draft drafts")
+    window: Annotated[int | Literal["auto"], _count_or("auto", most=64)] = Field(
+        default="auto", description="continuous: drafts ahead of the last commit, 1 to 64"
+    )
+    verdict_cache: Annotated[int | Literal["auto", "off"], _count_or("auto", most=16, off=True)] = Field(
+        default="auto", description="continuous: branches of a seq drafted for the likeliest verdicts, 1 to 16"
+    )
 
 
 class KvCache(Section):

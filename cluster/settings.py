@@ -7,11 +7,17 @@ Plain dataclasses: the YAML file is one way to make them (`cluster.schema`), key
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.layer_parallel import LayerParallel
 from cluster.model_folder import ModelFolder
 
 Role = Literal["target", "draft"]
-Method = Literal["none", "draft_model"]
-AUTO_NUM_SPECULATIVE_TOKENS = 4  # until the policy measures: longer chains lose more drafts than they save rounds
+Method = Literal["none", "draft_model", "suffix", "hybrid"]
+Pipeline = Literal["serial", "continuous"]
+DRAFT_MODEL_METHODS = ("draft_model", "hybrid")
+SEPARATE_PIPELINE: Pipeline = "serial"  # the default of a draft on devices of its own; a colocated one takes turns
+AUTO_NUM_SPECULATIVE_TOKENS = 4  # a limit: the policy chooses below it
+AUTO_VERDICT_CACHE_ROWS = 8
+MAX_BRANCHES = 64  # of all seqs together: rows of a draft step that are not free any more
 DEFAULT_MAX_MODEL_LEN = 32768  # a longer context must be asked for: its KV cache decides how many seqs fit
 DEFAULT_DEVICE_BYTES = 1 << 30
 MIN_ROUND_TIMEOUT_S = 60.0
@@ -25,16 +31,73 @@ class ModelSettings:
     folder: ModelFolder
     dtype: str  # "bfloat16" | "float16" | "float32"
     tp_size: int
+    layer_parallel: LayerParallel | None = None  # draft only; tp_size is 1 then
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp_size if self.layer_parallel is None else self.layer_parallel.num_ranks
 
     @property
     def weight_bytes(self) -> int:
         """Bytes on one rank."""
+        if self.layer_parallel is not None:
+            return self.layer_parallel.weight_bytes(self.folder, self.dtype)
         return self.folder.weight_bytes(self.tp_size, self.dtype)
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes on one rank."""
+        if self.layer_parallel is not None:
+            return self.layer_parallel.kv_bytes_per_token(self.folder, self.dtype)
         return self.folder.kv_bytes_per_token(self.tp_size, self.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speculation:
+    """Where drafts come from, how many, and who waits for whom."""
+
+    method: Method = "none"
+    pipeline: Pipeline = "serial"
+    num_speculative_tokens: int = 0  # most drafts of a seq in a round
+    adaptive: bool = False  # the policy chooses how many, up to that; else always that many
+    window: int = 0  # continuous: most drafts ahead of the last commit; 0: chosen
+    verdict_cache_rows: int = 0  # continuous: most branches of a seq that are drafted ahead
+
+    @property
+    def uses_draft_model(self) -> bool:
+        return self.method in DRAFT_MODEL_METHODS
+
+
+def resolve_speculation(
+    *,
+    method: Method | None,
+    has_draft: bool,
+    colocated: bool,
+    pipeline: Pipeline | None,
+    num_speculative_tokens: int | Literal["auto"],
+    window: int | Literal["auto"],
+    verdict_cache: int | Literal["auto", "off"],
+) -> Speculation:
+    """Fill in what is left open (None, "auto")."""
+    method = method or ("draft_model" if has_draft else "none")
+    if method == "none":
+        return Speculation()
+    if method not in DRAFT_MODEL_METHODS:
+        pipeline = "serial"  # lookup takes no time that could overlap
+    pipeline = pipeline or ("serial" if colocated else SEPARATE_PIPELINE)
+    is_continuous = pipeline == "continuous"
+    if verdict_cache == "auto":
+        verdict_cache = AUTO_VERDICT_CACHE_ROWS
+    return Speculation(
+        method=method,
+        pipeline=pipeline,
+        num_speculative_tokens=(
+            AUTO_NUM_SPECULATIVE_TOKENS if num_speculative_tokens == "auto" else num_speculative_tokens
+        ),
+        adaptive=num_speculative_tokens == "auto",
+        window=window if is_continuous and window != "auto" else 0,
+        verdict_cache_rows=verdict_cache if is_continuous and verdict_cache != "off" else 0,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +108,7 @@ class Settings:
     model_name: str  # as clients see it
     target: ModelSettings
     draft: ModelSettings | None = None  # None: no draft model is started
+    speculation: Speculation = Speculation()
     colocated: bool = False  # the draft's ranks live in the target's processes
     device: Literal["cpu", "cuda"] = "cpu"
     threads_per_worker: int = 1
@@ -56,8 +120,7 @@ class Settings:
     max_model_len: int = DEFAULT_MAX_MODEL_LEN
     max_queue: int = 1024
     enable_prefix_caching: bool = True
-    num_speculative_tokens: int = AUTO_NUM_SPECULATIVE_TOKENS
-    pipeline: Literal["serial"] = "serial"
+    forced_acceptance: float = 0.0  # benchmarks only: drafts are right so often, whatever they are; 0: they are checked
     batch_invariant: bool = False
     host: str = "127.0.0.1"
     grpc_port: int = 50051
@@ -72,7 +135,22 @@ class Settings:
 
     @property
     def method(self) -> Method:
-        return "none" if self.draft is None else "draft_model"
+        return self.speculation.method
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return self.speculation.pipeline
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        return self.speculation.num_speculative_tokens
+
+    def max_seqs_of(self, role: Role) -> int:
+        """Slots of an engine: the draft's also hold the branches of the verdict cache."""
+        if role == "target":
+            return self.max_num_seqs
+        branches = self.speculation.verdict_cache_rows * self.max_num_seqs
+        return self.max_num_seqs + min(MAX_BRANCHES, branches)
 
     @property
     def max_rounds_in_flight(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from cluster.layer_parallel import LayerParallel
 from cluster.plan import Bundle
 from cluster.settings import Role, Settings
 from echelon import __version__
@@ -33,7 +34,7 @@ def worker_specs(settings: Settings, bundles: Sequence[Bundle], incarnation: int
 
 def _engine_spec(settings: Settings, role: Role, bundle: Bundle) -> process_pb2.EngineSpec:
     model = settings.model(role)
-    return process_pb2.EngineSpec(
+    spec = process_pb2.EngineSpec(
         role=_ROLES[role],
         model=str(model.folder.path),
         dtype=model.dtype,
@@ -41,11 +42,22 @@ def _engine_spec(settings: Settings, role: Role, bundle: Bundle) -> process_pb2.
         block_size=settings.block_size,
         kv_cache_bytes=_kv_cache_bytes(settings, role, bundle),
         gpu_memory_utilization=settings.gpu_memory_utilization,
-        max_num_seqs=settings.max_num_seqs,
+        max_num_seqs=settings.max_seqs_of(role),
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=settings.max_model_len,
         batch_invariant=settings.batch_invariant,
+        forced_acceptance=settings.forced_acceptance if role == "target" else 0.0,
     )
+    if model.layer_parallel is not None:
+        _add_layer_parallel(spec, model.layer_parallel)
+    return spec
+
+
+def _add_layer_parallel(spec: process_pb2.EngineSpec, wanted: LayerParallel) -> None:
+    spec.lp_size = wanted.size
+    spec.layer_groups.extend(worker_pb2.LayerGroup(layers=group) for group in wanted.groups or ())
+    spec.layer_parallel_weights = wanted.weights
+    spec.layer_parallel_mlp = wanted.mlps
 
 
 def _kv_cache_bytes(settings: Settings, role: Role, bundle: Bundle) -> int:
@@ -76,9 +88,12 @@ def scheduler_spec(
         target=target,
         draft=draft,
         speculation=process_pb2.SpeculationSpec(
-            method=settings.method,
-            pipeline=settings.pipeline,
-            num_speculative_tokens=settings.num_speculative_tokens,
+            method=settings.speculation.method,
+            pipeline=settings.speculation.pipeline,
+            num_speculative_tokens=settings.speculation.num_speculative_tokens,
+            adaptive=settings.speculation.adaptive,
+            window=settings.speculation.window,
+            verdict_cache_rows=settings.speculation.verdict_cache_rows,
         ),
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,8 +11,9 @@ from cluster.inventory import visible_gpus
 from cluster.local import local_settings
 from cluster.plan import Inventory, Node, Plan, check_followed
 from cluster.planner import GIB, make_plan
-from cluster.settings import Settings
-from cluster.specs import worker_specs
+from cluster.settings import ModelSettings, Settings
+from cluster.specs import scheduler_spec, worker_specs
+from echelon.pb import process_pb2
 from tests.helpers.model_folders import write_model_folder
 
 
@@ -188,3 +190,75 @@ def test_visible_gpus_are_those_that_cuda_shows() -> None:
     assert [gpu.device_id for gpu in visible_gpus(listing, "2,GPU-aa")] == ["2", "0"]
     assert visible_gpus(listing, "2")[0].memory_bytes == 40 * GIB
     assert visible_gpus(listing, "") == ()
+
+
+def layered(
+    pair: tuple[Path, Path], size: int, *, colocated: bool = False, tp_size: int = 2, **options: Any
+) -> Settings:
+    target, _ = pair
+    draft = target.parent / "layered"
+    if not draft.exists():
+        write_model_folder(draft, num_hidden_layers=8, hidden_size=1024, intermediate_size=4096)
+    return local_settings(
+        target, tp_size=tp_size, draft=draft, layer_parallel_size=size, colocated=colocated, device="cuda", **options
+    )
+
+
+def test_layer_parallel_ranks_get_devices_of_their_own(pair: tuple[Path, Path]) -> None:
+    settings = layered(pair, 4, layer_groups=[[0], [1, 2, 3], [4, 5, 6], [7]])
+    plan = make_plan(settings, gpu_nodes(2, 4))
+    assert where(plan) == [f"target-0.{rank}@node-0" for rank in range(2)] + [
+        f"draft-0.{rank}@node-1" for rank in range(4)
+    ]
+    (engine,) = worker_specs(settings, plan.group("draft"), 1)[3].engines
+    assert (engine.lp_size, engine.tp_size) == (4, 1)
+    assert [list(group.layers) for group in engine.layer_groups] == [[0], [1, 2, 3], [4, 5, 6], [7]]
+    assert (engine.layer_parallel_weights, engine.layer_parallel_mlp) == ("replicated", "auto")
+
+
+def test_layers_of_a_colocated_draft_share_a_device_where_the_target_has_fewer(pair: tuple[Path, Path]) -> None:
+    batched = make_plan(layered(pair, 4, colocated=True), gpu_nodes(2))
+    assert [bundle.engines for bundle in batched.bundles] == [("target", "draft"), ("target",)]
+    assert batched.notes == ("attention of 4 draft layers at once is one batched pass on target rank 0",)
+    spread = make_plan(layered(pair, 4, colocated=True, tp_size=4), gpu_nodes(4))
+    assert [bundle.engines for bundle in spread.bundles] == [("target", "draft")] * 4
+    assert spread.notes == ()
+
+
+def test_sharded_layers_take_a_share_of_the_memory(pair: tuple[Path, Path]) -> None:
+    def draft_of(**options: Any) -> ModelSettings:
+        return layered(pair, 4, **options).model("draft")
+
+    whole, sharded = draft_of(), draft_of(layer_parallel_weights="sharded")
+    assert sharded.kv_bytes_per_token * 4 == whole.kv_bytes_per_token, "two of eight layers"
+    attention = 8 * (2 * 32 * 1024 + 2 * 16 * 1024) * 2
+    assert whole.weight_bytes - sharded.weight_bytes == attention * 3 // 4
+    cut = draft_of(layer_parallel_mlp="tensor_parallel")
+    assert whole.weight_bytes - cut.weight_bytes == 8 * 3 * 4096 * 1024 * 2 * 3 // 4
+
+
+def test_branches_of_the_verdict_cache_get_slots_of_the_draft(pair: tuple[Path, Path]) -> None:
+    def slots(**options: Any) -> tuple[int, int]:
+        settings = layered(pair, 1, **options)
+        plan = make_plan(settings, gpu_nodes(3))
+        (target,) = worker_specs(settings, plan.group("target"), 1)[0].engines
+        (draft,) = worker_specs(settings, plan.group("draft"), 1)[0].engines
+        return target.max_num_seqs, draft.max_num_seqs
+
+    assert slots(pipeline="continuous", verdict_cache=3, max_num_seqs=4) == (4, 16)
+    assert slots(pipeline="continuous", verdict_cache=3, max_num_seqs=100) == (100, 164), "64 branches at most"
+    assert slots(pipeline="serial", verdict_cache=3, max_num_seqs=4) == (4, 4)
+
+
+def test_the_scheduler_is_told_how_to_speculate(pair: tuple[Path, Path]) -> None:
+    def told(**options: Any) -> process_pb2.SpeculationSpec:
+        return scheduler_spec(layered(pair, 1, **options), host="", target=endpoint, draft=endpoint).speculation
+
+    endpoint = process_pb2.GroupEndpoint(address="127.0.0.1:1", incarnation=1)
+    assert told(
+        method="hybrid", pipeline="continuous", window=12, verdict_cache=2, num_speculative_tokens=6
+    ) == process_pb2.SpeculationSpec(
+        method="hybrid", pipeline="continuous", num_speculative_tokens=6, window=12, verdict_cache_rows=2
+    )
+    assert told().adaptive
+    assert told(method="none") == process_pb2.SpeculationSpec(method="none", pipeline="serial")

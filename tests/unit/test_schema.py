@@ -6,7 +6,15 @@ import pytest
 
 from cluster.deployment_file import load_deployment
 from cluster.errors import ConfigError
+from cluster.layer_parallel import LayerParallel
 from cluster.schema import json_schema, parse_size
+from cluster.settings import (
+    AUTO_NUM_SPECULATIVE_TOKENS,
+    AUTO_VERDICT_CACHE_ROWS,
+    SEPARATE_PIPELINE,
+    Settings,
+    Speculation,
+)
 from tests.helpers.model_folders import TOKENS, write_model_folder
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +51,7 @@ def test_the_demo_file() -> None:
     assert settings.target.tp_size == 2
     assert settings.draft is not None
     assert settings.method == "draft_model"
-    assert settings.num_speculative_tokens == 4, "auto"
+    assert settings.num_speculative_tokens == AUTO_NUM_SPECULATIVE_TOKENS
     assert settings.target.folder.path == ROOT / "models" / "demo-target", "relative to the file"
     assert (settings.host, settings.grpc_port) == ("127.0.0.1", 50051)
 
@@ -57,9 +65,94 @@ def test_defaults(folder: Path) -> None:
     assert load_deployment(write(folder, HEAD + PAIR + CPU)).max_model_len == 256, "the draft's limit is lower"
 
 
-def test_method_none_starts_no_draft(folder: Path) -> None:
-    settings = load_deployment(write(folder, HEAD + PAIR + CPU + "speculation: {method: none}\n"))
+@pytest.mark.parametrize("method", ["none", "suffix"])
+def test_a_method_without_a_draft_model_starts_none(folder: Path, method: str) -> None:
+    settings = load_deployment(write(folder, HEAD + PAIR + CPU + f"speculation: {{method: {method}}}\n"))
+    assert settings.method == method
     assert settings.draft is None
+    alone = load_deployment(write(folder, HEAD + TARGET + CPU + f"speculation: {{method: {method}}}\n"))
+    assert alone.method == method
+
+
+def speculation(folder: Path, text: str, *, draft: str = "draft: {model: draft}\n") -> Speculation:
+    return load_deployment(write(folder, HEAD + TARGET + draft + CPU + f"speculation: {{{text}}}\n")).speculation
+
+
+def test_auto_adapts_and_a_number_is_kept(folder: Path) -> None:
+    auto = speculation(folder, "num_speculative_tokens: auto")
+    assert (auto.num_speculative_tokens, auto.adaptive) == (AUTO_NUM_SPECULATIVE_TOKENS, True)
+    fixed = speculation(folder, "num_speculative_tokens: 5")
+    assert (fixed.num_speculative_tokens, fixed.adaptive) == (5, False)
+
+
+def test_a_colocated_draft_takes_turns_and_another_one_need_not(folder: Path) -> None:
+    colocated = "draft: {model: draft, placement: colocated}\n"
+    assert speculation(folder, "method: draft_model", draft=colocated).pipeline == "serial"
+    assert speculation(folder, "method: draft_model").pipeline == SEPARATE_PIPELINE
+    assert speculation(folder, "method: hybrid, pipeline: continuous").pipeline == "continuous"
+    (problem,) = problems_of(folder, HEAD + TARGET + colocated + CPU + "speculation: {pipeline: continuous}\n")
+    assert problem == (
+        "line 7: speculation.pipeline: 'continuous': needs a draft on devices of its own: a colocated one takes "
+        "turns with the target; use serial or draft.placement: separate"
+    )
+
+
+def test_the_verdict_cache_is_for_a_pipeline_that_waits_for_verdicts(folder: Path) -> None:
+    assert speculation(folder, "pipeline: continuous").verdict_cache_rows == AUTO_VERDICT_CACHE_ROWS
+    assert speculation(folder, "pipeline: continuous, verdict_cache: off").verdict_cache_rows == 0
+    assert speculation(folder, "pipeline: continuous, verdict_cache: 3, window: 9").verdict_cache_rows == 3
+    assert speculation(folder, "pipeline: continuous, verdict_cache: 3, window: 9").window == 9
+    assert speculation(folder, "pipeline: serial, verdict_cache: 3").verdict_cache_rows == 0
+    problem = problems_of(
+        folder, HEAD + PAIR + CPU + "speculation: {pipeline: continuous, window: 3, num_speculative_tokens: 4}\n"
+    )[0]
+    assert "window: 3: is less than speculation.num_speculative_tokens 4; raise it or use auto" in problem
+
+
+def layered(folder: Path, text: str) -> Settings:
+    """A draft of six layers with these keys."""
+    if not (folder / "six").exists():
+        write_model_folder(folder / "six", num_hidden_layers=6)
+    return load_deployment(write(folder, HEAD + TARGET + f"draft: {{model: six, {text}}}\n" + CPU))
+
+
+def test_layer_parallel_drafts(folder: Path) -> None:
+    draft = layered(folder, "layer_parallel_size: 4").draft
+    assert draft is not None
+    assert draft.layer_parallel == LayerParallel(size=4, num_ranks=4)
+    explicit = layered(
+        folder,
+        "layer_parallel_size: 2, layer_groups: [[0], [1, 2], [3, 4], [5]], "
+        "layer_parallel_weights: sharded, layer_parallel_mlp: tensor_parallel",
+    ).draft
+    assert explicit is not None
+    assert explicit.layer_parallel == LayerParallel(
+        size=2, num_ranks=2, groups=((0,), (1, 2), (3, 4), (5,)), weights="sharded", mlps="tensor_parallel"
+    )
+    one_device = layered(folder, "layer_parallel_size: 4, placement: colocated").draft
+    assert one_device is not None
+    assert one_device.num_ranks == 1, "one batched pass"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("layer_parallel_size: 2, tensor_parallel_size: 2", "does not go together with draft.tensor_parallel_size 2"),
+        ("layer_parallel_size: 7", "layer_parallel_size: 7: is more than the draft's 6 layers; use at most 6"),
+        ("layer_groups: [[0], [1, 2, 3, 4, 5]]", "draft.layer_groups: needs a draft.layer_parallel_size over 1"),
+        ("layer_parallel_size: 2, layer_groups: [[0], [1, 2, 3], [4, 5]]", "draft.layer_groups.1: [1, 2, 3]: has 3 "),
+        ("layer_parallel_size: 2, layer_groups: [[0], [2, 3]]", "[2, 3]: names layer 2 where layer 1 is due; name "),
+        ("layer_parallel_size: 2, layer_groups: [[0, 1], [2, 3]]", "names 4 layers, the draft has 6; name the layers"),
+        ("layer_parallel_size: 2, layer_groups: [[0], []]", "[]: has 0 layers, a group has 1 to 2"),
+        ("layer_parallel_size: 5, layer_parallel_mlp: tensor_parallel", "5 does not divide the draft's intermediate"),
+        ("layer_parallel_size: 2, layer_parallel_mlp: fast", "must be 'auto', 'replicated' or 'tensor_parallel'"),
+        ("layer_parallel_size: 0", "layer_parallel_size: 0: must be greater than or equal to 1"),
+    ],
+)
+def test_layers_that_cannot_run_like_that(folder: Path, text: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        layered(folder, text)
+    assert problem in str(caught.value)
 
 
 def test_kv_cache_is_divided_so_that_both_hold_the_same_seqs(folder: Path) -> None:
@@ -97,6 +190,9 @@ def test_all_problems_at_once_each_with_its_line(folder: Path) -> None:
         ("kv_cache: {device_bytes: 12 parsecs}\n", "'12 parsecs': is no size; write bytes, or a number with a unit"),
         ("speculation: {num_speculative_tokens: 17}\n", "17: must be auto or an integer from 1 to 16"),
         ("speculation: {num_speculative_tokens: true}\n", "True: must be auto or an integer from 1 to 16"),
+        ("speculation: {verdict_cache: true}\n", "True: must be auto, off or an integer from 1 to 16"),
+        ("speculation: {window: 65}\n", "window: 65: must be auto or an integer from 1 to 64"),
+        ("speculation: {method: ngram}\n", "'ngram': must be 'none', 'draft_model', 'suffix' or 'hybrid'"),
         ("server: {host: 0.0.0.0}\n", "server.host: '0.0.0.0': is reachable by others"),
         ("server: {host: 0.0.0.0, insecure: false}\n", "or set server.insecure: true to insist"),
         ("startup_timeout_s: .inf\n", "startup_timeout_s: inf: must be a finite number"),
@@ -113,9 +209,6 @@ def test_wrong_values(folder: Path, text: str, problem: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "speculation: {pipeline: continuous}\n",
-        "speculation: {method: suffix}\n",
-        "speculation: {method: hybrid}\n",
         "kv_cache: {cpu_bytes: 64GiB}\n",
         "kv_cache: {disk: {path: /x, bytes: 1GiB}}\n",
         "replicas: {max: 4}\n",
@@ -125,7 +218,6 @@ def test_wrong_values(folder: Path, text: str, problem: str) -> None:
         "server: {tls: {cert: x}}\n",
         "server: {auth: {tokens: x}}\n",
         "attention: budgeted\n",
-        "draft: {model: draft, layer_parallel_size: 4}\n",
     ],
 )
 def test_what_is_not_built_yet_is_refused(folder: Path, text: str) -> None:
@@ -180,6 +272,9 @@ def test_models_are_checked(folder: Path) -> None:
 def test_values_that_do_not_go_together(folder: Path) -> None:
     assert problems_of(folder, HEAD + TARGET + CPU + "speculation: {method: draft_model}\n") == [
         "line 6: speculation.method: 'draft_model': needs a draft model; add a draft section or set method: none"
+    ]
+    assert problems_of(folder, HEAD + TARGET + CPU + "speculation: {method: hybrid}\n") == [
+        "line 6: speculation.method: 'hybrid': needs a draft model; add a draft section or set method: suffix"
     ]
     assert problems_of(folder, HEAD + PAIR + CPU + "scheduler: {max_model_len: 300}\n") == [
         "line 7: scheduler.max_model_len: 300: the draft model's own limit is 256 tokens; use at most 256"
