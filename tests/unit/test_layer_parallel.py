@@ -46,6 +46,17 @@ def test_a_batch_of_layers_computes_the_definition(folders: dict[str, Path], nam
         assert torch.equal(hidden, expected), f"forward {step}"
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_stacked_weights_compute_the_definition(folders: dict[str, Path], name: str) -> None:
+    """As on a GPU. The exact forward goes on with the same weights."""
+    case = Case(folder=folders[name], lp_size=3, num_ranks=1)
+    model = case.load(SoloGroup())
+    model.stack_weights()
+    hidden = draft_rounds(DraftRunner(model, num_seqs=len(PROMPTS), dtype=case.dtype), model.draft_forward)
+    for step, (rows, expected) in enumerate(zip(hidden, reference(case), strict=True)):
+        assert (rows - expected).abs().max() < 1e-3, f"forward {step}"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_groups_of_one_layer_are_ordinary_decoding(folders: dict[str, Path], dtype: torch.dtype) -> None:
     case = Case(folder=folders["qwen3"], lp_size=1, num_ranks=1, dtype=dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.rms_norm import rms_norm
 from workers.batch import Batch
 from workers.layers.context import BuildContext
+from workers.layers.linear import ColumnParallelLinear, RowParallelLinear
 from workers.models.config import ModelConfig
 from workers.models.decoder import Attention, KVCache, Step, make_step
 
@@ -37,6 +38,54 @@ class AttentionLayer:
         return self.attention(rms_norm(stream, self.norm, self.eps), step, kv_cache)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackedWeights:
+    """Weights of a group of layers side by side, so that one launch goes through all of them."""
+
+    norm: Tensor  # [num_layers, hidden_size]
+    qkv: Tensor  # [num_layers, features, hidden_size]
+    qkv_bias: Tensor | None  # [num_layers, 1, features]
+    output: Tensor  # [num_layers, hidden_size, features]
+    output_bias: Tensor | None  # [num_layers, 1, hidden_size]
+    eps: float
+
+    @classmethod
+    def of(cls, layers: Sequence[AttentionLayer]) -> "StackedWeights":
+        """The layers' own matrices become views of the result, so that none is held twice."""
+        projections = [layer.attention.qkv_proj for layer in layers]
+        outputs = [layer.attention.o_proj for layer in layers]
+        return cls(
+            norm=torch.stack([layer.norm for layer in layers]),
+            qkv=_stack_weights(projections),
+            qkv_bias=_stack_biases([projection.bias for projection in projections]),
+            output=_stack_weights(outputs),
+            output_bias=_stack_biases([output.bias for output in outputs]),
+            eps=layers[0].eps,
+        )
+
+    def project(self, stream: Tensor) -> Tensor:  # [num_tokens, hidden_size] -> [num_layers, num_tokens, features]
+        x = torch.stack([rms_norm(stream, weight, self.eps) for weight in self.norm])
+        return _multiply(x, self.qkv, self.qkv_bias)
+
+    def combine(self, attended: Tensor) -> Tensor:  # [num_layers, num_tokens, features] -> [.., .., hidden_size]
+        return _multiply(attended, self.output, self.output_bias)
+
+
+class _OneByOne:
+    """The same with the layers' own products: on a CPU they are as fast, and have the bits of a layer alone."""
+
+    def __init__(self, layers: Sequence[AttentionLayer]) -> None:
+        self._layers = layers
+
+    def project(self, stream: Tensor) -> Tensor:
+        return torch.stack(
+            [layer.attention.qkv_proj(rms_norm(stream, layer.norm, layer.eps)) for layer in self._layers]
+        )
+
+    def combine(self, attended: Tensor) -> Sequence[Tensor]:
+        return [layer.attention.o_proj(x) for layer, x in zip(self._layers, attended, strict=True)]
+
+
 class Steps:
     """One forward's batch as steps of one layer and of several."""
 
@@ -56,20 +105,49 @@ class Steps:
 
 
 def attend_at_once(
-    layers: Sequence[AttentionLayer], stream: Tensor, steps: Steps, caches: Sequence[KVCache]
+    layers: Sequence[AttentionLayer],
+    stream: Tensor,
+    steps: Steps,
+    caches: Sequence[KVCache],
+    stacked: StackedWeights | None,
 ) -> Sequence[Tensor]:
-    """Each layer's attention on the same stream [num_tokens, hidden_size]: as many of that shape, the same bits on a
-    CPU as one by one. Layers whose caches do not lie behind each other, or that see differently far, go one by one."""
+    """Each layer's attention on the same stream [num_tokens, hidden_size]: as many of that shape. Without stacked
+    weights the bits on a CPU are those of the layers one by one, which is how they go if their caches do not lie behind
+    each other or if they see differently far."""
     joined = _join(caches)
     if joined is None or len({layer.sliding_window for layer in layers}) > 1:
         return [layer(stream, steps.of_one, cache) for layer, cache in zip(layers, caches, strict=True)]
-    projected = [layer.attention.qkv_proj(rms_norm(stream, layer.norm, layer.eps)) for layer in layers]
-    heads = zip(*(layer.attention.heads(qkv) for layer, qkv in zip(layers, projected, strict=True)), strict=True)
-    q, k, v = (torch.cat(of_layers) for of_layers in heads)  # [num_layers * num_tokens, heads, head_dim]
+    products = stacked or _OneByOne(layers)
+    q, k, v = _heads(layers, products.project(stream))
     step = steps.of_several(len(layers), joined)
-    attended = layers[0].attention.attend(q, k, v, step=step, kv_cache=joined).flatten(1)
-    outputs = attended.view(len(layers), stream.shape[0], -1)
-    return [layer.attention.o_proj(output) for layer, output in zip(layers, outputs, strict=True)]
+    attended = layers[0].attention.attend(q, k, v, step=step, kv_cache=joined)
+    return products.combine(attended.view(len(layers), stream.shape[0], -1))
+
+
+def _heads(layers: Sequence[AttentionLayer], qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [num_layers * num_tokens, heads, head_dim] of [num_layers, num_tokens, features]."""
+    if layers[0].attention.q_norm is None:
+        return layers[0].attention.heads(qkv.flatten(0, 1))
+    parts = [layer.attention.heads(x) for layer, x in zip(layers, qkv, strict=True)]
+    q, k, v = (torch.cat(of_layers) for of_layers in zip(*parts, strict=True))
+    return q, k, v
+
+
+def _stack_weights(linears: Sequence[ColumnParallelLinear | RowParallelLinear]) -> Tensor:
+    stack = torch.stack([linear.weight for linear in linears])
+    for linear, weight in zip(linears, stack, strict=True):
+        linear.weight = weight
+    return stack
+
+
+def _stack_biases(biases: Sequence[Tensor | None]) -> Tensor | None:
+    present = [bias for bias in biases if bias is not None]
+    return torch.stack(present).unsqueeze(1) if present else None
+
+
+def _multiply(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    y = torch.bmm(x, weights.transpose(1, 2))
+    return y if bias is None else y + bias
 
 
 def _join(caches: Sequence[KVCache]) -> KVCache | None:

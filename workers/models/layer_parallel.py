@@ -25,7 +25,7 @@ from workers.layers.rope import cos_sin_cache
 from workers.layers.vocab import ParallelLMHead, VocabParallelEmbedding, vocab_range
 from workers.models.config import ModelConfig
 from workers.models.decoder import MLP, KVCache
-from workers.models.layer_batch import AttentionLayer, Steps, attend_at_once
+from workers.models.layer_batch import AttentionLayer, StackedWeights, Steps, attend_at_once
 from workers.models.layer_groups import LayerGroups, LayerParallelPlan, MLPs, Weights, one_by_one
 
 
@@ -63,6 +63,7 @@ class LayerParallelLM:
         tied_to = self._own_vocab_rows(ctx) if config.tie_word_embeddings else None
         self.head = ParallelLMHead("lm_head", vocab_size, hidden_size, tied_to=tied_to, ctx=ctx)
         self._cache_index = {layer: index for index, layer in enumerate(self.attention_layers)}
+        self._stacked: dict[tuple[int, ...], StackedWeights] = {}  # by group
         self._exact_groups = one_by_one(config.num_layers)
         self.weight_bytes = ctx.num_bytes  # on this rank
 
@@ -79,6 +80,14 @@ class LayerParallelLM:
     def vocab_range(self) -> tuple[int, int]:
         """Token ids [start, end) of this rank's logits."""
         return self.head.vocab_range
+
+    def stack_weights(self) -> None:
+        """Lets one launch go through the weights of all layers of a group. For one rank, after loading; the weights
+        must not be packed."""
+        assert self.plan.num_ranks == 1, "a rank of several computes one layer of a group"
+        for group in self.plan.groups:
+            if len(group) > 1:
+                self._stacked[group] = StackedWeights.of([self.attention_layers[layer] for layer in group])
 
     def forward(self, batch: Batch, kv_caches: list[KVCache]) -> Tensor:
         """The exact model: see CausalLM.forward. `kv_caches` has an entry for each layer that this rank holds."""
@@ -147,5 +156,5 @@ class LayerParallelLM:
         parts = [self.attention_layers[layer] for layer in layers]
         caches = [kv_caches[self._cache_index[layer]] for layer in layers]
         if len(parts) > 1:
-            return attend_at_once(parts, stream, steps, caches)
+            return attend_at_once(parts, stream, steps, caches, self._stacked.get(layers))
         return [parts[0](stream, steps.of_one, caches[0])]
