@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup, ProcessGroupGloo
 
 from echelon.pb.process_pb2 import WorkerSpec
 from workers.groups import Group, SoloGroup, TorchGroup
+from workers.trace import TracedGroup, Tracer
 
 START_TIMEOUT_S = 1800.0  # ranks load at different speed; who starts them has a shorter limit of its own
 GLOO_ON_HOST = "gloo_on_host"
@@ -24,6 +25,7 @@ class Cohort:
     def __init__(self, rank: int, world_size: int, store: TCPStore | None) -> None:
         self.rank = rank
         self.world_size = world_size
+        self.tracer = Tracer(rank)  # of this rank's rounds
         self._store = store
 
     @classmethod
@@ -88,7 +90,7 @@ class Cohort:
         if self.rank >= size:
             return None
         assert isinstance(process_group, ProcessGroup), "a member gets the group"
-        return TorchGroup(process_group, ordered_sum=ordered_sum)
+        return TracedGroup(TorchGroup(process_group, ordered_sum=ordered_sum), self.tracer)
 
 
 def _split(address: str) -> tuple[str, int]:

@@ -4,8 +4,9 @@ Plain TCP, not a collective: on two busy cores a send to one rank and its answer
 gloo broadcast with its answer took 164 us and 555 us (p90 2 and 4 ms: gloo has threads of its own to be scheduled).
 A rank that dies is seen at once, as the end of its connection.
 
-Each follower has two connections to the leader: `rounds` carries frames, in order; `pulse` is a byte to and fro each
-second, served by a thread of its own, so that a rank that is gone or frozen is noticed during rounds and between them.
+Each follower has two connections to the leader: `rounds` carries frames, in order, and answers where a round wants
+some; `pulse` is a byte to and fro each second, served by a thread of its own, so that a rank that is gone or frozen is
+noticed during rounds and between them.
 """
 
 import contextlib
@@ -38,6 +39,7 @@ class Kind(IntEnum):
     ROUND = 1  # run it; the payload is a Round
     RESET = 2  # free all slots of an engine
     STOP = 3  # end, with success
+    ANSWER = 4  # nothing: it is the follower's own, behind a round that asks for one
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +82,22 @@ class Leader:
 
     def send(self, frame: Frame, num_ranks: int) -> None:
         """To the ranks below `num_ranks`. Raises LostRank."""
-        data = HEADER.pack(len(frame.payload), frame.kind, frame.role) + frame.payload
+        data = _pack(frame)
         for rank, connection in enumerate(self._rounds[: num_ranks - 1], start=1):
             try:
                 connection.sendall(data)
             except OSError as err:
                 raise LostRank(f"lost rank {rank}: {err}") from err
+
+    def collect(self, num_ranks: int) -> list[bytes]:
+        """What each other rank below `num_ranks` answers; blocks until it does. Raises LostRank."""
+        answers = []
+        for rank, connection in enumerate(self._rounds[: num_ranks - 1], start=1):
+            try:
+                answers.append(_receive(connection).payload)
+            except OSError as err:
+                raise LostRank(f"lost rank {rank}: {err}") from err
+        return answers
 
     def watch(self, on_lost: OnLost) -> None:
         """Calls `on_lost` from a thread when a follower dies or does not answer for `timeout_s`."""
@@ -136,13 +148,19 @@ class Follower:
     def receive(self) -> Frame:
         """The next frame; blocks as long as the leader lives. Raises LostRank when it does not."""
         try:
-            num_bytes, kind, role = HEADER.unpack(_receive_exactly(self._rounds, HEADER.size))
-            frame = Frame(Kind(kind), role, bytes(_receive_exactly(self._rounds, num_bytes)))
+            frame = _receive(self._rounds)
         except OSError as err:
             raise LostRank(f"lost rank 0, the leader: it died ({err})") from err
         if frame.kind is Kind.STOP:
             self._stopping.set()
         return frame
+
+    def answer(self, payload: bytes) -> None:
+        """To the round that was received last. Raises LostRank."""
+        try:
+            self._rounds.sendall(_pack(Frame(Kind.ANSWER, 0, payload)))
+        except OSError as err:
+            raise LostRank(f"lost rank 0, the leader: it died ({err})") from err
 
     def watch(self, on_lost: OnLost) -> None:
         """Calls `on_lost` from a thread when the leader dies or does not ask for `timeout_s`."""
@@ -182,6 +200,15 @@ def _greeting(connection: socket.socket, token: bytes, timeout_s: float) -> tupl
         return None, 0
     rank, channel = struct.unpack("<HB", data[TOKEN_BYTES:])
     return rank, channel
+
+
+def _pack(frame: Frame) -> bytes:
+    return HEADER.pack(len(frame.payload), frame.kind, frame.role) + frame.payload
+
+
+def _receive(connection: socket.socket) -> Frame:
+    num_bytes, kind, role = HEADER.unpack(_receive_exactly(connection, HEADER.size))
+    return Frame(Kind(kind), role, bytes(_receive_exactly(connection, num_bytes)))
 
 
 def _receive_exactly(connection: socket.socket, num_bytes: int) -> bytearray:

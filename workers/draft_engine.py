@@ -89,7 +89,9 @@ class DraftEngine(ModelEngine):
         slots = [span.slot for span in spans]
         counts = [span.end - span.start for span in spans]
         starts = [span.start for span in spans]
-        hidden = self._runner.forward(self._table.compute(slots, starts, counts, self._runner.device))
+        calibrates = any(span.start < self._table.num_computed[span.slot] for span in spans)
+        with self._runner.tracer.span("calibrate" if calibrates else "prefill"):
+            hidden = self._runner.forward(self._table.compute(slots, starts, counts, self._runner.device))
         ends = zip(spans, accumulate(counts), strict=True)
         last_rows = [(end - 1, span.chain) for span, end in ends if span.chain]
         rows = torch.tensor([row for row, _ in last_rows], dtype=torch.int64, device=hidden.device)
@@ -98,7 +100,8 @@ class DraftEngine(ModelEngine):
     def _step(self, chains: list[_Chain]) -> Tensor:
         """Compute the last token of each chain -> hidden states [num_chains, hidden_size]."""
         table, slots = self._table, [chain.slot for chain in chains]
-        hidden = self._runner.draft_forward(table.pack(slots, [1] * len(slots), self._runner.device))
+        with self._runner.tracer.span("draft"):
+            hidden = self._runner.draft_forward(table.pack(slots, [1] * len(slots), self._runner.device))
         table.num_computed[slots] += 1
         if not self._runner.is_approximate:
             table.num_exact[slots] = table.num_computed[slots]

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -18,6 +18,7 @@ from workers.models import CausalLM, LayerParallelLM
 from workers.rounds import RowPlan
 from workers.sampler import RowEntry, SampledRows, Sampler, SamplingRows
 from workers.seq_state import SeqTable
+from workers.trace import Tracer
 
 NO_TOKEN = -2  # the choice where logits were not finite; equals no token and no draft
 
@@ -52,6 +53,7 @@ class ModelRunner:
     num_ranks: int  # that share the model, and its vocabulary
     device: torch.device
     is_approximate: bool = False  # draft_forward differs from forward: the model is layer-parallel
+    tracer: Tracer = field(default_factory=Tracer)
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states [num_tokens, hidden_size]; K and V of the batch's tokens are in the cache afterwards."""
@@ -66,14 +68,15 @@ class ModelRunner:
 
     def copy_blocks(self, sources: Mapping[int, int]) -> None:
         """KV of all layers, to each key from its value. No block is both."""
-        pairs = torch.tensor([list(sources.values()), list(sources)], dtype=torch.int64).to(self.device)
-        copy_blocks(self.kv_caches, pairs[0], pairs[1])
+        with self.tracer.span("transfer"):
+            pairs = torch.tensor([list(sources.values()), list(sources)], dtype=torch.int64).to(self.device)
+            copy_blocks(self.kv_caches, pairs[0], pairs[1])
 
     def choose(
         self, hidden: Tensor, entries: Sequence[RowEntry], *, num_alternatives: int = 0, with_confidence: bool = False
     ) -> SampledRows:
         """A token for each row of hidden [num_rows, hidden_size]; see Sampler.sample."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self.tracer.span("sample"):
             return self.sampler.sample(
                 self._logits(hidden),
                 self.model.vocab_range[0],

@@ -26,6 +26,7 @@ from workers.process import SpecError
 from workers.sampler import Sampler
 from workers.seq_state import Limits, SeqTable
 from workers.target_engine import TargetEngine
+from workers.trace import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def load_engines(spec: WorkerSpec, cohort: Cohort, on_progress: OnProgress) -> E
         everyone = cohort.gather(f"num_blocks/{index}", own)
         if entry is not None:
             num_blocks = min(int(number) for number in everyone if number)
-            engines[engine.role] = _build(entry, num_blocks, device)
+            engines[engine.role] = _build(entry, num_blocks, device, cohort.tracer)
     return engines
 
 
@@ -184,7 +185,7 @@ def _bytes_left(sharing: Sequence[_Loaded], device: torch.device) -> int:
     return max(0, int(total * utilization) - (total - free) - activations)
 
 
-def _build(entry: _Loaded, num_blocks: int, device: torch.device) -> Engine:
+def _build(entry: _Loaded, num_blocks: int, device: torch.device, tracer: Tracer) -> Engine:
     spec, model, layout = entry.spec, entry.model, entry.layout
     check_num_blocks(num_blocks, layout, max_model_len=spec.max_model_len, device=device)
     vocab_size = model.config.vocab_size
@@ -202,6 +203,7 @@ def _build(entry: _Loaded, num_blocks: int, device: torch.device) -> Engine:
         num_ranks=entry.group.size,
         device=device,
         is_approximate=isinstance(model, LayerParallelLM) and model.plan.is_approximate,
+        tracer=tracer,
     )
     info = EngineInfo(
         role=spec.role,

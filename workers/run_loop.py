@@ -12,6 +12,7 @@ from workers import control
 from workers.control import Frame, Kind
 from workers.engine import Engine
 from workers.rounds import ProtocolError
+from workers.trace import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +59,10 @@ Work = Opened | Arrived | Stop
 class RunLoop:
     """The leader's loop. `submit` may be called from any thread, and from a signal handler."""
 
-    def __init__(self, engines: Mapping[EngineRole.ValueType, Engine], channel: control.Leader) -> None:
+    def __init__(self, engines: Mapping[EngineRole.ValueType, Engine], channel: control.Leader, tracer: Tracer) -> None:
         self._engines = engines
         self._channel = channel
+        self._tracer = tracer
         self._work: queue.SimpleQueue[Work] = queue.SimpleQueue()
         self._owners: dict[EngineRole.ValueType, Session] = {}
         self._stopping = False
@@ -102,17 +104,24 @@ class RunLoop:
             logger.error("refused: %s", err)
             session.reject(str(err))
             return
+        if round_.trace:
+            self._tracer.start()
         if engine.num_ranks > 1:
-            self._channel.send(Frame(Kind.ROUND, session.role, round_.SerializeToString()), engine.num_ranks)
+            with self._tracer.span("transfer"):
+                self._channel.send(Frame(Kind.ROUND, session.role, round_.SerializeToString()), engine.num_ranks)
         result = engine.run(round_)
         result.round_id = round_.round_id
         result.incarnation = round_.incarnation
         result.queue_ns = started_ns - work.arrived_ns
         result.run_ns = time.monotonic_ns() - started_ns
+        if round_.trace:
+            result.spans.extend(self._tracer.stop())
+            for answer in self._channel.collect(engine.num_ranks):
+                result.MergeFromString(answer)
         session.deliver(result)
 
 
-def follow(engines: Mapping[EngineRole.ValueType, Engine], channel: control.Follower) -> None:
+def follow(engines: Mapping[EngineRole.ValueType, Engine], channel: control.Follower, tracer: Tracer) -> None:
     """The loop of every other rank: does what the leader says, until it says stop. Raises as RunLoop.run does."""
     while True:
         frame = channel.receive()
@@ -122,4 +131,13 @@ def follow(engines: Mapping[EngineRole.ValueType, Engine], channel: control.Foll
         if frame.kind is Kind.RESET:
             engine.reset()
         else:
-            engine.run(Round.FromString(frame.payload))
+            _run_traced(engine, Round.FromString(frame.payload), channel, tracer)
+
+
+def _run_traced(engine: Engine, round_: Round, channel: control.Follower, tracer: Tracer) -> None:
+    if not round_.trace:
+        engine.run(round_)
+        return
+    tracer.start()
+    engine.run(round_)
+    channel.answer(RoundResult(spans=tracer.stop()).SerializeToString())

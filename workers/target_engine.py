@@ -62,7 +62,8 @@ class TargetEngine(ModelEngine):
         table = self._table
         slots = [plan.slot for plan, _ in active]
         counts = [plan.chunk_len + plan.num_drafts for plan, _ in active]
-        hidden = self._runner.forward(table.pack(slots, counts, self._runner.device))
+        with self._runner.tracer.span(_step_name([plan for plan, _ in active])):
+            hidden = self._runner.forward(table.pack(slots, counts, self._runner.device))
         verifies = []
         for (plan, result), end in zip(active, accumulate(counts), strict=True):
             first_row = end - plan.num_drafts - 1
@@ -165,3 +166,10 @@ def force_acceptance(
     decides = (draft_token_ids != NO_DRAFT) & (choices != NO_TOKEN)
     forced = torch.where(agree & decides, draft_token_ids, choices)
     return forced, torch.where(agree & decides, draft_token_ids, NO_DRAFT)
+
+
+def _step_name(plans: Sequence[RowPlan]) -> str:
+    """What a trace calls a forward of all these rows."""
+    if any(plan.num_drafts for plan in plans):
+        return "verify"
+    return "prefill" if any(plan.chunk_len > 1 for plan in plans) else "decode"

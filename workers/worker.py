@@ -19,6 +19,7 @@ from workers.load import Engines, OnProgress, load_engines
 from workers.process import EventWriter, configure_logging, exit_with_parent, read_spec
 from workers.run_loop import RunLoop, Stop, follow
 from workers.server import ServerThread
+from workers.trace import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +61,11 @@ def _work(spec: WorkerSpec, events: EventWriter, build_engines: BuildEngines) ->
     if spec.rank == 0:
         leader = control.Leader.accept(cohort, spec.host, spec.collective_timeout_s)
         engines = build_engines(spec, cohort, events.progress)
-        _lead(spec, leader, engines, events)
+        _lead(spec, leader, engines, events, tracer=cohort.tracer)
     else:
         follower = control.Follower.connect(cohort, spec.collective_timeout_s)
         engines = build_engines(spec, cohort, events.progress)
-        _follow(spec, follower, engines, events)
+        _follow(spec, follower, engines, events, tracer=cohort.tracer)
 
 
 def _bind_to_device(spec: WorkerSpec) -> None:
@@ -76,9 +77,9 @@ def _bind_to_device(spec: WorkerSpec) -> None:
         torch.cuda.set_device(0)
 
 
-def _lead(spec: WorkerSpec, channel: control.Leader, engines: Engines, events: EventWriter) -> None:
+def _lead(spec: WorkerSpec, channel: control.Leader, engines: Engines, events: EventWriter, *, tracer: Tracer) -> None:
     info = _info(spec, engines)
-    loop = RunLoop(engines, channel)
+    loop = RunLoop(engines, channel, tracer)
     server = ServerThread(info, loop.submit)
     failing = threading.Lock()
 
@@ -103,12 +104,14 @@ def _lead(spec: WorkerSpec, channel: control.Leader, engines: Engines, events: E
     server.stop(STOP_GRACE_S)
 
 
-def _follow(spec: WorkerSpec, channel: control.Follower, engines: Engines, events: EventWriter) -> None:
+def _follow(
+    spec: WorkerSpec, channel: control.Follower, engines: Engines, events: EventWriter, *, tracer: Tracer
+) -> None:
     signal.signal(signal.SIGTERM, _exit_after_leader)
     channel.watch(events.fail)
     events.ready("", _info(spec, engines))
     try:
-        follow(engines, channel)
+        follow(engines, channel, tracer)
     except control.LostRank as err:
         events.fail(str(err))
     except Exception as err:  # noqa: BLE001  # as in _lead

@@ -8,6 +8,7 @@ from echelon.pb.worker_pb2 import EngineInfo, EngineRole, Round, RoundResult
 from workers.control import Leader
 from workers.rounds import ProtocolError
 from workers.run_loop import Arrived, Opened, RunLoop, Stop
+from workers.trace import Tracer
 
 TARGET = EngineRole.ENGINE_ROLE_TARGET
 DRAFT = EngineRole.ENGINE_ROLE_DRAFT
@@ -61,7 +62,7 @@ class Fixture:
     def __init__(self) -> None:
         self.record: list[str] = []
         engines = {role: RecordingEngine(role, self.record) for role in (TARGET, DRAFT)}
-        self.loop = RunLoop(engines, Leader([], [], 1.0))
+        self.loop = RunLoop(engines, Leader([], [], 1.0), Tracer())
         for engine in engines.values():
             engine.loop.append(self.loop)
         self.target, self.draft = self.open(TARGET), self.open(DRAFT)
