@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.attention_call import AttentionCall
 from kernels.paged_kv import SeqRows
 
 TILE_KEYS = 512
@@ -38,28 +39,14 @@ HIDDEN = -1e30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionCall:
-    """The tensors of one paged_attention call, and where its result goes."""
+class Queries:
+    """Some consecutive new tokens of a seq, as rows. The two tensors have one shape, that of their scores but for the
+    last dimension, which is 1; or broadcast to it."""
 
-    q: Tensor  # [num_tokens, num_q_heads, head_dim]
-    k_cache: Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
-    v_cache: Tensor
-    out: Tensor  # like q, contiguous
-    num_kv_heads: int
-    group: int  # query heads that share a KV head
-    softmax_scale: float
-    sliding_window: int | None
-
-    def first_key(self, position: int) -> int:
-        """The first key position that a query at this position sees."""
-        return 0 if self.sliding_window is None else max(0, position - self.sliding_window + 1)
-
-    def hidden(self, key_positions: Tensor, query_positions: Tensor) -> Tensor:
-        """Which keys a query must not see; the two shapes broadcast."""
-        hidden = key_positions > query_positions
-        if self.sliding_window is not None:
-            hidden |= key_positions <= query_positions - self.sliding_window
-        return hidden
+    first: int  # position of the first token, in order of slots
+    end: int
+    positions: Tensor  # int64
+    words: Tensor | None  # int64: their ancestors, see paged_attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,17 +56,63 @@ class KeyTile:
     hidden: Tensor | None  # bool, broadcasts to [..., num_kv_heads, rows, keys]; None where every row sees all
 
 
+def first_key(call: AttentionCall, position: int) -> int:
+    """The first key position that a query at this position sees."""
+    return 0 if call.sliding_window is None else max(0, position - call.sliding_window + 1)
+
+
+def hidden_keys(call: AttentionCall, seq: SeqRows, slots: Tensor, queries: Queries) -> Tensor:
+    """Which keys, [keys] by their place in the seq, a query must not see: bool [..., keys]."""
+    if queries.words is not None:
+        return _hidden_in_tree(call, seq, slots, queries.words)
+    hidden = slots > queries.positions
+    if call.sliding_window is not None:
+        hidden |= slots <= queries.positions - call.sliding_window
+    return hidden
+
+
+def _hidden_in_tree(call: AttentionCall, seq: SeqRows, slots: Tensor, words: Tensor) -> Tensor:
+    index = slots - seq.first_position  # among the new tokens
+    is_new = (index >= 0) & (index < seq.num_tokens)
+    related = (words >> index.clamp(0, seq.num_tokens - 1)) & 1 == 1
+    hidden = (index >= 0) & ~(is_new & related)
+    if call.sliding_window is not None:
+        assert call.ancestors is not None, "words are those of the call"
+        own_words = call.ancestors[seq.first_token : seq.first_token + seq.num_tokens]
+        depths = _count_bits(own_words)[index.clamp(0, seq.num_tokens - 1)] - 1
+        key_positions = torch.where(is_new, seq.first_position + depths, slots)
+        query_positions = seq.first_position + _count_bits(words) - 1
+        hidden |= key_positions <= query_positions - call.sliding_window
+    return hidden
+
+
+def _count_bits(words: Tensor) -> Tensor:
+    return ((words.unsqueeze(-1) >> torch.arange(64)) & 1).sum(dim=-1)
+
+
 def attend_rows(call: AttentionCall, seq: SeqRows) -> None:
-    """Write the attention of all new tokens of a seq to call.out. Row = token * group + query head in its group."""
+    """Write the results of all new tokens of a seq to call.out and call.lse. Row = token * group + head in group."""
     tokens = slice(seq.first_token, seq.first_token + seq.num_tokens)
     q = call.q[tokens].view(seq.num_tokens, call.num_kv_heads, call.group, -1).transpose(0, 1)
     q = torch.mul(q.float(), call.softmax_scale).reshape(call.num_kv_heads, seq.num_tokens * call.group, -1)
-    positions = torch.arange(seq.first_position, seq.num_keys)
-    if seq.num_tokens > 1:
-        positions = positions.repeat_interleave(call.group).unsqueeze(1)
-    result, total = _merge(q, _key_tiles(call, seq, positions, seq.first_position, seq.num_keys, fixed=False))
-    result = result.div_(total).view(call.num_kv_heads, seq.num_tokens, call.group, -1).transpose(0, 1)
+    queries = queries_of_rows(call, seq, seq.first_position, seq.num_keys)
+    peak, total, result = _merge(q, _key_tiles(call, seq, queries, fixed=False))
+    shape = (call.num_kv_heads, seq.num_tokens, call.group, -1)
+    result = result.div_(total).view(shape).transpose(0, 1)
     call.out[tokens].view(result.shape).copy_(result)
+    if call.lse is not None:
+        call.lse[tokens] = peak.add_(total.log_()).view(shape).transpose(0, 1).flatten(1)
+
+
+def queries_of_rows(call: AttentionCall, seq: SeqRows, first: int, end: int) -> Queries:
+    """The new tokens [first, end), with `group` rows each: tensors [rows, 1]."""
+    positions, words = torch.arange(first, end), None
+    if call.ancestors is not None:
+        start = seq.first_token - seq.first_position
+        words = call.ancestors[start + first : start + end].repeat_interleave(call.group).unsqueeze(1)
+    if end - first > 1:
+        positions = positions.repeat_interleave(call.group).unsqueeze(1)
+    return Queries(first=first, end=end, positions=positions, words=words)
 
 
 def attend_rows_invariant(call: AttentionCall, seq: SeqRows) -> None:
@@ -92,11 +125,22 @@ def attend_rows_invariant(call: AttentionCall, seq: SeqRows) -> None:
         q = torch.mul(call.q[tokens].float(), call.softmax_scale)
         q = _tile_rows(q.view(num_tokens, call.num_kv_heads, call.group, -1), tokens_per_tile)
         first = seq.first_position + start
-        positions = torch.arange(first, first + num_tokens).view(-1, 1, 1, 1).expand(-1, 1, call.group, 1)
-        positions = _tile_rows(positions, tokens_per_tile)
-        result, total = _merge(q, _key_tiles(call, seq, positions, first, first + num_tokens, fixed=True))
-        result = result.div_(total).view(*q.shape[:2], tokens_per_tile, call.group, -1).transpose(1, 2)
-        call.out[tokens] = result.reshape(-1, *call.out.shape[1:])[:num_tokens]
+        positions = torch.arange(first, first + num_tokens)
+        queries = Queries(
+            first=first,
+            end=first + num_tokens,
+            positions=_tile_tokens(call, positions, tokens_per_tile),
+            words=None if call.ancestors is None else _tile_tokens(call, call.ancestors[tokens], tokens_per_tile),
+        )
+        peak, total, result = _merge(q, _key_tiles(call, seq, queries, fixed=True))
+        _untile(result.div_(total), call.out[tokens], tokens_per_tile)
+        if call.lse is not None:
+            _untile(peak.add_(total.log_()), call.lse[tokens].unsqueeze(-1), tokens_per_tile)
+
+
+def _tile_tokens(call: AttentionCall, x: Tensor, tokens_per_tile: int) -> Tensor:
+    """[num_tokens] to [tiles, 1, rows, 1]."""
+    return _tile_rows(x.view(-1, 1, 1, 1).expand(-1, 1, call.group, 1), tokens_per_tile)
 
 
 def _tile_rows(x: Tensor, tokens_per_tile: int) -> Tensor:
@@ -110,12 +154,19 @@ def _tile_rows(x: Tensor, tokens_per_tile: int) -> Tensor:
     return x.reshape(-1, heads, tokens_per_tile * group, d)
 
 
-def _key_tiles(
-    call: AttentionCall, seq: SeqRows, positions: Tensor, first: int, end: int, *, fixed: bool
-) -> Iterator[KeyTile]:
-    """The tiles that queries at positions [first, end) see, in order; `fixed` pads the last with zeros."""
+def _untile(tiles: Tensor, out: Tensor, tokens_per_tile: int) -> None:
+    """Write [tiles, heads, rows, d] to [num_tokens, query heads, d], dropping what filled the last tile up."""
+    rows = tiles.view(*tiles.shape[:2], tokens_per_tile, -1, tiles.shape[-1]).transpose(1, 2)
+    out.copy_(rows.reshape(-1, *out.shape[1:])[: len(out)])
+
+
+def _key_tiles(call: AttentionCall, seq: SeqRows, queries: Queries, *, fixed: bool) -> Iterator[KeyTile]:
+    """The tiles that the queries see, in order; `fixed` pads the last with zeros."""
     tile_keys = FIXED_KEYS if fixed else TILE_KEYS
-    for start in range(call.first_key(first) // tile_keys * tile_keys, end, tile_keys):
+    first, end = queries.first, queries.end
+    if queries.words is not None:  # a tree's nodes see any of them, and stand at the first one's position or behind
+        first, end = seq.first_position, seq.num_keys
+    for start in range(first_key(call, first) // tile_keys * tile_keys, end, tile_keys):
         num_keys = min(tile_keys, end - start)
         k = seq.read(call.k_cache, start, start + num_keys).float()
         v = seq.read(call.v_cache, start, start + num_keys).float()
@@ -123,13 +174,13 @@ def _key_tiles(
             k = F.pad(k, (0, 0, 0, 0, 0, tile_keys - num_keys))
             v = F.pad(v, (0, 0, 0, 0, 0, tile_keys - num_keys))
         hidden = None
-        if start + k.shape[0] > first + 1 or start < call.first_key(end - 1):
-            hidden = call.hidden(torch.arange(start, start + k.shape[0]), positions)
+        if start + k.shape[0] > first + 1 or start < first_key(call, end - 1):
+            hidden = hidden_keys(call, seq, torch.arange(start, start + k.shape[0]), queries)
         yield KeyTile(k=k.transpose(0, 1), v=v.transpose(0, 1), hidden=hidden)
 
 
-def _merge(q: Tensor, tiles: Iterable[KeyTile]) -> tuple[Tensor, Tensor]:
-    """(result [..., num_kv_heads, rows, head_dim], total [..., num_kv_heads, rows, 1]) over all tiles."""
+def _merge(q: Tensor, tiles: Iterable[KeyTile]) -> tuple[Tensor, Tensor, Tensor]:
+    """(peak, total [..., num_kv_heads, rows, 1], result [..., num_kv_heads, rows, head_dim]) over all tiles."""
     merged: tuple[Tensor, Tensor, Tensor] | None = None
     for tile in tiles:
         scores = _multiply(q, tile.k.transpose(1, 2))
@@ -147,7 +198,7 @@ def _merge(q: Tensor, tiles: Iterable[KeyTile]) -> tuple[Tensor, Tensor]:
             result.add_(old_result.mul_(decay))
         merged = peak, total, result
     assert merged is not None, "no keys, but every new token sees itself"
-    return merged[2], merged[1]
+    return merged
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
-"""The new tokens of each seq of an attention call, and its keys and values in the paged cache (CPU side)."""
+"""The new tokens of each seq of an attention call, and where its keys and values lie, as the host sees them."""
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -31,23 +33,48 @@ class SeqRows:
         return gathered.narrow(0, start - first * block_size, end - start)
 
 
-def rows_of_seqs(
-    block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, *, num_tokens: int, num_blocks: int, block_size: int
-) -> list[SeqRows]:
-    """One entry for each seq that has new tokens. Raises ValueError for lengths and blocks that cannot be."""
-    bounds, lens, table = cu_seqlens_q.tolist(), seq_lens.tolist(), block_table.tolist()
-    if bounds[0] != 0 or bounds[-1] != num_tokens:
-        raise ValueError(f"cu_seqlens_q: expected to run from 0 to {num_tokens}, got {bounds[0]} to {bounds[-1]}")
+@dataclass(frozen=True, slots=True)
+class SeqLengths:
+    """How long each seq is and how many of its tokens are new, on the host."""
+
+    seq_lens: NDArray[np.int32]  # [num_seqs], the new tokens included
+    cu_seqlens_q: NDArray[np.int32]  # [num_seqs + 1]
+
+    @classmethod
+    def read(cls, seq_lens: Tensor, cu_seqlens_q: Tensor) -> "SeqLengths":
+        """Of tensors, wherever they are: waits for a device."""
+        return cls(seq_lens.cpu().numpy(), cu_seqlens_q.cpu().numpy())
+
+    @property
+    def num_new(self) -> NDArray[np.int64]:
+        return (self.cu_seqlens_q[1:] - self.cu_seqlens_q[:-1]).astype(np.int64)
+
+    def check(self, *, num_tokens: int, max_blocks: int, block_size: int) -> None:
+        """Raises ValueError for lengths that cannot be with so many new tokens, and so many blocks a seq at most."""
+        first, last = int(self.cu_seqlens_q[0]), int(self.cu_seqlens_q[-1])
+        if first != 0 or last != num_tokens:
+            raise ValueError(f"cu_seqlens_q: expected to run from 0 to {num_tokens}, got {first} to {last}")
+        num_new, seq_lens = self.num_new, self.seq_lens
+        for seq in np.flatnonzero((num_new < 0) | (num_new > seq_lens)):
+            raise ValueError(f"seq_lens: seq {seq} has {num_new[seq]} new tokens, but a length of {seq_lens[seq]}")
+        for seq in np.flatnonzero((num_new > 0) & (seq_lens > max_blocks * block_size)):
+            raise ValueError(
+                f"block_table: seq {seq} has {seq_lens[seq]} tokens, but {max_blocks} blocks of {block_size}"
+            )
+
+
+def rows_of_seqs(block_table: Tensor, lengths: SeqLengths, *, num_blocks: int, block_size: int) -> list[SeqRows]:
+    """One entry for each seq that has new tokens, of lengths that were checked.
+
+    Raises ValueError for blocks that cannot be.
+    """
+    bounds, lens, table = lengths.cu_seqlens_q.tolist(), lengths.seq_lens.tolist(), block_table.tolist()
     seqs = []
     for seq, seq_len in enumerate(lens):
         num_new = bounds[seq + 1] - bounds[seq]
-        if not 0 <= num_new <= seq_len:
-            raise ValueError(f"seq_lens: seq {seq} has {num_new} new tokens, but a length of {seq_len}")
         if num_new == 0:
             continue
         blocks = table[seq][: -(-seq_len // block_size)]
-        if len(blocks) * block_size < seq_len:
-            raise ValueError(f"block_table: seq {seq} has {seq_len} tokens, but {len(blocks)} blocks of {block_size}")
         if min(blocks) < 0 or max(blocks) >= num_blocks:
             raise ValueError(f"block_table: seq {seq} names a block outside 0..{num_blocks - 1}: {blocks}")
         seqs.append(

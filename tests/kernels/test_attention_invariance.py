@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import attention_tiles
 from kernels.paged_attention import paged_attention
-from kernels.paged_attention_cpu import probe_paged_attention_batch_invariant
+from kernels.paged_attention_probe import probe_paged_attention
 
 BLOCK_SIZE = 16
 
@@ -103,7 +103,7 @@ def test_with_a_sliding_window(sliding_window: int) -> None:
 
 
 def test_the_probe_agrees_with_this_machine() -> None:
-    assert probe_paged_attention_batch_invariant(12, 4, 128) is None
+    assert probe_paged_attention(12, 4, 128) is None
 
 
 def test_the_probe_notices_products_that_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +111,6 @@ def test_the_probe_notices_products_that_depend_on_the_batch(monkeypatch: pytest
         return torch.matmul(a, b) * (1.001 if a.shape[0] > 1 else 1.0)
 
     monkeypatch.setattr(attention_tiles, "_multiply", careless)
-    finding = probe_paged_attention_batch_invariant(4, 2, 32)
+    finding = probe_paged_attention(4, 2, 32)
     assert finding is not None
     assert "4 query heads, 2 KV heads and head_dim 32" in finding

@@ -1,12 +1,11 @@
 """Paged attention against fp64, whatever the lengths, pages, heads and leftovers in the cache."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.paged_attention import paged_attention, paged_attention_reference
+from kernels.paged_attention import paged_attention
+from tests.helpers.attention import Case, tree_words
 
 # (length, new tokens): around block and tile borders, decode, verify and prefill rows, long chunks behind a prefix.
 # A context past 1024 keys and short ones go different ways.
@@ -17,88 +16,6 @@ SHORT = [(7, 1), (0, 0), (5, 5), (12, 3)]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-@dataclass(kw_only=True)
-class Case:
-    """Seqs in a cache that holds `poison` wherever no key of theirs is."""
-
-    seqs: list[tuple[int, int]]
-    heads: tuple[int, int] = (4, 2)
-    head_dim: int = 32
-    dtype: torch.dtype = torch.float32
-    block_size: int = 16
-    neighbours: bool = False
-    poison: float = torch.nan
-
-    def __post_init__(self) -> None:
-        torch.manual_seed(0)
-        num_q_heads, num_kv_heads = self.heads
-        num_tokens = sum(new for _, new in self.seqs)
-        # q is the first part of a fused projection, as in a model.
-        fused = torch.randn(num_tokens, num_q_heads + 2 * num_kv_heads, self.head_dim).to(self.dtype)
-        self.q = fused[:, :num_q_heads]
-        blocks_of = [-(-length // self.block_size) for length, _ in self.seqs]
-        num_blocks = sum(blocks_of) + 3
-        order = torch.arange(num_blocks) if self.neighbours else torch.randperm(num_blocks)
-        self.block_table = torch.full((len(self.seqs), max(blocks_of, default=0) + 2), -7, dtype=torch.int32)
-        cache_shape = (num_blocks, self.block_size, num_kv_heads, self.head_dim)
-        self.k_cache = torch.full(cache_shape, self.poison, dtype=self.dtype)
-        self.v_cache = self.k_cache.clone()
-        self.keys, self.values = [], []
-        first = 1
-        for row, (length, _) in enumerate(self.seqs):
-            blocks = order[first : first + blocks_of[row]]
-            first += blocks_of[row]
-            self.block_table[row, : blocks_of[row]] = blocks
-            self.keys.append(torch.randn(length, num_kv_heads, self.head_dim).to(self.dtype))
-            self.values.append(torch.randn(length, num_kv_heads, self.head_dim).to(self.dtype))
-            for position in range(length):
-                block, offset = int(blocks[position // self.block_size]), position % self.block_size
-                self.k_cache[block, offset] = self.keys[row][position]
-                self.v_cache[block, offset] = self.values[row][position]
-
-    def arguments(self) -> dict[str, Tensor]:
-        new = torch.tensor([0] + [new for _, new in self.seqs])
-        return {
-            "q": self.q,
-            "k_cache": self.k_cache,
-            "v_cache": self.v_cache,
-            "block_table": self.block_table,
-            "seq_lens": torch.tensor([length for length, _ in self.seqs], dtype=torch.int32),
-            "cu_seqlens_q": new.cumsum(0).int(),
-        }
-
-    @property
-    def softmax_scale(self) -> float:
-        return 0.7 * self.head_dim**-0.5  # not what SDPA would take by itself
-
-    def run(self, sliding_window: int | None = None, *, batch_invariant: bool = False) -> Tensor:
-        return paged_attention(
-            **self.arguments(),
-            softmax_scale=self.softmax_scale,
-            sliding_window=sliding_window,
-            batch_invariant=batch_invariant,
-        )
-
-    def run_reference(self, sliding_window: int | None = None) -> Tensor:
-        return paged_attention_reference(
-            **self.arguments(), softmax_scale=self.softmax_scale, sliding_window=sliding_window
-        )
-
-    def exact(self, sliding_window: int | None = None) -> Tensor:
-        """fp64, token by token, over exactly the keys that the token sees: no mask, no cache."""
-        group = self.heads[0] // self.heads[1]
-        results, token = [], 0
-        for row, (length, new) in enumerate(self.seqs):
-            for position in range(length - new, length):
-                start = 0 if sliding_window is None else max(0, position + 1 - sliding_window)
-                k = self.keys[row][start : position + 1].double().repeat_interleave(group, dim=1)
-                v = self.values[row][start : position + 1].double().repeat_interleave(group, dim=1)
-                weights = ((self.q[token].double() * k).sum(-1) * self.softmax_scale).exp()  # [keys, num_q_heads]
-                results.append((weights.unsqueeze(-1) * v).sum(0) / weights.sum(0).unsqueeze(-1))
-                token += 1
-        return torch.stack(results) if results else torch.empty(0, self.heads[0], self.head_dim).double()
-
-
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert actual.dtype == dtype
     torch.testing.assert_close(actual.double(), expected.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
@@ -107,8 +24,9 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("sliding_window", [None, 1, 6, 300])
 @pytest.mark.parametrize(("heads", "head_dim"), [((1, 1), 32), ((8, 2), 64)])
 def test_reference_is_the_formula(heads: tuple[int, int], head_dim: int, sliding_window: int | None) -> None:
-    case = Case(seqs=RAGGED, heads=heads, head_dim=head_dim)
-    assert_close(case.run_reference(sliding_window), case.exact(sliding_window), torch.float32)
+    case = Case(seqs=RAGGED, heads=heads, head_dim=head_dim, sliding_window=sliding_window)
+    for actual, expected in zip(case.run_reference(), case.exact(), strict=True):
+        assert_close(actual, expected, torch.float32)
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
@@ -121,15 +39,14 @@ def test_is_the_reference_for_all_heads_and_dtypes(
     heads: tuple[int, int], head_dim: int, dtype: torch.dtype, batch_invariant: bool
 ) -> None:
     case = Case(seqs=RAGGED, heads=heads, head_dim=head_dim, dtype=dtype)
-    assert_close(case.run(batch_invariant=batch_invariant), case.run_reference(), dtype)
+    assert_close(case.run(batch_invariant=batch_invariant), case.run_reference()[0], dtype)
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("sliding_window", [1, 2, 63, 64, 256, 300, 10_000])
 def test_sliding_window(sliding_window: int, batch_invariant: bool) -> None:
-    case = Case(seqs=RAGGED)
-    actual = case.run(sliding_window, batch_invariant=batch_invariant)
-    assert_close(actual, case.run_reference(sliding_window), torch.float32)
+    case = Case(seqs=RAGGED, sliding_window=sliding_window)
+    assert_close(case.run(batch_invariant=batch_invariant), case.run_reference()[0], torch.float32)
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
@@ -137,7 +54,7 @@ def test_sliding_window(sliding_window: int, batch_invariant: bool) -> None:
 @pytest.mark.parametrize("block_size", [1, 5, 16, 256, 1024])
 def test_pages_of_any_size_and_order(block_size: int, neighbours: bool, batch_invariant: bool) -> None:
     case = Case(seqs=RAGGED, block_size=block_size, neighbours=neighbours)
-    assert_close(case.run(batch_invariant=batch_invariant), case.run_reference(), torch.float32)
+    assert_close(case.run(batch_invariant=batch_invariant), case.run_reference()[0], torch.float32)
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
@@ -146,7 +63,7 @@ def test_pages_of_any_size_and_order(block_size: int, neighbours: bool, batch_in
 def test_borders_of_blocks_and_tiles(length: int, neighbours: bool, batch_invariant: bool) -> None:
     seqs = [(length, new) for new in (1, 2, 15, 16, 17, length) if new <= length]
     case = Case(seqs=seqs, neighbours=neighbours)
-    assert_close(case.run(batch_invariant=batch_invariant), case.run_reference(), torch.float32)
+    assert_close(case.run(batch_invariant=batch_invariant), case.run_reference()[0], torch.float32)
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
@@ -155,20 +72,20 @@ def test_borders_of_blocks_and_tiles(length: int, neighbours: bool, batch_invari
 def test_what_lies_in_unused_slots_has_no_influence(
     neighbours: bool, sliding_window: int | None, batch_invariant: bool
 ) -> None:
-    clean = Case(seqs=RAGGED, neighbours=neighbours, poison=0.0).run(sliding_window, batch_invariant=batch_invariant)
+    options = {"seqs": RAGGED, "neighbours": neighbours, "sliding_window": sliding_window}
+    clean = Case(**options, poison=0.0).run(batch_invariant=batch_invariant)
     for poison in (torch.nan, torch.inf, -torch.inf, 1e30):
-        case = Case(seqs=RAGGED, neighbours=neighbours, poison=poison)
-        assert torch.equal(case.run(sliding_window, batch_invariant=batch_invariant), clean), poison
+        assert torch.equal(Case(**options, poison=poison).run(batch_invariant=batch_invariant), clean), poison
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_what_lies_before_the_window_has_no_influence(batch_invariant: bool) -> None:
-    clean, dirty = Case(seqs=[(700, 3), (700, 90)]), Case(seqs=[(700, 3), (700, 90)])
+    clean, dirty = (Case(seqs=[(700, 3), (700, 90)], sliding_window=250) for _ in range(2))
     for row in range(2):
         forgotten = dirty.block_table[row, :14].long()  # positions up to 223; the first query at 610 sees from 361
         dirty.k_cache[forgotten] = torch.nan
         dirty.v_cache[forgotten] = 1e30
-    assert torch.equal(dirty.run(250, batch_invariant=batch_invariant), clean.run(250, batch_invariant=batch_invariant))
+    assert torch.equal(dirty.run(batch_invariant=batch_invariant), clean.run(batch_invariant=batch_invariant))
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
@@ -192,7 +109,7 @@ def test_nothing_to_do(seqs: list[tuple[int, int]], batch_invariant: bool) -> No
 def test_scores_of_any_size_stay_finite(batch_invariant: bool) -> None:
     case = Case(seqs=[(300, 1), (300, 40)])
     case.q *= 1e4  # scores of some ten thousand: one key takes all
-    assert_close(case.run(batch_invariant=batch_invariant), case.run_reference(), torch.float32)
+    assert_close(case.run(batch_invariant=batch_invariant), case.run_reference()[0], torch.float32)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -238,4 +155,71 @@ def test_errors_name_the_argument(name: str, change, message: str) -> None:
 
 def test_an_empty_window_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^sliding_window: .*at least 1, got 0"):
-        Case(seqs=SHORT).run(0)
+        Case(seqs=SHORT, sliding_window=0).run()
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("sliding_window", [None, 300])
+def test_logarithms_of_the_sums(sliding_window: int | None, batch_invariant: bool) -> None:
+    case = Case(seqs=RAGGED, heads=(6, 2), sliding_window=sliding_window)
+    out, lse = case.run_with_lse(batch_invariant=batch_invariant)
+    expected = case.run_reference()
+    assert_close(out, expected[0], torch.float32)
+    assert_close(lse, expected[1], torch.float32)
+
+
+# Parents of the nodes of each seq's tree: a chain, a full one, one of 64 nodes, one with a short and a long branch.
+TREES: list[list[int | None]] = [
+    [None, 0, 1],
+    [None, 0, 0, 1, 1, 2, 2],
+    [None, *(i // 3 for i in range(63))],
+    [None, 0, 0, 2, 3, 4],
+    [None],
+]
+
+
+def tree_case(sliding_window: int | None, *, dtype: torch.dtype = torch.float32) -> Case:
+    seqs = [(prefix + len(tree), len(tree)) for prefix, tree in zip((16, 0, 490, 33, 7), TREES, strict=True)]
+    words = torch.tensor([word for tree in TREES for word in tree_words(tree)])
+    return Case(seqs=seqs, heads=(6, 2), ancestors=words, sliding_window=sliding_window, dtype=dtype)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 2, 20])
+def test_the_reference_of_a_tree_is_the_formula(sliding_window: int | None) -> None:
+    case = tree_case(sliding_window)
+    for actual, expected in zip(case.run_reference(), case.exact(), strict=True):
+        assert_close(actual, expected, torch.float32)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("sliding_window", [None, 2, 20])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_a_tree_is_its_reference(dtype: torch.dtype, sliding_window: int | None, batch_invariant: bool) -> None:
+    case = tree_case(sliding_window, dtype=dtype)
+    assert_close(case.run(batch_invariant=batch_invariant), case.run_reference()[0], dtype)
+    assert_close(case.run_with_lse(batch_invariant=batch_invariant)[1], case.run_reference()[1], torch.float32)
+
+
+def test_a_chain_as_a_tree_is_the_chain() -> None:
+    chain = Case(seqs=[(20, 5), (64, 64)])
+    tree = Case(
+        seqs=chain.seqs, ancestors=torch.tensor(tree_words([None, 0, 1, 2, 3]) + tree_words([None, *range(63)]))
+    )
+    assert torch.equal(tree.run(), chain.run())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (torch.zeros(11), r"^ancestors: expected int64 \[11\], got torch.float32 \[11\]"),
+        (torch.zeros(3, dtype=torch.int64), r"^ancestors: expected int64 \[11\], got torch.int64 \[3\]"),
+    ],
+)
+def test_words_that_do_not_fit_are_refused(words: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Case(seqs=[(20, 11)], ancestors=words).run()
+
+
+def test_a_tree_of_more_nodes_than_bits_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^ancestors: a seq has 65 new tokens, more than 64"):
+        Case(seqs=[(65, 65)], ancestors=torch.ones(65, dtype=torch.int64)).run()

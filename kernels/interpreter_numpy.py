@@ -1,0 +1,24 @@
+"""Lets Triton's interpreter run loops with computed bounds where numpy is 2.4 or newer.
+
+The interpreter holds scalars as arrays of one element, and numpy 2.4 no longer turns those into Python integers
+(github.com/triton-lang/triton/issues/9171, in Triton 3.6). Nothing is touched without TRITON_INTERPRET.
+"""
+
+from typing import Any
+
+from triton.runtime import interpreter
+
+from kernels.dispatch import INTERPRETED
+
+
+def accept_loop_bounds() -> None:
+    """Afterwards `range(begin, end)` in an interpreted kernel takes scalars. May be called again."""
+    original = interpreter._patch_lang_tensor
+    if not INTERPRETED or original.__module__ == __name__:
+        return
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:  # what the interpreter calls before each kernel
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
