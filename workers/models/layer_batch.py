@@ -67,8 +67,9 @@ class StackedWeights:
         x = torch.stack([rms_norm(stream, weight, self.eps) for weight in self.norm])
         return _multiply(x, self.qkv, self.qkv_bias)
 
-    def combine(self, attended: Tensor) -> Tensor:  # [num_layers, num_tokens, features] -> [.., .., hidden_size]
-        return _multiply(attended, self.output, self.output_bias)
+    def combine(self, attended: Tensor) -> Sequence[Tensor]:
+        """[num_layers, num_tokens, features] -> of each layer [num_tokens, hidden_size]"""
+        return _multiply(attended, self.output, self.output_bias).unbind()
 
 
 class _OneByOne:
