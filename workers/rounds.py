@@ -127,7 +127,7 @@ def _draft_row(row: Row, view: _View, limits: Limits, where: str) -> RowPlan:
         num_drafts,
         num_ordered=num_ordered,
         calibrate_len=calibrate_len,
-        goes_on=is_last_draft and view.num_exact + calibrate_len < view.num_computed,
+        goes_on=is_last_draft,
     )
 
 

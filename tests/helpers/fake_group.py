@@ -31,6 +31,7 @@ class FakeModel:
     vocab_size: int = 40
     agreement: int = 100
     bad_prefix: tuple[int, ...] | None = None  # histories that end so give non-finite logits
+    foresight: int = 70  # how often, of 100, the target's token is the draft's second choice where it is not the first
 
     def choose(self, prefix: int, sampling: sampling_pb2.SeqSampling, num_outputs: int) -> int:
         """prefix: hash of the history."""
@@ -41,6 +42,17 @@ class FakeModel:
             return noise % self.vocab_size
         allowed = [t for t in range(self.vocab_size) if t not in sampling.suppressed_token_ids]
         return allowed[noise % len(allowed)]
+
+    def choose_after(self, history: Sequence[int], sampling: sampling_pb2.SeqSampling, num_prompt: int) -> int:
+        prefix = 0
+        for token_id in history:
+            prefix = _mix(prefix, token_id)
+        return self.choose(prefix, sampling, len(history) - num_prompt)
+
+    def runners_up(self, chosen: int, prefix: int, sampling: sampling_pb2.SeqSampling, count: int) -> list[int]:
+        """What this draft would have chosen next: a wrong choice is one above the right one."""
+        offset = 1 if _mix(_mix(prefix, sampling.seed), 5) % 100 < self.foresight else 2
+        return [(chosen - offset - i) % self.vocab_size for i in range(count)]
 
 
 def plain_tokens(
@@ -65,6 +77,9 @@ class _Slot:
     num_computed: int
     blocks: list[int]
     sampling: sampling_pb2.SeqSampling
+    num_exact: int = 0  # leading tokens whose KV is that of the exact model
+    num_given: int = 0  # tokens that came from the scheduler; behind them stand drafts of this engine
+    fell_short: bool = False  # the chain ended before all drafts that were ordered
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,12 +94,14 @@ class FakeEngine:
     max_model_len: int = 128
     max_num_batched_tokens: int = 64
     incarnation: int = 1
+    lp_size: int = 1  # > 1: drafts leave approximate KV
     # Time of a round in ns, from its number of tokens.
-    run_ns: Callable[[int], int] = lambda num_tokens: 0
-    slots: dict[int, _Slot] = field(default_factory=dict)
+    run_ns: Callable[[int], int] = lambda num_tokens: 1_000_000 + 1_000 * num_tokens
+    slots: dict[int, _Slot | None] = field(default_factory=dict)  # None: a void branch
     num_rounds: int = 0
     num_tokens: int = 0  # that went through the model
     _kv: dict[tuple[int, int], int] = field(default_factory=dict)  # (block, offset) -> hash of the prefix to there
+    _approximate: set[tuple[int, int]] = field(default_factory=set)  # places whose KV is approximate
     _last_round_id: int = 0
 
     @property
@@ -97,6 +114,7 @@ class FakeEngine:
             num_slots=self.num_slots,
             max_model_len=self.max_model_len,
             max_num_batched_tokens=self.max_num_batched_tokens,
+            lp_size=self.lp_size,
         )
 
     def reset(self) -> None:
@@ -113,13 +131,16 @@ class FakeEngine:
             del self.slots[slot]
         for seq in message.init_seqs:
             self._init(seq)
+        for fork in message.forks:
+            self._fork(fork)
         _require(len({row.slot for row in message.rows}) == len(message.rows), "one row a slot")
         result = worker_pb2.RoundResult(round_id=message.round_id, incarnation=self.incarnation)
         before = self.num_tokens
         for row in message.rows:
-            result.rows.append(self._run_row(row))
+            result.rows.append(self._run_row(row, message))
         num_tokens = self.num_tokens - before
         _require(num_tokens <= self.max_num_batched_tokens or self.role != worker_pb2.ENGINE_ROLE_TARGET, "budget")
+        result.num_steps = max((row.num_draft_tokens for row in message.rows), default=1) or 1
         result.run_ns = self.run_ns(num_tokens)
         self.num_rounds += 1
         return result
@@ -135,10 +156,44 @@ class FakeEngine:
             num_computed=seq.num_computed_tokens,
             blocks=[],
             sampling=seq.sampling,
+            num_exact=seq.num_computed_tokens,
+            num_given=len(seq.token_ids),
         )
         self._add_blocks(slot, seq.block_table)
         _require(seq.num_computed_tokens <= len(slot.blocks) * self.block_size, "computed tokens have blocks")
+        places = {self._place(slot, position) for position in range(seq.num_computed_tokens)}
+        _require(not places & self._approximate, "KV that is reused is exact")
         self.slots[seq.slot] = slot
+
+    def _fork(self, fork: worker_pb2.Fork) -> None:
+        _require(self.role == worker_pb2.ENGINE_ROLE_DRAFT, "only a draft engine's slots branch")
+        _require(fork.slot < self.num_slots and fork.slot not in self.slots, f"slot {fork.slot} is free")
+        _require(fork.parent_slot in self.slots, f"slot {fork.parent_slot}, which branches, holds a seq")
+        parent = self.slots[fork.parent_slot]
+        if parent is None or (parent.fell_short and fork.length > len(parent.history)):
+            self.slots[fork.slot] = None
+            return
+        _require(parent.num_prompt <= fork.length <= len(parent.history), "length of a fork")
+        slot = _Slot(
+            history=parent.history[: fork.length],
+            num_prompt=parent.num_prompt,
+            num_computed=min(parent.num_computed, fork.length),
+            blocks=[],
+            sampling=parent.sampling,
+            num_exact=min(parent.num_exact, fork.length),
+            num_given=min(parent.num_given, fork.length),
+        )
+        num_shared = fork.length // self.block_size
+        _require(num_shared <= len(parent.blocks), "the parent has the blocks that are shared")
+        self._add_blocks(slot, [*parent.blocks[:num_shared], *fork.new_block_ids])
+        for position in range(num_shared * self.block_size, slot.num_computed):
+            source, place = self._place(parent, position), self._place(slot, position)
+            self._kv[place] = self._kv[source]
+            self._mark(place, approximate=source in self._approximate)
+        self.slots[fork.slot] = slot
+
+    def _mark(self, place: tuple[int, int], *, approximate: bool) -> None:
+        (self._approximate.add if approximate else self._approximate.discard)(place)
 
     def _check_token_ids(self, token_ids: Sequence[int]) -> None:
         _require(all(token_id < self.model.vocab_size for token_id in token_ids), "token ids are of the vocabulary")
@@ -149,49 +204,79 @@ class FakeEngine:
         _require(len(set(slot.blocks)) == len(slot.blocks), "a block stands once in a block table")
         _require(len(slot.blocks) <= -(-self.max_model_len // self.block_size), "blocks of one seq")
 
-    def _run_row(self, row: worker_pb2.Row) -> worker_pb2.RowResult:
+    def _run_row(self, row: worker_pb2.Row, message: worker_pb2.Round) -> worker_pb2.RowResult:
         _require(row.slot in self.slots, f"slot {row.slot} holds a seq")
         slot = self.slots[row.slot]
+        result = worker_pb2.RowResult(slot=row.slot)
+        if slot is None:
+            return result
+        self._change(row, slot)
+        self._calibrate(slot, row.calibrate_len)
+        _require(row.chunk_len + row.calibrate_len >= 1, "a row computes something")
+        if slot.fell_short and row.chunk_len == 1 and slot.num_computed == len(slot.history):
+            return result
+        _require(slot.num_computed + row.chunk_len <= len(slot.history), "the chunk lies within the history")
+        start = slot.num_computed
+        goes_on = row.chunk_len == 1 and row.num_draft_tokens > 0 and slot.num_given < len(slot.history)
+        prefix = self._compute(slot, row.chunk_len, approximately=goes_on and self.lp_size > 1)
+        self._add_prompt_logprobs(slot, start, result)
+        if slot.num_computed < len(slot.history):
+            _require(not row.draft_token_ids and not row.num_draft_tokens, "drafts stand behind the whole history")
+        elif self.role == worker_pb2.ENGINE_ROLE_DRAFT:
+            self._draft(slot, prefix, row.num_draft_tokens, result)
+            self._add_runners_up(slot, message, result)
+        elif self._is_bad(slot):
+            result.non_finite = True
+            slot.num_computed -= 1
+        else:
+            self._verify(slot, prefix, row, result)
+        return result
+
+    def _change(self, row: worker_pb2.Row, slot: _Slot) -> None:
+        """Steps 1 to 3 of a row."""
         if row.HasField("crop_len"):
             _require(self.role == worker_pb2.ENGINE_ROLE_DRAFT, "only a draft engine's history is cut")
             _require(slot.num_prompt <= row.crop_len <= len(slot.history), "crop_len")
             del slot.history[row.crop_len :]
             slot.num_computed = min(slot.num_computed, row.crop_len)
+            slot.num_exact = min(slot.num_exact, row.crop_len)
+            slot.num_given = min(slot.num_given, row.crop_len)
+            slot.fell_short = False
         self._check_token_ids(row.append_token_ids)
         self._check_token_ids(row.draft_token_ids)
-        slot.history += row.append_token_ids
+        if row.append_token_ids:
+            slot.history += row.append_token_ids
+            slot.num_given = len(slot.history)
+            slot.fell_short = False
         self._add_blocks(slot, row.new_block_ids)
-        _require(row.chunk_len >= 1, "a row computes something")
-        _require(slot.num_computed + row.chunk_len <= len(slot.history), "the chunk lies within the history")
-        start = slot.num_computed
-        prefix = self._compute(slot, row.chunk_len)
-        result = worker_pb2.RowResult(slot=row.slot)
-        self._add_prompt_logprobs(slot, start, result)
-        if slot.num_computed < len(slot.history):
-            _require(not row.draft_token_ids and not row.num_draft_tokens, "drafts stand behind the whole history")
-            return result
-        bad = self.model.bad_prefix
-        if bad is not None and tuple(slot.history[-len(bad) :]) == bad:
-            result.non_finite = True
-            slot.num_computed -= 1
-            return result
-        if self.role == worker_pb2.ENGINE_ROLE_DRAFT:
-            self._draft(slot, prefix, row.num_draft_tokens, result)
-        else:
-            self._verify(slot, prefix, row, result)
-        return result
 
-    def _compute(self, slot: _Slot, count: int) -> int:
+    def _calibrate(self, slot: _Slot, count: int) -> None:
+        end = min(slot.num_exact + count, slot.num_computed)
+        for position in range(slot.num_exact, end):
+            self._mark(self._place(slot, position), approximate=False)
+        self.num_tokens += end - slot.num_exact
+        slot.num_exact = end
+
+    def _is_bad(self, slot: _Slot) -> bool:
+        bad = self.model.bad_prefix
+        return bad is not None and tuple(slot.history[-len(bad) :]) == bad
+
+    def _compute(self, slot: _Slot, count: int, *, approximately: bool = False) -> int:
         """KV of the next `count` tokens of the history -> hash of the prefix to the last of them."""
         prefix = 0
         for position in range(slot.num_computed):
             prefix = _mix(prefix, slot.history[position])
             held = self._kv.get(self._place(slot, position))
             _require(held == prefix, f"KV at position {position} is that of the history")
+        # Behind approximate KV there is no other, whichever model computes it.
+        approximately = approximately or slot.num_exact < slot.num_computed
         for position in range(slot.num_computed, slot.num_computed + count):
             prefix = _mix(prefix, slot.history[position])
             self._kv[self._place(slot, position)] = prefix
+            self._mark(self._place(slot, position), approximate=approximately)
         slot.num_computed += count
+        if not approximately:
+            slot.num_exact = slot.num_computed
         self.num_tokens += count
         return prefix
 
@@ -223,13 +308,34 @@ class FakeEngine:
                 result.logprobs.append(_logprobs(token_id, position))
 
     def _draft(self, slot: _Slot, prefix: int, count: int, result: worker_pb2.RowResult) -> None:
+        _require(len(slot.history) + count <= self.max_model_len, "max_model_len")
         for i in range(count):
+            if i > 0:
+                prefix = self._compute(slot, 1, approximately=self.lp_size > 1)
+            if self._is_bad(slot):
+                self._end_chain(slot, result)
+                return
             token_id = self.model.choose(prefix, slot.sampling, len(slot.history) - slot.num_prompt)
             slot.history.append(token_id)
             result.token_ids.append(token_id)
-            if i + 1 < count:
-                prefix = self._compute(slot, 1)
-        _require(len(slot.history) <= self.max_model_len, "max_model_len")
+
+    def _end_chain(self, slot: _Slot, result: worker_pb2.RowResult) -> None:
+        slot.fell_short = True
+        result.non_finite = not result.token_ids
+        if result.token_ids:  # of drafts in an answer the last one has no KV
+            slot.num_computed -= 1
+            slot.num_exact = min(slot.num_exact, slot.num_computed)
+
+    def _add_runners_up(self, slot: _Slot, message: worker_pb2.Round, result: worker_pb2.RowResult) -> None:
+        prefix = 0
+        start = len(slot.history) - len(result.token_ids)
+        for position, token_id in enumerate(slot.history):
+            if position >= start:
+                runners_up = self.model.runners_up(token_id, prefix, slot.sampling, message.num_alternatives)
+                result.alternative_token_ids.extend(runners_up)
+                if message.confidences:
+                    result.confidences.append(self.model.agreement / 100)
+            prefix = _mix(prefix, token_id)
 
     def _add_prompt_logprobs(self, slot: _Slot, start: int, result: worker_pb2.RowResult) -> None:
         if not slot.sampling.HasField("prompt_logprobs"):
