@@ -89,6 +89,23 @@ def test_the_stream_does_not_depend_on_tp_size(tiny: Path, tmp_path: Path, solo:
         assert [rank.popen.wait() for rank in group.ranks] == [0] * tp_size
 
 
+def test_a_trace_shows_all_ranks(tiny: Path, tmp_path: Path) -> None:
+    """Both wait for each other in the collectives of the step; the round before and the one behind are not traced."""
+    with WorkerGroup(tmp_path, 2, [engine_spec(tiny, TARGET, tp_size=2)]) as group:
+        address = group.spawn().wait_ready().ready.address
+        with RoundStream(address, TARGET) as stream:
+            driver = Driver(group.ready.worker.engines[0], stream.call)
+            seq = driver.start(0, PROMPTS[0], greedy())
+            for trace in (False, True, False):
+                row = driver.target_row(seq)
+                result = stream.call(driver.round([row], trace=trace))
+                driver.book(seq, row, result.rows[0])
+                names = [{span.name for span in result.spans if span.rank == rank} for rank in (0, 1)]
+                common = {"decode", "sample", "wait"} if trace else set()
+                assert names == [common | {"transfer"} if trace else common, common]
+                assert all(span.start_ns + span.run_ns <= result.run_ns for span in result.spans if span.rank == 0)
+
+
 def test_target_and_draft_take_turns_in_one_process(solo: WorkerGroup) -> None:
     """Draft, verify, crop: as a scheduler does it. The draft is the target itself, so every draft is accepted."""
     address, (target_info, draft_info) = solo.ready.address, solo.ready.worker.engines

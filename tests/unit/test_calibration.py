@@ -182,6 +182,14 @@ def test_what_is_computed_behind_approximate_kv_has_to_be_calibrated(blurred: Bl
     assert first_wrong(is_exact(blurred, tiny, seq)) == 10
 
 
+def test_a_token_of_the_target_is_never_computed_approximately(blurred: Blurred) -> None:
+    """Not even a lone one behind approximate KV: it opens a chain."""
+    driver, seq = blurred.driver, blurred.start()
+    blurred.steps()
+    driver.run((seq, driver.draft_row(seq, 2, crop_len=NUM_PROMPT + 2, append=[OTHER])))
+    assert blurred.steps() == [("exact", [NUM_PROMPT + 2]), ("draft", [NUM_PROMPT + 3])]
+
+
 def test_a_chunk_behind_a_calibration_that_falls_short_comes_after_it(blurred: Blurred, tiny: Path) -> None:
     driver, seq = blurred.driver, blurred.start(num_drafts=4)
     other = blurred.start(slot=1, num_drafts=1)

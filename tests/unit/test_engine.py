@@ -351,7 +351,10 @@ def test_drafts_come_with_what_came_next_and_how_likely_they_were(draft: Driver,
             runners_up = [[entry.token_id for entry in each.top[1:]] for each in expected]
             assert list(result.alternative_token_ids) == [token_id for each in runners_up for token_id in each]
             assert list(result.confidences) == pytest.approx([math.exp(e.chosen.logprob) for e in expected], rel=1e-4)
-        draft.send(draft.round([], free_slots=[0, 1]))
+        alone = draft.start(2, PROMPTS[1], settings)
+        (lone,) = draft.run((alone, draft.draft_row(alone, 2)), num_alternatives=3)
+        assert lone.alternative_token_ids == other.alternative_token_ids
+        draft.send(draft.round([], free_slots=[0, 1, 2]))
     (result,) = draft.run((seq := draft.start(0, PROMPTS[0], greedy()), draft.draft_row(seq, 5)))
     assert not result.alternative_token_ids
     assert not result.confidences
