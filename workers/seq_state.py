@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from echelon.pb.worker_pb2 import Fork, SeqInit
+from kernels.paged_kv import SeqLengths
 from workers.batch import Batch
 from workers.sampler import SeqSamplingState
 
@@ -212,6 +213,7 @@ class SeqTable:
             block_table=upload(self.block_table[slot, :width]),
             seq_lens=upload(seq_lens),
             cu_seqlens_q=upload(cu_seqlens_q),
+            lengths=SeqLengths(seq_lens, cu_seqlens_q),
         )
 
 

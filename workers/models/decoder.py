@@ -38,6 +38,7 @@ def make_step(batch: Batch, cos_sin: Tensor, kv_cache: KVCache) -> Step:
         num_tokens=batch.input_ids.shape[0],
         num_blocks=num_blocks,
         block_size=block_size,
+        lengths=batch.lengths,
     )
     return Step(batch, gather_rotary(cos_sin, batch.positions), plan)
 
