@@ -7,7 +7,12 @@ rows with two threads, 37 instead of 26 for 8, a tenth faster for 512 (torch 2.1
 `linear_batch_invariant` is what `batch_invariant: true` runs instead.
 
 A GEMM library picks its blocking, and with it the order in which a row's products are added, by the shape of the call.
-The remedy is to show it few shapes. Measured with torch 2.13 on AVX512-bf16 (every row compared):
+On CUDA `linear_batch_invariant` is a Triton kernel whose tiles and order of addition are the same for any number of
+rows: each tile adds the products of SPLIT_FEATURES inputs after another, from zero, and then these partial sums in
+order. Where few rows give few tiles the partial sums are computed side by side and added by a second launch: the same
+additions in the same order, so the same bits, with enough programs to read the weight at full speed.
+
+On CPU the remedy is to show the library few shapes. Measured with torch 2.13 on AVX512-bf16 (every row compared):
 
 - bf16 on CPU gives a row the same bits in any batch of 2 to 256 rows, but other bits when it comes alone (from 1536
   inputs up). So a lone row runs as two, and larger batches run in tiles of at most 256 rows.
@@ -18,13 +23,89 @@ Both are properties of the machine, not promises of the library: call probe_line
 """
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import functional as F
+from triton import language as tl
 
+from kernels.dispatch import runs_triton
+from kernels.interpreter_numpy import accept_loop_bounds
+
+accept_loop_bounds()
+
+SPLIT_FEATURES = 1024  # inputs whose products one partial sum adds
+ENOUGH_TILES = 264  # two for each multiprocessor of an H100 or H200: then nothing is gained by splitting sums
+MERGE_ELEMENTS = 1024
 MAX_TILE_ROWS = 256
 PADDED_TILE_ROWS = 16
 _PACKED_FOR_ROWS = 8  # a hint: the layout is as good for 1 row and for 512
 _PROBED_ROWS = (1, 2, 3, 8, 17, 64, 255, 256, 300)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _linear_kernel(
+    x_ptr,  # [num_rows, in_features], rows may be strided
+    weight_ptr,  # [out_features, in_features], rows may be strided
+    bias_ptr,  # [out_features], or None
+    out_ptr,  # [num_rows, out_features], or with APART fp32 [num_splits, num_rows, out_features]
+    num_rows,
+    out_features,
+    in_features,
+    x_stride,
+    weight_stride,
+    APART: tl.constexpr,  # this program computes one partial sum only
+    SPLIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    num_row_tiles = tl.cdiv(num_rows, BLOCK_ROWS)
+    row = (tl.program_id(0) % num_row_tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    feature = (tl.program_id(0) // num_row_tiles) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row_mask, feature_mask = row < num_rows, feature < out_features
+    row, feature = row.to(tl.int64), feature.to(tl.int64)
+    first_split = tl.program_id(1)
+    num_splits = 1 if APART else tl.cdiv(in_features, SPLIT)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_OUT], dtype=tl.float32)
+    for split in range(first_split, first_split + num_splits):
+        partial = tl.zeros([BLOCK_ROWS, BLOCK_OUT], dtype=tl.float32)
+        end = tl.minimum((split + 1) * SPLIT, in_features)
+        for start in range(split * SPLIT, end, BLOCK_IN):
+            column = start + tl.arange(0, BLOCK_IN)
+            mask = column < in_features
+            x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], row_mask[:, None] & mask[None, :], other=0.0)
+            weight_ptrs = weight_ptr + feature[None, :] * weight_stride + column[:, None]
+            weight = tl.load(weight_ptrs, feature_mask[None, :] & mask[:, None], other=0.0)
+            partial = tl.dot(x, weight, partial, input_precision=PRECISION)
+        total += partial
+    if APART:
+        out_ptr += first_split.to(tl.int64) * num_rows * out_features
+    elif bias_ptr is not None:
+        total += tl.load(bias_ptr + feature, feature_mask, other=0.0).to(tl.float32)[None, :]
+    out_ptrs = out_ptr + row[:, None] * out_features + feature[None, :]
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), row_mask[:, None] & feature_mask[None, :])
+
+
+@triton.jit(do_not_specialize=["num_elements"])
+def _add_partial_sums_kernel(
+    partial_ptr,  # fp32 [num_splits, num_rows, out_features]
+    bias_ptr,
+    out_ptr,  # [num_rows, out_features]
+    num_splits,
+    num_elements,  # num_rows * out_features
+    out_features,
+    BLOCK: tl.constexpr,
+):
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < num_elements
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for _ in range(num_splits):
+        total += tl.load(partial_ptr + element, mask, other=0.0)
+        partial_ptr += num_elements
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + element % out_features, mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + element, total.to(out_ptr.dtype.element_ty), mask)
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -62,7 +143,9 @@ def linear_batch_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None
     """
     _check(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    if x.device.type == "cpu" and x.dtype != torch.float32:
+    if runs_triton(x):
+        out = _launch(rows, weight, bias)
+    elif x.dtype != torch.float32:
         out = _linear_in_bounded_tiles(rows, weight, bias)
     else:
         out = _linear_in_padded_tiles(rows, weight, bias)
@@ -93,6 +176,50 @@ def probe_linear_batch_invariant(weight: Tensor, bias: Tensor | None = None) -> 
                     f"({torch.get_num_threads()} threads), so batch_invariant cannot be kept here"
                 )
     return None
+
+
+def tile_options(dtype: torch.dtype) -> dict[str, int | str]:
+    """Tile sizes and launch options of a dtype: of nothing else, so that bits depend on no number of rows."""
+    if dtype == torch.float32:  # no tensor cores: multiplies and adds in fp32
+        tile = {"BLOCK_ROWS": 32, "BLOCK_OUT": 64, "BLOCK_IN": 32, "num_stages": 3}
+        return {**tile, "num_warps": 4, "PRECISION": "ieee"}
+    tile = {"BLOCK_ROWS": 64, "BLOCK_OUT": 128, "BLOCK_IN": 64, "num_stages": 4}
+    return {**tile, "num_warps": 4, "PRECISION": "tf32"}  # the name is for fp32 only
+
+
+def _launch(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    num_rows, (out_features, in_features) = rows.shape[0], weight.shape
+    out = torch.empty(num_rows, out_features, dtype=rows.dtype, device=rows.device)
+    if out.numel() == 0:
+        return out
+    rows, weight = _with_dense_rows(rows), _with_dense_rows(weight)
+    options = tile_options(rows.dtype)
+    num_tiles = triton.cdiv(num_rows, options["BLOCK_ROWS"]) * triton.cdiv(out_features, options["BLOCK_OUT"])
+    num_splits = triton.cdiv(in_features, SPLIT_FEATURES)
+    apart = num_splits > 1 and num_tiles < ENOUGH_TILES
+    sums = torch.empty(num_splits, *out.shape, device=out.device) if apart else out
+    _linear_kernel[(num_tiles, num_splits if apart else 1)](
+        rows,
+        weight,
+        bias,
+        sums,
+        num_rows,
+        out_features,
+        in_features,
+        rows.stride(0),
+        weight.stride(0),
+        APART=apart,
+        SPLIT=SPLIT_FEATURES,
+        **options,
+    )
+    if apart:
+        grid = (triton.cdiv(out.numel(), MERGE_ELEMENTS),)
+        _add_partial_sums_kernel[grid](sums, bias, out, num_splits, out.numel(), out_features, BLOCK=MERGE_ELEMENTS)
+    return out
+
+
+def _with_dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _onednn_multiplies_bf16() -> bool:
@@ -127,5 +254,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if weight.dtype != x.dtype:
         raise ValueError(f"weight: expected {x.dtype} like x, got {weight.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous()):
+        got = f"{list(bias.shape)} with strides {list(bias.stride())}"
+        raise ValueError(f"bias: expected contiguous [{weight.shape[0]}], got {got}")

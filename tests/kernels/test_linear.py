@@ -6,12 +6,18 @@ from torch import Tensor
 
 import kernels.linear
 from kernels.linear import (
+    MERGE_ELEMENTS,
+    SPLIT_FEATURES,
+    _add_partial_sums_kernel,
+    _linear_kernel,
     linear,
     linear_batch_invariant,
     linear_batch_invariant_reference,
     pack_weight,
     probe_linear_batch_invariant,
+    tile_options,
 )
+from tests.helpers.compile_sm90 import compile_for_sm90
 
 
 def inputs(num_rows: int, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,8 +101,10 @@ def test_errors_name_the_argument() -> None:
         linear_batch_invariant(x, weight[:, :7])
     with pytest.raises(ValueError, match=r"^weight: expected torch.float32 like x"):
         linear_batch_invariant(x, weight.bfloat16())
-    with pytest.raises(ValueError, match=r"^bias: expected \[3\], got \[2\]"):
+    with pytest.raises(ValueError, match=r"^bias: expected contiguous \[3\], got \[2\]"):
         linear_batch_invariant(x, weight, torch.zeros(2))
+    with pytest.raises(ValueError, match=r"^bias: .*strides \[2\]"):
+        linear_batch_invariant(x, weight, torch.zeros(6)[::2])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -121,3 +129,24 @@ def test_only_what_gains_is_packed() -> None:
     weight = torch.randn(32, 32)
     assert pack_weight(weight) is weight
     assert pack_weight(weight.bfloat16()).is_mkldnn == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("apart", [False, True])
+def test_compiles_for_sm_90(dtype: torch.dtype, apart: bool) -> None:
+    kind = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+    options = tile_options(dtype)
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    signature = {"x_ptr": kind, "weight_ptr": kind, "out_ptr": "*fp32" if apart else kind, "num_rows": "i32"}
+    signature |= dict.fromkeys(("out_features", "in_features", "x_stride", "weight_stride"), "i32:16")
+    if not apart:
+        signature["bias_ptr"] = kind
+    constexprs = {"APART": apart, "SPLIT": SPLIT_FEATURES, **options, **({"bias_ptr": None} if apart else {})}
+    compiled = compile_for_sm90(_linear_kernel, signature, constexprs, **launch)
+    assert ("wgmma" in compiled.asm["ptx"]) == (dtype != torch.float32)
+
+
+def test_the_addition_of_partial_sums_compiles_for_sm_90() -> None:
+    signature = {"partial_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    signature |= {"num_splits": "i32", "num_elements": "i32", "out_features": "i32:16"}
+    compile_for_sm90(_add_partial_sums_kernel, signature, {"BLOCK": MERGE_ELEMENTS})

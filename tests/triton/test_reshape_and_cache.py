@@ -92,7 +92,7 @@ def test_strided_features_slots_and_rotary(dtype: torch.dtype, device: torch.dev
         x = getattr(found, name)
         setattr(found, name, x.transpose(1, 2).contiguous().transpose(1, 2))
     found.slot_mapping = torch.stack([found.slot_mapping, -found.slot_mapping], dim=1)[:, 0]
-    found.rotary = torch.cat([found.rotary, found.rotary + 1], dim=1)[:, :5]
+    found.rotary = torch.cat([found.rotary, found.rotary + 1], dim=-1)[..., :48]
     reshape_and_cache(**found.arguments())
     reshape_and_cache_reference(**expected.arguments())
     assert_same(found, expected, TOLERANCE[dtype])
