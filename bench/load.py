@@ -1,4 +1,4 @@
-"""Send prompts to a gateway all at once and time them: what the benchmarks here have in common."""
+"""Send prompts to a gateway and time them: what the benchmarks here have in common."""
 
 import asyncio
 import time
@@ -26,14 +26,21 @@ class Timed:
         return self.num_tokens / self.seconds
 
 
-def run_side_by_side(address: str, prompts: Sequence[Prompt], options: GenerateOptions) -> Timed:
-    """All prompts as concurrent requests of one client."""
+def run_side_by_side(
+    address: str, prompts: Sequence[Prompt], options: GenerateOptions, *, concurrency: int | None = None
+) -> Timed:
+    """The prompts as requests of one client, `concurrency` at a time (default: all at once)."""
+    slots = asyncio.Semaphore(concurrency or len(prompts))
+
+    async def generate(client: AsyncClient, prompt: Prompt) -> Completion:
+        async with slots:
+            return await client.generate(prompt, **options)
 
     async def run() -> Timed:
         async with AsyncClient(address) as client:
             await client.server_info()  # connected before the clock starts
             started = time.perf_counter()
-            completions = await asyncio.gather(*(client.generate(prompt, **options) for prompt in prompts))
+            completions = await asyncio.gather(*(generate(client, prompt) for prompt in prompts))
             return Timed(completions, time.perf_counter() - started)
 
     return asyncio.run(run())

@@ -58,15 +58,17 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", action="store_true", help=f"also write the report to {RESULTS.name}/")
 
 
-def publish(name: str, body: str, *, command: str, save: bool, on: str | None = None) -> None:
-    """Prints a report and, if asked to, keeps it under bench/results/<hardware>-<date>-<name>.md."""
+def publish(name: str, body: str, *, command: str, save: bool, on: str | None = None) -> Path | None:
+    """Prints a report and, if asked to, keeps it as bench/results/<hardware>-<date>-<name>.md, which is returned."""
     machine = on or hardware()
     today = datetime.date.today().isoformat()
     text = f"# {name}\n\n`{command}`, {machine}, {today}\n\n{body}\n"
     print(text)
-    if save:
-        slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{slug}-{today}-{name}.md"
-        path.write_text(text)
-        print(f"saved as {path}")
+    if not save:
+        return None
+    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{slug}-{today}-{name}.md"
+    path.write_text(text)
+    print(f"saved as {path}")
+    return path

@@ -1,114 +1,304 @@
-"""What speculation gives: the demo pair with and without its draft, on the same ranks, greedy and at temperature 1.
+"""What speculation gives: tokens per second of each way to speculate, beside plain decoding and `transformers`.
 
-Each prompt runs alone, one after another (the single-stream case), with and without drafts in turn. The outputs are
-compared token by token: speculation must not change them.
+Each run starts a variant's processes, warms them up and sends every prompt; variants take turns (A B C, A B C, ...), so
+that a machine whose speed drifts drifts for all, and ratios are those of neighbours. Outputs are compared with plain
+decoding's token by token. A variant that this build refuses is listed with the refusal.
+
+    python -m bench.inflate models/demo-target /tmp/target --preset target-455m
+    python -m bench.inflate models/demo-draft /tmp/draft --preset draft-32m
+    python -m bench.speculate --target /tmp/target --draft /tmp/draft --threads 2 -k 3 5 --transformers
 """
 
 import argparse
 import shlex
+import statistics
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
+from tokenizers import Tokenizer
+
+from bench.differences import Difference, first_difference, top_two_gap
 from bench.load import run_side_by_side
+from bench.plots import plot_bars
 from bench.prompts import load_prompts
 from bench.report import Spread, add_report_options, publish, table
-from cluster.local import LocalDeployment, local_settings
+from bench.variants import METHODS, PIPELINES, PLAIN, NotAvailableError, Pair, Variant, VariantDeployment, all_variants
+from echelon.pb.scheduler_pb2 import GetSchedulerStatusRequest, SchedulerStatus
+from echelon.pb.scheduler_pb2_grpc import SchedulerStub
 from echelon.requests import GenerateOptions
-from echelon.results import Completion
 
 MODELS = Path(__file__).parents[1] / "models"
+SEED = 1
+WARM_UP_TOKENS = 32
+MOST_GAPS = 16  # differences that are looked into
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """One setting over all prompts and runs."""
+class Cell:
+    """A load."""
 
-    speedups: list[float]  # one for each run over all prompts
-    tokens_per_step: float  # committed tokens for each target step of a request
-    accepted: float  # accepted / drafted
-    num_differing: int  # prompts whose tokens differ
+    temperature: float
+    concurrency: int
+
+    @property
+    def name(self) -> str:
+        return f"temperature {self.temperature:g}, concurrency {self.concurrency}"
 
 
-def compare(address: str, prompts: list[str], options: GenerateOptions, num_draft_tokens: int, runs: int) -> Comparison:
-    """Runs every prompt with and without drafts, `runs` times in turn, behind one run to warm up."""
-    plain_options: GenerateOptions = {**options, "speculation": {"enabled": False}}
-    draft_options: GenerateOptions = {**options, "speculation": {"num_speculative_tokens": num_draft_tokens}}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """All prompts once."""
 
-    def run(chosen: GenerateOptions) -> tuple[float, list[Completion]]:
-        timed = [run_side_by_side(address, [prompt], chosen) for prompt in prompts]
-        return sum(t.seconds for t in timed), [completion for t in timed for completion in t.completions]
+    tokens_per_s: float
+    tokens_per_round: float  # of a request: accepted drafts and the target's own
+    acceptance: float  # accepted / compared drafts
+    draft_idle: float  # share of the time in which the draft could have drafted and had no round
+    target_idle: float  # share of the time in which the target had no round, since it waited for drafts
+    cache_hits: float  # share of the mismatches for which a branch was ready
+    outputs: list[tuple[int, ...]]
 
-    run(plain_options), run(draft_options)
-    speedups = []
-    for _ in range(runs):
-        plain_s, plain = run(plain_options)
-        drafted_s, drafted = run(draft_options)
-        speedups.append(plain_s / drafted_s)
-    stats = [completion.speculation for completion in drafted]
-    return Comparison(
-        speedups=speedups,
-        tokens_per_step=sum(c.usage.completion_tokens for c in drafted) / sum(s.num_rounds for s in stats),
-        accepted=sum(s.num_accepted_tokens for s in stats) / max(1, sum(s.num_draft_tokens for s in stats)),
-        num_differing=sum(a.token_ids != b.token_ids for a, b in zip(plain, drafted, strict=True)),
+
+@dataclass(slots=True)
+class Results:
+    """Everything measured so far."""
+
+    runs: dict[Cell, dict[Variant, list[Run]]] = field(default_factory=dict)
+    refusals: dict[Variant, str] = field(default_factory=dict)
+
+    def add(self, variant: Variant, cell: Cell, run: Run) -> None:
+        self.runs.setdefault(cell, {}).setdefault(variant, []).append(run)
+
+    def ratios(self, cell: Cell, variant: Variant, base: Variant) -> list[float]:
+        pairs = zip(self.runs[cell][variant], self.runs[cell][base], strict=False)
+        return [run.tokens_per_s / other.tokens_per_s for run, other in pairs]
+
+    def best_serial(self, cell: Cell, source: str) -> Variant | None:
+        """What the other pipelines of a source are measured against."""
+        serial = [v for v in self.runs[cell] if (v.pipeline, v.source) == ("serial", source) and v.num_drafts]
+        return max(serial, key=lambda v: _median_speed(self.runs[cell][v]), default=None)
+
+
+def _median_speed(runs: Sequence[Run]) -> float:
+    return statistics.median(run.tokens_per_s for run in runs)
+
+
+def status_of(deployment: VariantDeployment) -> SchedulerStatus:
+    with grpc.insecure_channel(deployment.running.scheduler_address) as channel:
+        return SchedulerStub(channel).GetSchedulerStatus(GetSchedulerStatusRequest(), timeout=10.0)
+
+
+def share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def run_cell(deployment: VariantDeployment, prompts: Sequence[list[int]], cell: Cell, num_tokens: int) -> Run:
+    """One run over all prompts, behind a few requests of the same kind with other tokens."""
+    address = deployment.running.gateway_address
+    options: GenerateOptions = {
+        "max_tokens": num_tokens,
+        "temperature": cell.temperature,
+        "seed": SEED,
+        "ignore_eos": True,
+    }
+    strangers = [[1 + (997 * i + 31 * j) % 4000 for j in range(WARM_UP_TOKENS)] for i in range(cell.concurrency)]
+    run_side_by_side(address, strangers, {**options, "max_tokens": WARM_UP_TOKENS})
+    before = status_of(deployment)
+    timed = run_side_by_side(address, prompts, options, concurrency=cell.concurrency)
+    after = status_of(deployment)
+    stats = [completion.speculation for completion in timed.completions]
+    hits = after.verdict_cache_hits_total - before.verdict_cache_hits_total
+    misses = after.verdict_cache_misses_total - before.verdict_cache_misses_total
+    return Run(
+        tokens_per_s=timed.tokens_per_s,
+        tokens_per_round=share(timed.num_tokens, sum(s.num_rounds for s in stats)),
+        acceptance=share(sum(s.num_accepted_tokens for s in stats), sum(s.num_draft_tokens for s in stats)),
+        draft_idle=(after.draft_idle_seconds_total - before.draft_idle_seconds_total) / timed.seconds,
+        target_idle=(after.verify_wait_seconds_total - before.verify_wait_seconds_total) / timed.seconds,
+        cache_hits=share(hits, hits + misses),
+        outputs=[completion.token_ids for completion in timed.completions],
     )
 
 
-def main() -> None:
+def measure(
+    pair: Pair,
+    variants: Sequence[Variant],
+    cells: Sequence[Cell],
+    prompts: Sequence[list[int]],
+    args: argparse.Namespace,
+) -> Results:
+    """Every variant in turn, `args.runs` times. Raises NotAvailableError if plain decoding cannot be started."""
+    results = Results()
+    for _ in range(args.runs):
+        for variant in variants:
+            if variant in results.refusals:
+                continue
+            try:
+                with VariantDeployment(pair, variant) as deployment:
+                    for cell in cells:
+                        results.add(variant, cell, run_cell(deployment, prompts, cell, args.tokens))
+            except NotAvailableError as error:
+                if variant == PLAIN:
+                    raise
+                results.refusals[variant] = str(error)
+    return results
+
+
+def differences(results: Results, cell: Cell, variant: Variant, prompts: Sequence[list[int]]) -> list[Difference]:
+    """Of the last run, one a prompt at most."""
+    plain, other = (results.runs[cell][v][-1].outputs for v in (PLAIN, variant))
+    found = (first_difference(*each) for each in zip(prompts, plain, other, strict=True))
+    return [difference for difference in found if difference is not None]
+
+
+def rows_of(results: Results, cell: Cell, prompts: Sequence[list[int]], *, forced: bool) -> list[list[str]]:
+    rows = []
+    for variant, runs in results.runs[cell].items():
+        last = runs[-1]
+        base = None if variant.pipeline == "serial" else results.best_serial(cell, variant.source)
+        num_differing = len(differences(results, cell, variant, prompts))
+        rows.append(
+            [
+                variant.name,
+                f"{Spread.of([run.tokens_per_s for run in runs]):.1f}",
+                f"{Spread.of(results.ratios(cell, variant, PLAIN)):.2f}",
+                f"{Spread.of(results.ratios(cell, variant, base)):.2f} of {base.name}" if base else "",
+                f"{last.tokens_per_round:.2f}",
+                "" if variant == PLAIN else f"{last.acceptance:.2f}",
+                f"{last.draft_idle:.0%}" if variant.uses_draft_model else "",
+                "" if variant == PLAIN else f"{last.target_idle:.0%}",
+                f"{last.cache_hits:.0%}" if variant.pipeline.endswith("+cache") else "",
+                "forced" if forced else f"{num_differing} of {len(prompts)}",
+            ]
+        )
+    return rows
+
+
+HEADER = [
+    "variant",
+    "tokens/s",
+    "x plain",
+    "x best serial",
+    "tokens/round",
+    "accepted/drafted",
+    "draft idle",
+    "target idle",
+    "cache hits",
+    "outputs that differ",
+]
+
+
+def gap_report(pair: Pair, results: Results, prompts: Sequence[list[int]]) -> str:
+    """The gaps where outputs parted; empty if none did."""
+    found = [
+        (cell, variant, difference)
+        for cell, by_variant in results.runs.items()
+        for variant in by_variant
+        for difference in differences(results, cell, variant, prompts)
+    ]
+    if not found:
+        return ""
+    rows = []
+    with VariantDeployment(pair, PLAIN) as deployment:
+        for cell, variant, difference in found[:MOST_GAPS]:
+            address = deployment.running.gateway_address
+            gap = top_two_gap(address, difference, temperature=cell.temperature, seed=SEED)
+            tokens = f"{difference.plain_token_id} / {difference.other_token_id}"
+            rows.append([variant.name, cell.name, str(len(difference.output)), tokens, f"{gap:.4f}"])
+    header = ["variant", "load", "at output token", "plain / other", "gap of plain's two best"]
+    return f"\n\n{len(found)} outputs part from plain decoding:\n\n" + table(header, rows)
+
+
+def transformers_rows(args: argparse.Namespace, prompts: Sequence[list[int]]) -> list[list[str]]:
+    """Plain and assisted generation, one prompt at a time, greedy."""
+    from bench.transformers_generate import TransformersPair  # takes seconds to import, and few runs ask for it
+
+    theirs = TransformersPair(args.target, args.draft, dtype=args.dtype, threads=args.threads)
+    chosen = [None, *(k for k in args.k if k is not None)]
+    speeds: dict[int | None, list[float]] = {k: [] for k in chosen}
+    for _ in range(args.runs):
+        for k in chosen:
+            speeds[k].append(theirs.tokens_per_s(prompts, num_tokens=args.tokens, num_drafts=k))
+    names = {k: "transformers, plain" if k is None else f"transformers, assisted, k = {k}" for k in chosen}
+    ratios = {k: [a / b for a, b in zip(speeds[k], speeds[None], strict=True)] for k in chosen}
+    return [[names[k], f"{Spread.of(speeds[k]):.1f}", f"{Spread.of(ratios[k]):.2f}"] + [""] * 7 for k in chosen]
+
+
+def _count_or_auto(text: str) -> int | None:
+    return None if text == "auto" else int(text)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, default=MODELS / "demo-target")
     parser.add_argument("--draft", type=Path, default=MODELS / "demo-draft")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of the target")
-    parser.add_argument("--dtype", default="float32", help="float32: outputs must be equal; bfloat16: but for ties")
+    parser.add_argument("--dtype", default="bfloat16", help="float32: outputs must be equal; bfloat16: but for ties")
+    parser.add_argument("--placement", choices=["colocated", "separate"], default="colocated")
+    parser.add_argument("--threads", type=int, default=2, help="of each worker")
+    parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES))
+    parser.add_argument("--sources", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "-k", type=_count_or_auto, nargs="+", default=[3, 5], help="drafts a round, or auto: the policy"
+    )
+    parser.add_argument("--layer-parallel-size", type=int, default=4)
+    parser.add_argument("--forced-acceptance", type=float, default=0.0, help="count this share of drafts as right")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1])
     parser.add_argument("--dataset", type=Path, help="JSON lines with `prompt` or `turns`; default: bundled prompts")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("-k", type=int, nargs="+", default=[2, 4, 6], help="drafts a round")
+    parser.add_argument("--runs", type=int, default=5, help="paired runs behind each median")
+    parser.add_argument("--transformers", action="store_true", help="also transformers, on the same pair and prompts")
+    parser.add_argument("--name", default="speculate", help="of the report")
     add_report_options(parser)
-    args = parser.parse_args()
-    prompts = load_prompts(args.dataset, args.prompts)
-    settings = local_settings(
-        args.target,
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    tokenizer = Tokenizer.from_file(str(args.target / "tokenizer.json"))
+    prompts = [tokenizer.encode(prompt).ids for prompt in load_prompts(args.dataset, args.prompts)]
+    pair = Pair(
+        target=args.target,
         draft=args.draft,
-        tp_size=args.tp,
         dtype=args.dtype,
-        num_speculative_tokens=max(args.k),
-        max_num_seqs=8,
+        colocated=args.placement == "colocated",
+        threads=args.threads,
+        max_num_seqs=max(args.concurrency),
+        lp_size=args.layer_parallel_size,
+        forced_acceptance=args.forced_acceptance,
     )
-    rows = []
-    with LocalDeployment(settings, gateway=True) as deployment:
-        for temperature in (0.0, 1.0):
-            options: GenerateOptions = {
-                "max_tokens": args.tokens,
-                "temperature": temperature,
-                "seed": 1,
-                "ignore_eos": True,
-            }
-            for k in args.k:
-                result = compare(deployment.running.gateway_address, prompts, options, k, args.runs)
-                rows.append(
-                    [
-                        f"{temperature:g}",
-                        str(k),
-                        f"{result.tokens_per_step:.2f}",
-                        f"{result.accepted:.2f}",
-                        f"{Spread.of(result.speedups):.2f}",
-                        f"{result.num_differing} of {len(prompts)}",
-                    ]
-                )
-    body = (
-        f"{args.target.name} on {args.tp} rank(s), {args.draft.name} on 1, {args.dtype}, one thread a rank, one "
-        f"request at a time, {len(prompts)} prompts x {args.tokens} tokens; "
-        f"median (least-greatest) of {args.runs} paired runs.\n\n"
-        + table(["temperature", "k", "tokens/target step", "accepted/drafted", "speed-up", "outputs that differ"], rows)
+    variants = all_variants(args.pipelines, args.sources, args.k)
+    cells = [Cell(t, c) for t in args.temperatures for c in args.concurrency]
+    results = measure(pair, variants, cells, prompts, args)
+    body = _body(args, pair, results, prompts)
+    path = publish(
+        args.name, body, command=shlex.join(["python", "-m", "bench.speculate", *sys.argv[1:]]), save=args.save
     )
-    publish(
-        f"speculate-tp{args.tp}",
-        body,
-        command=shlex.join(["python", "-m", "bench.speculate", *sys.argv[1:]]),
-        save=args.save,
-    )
+    if path is not None:
+        bars = {
+            cell.name: {v.name: Spread.of([run.tokens_per_s for run in runs]) for v, runs in by_variant.items()}
+            for cell, by_variant in results.runs.items()
+        }
+        plot_bars(bars, label="tokens/s", path=path.with_suffix(".png"))
+
+
+def _body(args: argparse.Namespace, pair: Pair, results: Results, prompts: Sequence[list[int]]) -> str:
+    parts = [
+        f"{args.target.name} and {args.draft.name}, {args.dtype}, {args.placement}, {args.threads} thread(s) a worker, "
+        f"{len(prompts)} prompts x {args.tokens} tokens, prefill included, no prefix cache"
+        + (f", acceptance forced to {args.forced_acceptance:g}" if args.forced_acceptance else "")
+        + f". Median (least-greatest) of {args.runs} paired runs."
+    ]
+    for cell in results.runs:
+        rows = rows_of(results, cell, prompts, forced=bool(args.forced_acceptance))
+        if args.transformers and cell == Cell(0.0, 1):
+            rows += transformers_rows(args, prompts)
+        parts.append(f"## {cell.name[0].upper()}{cell.name[1:]}\n\n" + table(HEADER, rows))
+    parts += [f"{variant.name}: not available: {error}" for variant, error in results.refusals.items()]
+    return "\n\n".join(parts) + ("" if args.forced_acceptance else gap_report(pair, results, prompts))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,148 @@
+"""What `bench.speculate` compares: each way to speculate as a deployment on this machine.
+
+A variant is written into the specs of the processes themselves (protos/process.proto), not into a deployment file, so
+that what only a benchmark may ask for (forced acceptance) can be asked for here, and nowhere else.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.errors import PlanError, StartError
+from cluster.local import LocalDeployment, local_settings
+from cluster.processes import Child
+from cluster.settings import Settings
+from cluster.startup import Launch
+from echelon.pb.process_pb2 import SchedulerSpec, WorkerSpec
+from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET, EngineInfo
+
+PIPELINES = ("serial", "continuous", "continuous+cache")
+METHODS = {"draft": "draft_model", "suffix": "suffix", "layer-parallel": "draft_model", "hybrid": "hybrid"}
+VERDICT_CACHE_ROWS = 4
+MOST_DRAFTS = 8  # where the policy chooses
+START_TIMEOUT_S = 300.0
+
+
+class NotAvailableError(RuntimeError):
+    """This build of Echelon does not offer the variant; says what refused it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """The models and where they run."""
+
+    target: Path
+    draft: Path
+    dtype: str
+    colocated: bool
+    threads: int  # of each worker
+    max_num_seqs: int
+    lp_size: int
+    forced_acceptance: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """A way to speculate."""
+
+    source: str  # a key of METHODS, or "none"
+    pipeline: str = "serial"
+    num_drafts: int | None = None  # a round; None: the policy chooses
+
+    @property
+    def name(self) -> str:
+        if self.source == "none":
+            return "plain"
+        return f"{self.pipeline}, {self.source}, k = {'auto' if self.num_drafts is None else self.num_drafts}"
+
+    @property
+    def uses_draft_model(self) -> bool:
+        return self.source not in ("none", "suffix")
+
+
+PLAIN = Variant(source="none")
+
+
+def all_variants(pipelines: list[str], sources: list[str], num_drafts: list[int | None]) -> list[Variant]:
+    """Every combination that means something, plain decoding first. Lookup costs nothing to wait for: it is serial."""
+    combinations = [
+        Variant(source=source, pipeline=pipeline, num_drafts=k)
+        for pipeline in pipelines
+        for source in sources
+        for k in num_drafts
+        if source != "suffix" or pipeline == "serial"
+    ]
+    return [PLAIN, *combinations]
+
+
+def adjust_scheduler(spec: SchedulerSpec, variant: Variant) -> None:
+    """Lets a scheduler speculate as the variant says."""
+    if variant == PLAIN:
+        return
+    speculation = spec.speculation
+    speculation.method = METHODS[variant.source]
+    speculation.pipeline = variant.pipeline.removesuffix("+cache")
+    speculation.num_speculative_tokens = variant.num_drafts or MOST_DRAFTS
+    speculation.adaptive = variant.num_drafts is None
+    speculation.verdict_cache_rows = VERDICT_CACHE_ROWS if variant.pipeline.endswith("+cache") else 0
+
+
+def adjust_worker(spec: WorkerSpec, pair: Pair, variant: Variant) -> None:
+    """What a worker's engines are told beyond the settings."""
+    for engine in spec.engines:
+        if engine.role == ENGINE_ROLE_TARGET:
+            engine.forced_acceptance = pair.forced_acceptance
+        elif variant.source == "layer-parallel":
+            engine.lp_size = pair.lp_size
+
+
+class VariantDeployment(LocalDeployment):
+    """The processes of one variant. Entering raises NotAvailableError where one of them refuses it."""
+
+    def __init__(self, pair: Pair, variant: Variant) -> None:
+        self._pair = pair
+        self._variant = variant
+        try:
+            super().__init__(_settings(pair, variant), gateway=True)
+        except PlanError as error:
+            raise NotAvailableError(str(error)) from error
+
+    def __enter__(self) -> "VariantDeployment":
+        try:
+            self.start()
+            self._check_layer_parallel()
+        except StartError as error:
+            raise NotAvailableError(str(error)) from error
+        except NotAvailableError:
+            self.stop()
+            raise
+        return self
+
+    def _spawn(self, launch: Launch) -> Child:
+        if isinstance(launch.spec, SchedulerSpec):
+            adjust_scheduler(launch.spec, self._variant)
+        if isinstance(launch.spec, WorkerSpec):
+            adjust_worker(launch.spec, self._pair, self._variant)
+        return super()._spawn(launch)
+
+    def _check_layer_parallel(self) -> None:
+        """A worker that knows nothing of it would run an ordinary draft."""
+        if self._variant.source == "layer-parallel" and self._draft_engine().lp_size != self._pair.lp_size:
+            raise NotAvailableError(f"the draft worker has lp_size {self._draft_engine().lp_size}")
+
+    def _draft_engine(self) -> EngineInfo:
+        group = self.running.draft or self.running.target
+        return next(engine for engine in group.info.engines if engine.role == ENGINE_ROLE_DRAFT)
+
+
+def _settings(pair: Pair, variant: Variant) -> Settings:
+    return local_settings(
+        pair.target,
+        draft=pair.draft if variant.uses_draft_model else None,
+        colocated=pair.colocated and variant.uses_draft_model,
+        dtype=pair.dtype,
+        threads_per_worker=pair.threads,
+        max_num_seqs=pair.max_num_seqs,
+        enable_prefix_caching=False,  # prompts repeat from run to run
+        num_speculative_tokens=variant.num_drafts or MOST_DRAFTS,
+        startup_timeout_s=START_TIMEOUT_S,
+    )
