@@ -1,0 +1,181 @@
+"""A suffix automaton that grows token by token: every repeated context of a text, how often and what followed it.
+
+A state stands for the strings that end at the same places; its suffix link leads to the longest one that ends at more
+places. So the longest suffix of the text that occurred before is the link of the last state, and what followed a
+context are the transitions of its state. Source: Blumer et al. 1985; for drafting arXiv 2411.10666.
+
+No library does this lightly: arctic-inference, which serving systems use, is to be compiled and plugs itself into
+vLLM, and the automata on PyPI are built once.
+"""
+
+from array import array
+from collections.abc import Iterable
+from typing import NamedTuple
+
+__all__ = ["SEPARATOR", "Continuation", "Match", "SuffixAutomaton"]
+
+SEPARATOR = -1  # between texts that have nothing to do with one another
+_NONE, _MANY = -2, -3  # in the place of a transition's token
+_MAX_COUNTED = 64  # contexts that a token is counted for, longest first: bounds the work in texts like "a a a a"
+_MAX_BRANCHES = 64  # a context that so many different tokens followed predicts none
+
+
+class Continuation(NamedTuple):
+    token_id: int
+    probability: float  # the share of the context's occurrences that it followed
+    state: int  # of the context with the token
+
+
+class Match(NamedTuple):
+    state: int
+    length: int  # tokens of the context
+
+
+class SuffixAutomaton:
+    """The text so far. `extend` takes amortised constant time a token and about 130 bytes."""
+
+    def __init__(self) -> None:
+        # By state. Most have one transition, which is kept here; those with more have a dict.
+        self._length = array("i", [0])
+        self._link = array("i", [-1])
+        self._count = array("i", [0])  # places where its strings end
+        self._last_end = array("i", [0])  # the latest of them
+        self._only_token = array("i", [_NONE])
+        self._only_next = array("i", [0])
+        self._branches: dict[int, dict[int, int]] = {}
+        self._end = 0  # the state of the whole text
+        self.num_tokens = 0
+
+    @property
+    def num_states(self) -> int:
+        return len(self._length)
+
+    # -- growing ------------------------------------------------------------------------------------------------------
+
+    def extend(self, token_ids: Iterable[int]) -> None:
+        for token_id in token_ids:
+            self._append(token_id)
+
+    def _append(self, token_id: int) -> None:
+        self.num_tokens += 1
+        end = self._add_state(self._length[self._end] + 1)
+        state = self._end
+        self._end = end
+        found = -1
+        while state >= 0 and (found := self._step(state, token_id)) < 0:
+            self._set(state, token_id, end)
+            state = self._link[state]
+        if state >= 0:
+            self._link[end] = self._split(state, token_id, found)
+        self._count_up(end)
+
+    def _add_state(self, length: int) -> int:
+        self._length.append(length)
+        self._link.append(0)
+        self._count.append(0)
+        self._last_end.append(0)
+        self._only_token.append(_NONE)
+        self._only_next.append(0)
+        return len(self._length) - 1
+
+    def _split(self, state: int, token_id: int, found: int) -> int:
+        """The state of exactly the string of `state` and the token, cut off from the longer ones in `found`."""
+        length = self._length[state] + 1
+        if self._length[found] == length:
+            return found
+        clone = self._add_state(length)
+        for array_ in (self._link, self._count, self._last_end, self._only_token, self._only_next):
+            array_[clone] = array_[found]
+        if found in self._branches:
+            self._branches[clone] = self._branches[found].copy()
+        self._link[found] = clone
+        while state >= 0 and self._step(state, token_id) == found:
+            self._set(state, token_id, clone)
+            state = self._link[state]
+        return clone
+
+    def _count_up(self, state: int) -> None:
+        """All suffixes of the text end here once more."""
+        count, last_end, link, position = self._count, self._last_end, self._link, self.num_tokens
+        for _ in range(_MAX_COUNTED):
+            if state <= 0:
+                return
+            count[state] += 1
+            last_end[state] = position
+            state = link[state]
+
+    def _set(self, state: int, token_id: int, target: int) -> None:
+        only = self._only_token[state]
+        if only in (_NONE, token_id):
+            self._only_token[state] = token_id
+            self._only_next[state] = target
+        elif only == _MANY:
+            self._branches[state][token_id] = target
+        else:
+            self._branches[state] = {only: self._only_next[state], token_id: target}
+            self._only_token[state] = _MANY
+
+    def _step(self, state: int, token_id: int) -> int:
+        only = self._only_token[state]
+        if only == token_id:
+            return self._only_next[state]
+        return self._branches[state].get(token_id, -1) if only == _MANY else -1
+
+    # -- looking up ---------------------------------------------------------------------------------------------------
+
+    def longest_repeated(self) -> Match:
+        """The longest suffix of the text that also ends earlier in it."""
+        state = max(0, self._link[self._end])
+        return Match(state, self._length[state])
+
+    def advance(self, match: Match, token_id: int) -> Match:
+        """The longest context that ends with the matched one and the token; amortised constant time."""
+        state, length = self.refresh(match)
+        while (found := self._step(state, token_id)) < 0:
+            if state == 0:
+                return Match(0, 0)
+            state = self._link[state]
+            length = self._length[state]
+        return self.refresh(Match(found, length + 1))
+
+    def refresh(self, match: Match) -> Match:
+        """A match from before the text grew: its context may have got a state of its own."""
+        state, length = match
+        while state and length <= self._length[self._link[state]]:
+            state = self._link[state]
+        return Match(state, length)
+
+    def shorter(self, match: Match) -> Match:
+        """The longest suffix of the matched context that occurs more often."""
+        state = max(0, self._link[match.state])
+        return Match(state, self._length[state])
+
+    def occurrences(self, match: Match) -> int:
+        """How often the matched context ends in the text."""
+        return self._count[match.state]
+
+    def likeliest(self, state: int) -> Continuation | None:
+        """What most often followed a context, of several the latest; None where nothing did or all too much."""
+        only = self._only_token[state]
+        if only == _NONE:
+            return None
+        if only != _MANY:
+            return Continuation(only, 1.0, self._only_next[state])
+        branches = self._branches[state]
+        if len(branches) > _MAX_BRANCHES:
+            return None
+        count, last_end = self._count, self._last_end
+        best, total = -1, 0
+        for child in branches.values():
+            total += count[child]
+            if best < 0 or (count[child], last_end[child]) > (count[best], last_end[best]):
+                best = child
+        token_id = next(token_id for token_id, child in branches.items() if child == best)
+        return Continuation(token_id, count[best] / total, best)
+
+    def matched(self, token_ids: Iterable[int]) -> Match:
+        """The longest suffix of these tokens that occurs in the text."""
+        match = Match(0, 0)
+        for token_id in token_ids:
+            match = self.advance(match, token_id)
+        return match
