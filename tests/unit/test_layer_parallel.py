@@ -1,10 +1,12 @@
 """Layer-parallel drafting with ranks as threads: every way to divide the layers computes the definition's bits."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.helpers.layer_parallel import (
     CONFIGS,
@@ -19,8 +21,10 @@ from tests.helpers.layer_parallel import (
     write_deep_model,
 )
 from tests.helpers.thread_group import ThreadGroup, run_ranks
+from workers.batch import Batch
 from workers.groups import SoloGroup
 from workers.models import LoadError
+from workers.models.decoder import KVCache
 from workers.models.layer_groups import MLPs, Weights
 
 
@@ -44,6 +48,18 @@ def test_a_batch_of_layers_computes_the_definition(folders: dict[str, Path], nam
     (outcome,) = outcomes(case)
     for step, (hidden, expected) in enumerate(zip(outcome.hidden, reference(case), strict=True)):
         assert torch.equal(hidden, expected), f"forward {step}"
+
+
+def test_a_token_without_a_slot_leaves_every_layer_alone(folders: dict[str, Path]) -> None:
+    model = Case(folder=folders["llama"], lp_size=3, num_ranks=1).load(SoloGroup())
+    runner = DraftRunner(model, num_seqs=1, dtype=torch.float32)
+    tensors = [tensor.zero_() for tensors in runner.kv_caches for tensor in tensors]
+
+    def draft_forward(batch: Batch, kv_caches: list[KVCache]) -> Tensor:
+        return model.draft_forward(replace(batch, slot_mapping=torch.full_like(batch.slot_mapping, -1)), kv_caches)
+
+    runner.draft({0: [1]}, draft_forward)
+    assert not any(tensor.any() for tensor in tensors)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

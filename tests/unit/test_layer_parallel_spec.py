@@ -14,7 +14,9 @@ from tests.helpers.thread_group import ThreadGroup, run_ranks
 from workers.cohort import Cohort
 from workers.engine import Engine
 from workers.layer_parallel import num_ranks, resolve_plan
+from workers.layers.context import BuildContext
 from workers.load import load_engines
+from workers.models import ModelConfig
 from workers.models.layer_groups import LayerParallelPlan, MLPs, Weights
 from workers.process import SpecError
 
@@ -78,9 +80,27 @@ def test_ranks_decide_alike_how_mlps_are_divided(folder: Path) -> None:
     assert plans[0].weights is Weights.SHARDED
 
 
-def test_mlps_that_ranks_cannot_split_are_replicated(tmp_path: Path) -> None:
-    folder = write_deep_model(tmp_path / "model", "llama", intermediate_size=95)
-    assert {plan.mlps for plan in resolve_on(2, draft_spec(folder))} == {MLPs.REPLICATED}
+@pytest.mark.parametrize(
+    ("intermediate_size", "split_s", "expected"),
+    [
+        (96, (0.9, 0.9), MLPs.TENSOR_PARALLEL),
+        (96, (0.5, 1.1), MLPs.REPLICATED),  # one rank waits for the other
+        (95, (0.5, 0.5), MLPs.REPLICATED),  # cannot be split
+    ],
+)
+def test_mlps_are_split_where_that_takes_the_slowest_rank_less_time(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    intermediate_size: int,
+    split_s: tuple[float, float],
+    expected: MLPs,
+) -> None:
+    def time(config: ModelConfig, group: ThreadGroup, ctx: BuildContext) -> float:
+        return 1.0 if ctx.group.size == 1 else split_s[group.rank]
+
+    monkeypatch.setattr("workers.layer_parallel._time_mlps", time)
+    folder = write_deep_model(tmp_path / "model", "llama", intermediate_size=intermediate_size)
+    assert [plan.mlps for plan in resolve_on(2, draft_spec(folder))] == [expected] * 2
 
 
 def test_one_rank_holds_everything_whatever_the_spec_says(folder: Path) -> None:
