@@ -106,8 +106,7 @@ def make_schedule(settings: Settings, lengths: SeqLengths, *, device: torch.devi
     if settings.batch_invariant:
         return Schedule(split=None, whole=_whole_work(settings, lengths, some, whole_tiling, device))
     num_programs = resident_programs(device)
-    is_long = num_new[some] * settings.group > MAX_SPLIT_ROWS
-    long = some[is_long & ~settings.tree]
+    long = some[(num_new[some] * settings.group > MAX_SPLIT_ROWS) & (not settings.tree)]
     # Too few query tiles leave multiprocessors idle: a short chunk behind a long prefix is split as well.
     num_long_tiles = int(np.sum(-(-num_new[long] // whole_tiling.tokens(settings.group))))
     if num_long_tiles * settings.num_kv_heads * PROGRAMS_PER_MULTIPROCESSOR < num_programs:

@@ -7,47 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels import attention_tiles
-from kernels.paged_attention import paged_attention
 from kernels.paged_attention_probe import probe_paged_attention
-
-BLOCK_SIZE = 16
-
-
-class Seqs:
-    """A few seqs with all their queries, keys and values, of which any pieces can be asked for in any company."""
-
-    def __init__(
-        self, lengths: list[int], heads: tuple[int, int], head_dim: int, dtype: torch.dtype, *, neighbours: bool = False
-    ) -> None:
-        torch.manual_seed(0)
-        self.lengths, self.head_dim = lengths, head_dim
-        self.q = [torch.randn(length, heads[0], head_dim).to(dtype) for length in lengths]
-        blocks_of = [-(-length // BLOCK_SIZE) for length in lengths]
-        order = torch.arange(sum(blocks_of)) if neighbours else torch.randperm(sum(blocks_of))
-        self.tables = list(torch.split(order.int(), blocks_of))
-        self.k_cache, self.v_cache = torch.randn(2, len(order), BLOCK_SIZE, heads[1], head_dim).to(dtype)
-
-    def attend(self, pieces: list[tuple[int, int, int]], sliding_window: int | None = None) -> list[Tensor]:
-        """Results of the tokens [start, end) of seq, for each piece (seq, start, end), computed in one call."""
-        sizes = [end - start for _, start, end in pieces]
-        out = paged_attention(
-            torch.cat([self.q[seq][start:end] for seq, start, end in pieces]),
-            self.k_cache,
-            self.v_cache,
-            torch.nn.utils.rnn.pad_sequence([self.tables[seq] for seq, _, _ in pieces], batch_first=True),
-            torch.tensor([end for _, _, end in pieces], dtype=torch.int32),
-            torch.tensor([0, *sizes]).cumsum(0).int(),
-            softmax_scale=self.head_dim**-0.5,
-            sliding_window=sliding_window,
-            batch_invariant=True,
-        )
-        return list(torch.split(out, sizes))
-
-    def in_chunks(self, seq: int, size: int, sliding_window: int | None = None) -> Tensor:
-        length = self.lengths[seq]
-        starts = range(0, length, size)
-        pieces = [[(seq, start, min(start + size, length))] for start in starts]
-        return torch.cat([self.attend(piece, sliding_window)[0] for piece in pieces])
+from tests.helpers.attention_pieces import Seqs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
