@@ -1,14 +1,76 @@
 """What a scheduler is told about its deployment."""
 
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeVar
 
 from echelon.pb import process_pb2
 
-__all__ = ["ConfigError", "SchedulerConfig"]
+__all__ = ["ConfigError", "Method", "Pipeline", "SchedulerConfig", "SpeculationConfig"]
+
+
+_Name = TypeVar("_Name", bound=StrEnum)
 
 
 class ConfigError(ValueError):
     """A value in the scheduler's spec cannot be used."""
+
+
+class Method(StrEnum):
+    """Where drafts come from."""
+
+    NONE = "none"
+    DRAFT_MODEL = "draft_model"
+    SUFFIX = "suffix"  # what followed the same tokens before
+    HYBRID = "hybrid"  # suffix where it promises more, else the draft model
+
+
+class Pipeline(StrEnum):
+    SERIAL = "serial"  # the target waits while the draft model drafts
+    CONTINUOUS = "continuous"  # both run at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationConfig:
+    method: Method = Method.NONE
+    pipeline: Pipeline = Pipeline.SERIAL
+    num_speculative_tokens: int = 0  # most drafts that a target row verifies
+    adaptive: bool = False  # the policy chooses how many; else all that there are
+    window: int = 0  # continuous: most drafts ahead of the last commit; 0: as many as can be of use
+    verdict_cache_rows: int = 0  # continuous: most branches of a seq
+
+    def __post_init__(self) -> None:
+        if self.method is not Method.NONE and self.num_speculative_tokens < 1:
+            raise ConfigError(f"speculation.num_speculative_tokens must be >= 1 with method {self.method.value!r}")
+
+    @property
+    def uses_draft_model(self) -> bool:
+        return self.method in (Method.DRAFT_MODEL, Method.HYBRID)
+
+    @property
+    def uses_lookup(self) -> bool:
+        return self.method in (Method.SUFFIX, Method.HYBRID)
+
+    @classmethod
+    def from_spec(cls, spec: process_pb2.SpeculationSpec) -> "SpeculationConfig":
+        method = _known(Method, spec.method or "none", "speculation.method")
+        if method is Method.NONE:
+            return cls()
+        return cls(
+            method=method,
+            pipeline=_known(Pipeline, spec.pipeline or "serial", "speculation.pipeline"),
+            num_speculative_tokens=spec.num_speculative_tokens,
+            adaptive=spec.adaptive,
+            window=spec.window,
+            verdict_cache_rows=spec.verdict_cache_rows,
+        )
+
+
+def _known(kind: type[_Name], value: str, where: str) -> _Name:
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigError(f"{where} is {value!r}; known are {', '.join(map(repr, map(str, kind)))}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +83,7 @@ class SchedulerConfig:
     max_queue: int = 1024  # requests that wait for their first round
     enable_prefix_caching: bool = True
     max_rounds_in_flight: int = 2  # at each engine
-    num_speculative_tokens: int = 0  # most drafts a round and seq; 0: no speculation
+    speculation: SpeculationConfig = SpeculationConfig()
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_queue"):
@@ -42,17 +104,5 @@ class SchedulerConfig:
             max_queue=spec.max_queue,
             enable_prefix_caching=spec.enable_prefix_caching,
             max_rounds_in_flight=spec.max_rounds_in_flight,
-            num_speculative_tokens=_num_speculative_tokens(spec.speculation),
+            speculation=SpeculationConfig.from_spec(spec.speculation),
         )
-
-
-def _num_speculative_tokens(spec: process_pb2.SpeculationSpec) -> int:
-    if spec.method in ("", "none"):
-        return 0
-    if spec.method != "draft_model":
-        raise ConfigError(f"speculation.method is {spec.method!r}; known are 'none' and 'draft_model'")
-    if spec.pipeline not in ("", "serial"):
-        raise ConfigError(f"speculation.pipeline is {spec.pipeline!r}; known is 'serial'")
-    if spec.num_speculative_tokens < 1:
-        raise ConfigError("speculation.num_speculative_tokens must be >= 1 with method 'draft_model'")
-    return spec.num_speculative_tokens

@@ -15,9 +15,10 @@ from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2, worker_pb2
 from scheduler.config import SchedulerConfig
 from scheduler.detokenizer import TokenTable
 from scheduler.engine import Engine, PlannedRow
+from scheduler.idle_meter import IdleMeter
 from scheduler.request import Chunk, Failed, InvalidRequestError, Output, Request, build_request
 from scheduler.seq import Seq, SeqStatus
-from scheduler.speculation import Drafter
+from scheduler.speculation import Speculation
 from scheduler.stopping import Finish
 from scheduler.target import TargetPlanner
 
@@ -47,8 +48,8 @@ class SchedulerCore:
     def __init__(self, config: SchedulerConfig, table: TokenTable) -> None:
         self._config = config
         self._table = table
-        self._drafter = Drafter()
-        self._target = TargetPlanner(config, self._drafter)
+        self._speculation = Speculation(config.speculation)
+        self._target = TargetPlanner(config, self._speculation)
         self._requests: dict[str, Request] = {}
         self._num_arrived = 0
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap; finished requests stay until they surface
@@ -56,6 +57,8 @@ class SchedulerCore:
         self._num_generated = 0
         self._num_accepted = 0
         self._totals = scheduler_pb2.SchedulerStatus()
+        self._draft_idle = IdleMeter()
+        self._verify_wait = IdleMeter()
 
     # -- engines ------------------------------------------------------------------------------------------------------
 
@@ -64,7 +67,7 @@ class SchedulerCore:
 
     def connect_draft(self, info: worker_pb2.EngineInfo, incarnation: int) -> None:
         """Speculation starts, or resumes, for every seq."""
-        self._drafter.attach(self._new_engine(info, incarnation))
+        self._speculation.attach(self._new_engine(info, incarnation))
 
     def disconnect_target(self, reason: str) -> None:
         """The target is gone with all that it held: every request fails."""
@@ -74,7 +77,7 @@ class SchedulerCore:
 
     def disconnect_draft(self) -> None:
         """The draft engine is gone: requests go on without drafts."""
-        self._drafter.detach(self._target.running)
+        self._speculation.detach(self._target.running)
 
     def _new_engine(self, info: worker_pb2.EngineInfo, incarnation: int) -> Engine:
         return Engine(info, incarnation, enable_prefix_caching=self._config.enable_prefix_caching)
@@ -110,6 +113,7 @@ class SchedulerCore:
         )
         self._num_arrived += 1
         self._requests[request_id] = request
+        self._speculation.welcome(request)
         if request.deadline_s is not None:
             heappush(self._deadlines, (request.deadline_s, self._num_arrived, request))
         self._totals.prompt_tokens_total += request.num_prompt_tokens
@@ -126,6 +130,13 @@ class SchedulerCore:
                 seq.output.end()
                 self._finish(seq, _ABORT, now, _Fresh(seq, seq.num_outputs, [], None))
 
+    def adjust(self, request_id: str, wish: inference_pb2.Speculation) -> None:
+        """Change how a running request speculates, from its next rows on. Unknown ids are ignored, as in `cancel`."""
+        request = self._requests.get(request_id)
+        for seq in request.seqs if request is not None else ():
+            if seq.status is not SeqStatus.FINISHED:
+                self._speculation.adjust(seq, wish)
+
     def expire(self, now: float) -> None:
         """Fail the requests whose time is up."""
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -141,19 +152,27 @@ class SchedulerCore:
             heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
+    def next_release(self) -> float | None:
+        """When `plan_target` is worth calling again though nothing has happened: a seq has waited for drafts enough."""
+        engine = self._target.engine
+        if engine is None or engine.in_flight:
+            return None  # the round on its way comes back first
+        return self._speculation.next_release(self._target.running)
+
     @property
     def num_requests(self) -> int:
         return len(self._requests)
 
     # -- the draft engine ---------------------------------------------------------------------------------------------
 
-    def plan_draft(self) -> worker_pb2.Round | None:
-        message = self._drafter.plan(self._target.running)
+    def plan_draft(self, now: float) -> worker_pb2.Round | None:
+        message = self._speculation.plan_draft(self._target.running)
         self._totals.draft_rounds_total += message is not None
+        self._measure_idleness(now)
         return message
 
-    def on_draft_result(self, result: worker_pb2.RoundResult) -> None:
-        self._totals.draft_tokens_total += self._drafter.on_result(result)
+    def on_draft_result(self, result: worker_pb2.RoundResult, now: float) -> None:
+        self._speculation.on_draft_result(result)
 
     # -- the target engine --------------------------------------------------------------------------------------------
 
@@ -161,7 +180,16 @@ class SchedulerCore:
         """The next round for the target, None while it has enough to do or nothing can run."""
         message = self._target.plan(now)
         self._totals.target_rounds_total += message is not None
+        self._measure_idleness(now)
         return message
+
+    def _measure_idleness(self, now: float) -> None:
+        """What the engines do has perhaps changed."""
+        engine, draft_engine = self._target.engine, self._speculation.drafter.engine
+        waits = self._speculation.is_drafting or self._speculation.next_release(self._target.running) is not None
+        self._verify_wait.update(now, is_idle=waits and engine is not None and not engine.in_flight)
+        is_idle = draft_engine is not None and not draft_engine.in_flight
+        self._draft_idle.update(now, is_idle=is_idle and self._speculation.expects_drafts(self._target.running))
 
     def on_target_result(self, result: worker_pb2.RoundResult, now: float) -> None:
         """Commit what a round has computed."""
@@ -171,7 +199,7 @@ class SchedulerCore:
             seq.num_rows_in_flight -= 1
             seq.num_pending -= row.num_pending
             if row.drafts:
-                seq.is_verifying = False
+                seq.num_verifying = 0
             if seq.status is not SeqStatus.FINISHED:
                 self._on_row(row, answer, now)
 
@@ -195,6 +223,7 @@ class SchedulerCore:
         if finish is not None:
             del token_ids[seq.num_outputs - offset :]
         self._count(row, answer, len(token_ids), now)
+        self._speculation.on_commit(seq, token_ids)
         self._publish(row, min(num_computed, len(seq.token_ids)))
         fresh = _Fresh(seq, offset, token_ids, answer)
         if finish is None:
@@ -220,6 +249,7 @@ class SchedulerCore:
             num_accepted = min(answer.num_accepted_tokens, num_taken)
             self._num_accepted += num_accepted
             request.count_verdict(answer.num_verified_tokens, num_accepted)
+            self._speculation.on_verdict(row.seq, answer.num_accepted_tokens, answer.num_verified_tokens)
         if request.first_token_s is None:
             request.first_token_s = now
         if len(request.seqs) > 1:
@@ -253,6 +283,7 @@ class SchedulerCore:
     def _finish(self, seq: Seq, finish: Finish, now: float, last: _Fresh) -> None:
         request = seq.request
         self._target.release(seq)
+        self._speculation.finish(seq)
         seq.finish = finish
         self._start_siblings(request)
         self._outputs.append(last)
@@ -264,6 +295,7 @@ class SchedulerCore:
         for seq in request.seqs:
             if seq.status is not SeqStatus.FINISHED:
                 self._target.release(seq)
+                self._speculation.finish(seq)
         self._forget(request)
         self._outputs.append(_failed(request.request_id, code, message))
 
@@ -325,7 +357,7 @@ class SchedulerCore:
         if self._target.engine is not None:
             status.num_blocks = self._target.engine.blocks.num_blocks
             status.num_free_blocks = self._target.engine.blocks.num_free
-        if self._drafter.engine is not None:
-            status.num_draft_blocks = self._drafter.engine.blocks.num_blocks
-            status.num_free_draft_blocks = self._drafter.engine.blocks.num_free
+        status.draft_idle_seconds_total = self._draft_idle.idle_s
+        status.verify_wait_seconds_total = self._verify_wait.idle_s
+        self._speculation.report(status, self._target.running)
         return status

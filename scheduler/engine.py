@@ -6,13 +6,23 @@ from dataclasses import dataclass
 
 from echelon.pb import sampling_pb2, worker_pb2
 from scheduler.blocks import BlockManager
-from scheduler.seq import Seat, Seq
+from scheduler.seat import Seat
+from scheduler.seq import Seq
 
-__all__ = ["Engine", "InFlight", "PlannedRow", "ProtocolError"]
+__all__ = ["Engine", "ForkFrom", "InFlight", "PlannedRow", "ProtocolError"]
 
 
 class ProtocolError(RuntimeError):
     """A worker group answered something that no round asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForkFrom:
+    """A draft slot begins as a branch of another one."""
+
+    parent_slot: int
+    length: int  # tokens that they share
+    num_shared_blocks: int  # those that are full of them
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -26,7 +36,11 @@ class PlannedRow:
     crop_len: int | None = None
     append_token_ids: Sequence[int] = ()
     drafts: Sequence[int] = ()  # target: to verify
+    fork: ForkFrom | None = None  # draft: how a slot of a branch begins
+    calibrate_len: int = 0  # draft: tokens whose approximate KV is replaced first
     num_draft_tokens: int = 0  # draft: to draft
+    epoch: int = 0  # draft: of the chain that grows
+    num_exact: int = 0  # draft: leading tokens of the seat whose KV is exact behind the row
     num_pending: int = 0  # target: tokens that the row will certainly commit
 
 
@@ -102,18 +116,21 @@ class Engine:
             self.blocks.publish(seat.block_ids[i], digests[i])
         seat.num_published = num_full
 
-    def launch(self, rows: list[PlannedRow]) -> worker_pb2.Round:
+    def launch(self, rows: list[PlannedRow], *, num_alternatives: int = 0) -> worker_pb2.Round:
         """The message for these rows. Seats are moved on to where they will be when it has run."""
         self.num_rounds += 1
         message = worker_pb2.Round(
-            round_id=self.num_rounds, incarnation=self._incarnation, free_slots=self._slots_to_free
+            round_id=self.num_rounds,
+            incarnation=self._incarnation,
+            free_slots=self._slots_to_free,
+            num_alternatives=num_alternatives,
         )
         self._slots_to_free = []
         num_tokens = 0
         is_prefill = False
         for row in rows:
             if not row.seat.introduced:
-                message.init_seqs.append(_seq_init(row))
+                _introduce(message, row)
             _add_row(message, row)
             num_tokens += row.chunk_len + len(row.drafts)
             is_prefill = is_prefill or row.chunk_len > 2
@@ -133,6 +150,21 @@ class Engine:
         return record
 
 
+def _introduce(message: worker_pb2.Round, row: PlannedRow) -> None:
+    seat = row.seat
+    if row.fork is None:
+        message.init_seqs.append(_seq_init(row))
+    else:
+        message.forks.add(
+            slot=seat.slot,
+            parent_slot=row.fork.parent_slot,
+            length=row.fork.length,
+            new_block_ids=seat.block_ids[row.fork.num_shared_blocks :],
+        )
+    seat.introduced = True
+    seat.num_sent_blocks = len(seat.block_ids)
+
+
 def _seq_init(row: PlannedRow) -> worker_pb2.SeqInit:
     seq, seat = row.seq, row.seat
     sampling = seq.sampling
@@ -141,8 +173,6 @@ def _seq_init(row: PlannedRow) -> worker_pb2.SeqInit:
         sampling = sampling_pb2.SeqSampling()
         sampling.CopyFrom(seq.sampling)
         sampling.ClearField("prompt_logprobs")
-    seat.introduced = True
-    seat.num_sent_blocks = len(seat.block_ids)
     return worker_pb2.SeqInit(
         slot=seat.slot,
         token_ids=seq.token_ids,
@@ -168,4 +198,7 @@ def _add_row(message: worker_pb2.Round, row: PlannedRow) -> None:
         pb.draft_base_len = len(row.seq.token_ids)
     if row.num_draft_tokens:
         pb.num_draft_tokens = row.num_draft_tokens
-    seat.num_computed = row.start + row.chunk_len
+    if row.calibrate_len:
+        pb.calibrate_len = row.calibrate_len
+    # The last draft is not computed.
+    seat.num_computed = row.start + row.chunk_len + max(0, row.num_draft_tokens - 1)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from grpc import StatusCode
 
 from echelon.pb import inference_pb2, process_pb2, scheduler_pb2, worker_pb2
+from scheduler.config import Method
 from scheduler.core import SchedulerCore
 from scheduler.group_client import GroupClient, GroupEvents
 from scheduler.request import Chunk, Completed, Failed, Output
@@ -81,6 +82,7 @@ class Replica:
         self._outboxes: dict[str, Outbox] = {}
         self._pump_is_due = False
         self._deadline: asyncio.TimerHandle | None = None
+        self._release: asyncio.TimerHandle | None = None  # of the first seq that is held for drafts
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -95,7 +97,7 @@ class Replica:
             events=GroupEvents(connected=self._target_up, result=self._target_result, lost=self._target_lost),
         )
         self.draft: GroupClient | None = None
-        if spec.HasField("draft") and spec.speculation.method == "draft_model":
+        if spec.HasField("draft") and spec.speculation.method in (Method.DRAFT_MODEL, Method.HYBRID):
             self.draft = GroupClient(
                 "draft group",
                 spec.draft,
@@ -120,6 +122,10 @@ class Replica:
 
     def cancel(self, request_id: str) -> None:
         self._core.cancel(request_id, self._now())
+        self._pump_soon()
+
+    def adjust(self, request_id: str, wish: inference_pb2.Speculation) -> None:
+        self._core.adjust(request_id, wish)
         self._pump_soon()
 
     def drop(self, outbox: Outbox) -> None:
@@ -185,7 +191,7 @@ class Replica:
         self._pump_soon()
 
     def _draft_result(self, result: worker_pb2.RoundResult) -> None:
-        self._core.on_draft_result(result)
+        self._core.on_draft_result(result, self._now())
         self._pump()
 
     def _draft_lost(self, reason: str) -> None:
@@ -219,10 +225,11 @@ class Replica:
         now = self._now()
         while self._pump_draft() | self._pump_target(now):
             pass
+        self._arm_release()
         self._soon(self._deliver)  # behind the tasks that write the rounds
 
     def _pump_draft(self) -> bool:
-        message = self._core.plan_draft() if self.draft is not None else None
+        message = self._core.plan_draft(self._now()) if self.draft is not None else None
         if self.draft is not None and message is not None:
             self.draft.send(message)
         return message is not None
@@ -242,6 +249,14 @@ class Replica:
                 outbox.request_ids.discard(output.request_id)
         if not self._outboxes:
             self._idle.set()
+
+    def _arm_release(self) -> None:
+        release = self._core.next_release()
+        if self._release is not None:
+            self._release.cancel()
+            self._release = None
+        if release is not None:
+            self._release = asyncio.get_running_loop().call_at(release, self._run, self._pump)
 
     def _arm_deadline(self) -> None:
         if self._deadline is not None:

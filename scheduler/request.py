@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2
-from scheduler.config import SchedulerConfig
+from scheduler.config import SchedulerConfig, SpeculationConfig
 from scheduler.detokenizer import Detokenizer, TokenTable
 from scheduler.digests import DigestChain, root_digest
 from scheduler.seq import Seq
 from scheduler.stopping import OutputText, StopRules, StopStrings
 
-__all__ = ["Chunk", "Completed", "Failed", "InvalidRequestError", "Output", "Request", "build_request"]
+__all__ = ["Chunk", "Completed", "Failed", "InvalidRequestError", "Output", "Request", "build_request", "max_drafts"]
 
 
 class InvalidRequestError(ValueError):
@@ -165,7 +165,8 @@ def build_request(
                 sampling=_seq_sampling(sampling, rules.stop_token_ids, index),
                 output=OutputText(rules, detokenizer),
                 digests=DigestChain(root, block_size),
-                max_drafts=_max_drafts(submit.speculation, config),
+                max_drafts=max_drafts(submit.speculation, config.speculation),
+                is_draft_fixed=submit.speculation.HasField("num_speculative_tokens"),
             )
         )
     return request
@@ -192,7 +193,8 @@ def _stop_token_ids(sampling: sampling_pb2.SamplingParams, config: SchedulerConf
     return frozenset(own) if sampling.ignore_eos else config.eos_token_ids.union(own)
 
 
-def _max_drafts(wish: inference_pb2.Speculation, config: SchedulerConfig) -> int:
+def max_drafts(wish: inference_pb2.Speculation, config: SpeculationConfig) -> int:
+    """Most drafts that a request's rows may verify, by its own wish; 0: no speculation."""
     if wish.HasField("enabled") and not wish.enabled:
         return 0
     if wish.HasField("num_speculative_tokens"):

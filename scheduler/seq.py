@@ -5,13 +5,21 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from echelon.pb import sampling_pb2
+from scheduler.acceptance import Acceptance, AcceptancePrior
+from scheduler.chain import DraftSeat
 from scheduler.digests import DigestChain
+from scheduler.seat import Seat
 from scheduler.stopping import Finish, OutputText
+from scheduler.suffix import Proposal, SuffixDrafts
 
 if TYPE_CHECKING:
     from scheduler.request import Request
 
-__all__ = ["DraftSeat", "Seat", "Seq", "SeqStatus"]
+__all__ = ["Seq", "SeqStatus"]
+
+
+def _unknown() -> Acceptance:
+    return Acceptance.start(AcceptancePrior())
 
 
 class SeqStatus(Enum):
@@ -19,27 +27,6 @@ class SeqStatus(Enum):
     WAITING = auto()  # for a slot and blocks
     RUNNING = auto()
     FINISHED = auto()
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Seat:
-    """A seq's place in an engine, as it will be when every round sent so far has run."""
-
-    slot: int
-    block_ids: list[int]
-    num_computed: int  # leading tokens of the history whose KV is there
-    num_published: int  # leading blocks that need no publishing any more
-    num_sent_blocks: int = 0
-    introduced: bool = False  # the engine has been sent the seq
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class DraftSeat(Seat):
-    """In a draft engine the history is followed by a chain of drafts that the target has not seen yet."""
-
-    num_known: int  # committed tokens that the engine has been sent
-    chain: list[int] = field(default_factory=list)  # drafted behind them
-    is_catching_up: bool = False  # a round without drafts is on its way
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
@@ -59,13 +46,23 @@ class Seq:
     num_reused: int = 0  # tokens that the prefix cache gave the seat
     num_rows_in_flight: int = 0  # at the target, of this seat or an earlier one
     num_pending: int = 0  # tokens that those rows will certainly commit
-    is_verifying: bool = False  # one of them has drafts: nobody knows how many tokens it will commit
+    num_verifying: int = 0  # drafts of one of them: nobody knows how many tokens it will commit
+    verifies_chain: bool = False  # those drafts are the first of the draft engine's chain
+
+    max_drafts: int = 0  # a round; 0: no speculation
+    is_draft_fixed: bool = False  # the request chose the number: the policy has no say
+    acceptance: Acceptance = field(default_factory=_unknown)  # of the draft model's drafts
+    suffixes: SuffixDrafts | None = None  # where lookup finds drafts
+    looked_up: Proposal | None = None  # what it finds behind the history as it is
+    skips_draft: bool = False  # it promises more than the draft model
+    held_until: float | None = None  # the target's next row waits for drafts, but no longer
 
     draft: DraftSeat | None = None
-    drafts: list[int] = field(default_factory=list)  # drafted behind the history, not yet verified
-    num_drafted_at: int = 0  # length of the history when the last drafts were ordered
+    has_draft_model: bool = True  # False: the draft engine cannot follow this seq
+    window: int = 0  # drafts that its chain may run ahead, as the policy said last; 0: the draft pauses
+    window_chosen_at: int = -1  # length of the history when it said so
+    num_drafted_at: int = 0  # serial: length of the history when the last drafts were ordered
     num_free_at_refusal: int = -1  # free draft blocks when they were too few for this seq
-    max_drafts: int = 0  # a round; 0: no speculation
 
     @property
     def num_outputs(self) -> int:
@@ -81,6 +78,24 @@ class Seq:
         """Tokens of the history that the target has yet to compute; 1 is a decode step."""
         assert self.target is not None, "a seq without a seat has nothing to compute"
         return self.num_tokens_ahead - self.target.num_computed
+
+    @property
+    def is_verifying(self) -> bool:
+        return self.num_verifying > 0
+
+    @property
+    def is_decoding(self) -> bool:
+        """The prompt is computed, and all but the last token of the history."""
+        return self.target is not None and self.num_outputs > 0 and (self.is_verifying or self.num_uncomputed <= 1)
+
+    @property
+    def wants_draft_model(self) -> bool:
+        return self.max_drafts > 0 and self.has_draft_model
+
+    @property
+    def draft_limit(self) -> int:
+        """Most drafts that the next target row may verify; it adds a token of its own."""
+        return max(0, min(self.max_drafts, self.max_len - len(self.token_ids) - 1))
 
     @property
     def may_step(self) -> bool:

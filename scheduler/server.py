@@ -56,6 +56,8 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
                 self._replica.submit(request.submit, outbox)
             case "cancel":
                 self._replica.cancel(request.cancel.request_id)
+            case "adjust":
+                self._replica.adjust(request.adjust.request_id, request.adjust.speculation)
 
     async def _write(self, outbox: Outbox, context: "Context") -> None:
         with contextlib.suppress(grpc.aio.AbortError, grpc.aio.InternalError):  # the reader ends with the stream too

@@ -1,250 +1,207 @@
-"""Serial speculation: the draft engine drafts, then the target verifies.
+"""Where drafts come from, and how many of them the target verifies."""
 
-The draft engine holds each seq's history and, behind it, the chain of its own drafts. Before it drafts again the chain
-is cut where the verdict left it and the committed tokens are appended (`_Resync`). A seq whose draft KV lags far
-behind is caught up in rounds of their own, beside the target's, and decodes without drafts until then. Everything on
-the draft engine is best effort: no seq waits for its slots or blocks.
-"""
-
-import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from echelon.pb import worker_pb2
-from scheduler.engine import Engine, PlannedRow
-from scheduler.seq import DraftSeat, Seq
+from echelon.pb import inference_pb2, scheduler_pb2, worker_pb2
+from scheduler.acceptance import Acceptance, AcceptancePrior, expected_tokens
+from scheduler.config import SpeculationConfig
+from scheduler.drafter import Drafter
+from scheduler.engine import Engine
+from scheduler.policy import Drafts, SpeculationPolicy
+from scheduler.request import Request, max_drafts
+from scheduler.seq import Seq
+from scheduler.suffix import Proposal, SuffixDrafts, SuffixIndex, prefers_lookup
 
-__all__ = ["Drafter"]
+__all__ = ["Speculation"]
 
-logger = logging.getLogger(__name__)
-
-_MAX_LAG = 32  # tokens that a drafting round may catch up on the way: the target waits for it
-_MAX_ROUNDS = 2  # a drafting round may stand behind one that catches up
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Resync:
-    """How the draft engine's tokens become the history again."""
-
-    crop_len: int | None
-    append_token_ids: list[int]
-    num_computed: int
+_LOOKUP_S = 1e-6  # what a draft from lookup costs the policy
+_MAX_TRUST_LEN = 16  # contexts of so many tokens and more are trusted alike
+_NOTHING = Proposal([], [], 0)
+_CONTEXT = 64  # tokens before a finished request's output that are kept with it, to find its beginning by
 
 
-def _resync(seq: Seq, seat: DraftSeat) -> _Resync:
-    history = seq.token_ids
-    held_len = seat.num_known + len(seat.chain)
-    keep = seat.num_known
-    for token_id in seat.chain:
-        if keep >= len(history) or history[keep] != token_id:
-            break
-        keep += 1
-    if min(seat.num_computed, keep) >= len(history):
-        keep = len(history) - 1  # a token is chosen behind a computed one: compute the last once more
-    return _Resync(
-        crop_len=keep if keep < held_len else None,
-        append_token_ids=history[keep:],
-        num_computed=min(seat.num_computed, keep),
-    )
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """What one seq could verify now."""
+
+    drafts: Drafts
+    token_ids: Sequence[int]
+    is_chain: bool  # they are the draft engine's
 
 
-def _is_ready(seq: Seq) -> bool:
-    """The target has nothing left to do for the seq but to decode, and no drafts were ordered for this position."""
-    return (
-        seq.num_rows_in_flight == 0
-        and seq.num_outputs > 0
-        and seq.num_uncomputed == 1
-        and seq.num_drafted_at != len(seq.token_ids)
-    )
+class Speculation:
+    """The draft sources of a scheduler behind one face, and the policy that rules them."""
 
+    def __init__(self, config: SpeculationConfig) -> None:
+        self._config = config
+        self._policy = SpeculationPolicy(
+            max_drafts=config.num_speculative_tokens,
+            adaptive=config.adaptive,
+            pipeline=config.pipeline.value,
+            window=config.window,
+        )
+        self.drafter = Drafter(config, self._policy)
+        self._suffixes = SuffixIndex() if config.uses_lookup else None
+        if not config.uses_draft_model:
+            self._policy.observe_draft(num_seqs=1, num_steps=1, num_chunk_tokens=1, run_s=_LOOKUP_S)
+        # How drafts from lookup fared, by the length of the context that was found: short ones are found by chance.
+        self._lookup_odds = [AcceptancePrior() for _ in range(_MAX_TRUST_LEN.bit_length())]
+        self._num_verified = 0
+        self._num_looked_up = 0
+        self._recent_drafts = 0.0  # of a row that had any
 
-class Drafter:
-    """Plans the rounds of the draft engine. Without an engine it plans none, and seqs decode without drafts."""
+    def welcome(self, request: Request) -> None:
+        """A request that will run."""
+        for seq in request.seqs:
+            seq.acceptance = Acceptance.start(self._policy.prior)
+            seq.has_draft_model = self._config.uses_draft_model
+            if self._suffixes is not None:
+                seq.suffixes = SuffixDrafts(self._suffixes, seq.token_ids)
 
-    def __init__(self) -> None:
-        self.engine: Engine | None = None
-        self.num_seated = 0
-        self._drafting: set[Seq] = set()  # their drafts are on the way: the target waits for them
+    def release(self, seq: Seq) -> None:
+        """The seq needs no drafts any more, or not before it runs again."""
+        self.drafter.release(seq)
+        seq.held_until = None
+
+    def finish(self, seq: Seq) -> None:
+        """The seq has ended; what it has produced may help others."""
+        if self._suffixes is None or seq.suffixes is None:
+            return
+        seq.suffixes.close()
+        if seq.num_outputs:
+            self._suffixes.add(seq.token_ids[max(0, seq.request.num_prompt_tokens - _CONTEXT) :])
+
+    def adjust(self, seq: Seq, wish: inference_pb2.Speculation) -> None:
+        """The request wants to speculate in another way from now on."""
+        seq.max_drafts = max_drafts(wish, self._config)
+        seq.is_draft_fixed = wish.HasField("num_speculative_tokens")
+        if seq.max_drafts == 0:
+            self.release(seq)
+
+    def report(self, status: scheduler_pb2.SchedulerStatus, running: Iterable[Seq]) -> None:
+        """Fills in what is known here."""
+        status.draft_tokens_total = self.drafter.num_drafted
+        status.verified_tokens_total = self._num_verified
+        status.lookup_tokens_total = self._num_looked_up
+        status.verdict_cache_hits_total = self.drafter.cache.num_hits
+        status.verdict_cache_misses_total = self.drafter.cache.num_misses
+        status.acceptance_rate = self._policy.prior.rate if self._num_verified else 0.0
+        status.drafts_per_verification = self._recent_drafts
+        seats = [(seq.draft.num_ahead, seq.window) for seq in running if seq.draft is not None and seq.window]
+        if seats:
+            status.window_occupancy = min(1.0, sum(ahead for ahead, _ in seats) / sum(window for _, window in seats))
+        engine = self.drafter.engine
+        if engine is not None:
+            status.num_draft_blocks = engine.blocks.num_blocks
+            status.num_free_draft_blocks = engine.blocks.num_free
+
+    # -- the target's side --------------------------------------------------------------------------------------------
 
     @property
     def is_drafting(self) -> bool:
-        return bool(self._drafting)
+        """Serial: the target has to wait."""
+        return self.drafter.is_drafting
+
+    def expects_drafts(self, running: Iterable[Seq]) -> bool:
+        """Somebody may have drafts to verify when the round on its way is back."""
+        return any(seq.max_drafts > 0 and (seq.suffixes is not None or seq.draft is not None) for seq in running)
+
+    def choose(
+        self, seqs: Sequence[Seq], now: float, *, num_other_tokens: int, num_waiting: int
+    ) -> dict[Seq, Sequence[int]]:
+        """Drafts for each of these seqs, whose turn it is to decode; those that are left out wait for theirs."""
+        offers = [self._offer(seq, now) for seq in seqs]
+        if not any(offer.drafts.limit for offer in offers):
+            return dict.fromkeys(seqs, ())
+        choices = self._policy.choose(
+            [offer.drafts for offer in offers], num_other_tokens=num_other_tokens, num_waiting=num_waiting
+        )
+        chosen: dict[Seq, Sequence[int]] = {}
+        for seq, offer, choice in zip(seqs, offers, choices, strict=True):
+            if choice.hold_s > 0.0:
+                seq.held_until = seq.held_until or now + choice.hold_s
+                continue
+            chosen[seq] = offer.token_ids[: choice.num_verify]
+            seq.verifies_chain = offer.is_chain
+        return chosen
+
+    def next_release(self, running: Iterable[Seq]) -> float | None:
+        """When the first of the held seqs has waited long enough."""
+        return min((seq.held_until for seq in running if seq.held_until is not None), default=None)
+
+    def _offer(self, seq: Seq, now: float) -> _Offer:
+        drafts = self.drafter.drafts_of(seq, may_hold=seq.held_until is None or now < seq.held_until)
+        chain = [drafted.token_id for drafted in seq.draft.chain] if seq.draft is not None and drafts.num_ready else []
+        found = self._lookup(seq)
+        if not found.token_ids or not self._prefers_lookup(seq):
+            return _Offer(drafts, chain, is_chain=True)
+        looked_up = Drafts(
+            acceptance=self._trust(found).rate * found.probabilities[-1] ** (1 / len(found.token_ids)),
+            num_ready=len(found.token_ids),
+            num_coming=0,
+            limit=drafts.limit,
+            is_fixed=drafts.is_fixed,
+        )
+        return _Offer(looked_up, found.token_ids, is_chain=False)
+
+    def _lookup(self, seq: Seq) -> Proposal:
+        """What lookup finds behind the history."""
+        if seq.suffixes is None or seq.draft_limit == 0:
+            return _NOTHING
+        if seq.looked_up is None:
+            seq.looked_up = seq.suffixes.propose(seq.draft_limit)
+        return seq.looked_up
+
+    def _prefers_lookup(self, seq: Seq) -> bool:
+        """Whether what lookup finds promises more than the draft model, if there is one."""
+        drafts = self.drafter.drafts_of(seq)
+        num_drafts = max(drafts.num_ready, drafts.num_coming)
+        expected = expected_tokens(drafts.acceptance, num_drafts) - 1.0 if num_drafts else 0.0
+        found = self._lookup(seq)
+        return prefers_lookup(found, reliability=self._trust(found).rate, expected_by_model=expected)
+
+    def _trust(self, found: Proposal) -> AcceptancePrior:
+        return self._lookup_odds[min(found.match_len, _MAX_TRUST_LEN).bit_length() - 1]
+
+    def sent(self, seq: Seq, num_drafts: int) -> None:
+        """A target row of the seq is on its way, with that many drafts."""
+        seq.num_verifying = num_drafts
+        seq.held_until = None
+
+    def on_verdict(self, seq: Seq, num_accepted: int, num_verified: int) -> None:
+        self._num_verified += num_verified
+        self._num_looked_up += 0 if seq.verifies_chain else num_verified
+        if num_verified:
+            self._recent_drafts += 0.05 * (num_verified - self._recent_drafts)
+        if seq.verifies_chain:
+            seq.acceptance.observe(num_accepted, num_verified)
+        elif seq.looked_up is not None:
+            self._trust(seq.looked_up).observe(num_accepted, min(num_accepted + 1, num_verified))
+
+    def on_commit(self, seq: Seq, token_ids: Sequence[int]) -> None:
+        """The history has grown by these tokens."""
+        if seq.suffixes is not None:
+            seq.suffixes.extend(token_ids)
+            seq.looked_up = None
+        self.drafter.follow(seq)
+
+    def observe_target(self, *, num_seqs: int, num_tokens: int, num_context: int, run_s: float) -> None:
+        self._policy.observe_target(num_seqs=num_seqs, num_tokens=num_tokens, num_context=num_context, run_s=run_s)
+
+    # -- the draft engine ---------------------------------------------------------------------------------------------
 
     def attach(self, engine: Engine) -> None:
-        self.engine = engine
+        self.drafter.attach(engine)
 
     def detach(self, seqs: Iterable[Seq]) -> None:
-        """The engine is gone with all that it held."""
-        self.engine = None
-        self._drafting.clear()
-        self.num_seated = 0
-        for seq in seqs:
-            seq.draft = None
+        self.drafter.detach(seqs)
 
-    def release(self, seq: Seq) -> None:
-        """The seq drafts no more: finished, preempted or given up."""
-        self._drafting.discard(seq)
-        seq.drafts = []
-        if seq.draft is None or self.engine is None:
-            return
-        self.engine.release(seq.draft)
-        seq.draft = None
-        self.num_seated -= 1
+    def plan_draft(self, running: Iterable[Seq]) -> worker_pb2.Round | None:
+        running = list(running)
+        for seq in running:
+            seq.skips_draft = seq.suffixes is not None and seq.is_decoding and self._prefers_lookup(seq)
+        return self.drafter.plan(running)
 
-    def plan(self, running: Iterable[Seq]) -> worker_pb2.Round | None:
-        """The next round for the draft engine, if it has one to run. `running`: oldest first."""
-        engine = self.engine
-        if engine is None or self._drafting or len(engine.in_flight) >= _MAX_ROUNDS:
-            return None
-        speculating = [seq for seq in running if seq.max_drafts and self._may_follow(engine, seq)]
-        self._seat_newcomers(engine, speculating)
-        rows = self._drafting_rows(engine, speculating)
-        if rows:
-            self._drafting.update(row.seq for row in rows)
-        elif not engine.in_flight:
-            rows = self._catch_up_rows(engine, speculating)
-        return engine.launch(rows) if rows else None
-
-    def on_result(self, result: worker_pb2.RoundResult) -> int:
-        """Take in a round's drafts -> how many tokens were drafted."""
-        assert self.engine is not None, "a result of an engine that is not connected"
-        record = self.engine.land(result)
-        num_drafted = 0
-        for row, answer in zip(record.rows, result.rows, strict=True):
-            if row.seq.draft is not row.seat:
-                continue
-            num_drafted += self._take_drafts(row, answer)
-        return num_drafted
-
-    def _take_drafts(self, row: PlannedRow, answer: worker_pb2.RowResult) -> int:
-        seq, seat = row.seq, row.seat
-        assert isinstance(seat, DraftSeat), "the draft engine seats draft seats"
-        assert self.engine is not None, "a result of an engine that is not connected"
-        self._drafting.discard(seq)
-        seat.is_catching_up = False
-        if answer.non_finite:
-            logger.warning("request %s: non-finite draft logits, going on without drafts", seq.request.request_id)
-            self.engine.blocks.forget(seat.block_ids[: seat.num_published])
-            self._give_up(seq)
-            return 0
-        self.engine.publish(seq, seat, row.start + row.chunk_len)
-        if row.num_draft_tokens == 0:
-            return 0
-        seat.chain = list(answer.token_ids)
-        seat.num_computed += max(0, len(seat.chain) - 1)  # the last draft has not been computed
-        seq.drafts = seat.chain.copy()
-        return len(seat.chain)
-
-    def _may_follow(self, engine: Engine, seq: Seq) -> bool:
-        """Whether there is room for the seq and a draft in the draft's context, which may be the shorter one."""
-        if len(seq.token_ids) < engine.info.max_model_len:
-            return True
-        self._give_up(seq)
-        return False
-
-    def _give_up(self, seq: Seq) -> None:
-        """The seq goes on without drafts."""
-        self.release(seq)
-        seq.max_drafts = 0
-
-    def _seat_newcomers(self, engine: Engine, speculating: list[Seq]) -> None:
-        for seq in speculating:
-            if seq.draft is not None:
-                continue
-            if engine.num_free_slots == 0:
-                return
-            if seq.num_free_at_refusal != engine.blocks.num_free and not self._seat(engine, seq):
-                seq.num_free_at_refusal = engine.blocks.num_free
-
-    def _seat(self, engine: Engine, seq: Seq) -> bool:
-        """Blocks for the whole history at once: catching up never gets stuck half way."""
-        blocks = engine.blocks
-        found = engine.find_prefix(seq)
-        most = min(seq.max_len, engine.info.max_model_len)
-        num_new = blocks.num_blocks_for(min(len(seq.token_ids) + seq.max_drafts, most)) - len(found)
-        if num_new + blocks.num_idle_among(found) > blocks.num_free:
-            return False
-        if max(seq.token_ids) >= engine.info.vocab_size:  # padding of the target's vocabulary that the draft lacks
-            self._give_up(seq)
-            return False
-        blocks.hold(found)
-        seat = DraftSeat(
-            slot=engine.take_slot(),
-            block_ids=found + blocks.allocate(num_new, found[-1] if found else None),
-            num_computed=len(found) * blocks.block_size,
-            num_published=len(found),
-            num_known=0,
-        )
-        seq.draft = seat
-        self.num_seated += 1
-        return True
-
-    def _drafting_rows(self, engine: Engine, speculating: list[Seq]) -> list[PlannedRow]:
-        rows: list[PlannedRow] = []
-        budget = engine.info.max_num_batched_tokens
-        for seq in speculating:
-            seat = seq.draft
-            if seat is None or seat.is_catching_up or not _is_ready(seq):
-                continue
-            row = self._drafting_row(engine, seq, seat)
-            if row is None or row.chunk_len > budget:
-                continue
-            budget -= row.chunk_len
-            self._apply(row, seat)
-            seq.num_drafted_at = len(seq.token_ids)
-            rows.append(row)
-        return rows
-
-    def _drafting_row(self, engine: Engine, seq: Seq, seat: DraftSeat) -> PlannedRow | None:
-        length = len(seq.token_ids)
-        resync = _resync(seq, seat) if seat.introduced else None
-        start = seat.num_computed if resync is None else resync.num_computed
-        if length - start > _MAX_LAG:
-            return None
-        # The last draft is not computed, so k drafts need k - 1 positions behind the history.
-        most = min(seq.max_len - 1, engine.info.max_model_len)
-        k = min(seq.max_drafts, most - length, engine.room_for(seat) - length + 1)
-        if k < 1 or not engine.grow(seat, length + k - 1):
-            return None
-        return PlannedRow(
-            seq=seq,
-            seat=seat,
-            start=start,
-            chunk_len=length - start,
-            crop_len=resync.crop_len if resync else None,
-            append_token_ids=resync.append_token_ids if resync else (),
-            num_draft_tokens=k,
-        )
-
-    def _catch_up_rows(self, engine: Engine, speculating: list[Seq]) -> list[PlannedRow]:
-        rows: list[PlannedRow] = []
-        budget = engine.info.max_num_batched_tokens
-        if any(seq.draft is not None and seq.drafts for seq in speculating):
-            budget //= 4  # somebody will want to draft when the target is back
-        for seq in speculating:
-            seat = seq.draft
-            if seat is None or seq.drafts or seq.is_verifying:
-                continue
-            resync = _resync(seq, seat) if seat.introduced else None
-            start = seat.num_computed if resync is None else resync.num_computed
-            # The last token is left for the drafting round, which chooses behind it.
-            lag = len(seq.token_ids) - 1 - start
-            if lag < _MAX_LAG or budget < 1 or not engine.grow(seat, start + min(lag, budget)):
-                continue
-            row = PlannedRow(
-                seq=seq,
-                seat=seat,
-                start=start,
-                chunk_len=min(lag, budget),
-                crop_len=resync.crop_len if resync else None,
-                append_token_ids=resync.append_token_ids if resync else (),
-            )
-            budget -= row.chunk_len
-            self._apply(row, seat)
-            seat.is_catching_up = True
-            rows.append(row)
-        return rows
-
-    def _apply(self, row: PlannedRow, seat: DraftSeat) -> None:
-        seat.num_known = len(row.seq.token_ids)
-        seat.chain = []
+    def on_draft_result(self, result: worker_pb2.RoundResult) -> None:
+        self.drafter.on_result(result)

@@ -1,6 +1,7 @@
 """Which seqs the target computes next: continuous batching with chunked prefill, preemption and prefix reuse."""
 
 from bisect import insort
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from operator import attrgetter
 
@@ -10,12 +11,19 @@ from scheduler.engine import Engine, InFlight, PlannedRow, ProtocolError
 from scheduler.prefill import Arrivals, Prompt, RoundCost, share_prefill
 from scheduler.queue import WaitingQueue
 from scheduler.request import Request
-from scheduler.seq import Seat, Seq, SeqStatus
-from scheduler.speculation import Drafter
+from scheduler.seat import Seat
+from scheduler.seq import Seq, SeqStatus
+from scheduler.speculation import Speculation
 
 __all__ = ["TargetPlanner"]
 
 _by_order = attrgetter("order")
+
+
+def _may_decode(seq: Seq) -> bool:
+    """The seq has one token to compute, its last, and may commit another."""
+    seat = seq.target
+    return seat is not None and seq.may_step and seq.num_tokens_ahead - seat.num_computed == 1
 
 
 class TargetPlanner:
@@ -26,9 +34,9 @@ class TargetPlanner:
     back its own and waits, before all that arrived later, to be computed anew from its history.
     """
 
-    def __init__(self, config: SchedulerConfig, drafter: Drafter) -> None:
+    def __init__(self, config: SchedulerConfig, speculation: Speculation) -> None:
         self._config = config
-        self._drafter = drafter
+        self._speculation = speculation
         self.engine: Engine | None = None
         self.running: list[Seq] = []  # oldest first
         self._waiting = WaitingQueue()
@@ -69,7 +77,7 @@ class TargetPlanner:
             self._waiting.remove(seq)
         elif seq.status is SeqStatus.RUNNING:
             self.running.remove(seq)
-        self._drafter.release(seq)
+        self._speculation.release(seq)
         if seq.target is not None and self.engine is not None:
             self.engine.release(seq.target)
             seq.target = None
@@ -81,6 +89,13 @@ class TargetPlanner:
             raise ProtocolError("a result came from an engine that is not connected")
         record = self.engine.land(result)
         self._cost.observe(record.num_tokens, result.run_ns)
+        if not record.is_prefill:
+            self._speculation.observe_target(
+                num_seqs=len(record.rows),
+                num_tokens=record.num_tokens,
+                num_context=sum(row.start for row in record.rows),
+                run_s=result.run_ns * 1e-9,
+            )
         return record
 
     def plan(self, now: float) -> worker_pb2.Round | None:
@@ -90,11 +105,12 @@ class TargetPlanner:
             return None
         rows: dict[Seq, PlannedRow] = {}
         num_preemptions = self.num_preemptions
-        self._plan_decodes(engine, rows)
+        drafts = self._choose_drafts(now)
+        self._plan_decodes(engine, rows, drafts)
         if self.num_preemptions == num_preemptions:
             self._admit(engine, now)
-        self._plan_prefills(engine, rows, now)
-        self._plan_drafts(engine, rows)
+        self._plan_prefills(engine, rows, now, sum(map(len, drafts.values())))
+        self._plan_drafts(engine, rows, drafts)
         if not rows:
             return None
         for row in rows.values():
@@ -102,28 +118,28 @@ class TargetPlanner:
         return engine.launch(list(rows.values()))
 
     def _may_queue(self, engine: Engine) -> bool:
-        if self._drafter.is_drafting:
+        if self._speculation.is_drafting:
             return False
         if not engine.in_flight:
             return True
-        # A second round goes behind one that decodes (prefill.py says why), and none while seqs speculate:
-        # they draft between rounds.
-        speculating = self._drafter.num_seated > 0
+        # A second round goes behind one that decodes (prefill.py says why), and none while seqs speculate: what they
+        # verify next depends on the verdict.
         return (
             len(engine.in_flight) < self._config.max_rounds_in_flight
-            and not speculating
             and not engine.in_flight[-1].is_prefill
+            and not self._speculation.expects_drafts(self.running)
         )
 
-    def _plan_decodes(self, engine: Engine, rows: dict[Seq, PlannedRow]) -> None:
-        for seq in list(self.running):
+    def _choose_drafts(self, now: float) -> dict[Seq, Sequence[int]]:
+        """Drafts to verify for each seq that decodes in this round; a seq that waits for drafts is left out."""
+        decoding = [seq for seq in self.running if _may_decode(seq)]
+        num_prefilling = sum(seq.num_uncomputed for seq in self.running if seq.may_step) - len(decoding)
+        return self._speculation.choose(decoding, now, num_other_tokens=num_prefilling, num_waiting=self.num_queued)
+
+    def _plan_decodes(self, engine: Engine, rows: dict[Seq, PlannedRow], seqs: Iterable[Seq]) -> None:
+        for seq in seqs:
             seat = seq.target
-            if seat is None or seq.is_verifying:
-                continue
-            length = len(seq.token_ids) + seq.num_pending
-            if length - seat.num_computed != 1 or length >= seq.max_len:
-                continue
-            if self._make_room(engine, seq, seat, rows):
+            if seat is not None and self._make_room(engine, seq, seat, rows):
                 rows[seq] = PlannedRow(seq=seq, seat=seat, start=seat.num_computed, chunk_len=1)
 
     def _make_room(self, engine: Engine, seq: Seq, seat: Seat, rows: dict[Seq, PlannedRow]) -> bool:
@@ -140,7 +156,7 @@ class TargetPlanner:
         assert seq.target is not None, "a running seq has a seat"
         engine.release(seq.target)
         seq.target = None
-        self._drafter.release(seq)
+        self._speculation.release(seq)
         self.running.remove(seq)
         self._waiting.push(seq)
         self.num_preemptions += 1
@@ -185,12 +201,11 @@ class TargetPlanner:
             self.num_tokens_found += num_cached
         return True
 
-    def _plan_prefills(self, engine: Engine, rows: dict[Seq, PlannedRow], now: float) -> None:
-        prefilling = [seq for seq in self.running if seq not in rows and seq.may_step]
+    def _plan_prefills(self, engine: Engine, rows: dict[Seq, PlannedRow], now: float, num_drafts: int) -> None:
+        prefilling = [seq for seq in self.running if seq not in rows and seq.may_step and seq.held_until is None]
         if not prefilling:
             return
         budget = self._budget(engine) - len(rows)
-        num_drafts = sum(len(seq.drafts) for seq in rows)
         shares = share_prefill(
             [Prompt(seq.num_uncomputed, seq.num_tokens_ahead - seq.num_reused) for seq in prefilling],
             budget - min(num_drafts, budget // 2),
@@ -205,17 +220,17 @@ class TargetPlanner:
             engine.grow(seat, seat.num_computed + chunk_len)
             rows[seq] = PlannedRow(seq=seq, seat=seat, start=seat.num_computed, chunk_len=chunk_len)
 
-    def _plan_drafts(self, engine: Engine, rows: dict[Seq, PlannedRow]) -> None:
-        """Add the drafts at hand to decode rows, as far as tokens and free blocks go: they preempt nobody."""
+    def _plan_drafts(self, engine: Engine, rows: dict[Seq, PlannedRow], chosen: Mapping[Seq, Sequence[int]]) -> None:
+        """Add the chosen drafts to decode rows, as far as tokens and free blocks go: they preempt nobody."""
         budget = self._budget(engine) - sum(row.chunk_len for row in rows.values())
         for seq, row in rows.items():
-            if not seq.drafts:
+            wanted = chosen.get(seq)
+            if not wanted:
                 continue
             room = engine.room_for(row.seat) - row.start - 1
             # Padding of the draft's vocabulary may reach beyond the target's.
-            known = list(takewhile(lambda token_id: token_id < engine.info.vocab_size, seq.drafts))
+            known = list(takewhile(lambda token_id: token_id < engine.info.vocab_size, wanted))
             drafts = known[: max(0, min(budget, room))]
-            seq.drafts = []
             if drafts and engine.grow(row.seat, row.start + 1 + len(drafts)):
                 row.drafts = drafts
                 budget -= len(drafts)
@@ -223,9 +238,10 @@ class TargetPlanner:
     def _mark_in_flight(self, row: PlannedRow) -> None:
         seq = row.seq
         seq.num_rows_in_flight += 1
+        self._speculation.sent(seq, len(row.drafts))
         if row.drafts:
-            seq.is_verifying = True
-        elif row.start + row.chunk_len == seq.num_tokens_ahead:
+            return
+        if row.start + row.chunk_len == seq.num_tokens_ahead:
             row.num_pending = 1
             seq.num_pending += 1
 

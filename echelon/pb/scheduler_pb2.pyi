@@ -218,6 +218,15 @@ class SchedulerStatus(google.protobuf.message.Message):
     NUM_PREEMPTIONS_TOTAL_FIELD_NUMBER: builtins.int
     TARGET_ROUNDS_TOTAL_FIELD_NUMBER: builtins.int
     DRAFT_ROUNDS_TOTAL_FIELD_NUMBER: builtins.int
+    VERIFIED_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
+    LOOKUP_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
+    VERDICT_CACHE_HITS_TOTAL_FIELD_NUMBER: builtins.int
+    VERDICT_CACHE_MISSES_TOTAL_FIELD_NUMBER: builtins.int
+    DRAFT_IDLE_SECONDS_TOTAL_FIELD_NUMBER: builtins.int
+    VERIFY_WAIT_SECONDS_TOTAL_FIELD_NUMBER: builtins.int
+    WINDOW_OCCUPANCY_FIELD_NUMBER: builtins.int
+    ACCEPTANCE_RATE_FIELD_NUMBER: builtins.int
+    DRAFTS_PER_VERIFICATION_FIELD_NUMBER: builtins.int
     NON_FINITE_ROWS_TOTAL_FIELD_NUMBER: builtins.int
     ready: builtins.bool
     """the target group answers (the draft group is not needed)"""
@@ -240,6 +249,23 @@ class SchedulerStatus(google.protobuf.message.Message):
     num_preemptions_total: builtins.int
     target_rounds_total: builtins.int
     draft_rounds_total: builtins.int
+    verified_tokens_total: builtins.int
+    """drafts that the target compared"""
+    lookup_tokens_total: builtins.int
+    """those of them that suffix lookup had found"""
+    verdict_cache_hits_total: builtins.int
+    """mismatches for which a branch had been drafted ahead"""
+    verdict_cache_misses_total: builtins.int
+    draft_idle_seconds_total: builtins.float
+    """the draft engine had no round while a seq speculated"""
+    verify_wait_seconds_total: builtins.float
+    """the target had no round while a seq waited for drafts"""
+    window_occupancy: builtins.float
+    """drafts ahead of the last commits by what the policy allows, now; 0 to 1"""
+    acceptance_rate: builtins.float
+    """of the drafts compared lately"""
+    drafts_per_verification: builtins.float
+    """of the target's rows lately that had drafts"""
     non_finite_rows_total: builtins.int
     """target rows with NaN or Inf logits; each ended its request"""
     def __init__(
@@ -263,8 +289,17 @@ class SchedulerStatus(google.protobuf.message.Message):
         num_preemptions_total: builtins.int = ...,
         target_rounds_total: builtins.int = ...,
         draft_rounds_total: builtins.int = ...,
+        verified_tokens_total: builtins.int = ...,
+        lookup_tokens_total: builtins.int = ...,
+        verdict_cache_hits_total: builtins.int = ...,
+        verdict_cache_misses_total: builtins.int = ...,
+        draft_idle_seconds_total: builtins.float = ...,
+        verify_wait_seconds_total: builtins.float = ...,
+        window_occupancy: builtins.float = ...,
+        acceptance_rate: builtins.float = ...,
+        drafts_per_verification: builtins.float = ...,
         non_finite_rows_total: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["accepted_tokens_total", b"accepted_tokens_total", "draft_ready", b"draft_ready", "draft_rounds_total", b"draft_rounds_total", "draft_tokens_total", b"draft_tokens_total", "generation_tokens_total", b"generation_tokens_total", "non_finite_rows_total", b"non_finite_rows_total", "not_ready_reason", b"not_ready_reason", "num_blocks", b"num_blocks", "num_draft_blocks", b"num_draft_blocks", "num_free_blocks", b"num_free_blocks", "num_free_draft_blocks", b"num_free_draft_blocks", "num_preemptions_total", b"num_preemptions_total", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens_total", b"prompt_tokens_total", "ready", b"ready", "target_rounds_total", b"target_rounds_total"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["acceptance_rate", b"acceptance_rate", "accepted_tokens_total", b"accepted_tokens_total", "draft_idle_seconds_total", b"draft_idle_seconds_total", "draft_ready", b"draft_ready", "draft_rounds_total", b"draft_rounds_total", "draft_tokens_total", b"draft_tokens_total", "drafts_per_verification", b"drafts_per_verification", "generation_tokens_total", b"generation_tokens_total", "lookup_tokens_total", b"lookup_tokens_total", "non_finite_rows_total", b"non_finite_rows_total", "not_ready_reason", b"not_ready_reason", "num_blocks", b"num_blocks", "num_draft_blocks", b"num_draft_blocks", "num_free_blocks", b"num_free_blocks", "num_free_draft_blocks", b"num_free_draft_blocks", "num_preemptions_total", b"num_preemptions_total", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens_total", b"prompt_tokens_total", "ready", b"ready", "target_rounds_total", b"target_rounds_total", "verdict_cache_hits_total", b"verdict_cache_hits_total", "verdict_cache_misses_total", b"verdict_cache_misses_total", "verified_tokens_total", b"verified_tokens_total", "verify_wait_seconds_total", b"verify_wait_seconds_total", "window_occupancy", b"window_occupancy"]) -> None: ...
 
 global___SchedulerStatus = SchedulerStatus

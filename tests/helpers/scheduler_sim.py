@@ -2,12 +2,13 @@
 
 import random
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models
 
 from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2, worker_pb2
-from scheduler.config import SchedulerConfig
+from scheduler.config import Method, SchedulerConfig, SpeculationConfig
 from scheduler.core import SchedulerCore
 from scheduler.detokenizer import TokenTable
 from scheduler.request import Chunk, Completed, Failed, Output
@@ -56,7 +57,13 @@ class Simulation:
     """Rounds wait in a queue for each engine until the test, or `run`, has the engine do the next one."""
 
     def __init__(
-        self, *, target: FakeEngine | None = None, draft: FakeEngine | None = None, k: int = 4, **config: Any
+        self,
+        *,
+        target: FakeEngine | None = None,
+        draft: FakeEngine | None = None,
+        k: int = 4,
+        speculation: Mapping[str, Any] | None = None,
+        **config: Any,
     ) -> None:
         self.target = target or FakeEngine()
         self.draft = draft
@@ -65,7 +72,10 @@ class Simulation:
             "model_name": "fake",
             "max_num_batched_tokens": self.target.max_num_batched_tokens,
             "max_model_len": self.target.max_model_len,
-            "num_speculative_tokens": k if draft else 0,
+            "speculation": SpeculationConfig(
+                **{"method": Method.DRAFT_MODEL if draft else Method.NONE, "num_speculative_tokens": k}
+                | dict(speculation or {})
+            ),
         }
         self.core = SchedulerCore(SchedulerConfig(**defaults | config), token_table())
         self.core.connect_target(self.target.info, self.target.incarnation)
@@ -101,7 +111,7 @@ class Simulation:
     def plan(self) -> None:
         """Send every round that the core wants to send."""
         while True:
-            draft, target = self.core.plan_draft(), self.core.plan_target(self.now)
+            draft, target = self.core.plan_draft(self.now), self.core.plan_target(self.now)
             if draft is not None:
                 self.draft_rounds.append(draft)
             if target is not None:
@@ -117,18 +127,27 @@ class Simulation:
 
     def run_draft_round(self) -> None:
         assert self.draft is not None
-        self.core.on_draft_result(self.draft.run(self.draft_rounds.popleft()))
+        self.core.on_draft_result(self.draft.run(self.draft_rounds.popleft()), self.now)
 
     def step(self, rng: random.Random | None = None) -> bool:
         """One engine does one round; False when there is none to do."""
         self.plan()
         ready = [queue for queue in (self.draft_rounds, self.target_rounds) if queue]
         if not ready:
-            return False
+            return self._wait_for_release()
         if (rng.choice(ready) if rng else ready[0]) is self.draft_rounds:
             self.run_draft_round()
         else:
             self.run_target_round()
+        return True
+
+    def _wait_for_release(self) -> bool:
+        """Nothing runs; time passes until a held seq has waited long enough."""
+        release = self.core.next_release()
+        if release is None:
+            return False
+        assert release > self.now, "a seq is held although its time is up"
+        self.now = release
         return True
 
     def run(self, rng: random.Random | None = None) -> None:

@@ -7,6 +7,7 @@ import pytest
 from grpc import StatusCode
 
 from echelon.pb import inference_pb2, worker_pb2
+from scheduler.config import Pipeline
 from tests.helpers.fake_group import FakeEngine, FakeModel, plain_tokens
 from tests.helpers.scheduler_sim import Simulation, letters, seq_sampling, submit
 
@@ -43,17 +44,21 @@ def test_streams_are_those_of_plain_decoding(depth: int, speculate: bool) -> Non
     sim.assert_all_free()
 
 
-def random_simulation(rng: random.Random) -> Simulation:
+def random_simulation(rng: random.Random, speculation: dict[str, Any]) -> Simulation:
     draft = None
     if rng.random() < 0.7:
         draft = draft_engine(
-            rng.choice([0, 50, 90, 100]), num_blocks=rng.choice([6, 20, 64]), num_slots=rng.choice([1, 8])
+            rng.choice([0, 50, 90, 100]),
+            num_blocks=rng.choice([6, 20, 64]),
+            num_slots=rng.choice([1, 8, 24]),
+            lp_size=rng.choice([1, 4]),
         )
     target = FakeEngine(num_blocks=rng.choice([16, 24, 64]), num_slots=rng.choice([2, 8]), max_model_len=64)
     return Simulation(
         target=target,
         draft=draft,
         k=rng.randint(1, 6),
+        speculation=speculation if draft else None,
         max_num_batched_tokens=rng.choice([8, 16, 64]),
         max_rounds_in_flight=rng.choice([1, 2]),
         enable_prefix_caching=rng.random() < 0.8,
@@ -72,11 +77,21 @@ def random_submit(rng: random.Random, number: int) -> Any:
     return submit(f"r{number}", shared[: rng.randint(1, 24)] + prompt(number, rng.randint(1, 12)), **fields)
 
 
+PIPELINES: list[dict[str, Any]] = [
+    {"pipeline": Pipeline.SERIAL},
+    {"pipeline": Pipeline.SERIAL, "adaptive": True},
+    {"pipeline": Pipeline.CONTINUOUS},
+    {"pipeline": Pipeline.CONTINUOUS, "verdict_cache_rows": 6},
+    {"pipeline": Pipeline.CONTINUOUS, "verdict_cache_rows": 3, "adaptive": True, "window": 5},
+]
+
+
+@pytest.mark.parametrize("speculation", PIPELINES, ids=str)
 @pytest.mark.parametrize("seed", range(30))
-def test_any_schedule_gives_the_plain_stream(seed: int) -> None:
+def test_any_schedule_gives_the_plain_stream(seed: int, speculation: dict[str, Any]) -> None:
     """Chunks, prefix hits, preemption, draft lengths, lost drafts and cancels, in random order."""
     rng = random.Random(seed)
-    sim = random_simulation(rng)
+    sim = random_simulation(rng, speculation)
     messages = [random_submit(rng, i) for i in range(14)]
     waiting = list(messages)
     while waiting or sim.core.num_requests:

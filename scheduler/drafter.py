@@ -1,0 +1,284 @@
+"""What the draft engine does next.
+
+`serial`: the draft engine drafts for every seq that is about to be verified, and the target waits for it.
+`continuous`: it keeps extending each chain up to a window ahead of the last commit while the target verifies, restarts
+from the commit on a mismatch, and drafts behind likely verdicts (verdict_cache.py) in extra rows of the same rounds.
+
+In both a seq whose draft KV lags far behind is caught up beside the target's rounds and decodes without drafts until
+then.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from echelon.pb import worker_pb2
+from scheduler.chain import DraftSeat
+from scheduler.config import Pipeline, SpeculationConfig
+from scheduler.draft_seats import DraftSeats
+from scheduler.engine import Engine, PlannedRow
+from scheduler.policy import Drafts, SpeculationPolicy
+from scheduler.seq import Seq
+from scheduler.verdict_cache import Branch, VerdictCache
+
+__all__ = ["Drafter"]
+
+_MAX_LAG = 32  # tokens that a drafting round may catch up on the way
+_MAX_STEPS = 4  # of a round of the continuous pipeline; its answer is what tells the scheduler how to go on ...
+_ROUND_S = 2e-3  # ... so rounds are short, but long beside the time that a message takes
+_CATCH_UP_SHARE = 4  # of the token budget, while others draft
+
+
+class Drafter:
+    """Plans the rounds of the draft engine. Without an engine it plans none, and nobody has drafts."""
+
+    def __init__(self, config: SpeculationConfig, policy: SpeculationPolicy) -> None:
+        self._config = config
+        self._policy = policy
+        self._step_s = _ROUND_S
+        self._drafting: set[Seq] = set()  # serial: their drafts are on the way, and the target waits for them
+        self.seats: DraftSeats | None = None
+        self.cache = VerdictCache(config.verdict_cache_rows)
+        self.num_drafted = 0
+
+    @property
+    def engine(self) -> Engine | None:
+        return self.seats.engine if self.seats else None
+
+    @property
+    def is_drafting(self) -> bool:
+        """The target has to wait (serial)."""
+        return bool(self._drafting)
+
+    def attach(self, engine: Engine) -> None:
+        self.seats = DraftSeats(engine)
+
+    def detach(self, seqs: Iterable[Seq]) -> None:
+        """The engine is gone with all that it held."""
+        self.seats = None
+        self._drafting.clear()
+        self.cache.clear()
+        for seq in seqs:
+            seq.draft = None
+
+    def release(self, seq: Seq) -> None:
+        """The seq drafts no more: finished, preempted or given up."""
+        self._drafting.discard(seq)
+        if self.seats is not None:
+            self._release_branches(seq)
+            self.seats.release(seq)
+
+    def follow(self, seq: Seq) -> None:
+        """Tokens were committed, or drafts have come: chain and branches are held against the history."""
+        seat = seq.draft
+        if seat is None or self.seats is None:
+            return
+        history = seq.token_ids
+        contradicted = seat.follow(history)
+        if contradicted is None:
+            for dropped in self.cache.drop(seq, before=len(history)):
+                self.seats.release_seat(dropped)
+            return
+        start = seat.num_agreed
+        foreseen = self.cache.resolve(seq, contradicted, start, history[start])
+        self._release_branches(seq)
+        if foreseen is not None and len(history) == start + 1:
+            self.seats.release_seat(seat)
+            seq.draft = foreseen
+        elif foreseen is not None:
+            self.seats.release_seat(foreseen)
+
+    def drafts_of(self, seq: Seq, *, may_hold: bool = True) -> Drafts:
+        """What the policy has to know of a seq."""
+        seat = seq.draft
+        is_level = seat is not None and seat.num_agreed == len(seq.token_ids)
+        return Drafts(
+            acceptance=seq.acceptance.rate,
+            num_ready=len(seat.chain) if seat is not None and is_level else 0,
+            num_coming=self._num_coming(seq, seat),
+            limit=seq.draft_limit,
+            is_fixed=seq.is_draft_fixed,
+            num_behind=seat.lag(seq.token_ids) if seat is not None else len(seq.token_ids),
+            may_hold=may_hold,
+        )
+
+    def _num_coming(self, seq: Seq, seat: DraftSeat | None) -> int:
+        """Drafts that are on their way, or will be with the next round."""
+        if seat is None or seat.is_catching_up or seat.lag(seq.token_ids) > _MAX_LAG:
+            return 0
+        return max(seat.num_coming, min(seq.window, seq.draft_limit) - len(seat.chain), 0)
+
+    # -- rounds -------------------------------------------------------------------------------------------------------
+
+    def plan(self, running: Iterable[Seq]) -> worker_pb2.Round | None:
+        """The next round for the draft engine, if it has one to run. `running`: oldest first."""
+        if self.seats is None:
+            return None
+        speculating = [seq for seq in running if seq.wants_draft_model and self.seats.may_follow(seq)]
+        if not speculating:
+            return None
+        if self._config.pipeline is Pipeline.SERIAL:
+            rows = self._plan_serial(self.seats, speculating)
+        else:
+            rows = self._plan_continuous(self.seats, speculating)
+        if not rows:
+            return None
+        num_alternatives = self.cache.num_alternatives if self._config.verdict_cache_rows else 0
+        return self.seats.engine.launch(rows, num_alternatives=num_alternatives)
+
+    def on_result(self, result: worker_pb2.RoundResult) -> None:
+        """Take in a round's drafts. Raises ProtocolError."""
+        assert self.seats is not None, "a result of an engine that is not connected"
+        record = self.seats.engine.in_flight[0] if self.seats.engine.in_flight else None
+        if record is not None:
+            self._drafting.difference_update(row.seq for row in record.rows)
+            self._observe(record.rows, result)
+        for row, num_drafts in self.seats.land(result):
+            self.num_drafted += num_drafts
+            if row.seq.draft is row.seat:
+                self.follow(row.seq)
+
+    def _observe(self, rows: Sequence[PlannedRow], result: worker_pb2.RoundResult) -> None:
+        run_s = result.run_ns * 1e-9
+        num_chunk_tokens = sum(row.chunk_len + row.calibrate_len for row in rows)
+        if result.num_steps and num_chunk_tokens <= 2 * len(rows):
+            self._step_s += 0.1 * (run_s / result.num_steps - self._step_s)
+        self._policy.observe_draft(
+            num_seqs=len(rows), num_steps=result.num_steps, num_chunk_tokens=num_chunk_tokens, run_s=run_s
+        )
+
+    # -- serial -------------------------------------------------------------------------------------------------------
+
+    def _plan_serial(self, seats: DraftSeats, speculating: list[Seq]) -> list[PlannedRow]:
+        # A drafting round may stand behind one that catches up.
+        if self._drafting or len(seats.engine.in_flight) >= 2:
+            return []
+        seats.seat_newcomers(speculating)
+        ready = [seq for seq in speculating if self._is_ready(seq)]
+        self._ask_policy(ready)
+        rows: list[PlannedRow] = []
+        for seq in ready:
+            seq.num_drafted_at = len(seq.token_ids)
+            assert seq.draft is not None, "a seq that is ready to draft has a seat"
+            self._add(seats, rows, seq, seq.window - seq.draft.num_ahead)
+        self._drafting.update(row.seq for row in rows)
+        if not rows and not seats.engine.in_flight:
+            budget = seats.engine.info.max_num_batched_tokens
+            if any(seq.draft is not None and seq.draft.chain for seq in speculating):
+                budget //= _CATCH_UP_SHARE  # somebody will want to draft when the target is back
+            rows = self._catch_up_rows(seats, speculating, budget)
+        return rows
+
+    def _is_ready(self, seq: Seq) -> bool:
+        """The target has nothing left to do for the seq but to decode, and no drafts were ordered for this position."""
+        return (
+            seq.num_rows_in_flight == 0
+            and seq.is_decoding
+            and not seq.skips_draft
+            and seq.num_drafted_at != len(seq.token_ids)
+            and seq.draft is not None
+            and not seq.draft.is_catching_up
+            and seq.draft.lag(seq.token_ids) <= _MAX_LAG
+        )
+
+    # -- continuous ---------------------------------------------------------------------------------------------------
+
+    def _plan_continuous(self, seats: DraftSeats, speculating: list[Seq]) -> list[PlannedRow]:
+        in_flight = seats.engine.in_flight
+        if len(in_flight) >= 2:
+            return []
+        seats.seat_newcomers(speculating)
+        drafting = [seq for seq in speculating if self._may_draft(seq)]
+        self._ask_policy(drafting)
+        rows: list[PlannedRow] = []
+        if in_flight:
+            # Whoever has to start again does so behind the round on its way; nothing else is so urgent.
+            for seq in drafting:
+                if seq.draft is not None and seq.draft.is_cut:
+                    self._add(seats, rows, seq, min(seq.window, self._num_steps))
+            return rows
+        for seq in drafting:
+            self._extend(seats, rows, seq)
+        budget = seats.engine.info.max_num_batched_tokens
+        rows += self._catch_up_rows(seats, speculating, budget // _CATCH_UP_SHARE if rows else budget)
+        return rows
+
+    def _may_draft(self, seq: Seq) -> bool:
+        seat = seq.draft
+        return seat is not None and seq.is_decoding and not seat.is_catching_up and seat.lag(seq.token_ids) <= _MAX_LAG
+
+    def _extend(self, seats: DraftSeats, rows: list[PlannedRow], seq: Seq) -> None:
+        """The seq's chain grows, and branches beside it."""
+        seat = seq.draft
+        assert seat is not None, "a seq that may draft has a seat"
+        if seq.window > 0 and seq.is_verifying:
+            rows += self._branch_rows(seats, seq)  # first: a fork takes what the slot holds before the round's rows
+        num_drafts = min(seq.window - seat.num_ahead, self._num_steps)
+        if num_drafts > 0 and self._deserves_more(seq, seat):
+            self._add(seats, rows, seq, num_drafts)
+
+    def _deserves_more(self, seq: Seq, seat: DraftSeat) -> bool:
+        confidences = [drafted.confidence for drafted in seat.chain]
+        return not confidences or self._policy.should_extend(confidences, seq.acceptance.rate)
+
+    @property
+    def _num_steps(self) -> int:
+        return max(1, min(_MAX_STEPS, round(_ROUND_S / self._step_s)))
+
+    def _branch_rows(self, seats: DraftSeats, seq: Seq) -> list[PlannedRow]:
+        rows: list[PlannedRow] = []
+        for branch in self.cache.branches(seq):
+            missing = seq.draft_limit - branch.seat.num_ahead
+            if missing > 0:
+                row = seats.branch_row(seq, branch.seat, min(missing, self._num_steps))
+                if row is not None:
+                    seats.send(row)
+                    rows.append(row)
+        parent = seq.draft
+        assert parent is not None, "branches fork from a seat"
+        for outcome in self.cache.likeliest(seq, seq.acceptance.rate):
+            row = seats.fork_row(seq, parent, outcome.start, outcome.token_id, self._num_steps)
+            if row is None:
+                break
+            assert isinstance(row.seat, DraftSeat), "a fork has a draft seat"
+            self.cache.add(seq, Branch(outcome.start, outcome.token_id, row.seat))
+            seats.send(row)
+            rows.append(row)
+        return rows
+
+    def _ask_policy(self, seqs: Sequence[Seq]) -> None:
+        """How far each chain may run from now on; nothing new unless one of the seqs has got on."""
+        if all(seq.window_chosen_at == len(seq.token_ids) for seq in seqs):
+            return
+        windows = self._policy.draft_lengths([self.drafts_of(seq) for seq in seqs])
+        for seq, window in zip(seqs, windows, strict=True):
+            seq.window = window
+            seq.window_chosen_at = len(seq.token_ids)
+
+    # -- both ---------------------------------------------------------------------------------------------------------
+
+    def _add(self, seats: DraftSeats, rows: list[PlannedRow], seq: Seq, num_drafts: int) -> None:
+        """A row that drafts, if there is room for it."""
+        budget = seats.engine.info.max_num_batched_tokens - sum(row.chunk_len for row in rows)
+        row = seats.drafting_row(seq, num_drafts) if num_drafts > 0 else None
+        if row is not None and row.chunk_len <= budget:
+            seats.send(row)
+            rows.append(row)
+
+    def _catch_up_rows(self, seats: DraftSeats, speculating: list[Seq], budget: int) -> list[PlannedRow]:
+        rows: list[PlannedRow] = []
+        for seq in speculating:
+            seat = seq.draft
+            if seat is None or seat.is_catching_up or seat.num_ahead or budget < 1:
+                continue
+            if seat.lag(seq.token_ids) <= _MAX_LAG or seq.is_verifying:
+                continue
+            row = seats.catch_up_row(seq, budget)
+            if row is not None:
+                budget -= row.chunk_len
+                seats.send(row)
+                rows.append(row)
+        return rows
+
+    def _release_branches(self, seq: Seq) -> None:
+        assert self.seats is not None, "branches live on an engine"
+        for seat in self.cache.drop(seq):
+            self.seats.release_seat(seat)

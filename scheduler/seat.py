@@ -1,0 +1,17 @@
+"""A seq's place in an engine."""
+
+from dataclasses import dataclass
+
+__all__ = ["Seat"]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Seat:
+    """A slot and blocks, as they will be when every round sent so far has run."""
+
+    slot: int
+    block_ids: list[int]
+    num_computed: int  # leading tokens of the history whose KV is there
+    num_published: int  # leading blocks that need no publishing any more
+    num_sent_blocks: int = 0
+    introduced: bool = False  # the engine has been sent the seq

@@ -1,0 +1,212 @@
+"""Draft and target engine side by side, in simulated time: whatever overtakes whatever, the stream is that of plain
+decoding, and nobody waits longer than the policy said."""
+
+import random
+from typing import Any
+
+import pytest
+
+from echelon.pb import worker_pb2
+from scheduler.config import Method, Pipeline
+from tests.helpers.fake_group import FakeEngine, FakeModel
+from tests.helpers.scheduler_sim import submit
+from tests.helpers.timed_sim import TimedSimulation
+
+DRAFT = worker_pb2.ENGINE_ROLE_DRAFT
+SERIAL = {"pipeline": Pipeline.SERIAL}
+CONTINUOUS = {"pipeline": Pipeline.CONTINUOUS}
+CACHED = CONTINUOUS | {"verdict_cache_rows": 8}
+TARGET_S = 0.1  # a target round
+NUM_TOKENS = 300
+
+
+def target_engine() -> FakeEngine:
+    return FakeEngine(num_blocks=1500, num_slots=32, max_model_len=500, max_num_batched_tokens=256)
+
+
+def draft_engine(agreement: int, **fields: Any) -> FakeEngine:
+    defaults = {"num_blocks": 2500, "num_slots": 128, "max_model_len": 500, "max_num_batched_tokens": 256}
+    return FakeEngine(role=DRAFT, model=FakeModel(agreement=agreement), **defaults | fields)
+
+
+def simulate(
+    agreement: int,
+    speculation: dict[str, Any],
+    *,
+    draft_step: float = 0.09,
+    num_requests: int = 1,
+    k: int = 8,
+    **wish: Any,
+) -> TimedSimulation:
+    """A run to its end. `draft_step`: a draft step in target rounds."""
+    sim = TimedSimulation(
+        target=target_engine(),
+        draft=draft_engine(agreement),
+        k=k,
+        speculation=speculation,
+        target_s=lambda num_tokens: TARGET_S * (1 + 0.02 * (num_tokens - 1)),
+        draft_s=lambda num_rows: TARGET_S * draft_step * (1 + 0.03 * (num_rows - 1)),
+        may_wait=speculation["pipeline"] is Pipeline.SERIAL,
+    )
+    messages = [submit(f"r{i}", [i + 1] * 9, seed=i, max_tokens=NUM_TOKENS, **wish) for i in range(num_requests)]
+    for message in messages:
+        sim.submit(message)
+    sim.run_timed()
+    for message in messages:
+        sim.assert_plain(message)
+    sim.assert_all_free()
+    return sim
+
+
+def best_fixed_serial_s(agreement: int, draft_step: float) -> float:
+    return min(simulate(agreement, SERIAL, draft_step=draft_step, num_speculative_tokens=k).now for k in range(1, 9))
+
+
+@pytest.mark.parametrize(("draft_step", "plain", "cached"), [(0.09, 1.0, 1.15), (0.22, 1.1, 1.15)])
+def test_continuous_beats_serial_at_its_best(draft_step: float, plain: float, cached: float) -> None:
+    serial_s = best_fixed_serial_s(80, draft_step)
+    assert serial_s / simulate(80, CONTINUOUS, draft_step=draft_step).now >= plain
+    assert serial_s / simulate(80, CACHED, draft_step=draft_step).now >= cached
+
+
+@pytest.mark.parametrize("speculation", [CONTINUOUS, CACHED], ids=["continuous", "cached"])
+def test_a_useless_draft_costs_next_to_nothing_and_pauses(speculation: dict[str, Any]) -> None:
+    plain = simulate(0, speculation, enabled=False)
+    useless = simulate(0, speculation | {"adaptive": True})
+    assert useless.now <= 1.03 * plain.now
+    assert useless.draft_lane.busy_s < 0.1 * useless.now, "a draft that keeps running slows the target"
+
+
+def test_the_target_never_stands_idle_when_the_draft_is_perfect() -> None:
+    sim = simulate(100, CONTINUOUS)
+    assert sim.target_lane.busy_s > 0.97 * sim.now
+
+
+def test_most_mismatches_are_foreseen_when_the_second_choice_is_right() -> None:
+    foreseeing = simulate(80, CACHED)
+    status = foreseeing.core.status()
+    assert status.verdict_cache_hits_total > status.verdict_cache_misses_total
+    assert foreseeing.now < simulate(80, CONTINUOUS).now
+
+
+def test_what_is_committed_is_calibrated() -> None:
+    """A layer-parallel draft's KV of accepted drafts is approximate until it has been computed again."""
+    sim = TimedSimulation(target=target_engine(), draft=draft_engine(90, lp_size=4), k=4, speculation=CACHED)
+    message = submit("r", [1] * 9, max_tokens=200)
+    sim.submit(message)
+    num_left: list[int] = []
+    sim.at(3.0, lambda: num_left.extend(slot.num_computed - slot.num_exact for slot in sim.draft.slots.values()))
+    sim.run_timed()
+    assert sim.core.status().accepted_tokens_total > 100
+    assert min(num_left) <= 12, "one slot holds the history: only its chain is approximate"
+    again = submit("again", [1] * 9 + sim.tokens["r", 0][:150], max_tokens=5)
+    sim.submit(again)
+    sim.run_timed()
+    sim.assert_plain(again)
+
+
+def test_requests_side_by_side_keep_both_engines_busy() -> None:
+    serial, continuous = (simulate(80, mode, num_requests=8, k=4) for mode in (SERIAL, CONTINUOUS))
+    assert continuous.now < serial.now
+    assert continuous.target_lane.busy_s > 0.9 * continuous.now
+
+
+@pytest.mark.parametrize("speculation", [SERIAL, CONTINUOUS, CACHED], ids=["serial", "continuous", "cached"])
+@pytest.mark.parametrize("seed", range(12))
+def test_any_timing_gives_the_plain_stream(seed: int, speculation: dict[str, Any]) -> None:
+    """Random durations and delays: drafts, verdicts and results overtake each other in every order."""
+    rng = random.Random(seed)
+    sim = TimedSimulation(
+        target=FakeEngine(num_blocks=rng.choice([40, 400]), num_slots=8, max_model_len=90),
+        draft=draft_engine(
+            rng.choice([50, 80, 95]),
+            lp_size=rng.choice([1, 4]),
+            num_blocks=rng.choice([40, 400]),
+            num_slots=rng.choice([4, 64]),
+            max_model_len=90,
+        ),
+        k=rng.randint(1, 6),
+        speculation=speculation | {"adaptive": rng.random() < 0.5},
+        target_s=lambda num_tokens: rng.uniform(0.01, 0.2),
+        draft_s=lambda num_rows: rng.choice([0.001, 0.02, 0.3]),
+        delay_s=lambda: rng.choice([0.0, 0.001, 0.1]),
+        may_wait=speculation is SERIAL,
+    )
+    messages = [submit(f"r{i}", [i % 3] * 11 + [i], seed=i, max_tokens=60) for i in range(6)]
+    for i, message in enumerate(messages):
+        sim.at(rng.uniform(0.0, 3.0), lambda message=message: sim.submit(message))
+        if i == 2:
+            sim.at(rng.uniform(0.0, 4.0), lambda: sim.core.adjust("r0", wish(rng)))
+    sim.run_timed()
+    for message in messages:
+        sim.assert_plain(message)
+        assert len(sim.tokens[message.request_id, 0]) == 60
+    sim.assert_all_free()
+
+
+def wish(rng: random.Random) -> Any:
+    return submit("", [1], **rng.choice([{"enabled": False}, {"num_speculative_tokens": 2}, {}])).speculation
+
+
+@pytest.mark.parametrize("speculation", [CONTINUOUS, CACHED], ids=["continuous", "cached"])
+@pytest.mark.parametrize("lost_at", [round(0.013 + 0.037 * i, 3) for i in range(24)])
+def test_losing_the_draft_at_any_point_costs_speed_only(lost_at: float, speculation: dict[str, Any]) -> None:
+    sim = TimedSimulation(target=target_engine(), draft=draft_engine(80), k=5, speculation=speculation)
+    message = submit("r", [1] * 9, max_tokens=80)
+    sim.submit(message)
+    sim.at(lost_at, sim.lose_draft)
+    sim.at(lost_at + 0.25, sim.bring_draft_back)
+    sim.run_timed()
+    sim.assert_plain(message)
+    assert len(sim.tokens["r", 0]) == 80
+    assert sim.core.status().accepted_tokens_total > 10, "it drafts again"
+    sim.assert_all_free()
+
+
+def test_a_request_switches_its_speculation_while_it_runs() -> None:
+    sim = TimedSimulation(target=target_engine(), draft=draft_engine(100), k=4, speculation=CONTINUOUS)
+    message = submit("r", [1] * 9, max_tokens=120)
+    sim.submit(message)
+    accepted: list[int] = []
+
+    def switch(enabled: bool) -> None:
+        accepted.append(sim.core.status().accepted_tokens_total)
+        sim.core.adjust("r", submit("", [1], enabled=enabled).speculation)
+
+    sim.at(1.0, lambda: switch(False))
+    sim.at(3.0, lambda: switch(True))
+    sim.run_timed()
+    sim.assert_plain(message)
+    before, meanwhile = accepted
+    assert before > 0
+    assert meanwhile - before <= 4, "at most the row that was on its way"
+    assert sim.core.status().accepted_tokens_total > meanwhile
+
+
+def repetitive(seed: int) -> list[int]:
+    """A prompt that says the same thing over and over."""
+    return [(7 * i + seed) % 40 for i in range(12)] * 4
+
+
+@pytest.mark.parametrize("pipeline", [Pipeline.SERIAL, Pipeline.CONTINUOUS])
+@pytest.mark.parametrize("method", [Method.SUFFIX, Method.HYBRID])
+def test_lookup_finds_what_was_said_before(method: Method, pipeline: Pipeline) -> None:
+    """The second of two equal requests is drafted from the first one's output, whatever the draft model is worth."""
+    sim = TimedSimulation(
+        target=target_engine(),
+        draft=draft_engine(30),
+        k=6,
+        speculation={"method": method, "pipeline": pipeline, "adaptive": True},
+        may_wait=pipeline is Pipeline.SERIAL,
+        looks_up=True,
+        max_num_seqs=1,
+    )
+    for name in ("first", "second"):
+        sim.submit(submit(name, repetitive(1), max_tokens=60))
+    sim.run_timed()
+    for name in ("first", "second"):
+        sim.assert_plain(submit(name, repetitive(1)))
+    first, second = (sim.completed[name].speculation for name in ("first", "second"))
+    assert second.num_rounds < 0.5 * first.num_rounds
+    assert second.num_accepted_tokens >= 35
+    sim.assert_all_free()
