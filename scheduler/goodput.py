@@ -23,6 +23,10 @@ class Row(NamedTuple):
     num_fixed: int = 0  # drafts that it has whatever is chosen
 
     @property
+    def most(self) -> int:
+        return max(self.limit, self.num_fixed)
+
+    @property
     def fixed_tokens(self) -> float:
         return expected_tokens(self.acceptance, self.num_fixed)
 
@@ -129,7 +133,7 @@ def steady_state(
     least 1.
     """
     groups = Counter(Row(round(row.acceptance, 2), row.limit, row.num_fixed) for row in rows)
-    most = max((max(row.limit, row.num_fixed) for row in groups), default=0)
+    most = max((row.most for row in groups), default=0)
     best = SteadyState(1, 0, 0.0, 0.0)
     for num_drafts in range(1, most + 1):
         at_hand = min(num_drafts, max(0.0, verify_s(groups.total() * num_drafts) / step_s - 1.0))
@@ -152,8 +156,7 @@ def _steady_rate(
     tokens = sum_drafts = 0.0
     all_go_on = 1.0
     for row, count in groups.items():
-        most = max(row.limit, row.num_fixed)
-        at_hand, restarted = min(num_at_hand, most), min(num_waited, most)
+        at_hand, restarted = min(num_at_hand, row.most), min(num_waited, row.most)
         goes_on, again = row.acceptance ** (at_hand + 1.0), row.acceptance ** (restarted + 1.0)
         share = again / (1.0 - goes_on + again)  # of the rounds in which the chain went on
         going_on, anew = expected_tokens(row.acceptance, at_hand), expected_tokens(row.acceptance, restarted)

@@ -6,8 +6,9 @@ of each seq (`scheduler/acceptance.py`), times from the rounds (`scheduler/step_
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
-from math import ceil, floor, prod
+from math import ceil, floor, inf, prod
 from typing import NamedTuple
 
 from scheduler.acceptance import AcceptancePrior, expected_tokens
@@ -17,11 +18,15 @@ from scheduler.step_times import DraftTimes, StepTimes
 
 __all__ = ["Choice", "Drafts", "SpeculationPolicy"]
 
-_NUM_UNMEASURED = 4  # drafts while nothing is known of the times
-_EXPLORE_EVERY = 48  # target rounds: one with another number of drafts, to learn its time
+_NUM_UNMEASURED = 4  # drafts while nothing is known of the times ...
+_MAX_UNMEASURED = 8  # ... of so many seqs at most, 1 of more
+_EXPLORE_EVERY = 48  # target rounds: one with another number of drafts, to learn what it takes
 _MIN_SURVIVAL = 0.05  # a draft that is less likely to be verified and accepted is not worth its power
-_MAX_SLOWDOWN = 1.5
+_FIRST_SLOWDOWN, _MAX_SLOWDOWN = 1.03, 1.5
 _RESTART_STEPS = 0.5  # from a verdict to the first step of a new chain: half a step is still running
+_HOLD_MARGIN = 2.0  # by how much drafts may come later than expected
+_PROBE_SHARE = 0.25  # of a target step: most that the drafts of a probe take
+_PLAIN_ROW = Row(0.0, 0)  # a seq that decodes without drafts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,41 +48,43 @@ class Choice(NamedTuple):
 
 
 class SpeculationPolicy:
-    """One a scheduler, for one source of drafts that run on an engine.
+    """One a scheduler.
 
     `adaptive` False: every seq drafts and verifies as much as its limit allows; only whether a continuous pipeline
     waits for drafts is still chosen. `window`: most drafts ahead of the last commit (continuous), 0: chosen.
     """
 
     def __init__(self, *, max_drafts: int, adaptive: bool, pipeline: str, window: int = 0) -> None:
-        self.prior = AcceptancePrior()
+        self.prior = AcceptancePrior()  # of the draft model's drafts
         self._max_drafts = max_drafts
         self._adaptive = adaptive
         self._is_serial = pipeline == "serial"
         self._window = window
         self._target = StepTimes()
         self._draft = DraftTimes()
-        self._slowdown = 1.03 if not self._is_serial else 1.0  # of a target round while the draft runs
+        self._slowdown = 1.0 if self._is_serial else _FIRST_SLOWDOWN  # of a target round while the draft runs
         self._switch = Switch()
         self._probes = Probes(self.prior)
         self._num_rounds = 0
+        self._num_draft_rounds = 0  # since the last target round
+        self._num_rows = 0  # of the last target round that decoded
         self._num_waiting = 0
         self._price = 0.0  # tokens that a second was last expected to bring; 0: not known
+        self._steady: tuple[tuple[int, int], SteadyState] | None = None  # with what it depends on
 
     # -- what happened ------------------------------------------------------------------------------------------------
 
-    def observe_target(
-        self, *, num_seqs: int, num_tokens: int, num_context: int, run_s: float, is_drafting: bool = False
-    ) -> None:
-        """A target round over `num_tokens` tokens of `num_seqs` seqs took `run_s`, from when the group could take it
-        to its answer. `num_context`: tokens in the KV cache of those seqs. `is_drafting`: draft rounds ran beside it.
+    def observe_target(self, *, num_seqs: int, num_tokens: int, num_context: int, run_s: float) -> None:
+        """A target round over `num_tokens` tokens of `num_seqs` seqs took `run_s`. `num_context`: tokens in their KV
+        caches. Where draft rounds were observed since the last one, the draft has slowed it down.
         """
         self._num_rounds += 1
         self._switch.on_round()
         self._probes.on_round(run_s)
-        if is_drafting:
+        if self._num_draft_rounds and not self._is_serial:
             self._learn_slowdown(num_tokens, num_context, run_s)
             run_s /= self._slowdown
+        self._num_draft_rounds = 0
         self._target.observe(num_tokens, run_s, num_context=num_context)
 
     def _learn_slowdown(self, num_tokens: int, num_context: int, run_s: float) -> None:
@@ -91,35 +98,39 @@ class SpeculationPolicy:
         """A draft round took `run_s`: a forward over `num_chunk_tokens` tokens that it caught up with, behind whose
         last ones the first drafts were chosen, then one for each further draft of `num_seqs` seqs (`num_steps` in all).
         """
+        self._num_draft_rounds += 1
         self._draft.observe(num_seqs=num_seqs, num_steps=num_steps, num_chunk_tokens=num_chunk_tokens, run_s=run_s)
-
-    @property
-    def _is_measured(self) -> bool:
-        return self._target.is_known and self._draft.is_known
 
     # -- what the target verifies -------------------------------------------------------------------------------------
 
     def choose(self, seqs: Sequence[Drafts], *, num_other_tokens: int, num_waiting: int) -> list[Choice]:
-        """For a target round of these seqs: what each verifies, or how long it is held.
+        """For a target round of these seqs, all that decode: what each verifies, or how long it is held.
 
-        `num_other_tokens`: tokens of prompts in that round, and rows that decode plainly unless they are among `seqs`
-        with limit 0. `num_waiting`: requests that wait for their first round.
+        `num_other_tokens`: of prompts in that round. `num_waiting`: requests that wait for their first round.
         """
         self._num_waiting = num_waiting
-        if not seqs:
-            return []
-        if not self._is_measured:
+        self._num_rows = len(seqs)
+        if not any(seq.num_ready or seq.num_coming for seq in seqs):
+            return [Choice(0) for _ in seqs]
+        if not self._target.is_known:
             return [Choice(min(seq.num_ready, seq.limit)) for seq in seqs]
-        if self._is_serial:
-            return [Choice(count) for count in self._worth_verifying(seqs, num_other_tokens)]
-        return self._choose_continuous(seqs, num_other_tokens)
+        verify_s = _VerifyTimes(self._target, len(seqs), num_other_tokens)
+        if not self._is_serial and self._draft.is_known:
+            hold_s = self._hold_s(seqs, verify_s, num_other_tokens)
+            if hold_s > 0.0:
+                return [Choice(0, hold_s)] * len(seqs)
+        counts = self._worth_verifying(seqs, verify_s)
+        return [self._hold_for_fixed(seq) or Choice(count) for seq, count in zip(seqs, counts, strict=True)]
 
-    def _worth_verifying(self, seqs: Sequence[Drafts], num_other_tokens: int) -> list[int]:
+    def _worth_verifying(self, seqs: Sequence[Drafts], verify_s: "_VerifyTimes") -> list[int]:
         rows = [self._row_now(seq) for seq in seqs]
-        verify_s = self._verify_s(len(rows), num_other_tokens)
-        tokens = sum(expected_tokens(row.acceptance, max(row.limit, row.num_fixed)) for row in rows)
-        price = self._price or tokens / verify_s(sum(max(row.limit, row.num_fixed) for row in rows))
-        return pick_drafts(rows, verify_s, price)[0]
+        tokens = sum(expected_tokens(row.acceptance, row.most) for row in rows)
+        price = max(self._price, tokens / verify_s(sum(row.most for row in rows)))
+        counts, _ = pick_drafts(rows, verify_s, price)
+        if self._num_rounds % _EXPLORE_EVERY == 0:
+            # Drafts that are never verified could not show that they have become better.
+            counts = [max(count, min(1, row.most)) for count, row in zip(counts, rows, strict=True)]
+        return counts
 
     def _row_now(self, seq: Drafts, num_more: int = 0) -> Row:
         at_hand = min(seq.num_ready + num_more, seq.limit)
@@ -127,38 +138,32 @@ class SpeculationPolicy:
             return Row(seq.acceptance, 0, at_hand)
         return Row(seq.acceptance, min(at_hand, self._max_drafts))
 
-    def _verify_s(self, num_rows: int, num_other_tokens: int) -> "_VerifyTimes":
-        return _VerifyTimes(self._target, num_rows, num_other_tokens, 1.0)
-
-    def _choose_continuous(self, seqs: Sequence[Drafts], num_other_tokens: int) -> list[Choice]:
-        steady = self._steady_state(seqs)
-        step_s = self._draft.step_s(sum(seq.limit > 0 for seq in seqs))
-        verify_s = self._verify_s(len(seqs), num_other_tokens).slowed(self._slowdown)
+    def _hold_s(self, seqs: Sequence[Drafts], verify_s: "_VerifyTimes", num_other_tokens: int) -> float:
+        """How long the target had better wait for drafts; it waits for all or none, so that no seq misses a round."""
         may_hold = num_other_tokens == 0 and all(seq.limit and seq.may_hold for seq in seqs)
-        most = max(seq.num_coming for seq in seqs) and max(seq.limit - seq.num_ready for seq in seqs)
-        best_gain, best_counts, best_wait = float("-inf"), [0] * len(seqs), 0
-        for num_waited in range(max(0, most) + 1 if may_hold else 1):
+        if not may_hold or not any(seq.num_coming for seq in seqs):
+            return 0.0
+        steady = self._steady_state(seqs, len(seqs))
+        step_s = self._draft.step_s(len(seqs))
+        slowed = verify_s.slowed(self._slowdown)
+        best_gain, best_wait = float("-inf"), 0
+        for num_waited in range(max(seq.limit - seq.num_ready for seq in seqs) + 1):
             rows = [self._row_now(seq, num_waited if seq.num_coming else 0) for seq in seqs]
-            counts, gain = pick_drafts(rows, verify_s, steady.rate)
+            counts, gain = pick_drafts(rows, slowed, steady.rate)
             gain += self._value_of_going_on(rows, counts, steady, step_s)
             if num_waited:
                 gain -= steady.rate * (num_waited + _RESTART_STEPS) * step_s
             if gain > best_gain:
-                best_gain, best_counts, best_wait = gain, counts, num_waited
-        if best_wait:
-            hold_s = 2 * (best_wait + 1) * step_s
-            return [Choice(0, hold_s) for _ in seqs]
-        return [
-            self._held_for_fixed(seq, step_s) or Choice(min(count, seq.num_ready))
-            for seq, count in zip(seqs, best_counts, strict=True)
-        ]
+                best_gain, best_wait = gain, num_waited
+        return _HOLD_MARGIN * (best_wait + 1) * step_s if best_wait else 0.0
 
-    def _held_for_fixed(self, seq: Drafts, step_s: float) -> Choice | None:
+    def _hold_for_fixed(self, seq: Drafts) -> Choice | None:
         """A request that asked for so many drafts a round gets them, if they are on their way."""
         missing = seq.limit - seq.num_ready
-        if not seq.is_fixed or missing <= 0 or seq.num_coming == 0 or not seq.may_hold:
+        if self._is_serial or not (seq.is_fixed and seq.may_hold and seq.num_coming and missing > 0):
             return None
-        return Choice(0, 2 * (missing + 1) * step_s)
+        step_s = self._draft.step_s(1) if self._draft.is_known else self._target.predict(1)
+        return Choice(0, _HOLD_MARGIN * (missing + 1) * step_s)
 
     def _value_of_going_on(
         self, rows: Sequence[Row], counts: Sequence[int], steady: SteadyState, step_s: float
@@ -174,20 +179,6 @@ class SpeculationPolicy:
             value += a ** (count + 1.0) * (max(0.0, more) + saved)
         return value
 
-    def _steady_state(self, seqs: Sequence[Drafts]) -> SteadyState:
-        rows = [self._row(seq) for seq in seqs]
-        step_s = self._draft.step_s(sum(max(row.limit, row.num_fixed) > 0 for row in rows))
-        verify_s = self._verify_s(len(rows), 0).slowed(self._slowdown)
-        steady = steady_state(rows, verify_s, step_s, restart_s=_RESTART_STEPS * step_s)
-        self._price = steady.rate
-        return steady
-
-    def _row(self, seq: Drafts) -> Row:
-        """With as many drafts as it may ever have."""
-        if seq.is_fixed or not self._adaptive:
-            return Row(seq.acceptance, 0, seq.limit)
-        return Row(seq.acceptance, min(seq.limit, self._max_drafts))
-
     # -- what the draft writes ----------------------------------------------------------------------------------------
 
     def draft_lengths(self, seqs: Sequence[Drafts]) -> list[int]:
@@ -196,26 +187,39 @@ class SpeculationPolicy:
         """
         rows = [self._row(seq) for seq in seqs]
         if not any(row.limit for row in rows):
-            return [self._window_of(row.num_fixed, row) if row.num_fixed else 0 for row in rows]
-        if not self._is_measured:
-            return [self._window_of(min(row.limit, _NUM_UNMEASURED) or row.num_fixed, row) for row in rows]
-        lengths = self._serial_lengths(rows) if self._is_serial else self._windows(seqs, rows)
+            return [self._window_of(row.num_fixed, row) for row in rows]
+        if not (self._target.is_known and self._draft.is_known):
+            most = _NUM_UNMEASURED if len(rows) <= _MAX_UNMEASURED else 1
+            return [self._window_of(row.num_fixed or min(row.limit, most), row) for row in rows]
+        num_rows = max(len(seqs), self._num_rows)
+        if self._target.weight(num_rows) == 0.0:
+            counts = [row.num_fixed for row in rows]  # nobody knows what speculation has to beat here
+        elif self._is_serial:
+            counts = self._serial_lengths(rows, num_rows)
+        else:
+            counts = self._continuous_lengths(seqs, rows, num_rows)
+        lengths = [self._window_of(count, row) for count, row in zip(counts, rows, strict=True)]
         self._add_probe(seqs, rows, lengths)
         return lengths
 
-    def _serial_lengths(self, rows: Sequence[Row]) -> list[int]:
-        verify_s = self._verify_s(len(rows), 0)
-        plan = plan_serial(rows, verify_s, self._draft.step_s)
-        self._price = plan.rate
-        if not self._switch.update(plan.rate / plan.plain_rate):
+    def _row(self, seq: Drafts) -> Row:
+        """With as many drafts as it may ever have."""
+        if seq.is_fixed or not self._adaptive:
+            return Row(seq.acceptance, 0, seq.limit)
+        return Row(seq.acceptance, min(seq.limit, self._max_drafts))
+
+    def _serial_lengths(self, rows: list[Row], num_rows: int) -> list[int]:
+        others = [_PLAIN_ROW] * (num_rows - len(rows))
+        plan = plan_serial(rows + others, _VerifyTimes(self._target, num_rows, 0), self._draft.step_s)
+        is_on = self._switch.update(plan.rate / plan.plain_rate)
+        self._price = plan.rate if is_on else plan.plain_rate
+        if not is_on:
             return [row.num_fixed for row in rows]
-        return self._explored(rows, plan.lengths)
+        return self._explored(rows, plan.lengths[: len(rows)])
 
     def _explored(self, rows: Sequence[Row], lengths: list[int]) -> list[int]:
-        """Now and then a draft more or less, or none where plain decoding was never timed."""
+        """Now and then a draft more or less, to learn what that takes."""
         turn, phase = divmod(self._num_rounds, _EXPLORE_EVERY)
-        if self._target.weight(len(rows)) == 0.0:
-            return [row.num_fixed for row in rows]
         if phase != _EXPLORE_EVERY - 1 or self._num_waiting:
             return lengths
         change = 1 if turn % 2 else -1
@@ -224,24 +228,35 @@ class SpeculationPolicy:
             for row, length in zip(rows, lengths, strict=True)
         ]
 
-    def _windows(self, seqs: Sequence[Drafts], rows: Sequence[Row]) -> list[int]:
-        steady = self._steady_state(seqs)
-        plain_rate = sum(row.fixed_tokens for row in rows) / self._verify_s(len(rows), 0)(0)
-        if not self._switch.update(steady.rate / plain_rate):
-            return [self._window_of(row.num_fixed, row) if row.num_fixed else 0 for row in rows]
-        verify_s = self._verify_s(len(rows), 0).slowed(self._slowdown)
-        counts, _ = pick_drafts(rows, verify_s, steady.rate)
-        return [self._window_of(count, row) if count else 0 for count, row in zip(counts, rows, strict=True)]
+    def _continuous_lengths(self, seqs: Sequence[Drafts], rows: list[Row], num_rows: int) -> list[int]:
+        steady = self._steady_state(seqs, num_rows)
+        verify_s = _VerifyTimes(self._target, num_rows, 0)
+        plain_rate = (sum(row.fixed_tokens for row in rows) + num_rows - len(rows)) / verify_s(0)
+        is_on = self._switch.update(steady.rate / plain_rate)
+        self._price = steady.rate if is_on else plain_rate
+        if not is_on:
+            return [row.num_fixed for row in rows]
+        counts, _ = pick_drafts(rows, verify_s.slowed(self._slowdown), steady.rate)
+        return counts
+
+    def _steady_state(self, seqs: Sequence[Drafts], num_rows: int) -> SteadyState:
+        """Computed anew when it may have changed, in a big batch not every round: that takes longer there."""
+        key = (num_rows, self._num_rounds // (1 + num_rows // 8))
+        if self._steady is None or self._steady[0] != key:
+            rows = [self._row(seq) for seq in seqs] + [_PLAIN_ROW] * (num_rows - len(seqs))
+            step_s = self._draft.step_s(len(seqs))
+            verify_s = _VerifyTimes(self._target, num_rows, 0).slowed(self._slowdown)
+            self._steady = key, steady_state(rows, verify_s, step_s, restart_s=_RESTART_STEPS * step_s)
+        return self._steady[1]
 
     def _window_of(self, num_drafts: int, row: Row) -> int:
         """Serial: the drafts; continuous: those that are verified and those that are drafted meanwhile."""
-        if self._is_serial:
+        if self._is_serial or num_drafts == 0:
             return num_drafts
         meanwhile = self._max_drafts
-        if self._is_measured:
+        if self._target.is_known and self._draft.is_known:
             meanwhile = ceil(self._target.predict(1) / self._draft.step_s(1)) + 1
-        most = self._window or 2 * max(self._max_drafts, num_drafts)
-        return max(1, min(num_drafts + meanwhile, most))
+        return max(1, min(num_drafts + meanwhile, self._window or 2 * max(self._max_drafts, num_drafts)))
 
     def _add_probe(self, seqs: Sequence[Drafts], rows: Sequence[Row], lengths: list[int]) -> None:
         asleep = [index for index, row in enumerate(rows) if row.limit and not lengths[index]]
@@ -250,7 +265,8 @@ class SpeculationPolicy:
         # The likeliest one: it stays so until its verdict, and after a bad one another is.
         index = max(asleep, key=lambda i: (rows[i].acceptance, -seqs[i].num_behind))
         step_s = self._draft.step_s(1)
-        num_drafts = max(1, min(rows[index].limit, _NUM_UNMEASURED, floor(0.25 * self._target.predict(1) / step_s)))
+        num_drafts = floor(_PROBE_SHARE * self._target.predict(1) / step_s)
+        num_drafts = max(1, min(rows[index].limit, _NUM_UNMEASURED, num_drafts))
         cost_s = self._draft.chunk_s(1 + seqs[index].num_behind) + num_drafts * step_s
         if self._probes.may_run(cost_s, is_busy=self._num_waiting > 0):
             lengths[index] = num_drafts
@@ -262,32 +278,35 @@ class SpeculationPolicy:
         and the seq's acceptance. Another draft counts only if all before it are accepted.
         """
         survival = prod(0.5 * (confidence + acceptance) for confidence in confidences)
-        return survival * acceptance >= self._min_survival()
-
-    def _min_survival(self) -> float:
-        if not self._is_measured:
-            return _MIN_SURVIVAL
         share = 1.0 if self._is_serial else self._slowdown - 1.0
-        return max(_MIN_SURVIVAL, share * self._draft.step_s(1) * self._price)
+        cost = share * self._draft.step_s(1) * self._price if self._draft.is_known else 0.0  # in tokens
+        return survival * acceptance >= max(_MIN_SURVIVAL, cost)
 
 
 class _VerifyTimes:
     """Seconds of a target round by the drafts in it.
 
-    Prompts in the round are not its seqs' doing: only what drafts add to it counts on top of a round without prompts.
+    Prompts in the round are not its seqs' doing: what drafts add to it counts on top of a round without prompts. Rounds
+    far bigger than any seen take for ever: sizes are tried step by step.
     """
 
-    __slots__ = ("_base_s", "_num_before", "_slowdown", "_times")
+    __slots__ = ("_base_s", "_most", "_num_before", "_slowdown", "_times")
 
-    def __init__(self, times: StepTimes, num_rows: int, num_other_tokens: int, slowdown: float) -> None:
+    def __init__(self, times: StepTimes, num_rows: int, num_other_tokens: int, slowdown: float = 1.0) -> None:
         self._times = times
         self._num_before = num_rows + num_other_tokens
         self._base_s = times.predict(num_rows) - times.predict(self._num_before)
+        self._most = max(2 * times.most_tokens + 8, self._num_before + num_rows)
         self._slowdown = slowdown
 
     def __call__(self, num_drafts: float) -> float:
-        return self._slowdown * (self._base_s + self._times.predict(self._num_before + num_drafts))
+        num_tokens = self._num_before + num_drafts
+        if num_tokens > self._most:
+            return inf
+        return self._slowdown * (self._base_s + self._times.predict(num_tokens))
 
     def slowed(self, slowdown: float) -> "_VerifyTimes":
-        self._slowdown = slowdown
-        return self
+        """The same with the draft running beside it."""
+        twin = copy(self)
+        twin._slowdown = slowdown
+        return twin

@@ -15,6 +15,7 @@ __all__ = ["DraftTimes", "StepTimes"]
 _MAX_EXACT = 64  # tokens
 _PER_OCTAVE = 6
 _MEMORY = 24.0  # observations of a size that its mean is of
+_FORGET_EVERY = 1000  # observations, after which the old ones count half and those of rare sizes are dropped
 _MAX_SURPRISE = 3.0  # an observation counts for at most so many times its size's mean: hiccups are no news
 
 
@@ -39,6 +40,7 @@ class StepTimes:
         self._buckets: dict[int, _Bucket] = {}
         self._curve: list[tuple[float, float]] = []  # (tokens, seconds without context), both rising
         self._is_stale = False
+        self._num_observed = 0
         self._context_num = 0.0  # what seconds by context is the quotient of
         self._context_den = 0.0
 
@@ -59,6 +61,9 @@ class StepTimes:
     def observe(self, num_tokens: int, run_s: float, *, num_context: float = 0.0) -> None:
         """A forward over `num_tokens` tokens that attend to `num_context` cached ones took `run_s`."""
         self._is_stale = True
+        self._num_observed += 1
+        if self._num_observed % _FORGET_EVERY == 0:
+            self._forget()
         bucket = self._buckets.get(_bucket(num_tokens))
         if bucket is None:
             self._buckets[_bucket(num_tokens)] = _Bucket(float(num_tokens), num_context, run_s)
@@ -72,6 +77,13 @@ class StepTimes:
         bucket.num_tokens += share * (num_tokens - bucket.num_tokens)
         bucket.num_context += share * (num_context - bucket.num_context)
         bucket.run_s += share * (run_s - bucket.run_s)
+
+    def _forget(self) -> None:
+        """A machine changes: what was long not seen is to be seen again."""
+        for bucket in self._buckets.values():
+            bucket.weight /= 2
+        kept = {index: bucket for index, bucket in self._buckets.items() if bucket.weight >= 0.5}
+        self._buckets = kept or self._buckets
 
     def _learn_context(self, bucket: _Bucket, num_context: float, run_s: float) -> None:
         """Compare within a size only: more tokens tend to come with more context."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Protocol
 
-from scheduler.acceptance import Acceptance, AcceptancePrior
+from scheduler.acceptance import Acceptance, AcceptancePrior, expected_tokens
 from scheduler.policy import Choice, Drafts, SpeculationPolicy
 
 TOKENS_OF_A_REQUEST = 256
@@ -74,10 +74,10 @@ class _Seq:
 
 @dataclass(slots=True)
 class Outcome:
-    num_tokens: int = 0
+    num_tokens: float = 0.0  # expected ones: what drafts deserved by their acceptance, not what chance gave them
     run_s: float = 0.0
     verified: list[int] = field(default_factory=list)  # drafts of each target round
-    rate_of: list[tuple[float, int]] = field(default_factory=list)  # time and tokens at the end of each target round
+    rate_of: list[tuple[float, float]] = field(default_factory=list)  # time and tokens at the end of each target round
 
     @property
     def rate(self) -> float:
@@ -228,7 +228,6 @@ class Simulation:
                 num_tokens=num_tokens,
                 num_context=0,
                 run_s=self._measured(run_s),
-                is_drafting=is_drafting,
             )
         return run_s
 
@@ -246,7 +245,8 @@ class Simulation:
             seq.epoch += 1
         seq.verifying = []
         seq.num_tokens += num_accepted + 1
-        self._outcome.num_tokens += num_accepted + 1
+        acceptance = self._world.acceptance(seq.number, self._outcome.num_tokens / self._num_tokens)
+        self._outcome.num_tokens += expected_tokens(acceptance, num_verified)
 
     def _note(self) -> None:
         self._outcome.rate_of.append((self._outcome.run_s, self._outcome.num_tokens))
