@@ -10,7 +10,7 @@ import grpc
 
 from cluster.gateway.mailbox import Mailbox
 from cluster.gateway.refusal import Refusal
-from echelon.pb import scheduler_pb2, scheduler_pb2_grpc
+from echelon.pb import inference_pb2, scheduler_pb2, scheduler_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,12 @@ class SchedulerLink:
         if request_id in self._mailboxes and self._outgoing is not None:
             cancel = scheduler_pb2.Cancel(request_id=request_id)
             self._outgoing.put_nowait(scheduler_pb2.SchedulerRequest(cancel=cancel))
+
+    def adjust(self, request_id: str, wish: inference_pb2.Speculation) -> None:
+        """Changes how a running request speculates. Unknown ids are ignored."""
+        if request_id in self._mailboxes and self._outgoing is not None:
+            adjust = scheduler_pb2.Adjust(request_id=request_id, speculation=wish)
+            self._outgoing.put_nowait(scheduler_pb2.SchedulerRequest(adjust=adjust))
 
     def abandon(self, request_id: str) -> None:
         """Cancels a request whose client has gone: later replies are dropped. Nothing if it has already ended."""

@@ -85,6 +85,16 @@ class InferenceServicer:
             link.cancel(request.request_id)
         return inference_pb2.CancelResponse(found=link is not None)
 
+    async def SetSpeculation(
+        self, request: inference_pb2.SetSpeculationRequest, context: Context
+    ) -> inference_pb2.SetSpeculationResponse:
+        if not request.request_id:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "request_id: is empty")
+        link = next((link for link in self._links if link.knows(request.request_id)), None)
+        if link is not None:
+            link.adjust(request.request_id, request.speculation)
+        return inference_pb2.SetSpeculationResponse(found=link is not None)
+
     async def GetModelInfo(
         self, request: inference_pb2.GetModelInfoRequest, context: Context
     ) -> inference_pb2.ModelInfo:
