@@ -89,13 +89,19 @@ class DraftEngine(ModelEngine):
         slots = [span.slot for span in spans]
         counts = [span.end - span.start for span in spans]
         starts = [span.start for span in spans]
-        calibrates = any(span.start < self._table.num_computed[span.slot] for span in spans)
-        with self._runner.tracer.span("calibrate" if calibrates else "prefill"):
+        with self._runner.tracer.span(self._step_name(spans)):
             hidden = self._runner.forward(self._table.compute(slots, starts, counts, self._runner.device))
         ends = zip(spans, accumulate(counts), strict=True)
         last_rows = [(end - 1, span.chain) for span, end in ends if span.chain]
         rows = torch.tensor([row for row, _ in last_rows], dtype=torch.int64, device=hidden.device)
         return hidden[rows], [chain for _, chain in last_rows]
+
+    def _step_name(self, spans: list[_Span]) -> str:
+        """What a trace calls a forward of all these spans."""
+        if any(span.start < self._table.num_computed[span.slot] for span in spans):
+            return "calibrate"
+        # A chain grows behind its last token and, after a verdict, what the target put behind that.
+        return "draft" if all(span.chain and span.end - span.start <= 2 for span in spans) else "prefill"
 
     def _step(self, chains: list[_Chain]) -> Tensor:
         """Compute the last token of each chain -> hidden states [num_chains, hidden_size]."""

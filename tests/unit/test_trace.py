@@ -58,6 +58,9 @@ def test_a_draft_says_what_its_forwards_are_for(tiny: Path) -> None:
     driver = traced.driver
     seq = driver.start(0, PROMPT, greedy())
     assert traced.names(driver.draft_row(seq, 3)) == ["prefill", *["sample", "draft"] * 2, "sample"]
+    blocks = driver.blocks_for(seq, 16)
+    row = Row(slot=0, chunk_len=1, num_draft_tokens=2, new_block_ids=blocks)
+    assert traced.names(row) == ["draft", "sample", "draft", "sample"]
     driver.fork(seq, 1, len(PROMPT))
     assert traced.names(Row(slot=1, append_token_ids=[7], chunk_len=1)) == ["transfer", "prefill"]
 
