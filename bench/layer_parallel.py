@@ -200,7 +200,7 @@ def plot(results: Sequence[tuple[Way, Acceptance]], path: Path) -> None:
     axes.set_xticks(SIZES)
     axes.set_xlabel("layers that attend at once")
     axes.set_ylabel("acceptance of a draft token")
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0.5, 1)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()

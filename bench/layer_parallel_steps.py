@@ -23,8 +23,9 @@ from cluster.startup import Launch
 from echelon import __version__
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.sampling_pb2 import SeqSampling
-from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, Hello, Round, RoundRequest, RoundResult, Row, SeqInit
+from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, Hello, LayerGroup, Round, RoundRequest, RoundResult, Row, SeqInit
 from echelon.pb.worker_pb2_grpc import WorkerStub
+from workers.models.layer_groups import MLPs
 
 HOST = "127.0.0.1"
 INCARNATION = 1
@@ -112,7 +113,7 @@ def _worker_specs(variant: Variant) -> list[WorkerSpec]:
     ]
 
 
-def variants(folder: Path) -> list[Variant]:
+def variants(folder: Path, num_layers: int) -> list[Variant]:
     def variant(name: str, num_ranks: int, **engine: object) -> Variant:
         spec = EngineSpec(
             role=ENGINE_ROLE_DRAFT,
@@ -128,18 +129,24 @@ def variants(folder: Path) -> list[Variant]:
         spec.MergeFrom(EngineSpec(**engine))  # type: ignore[arg-type]
         return Variant(name=name, num_ranks=num_ranks, engine=spec)
 
+    pairs = [LayerGroup(layers=range(first, min(first + 2, num_layers - 1))) for first in range(1, num_layers - 1, 2)]
+    groups = [LayerGroup(layers=[0]), *pairs, LayerGroup(layers=[num_layers - 1])]
+
+    def layer_parallel(name: str, num_ranks: int, mlps: MLPs) -> Variant:
+        return variant(name, num_ranks, lp_size=2, layer_groups=groups, layer_parallel_mlp=mlps)
+
     return [
         variant("sequential, 1 rank", 1),
-        variant("layer-parallel as a batch, 1 rank", 1, lp_size=2),
-        variant("layer-parallel, MLPs replicated, 2 ranks", 2, lp_size=2, layer_parallel_mlp="replicated"),
-        variant("layer-parallel, MLPs split, 2 ranks", 2, lp_size=2, layer_parallel_mlp="tensor_parallel"),
+        layer_parallel("layer-parallel as a batch, 1 rank", 1, MLPs.REPLICATED),
+        layer_parallel("layer-parallel, MLPs replicated, 2 ranks", 2, MLPs.REPLICATED),
+        layer_parallel("layer-parallel, MLPs split, 2 ranks", 2, MLPs.TENSOR_PARALLEL),
         variant("tensor-parallel, 2 ranks", 2, tp_size=2),
     ]
 
 
 def add_step_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("--step-times")
-    group.add_argument("--layers", type=int, default=20)
+    group.add_argument("--layers", type=int, default=16)
     group.add_argument("--hidden", type=int, default=1536)
     group.add_argument("--intermediate", type=int, default=4608)
     group.add_argument("--context", type=int, default=512, help="tokens before the chain")
@@ -158,7 +165,7 @@ def measure_steps(options: argparse.Namespace) -> None:
             intermediate_size=options.intermediate,
         )
         groups = []
-        for variant in variants(folder):
+        for variant in variants(folder, options.layers):
             group = DraftGroup(variant, options.context, Path(name))
             stack.callback(group.stop)
             groups.append(group)

@@ -19,8 +19,8 @@ from workers.models.layer_groups import LayerGroups, MLPs, Weights, check_groups
 from workers.models.layer_similarity import layer_input_similarity
 from workers.process import SpecError
 
-# Between the stream that enters a group and the one that each of its layers would see: EasySpec finds 0.8 and more
-# inside groups of four of the drafts that it tries.
+# Between the stream that enters a group and the one that each of its layers would see. EasySpec finds 0.8 and more in
+# groups of four; of the demo draft a group of six, whose last layer is at 0.70, loses 2.6 % of the acceptance.
 LEAST_SIMILARITY = 0.7
 AUTO = "auto"
 SCRATCH_BYTES = 256 << 20  # MLP weights that are timed: more than a processor caches
