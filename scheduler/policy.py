@@ -21,6 +21,7 @@ __all__ = ["Choice", "Drafts", "SpeculationPolicy"]
 _NUM_UNMEASURED = 4  # drafts while nothing is known of the times ...
 _MAX_UNMEASURED = 8  # ... of so many seqs at most, 1 of more
 _EXPLORE_EVERY = 48  # target rounds: one with another number of drafts, to learn what it takes
+_CHANGE_FOR = 1.02  # what running ahead must gain over waiting to be taken up
 _MIN_SURVIVAL = 0.05  # a draft that is less likely to be verified and accepted is not worth its power
 _FIRST_SLOWDOWN, _MAX_SLOWDOWN = 1.03, 1.5
 _RESTART_STEPS = 0.5  # from a verdict to the first step of a new chain: half a step is still running
@@ -51,15 +52,20 @@ class SpeculationPolicy:
     """One a scheduler.
 
     `adaptive` False: every seq drafts and verifies as much as its limit allows; only whether a continuous pipeline
-    waits for drafts is still chosen. `window`: most drafts ahead of the last commit (continuous), 0: chosen.
+    waits for drafts is still chosen. Continuous: `window`: most drafts ahead of the last commit, 0: chosen;
+    `has_branches`: the draft is never idle while the target verifies, since it drafts for several verdicts.
     """
 
-    def __init__(self, *, max_drafts: int, adaptive: bool, pipeline: str, window: int = 0) -> None:
+    def __init__(
+        self, *, max_drafts: int, adaptive: bool, pipeline: str, window: int = 0, has_branches: bool = False
+    ) -> None:
         self.prior = AcceptancePrior()  # of the draft model's drafts
         self._max_drafts = max_drafts
         self._adaptive = adaptive
         self._is_serial = pipeline == "serial"
         self._window = window
+        self._has_branches = has_branches
+        self._runs_ahead = not self._is_serial  # the draft goes on while the target verifies
         self._target = StepTimes()
         self._draft = DraftTimes()
         self._slowdown = 1.0 if self._is_serial else _FIRST_SLOWDOWN  # of a target round while the draft runs
@@ -76,12 +82,12 @@ class SpeculationPolicy:
 
     def observe_target(self, *, num_seqs: int, num_tokens: int, num_context: int, run_s: float) -> None:
         """A target round over `num_tokens` tokens of `num_seqs` seqs took `run_s`. `num_context`: tokens in their KV
-        caches. Where draft rounds were observed since the last one, the draft has slowed it down.
+        caches. Where the draft ran ahead since the last one, it has slowed this one down.
         """
         self._num_rounds += 1
         self._switch.on_round()
         self._probes.on_round(run_s)
-        if self._num_draft_rounds and not self._is_serial:
+        if self._num_draft_rounds and self._runs_ahead:
             self._learn_slowdown(num_tokens, num_context, run_s)
             run_s /= self._slowdown
         self._num_draft_rounds = 0
@@ -116,11 +122,14 @@ class SpeculationPolicy:
             return [Choice(min(seq.num_ready, seq.limit)) for seq in seqs]
         verify_s = _VerifyTimes(self._target, len(seqs), num_other_tokens)
         if not self._is_serial and self._draft.is_known:
-            hold_s = self._hold_s(seqs, verify_s, num_other_tokens)
+            hold_s = self._hold_s(seqs, self._slowed(verify_s), num_other_tokens)
             if hold_s > 0.0:
                 return [Choice(0, hold_s)] * len(seqs)
         counts = self._worth_verifying(seqs, verify_s)
         return [self._hold_for_fixed(seq) or Choice(count) for seq, count in zip(seqs, counts, strict=True)]
+
+    def _slowed(self, verify_s: "_VerifyTimes") -> "_VerifyTimes":
+        return verify_s.slowed(self._slowdown) if self._runs_ahead else verify_s
 
     def _worth_verifying(self, seqs: Sequence[Drafts], verify_s: "_VerifyTimes") -> list[int]:
         rows = [self._row_now(seq) for seq in seqs]
@@ -144,15 +153,17 @@ class SpeculationPolicy:
         if not may_hold or not any(seq.num_coming for seq in seqs):
             return 0.0
         steady = self._steady_state(seqs, len(seqs))
+        price = steady.rate if self._runs_ahead else self._price
         step_s = self._draft.step_s(len(seqs))
-        slowed = verify_s.slowed(self._slowdown)
+        restart_s = _RESTART_STEPS * step_s if self._runs_ahead else 0.0
         best_gain, best_wait = float("-inf"), 0
         for num_waited in range(max(seq.limit - seq.num_ready for seq in seqs) + 1):
             rows = [self._row_now(seq, num_waited if seq.num_coming else 0) for seq in seqs]
-            counts, gain = pick_drafts(rows, slowed, steady.rate)
-            gain += self._value_of_going_on(rows, counts, steady, step_s)
+            counts, gain = pick_drafts(rows, verify_s, price)
+            if self._runs_ahead:
+                gain += self._value_of_going_on(rows, counts, steady, step_s)
             if num_waited:
-                gain -= steady.rate * (num_waited + _RESTART_STEPS) * step_s
+                gain -= price * (num_waited * step_s + restart_s)
             if gain > best_gain:
                 best_gain, best_wait = gain, num_waited
         return _HOLD_MARGIN * (best_wait + 1) * step_s if best_wait else 0.0
@@ -230,13 +241,19 @@ class SpeculationPolicy:
 
     def _continuous_lengths(self, seqs: Sequence[Drafts], rows: list[Row], num_rows: int) -> list[int]:
         steady = self._steady_state(seqs, num_rows)
+        others = [_PLAIN_ROW] * (num_rows - len(rows))
         verify_s = _VerifyTimes(self._target, num_rows, 0)
-        plain_rate = (sum(row.fixed_tokens for row in rows) + num_rows - len(rows)) / verify_s(0)
-        is_on = self._switch.update(steady.rate / plain_rate)
-        self._price = steady.rate if is_on else plain_rate
+        waiting = plan_serial(rows + others, verify_s, self._draft.step_s)
+        is_ahead = self._has_branches or steady.rate > waiting.rate * (1.0 if self._runs_ahead else _CHANGE_FOR)
+        rate = steady.rate if is_ahead else waiting.rate
+        is_on = self._switch.update(rate / waiting.plain_rate)
+        self._price = rate if is_on else waiting.plain_rate
+        self._runs_ahead = is_ahead and is_on
         if not is_on:
             return [row.num_fixed for row in rows]
-        counts, _ = pick_drafts(rows, verify_s.slowed(self._slowdown), steady.rate)
+        if not is_ahead:
+            return waiting.lengths[: len(rows)]
+        counts, _ = pick_drafts(rows, verify_s.slowed(self._slowdown), rate)
         return counts
 
     def _steady_state(self, seqs: Sequence[Drafts], num_rows: int) -> SteadyState:
@@ -250,8 +267,8 @@ class SpeculationPolicy:
         return self._steady[1]
 
     def _window_of(self, num_drafts: int, row: Row) -> int:
-        """Serial: the drafts; continuous: those that are verified and those that are drafted meanwhile."""
-        if self._is_serial or num_drafts == 0:
+        """Those that are verified, and where the draft runs ahead those that are drafted meanwhile."""
+        if num_drafts == 0 or not self._runs_ahead:
             return num_drafts
         meanwhile = self._max_drafts
         if self._target.is_known and self._draft.is_known:

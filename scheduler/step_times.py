@@ -15,6 +15,7 @@ __all__ = ["DraftTimes", "StepTimes"]
 _MAX_EXACT = 64  # tokens
 _PER_OCTAVE = 6
 _MEMORY = 24.0  # observations of a size that its mean is of
+_NEAR = 1.3  # sizes that lie closer leave no room for a surprise between them
 _FORGET_EVERY = 1000  # observations, after which the old ones count half and those of rare sizes are dropped
 _MAX_SURPRISE = 3.0  # an observation counts for at most so many times its size's mean: hiccups are no news
 
@@ -124,7 +125,8 @@ class StepTimes:
             return curve[0][1]
         if index < len(curve):
             (x0, y0), (x1, y1) = curve[index - 1], curve[index]
-            return y0 + (y1 - y0) * ((num_tokens - x0) / (x1 - x0)) ** 2
+            bend = 1 if x1 <= _NEAR * x0 else 2
+            return y0 + (y1 - y0) * ((num_tokens - x0) / (x1 - x0)) ** bend
         last_x, last_y = curve[-1]
         x, y = curve[min(bisect_left(curve, (last_x / 2, 0.0)), max(0, len(curve) - 2))]
         return last_y + (last_y - y) / (last_x - x) * (num_tokens - last_x) if last_x > x else last_y
