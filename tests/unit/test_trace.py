@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,7 @@ def test_a_draft_that_calibrates_says_so(tiny: Path) -> None:
 
 def test_spans_stand_in_each_other_on_the_clock_of_the_round() -> None:
     tracer = Tracer(rank=3)
+    before_ns = time.monotonic_ns()
     tracer.start()
     with tracer.span("draft"):
         TracedGroup(SoloGroup(), tracer).all_reduce(torch.zeros(1))
@@ -89,6 +91,7 @@ def test_spans_stand_in_each_other_on_the_clock_of_the_round() -> None:
     assert {span.rank for span in (wait, draft, sample)} == {3}
     assert 0 <= draft.start_ns <= wait.start_ns
     assert wait.start_ns + wait.run_ns <= draft.start_ns + draft.run_ns <= sample.start_ns
+    assert sample.start_ns + sample.run_ns <= time.monotonic_ns() - before_ns
 
 
 def test_nothing_is_recorded_unless_asked_for() -> None:
