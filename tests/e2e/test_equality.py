@@ -8,106 +8,31 @@ bf16 with `batch_invariant` nothing may differ.
 import itertools
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
 import torch
-from tokenizers import Tokenizer
 
-from cluster.local import LocalDeployment, local_settings
-from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2_grpc
-from tests.helpers.scheduler_client import SchedulerClient
+from echelon.pb import inference_pb2
+from tests.helpers.deployment_streams import (
+    DRAFT,
+    MAX_MODEL_LEN,
+    NUM_DRAFTS,
+    NUM_TOKENS,
+    SETTINGS,
+    TARGET,
+    Case,
+    Stream,
+    Streams,
+    generate,
+    make_cases,
+)
 from tests.helpers.token_rule import TokenRule
 from workers.groups import SoloGroup
 from workers.models import load_model
 
-MODELS = Path(__file__).parents[2] / "models"
-TARGET, DRAFT = MODELS / "demo-target", MODELS / "demo-draft"
-PROMPTS = ["def fibonacci(n):\n    ", "import os\nimport sys\n\ndef main(", "class Stack:\n    def __init__(self"]
-NUM_TOKENS = 24
-MAX_MODEL_LEN = 640
-NUM_DRAFTS = (0, 1, 2, 3, 4)
 TIE = 1e-4
 MOST_TIES = 2  # of all comparisons with one deployment
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "top_k": {"top_k": 20},
-    "top_p": {"top_p": 0.9},
-    "min_p": {"min_p": 0.05},
-    "repetition": {"repetition_penalty": 1.3},
-    "presence": {"presence_penalty": 1.5},
-    "frequency": {"frequency_penalty": 0.8},
-    "logprobs": {"logprobs": 3},
-    "everything": {
-        "top_k": 50,
-        "top_p": 0.95,
-        "min_p": 0.01,
-        "repetition_penalty": 1.1,
-        "presence_penalty": 0.5,
-        "frequency_penalty": 0.5,
-        "logprobs": 2,
-    },
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    prompt: list[int]
-    settings: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stream:
-    token_ids: list[int]
-    logprobs: list[sampling_pb2.PositionLogprobs]
-    speculation: inference_pb2.SpeculationStats
-
-
-Streams = dict[tuple[str, int], Stream]  # by case and number of drafts
-
-
-def make_cases() -> dict[str, Case]:
-    """Each setting at temperature 0 and 1, and a long prompt whose output crosses position 512."""
-    tokenizer = Tokenizer.from_file(str(TARGET / "tokenizer.json"))
-    prompts = [tokenizer.encode(text).ids for text in PROMPTS]
-    cases = {}
-    for index, (name, settings) in enumerate(SETTINGS.items()):
-        for temperature in (0.0, 1.0):
-            chosen = {**settings, "temperature": temperature, "seed": 2**62 + index}
-            cases[f"{name}, temperature {temperature:g}"] = Case(prompt=prompts[index % 3], settings=chosen)
-    long = list(itertools.islice(itertools.cycle(itertools.chain(*prompts)), 500))
-    return cases | {"long": Case(prompt=long, settings={"temperature": 1.0, "seed": 5, "logprobs": 1})}
-
-
-def generate(cases: dict[str, Case], num_drafts: Iterable[int], **settings: Any) -> Streams:
-    """One deployment, all requests at once."""
-    streams = list(itertools.product(cases, num_drafts))
-    options = {
-        "kv_cache_bytes": 128 << 20,
-        "max_num_seqs": len(streams),
-        "max_num_batched_tokens": 192,
-        "max_model_len": MAX_MODEL_LEN,
-        "num_speculative_tokens": max(NUM_DRAFTS),
-    }
-    deployment = LocalDeployment(local_settings(**options | settings))
-    with deployment, grpc.insecure_channel(deployment.running.scheduler_address) as channel:
-        stub = scheduler_pb2_grpc.SchedulerStub(channel)
-        client = SchedulerClient(stub, max_tokens=NUM_TOKENS, ignore_eos=True)
-        for name, k in streams:
-            client.submit(f"{name}/{k}", cases[name].prompt, num_drafts=k, **cases[name].settings)
-        client.finish(len(streams))
-    return {
-        (name, k): Stream(
-            token_ids=client.tokens[f"{name}/{k}", 0],
-            logprobs=client.logprobs[f"{name}/{k}", 0],
-            speculation=client.ends[f"{name}/{k}"].speculation,
-        )
-        for name, k in streams
-    }
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +59,9 @@ def fp32(cases: dict[str, Case]) -> Callable[[int], Streams]:
 
     def get(tp_size: int) -> Streams:
         if tp_size not in made:
-            made[tp_size] = generate(cases, NUM_DRAFTS, target=TARGET, draft=DRAFT, tp_size=tp_size, dtype="float32")
+            made[tp_size] = generate(
+                cases, NUM_DRAFTS, target=TARGET, draft=DRAFT, tp_size=tp_size, dtype="float32", pipeline="serial"
+            )
         return made[tp_size]
 
     return get
@@ -247,7 +174,14 @@ def test_tensor_parallelism_changes_no_token(
 @pytest.mark.parametrize("tp_size", [1, 4])
 def test_batch_invariance_leaves_no_difference(cases: dict[str, Case], tp_size: int) -> None:
     streams = generate(
-        cases, (0, 1, 4), target=TARGET, draft=DRAFT, tp_size=tp_size, dtype="bfloat16", batch_invariant=True
+        cases,
+        (0, 1, 4),
+        target=TARGET,
+        draft=DRAFT,
+        tp_size=tp_size,
+        dtype="bfloat16",
+        batch_invariant=True,
+        pipeline="serial",
     )
     assert_really_speculated(streams)
     for (name, k), stream in streams.items():
