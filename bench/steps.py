@@ -1,0 +1,186 @@
+"""What a step costs inside a worker: verifying 1 to 9 rows, drafting, and how much of it is matrix products.
+
+Engines run in this process, without scheduler and wires, on rounds as a scheduler sends them. CPU time is given beside
+wall time, because it says something even on a busy machine. Products are the part that weights and threads decide; the
+rest is a fixed price for each operator, paid on one thread, so with two threads it weighs twice.
+
+    OMP_NUM_THREADS=2 GOMP_SPINCOUNT=3000 python -m bench.steps --threads 2
+
+Threads that wait at the end of an operator spin for a while (GOMP_SPINCOUNT, libgomp's measure) and then sleep: waking
+costs about 50 us an operator, spinning where another process needs the core costs far more. Run it with several.
+"""
+
+import argparse
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.report import add_report_options, publish, table
+from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
+from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET, EngineRole, Round, Row, SeqInit
+from workers.cohort import Cohort
+from workers.engine import Engine
+from workers.load import load_engines
+
+MODELS = Path(__file__).parents[1] / "models"
+BLOCK_SIZE = 16
+MAX_LEN = 1024
+KV_CACHE_BYTES = 1 << 29
+PRODUCTS = ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm")
+NUM_PROFILED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one round, in ms."""
+
+    least: float
+    median: float
+    cpu: float  # least, of all threads
+    products: float  # share of the time in operators
+
+    @property
+    def cells(self) -> list[str]:
+        return [f"{self.least:.1f}", f"{self.median:.1f}", f"{self.cpu:.1f}", f"{self.products:.0%}"]
+
+
+class Seqs:
+    """A few seqs of one length on an engine; every round finds them as the one before did."""
+
+    def __init__(self, engine: Engine, num_seqs: int, context: int) -> None:
+        self._engine = engine
+        self._context = context
+        self._slots = range(num_seqs)
+        self._round_id = 0
+        blocks = MAX_LEN // BLOCK_SIZE
+        inits = [
+            SeqInit(
+                slot=slot,
+                token_ids=[(7 * slot + 3 * i) % 4000 + 1 for i in range(context)],
+                num_prompt_tokens=context,
+                block_table=range(slot * blocks, (slot + 1) * blocks),
+            )
+            for slot in self._slots
+        ]
+        engine.reset()
+        self._send([Row(slot=slot, chunk_len=context) for slot in self._slots], inits)
+
+    def verify(self, num_rows: int) -> None:
+        """The last token and drafts behind it."""
+        drafts = range(1, num_rows)
+        self._send(
+            [
+                Row(
+                    slot=slot,
+                    crop_len=self._context,
+                    append_token_ids=[5],
+                    chunk_len=1,
+                    draft_token_ids=drafts,
+                    draft_base_len=self._context + 1,
+                )
+                for slot in self._slots
+            ]
+        )
+
+    def draft(self, num_tokens: int) -> None:
+        """Catches up with a verdict of two tokens and drafts behind them."""
+        self._send(
+            [
+                Row(
+                    slot=slot,
+                    crop_len=self._context,
+                    append_token_ids=[5, 6],
+                    chunk_len=2,
+                    num_draft_tokens=num_tokens,
+                )
+                for slot in self._slots
+            ]
+        )
+
+    def _send(self, rows: Sequence[Row], inits: Sequence[SeqInit] = ()) -> None:
+        self._round_id += 1
+        round_ = Round(round_id=self._round_id, init_seqs=inits, rows=rows)
+        self._engine.check(round_)
+        self._engine.run(round_)
+
+
+def load(folder: Path, role: EngineRole.ValueType, dtype: str, max_num_seqs: int) -> Engine:
+    spec = EngineSpec(
+        role=role,
+        model=str(folder),
+        dtype=dtype,
+        tp_size=1,
+        block_size=BLOCK_SIZE,
+        kv_cache_bytes=KV_CACHE_BYTES,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=MAX_LEN * max_num_seqs,
+        max_model_len=MAX_LEN,
+    )
+    worker = WorkerSpec(rank=0, world_size=1, device="cpu", engines=[spec])
+    return load_engines(worker, Cohort(0, 1, None), lambda stage, done, total: None)[role]
+
+
+def cost(round_: Callable[[], None], runs: int) -> Cost:
+    for _ in range(3):
+        round_()
+    walls, cpus = [], []
+    for _ in range(runs):
+        wall, cpu = time.perf_counter(), time.process_time()
+        round_()
+        cpus.append(time.process_time() - cpu)
+        walls.append(time.perf_counter() - wall)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(NUM_PROFILED):
+            round_()
+    by_name = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    products = sum(by_name.get(name, 0.0) for name in PRODUCTS)
+    return Cost(1e3 * min(walls), 1e3 * statistics.median(walls), 1e3 * min(cpus), products / sum(by_name.values()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=Path, default=MODELS / "demo-target")
+    parser.add_argument("--draft", type=Path, default=MODELS / "demo-draft")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seqs", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 6, 9], help="rows of a seq that are verified")
+    parser.add_argument("--drafts", type=int, nargs="+", default=[1, 5], help="tokens that a round drafts")
+    parser.add_argument("--context", type=int, default=128, help="tokens of each seq")
+    parser.add_argument("--runs", type=int, default=30)
+    add_report_options(parser)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    target = load(args.target, ENGINE_ROLE_TARGET, args.dtype, max(args.seqs))
+    draft = load(args.draft, ENGINE_ROLE_DRAFT, args.dtype, max(args.seqs))
+    rows = []
+    for num_seqs in args.seqs:
+        seqs = Seqs(target, num_seqs, args.context)
+        for num_rows in args.rows:
+            verify = cost(partial(seqs.verify, num_rows), args.runs)
+            rows.append(["verify", str(num_seqs), str(num_rows), *verify.cells])
+        seqs = Seqs(draft, num_seqs, args.context)
+        for num_tokens in args.drafts:
+            drafting = cost(partial(seqs.draft, num_tokens), args.runs)
+            rows.append(["draft", str(num_seqs), str(num_tokens), *drafting.cells])
+    header = ["round", "seqs", "rows or drafts a seq", "least ms", "median ms", "CPU ms", "in products"]
+    body = (
+        f"{args.target.name} and {args.draft.name}, {args.dtype}, {args.threads} thread(s), {args.context} tokens of "
+        f"context; GOMP_SPINCOUNT {os.environ.get('GOMP_SPINCOUNT', 'not set')}, OMP_WAIT_POLICY "
+        f"{os.environ.get('OMP_WAIT_POLICY', 'not set')}; {args.runs} rounds each.\n\n" + table(header, rows)
+    )
+    command = shlex.join(["python", "-m", "bench.steps", *sys.argv[1:]])
+    publish("steps", body, command=command, save=args.save)
+
+
+if __name__ == "__main__":
+    main()
