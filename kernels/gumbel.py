@@ -2,14 +2,19 @@
 
 The logarithm is our own, since libraries differ in the last bits and the noise decides which token is chosen. It uses
 only +, -, *, / on fp32 (each correctly rounded by IEEE 754) and integer operations, one torch operator each, so no
-multiply is ever fused with an add. A kernel that repeats it must switch fusion off and divide with rounding to
-nearest. The method and the coefficients are those of FreeBSD's e_logf.c.
+multiply is ever fused with an add. A kernel that calls the versions that end in _jit must be launched with
+`enable_fp_fusion=False` (EXACT). The method and the coefficients are those of FreeBSD's e_logf.c.
 """
 
 import torch
+import triton
 from torch import Tensor
+from triton import language as tl
 
-from kernels.philox import token_words
+from kernels.philox import token_words, token_words_jit
+
+# Options of every launch whose result depends on single bits. Said each time: Triton's default differs by version.
+EXACT = {"enable_fp_fusion": False}
 
 # Bounds of the noise with a margin of over 0.02; it really lies in [-2.8114, 22.8739].
 NOISE_MIN = -2.9
@@ -93,3 +98,78 @@ def gumbel_noise_range(
     rows = (seeds.unsqueeze(1), sample_indices.unsqueeze(1), positions.unsqueeze(1))
     words = torch.stack(token_words(*rows, groups), dim=-1).flatten(1)  # [num_rows, 4 * num_groups]
     return noise_from_words(words[:, skipped : skipped + num_tokens])
+
+
+_LARGEST_UNIFORM = tl.constexpr(LARGEST_UNIFORM)
+_LN2_HIGH = tl.constexpr(LN2_HIGH)
+_LN2_LOW = tl.constexpr(LN2_LOW)
+_LOG_1 = tl.constexpr(LOG_1)
+_LOG_2 = tl.constexpr(LOG_2)
+_LOG_3 = tl.constexpr(LOG_3)
+_LOG_4 = tl.constexpr(LOG_4)
+_SQRT_HALF_BITS = tl.constexpr(SQRT_HALF_BITS)
+_ONE_BITS = tl.constexpr(ONE_BITS)
+_MANTISSA_BITS = tl.constexpr(MANTISSA_BITS)
+_BOUND_MARGIN = tl.constexpr(1e-3)  # far over the roundings
+_LN2 = tl.constexpr(LN2_HIGH + LN2_LOW)
+
+
+@triton.jit
+def _exponent_jit(x):
+    return (x.to(tl.int32, bitcast=True) - _SQRT_HALF_BITS) >> _MANTISSA_BITS
+
+
+@triton.jit
+def _power_of_two_jit(exponent):
+    return ((exponent << _MANTISSA_BITS) + _ONE_BITS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _log_of_scaled_jit(f, exponent):
+    s = tl.div_rn(f, f + 2.0)
+    z = s * s
+    w = z * z
+    odd = z * (w * _LOG_3 + _LOG_1)
+    even = w * (w * _LOG_4 + _LOG_2)
+    half_square = (f * 0.5) * f
+    k = exponent.to(tl.float32)
+    small = s * (half_square + (odd + even)) + k * _LN2_LOW
+    return (small - half_square) + f + k * _LN2_HIGH
+
+
+@triton.jit
+def _uniform_jit(words):
+    return tl.minimum((words.to(tl.float32) + 0.5) * 2.3283064365386963e-10, _LARGEST_UNIFORM)  # 2^-32
+
+
+@triton.jit
+def noise_from_words_jit(words):
+    """`noise_from_words` of uint32."""
+    w = _uniform_jit(words)
+    exponent = _exponent_jit(1.0 - w)
+    scale = _power_of_two_jit(-exponent)
+    negative = -_log_of_scaled_jit((scale - 1.0) - w * scale, exponent)
+    exponent = _exponent_jit(negative)
+    return -_log_of_scaled_jit(negative * _power_of_two_jit(-exponent) - 1.0, exponent)
+
+
+@triton.jit
+def noise_bounds_jit(words):
+    """Two numbers between which the noise of a word lies, for a tenth of its price; close where the noise is large.
+
+    The bits of a float, read as an integer, are a logarithm: log2(w) lies up to 0.0861 above bits / 2^23 - 127.
+    Up to w = 1/2, w <= -log1p(-w) <= w * e^w, so the noise lies between -log(w) - w and -log(w); behind it, never more
+    than log(16.7) < 3 below the latter.
+    """
+    w = _uniform_jit(words)
+    below = w.to(tl.int32, bitcast=True).to(tl.float32) * (_LN2 * 2.0**-23) - 127 * _LN2
+    upper = _BOUND_MARGIN - below
+    return upper - (0.0861 * _LN2 + 2 * _BOUND_MARGIN) - tl.where(w <= 0.5, w, 3.0), upper
+
+
+@triton.jit
+def gumbel_noise_jit(seed, sample_index, position, token_ids):
+    """`gumbel_noise` for one row: int64 scalars and a block of int64 -> fp32 of its shape."""
+    w0, w1, w2, w3 = token_words_jit(seed, sample_index, position, token_ids >> 2)
+    word = token_ids & 3
+    return noise_from_words_jit(tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3)))

@@ -5,145 +5,181 @@ The token is argmax_v(logits_v / temperature + noise_v), the lowest id among equ
 asks, in whatever batch. At temperature 0 it is the plain argmax.
 """
 
-from dataclasses import dataclass
-
 import torch
+import triton
 from torch import Tensor
+from triton import language as tl
 
-from kernels.gumbel import NOISE_MAX, NOISE_MIN, gumbel_noise, gumbel_noise_range
-
-COLUMN_TILE = 64  # on CPU only tiles whose largest logit could win are looked into
-# On CPU, above this share of such tiles a row's noise is computed for all tokens (one Philox call yields four), this
-# many at a time: 0.8 ms on one AVX512 core, and twice that a token for a whole row of 128k, out of cache.
-DENSE_SHARE = 1 / 4
-NOISE_TILE = 1 << 15
-LOWEST = torch.finfo(torch.float32).min
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NoiseKeys:
-    """What the noise of a row depends on besides the token. All int64 [num_rows]."""
-
-    seeds: Tensor  # the 64 bits of an unsigned seed
-    sample_indices: Tensor  # j of n samples of one request
-    positions: Tensor  # absolute position of the token to be chosen
-
-    def select(self, rows: Tensor) -> "NoiseKeys":
-        return NoiseKeys(
-            seeds=self.seeds[rows], sample_indices=self.sample_indices[rows], positions=self.positions[rows]
-        )
+from kernels.dispatch import runs_triton
+from kernels.gumbel import EXACT, gumbel_noise_jit, gumbel_noise_range, noise_bounds_jit, noise_from_words_jit
+from kernels.noise_keys import NoiseKeys, scale_by_temperature
+from kernels.philox import token_words_jit
+from kernels.sample_cpu import sample_cpu
+from kernels.sampling_tile import (
+    NUM_WARPS,
+    check_logits,
+    divisor_jit,
+    num_tiles_of,
+    scaled_jit,
+    tile_for,
+    token_ids_jit,
+)
+from kernels.sort_key import pack_sort_key_jit, unpack_sort_key_jit
 
 
-def scale_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
-    """logits [num_rows, num_tokens] / temperature [num_rows]; rows of temperature 0 stay as they are."""
-    # A tensor divided by a scalar may be multiplied by its rounded reciprocal instead; a tensor by a tensor never is.
-    return logits / torch.where(temperature > 0, temperature, 1.0).unsqueeze(1)
+@triton.jit
+def _best_of_jit(v0, v1, v2, v3, columns, num_tokens, first_token_id):
+    """The largest sort key of a tile's values."""
+    k0 = pack_sort_key_jit(v0, token_ids_jit(columns, num_tokens, first_token_id))
+    k1 = pack_sort_key_jit(v1, token_ids_jit(columns + 1, num_tokens, first_token_id))
+    k2 = pack_sort_key_jit(v2, token_ids_jit(columns + 2, num_tokens, first_token_id))
+    k3 = pack_sort_key_jit(v3, token_ids_jit(columns + 3, num_tokens, first_token_id))
+    return tl.max(tl.maximum(tl.maximum(k0, k1), tl.maximum(k2, k3)), axis=0)
 
 
-def sample(logits: Tensor, temperature: Tensor, keys: NoiseKeys, *, first_token_id: int = 0) -> tuple[Tensor, Tensor]:
+@triton.jit
+def _sample_tiles_kernel(
+    best_ptr,  # int64 [num_rows, num_tiles], sort keys
+    logits_ptr,
+    temperature_ptr,
+    thresholds_ptr,
+    seeds_ptr,
+    sample_indices_ptr,
+    positions_ptr,
+    num_tokens,
+    first_token_id,
+    row_stride,
+    HAS_THRESHOLDS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The best token of a tile. Bounds of the noise, a tenth of its price, nearly always leave one candidate, and the
+    exact noise is computed for that one alone."""
+    row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(temperature_ptr + row)
+    divisor = divisor_jit(temperature)
+    threshold = -float("inf")
+    if HAS_THRESHOLDS:
+        threshold = tl.load(thresholds_ptr + row)
+    row_ptr = logits_ptr + row * row_stride
+    groups = (first_token_id >> 2) + tl.program_id(1) * (TILE // 4) + tl.arange(0, TILE // 4)
+    columns = groups * 4 - first_token_id
+    s0 = scaled_jit(row_ptr, columns, num_tokens, divisor, threshold)
+    s1 = scaled_jit(row_ptr, columns + 1, num_tokens, divisor, threshold)
+    s2 = scaled_jit(row_ptr, columns + 2, num_tokens, divisor, threshold)
+    s3 = scaled_jit(row_ptr, columns + 3, num_tokens, divisor, threshold)
+    largest = tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), axis=0)
+    if (temperature > 0) & (largest > -float("inf")):
+        seed = tl.load(seeds_ptr + row)
+        sample_index = tl.load(sample_indices_ptr + row)
+        position = tl.load(positions_ptr + row)
+        w0, w1, w2, w3 = token_words_jit(seed, sample_index, position, groups)
+        low0, high0 = noise_bounds_jit(w0)
+        low1, high1 = noise_bounds_jit(w1)
+        low2, high2 = noise_bounds_jit(w2)
+        low3, high3 = noise_bounds_jit(w3)
+        # Rounding is monotone: what cannot reach this cannot even tie with the token that has it.
+        certain = tl.max(tl.maximum(tl.maximum(s0 + low0, s1 + low1), tl.maximum(s2 + low2, s3 + low3)), axis=0)
+        c0 = (s0 + high0 >= certain).to(tl.int32)
+        c1 = (s1 + high1 >= certain).to(tl.int32)
+        c2 = (s2 + high2 >= certain).to(tl.int32)
+        c3 = (s3 + high3 >= certain).to(tl.int32)
+        if tl.sum(c0 + c1 + c2 + c3, axis=0) == 1:
+            column = tl.sum((c0 + c1 + c2 + c3) * columns + c1 + 2 * c2 + 3 * c3, axis=0)
+            value = scaled_jit(row_ptr, column, num_tokens, divisor, threshold)
+            value += gumbel_noise_jit(seed, sample_index, position, column + first_token_id)
+            best = pack_sort_key_jit(value, column + first_token_id)
+        else:
+            v0, v1 = s0 + noise_from_words_jit(w0), s1 + noise_from_words_jit(w1)
+            v2, v3 = s2 + noise_from_words_jit(w2), s3 + noise_from_words_jit(w3)
+            best = _best_of_jit(v0, v1, v2, v3, columns, num_tokens, first_token_id)
+    else:
+        best = _best_of_jit(s0, s1, s2, s3, columns, num_tokens, first_token_id)
+    tl.store(best_ptr + row * tl.num_programs(1) + tl.program_id(1), best)
+
+
+@triton.jit
+def _best_tile_kernel(values_ptr, token_ids_ptr, best_ptr, num_tiles, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.arange(0, BLOCK)
+    # The last tile repeats where there are no more.
+    best = tl.max(tl.load(best_ptr + row * num_tiles + tl.minimum(tile, num_tiles - 1)), axis=0)
+    value, token_id = unpack_sort_key_jit(best)
+    tl.store(values_ptr + row, value)
+    tl.store(token_ids_ptr + row, token_id)
+
+
+def _sample_triton(
+    logits: Tensor, temperature: Tensor, keys: NoiseKeys, *, first_token_id: int, thresholds: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    num_rows, num_tokens = logits.shape
+    tile = tile_for(num_rows, num_tokens)
+    num_tiles = num_tiles_of(num_tokens, first_token_id, tile)
+    best = torch.empty((num_rows, num_tiles), dtype=torch.int64, device=logits.device)
+    values = torch.empty((num_rows,), dtype=torch.float32, device=logits.device)
+    token_ids = torch.empty((num_rows,), dtype=torch.int64, device=logits.device)
+    if num_rows == 0:
+        return values, token_ids
+    _sample_tiles_kernel[(num_rows, num_tiles)](
+        best,
+        logits,
+        temperature,
+        temperature if thresholds is None else thresholds,
+        keys.seeds,
+        keys.sample_indices,
+        keys.positions,
+        num_tokens,
+        first_token_id,
+        logits.stride(0),
+        HAS_THRESHOLDS=thresholds is not None,
+        TILE=tile,
+        num_warps=NUM_WARPS[tile],
+        **EXACT,
+    )
+    _best_tile_kernel[(num_rows,)](values, token_ids, best, num_tiles, BLOCK=triton.next_power_of_2(num_tiles))
+    return values, token_ids
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    keys: NoiseKeys,
+    *,
+    first_token_id: int = 0,
+    thresholds: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Chooses a token in each row of a vocabulary or of a shard of it.
 
     Args:
-        logits: fp32 [num_rows, num_tokens]; -Inf excludes a token; no NaN.
+        logits: fp32 [num_rows, num_tokens], rows without gaps; -Inf excludes a token; void for NaN.
         temperature: fp32 [num_rows]; 0 is greedy.
-        keys: of the noise.
+        keys: of the noise, contiguous.
         first_token_id: the token of column 0.
+        thresholds: fp32 [num_rows]; tokens with a scaled logit below are excluded (kernels/truncation.py).
     Returns:
         values: fp32 [num_rows], scaled logit plus noise of the winner; -Inf where every token is excluded.
         token_ids: int64 [num_rows]. Of the shards of a vocabulary, the largest value and of equal ones the lowest id
-            is the choice in the whole vocabulary.
+            is the choice in the whole vocabulary. first_token_id where every token is excluded.
     """
-    if logits.dtype != torch.float32:
-        raise TypeError(f"logits must be float32, got {logits.dtype}")
-    implementation = sample_cpu if logits.device.type == "cpu" else sample_reference
-    return implementation(logits, temperature, keys, first_token_id=first_token_id)
+    check_logits(logits)
+    implementation = _sample_triton if runs_triton(logits) else sample_cpu
+    return implementation(logits, temperature, keys, first_token_id=first_token_id, thresholds=thresholds)
 
 
 def sample_reference(
-    logits: Tensor, temperature: Tensor, keys: NoiseKeys, *, first_token_id: int = 0
+    logits: Tensor,
+    temperature: Tensor,
+    keys: NoiseKeys,
+    *,
+    first_token_id: int = 0,
+    thresholds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`sample` in its plainest form: noise for every token."""
     noise = gumbel_noise_range(
         keys.seeds, keys.sample_indices, keys.positions, first_token_id=first_token_id, num_tokens=logits.shape[1]
     )
+    scaled = scale_by_temperature(logits, temperature)
+    if thresholds is not None:
+        scaled = scaled.masked_fill(scaled < thresholds.unsqueeze(1), -torch.inf)
     noisy = (temperature > 0).unsqueeze(1)
-    best = (scale_by_temperature(logits, temperature) + torch.where(noisy, noise, 0.0)).max(dim=1)
+    best = (scaled + torch.where(noisy, noise, 0.0)).max(dim=1)
     return best.values, best.indices + first_token_id  # documented to be the first of equal maxima
-
-
-def sample_cpu(
-    logits: Tensor, temperature: Tensor, keys: NoiseKeys, *, first_token_id: int = 0
-) -> tuple[Tensor, Tensor]:
-    """`sample` with noise only for tokens that could win: the same result, bit for bit.
-
-    Noise lies between NOISE_MIN and NOISE_MAX and rounding is monotone, so a token whose scaled logit plus NOISE_MAX is
-    below the largest plus NOISE_MIN, both as rounded, cannot even tie.
-    """
-    noisy = temperature > 0
-    reach = torch.where(noisy, NOISE_MAX, 0.0).unsqueeze(1)
-    starts, tile_max = _column_tiles(logits)
-    tile_max = scale_by_temperature(tile_max, temperature)  # division is monotone: the largest of the scaled logits
-    # At or above the lowest number, so that -Inf is no candidate.
-    threshold = (tile_max.amax(dim=1, keepdim=True) + torch.where(noisy, NOISE_MIN, 0.0).unsqueeze(1)).clamp(min=LOWEST)
-    hot = tile_max + reach >= threshold  # [num_rows, num_tiles]
-    dense_rows = (hot.sum(dim=1) > DENSE_SHARE * len(starts)).nonzero().squeeze(1)
-    hot[dense_rows] = False
-
-    tile_row, tile = hot.nonzero(as_tuple=True)
-    columns = starts[tile].unsqueeze(1) + torch.arange(min(COLUMN_TILE, logits.shape[1]))  # [num_hot_tiles, tile size]
-    scaled = scale_by_temperature(logits[tile_row.unsqueeze(1), columns], temperature[tile_row])
-    picked = (scaled + reach[tile_row] >= threshold[tile_row]).nonzero(as_tuple=True)
-    row, column = tile_row[picked[0]], columns[picked]  # [num_candidates]
-    noise_keys = keys.select(row)
-    noise = gumbel_noise(noise_keys.seeds, noise_keys.sample_indices, noise_keys.positions, column + first_token_id)
-    values, token_ids = _best_of_rows(
-        row, column, scaled[picked] + torch.where(noisy[row], noise, 0.0), num_rows=logits.shape[0]
-    )
-    token_ids += first_token_id
-    for rows in torch.split(dense_rows, max(1, NOISE_TILE // logits.shape[1])):
-        values[rows], token_ids[rows] = _sample_densely(
-            logits[rows], temperature[rows], keys.select(rows), first_token_id=first_token_id
-        )
-    return values, token_ids
-
-
-def _column_tiles(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """First columns [num_tiles] of tiles that cover a row, and the largest logit of each [num_rows, num_tiles].
-
-    Where the row is no multiple of the tile, the last tile overlaps the one before.
-    """
-    num_tokens = logits.shape[1]
-    if num_tokens <= COLUMN_TILE:
-        return torch.zeros(1, dtype=torch.int64), logits.amax(dim=1, keepdim=True)
-    starts = torch.arange(0, num_tokens - COLUMN_TILE + 1, COLUMN_TILE)
-    tile_max = logits.unfold(1, COLUMN_TILE, COLUMN_TILE).amax(dim=2)
-    if num_tokens % COLUMN_TILE:
-        last = num_tokens - COLUMN_TILE
-        starts = torch.cat((starts, torch.tensor([last])))
-        tile_max = torch.cat((tile_max, logits[:, last:].amax(dim=1, keepdim=True)), dim=1)
-    return starts, tile_max
-
-
-def _best_of_rows(row: Tensor, column: Tensor, values: Tensor, *, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Largest value of each row and the lowest column that has it, of candidates [num_candidates] in any order.
-
-    A row without candidates gets -Inf and column 0.
-    """
-    best = torch.full((num_rows,), -torch.inf).scatter_reduce(0, row, values, "amax")
-    wins = values == best[row]
-    no_column = torch.iinfo(torch.int64).max
-    columns = torch.full((num_rows,), no_column).scatter_reduce(0, row[wins], column[wins], "amin")
-    return best, torch.where(columns == no_column, 0, columns)
-
-
-def _sample_densely(
-    logits: Tensor, temperature: Tensor, keys: NoiseKeys, *, first_token_id: int
-) -> tuple[Tensor, Tensor]:
-    """`sample_reference` over parts of the vocabulary, so that its dozens of temporaries stay in the cache."""
-    parts = [
-        sample_reference(part, temperature, keys, first_token_id=first_token_id + index * NOISE_TILE)
-        for index, part in enumerate(torch.split(logits, NOISE_TILE, dim=1))
-    ]
-    best = torch.stack([values for values, _ in parts]).max(dim=0)  # the first, hence lowest, of equal maxima
-    token_ids = torch.stack([token_ids for _, token_ids in parts])
-    return best.values, token_ids.gather(0, best.indices.unsqueeze(0)).squeeze(0)

@@ -1,9 +1,13 @@
 """A float and a token id in one integer whose order is: larger value first, lower id first among equals."""
 
 import torch
+import triton
 from torch import Tensor
+from triton import language as tl
 
 ID_MASK = 0xFFFFFFFF
+EXCLUDED_KEY = -(0x7F800001 << 32)  # of -Inf and the largest id: not above the key of any token
+_ID_MASK = tl.constexpr(ID_MASK)
 
 
 def pack_sort_key(values: Tensor, token_ids: Tensor) -> Tensor:
@@ -20,11 +24,26 @@ def unpack_sort_key(keys: Tensor) -> tuple[Tensor, Tensor]:
     return bits.view(torch.float32), ID_MASK - (keys & ID_MASK)
 
 
-def top_sort_keys(values: Tensor, num_top: int, *, first_token_id: int = 0) -> Tensor:
-    """Keys of the best tokens of each row, best first: fp32 [num_rows, num_tokens] -> int64 [num_rows, num_top].
+@triton.jit
+def ordered_jit(values):
+    """fp32 without NaN -> int32 of the same order."""
+    bits = (values + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
-    No two keys are equal, so nothing is left to how a device orders ties. Fewer columns where there are fewer tokens.
-    """
-    num_tokens = values.shape[1]
-    token_ids = torch.arange(first_token_id, first_token_id + num_tokens, device=values.device)
-    return pack_sort_key(values, token_ids).topk(min(num_top, num_tokens), dim=1).values
+
+@triton.jit
+def from_ordered_jit(ordered):
+    """What `ordered_jit` was given."""
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def pack_sort_key_jit(values, token_ids):
+    """`pack_sort_key`."""
+    return (ordered_jit(values).to(tl.int64) << 32) | (_ID_MASK - token_ids.to(tl.int64))
+
+
+@triton.jit
+def unpack_sort_key_jit(keys):
+    """`unpack_sort_key`."""
+    return from_ordered_jit((keys >> 32).to(tl.int32)), _ID_MASK - (keys & _ID_MASK)

@@ -1,7 +1,37 @@
 """How much of each seq's drafted chain the target's own tokens confirm, and the token that follows."""
 
 import torch
+import triton
 from torch import Tensor
+from triton import language as tl
+
+from kernels.dispatch import runs_triton
+
+BLOCK = 32  # rows looked at together: more than nearly all chains have
+
+
+@triton.jit
+def _verify_chain_kernel(
+    num_accepted_ptr,
+    next_token_ids_ptr,
+    target_token_ids_ptr,
+    draft_token_ids_ptr,
+    cu_rows_ptr,
+    BLOCK: tl.constexpr,
+):
+    seq = tl.program_id(0)
+    first = tl.load(cu_rows_ptr + seq).to(tl.int64)
+    end = tl.load(cu_rows_ptr + seq + 1).to(tl.int64)
+    start = first
+    stop = end
+    while (start < end) & (stop == end):
+        row = start + tl.arange(0, BLOCK)
+        target = tl.load(target_token_ids_ptr + row, mask=row < end, other=0)
+        draft = tl.load(draft_token_ids_ptr + row, mask=row < end, other=0)
+        stop = tl.min(tl.where((row < end) & ((target != draft) | (draft < 0)), row, end), axis=0)
+        start += BLOCK
+    tl.store(num_accepted_ptr + seq, stop - first)
+    tl.store(next_token_ids_ptr + seq, tl.load(target_token_ids_ptr + stop))
 
 
 def verify_chain(target_token_ids: Tensor, draft_token_ids: Tensor, cu_rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -13,8 +43,8 @@ def verify_chain(target_token_ids: Tensor, draft_token_ids: Tensor, cu_rows: Ten
     Source: arXiv 2408.07978.
 
     Args:
-        target_token_ids: int64 [num_rows].
-        draft_token_ids: int64 [num_rows]; -1 in the last row of each seq.
+        target_token_ids: int64 [num_rows], contiguous.
+        draft_token_ids: int64 [num_rows], contiguous; -1 in the last row of each seq.
         cu_rows: integer [num_seqs + 1], ascending from 0 to num_rows: seq b has rows cu_rows[b] .. cu_rows[b+1] - 1.
     Returns:
         num_accepted: int64 [num_seqs], 0 .. k.
@@ -25,7 +55,15 @@ def verify_chain(target_token_ids: Tensor, draft_token_ids: Tensor, cu_rows: Ten
             f"target_token_ids and draft_token_ids must have one shape, got {tuple(target_token_ids.shape)} and "
             f"{tuple(draft_token_ids.shape)}"
         )
-    return verify_chain_reference(target_token_ids, draft_token_ids, cu_rows)
+    if not runs_triton(target_token_ids):
+        return verify_chain_reference(target_token_ids, draft_token_ids, cu_rows)
+    num_seqs = cu_rows.shape[0] - 1
+    num_accepted, next_token_ids = torch.empty((2, num_seqs), dtype=torch.int64, device=cu_rows.device)
+    if num_seqs:
+        _verify_chain_kernel[(num_seqs,)](
+            num_accepted, next_token_ids, target_token_ids, draft_token_ids, cu_rows, BLOCK=BLOCK, num_warps=1
+        )
+    return num_accepted, next_token_ids
 
 
 def verify_chain_reference(target_token_ids: Tensor, draft_token_ids: Tensor, cu_rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ operations in the order of ranks, so that they get the same bits.
 import torch
 from torch import Tensor
 
+from kernels.noise_keys import scale_by_temperature
 from kernels.probability_mass import probability_mass
-from kernels.sample import scale_by_temperature
 from kernels.softmax_sum import softmax_sum
 
 NUM_WORDS = 2

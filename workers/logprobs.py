@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from echelon.pb.sampling_pb2 import PositionLogprobs, TokenLogprob
-from kernels.probability_mass import MASS_BITS, total_mass
-from kernels.sort_key import pack_sort_key, top_sort_keys, unpack_sort_key
+from kernels.probability_mass import MASS_BITS, mass_and_rank
+from kernels.sort_key import pack_sort_key, unpack_sort_key
+from kernels.top_keys import top_sort_keys
 from workers.groups import Group
 
 MAX_LOGITS_AT_ONCE = 1 << 22  # bounds the 8-byte temporaries of a long prompt chunk
@@ -64,9 +65,8 @@ def _chunk_logprobs(
     best = gathered[:, :, 1:].transpose(0, 1).flatten(1).sort(dim=1, descending=True).values[:, :num_top]
     top_logits, top_ids = unpack_sort_key(best)
 
-    mass = total_mass(logits, top_logits[:, 0])
-    num_better = (logits > chosen.unsqueeze(1)).sum(dim=1)
-    mass, num_better = group.all_gather(torch.stack((mass, num_better))).sum(dim=0).unbind(dim=0)
+    sums = mass_and_rank(logits, top_logits[:, 0].contiguous(), chosen)
+    mass, num_better = group.all_gather(sums).sum(dim=0).unbind(dim=0)
     # One logarithm a row, in fp64 on the host: tensor libraries differ in the last bits.
     largest = top_logits[:, 0].tolist()
     log_sum = [x + math.log(m) - MASS_BITS * math.log(2) for x, m in zip(largest, mass.tolist(), strict=True)]

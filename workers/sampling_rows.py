@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.noise_keys import NoiseKeys
 from kernels.penalties import apply_bias, apply_mask, apply_penalties
-from kernels.sample import NoiseKeys
 from kernels.truncation import Truncation
 from workers.sampling_state import SeqSamplingState
 
@@ -43,11 +43,6 @@ class TokenEntries:
         token_ids, *values = (torch.from_numpy(array).to(device) for array in joined)
         return TokenEntries(torch.from_numpy(rows).to(device), token_ids, tuple(values))
 
-    def within(self, start: int, end: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Rows, columns and values of the tokens of a shard start .. end - 1."""
-        inside = (self.token_ids >= start) & (self.token_ids < end)
-        return self.rows[inside], self.token_ids[inside] - start, tuple(value[inside] for value in self.values)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitEdits:
@@ -58,17 +53,24 @@ class LogitEdits:
     biased: TokenEntries | None  # values: bias
     masked: TokenEntries | None
 
-    def apply(self, logits: Tensor, start: int, end: int) -> None:
-        """Changes logits [num_rows, >= end - start] of the tokens start .. end - 1 in place."""
+    def apply(self, logits: Tensor, first_token_id: int) -> None:
+        """Changes logits [num_rows, num_tokens] of the tokens from first_token_id on in place."""
         if self.penalised is not None:
-            rows, columns, (seen, counts) = self.penalised.within(start, end)
-            apply_penalties(logits, rows, columns, seen=seen, output_counts=counts, settings=self.penalty_settings)
+            seen, counts = self.penalised.values
+            apply_penalties(
+                logits,
+                self.penalised.rows,
+                self.penalised.token_ids,
+                first_token_id=first_token_id,
+                seen=seen,
+                output_counts=counts,
+                settings=self.penalty_settings,
+            )
         if self.biased is not None:
-            rows, columns, (bias,) = self.biased.within(start, end)
-            apply_bias(logits, rows, columns, bias)
+            (bias,) = self.biased.values
+            apply_bias(logits, self.biased.rows, self.biased.token_ids, bias, first_token_id=first_token_id)
         if self.masked is not None:
-            rows, columns, _ = self.masked.within(start, end)
-            apply_mask(logits, rows, columns)
+            apply_mask(logits, self.masked.rows, self.masked.token_ids, first_token_id=first_token_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

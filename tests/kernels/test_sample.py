@@ -4,9 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import sample_cpu
 from kernels.gumbel import gumbel_noise_range
-from kernels.sample import NOISE_TILE, NoiseKeys, sample, sample_cpu, sample_reference, scale_by_temperature
-from kernels.sort_key import pack_sort_key, top_sort_keys, unpack_sort_key
+from kernels.noise_keys import NoiseKeys, scale_by_temperature
+from kernels.sample import sample, sample_reference
+from kernels.sample_cpu import TILE, TILES_AT_ONCE
+from kernels.sample_top import sample_top, sample_top_reference
+from kernels.sort_key import pack_sort_key, unpack_sort_key
+from kernels.top_keys import top_sort_keys, top_sort_keys_reference
 
 
 def noise_keys(num_rows: int, seed: int = 0) -> NoiseKeys:
@@ -43,14 +48,14 @@ def logits_of_kind(kind: str, num_rows: int, num_tokens: int) -> Tensor:
 def test_pruning_saves_work_only(kind: str, num_rows: int, num_tokens: int, first_token_id: int) -> None:
     logits, keys = logits_of_kind(kind, num_rows, num_tokens), noise_keys(num_rows)
     temperature = torch.tensor([1.0, 0.0, 0.7]).repeat(num_rows)[:num_rows]
-    values, token_ids = sample_cpu(logits, temperature, keys, first_token_id=first_token_id)
+    values, token_ids = sample(logits, temperature, keys, first_token_id=first_token_id)
     expected_values, expected_ids = sample_reference(logits, temperature, keys, first_token_id=first_token_id)
     assert torch.equal(values, expected_values)
     assert torch.equal(token_ids, expected_ids)
 
 
-def test_vocabularies_longer_than_a_tile() -> None:
-    num_tokens = 2 * NOISE_TILE + 77
+def test_vocabularies_longer_than_what_is_drawn_at_once() -> None:
+    num_tokens = 2 * TILE * TILES_AT_ONCE + 77
     logits, keys, temperature = torch.zeros(2, num_tokens), noise_keys(2), torch.tensor([1.0, 0.0])
     values, token_ids = sample(logits, temperature, keys, first_token_id=5)
     expected_values, expected_ids = sample_reference(logits, temperature, keys, first_token_id=5)
@@ -112,6 +117,19 @@ def test_a_row_does_not_see_its_batch(kind: str) -> None:
         assert torch.equal(alone[1], token_ids[rows])
 
 
+def test_none_of_the_best_is_no_question() -> None:
+    with pytest.raises(ValueError, match="num must be"):
+        sample_top(torch.zeros(1, 4), torch.ones(1), noise_keys(1), num=0)
+
+
+def test_strided_logits() -> None:
+    logits, keys, temperature = logits_of_kind("plain", 8, 500), noise_keys(4), torch.ones(4)
+    rows = logits[::2, 100:300]
+    assert torch.equal(sample(rows, temperature, keys)[1], sample(rows.contiguous(), temperature, keys)[1])
+    with pytest.raises(ValueError, match="contiguous"):
+        sample(logits[:4, ::2], temperature, keys)
+
+
 def test_other_types_are_refused() -> None:
     with pytest.raises(TypeError, match="float32"):
         sample(torch.zeros(1, 4, dtype=torch.bfloat16), torch.zeros(1), noise_keys(1))
@@ -127,6 +145,52 @@ def test_sort_keys_order_by_value_then_lowest_id() -> None:
     unpacked = unpack_sort_key(keys)
     assert torch.equal(unpacked[0], values)
     assert torch.equal(unpacked[1], token_ids)
+
+
+@pytest.mark.parametrize("kind", ["peaked", "flat", "tied", "swallowing", "truncated", "mixed", "plain"])
+@pytest.mark.parametrize(("num_rows", "num_tokens", "first_token_id"), [(5, 1, 3), (7, 131, 0), (6, 4099, 2049)])
+@pytest.mark.parametrize("num", [1, 3, 80])
+def test_the_best_few_are_those_of_a_sort(
+    kind: str, num_rows: int, num_tokens: int, first_token_id: int, num: int
+) -> None:
+    logits, keys = logits_of_kind(kind, num_rows, num_tokens), noise_keys(num_rows)
+    temperature = torch.tensor([1.0, 0.0, 0.7]).repeat(num_rows)[:num_rows]
+    options = {"num": num, "first_token_id": first_token_id}
+    values, token_ids = sample_top(logits, temperature, keys, **options)
+    expected_values, expected_ids = sample_top_reference(logits, temperature, keys, **options)
+    assert torch.equal(values, expected_values)
+    assert torch.equal(token_ids, expected_ids)
+    best_values, best_ids = sample(logits, temperature, keys, first_token_id=first_token_id)
+    assert torch.equal(values[:, 0], best_values)
+    assert torch.equal(token_ids[:, 0], best_ids)
+    found = top_sort_keys(logits, num, first_token_id=first_token_id)
+    assert torch.equal(found, top_sort_keys_reference(logits, num, first_token_id=first_token_id))
+
+
+@pytest.mark.parametrize("kind", ["flat", "tied", "plain", "mixed"])
+def test_what_is_below_its_threshold_is_as_good_as_masked(kind: str) -> None:
+    logits, keys = logits_of_kind(kind, 6, 3001), noise_keys(6)
+    temperature = torch.tensor([1.0, 0.0, 0.7]).repeat(2)
+    scaled = scale_by_temperature(logits, temperature)
+    thresholds = torch.cat((torch.tensor([-torch.inf]), scaled.sort(dim=1).values[1:, 2990]))
+    masked = logits.masked_fill(scaled < thresholds.unsqueeze(1), -torch.inf)
+    found = sample(logits, temperature, keys, thresholds=thresholds)
+    assert [torch.equal(a, b) for a, b in zip(found, sample_reference(masked, temperature, keys), strict=True)] == [
+        True,
+        True,
+    ]
+    found = sample_top(logits, temperature, keys, num=20, thresholds=thresholds)
+    expected = sample_top_reference(masked, temperature, keys, num=20)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+def test_a_row_without_luck_is_found_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The goal that nearly always suffices is missed by all where it is far too high: then the certain one counts."""
+    monkeypatch.setattr(sample_cpu, "LIKELY_TOKENS", 1e-17)
+    logits, keys, temperature = logits_of_kind("plain", 6, 3001), noise_keys(6), torch.ones(6)
+    found, expected = sample(logits, temperature, keys), sample_reference(logits, temperature, keys)
+    assert torch.equal(found[1], expected[1])
 
 
 def test_top_sort_keys_take_the_lowest_ids_of_a_tie() -> None:

@@ -160,7 +160,7 @@ def test_penalties_equal_the_formula_over_a_long_history() -> None:
     rows = SamplingRows.build([RowEntry(seq, 100, ())], CPU)
     assert rows.edits is not None
     found = logits.clone()
-    rows.edits.apply(found, 0, VOCAB_SIZE)
+    rows.edits.apply(found, 0)
     torch.testing.assert_close(found[0], expected)
 
 
@@ -263,6 +263,90 @@ def test_logits_are_left_as_they_are() -> None:
     before = logits.clone()
     sample_whole(logits, states)
     assert torch.equal(logits, before)
+
+
+# --- runners-up and confidence
+
+
+def best_by_removal(logits: torch.Tensor, item: SeqSamplingState, num: int) -> list[int]:
+    """The tokens in order of choice: each time the chosen one is masked, behind truncation as before."""
+    rows = rows_of([item])
+    sampler = Sampler(SoloGroup(), VOCAB_SIZE)
+    processed = logits.clone()
+    if rows.edits is not None:
+        rows.edits.apply(processed, 0)
+    thresholds = sampler._thresholds(processed, rows)
+    chosen: list[int] = []
+    for _ in range(num):
+        values, token_ids = sample(processed, rows.temperature, rows.keys, thresholds=thresholds)
+        if float(values) == -math.inf:
+            break
+        chosen.append(int(token_ids))
+        processed[0, chosen[-1]] = -torch.inf
+    return chosen + chosen[-1:] * (num - len(chosen))
+
+
+@pytest.mark.parametrize("logits_kind", LOGITS)
+def test_alternatives_are_what_would_have_been_chosen_next(logits_kind: str) -> None:
+    states = mixed_states(VOCAB_SIZE, copies=1)
+    logits = LOGITS[logits_kind](len(states), VOCAB_SIZE)
+    sampler = Sampler(SoloGroup(), VOCAB_SIZE)
+    sampled = sampler.sample(logits, 0, rows_of(states), num_alternatives=6)
+    assert sampled.alternatives is not None
+    for row, item in enumerate(states):
+        expected = best_by_removal(logits[row : row + 1], item, 7)
+        assert [int(sampled.token_ids[row]), *sampled.alternatives[row].tolist()] == expected
+
+
+def test_the_last_alternative_is_repeated_where_fewer_remain() -> None:
+    logits = torch.tensor([[0.0, 5.0, 4.0, 3.0], [9.0, 5.0, 4.0, 3.0]])
+    states = [state(4, temperature=0.0), state(4, top_k=1)]
+    states[0] = state(4, temperature=0.0, min_tokens=9, suppressed_token_ids=[0, 3])
+    sampled = Sampler(SoloGroup(), 4).sample(logits, 0, rows_of(states), num_alternatives=3)
+    assert sampled.token_ids.tolist() == [1, 0]
+    assert sampled.alternatives is not None
+    assert sampled.alternatives.tolist() == [[2, 2, 2], [0, 0, 0]]
+
+
+def test_confidence_is_the_softmax_at_the_temperature_of_the_request() -> None:
+    states = mixed_states(VOCAB_SIZE, copies=1)
+    logits = random_logits(len(states))
+    rows = rows_of(states)
+    sampled = Sampler(SoloGroup(), VOCAB_SIZE).sample(logits, 0, rows, with_confidence=True)
+    processed = logits.clone()
+    assert rows.edits is not None
+    rows.edits.apply(processed, 0)
+    temperature = torch.where(rows.temperature > 0, rows.temperature, 1.0).double().unsqueeze(1)
+    expected = (processed.double() / temperature).softmax(dim=1).gather(1, sampled.token_ids.unsqueeze(1)).squeeze(1)
+    assert sampled.confidences is not None
+    assert sampled.confidences.dtype == torch.float32
+    torch.testing.assert_close(sampled.confidences.double(), expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("tp_size", [2, 4, 7])
+@pytest.mark.parametrize("logits_kind", LOGITS)
+def test_shards_agree_on_alternatives_and_on_the_bits_of_confidences(logits_kind: str, tp_size: int) -> None:
+    states = mixed_states(VOCAB_SIZE, copies=1)
+    logits = LOGITS[logits_kind](len(states), VOCAB_SIZE)
+    rows = rows_of(states)
+
+    def run(group: Any) -> SampledRows:
+        shard, start = shard_of(logits, group)
+        return Sampler(group, VOCAB_SIZE).sample(shard, start, rows, num_alternatives=4, with_confidence=True)
+
+    expected = run(SoloGroup())
+    found = run_ranks(tp_size, run)
+    for sampled in found:
+        assert torch.equal(sampled.token_ids, expected.token_ids)
+        assert torch.equal(sampled.alternatives, expected.alternatives)
+        assert torch.equal(sampled.confidences, found[0].confidences)
+        torch.testing.assert_close(sampled.confidences, expected.confidences, rtol=1e-5, atol=1e-9)
+
+
+def test_they_are_left_out_unless_wanted() -> None:
+    sampled = sample_whole(random_logits(2), [state(VOCAB_SIZE)] * 2)
+    assert sampled.alternatives is None
+    assert sampled.confidences is None
 
 
 # --- bad logits

@@ -1,0 +1,26 @@
+"""What the choice of a row depends on besides its logits: the keys of its noise, and its temperature."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseKeys:
+    """What the noise of a row depends on besides the token. All int64 [num_rows]."""
+
+    seeds: Tensor  # the 64 bits of an unsigned seed
+    sample_indices: Tensor  # j of n samples of one request
+    positions: Tensor  # absolute position of the token to be chosen
+
+    def select(self, rows: Tensor) -> "NoiseKeys":
+        return NoiseKeys(
+            seeds=self.seeds[rows], sample_indices=self.sample_indices[rows], positions=self.positions[rows]
+        )
+
+
+def scale_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
+    """logits [num_rows, num_tokens] / temperature [num_rows]; rows of temperature 0 stay as they are."""
+    # A tensor divided by a scalar may be multiplied by its rounded reciprocal instead; a tensor by a tensor never is.
+    return logits / torch.where(temperature > 0, temperature, 1.0).unsqueeze(1)

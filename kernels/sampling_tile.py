@@ -1,0 +1,55 @@
+"""What the kernels over rows of logits share: how a row is cut into tiles, and how a tile is read.
+
+A tile starts at a multiple of four tokens, since one call of Philox serves four. Its tokens are held as four blocks:
+token 4g + j of the groups g in block j.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+TILE = 4096  # tokens of a program: 16 for each of 256 threads
+SMALL_TILE = 1024
+NUM_WARPS = {TILE: 8, SMALL_TILE: 4}
+ENOUGH_PROGRAMS = 1024  # a few for each multiprocessor
+
+
+def tile_for(num_rows: int, num_tokens: int) -> int:
+    """Tokens of a tile: few rows are cut finer, to fill a device. No result depends on it."""
+    return TILE if num_rows * num_tokens >= TILE * ENOUGH_PROGRAMS else SMALL_TILE
+
+
+def num_tiles_of(num_tokens: int, first_token_id: int, tile: int) -> int:
+    return -(-(first_token_id % 4 + num_tokens) // tile)
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raises TypeError or ValueError where logits [num_rows, num_tokens] are not what the kernels read."""
+    if logits.dtype != torch.float32:
+        raise TypeError(f"logits must be float32, got {logits.dtype}")
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must be [num_rows, num_tokens] with a token at least, got {tuple(logits.shape)}")
+    if logits.stride(1) != 1:
+        raise ValueError(f"logits must have rows without gaps, got strides {logits.stride()}: make them contiguous")
+
+
+@triton.jit
+def divisor_jit(temperature):
+    """What the logits of a row of this temperature are divided by."""
+    return tl.where(temperature > 0, temperature, 1.0)
+
+
+@triton.jit
+def scaled_jit(row_ptr, columns, num_tokens, divisor, threshold):
+    """Scaled logits; -Inf beyond the row, below the threshold and for NaN."""
+    x = tl.load(row_ptr + columns, mask=(columns >= 0) & (columns < num_tokens), other=-float("inf"))
+    if divisor != 1.0:
+        x = tl.div_rn(x, divisor)
+    return tl.where(x >= threshold, x, -float("inf"))
+
+
+@triton.jit
+def token_ids_jit(columns, num_tokens, first_token_id):
+    """Token ids of columns; of columns beyond the row, that of its nearest."""
+    return tl.minimum(tl.maximum(columns, 0), num_tokens - 1) + first_token_id
