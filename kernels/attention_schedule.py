@@ -31,6 +31,7 @@ MIN_ROWS = 16  # of a product on tensor cores
 MAX_SPLIT_ROWS = 64
 WHOLE_ROWS = 128
 INVARIANT_ROWS = 64  # few enough for decode rows, enough for the warp-group products of an H100
+FP32_ROWS = 32  # fp32 is multiplied outside of tensor cores: more rows, or fewer warps, spill registers
 INTERPRETED_PROGRAMS = 7
 
 
@@ -126,19 +127,21 @@ def resident_programs(device: torch.device) -> int:
 
 
 def _tiling(settings: Settings, num_rows: int) -> Tiling:
-    """Rows: the power of two from num_rows up that holds all heads of a token.
+    """Rows: the power of two from num_rows up that holds all heads of a token, less in fp32.
 
     Stages: Triton 3.6 keeps two key tiles on their way with 3 where rows are enough for warp-group products, else only
     with 5, since the block table has to be read before.
     """
-    rows = max(MIN_ROWS, 1 << (max(num_rows, settings.group) - 1).bit_length())
+    is_fp32 = settings.element_size > 2
+    wanted = max(min(num_rows, FP32_ROWS) if is_fp32 else num_rows, settings.group)
+    rows = max(MIN_ROWS, 1 << (wanted - 1).bit_length())
     keys = min(MAX_KEYS, max(MIN_ROWS, KEY_TILE_BYTES // (padded(settings.head_dim) * settings.element_size)))
-    return Tiling(rows=rows, keys=keys, num_warps=8 if rows > 64 else 4, num_stages=3 if rows >= 64 else 5)
+    return Tiling(rows=rows, keys=keys, num_warps=8 if rows > 64 or is_fp32 else 4, num_stages=3 if rows >= 64 else 5)
 
 
 def _whole_tiling(settings: Settings) -> Tiling:
     """With batch_invariant from the model alone; else wide where the results of a tile still fit into registers."""
-    wide = padded(settings.head_dim) <= 128 and settings.element_size <= 2 and not settings.batch_invariant
+    wide = padded(settings.head_dim) <= 128 and not settings.batch_invariant
     return _tiling(settings, WHOLE_ROWS if wide else INVARIANT_ROWS)
 
 

@@ -1,0 +1,92 @@
+"""The attention kernels compile for an H100, with the tiles that are chosen for each model."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.attention_schedule import Settings, Tiling, _tiling, _whole_tiling, padded
+from kernels.paged_attention_split import _paged_attention_kernel
+from kernels.prefill_attention import _prefill_attention_kernel
+from tests.helpers.compile_sm90 import compile_for_sm90
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FLOAT_POINTERS = {"lse_ptr", "parts_ptr", "part_stats_ptr"}
+MODEL_POINTERS = {"out_ptr", "q_ptr", "k_ptr", "v_ptr"}
+
+
+def settings(dtype: str, head_dim: int, *, batch_invariant: bool = False) -> Settings:
+    return Settings(
+        head_dim=head_dim,
+        element_size=DTYPES[dtype].itemsize,
+        num_kv_heads=2,
+        group=4,
+        sliding_window=None,
+        tree=False,
+        batch_invariant=batch_invariant,
+    )
+
+
+def compile_kernel(kernel: Any, model: Settings, dtype: str, tiling: Tiling, **choices: object) -> Any:
+    """choices: constexprs, and None for pointers that are left out."""
+    constexprs = {
+        "NUM_KV_HEADS": model.num_kv_heads,
+        "GROUP": model.group,
+        "HEAD_DIM": model.head_dim,
+        "DIM": padded(model.head_dim),
+        "BLOCK_SIZE": 16,
+        "WINDOW": None,
+        "ROWS": tiling.rows,
+        "KEYS": tiling.keys,
+        **choices,
+    }
+    signature = {name: _type(name, dtype) for name in kernel.arg_names if name not in constexprs}
+    return compile_for_sm90(
+        kernel, signature, constexprs, num_warps=tiling.num_warps, num_stages=tiling.num_stages, enable_fp_fusion=True
+    )
+
+
+def _type(name: str, dtype: str) -> str:
+    if name in MODEL_POINTERS or name in FLOAT_POINTERS:
+        return f"*{dtype if name in MODEL_POINTERS else 'fp32'}"
+    if name == "ancestors_ptr":
+        return "*i64"
+    if name == "scale":
+        return "fp32"
+    return "*i32" if name.endswith("_ptr") else "i32"
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_of_every_type_and_size_of_head(dtype: str, head_dim: int) -> None:
+    model = settings(dtype, head_dim)
+    tiling = _tiling(model, num_rows=16)
+    compiled = compile_kernel(_paged_attention_kernel, model, dtype, tiling, lse_ptr=None, ancestors_ptr=None)
+    # Two programs share a multiprocessor, and keys are copied past the registers while others are computed.
+    assert 2 * compiled.metadata.shared < 227 << 10
+    assert "cp.async" in compiled.asm["ptx"]
+    assert ("mma.sync" in compiled.asm["ptx"]) == (dtype != "fp32")
+    compile_kernel(
+        _prefill_attention_kernel,
+        model,
+        dtype,
+        _whole_tiling(model),
+        lse_ptr=None,
+        ancestors_ptr=None,
+        ONE_PASS=False,
+    )
+
+
+@pytest.mark.parametrize(("lse", "tree", "window"), [(True, True, None), (True, False, 4096), (False, True, 4096)])
+def test_of_every_variant(lse: bool, tree: bool, window: int | None) -> None:
+    options: dict[str, object] = {"WINDOW": window}
+    options |= {} if lse else {"lse_ptr": None}
+    options |= {} if tree else {"ancestors_ptr": None}
+    model = settings("bf16", 128)
+    compile_kernel(_paged_attention_kernel, model, "bf16", _tiling(model, num_rows=64), **options)
+    invariant = settings("bf16", 128, batch_invariant=True)
+    tiling = _whole_tiling(invariant)
+    compiled = compile_kernel(_prefill_attention_kernel, invariant, "bf16", tiling, ONE_PASS=True, **options)
+    assert "wgmma" in compiled.asm["ptx"]
+    if not tree:
+        compile_kernel(_prefill_attention_kernel, model, "bf16", _whole_tiling(model), ONE_PASS=False, **options)
