@@ -235,6 +235,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--target", type=Path, default=MODELS / "demo-target")
     parser.add_argument("--draft", type=Path, default=MODELS / "demo-draft")
     parser.add_argument("--dtype", default="bfloat16", help="float32: outputs must be equal; bfloat16: but for ties")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of the target")
     parser.add_argument("--placement", choices=["colocated", "separate"], default="colocated")
     parser.add_argument("--threads", type=int, default=2, help="of each worker")
     parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES))
@@ -264,6 +265,7 @@ def main() -> None:
         target=args.target,
         draft=args.draft,
         dtype=args.dtype,
+        tp_size=args.tp,
         colocated=args.placement == "colocated",
         threads=args.threads,
         max_num_seqs=max(args.concurrency),
@@ -287,8 +289,8 @@ def main() -> None:
 
 def _body(args: argparse.Namespace, pair: Pair, results: Results, prompts: Sequence[list[int]]) -> str:
     parts = [
-        f"{args.target.name} and {args.draft.name}, {args.dtype}, {args.placement}, {args.threads} thread(s) a worker, "
-        f"{len(prompts)} prompts x {args.tokens} tokens, prefill included, no prefix cache"
+        f"{args.target.name} and {args.draft.name}, {args.dtype}, {args.tp} target rank(s), {args.placement}, {args.threads} "
+        f"thread(s) a worker, {len(prompts)} prompts x {args.tokens} tokens, prefill included, no prefix cache"
         + (f", acceptance forced to {args.forced_acceptance:g}" if args.forced_acceptance else "")
         + f". Median (least-greatest) of {args.runs} paired runs."
     ]

@@ -33,6 +33,7 @@ class Pair:
     target: Path
     draft: Path
     dtype: str
+    tp_size: int  # of the target
     colocated: bool
     threads: int  # of each worker
     max_num_seqs: int
@@ -137,6 +138,7 @@ class VariantDeployment(LocalDeployment):
 def _settings(pair: Pair, variant: Variant) -> Settings:
     return local_settings(
         pair.target,
+        tp_size=pair.tp_size,
         draft=pair.draft if variant.uses_draft_model else None,
         colocated=pair.colocated and variant.uses_draft_model,
         dtype=pair.dtype,

@@ -16,6 +16,7 @@ PAIR = Pair(
     target=Path("target"),
     draft=Path("draft"),
     dtype="bfloat16",
+    tp_size=1,
     colocated=True,
     threads=2,
     max_num_seqs=1,
