@@ -4,9 +4,11 @@ behind those of the layer before."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.paged_kv import SeqLengths
 from kernels.rms_norm import rms_norm
 from workers.batch import Batch
 from workers.layers.context import BuildContext
@@ -178,4 +180,13 @@ def _repeat(batch: Batch, num_layers: int, *, num_blocks: int, block_size: int) 
         block_table=(batch.block_table + layer.view(-1, 1, 1) * num_blocks).flatten(0, 1),
         seq_lens=batch.seq_lens.repeat(num_layers),
         cu_seqlens_q=torch.nn.functional.pad(starts.flatten(), (0, 1), value=num_layers * num_tokens),
+        lengths=None if batch.lengths is None else _repeat_lengths(batch.lengths, num_layers, num_tokens),
+    )
+
+
+def _repeat_lengths(lengths: SeqLengths, num_layers: int, num_tokens: int) -> SeqLengths:
+    starts = lengths.cu_seqlens_q[:-1] + np.arange(num_layers)[:, None] * num_tokens  # [num_layers, num_seqs]
+    return SeqLengths(
+        seq_lens=np.tile(lengths.seq_lens, num_layers),
+        cu_seqlens_q=np.append(starts, num_layers * num_tokens).astype(np.int32),
     )
