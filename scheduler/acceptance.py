@@ -7,7 +7,7 @@ __all__ = ["Acceptance", "AcceptancePrior", "expected_tokens"]
 
 _PRIOR_MEAN = 0.7  # what a trained draft of the same family reaches, until verdicts say otherwise
 _PRIOR_TRIALS = 2.0  # how much that guess weighs: a handful of verdicts overrule it
-_PRIOR_MEMORY = 200.0  # trials
+_PRIOR_MEMORY = 400.0  # trials
 _SEQ_PRIOR_TRIALS = 16.0  # how much the prior weighs in a seq's own estimate: texts differ by 0.1 or so ...
 _CHANGED_PRIOR_TRIALS = 3.0  # ... but one that has changed went its own way
 _MEMORIES = (300.0, 60.0, 12.0)  # trials: long ones are steady, short ones notice that the text has changed

@@ -57,7 +57,7 @@ def _cuts(num_slots: int) -> list[int]:
 
 class SerialPlan(NamedTuple):
     lengths: list[int]  # drafts for each row, those that are fixed included
-    rate: float  # tokens a second with them
+    rate: float  # tokens a second with them: the best with at least one draft that is not fixed
     plain_rate: float  # and without
 
 
@@ -66,14 +66,15 @@ def plan_serial(rows: Sequence[Row], verify_s: Callable[[float], float], step_s:
 
     `verify_s(d)`: seconds of a target round with d drafts; `step_s(n)`: of a draft step for n seqs. A step costs about
     the same for one seq as for all, so the number of steps is tried, and drafts fill them as far as verifying more
-    tokens pays.
+    tokens pays. Whether that beats none at all is for the caller to see.
     """
     slots = _slots(rows)
     num_fixed = sum(row.num_fixed for row in rows)
     base_tokens = sum(row.fixed_tokens for row in rows)
     longest_fixed = max((row.num_fixed for row in rows), default=0)
     draft_s = sum(step_s(sum(row.num_fixed >= depth for row in rows)) for depth in range(1, longest_fixed + 1))
-    best_rate = plain_rate = base_tokens / (draft_s + verify_s(num_fixed))
+    plain_rate = base_tokens / (draft_s + verify_s(num_fixed))
+    best_rate = 0.0 if slots else plain_rate
     best: list[_Slot] = []
     for depth in range(1, max((row.limit for row in rows), default=0) + 1):
         if depth > longest_fixed:

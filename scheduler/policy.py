@@ -284,8 +284,10 @@ class SpeculationPolicy:
         step_s = self._draft.step_s(1)
         num_drafts = floor(_PROBE_SHARE * self._target.predict(1) / step_s)
         num_drafts = max(1, min(rows[index].limit, _NUM_UNMEASURED, num_drafts))
+        verify_s = _VerifyTimes(self._target, max(len(rows), self._num_rows), 0)
         cost_s = self._draft.chunk_s(1 + seqs[index].num_behind) + num_drafts * step_s
-        if self._probes.may_run(cost_s, is_busy=self._num_waiting > 0):
+        cost_s += verify_s(num_drafts) - verify_s(0)
+        if self._probes.may_run(cost_s, expected=rows[index].acceptance, is_busy=self._num_waiting > 0):
             lengths[index] = num_drafts
 
     def should_extend(self, confidences: Sequence[float], acceptance: float) -> bool:

@@ -5,14 +5,13 @@ from scheduler.acceptance import AcceptancePrior
 __all__ = ["Probes", "Switch"]
 
 _ON = 1.01  # speculation must promise so much more than plain decoding to start ...
-_OFF = 0.995  # ... and so little to end
-_CLEARLY_OFF = 0.93  # below this it ends at once, above only if it stays so
-_DWELL = 32  # target rounds
+# ... and promise so little, for so many target rounds in a row, to end: the worse, the sooner.
+_OFF = ((0.995, 64), (0.95, 12), (0.8, 0))
 
 _FIRST_SHARE = 0.016  # of the time that probes may take
 _LAST_SHARE = 0.002  # after many in vain
 _MAX_PROBE_ROUNDS = 12  # target rounds after which a probe without a verdict counts as failed
-_PROMISING = 0.5  # acceptance in a probe from which another one follows at once
+_PROMISING = 0.5  # acceptance in a probe from which another one follows at once, if less was expected
 
 
 class Switch:
@@ -20,20 +19,22 @@ class Switch:
 
     def __init__(self) -> None:
         self.is_on = True
-        self._num_doubtful = 0  # target rounds in a row in which it did not pay
+        self._num_below = [0] * len(_OFF)  # target rounds in a row
 
     def on_round(self) -> None:
-        self._num_doubtful += 1
+        self._num_below = [count + 1 for count in self._num_below]
 
     def update(self, gain: float) -> bool:
         """`gain`: expected goodput with speculation by that without."""
         if not self.is_on:
             self.is_on = gain > _ON
-            self._num_doubtful = 0
-        elif gain >= _OFF:
-            self._num_doubtful = 0
-        elif gain < _CLEARLY_OFF or self._num_doubtful >= _DWELL:
-            self.is_on = False
+            self._num_below = [0] * len(_OFF)
+            return self.is_on
+        for index, (limit, num_rounds) in enumerate(_OFF):
+            if gain >= limit:
+                self._num_below[index] = 0
+            elif self._num_below[index] >= num_rounds:
+                self.is_on = False
         return self.is_on
 
 
@@ -41,7 +42,7 @@ class Probes:
     """A few drafts now and then for a seq that has none, lest nobody notice that they would be accepted again.
 
     What a probe costs must have been saved up: a share of the time that passes, halved with every probe in vain.
-    Probes that succeed follow one another, until the estimates say that speculation pays.
+    Probes that succeed against the estimate follow one another, until that says that speculation pays.
     """
 
     def __init__(self, prior: AcceptancePrior) -> None:
@@ -49,6 +50,7 @@ class Probes:
         self._saved_s = 0.0
         self._share = _FIRST_SHARE
         self._num_rounds = 0  # of the probe that runs
+        self._expected = 0.0  # acceptance, by the estimate before it
         self._begun_at: tuple[int, int] | None = None  # (accepted, trials) of the prior; None: no probe runs
 
     def on_round(self, run_s: float) -> None:
@@ -64,19 +66,20 @@ class Probes:
         if num_trials == 0 and self._num_rounds < _MAX_PROBE_ROUNDS:
             return
         self._begun_at = None
-        if num_trials and num_accepted >= _PROMISING * num_trials:
+        if num_trials and num_accepted >= _PROMISING * num_trials and self._expected < _PROMISING:
             self._share = _FIRST_SHARE
-            self._begin()
+            self._begin(self._expected)
         else:
             self._share = max(_LAST_SHARE, self._share / 2)
 
-    def may_run(self, cost_s: float, *, is_busy: bool) -> bool:
-        """Whether a probe that costs `cost_s` runs or may begin now. `is_busy`: none begins."""
+    def may_run(self, cost_s: float, *, expected: float, is_busy: bool) -> bool:
+        """Whether a probe that costs `cost_s` runs or may begin now. `expected`: acceptance; `is_busy`: none begins."""
         if self._begun_at is None and not is_busy and self._saved_s >= cost_s:
             self._saved_s = 0.0
-            self._begin()
+            self._begin(expected)
         return self._begun_at is not None
 
-    def _begin(self) -> None:
+    def _begin(self, expected: float) -> None:
+        self._expected = expected
         self._num_rounds = 0
         self._begun_at = (self._prior.num_accepted, self._prior.num_trials)
