@@ -71,17 +71,17 @@ class DraftEngine(ModelEngine):
             plan, slot = each.plan, each.plan.slot
             num_exact, num_computed = int(self._table.num_exact[slot]), int(self._table.num_computed[slot])
             chain = _Chain(slot, plan.num_drafts, each.result) if plan.num_drafts else None
-            calibrated = num_exact + plan.calibrate_len
-            if calibrated == num_computed:
-                exact.append(_Span(slot, num_exact, num_computed + plan.chunk_len, chain))
+            calibrated, end = num_exact + plan.calibrate_len, num_computed + plan.chunk_len
+            goes_on = plan.goes_on and self._runner.is_approximate
+            if calibrated == num_computed and not goes_on:
+                exact.append(_Span(slot, num_exact, end, chain))
                 continue
             if plan.calibrate_len:
                 exact.append(_Span(slot, num_exact, calibrated, None))
-            if chain and plan.goes_on:
+            if chain and goes_on:
                 chains.append(chain)
             elif plan.chunk_len:
-                spans = late if plan.calibrate_len else exact
-                spans.append(_Span(slot, num_computed, num_computed + plan.chunk_len, chain))
+                (late if plan.calibrate_len else exact).append(_Span(slot, num_computed, end, chain))
         return exact, late, chains
 
     def _compute_exactly(self, spans: list[_Span]) -> tuple[Tensor, list[_Chain]]:

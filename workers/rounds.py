@@ -21,7 +21,7 @@ class RowPlan:
     num_drafts: int  # target: drafts to be verified; draft: tokens to be drafted
     num_ordered: int = 0  # draft: the same, had the chain no end
     calibrate_len: int = 0  # draft: tokens with approximate KV that are computed again first
-    goes_on: bool = False  # draft: the chunk is the last token of a chain, and approximate KV will do
+    goes_on: bool = False  # draft: a chain of earlier rounds grows; the chunk is its last token, approximate KV will do
 
     @property
     def is_idle(self) -> bool:
@@ -119,7 +119,6 @@ def _draft_row(row: Row, view: _View, limits: Limits, where: str) -> RowPlan:
     num_ordered = row.num_draft_tokens if _check_chunk(row, view, where) else 0
     num_drafts = min(num_ordered, limits.max_model_len - view.length)
     _check_blocks(row.chunk_len + max(0, num_drafts - 1), view, limits, where)
-    is_last_draft = row.chunk_len == 1 and num_drafts > 0 and view.num_given < view.length
     return RowPlan(
         row.slot,
         row.chunk_len,
@@ -127,7 +126,7 @@ def _draft_row(row: Row, view: _View, limits: Limits, where: str) -> RowPlan:
         num_drafts,
         num_ordered=num_ordered,
         calibrate_len=calibrate_len,
-        goes_on=is_last_draft,
+        goes_on=row.chunk_len == 1 and num_drafts > 0 and view.num_given < view.length,
     )
 
 

@@ -260,11 +260,11 @@ class Row(google.protobuf.message.Message):
 
     @property
     def draft_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """   Draft engine: they go through the exact model, with one exception: a chain that goes on behind approximate KV,
-           that is a chunk of 1 whose token the engine has drafted (nothing was appended) in a row that drafts. This token
-           is computed approximately, as is every draft of a row but the last, which gets no KV. A round does all that is
-           exact first, then steps of one token for the chains that grow. num_exact becomes the end of the chunk if, behind
-           4, it was its start; drafts do not move it. Not layer-parallel: num_exact is num_computed_tokens, always.
+        """   Draft engine: they go through the exact model, with one exception: where a chain goes on, that is a chunk of 1
+           whose token the engine has drafted (nothing was appended) in a row that drafts. This token is computed
+           approximately, as is every draft of a row but the last, which gets no KV. A round does all that is exact first,
+           then steps of one token for the chains that grow. num_exact becomes the end of an exact chunk if, behind 4, it
+           was its start; drafts do not move it. Not layer-parallel: num_exact is num_computed_tokens, always.
         6. If the chunk reached the end of the history, a token is chosen there:
            target: drafts are verified behind it, accepted ones and the next token join the history.
                    Drafts count only if the history's length is draft_base_len, else they are dropped.
