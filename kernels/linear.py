@@ -212,9 +212,13 @@ def _launch(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         SPLIT=SPLIT_FEATURES,
         **options,
     )
-    if apart:
-        grid = (triton.cdiv(out.numel(), MERGE_ELEMENTS),)
-        _add_partial_sums_kernel[grid](sums, bias, out, num_splits, out.numel(), out_features, BLOCK=MERGE_ELEMENTS)
+    return add_partial_sums(sums, bias, out) if apart else out
+
+
+def add_partial_sums(sums: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Add fp32 [num_splits, num_rows, out_features] in order, then the bias, into `out`, and return it. For kernels."""
+    grid = (triton.cdiv(out.numel(), MERGE_ELEMENTS),)
+    _add_partial_sums_kernel[grid](sums, bias, out, sums.shape[0], out.numel(), out.shape[1], BLOCK=MERGE_ELEMENTS)
     return out
 
 
