@@ -1,4 +1,4 @@
-"""What a GPU must agree on with the CPU: bits of noise, and tokens. Needs neither Ray nor pydantic."""
+"""What a GPU must agree on with the CPU: bits of noise, and tokens; and what runs there. Needs no Ray, no pydantic."""
 
 import random
 from pathlib import Path
@@ -10,6 +10,8 @@ from echelon.pb.process_pb2 import WorkerSpec
 from echelon.pb.sampling_pb2 import SeqSampling
 from kernels.gumbel import gumbel_noise_range
 from tests.helpers.engines import TARGET, drive, engine_spec, interleave
+from tests.helpers.hot_path import KINDS, hot_rounds
+from tests.helpers.launched import foreign_kernels, launched_by, our_kernels, replaced_operators
 from tests.helpers.rounds import Driver, greedy, seeded
 from workers.cohort import Cohort
 from workers.load import load_engines
@@ -25,6 +27,16 @@ SETTINGS = {
     "truncated": seeded(top_k=40, top_p=0.9, min_p=0.01),
     "penalised": seeded(repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.5),
 }
+
+# Of each of these, one kernel at least is launched in every round.
+EXPECTED = [
+    ("paged_attention_split", "prefill_attention"),
+    ("rms_norm",),
+    ("silu_and_mul",),
+    ("reshape_and_cache",),
+    ("sample",),
+    ("verify_chain",),
+]
 
 
 def demo_driver(device: str) -> Driver:
@@ -72,3 +84,18 @@ def test_drafts_and_chunks_change_no_token(name: str, prompts: list[list[int]]) 
     interleave(driver, list(zip(seqs, expected, strict=True)), random.Random(1), NUM_TOKENS)
     same = [seq.output[:NUM_TOKENS] == tokens for seq, tokens in zip(seqs, expected, strict=True)]
     assert sum(same) >= len(prompts) - 1
+
+
+@pytest.mark.parametrize("part", ["prefill", "decode", "verify"])
+def test_no_operator_of_torch_is_left_where_there_is_a_kernel(part: str, prompts: list[list[int]]) -> None:
+    """Attention, norms, gates and sampling are kernels of ours; products are cuBLAS's, copies and indexing torch's."""
+    driver = demo_driver("cuda")
+    for step in hot_rounds(driver, prompts[2]).values():
+        step()  # compiles, and lets libraries choose
+    steps = hot_rounds(driver, prompts[2], first_slot=len(KINDS))
+    launched = {name: launched_by(step) for name, step in steps.items()}[part]
+
+    assert foreign_kernels(launched.kernels) == []
+    assert replaced_operators(launched.operators, vocab_size=driver.info.vocab_size) == []
+    for modules in EXPECTED:
+        assert launched.kernels & our_kernels(*modules), f"no kernel of {modules} in {sorted(launched.kernels)}"
