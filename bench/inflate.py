@@ -63,7 +63,7 @@ PRESETS = {
     "draft-95m": Size(layers=8, hidden=1152, intermediate=3072, heads=4, kv_heads=4),
     "target-550m-attention": Size(layers=20, hidden=1536, intermediate=4608, heads=48, kv_heads=12),
     "draft-38m-attention": Size(layers=8, hidden=640, intermediate=1792, heads=20, kv_heads=5),
-    "draft-110m-attention": Size(layers=8, hidden=1152, intermediate=3072, heads=36, kv_heads=9),
+    "draft-115m-attention": Size(layers=8, hidden=1152, intermediate=3072, heads=36, kv_heads=9),
     "draft-370m-attention": Size(layers=8, hidden=2048, intermediate=5632, heads=64, kv_heads=16),
 }
 

@@ -14,9 +14,8 @@ class TransformersPair:
 
     def __init__(self, target: Path, draft: Path, *, dtype: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._target, self._draft = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)) for folder in (target, draft)
-        )
+        self._target = _load(target, dtype)
+        self._draft = _load(draft, dtype)
 
     def tokens_per_s(self, prompts: Sequence[Sequence[int]], *, num_tokens: int, num_drafts: int | None) -> float:
         """Over all prompts, prefill included; `num_drafts` a round from the draft, None: without it."""
@@ -44,3 +43,7 @@ class TransformersPair:
             seconds += time.perf_counter() - started
             num_written += output.shape[1] - input_ids.shape[1]
         return num_written / seconds
+
+
+def _load(folder: Path, dtype: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
