@@ -27,8 +27,8 @@ bench: $(READY)  ## the benchmarks that run on this machine; results go to bench
 	$(BIN)/python -m bench.kernels --save
 	$(BIN)/python -m bench.decode --save
 	$(BIN)/python -m bench.rounds --save
-	$(BIN)/python -m bench.speculate --tp 1 --save
-	$(BIN)/python -m bench.speculate --tp 2 --save
+	$(BIN)/python -m bench.speculate --dtype float32 --threads 1 --save
+	$(BIN)/python -m bench.speculate --tp 2 --threads 1 --placement separate --name speculate-tp2 --save
 	$(BIN)/python -m bench.acceptance --save
 
 proto:  ## regenerate echelon/pb after editing protos/
