@@ -290,7 +290,8 @@ def main() -> None:
 def _body(args: argparse.Namespace, pair: Pair, results: Results, prompts: Sequence[list[int]]) -> str:
     parts = [
         f"{args.target.name} and {args.draft.name}, {args.dtype}, {args.tp} target rank(s), {args.placement}, "
-        f"{args.threads} thread(s) a worker, {len(prompts)} prompts x {args.tokens} tokens, prefill included, no prefix cache"
+        f"{args.threads} thread(s) a worker, {len(prompts)} prompts x {args.tokens} tokens, prefill included, "
+        "no prefix cache"
         + (f", acceptance forced to {args.forced_acceptance:g}" if args.forced_acceptance else "")
         + f". Median (least-greatest) of {args.runs} paired runs."
     ]
