@@ -1,192 +1,157 @@
-"""What the operators cost: attention beside torch's SDPA on contiguous keys, and the small operators of one layer.
+"""What the operators cost: attention, the small operators of a layer, sampling, and products with 4-bit weights.
 
-Attention reads a paged cache, here with the blocks of a seq side by side ("neighbours", what the allocator prefers) and
-in random order ("scattered"); SDPA is given each seq's keys and values in one contiguous tensor of its own, padding and
-paging left out. All are timed in turn, so that a busy machine slows them alike; medians, with the least and greatest.
+Each stands beside what a user would take instead, and what moves data beside the speed at which this machine copies
+memory, which is measured first. All contenders of a row are timed in turn, so that a busy machine slows them alike;
+medians, with the least and greatest. On a GPU every call finds a cache full of something else.
 """
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from bench.report import Spread, add_report_options, publish, table
-from kernels.linear import linear_batch_invariant
-from kernels.paged_attention import paged_attention
-from kernels.reshape_and_cache import gather_rotary, reshape_and_cache
-from kernels.rms_norm import fused_add_rms_norm, rms_norm
-from kernels.silu_and_mul import silu_and_mul
+from bench.kernel_bench.attention import AttentionShape, Heads, attention_table, verify_table
+from bench.kernel_bench.machine import Machine
+from bench.kernel_bench.operators import layer_table, linear_table, mxfp4_table, sample_table
+from bench.report import add_report_options, publish
 
-BLOCK_SIZE = 16
-Step = Callable[[], object]
+VERIFY_ROWS = 8
+LLAMA_8B = Heads(name="Llama-3-8B", num_q_heads=32, num_kv_heads=8)
+LLAMA_70B_TP8 = Heads(name="Llama-3-70B, one of 8 ranks", num_q_heads=8, num_kv_heads=1)
+even = AttentionShape.even
 
 
-def time_in_turn(steps: Sequence[Step], *, runs: int, min_run_s: float = 0.02) -> list[Spread]:
-    """Microseconds a call of each step: every run times them all, one after the other, for at least min_run_s each."""
-    calls = []
-    for step in steps:
-        step()
-        started_s = time.perf_counter()
-        step()
-        calls.append(max(1, round(min_run_s / (time.perf_counter() - started_s))))
-    times_us: list[list[float]] = [[] for _ in steps]
-    for _ in range(runs):
-        for step, num_calls, step_times_us in zip(steps, calls, times_us, strict=True):
-            started_s = time.perf_counter()
-            for _ in range(num_calls):
-                step()
-            step_times_us.append((time.perf_counter() - started_s) / num_calls * 1e6)
-    return [Spread.of(times) for times in times_us]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """What is measured."""
+
+    heads: Sequence[Heads]
+    attention: Sequence[AttentionShape]
+    verify: Sequence[AttentionShape]
+    layer_rows: Sequence[int]
+    intermediate: int  # of the MLP
+    sample_rows: int
+    vocab_size: int
+    mxfp4_rows: Sequence[int]
+    mxfp4_features: tuple[int, int]  # in, out
+    copy_bytes: int
 
 
-class AttentionCase:
-    """`batch` seqs of `context` tokens, the last `num_new` of them new."""
-
-    def __init__(self, batch: int, context: int, num_new: int, *, heads: tuple[int, int], head_dim: int) -> None:
-        num_q_heads, num_kv_heads = heads
-        blocks_per_seq = -(-context // BLOCK_SIZE)
-        num_blocks = batch * blocks_per_seq
-        self._scale = head_dim**-0.5
-        self._grouped = num_q_heads > num_kv_heads
-        self._q = torch.randn(batch * num_new, num_q_heads, head_dim).bfloat16()
-        self._k_cache, self._v_cache = torch.randn(2, num_blocks, BLOCK_SIZE, num_kv_heads, head_dim).bfloat16()
-        self._tables = {
-            "neighbours": torch.arange(num_blocks, dtype=torch.int32).view(batch, -1),
-            "scattered": torch.randperm(num_blocks).int().view(batch, -1),
-        }
-        self._seq_lens = torch.full((batch,), context, dtype=torch.int32)
-        self._cu_seqlens_q = torch.arange(0, batch * num_new + 1, num_new, dtype=torch.int32)
-        # SDPA wants [batch, heads, tokens, head_dim]; the keys are real copies, one tensor for all seqs.
-        self._sdpa_q = self._q.view(batch, num_new, num_q_heads, head_dim).transpose(1, 2).contiguous()
-        self._sdpa_k, self._sdpa_v = (
-            cache.view(batch, -1, num_kv_heads, head_dim)[:, :context].transpose(1, 2).contiguous()
-            for cache in (self._k_cache, self._v_cache)
-        )
-        positions = torch.arange(context)
-        self._visible = positions <= positions[-num_new:].unsqueeze(1) if num_new > 1 else None
-
-    def paged(self, pages: str, *, batch_invariant: bool = False) -> Tensor:
-        return paged_attention(
-            self._q,
-            self._k_cache,
-            self._v_cache,
-            self._tables[pages],
-            self._seq_lens,
-            self._cu_seqlens_q,
-            softmax_scale=self._scale,
-            batch_invariant=batch_invariant,
-        )
-
-    def sdpa(self) -> Tensor:
-        return F.scaled_dot_product_attention(
-            self._sdpa_q,
-            self._sdpa_k,
-            self._sdpa_v,
-            attn_mask=self._visible,
-            scale=self._scale,
-            enable_gqa=self._grouped,
-        )
-
-
-def attention_table(shapes: Sequence[tuple[int, int, int]], *, heads: tuple[int, int], head_dim: int, runs: int) -> str:
-    rows = []
-    for batch, context, num_new in shapes:
-        case = AttentionCase(batch, context, num_new, heads=heads, head_dim=head_dim)
-        neighbours, scattered, invariant, sdpa = time_in_turn(
-            [
-                partial(case.paged, "neighbours"),
-                partial(case.paged, "scattered"),
-                partial(case.paged, "neighbours", batch_invariant=True),
-                case.sdpa,
-            ],
-            runs=runs,
-        )
-        times = [f"{spread:.0f}" for spread in (neighbours, scattered, invariant, sdpa)]
-        rows.append([str(batch), str(context), str(num_new), *times, f"{sdpa.median / neighbours.median:.2f}x"])
-    return table(
-        [
-            "batch",
-            "context",
-            "new",
-            "neighbours us",
-            "scattered us",
-            "batch_invariant us",
-            "SDPA us",
-            "SDPA / neighbours",
-        ],
-        rows,
+def gpu_program() -> Program:
+    mixed = AttentionShape(contexts=tuple(1024 * n for n in (1, 2, 4, 8, 16, 32, 48, 64)))
+    decode = [even(1, 4096), even(1, 131072), even(8, 32768), even(64, 4096), mixed]
+    return Program(
+        heads=[LLAMA_8B, LLAMA_70B_TP8],
+        attention=decode,
+        verify=decode,
+        layer_rows=[1, 64, 8192],
+        intermediate=14336,
+        sample_rows=64,
+        vocab_size=128256,
+        mxfp4_rows=[1, 2, 4, 8, 16],
+        mxfp4_features=(4096, 14336),
+        copy_bytes=1 << 30,
     )
 
 
-def layer_table(num_rows: Sequence[int], *, heads: tuple[int, int], head_dim: int, runs: int) -> str:
-    """The other operators of one layer, beside a matrix product of the same layer."""
-    num_q_heads, num_kv_heads = heads
-    hidden, intermediate = num_q_heads * head_dim, 4096
-    norm_weight = torch.ones(hidden).bfloat16()
-    gate_up_weight = torch.randn(2 * intermediate, hidden).bfloat16()
-    cos_sin_cache = torch.randn(64, head_dim)
-    k_cache, v_cache = torch.zeros(2, 64, BLOCK_SIZE, num_kv_heads, head_dim).bfloat16()
-    rows = []
-    for count in num_rows:
-        x, residual = torch.randn(2, count, hidden).bfloat16()
-        gate_up = torch.randn(count, 2 * intermediate).bfloat16()
-        q, k, v = torch.split(
-            torch.randn(count, num_q_heads + 2 * num_kv_heads, head_dim).bfloat16(),
-            [num_q_heads, num_kv_heads, num_kv_heads],
-            dim=1,
-        )
-        slots = torch.arange(count)
-        steps: list[Step] = [
-            partial(rms_norm, x, norm_weight, 1e-5),
-            partial(fused_add_rms_norm, x, residual, norm_weight, 1e-5),
-            partial(silu_and_mul, gate_up),
-            partial(reshape_and_cache, q, k, v, gather_rotary(cos_sin_cache, slots % 64), slots, k_cache, v_cache),
-            partial(F.linear, x, gate_up_weight),
-            partial(linear_batch_invariant, x, gate_up_weight),
+def cpu_program(heads: Heads) -> Program:
+    decode = [even(batch, context) for context in (1024, 2048, 4096, 8192) for batch in (1, 2, 4, 8)]
+    return Program(
+        heads=[heads],
+        attention=[
+            *decode,
+            even(8, 1024, 5),
+            even(1, 1024, 8),
+            even(1, 4096, 8),
+            even(1, 512, 512),
+            even(1, 2048, 512),
+        ],
+        verify=[even(1, 1024), even(1, 4096), even(8, 1024)],
+        layer_rows=[1, 8, 64, 512],
+        intermediate=4096,
+        sample_rows=8,
+        vocab_size=128256,
+        mxfp4_rows=[1, 4, 16],
+        mxfp4_features=(1536, 4096),
+        copy_bytes=256 << 20,
+    )
+
+
+def quick_program() -> Program:
+    """Every path in a second or two, for a test: its numbers mean nothing."""
+    return Program(
+        heads=[Heads(name="quick", num_q_heads=4, num_kv_heads=2, head_dim=64)],
+        attention=[even(2, 40), AttentionShape(contexts=(5, 33)), even(1, 20, 3)],
+        verify=[even(1, 40)],
+        layer_rows=[3],
+        intermediate=64,
+        sample_rows=2,
+        vocab_size=1000,
+        mxfp4_rows=[1],
+        mxfp4_features=(512, 1024),
+        copy_bytes=1 << 20,
+    )
+
+
+def report(program: Program, machine: Machine) -> str:
+    copy_bytes_per_us = machine.copy_bytes_per_us(program.copy_bytes)
+    sections = [f"Copies move {copy_bytes_per_us / 1e3:.0f} GB/s, read and written."]
+    for heads in program.heads:
+        sections += [
+            f"## Attention, {heads}",
+            attention_table(program.attention, heads, machine, copy_bytes_per_us=copy_bytes_per_us),
+            f"## Verifying, {heads}",
+            verify_table(program.verify, heads, machine, num_rows=VERIFY_ROWS),
         ]
-        rows.append([str(count), *(f"{spread:.0f}" for spread in time_in_turn(steps, runs=runs))])
-    header = [
-        "rows",
-        "rms_norm us",
-        "fused_add us",
-        "silu_and_mul us",
-        "reshape_and_cache us",
-        "F.linear us",
-        "invariant us",
+    layer_heads, (in_features, out_features) = program.heads[0], program.mxfp4_features
+    hidden = layer_heads.num_q_heads * layer_heads.head_dim
+    sections += [
+        f"## The other operators of a layer: hidden {hidden}, intermediate {program.intermediate}",
+        layer_table(
+            program.layer_rows,
+            layer_heads,
+            machine,
+            intermediate=program.intermediate,
+            copy_bytes_per_us=copy_bytes_per_us,
+        ),
+        f"## Products that do not depend on the batch: {hidden} to {2 * program.intermediate}",
+        linear_table(program.layer_rows, machine, in_features=hidden, intermediate=program.intermediate),
+        f"## Sampling: {program.sample_rows} rows, vocabulary of {program.vocab_size}",
+        sample_table(program.sample_rows, program.vocab_size, machine),
+        f"## MXFP4: {in_features} to {out_features}",
+        mxfp4_table(program.mxfp4_rows, machine, in_features=in_features, out_features=out_features),
     ]
-    return table(header, rows)
+    return "\n\n".join(sections)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--num-q-heads", type=int, default=12)
-    parser.add_argument("--num-kv-heads", type=int, default=4)
-    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--runs", type=int, help="timings of each step (default: 5 on cpu, 50 on cuda)")
+    parser.add_argument("--threads", type=int, default=2, help="on cpu")
+    parser.add_argument("--num-q-heads", type=int, default=12, help="on cpu")
+    parser.add_argument("--num-kv-heads", type=int, default=4, help="on cpu")
+    parser.add_argument("--head-dim", type=int, default=128, help="on cpu")
     add_report_options(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    heads = (args.num_q_heads, args.num_kv_heads)
-    decode = [(batch, context, 1) for context in (1024, 2048, 4096, 8192) for batch in (1, 2, 4, 8)]
-    verify = [(8, 1024, 5), (1, 1024, 8), (1, 4096, 8)]
-    prefill = [(1, 512, 512), (1, 2048, 512)]
-    with torch.inference_mode():
-        attention = attention_table([*decode, *verify, *prefill], heads=heads, head_dim=args.head_dim, runs=args.runs)
-        layer = layer_table([1, 8, 64, 512], heads=heads, head_dim=args.head_dim, runs=args.runs)
-    shape = f"bf16, {heads[0]} query heads, {heads[1]} KV heads, head_dim {args.head_dim}, {args.threads} threads"
-    method = f"{shape}; median (least-greatest) of {args.runs} runs"
-    publish(
-        "kernels",
-        f"{method}\n\n{attention}\n\nThe other operators of a layer\n\n{layer}",
-        command="python -m bench.kernels",
-        save=args.save,
+    on_gpu = args.device == "cuda"
+    machine = Machine(
+        device=torch.device(args.device),
+        runs=args.runs or (50 if on_gpu else 5),
+        min_run_s=0.0 if args.quick else 0.02,
     )
+    chosen = Heads(name="bench", num_q_heads=args.num_q_heads, num_kv_heads=args.num_kv_heads, head_dim=args.head_dim)
+    program = quick_program() if args.quick else gpu_program() if on_gpu else cpu_program(chosen)
+    with torch.inference_mode():
+        body = report(program, machine)
+    threads = "" if on_gpu else f", {args.threads} threads"
+    method = f"bf16{threads}; torch {torch.__version__}; median (least-greatest) of {machine.runs} runs"
+    command = "python -m bench.kernels" + (" --quick" if args.quick else "")
+    publish("kernels", f"{method}\n\n{body}", command=command, save=args.save, on=machine.name)
 
 
 if __name__ == "__main__":
