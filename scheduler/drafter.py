@@ -121,8 +121,12 @@ class Drafter:
             rows = self._plan_continuous(self.seats, speculating)
         if not rows:
             return None
-        num_alternatives = self.cache.num_alternatives if self._config.verdict_cache_rows else 0
-        return self.seats.engine.launch(rows, num_alternatives=num_alternatives)
+        is_continuous = self._config.pipeline is Pipeline.CONTINUOUS
+        return self.seats.engine.launch(
+            rows,
+            num_alternatives=self.cache.num_alternatives if self._config.verdict_cache_rows else 0,
+            confidences=is_continuous and self._config.adaptive,  # what should_extend asks for
+        )
 
     def on_result(self, result: worker_pb2.RoundResult) -> None:
         """Take in a round's drafts. Raises ProtocolError."""

@@ -116,7 +116,9 @@ class Engine:
             self.blocks.publish(seat.block_ids[i], digests[i])
         seat.num_published = num_full
 
-    def launch(self, rows: list[PlannedRow], *, num_alternatives: int = 0) -> worker_pb2.Round:
+    def launch(
+        self, rows: list[PlannedRow], *, num_alternatives: int = 0, confidences: bool = False
+    ) -> worker_pb2.Round:
         """The message for these rows. Seats are moved on to where they will be when it has run."""
         self.num_rounds += 1
         message = worker_pb2.Round(
@@ -124,6 +126,7 @@ class Engine:
             incarnation=self._incarnation,
             free_slots=self._slots_to_free,
             num_alternatives=num_alternatives,
+            confidences=confidences,
         )
         self._slots_to_free = []
         num_tokens = 0
