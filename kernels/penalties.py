@@ -90,7 +90,15 @@ def apply_penalties(
         )
         return
     rows, columns, inside = _within(logits, rows, token_ids, first_token_id)
-    seen, output_counts = seen[inside], output_counts[inside]
+    apply_penalties_reference(
+        logits, rows, columns, seen=seen[inside], output_counts=output_counts[inside], settings=settings
+    )
+
+
+def apply_penalties_reference(
+    logits: Tensor, rows: Tensor, columns: Tensor, *, seen: Tensor, output_counts: Tensor, settings: Tensor
+) -> None:
+    """`apply_penalties` of entries that all lie in the shard."""
     repetition, presence, frequency = settings[rows].unbind(dim=1)
     values = logits[rows, columns]
     repeated = torch.where(values > 0, values / repetition, values * repetition)

@@ -1,0 +1,90 @@
+"""The kernels of sampling compile for an H100, and where bits count no multiply is fused with an add."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from kernels.gumbel import EXACT
+from kernels.non_finite import _non_finite_kernel
+from kernels.penalties import BIAS, MASK, PENALISE, _edit_kernel
+from kernels.probability_mass import _mass_and_rank_kernel
+from kernels.sample import _best_tile_kernel, _sample_tiles_kernel
+from kernels.sampling_tile import NUM_WARPS, SMALL_TILE, TILE
+from kernels.softmax_sum import _row_sums_kernel, _tile_sums_kernel
+from kernels.top_keys import _top_of_rows_kernel, _top_of_tiles_kernel
+from kernels.truncation_threshold import _collect_kernel, _lower_bound_kernel, _part_maxima_kernel, _threshold_kernel
+from kernels.verify_chain import _verify_chain_kernel
+from tests.helpers.compile_sm90 import compile_for_sm90
+
+INT64 = set(
+    """best_ptr seeds_ptr sample_indices_ptr positions_ptr token_ids_ptr top_ptr tile_top_ptr sums_ptr counts_ptr
+    totals_ptr top_k_ptr rows_ptr num_accepted_ptr next_token_ids_ptr target_token_ids_ptr draft_token_ids_ptr
+    cu_rows_ptr""".split()
+)
+OTHER = {"top_p_ptr": "*fp64", "found_ptr": "*u8", "seen_ptr": "*i1"}
+FUSED = re.compile(r"\bfma\.rn\.f32\b")
+# Divisions that are not rounded correctly, and arithmetic that takes tiny numbers for zero. (A floor may: it is only
+# asked of numbers of 2^-26 and more.)
+INEXACT = re.compile(r"\bdiv\.full|\b(add|sub|mul|div)\.[.\w]*ftz")
+
+
+def compile_kernel(kernel: Any, constexprs: Mapping[str, object], num_warps: int = 4, **options: object) -> str:
+    """PTX. Every pointer that constexprs do not leave out is of the type that its name has in this folder."""
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constexprs:
+            continue
+        if name.endswith("_ptr"):
+            signature[name] = OTHER.get(name, "*i64" if name in INT64 else "*fp32")
+        else:
+            signature[name] = "i32"
+    if kernel is _row_sums_kernel:
+        signature["totals_ptr"] = "*fp32"
+    ptx: str = compile_for_sm90(kernel, signature, constexprs, num_warps=num_warps, **options).asm["ptx"]
+    return ptx
+
+
+NO_NOISE = dict.fromkeys(
+    ("temperature_ptr", "thresholds_ptr", "seeds_ptr", "sample_indices_ptr", "positions_ptr"), None
+)
+EXACT_KERNELS = [
+    (_sample_tiles_kernel, {"HAS_THRESHOLDS": True, "TILE": TILE}, NUM_WARPS[TILE]),
+    (_sample_tiles_kernel, {"HAS_THRESHOLDS": False, "TILE": SMALL_TILE}, NUM_WARPS[SMALL_TILE]),
+    (_top_of_tiles_kernel, {"HAS_NOISE": True, "HAS_THRESHOLDS": True, "TILE": TILE}, NUM_WARPS[TILE]),
+    (_top_of_tiles_kernel, {**NO_NOISE, "HAS_NOISE": False, "HAS_THRESHOLDS": False, "TILE": SMALL_TILE}, 4),
+    (_mass_and_rank_kernel, {"HAS_THRESHOLDS": True, "TILE": TILE}, NUM_WARPS[TILE]),
+    (_collect_kernel, {"TILE": TILE}, 8),
+    (_threshold_kernel, {"BLOCK": 2048}, 8),
+    (_edit_kernel, {"EDIT": PENALISE, "BLOCK": 256}, 4),
+]
+OTHER_KERNELS = [
+    (_best_tile_kernel, {"BLOCK": 128}, 4),
+    (_top_of_rows_kernel, {"BLOCK": 4096}, 16),
+    (_non_finite_kernel, {"TILE": TILE}, 8),
+    (_tile_sums_kernel, {"TILE": TILE}, 8),
+    (_row_sums_kernel, {"BLOCK": 32}, 4),
+    (_part_maxima_kernel, {"TILE": TILE, "PART": 128}, 8),
+    (_lower_bound_kernel, {"BLOCK": 1024}, 4),
+    (_verify_chain_kernel, {"BLOCK": 32}, 1),
+    (_edit_kernel, {"EDIT": BIAS, "BLOCK": 256, "seen_ptr": None, "settings_ptr": None}, 4),
+    (_edit_kernel, {"EDIT": MASK, "BLOCK": 256, "seen_ptr": None, "settings_ptr": None, "amounts_ptr": None}, 4),
+]
+
+
+@pytest.mark.parametrize(("kernel", "constexprs", "num_warps"), EXACT_KERNELS)
+def test_bits_are_left_alone(kernel: Any, constexprs: dict[str, object], num_warps: int) -> None:
+    ptx = compile_kernel(kernel, constexprs, num_warps, **EXACT)
+    assert not FUSED.search(ptx)
+    assert not INEXACT.search(ptx)
+
+
+def test_without_the_option_they_would_be_fused() -> None:
+    constexprs = {"HAS_THRESHOLDS": False, "TILE": SMALL_TILE}
+    assert FUSED.search(compile_kernel(_sample_tiles_kernel, constexprs, enable_fp_fusion=True))
+
+
+@pytest.mark.parametrize(("kernel", "constexprs", "num_warps"), OTHER_KERNELS)
+def test_the_others_compile(kernel: Any, constexprs: dict[str, object], num_warps: int) -> None:
+    compile_kernel(kernel, constexprs, num_warps)
