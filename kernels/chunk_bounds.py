@@ -173,9 +173,12 @@ def chunk_bounds_reference(k_cache: Tensor, block_table: Tensor, seq_lens: Tenso
     for seq, seq_len in enumerate(seq_lens.tolist()):
         blocks = block_table[seq, : -(-seq_len // block_size)].long()
         keys = k_cache[blocks].flatten(0, 1)[:seq_len]  # [seq_len, num_kv_heads, head_dim]
-        for chunk, chunk_keys in enumerate(keys.split(chunk_size) if seq_len else ()):
-            bounds[seq, chunk, 0] = chunk_keys.amin(dim=0)
-            bounds[seq, chunk, 1] = chunk_keys.amax(dim=0)
+        num_whole, ragged = divmod(seq_len, chunk_size)
+        if num_whole:
+            whole = keys[: num_whole * chunk_size].unflatten(0, (num_whole, chunk_size))
+            bounds[seq, :num_whole] = torch.stack(whole.aminmax(dim=1), dim=1)
+        if ragged:
+            bounds[seq, num_whole] = torch.stack(keys[seq_len - ragged :].aminmax(dim=0))
     return bounds
 
 

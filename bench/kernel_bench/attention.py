@@ -77,6 +77,7 @@ class AttentionCase:
         self._sdpa_inputs = [self._contiguous(context) for context in contexts]
         if len(set(contexts)) == 1:
             self._sdpa_inputs = [tuple(torch.cat(parts) for parts in zip(*self._sdpa_inputs, strict=True))]
+        self._visible = [self._causal(k.shape[2]) for _, k, _ in self._sdpa_inputs]
         self._orders = {"neighbours": torch.arange(self._num_blocks), "scattered": torch.randperm(self._num_blocks)}
         self._blocks = blocks
 
@@ -143,15 +144,18 @@ class AttentionCase:
             torch.randn(1, count, tokens, heads.head_dim, device=self._device, dtype=DTYPE) for count, tokens in sizes
         )
 
+    def _causal(self, context: int) -> Tensor | None:
+        """Which keys a new token sees, bool [num_new, context]; None: all."""
+        num_new = self._shape.num_new
+        if num_new == 1:
+            return None
+        return torch.ones(num_new, context, dtype=torch.bool, device=self._device).tril(context - num_new)
+
     def _sdpa(self, backend: SDPBackend) -> None:
         """One call for seqs of one length, else one a seq."""
         grouped = self._heads.num_q_heads > self._heads.num_kv_heads
         with sdpa_kernel(backend):
-            for q, k, v in self._sdpa_inputs:
-                num_new, context = q.shape[2], k.shape[2]
-                visible = None
-                if num_new > 1:
-                    visible = torch.ones(num_new, context, dtype=torch.bool, device=q.device).tril(context - num_new)
+            for (q, k, v), visible in zip(self._sdpa_inputs, self._visible, strict=True):
                 F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=self._scale, enable_gqa=grouped)
 
 
