@@ -21,6 +21,8 @@ __all__ = ["Choice", "Drafts", "SpeculationPolicy"]
 _NUM_UNMEASURED = 4  # drafts while nothing is known of the times ...
 _MAX_UNMEASURED = 8  # ... of so many seqs at most, 1 of more
 _EXPLORE_EVERY = 48  # target rounds: one with another number of drafts, to learn what it takes
+_NUM_TIMED = 4.0  # observations of plain decoding that average out the noise
+_MAX_UNVERIFIED = 4  # target rounds that decode plainly while drafts come
 _CHANGE_FOR = 1.02  # what running ahead must gain over waiting to be taken up
 _MIN_SURVIVAL = 0.05  # a draft that is less likely to be verified and accepted is not worth its power
 _FIRST_SLOWDOWN, _MAX_SLOWDOWN = 1.03, 1.5
@@ -62,18 +64,19 @@ class SpeculationPolicy:
         self.prior = AcceptancePrior()  # of the draft model's drafts
         self._max_drafts = max_drafts
         self._adaptive = adaptive
-        self._is_serial = pipeline == "serial"
+        self.is_serial = pipeline == "serial"
         self._window = window
         self._has_branches = has_branches
-        self._runs_ahead = not self._is_serial  # the draft goes on while the target verifies
+        self._runs_ahead = not self.is_serial  # the draft goes on while the target verifies
         self._target = StepTimes()
         self._draft = DraftTimes()
-        self._slowdown = 1.0 if self._is_serial else _FIRST_SLOWDOWN  # of a target round while the draft runs
+        self._slowdown = 1.0 if self.is_serial else _FIRST_SLOWDOWN  # of a target round while the draft runs
         self._switch = Switch()
         self._probes = Probes(self.prior)
         self._num_rounds = 0
         self._num_draft_rounds = 0  # since the last target round
         self._num_rows = 0  # of the last target round that decoded
+        self._num_unverified = 0  # target rounds in a row without drafts
         self._num_waiting = 0
         self._price = 0.0  # tokens that a second was last expected to bring; 0: not known
         self._steady: tuple[tuple[int, int], SteadyState] | None = None  # with what it depends on
@@ -121,11 +124,12 @@ class SpeculationPolicy:
         if not self._target.is_known:
             return [Choice(min(seq.num_ready, seq.limit)) for seq in seqs]
         verify_s = _VerifyTimes(self._target, len(seqs), num_other_tokens)
-        if not self._is_serial and self._draft.is_known:
+        if not self.is_serial and self._draft.is_known:
             hold_s = self._hold_s(seqs, self._slowed(verify_s), num_other_tokens)
             if hold_s > 0.0:
                 return [Choice(0, hold_s)] * len(seqs)
         counts = self._worth_verifying(seqs, verify_s)
+        self._num_unverified = 0 if any(counts) else self._num_unverified + 1
         return [self._hold_for_fixed(seq) or Choice(count) for seq, count in zip(seqs, counts, strict=True)]
 
     def _slowed(self, verify_s: "_VerifyTimes") -> "_VerifyTimes":
@@ -136,8 +140,9 @@ class SpeculationPolicy:
         tokens = sum(expected_tokens(row.acceptance, row.most) for row in rows)
         price = max(self._price, tokens / verify_s(sum(row.most for row in rows)))
         counts, _ = pick_drafts(rows, verify_s, price)
-        if self._num_rounds % _EXPLORE_EVERY == 0:
-            # Drafts that are never verified could not show that they have become better.
+        was_ordered = self.is_serial and self._draft.is_known
+        if was_ordered or self._is_exploring:
+            # Drafts that are never verified could not show that they are better than thought.
             counts = [max(count, min(1, row.most)) for count, row in zip(counts, rows, strict=True)]
         return counts
 
@@ -166,12 +171,14 @@ class SpeculationPolicy:
                 gain -= price * (num_waited * step_s + restart_s)
             if gain > best_gain:
                 best_gain, best_wait = gain, num_waited
+        if best_wait == 0 and self._num_unverified >= _MAX_UNVERIFIED and not any(seq.num_ready for seq in seqs):
+            best_wait = 1  # a draft that runs and is never verified could not show that it is worse than thought
         return _HOLD_MARGIN * (best_wait + 1) * step_s if best_wait else 0.0
 
     def _hold_for_fixed(self, seq: Drafts) -> Choice | None:
         """A request that asked for so many drafts a round gets them, if they are on their way."""
         missing = seq.limit - seq.num_ready
-        if self._is_serial or not (seq.is_fixed and seq.may_hold and seq.num_coming and missing > 0):
+        if self.is_serial or not (seq.is_fixed and seq.may_hold and seq.num_coming and missing > 0):
             return None
         step_s = self._draft.step_s(1) if self._draft.is_known else self._target.predict(1)
         return Choice(0, _HOLD_MARGIN * (missing + 1) * step_s)
@@ -203,9 +210,9 @@ class SpeculationPolicy:
             most = _NUM_UNMEASURED if len(rows) <= _MAX_UNMEASURED else 1
             return [self._window_of(row.num_fixed or min(row.limit, most), row) for row in rows]
         num_rows = max(len(seqs), self._num_rows)
-        if self._target.weight(num_rows) == 0.0:
-            counts = [row.num_fixed for row in rows]  # nobody knows what speculation has to beat here
-        elif self._is_serial:
+        if self._times_plain(num_rows):
+            counts = [row.num_fixed for row in rows]
+        elif self.is_serial:
             counts = self._serial_lengths(rows, num_rows)
         else:
             counts = self._continuous_lengths(seqs, rows, num_rows)
@@ -219,6 +226,15 @@ class SpeculationPolicy:
             return Row(seq.acceptance, 0, seq.limit)
         return Row(seq.acceptance, min(seq.limit, self._max_drafts))
 
+    def _times_plain(self, num_rows: int) -> bool:
+        """Whether what speculation has to beat is to be measured: once at once, a few times more in due course."""
+        num_timed = self._target.weight(num_rows)
+        return num_timed == 0.0 or (num_timed < _NUM_TIMED and self._is_exploring)
+
+    @property
+    def _is_exploring(self) -> bool:
+        return self._num_rounds % _EXPLORE_EVERY == _EXPLORE_EVERY - 1 and self._num_waiting == 0
+
     def _serial_lengths(self, rows: list[Row], num_rows: int) -> list[int]:
         others = [_PLAIN_ROW] * (num_rows - len(rows))
         plan = plan_serial(rows + others, _VerifyTimes(self._target, num_rows, 0), self._draft.step_s)
@@ -230,10 +246,9 @@ class SpeculationPolicy:
 
     def _explored(self, rows: Sequence[Row], lengths: list[int]) -> list[int]:
         """Now and then a draft more or less, to learn what that takes."""
-        turn, phase = divmod(self._num_rounds, _EXPLORE_EVERY)
-        if phase != _EXPLORE_EVERY - 1 or self._num_waiting:
+        if not self._is_exploring:
             return lengths
-        change = 1 if turn % 2 else -1
+        change = 1 if self._num_rounds // _EXPLORE_EVERY % 2 else -1
         return [
             max(1, min(row.limit, length + change)) if row.limit and length else length
             for row, length in zip(rows, lengths, strict=True)
@@ -297,7 +312,7 @@ class SpeculationPolicy:
         and the seq's acceptance. Another draft counts only if all before it are accepted.
         """
         survival = prod(0.5 * (confidence + acceptance) for confidence in confidences)
-        share = 1.0 if self._is_serial else self._slowdown - 1.0
+        share = 1.0 if self.is_serial else self._slowdown - 1.0
         cost = share * self._draft.step_s(1) * self._price if self._draft.is_known else 0.0  # in tokens
         return survival * acceptance >= max(_MIN_SURVIVAL, cost)
 

@@ -132,8 +132,7 @@ class Simulation:
                 if in_step:
                     step_at = self._outcome.run_s + self._step_s(in_step)
             if verdict_at == float("inf"):
-                coming = {seq for seq, epoch in in_step if seq.epoch == epoch}
-                drafts = [seq.drafts(self._limit, int(seq in coming), may_hold) for seq in self._seqs]
+                drafts = [seq.drafts(self._limit, self._num_coming(seq), may_hold) for seq in self._seqs]
                 choices = self._policy.choose(drafts, num_other_tokens=0, num_waiting=0)
                 in_round = [seq for seq, choice in zip(self._seqs, choices, strict=True) if choice.hold_s == 0]
                 if in_round:
@@ -166,6 +165,9 @@ class Simulation:
             self._seqs[-1].window = self._policy.draft_lengths([self._seqs[-1].drafts(self._limit, 0, True)])[0]
             self._num_started += 1
         del self._seqs[max(self._world.num_seqs(over), 1) :]
+
+    def _num_coming(self, seq: _Seq) -> int:
+        return max(0, min(seq.window, self._limit) - len(seq.chain))
 
     def _advance(self, run_s: float) -> None:
         self._outcome.run_s += run_s
