@@ -229,6 +229,7 @@ class Outcome:
     hidden: list[Tensor]
     logits: Tensor  # of the last hidden states: this rank's tokens
     kv: list[list[Tensor]]  # of each seq, at the end
+    approximate_kv: list[list[Tensor]]  # of each seq behind another round of approximate steps
     fresh_kv: list[list[Tensor]]  # of a prefill of the same tokens in one piece
     weight_bytes: int
     num_kv_layers: int
@@ -240,13 +241,18 @@ def run_case(group: Group, case: Case) -> Outcome:
     hidden = draft_rounds(runner, model.draft_forward)
     with torch.inference_mode():
         logits = model.compute_logits(hidden[-1])
+    kv = [runner.kv_of(seq) for seq in range(len(PROMPTS))]
+    for step in range(2):
+        runner.draft({seq: [17 + step] for seq in range(len(PROMPTS))}, model.draft_forward)
+    approximate_kv = [runner.kv_of(seq) for seq in range(len(PROMPTS))]
     fresh = DraftRunner(model, num_seqs=len(PROMPTS), dtype=case.dtype)
     for seq, token_ids in enumerate(final_tokens()):
         fresh.forward({seq: token_ids})
     return Outcome(
         hidden=hidden,
         logits=logits,
-        kv=[runner.kv_of(seq) for seq in range(len(PROMPTS))],
+        kv=kv,
+        approximate_kv=approximate_kv,
         fresh_kv=[fresh.kv_of(seq) for seq in range(len(PROMPTS))],
         weight_bytes=model.weight_bytes,
         num_kv_layers=model.num_kv_layers,

@@ -121,6 +121,18 @@ def test_an_exact_pass_replaces_approximate_kv(folders: dict[str, Path], weights
             assert all((a - b).abs().max() < 1e-5 for a, b in zip(kept, fresh, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lp_size", [2, 3])
+def test_ranks_that_hold_all_layers_hold_the_same_kv(
+    folders: dict[str, Path], lp_size: int, dtype: torch.dtype
+) -> None:
+    """Also behind approximate steps, so that a rank can compute anything behind them."""
+    (batched,) = outcomes(Case(folder=folders["qwen3"], lp_size=lp_size, num_ranks=1, dtype=dtype))
+    for outcome in outcomes(Case(folder=folders["qwen3"], lp_size=lp_size, num_ranks=lp_size, dtype=dtype)):
+        for own, expected in zip(outcome.approximate_kv, batched.approximate_kv, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(own, expected, strict=True))
+
+
 @pytest.mark.parametrize("mlps", MLPs)
 def test_under_batch_invariance_an_exact_pass_leaves_the_bits_of_a_prefill(
     folders: dict[str, Path], mlps: MLPs

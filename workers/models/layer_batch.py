@@ -11,33 +11,9 @@ from torch import Tensor
 from kernels.paged_kv import SeqLengths
 from kernels.rms_norm import rms_norm
 from workers.batch import Batch
-from workers.layers.context import BuildContext
 from workers.layers.linear import ColumnParallelLinear, RowParallelLinear
-from workers.models.config import ModelConfig
-from workers.models.decoder import Attention, KVCache, Step, make_step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionLayer:
-    """The attention sublayer: norm and attention."""
-
-    norm: Tensor
-    eps: float
-    attention: Attention
-    sliding_window: int | None
-
-    @classmethod
-    def build(cls, layer: int, *, config: ModelConfig, ctx: BuildContext) -> "AttentionLayer":
-        prefix = f"model.layers.{layer}"
-        return cls(
-            norm=ctx.replicated(f"{prefix}.input_layernorm.weight", config.hidden_size),
-            eps=config.rms_norm_eps,
-            attention=Attention(f"{prefix}.self_attn", layer, config=config, ctx=ctx),
-            sliding_window=config.sliding_windows[layer],
-        )
-
-    def __call__(self, stream: Tensor, step: Step, kv_cache: KVCache) -> Tensor:  # [num_tokens, hidden_size], twice
-        return self.attention(rms_norm(stream, self.norm, self.eps), step, kv_cache)
+from workers.models.attention_layer import AttentionLayer
+from workers.models.decoder import KVCache, Step, make_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,9 +23,10 @@ from workers.groups import SoloGroup
 from workers.layers.context import BuildContext
 from workers.layers.rope import cos_sin_cache
 from workers.layers.vocab import ParallelLMHead, VocabParallelEmbedding, vocab_range
+from workers.models.attention_layer import AttentionLayer, write_kv
 from workers.models.config import ModelConfig
 from workers.models.decoder import MLP, KVCache
-from workers.models.layer_batch import AttentionLayer, StackedWeights, Steps, attend_at_once
+from workers.models.layer_batch import StackedWeights, Steps, attend_at_once
 from workers.models.layer_groups import LayerGroups, LayerParallelPlan, MLPs, Weights, one_by_one
 
 
@@ -94,8 +95,8 @@ class LayerParallelLM:
         return self._run(self._exact_groups, batch, kv_caches)
 
     def draft_forward(self, batch: Batch, kv_caches: list[KVCache]) -> Tensor:
-        """The approximate one. A rank writes keys and values of the layers whose attention it computes, no others;
-        they differ from the exact ones, too, until an exact forward of the same tokens replaces them."""
+        """The approximate one. The keys and values that it writes are approximate, too, until an exact forward of the
+        same tokens replaces them."""
         return self._run(self.plan.groups, batch, kv_caches)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -143,12 +144,34 @@ class LayerParallelLM:
         if self.plan.num_ranks == 1 or (len(group) == 1 and not self._is_shared):
             return self._attend_here(group, stream, steps, kv_caches)
         owners = [self._owners[layer] for layer in group]
-        mine = tuple(layer for layer in group if self._owners[layer] == self._group.rank)
-        output = self._attend_here(mine, stream, steps, kv_caches)[0] if mine else torch.empty_like(stream)
+        if not self._is_shared:
+            return self._attend_and_share(group, owners, stream, steps, kv_caches)
+        mine = self._own_layer(group)
+        output = torch.empty_like(stream) if mine is None else self._attend_here((mine,), stream, steps, kv_caches)[0]
         if len(group) == 1:
             return [self._group.broadcast(output, owners[0])]
         gathered = self._group.all_gather(output)  # [num_ranks, num_tokens, hidden_size]
         return [gathered[owner] for owner in owners]
+
+    def _attend_and_share(
+        self, group: tuple[int, ...], owners: list[int], stream: Tensor, steps: Steps, kv_caches: list[KVCache]
+    ) -> Sequence[Tensor]:
+        """As _attend, where every rank has all layers: keys and values travel with the outputs, so that the caches of
+        all ranks hold the same and each can go on behind them, exactly or not."""
+        mine = self._own_layer(group)
+        kv_size = 2 * stream.shape[0] * self.config.num_kv_heads * self.config.head_dim
+        if mine is None:
+            own = stream.new_empty(stream.numel() + kv_size)
+        else:
+            own = self.attention_layers[mine].with_kv(stream, steps.of_one, kv_caches[mine])
+        gathered = self._group.all_gather(own)
+        for layer, owner in zip(group, owners, strict=True):
+            if layer != mine:
+                write_kv(gathered[owner, stream.numel() :], steps.of_one, kv_caches[layer])
+        return [gathered[owner, : stream.numel()].view(stream.shape) for owner in owners]
+
+    def _own_layer(self, group: tuple[int, ...]) -> int | None:
+        return next((layer for layer in group if self._owners[layer] == self._group.rank), None)
 
     def _attend_here(
         self, layers: tuple[int, ...], stream: Tensor, steps: Steps, kv_caches: list[KVCache]
