@@ -31,22 +31,20 @@ class Row(NamedTuple):
         return expected_tokens(self.acceptance, self.num_fixed)
 
 
-class _Slot(NamedTuple):
-    """A draft that could be verified: it commits a token if it and all before it are accepted."""
-
-    value: float  # probability
-    row: int
-    depth: int  # 1: the first draft of its row
+# A draft that could be verified: (- the probability that it and all before it are accepted, depth, row). The depth of
+# a row's first draft is 1. Plain tuples, since a big batch has hundreds and sorts them every round.
+_Slot = tuple[float, int, int]
 
 
 def _slots(rows: Sequence[Row]) -> list[_Slot]:
     """Best first, so those of a row come in order."""
-    slots = [
-        _Slot(row.acceptance**depth, index, depth)
-        for index, row in enumerate(rows)
-        for depth in range(row.num_fixed + 1, row.limit + 1)
-    ]
-    slots.sort(key=lambda slot: (-slot.value, slot.depth))
+    slots = []
+    for index, (acceptance, limit, num_fixed) in enumerate(rows):
+        value = acceptance**num_fixed
+        for depth in range(num_fixed + 1, limit + 1):
+            value *= acceptance
+            slots.append((-value, depth, index))
+    slots.sort()
     return slots
 
 
@@ -79,17 +77,17 @@ def plan_serial(rows: Sequence[Row], verify_s: Callable[[float], float], step_s:
     for depth in range(1, max((row.limit for row in rows), default=0) + 1):
         if depth > longest_fixed:
             draft_s += step_s(sum(row.limit >= depth for row in rows))
-        reachable = [slot for slot in slots if slot.depth <= depth]
+        reachable = [slot for slot in slots if slot[1] <= depth]
         tokens, num_taken = base_tokens, 0
         for cut in _cuts(len(reachable)):
-            tokens += sum(slot.value for slot in reachable[num_taken:cut])
+            tokens -= sum(slot[0] for slot in reachable[num_taken:cut])
             num_taken = cut
             rate = tokens / (draft_s + verify_s(num_fixed + cut))
             if rate > best_rate:
                 best_rate, best = rate, reachable[:cut]
     lengths = [row.num_fixed for row in rows]
     for slot in best:
-        lengths[slot.row] += 1
+        lengths[slot[2]] += 1
     return SerialPlan(lengths, best_rate, plain_rate)
 
 
@@ -103,14 +101,14 @@ def pick_drafts(rows: Sequence[Row], verify_s: Callable[[float], float], price: 
     value = sum(row.fixed_tokens for row in rows)
     best_gain, num_best, num_taken = value - price * verify_s(num_fixed), 0, 0
     for cut in _cuts(len(slots)):
-        value += sum(slot.value for slot in slots[num_taken:cut])
+        value -= sum(slot[0] for slot in slots[num_taken:cut])
         num_taken = cut
         gain = value - price * verify_s(num_fixed + cut)
         if gain > best_gain:
             best_gain, num_best = gain, cut
     counts = [row.num_fixed for row in rows]
     for slot in slots[:num_best]:
-        counts[slot.row] += 1
+        counts[slot[2]] += 1
     return counts, best_gain
 
 

@@ -22,6 +22,7 @@ _NUM_UNMEASURED = 4  # drafts while nothing is known of the times ...
 _MAX_UNMEASURED = 8  # ... of so many seqs at most, 1 of more
 _EXPLORE_EVERY = 48  # target rounds: one with another number of drafts, to learn what it takes
 _NUM_TIMED = 4.0  # observations of plain decoding that average out the noise
+_MAX_FINE = 8  # seqs up to which every number of steps to wait for is tried; more take longer to think about
 _MAX_UNVERIFIED = 4  # target rounds that decode plainly while drafts come
 _CHANGE_FOR = 1.02  # what running ahead must gain over waiting to be taken up
 _MIN_SURVIVAL = 0.05  # a draft that is less likely to be verified and accepted is not worth its power
@@ -162,7 +163,9 @@ class SpeculationPolicy:
         step_s = self._draft.step_s(len(seqs))
         restart_s = _RESTART_STEPS * step_s if self._runs_ahead else 0.0
         best_gain, best_wait = float("-inf"), 0
-        for num_waited in range(max(seq.limit - seq.num_ready for seq in seqs) + 1):
+        most = max(seq.limit - seq.num_ready for seq in seqs)
+        step = 1 if len(seqs) <= _MAX_FINE else 2
+        for num_waited in range(0, most + 1, step):
             rows = [self._row_now(seq, num_waited if seq.num_coming else 0) for seq in seqs]
             counts, gain = pick_drafts(rows, verify_s, price)
             if self._runs_ahead:
