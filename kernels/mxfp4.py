@@ -108,7 +108,8 @@ def dequantize_mxfp4(packed: Tensor, scales: Tensor, dtype: torch.dtype = torch.
     """The weights that codes and scales stand for: [out_features, in_features] in `dtype`.
 
     bf16 holds all of them exactly, up to products beyond its range, which are infinite as the format says; fp32 gets
-    the same numbers, fp16 rounds them. Looks up four elements at once: 0.4 ns a weight on a core with AVX-512. Raises ValueError where they do not fit.
+    the same numbers, fp16 rounds them. Looks up four elements at once: 0.4 ns a weight on a core with AVX-512.
+    Raises ValueError where they do not fit.
     """
     check_mxfp4(packed, scales)
     quads = packed.flatten().view(torch.uint16).int()
