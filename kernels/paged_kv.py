@@ -51,16 +51,17 @@ class SeqLengths:
 
     def check(self, *, num_tokens: int, max_blocks: int, block_size: int) -> None:
         """Raises ValueError for lengths that cannot be with so many new tokens, and so many blocks a seq at most."""
-        first, last = int(self.cu_seqlens_q[0]), int(self.cu_seqlens_q[-1])
-        if first != 0 or last != num_tokens:
-            raise ValueError(f"cu_seqlens_q: expected to run from 0 to {num_tokens}, got {first} to {last}")
-        num_new, seq_lens = self.num_new, self.seq_lens
-        for seq in np.flatnonzero((num_new < 0) | (num_new > seq_lens)):
-            raise ValueError(f"seq_lens: seq {seq} has {num_new[seq]} new tokens, but a length of {seq_lens[seq]}")
-        for seq in np.flatnonzero((num_new > 0) & (seq_lens > max_blocks * block_size)):
-            raise ValueError(
-                f"block_table: seq {seq} has {seq_lens[seq]} tokens, but {max_blocks} blocks of {block_size}"
-            )
+        bounds = self.cu_seqlens_q.tolist()  # Python's numbers: a few seqs take numpy ten times as long
+        if bounds[0] != 0 or bounds[-1] != num_tokens:
+            raise ValueError(f"cu_seqlens_q: expected to run from 0 to {num_tokens}, got {bounds[0]} to {bounds[-1]}")
+        for seq, seq_len in enumerate(self.seq_lens.tolist()):
+            num_new = bounds[seq + 1] - bounds[seq]
+            if not 0 <= num_new <= seq_len:
+                raise ValueError(f"seq_lens: seq {seq} has {num_new} new tokens, but a length of {seq_len}")
+            if num_new and seq_len > max_blocks * block_size:
+                raise ValueError(
+                    f"block_table: seq {seq} has {seq_len} tokens, but {max_blocks} blocks of {block_size}"
+                )
 
 
 def rows_of_seqs(block_table: Tensor, lengths: SeqLengths, *, num_blocks: int, block_size: int) -> list[SeqRows]:
