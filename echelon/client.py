@@ -18,7 +18,14 @@ import grpc
 
 from echelon.errors import error_from_status
 from echelon.pb import inference_pb2, inference_pb2_grpc
-from echelon.requests import ChatMessage, GenerateOptions, Prompt, build_request
+from echelon.requests import (
+    ChatMessage,
+    GenerateOptions,
+    Prompt,
+    SpeculationOptions,
+    build_request,
+    build_speculation,
+)
 from echelon.results import Chunk, Completion, CompletionBuilder, ModelInfo, ServerInfo
 
 _CHANNEL_OPTIONS = (
@@ -157,6 +164,16 @@ class Client:
         except grpc.RpcError as err:
             _raise_from(err)
 
+    def set_speculation(self, request_id: str, **options: Unpack[SpeculationOptions]) -> bool:
+        """Changes how a running request speculates, from its next round on; its tokens stay the same. Keywords are
+        those of `SpeculationOptions` and replace the former wish, so none at all means what the deployment says.
+        False if no such request runs."""
+        request = inference_pb2.SetSpeculationRequest(request_id=request_id, speculation=build_speculation(options))
+        try:
+            return self._stub.SetSpeculation(request).found
+        except grpc.RpcError as err:
+            _raise_from(err)
+
     def model_info(self) -> ModelInfo:
         try:
             return _model_info(self._stub.GetModelInfo(inference_pb2.GetModelInfoRequest()))
@@ -210,6 +227,16 @@ class AsyncClient:
         """Ends a running request, whose stream completes with finish reason "abort". False if there is none."""
         try:
             return (await self._stub.Cancel(inference_pb2.CancelRequest(request_id=request_id))).found
+        except grpc.RpcError as err:
+            _raise_from(err)
+
+    async def set_speculation(self, request_id: str, **options: Unpack[SpeculationOptions]) -> bool:
+        """Changes how a running request speculates, from its next round on; its tokens stay the same. Keywords are
+        those of `SpeculationOptions` and replace the former wish, so none at all means what the deployment says.
+        False if no such request runs."""
+        request = inference_pb2.SetSpeculationRequest(request_id=request_id, speculation=build_speculation(options))
+        try:
+            return (await self._stub.SetSpeculation(request)).found
         except grpc.RpcError as err:
             _raise_from(err)
 

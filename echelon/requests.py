@@ -18,8 +18,10 @@ Prompt = str | Sequence[int] | Sequence[ChatMessage]
 
 
 class SpeculationOptions(TypedDict, total=False):
-    enabled: bool
-    num_speculative_tokens: int
+    """The fields of protos/inference.proto's Speculation. None is the same as absent: what the deployment says."""
+
+    enabled: bool | None
+    num_speculative_tokens: int | None  # fixed number of drafts a round; at most the deployment's
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -79,11 +81,19 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.Gen
         request.chat.add_generation_prompt = add_generation_prompt
     for name in _SAMPLING_NAMES:
         _set_field(request.sampling, name, options.get(name))
-    speculation = options.get("speculation") or {}
-    _refuse_unknown(speculation, _SPECULATION_NAMES, what="speculation option")
-    for name, value in speculation.items():
-        _set_field(request.speculation, name, value)
+    speculation = options.get("speculation")
+    if speculation:
+        request.speculation.CopyFrom(build_speculation(speculation))
     return request
+
+
+def build_speculation(options: SpeculationOptions) -> inference_pb2.Speculation:
+    """A request's own wish. Raises TypeError or ValueError naming what is wrong, as `build_request` does."""
+    _refuse_unknown(options, _SPECULATION_NAMES, what="speculation option")
+    wish = inference_pb2.Speculation()
+    for name, value in options.items():
+        _set_field(wish, name, value)
+    return wish
 
 
 def _set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:

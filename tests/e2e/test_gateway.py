@@ -118,6 +118,30 @@ def test_speculation_is_a_requests_own_choice(client: Client) -> None:
     assert plain.tokens_per_target_step == 1.0
 
 
+def test_speculation_is_switched_off_and_on_while_a_request_runs(deployment: LocalDeployment, client: Client) -> None:
+    options: Any = {"max_tokens": MAX_MODEL_LEN - 64, "ignore_eos": True, "temperature": 0}
+    undisturbed = client.generate(PROMPT, **options)
+
+    def drafted() -> int:
+        return scheduler_status(deployment).verified_tokens_total
+
+    def read(stream: Any, num_tokens: int) -> None:
+        while num_tokens > 0:
+            num_tokens -= len(next(stream).token_ids)
+
+    with client.stream(PROMPT, request_id="switched", **options) as stream:
+        read(stream, 32)
+        assert client.set_speculation("switched", enabled=False)
+        read(stream, 32)  # what was on its way
+        before = drafted()
+        read(stream, 32)
+        assert drafted() == before
+        assert client.set_speculation("switched")
+        assert stream.result().token_ids == undisturbed.token_ids
+    assert drafted() > before
+    assert not client.set_speculation("switched", enabled=False)
+
+
 def test_samples_and_logprobs(client: Client) -> None:
     completion = client.generate(PROMPT, max_tokens=6, n=2, logprobs=2, prompt_logprobs=1, ignore_eos=True)
     assert [sample.index for sample in completion.samples] == [0, 1]

@@ -57,6 +57,7 @@ class FakeGateway(inference_pb2_grpc.InferenceServicer):
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     time_remaining_s: list[float] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    adjusted: list[pb.SetSpeculationRequest] = field(default_factory=list)
     dropped: threading.Event = field(default_factory=threading.Event)  # a client left before its stream ended
     has_chat_template: bool = True
     address: str = ""
@@ -74,6 +75,12 @@ class FakeGateway(inference_pb2_grpc.InferenceServicer):
     def Cancel(self, request: pb.CancelRequest, context: grpc.ServicerContext) -> pb.CancelResponse:
         self.cancelled.append(request.request_id)
         return pb.CancelResponse(found=request.request_id == "r")
+
+    def SetSpeculation(
+        self, request: pb.SetSpeculationRequest, context: grpc.ServicerContext
+    ) -> pb.SetSpeculationResponse:
+        self.adjusted.append(request)
+        return pb.SetSpeculationResponse(found=request.request_id == "r")
 
     def GetModelInfo(self, request: Any, context: grpc.ServicerContext) -> pb.ModelInfo:
         return pb.ModelInfo(

@@ -47,6 +47,11 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
         assert request.HasField("cancel"), f"expected a cancel, got {request}"
         return request.cancel.request_id
 
+    async def next_adjust(self) -> scheduler_pb2.Adjust:
+        request = await self.received.get()
+        assert request.HasField("adjust"), f"expected an adjust, got {request}"
+        return request.adjust
+
     def send_chunk(self, request_id: str, token_ids: list[int], text: str, **fields: Any) -> None:
         chunk = pb.GenerateChunk(token_ids=token_ids, text=text, **fields)
         self._send(scheduler_pb2.SchedulerReply(request_id=request_id, chunk=chunk))

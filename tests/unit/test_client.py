@@ -77,6 +77,8 @@ async def test_the_async_client_does_the_same(gateway: FakeGateway) -> None:
         assert answer.finish_reason == "length"
         assert gateway.requests[-1].chat.add_generation_prompt is False
         assert await client.cancel("r")
+        assert await client.set_speculation("r", enabled=True)
+        assert gateway.adjusted[-1].speculation == pb.Speculation(enabled=True)
         assert (await client.model_info()).model == "demo"
         assert (await client.server_info()).num_ready_replicas == 1
         gateway.script = refuse(grpc.StatusCode.INVALID_ARGUMENT, "sampling.top_p: must be in (0, 1], got 7")
@@ -100,6 +102,22 @@ def test_other_calls(client: Client, gateway: FakeGateway) -> None:
         "has_chat_template": True,
     }
     assert client.server_info().version == "1"
+
+
+def test_a_running_request_speculates_in_another_way(client: Client, gateway: FakeGateway) -> None:
+    assert client.set_speculation("r", enabled=False)
+    assert client.set_speculation("r", num_speculative_tokens=3, enabled=None)
+    assert client.set_speculation("r")
+    assert not client.set_speculation("other")
+    assert [request.speculation for request in gateway.adjusted[:3]] == [
+        pb.Speculation(enabled=False),
+        pb.Speculation(num_speculative_tokens=3),
+        pb.Speculation(),
+    ]
+    with pytest.raises(TypeError, match="unknown speculation option 'enable'; did you mean 'enabled'"):
+        client.set_speculation("r", enable=False)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"^num_speculative_tokens: "):
+        client.set_speculation("r", num_speculative_tokens=-1)
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,20 @@ async def test_cancel_rpc_ends_the_stream_with_abort(house: House) -> None:
         await house.client.cancel("")
 
 
+async def test_a_wish_about_speculation_reaches_the_scheduler_of_its_request(house: House) -> None:
+    call = asyncio.ensure_future(house.client.generate("x", request_id="r"))
+    await house.scheduler.next_submit()
+    assert await house.client.set_speculation("r", num_speculative_tokens=2)
+    adjust = await house.scheduler.next_adjust()
+    assert (adjust.request_id, adjust.speculation) == ("r", pb.Speculation(num_speculative_tokens=2))
+    house.scheduler.send_complete("r")
+    await call
+    assert not await house.client.set_speculation("r", enabled=False)
+    assert house.scheduler.received.empty()
+    with pytest.raises(InvalidRequestError, match="request_id"):
+        await house.client.set_speculation("", enabled=False)
+
+
 async def test_a_deadline_travels_as_remaining_time_and_cancels(house: House) -> None:
     call = asyncio.ensure_future(house.client.generate("x", timeout_s=0.5))
     submit = await house.scheduler.next_submit()
