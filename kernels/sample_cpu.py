@@ -24,16 +24,27 @@ LIKELY_TOKENS = 5  # makes it one case in 10^8 that fewer tokens than wanted rea
 TILES_AT_ONCE = 1024  # whose words are in the cache together
 LOWEST = torch.finfo(torch.float32).min
 
-Candidates = tuple[Tensor, Tensor, Tensor]  # [num_candidates] each: row, column of the tiled row, noise
+Candidates = tuple[Tensor, Tensor, Tensor]  # int64 [num_candidates] each: row, column of the tiled row, random word
 
 
 def sample_cpu(
     logits: Tensor, temperature: Tensor, keys: NoiseKeys, *, first_token_id: int, thresholds: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See kernels.sample.sample."""
+    if thresholds is None and not (temperature > 0).any():
+        return _best_logits(logits, first_token_id)
     best = top_keys_cpu(logits, temperature, keys, num=1, first_token_id=first_token_id, thresholds=thresholds)
     values, token_ids = unpack_sort_key(best.squeeze(1))
     return values, torch.where(values > -torch.inf, token_ids, first_token_id)
+
+
+def _best_logits(logits: Tensor, first_token_id: int) -> tuple[Tensor, Tensor]:
+    """`sample_cpu` of greedy rows: the first token of the first tile that has the largest logit."""
+    tiles, first_group = _tiles(logits, first_token_id)
+    tile = tiles.amax(dim=2).max(dim=1).indices  # documented to be the first of equal maxima, as below
+    best = tiles[torch.arange(len(tile)), tile].max(dim=1)
+    token_ids = 4 * first_group + tile * TILE + best.indices
+    return best.values, torch.where(best.values > -torch.inf, token_ids, first_token_id)
 
 
 def top_keys_cpu(
@@ -114,27 +125,30 @@ class _Search:
     thresholds: Tensor | None  # fp32 [num_rows]
 
     def run(self, goal: Tensor, num: int) -> Tensor:
-        """Sort keys int64 [num_rows, num] of the best tokens that reach the goal, fp32 [num_rows], of their row."""
+        """Sort keys int64 [num_rows, num] of the best tokens, all those that reach the goal of their row among them.
+
+        goal: fp32 [num_rows], above -Inf.
+        """
         noisy = self.temperature > 0
         reach = torch.where(noisy, NOISE_MAX, 0.0).unsqueeze(1)
         row, tile = (self.tile_max + reach >= goal.unsqueeze(1)).nonzero(as_tuple=True)
         tile_noisy = noisy[row]
         if not tile_noisy.any():
-            row, column, noise = _every_token(row, tile)
+            row, column, word = _every_token(row, tile)
         elif tile_noisy.all():
-            row, column, noise = self._draw(row, tile, goal)
+            row, column, word = self._draw(row, tile, goal)
         else:
             drawn = self._draw(row[tile_noisy], tile[tile_noisy], goal)
             plain = _every_token(row[~tile_noisy], tile[~tile_noisy])
-            row, column, noise = (torch.cat(both) for both in zip(drawn, plain, strict=True))
+            row, column, word = (torch.cat(both) for both in zip(drawn, plain, strict=True))
         logits = self.tiles.flatten(1)[row, column]
         scaled = scale_by_temperature(logits.unsqueeze(1), self.temperature[row]).squeeze(1)
-        values = scaled + noise
-        reaching = values >= goal[row]
+        possible = scaled + reach[row, 0] >= goal[row]  # until here the largest logit of the tile stood in
         if self.thresholds is not None:
-            reaching &= scaled >= self.thresholds[row]
-        row = row[reaching]
-        sort_keys = pack_sort_key(values[reaching], column[reaching] + 4 * self.first_group)
+            possible &= scaled >= self.thresholds[row]
+        row, column, word = row[possible], column[possible], word[possible]
+        values = scaled[possible] + torch.where(noisy[row], noise_from_words(word), 0.0)
+        sort_keys = pack_sort_key(values, column + 4 * self.first_group)
         return _top_of_rows(row, sort_keys, num_rows=len(goal), num=num)
 
     def _draw(self, row: Tensor, tile: Tensor, goal: Tensor) -> Candidates:
@@ -158,14 +172,13 @@ class _Search:
             word, group = np.divmod(place, TILE_GROUPS)
             found.append((part_rows[hit_tile], part_tiles[hit_tile] * TILE + group * 4 + word, words.reshape(-1)[hits]))
         rows, columns, drawn = (np.concatenate(part) for part in zip(*found, strict=True))
-        noise = noise_from_words(torch.from_numpy(drawn.astype(np.int64)))
-        return torch.from_numpy(rows), torch.from_numpy(columns), noise
+        return torch.from_numpy(rows), torch.from_numpy(columns), torch.from_numpy(drawn.view(np.int64))
 
 
 def _every_token(row: Tensor, tile: Tensor) -> Candidates:
-    """The tokens of tiles [num_hot_tiles], without noise."""
+    """The tokens of tiles [num_hot_tiles], without words."""
     columns = (tile * TILE).unsqueeze(1) + torch.arange(TILE)
-    return row.repeat_interleave(TILE), columns.flatten(), torch.zeros(columns.numel())
+    return row.repeat_interleave(TILE), columns.flatten(), torch.zeros(columns.numel(), dtype=torch.int64)
 
 
 def _top_of_rows(row: Tensor, sort_keys: Tensor, *, num_rows: int, num: int) -> Tensor:

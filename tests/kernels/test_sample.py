@@ -54,6 +54,17 @@ def test_pruning_saves_work_only(kind: str, num_rows: int, num_tokens: int, firs
     assert torch.equal(token_ids, expected_ids)
 
 
+@pytest.mark.parametrize("kind", ["flat", "tied", "truncated", "plain"])
+@pytest.mark.parametrize(("num_tokens", "first_token_id"), [(1, 3), (131, 1), (4096, 0), (4099, 2049)])
+def test_batches_that_are_greedy_throughout(kind: str, num_tokens: int, first_token_id: int) -> None:
+    logits, keys, temperature = logits_of_kind(kind, 5, num_tokens), noise_keys(5), torch.zeros(5)
+    logits[2] = -torch.inf
+    values, token_ids = sample(logits, temperature, keys, first_token_id=first_token_id)
+    expected = sample_reference(logits, temperature, keys, first_token_id=first_token_id)
+    assert torch.equal(values, expected[0])
+    assert torch.equal(token_ids, expected[1])
+
+
 def test_vocabularies_longer_than_what_is_drawn_at_once() -> None:
     num_tokens = 2 * TILE * TILES_AT_ONCE + 77
     logits, keys, temperature = torch.zeros(2, num_tokens), noise_keys(2), torch.tensor([1.0, 0.0])

@@ -18,11 +18,25 @@ from kernels.truncation_threshold import _collect_kernel, _lower_bound_kernel, _
 from kernels.verify_chain import _verify_chain_kernel
 from tests.helpers.compile_sm90 import compile_for_sm90
 
-INT64 = set(
-    """best_ptr seeds_ptr sample_indices_ptr positions_ptr token_ids_ptr top_ptr tile_top_ptr sums_ptr counts_ptr
-    totals_ptr top_k_ptr rows_ptr num_accepted_ptr next_token_ids_ptr target_token_ids_ptr draft_token_ids_ptr
-    cu_rows_ptr""".split()
-)
+INT64 = {
+    "best_ptr",
+    "seeds_ptr",
+    "sample_indices_ptr",
+    "positions_ptr",
+    "token_ids_ptr",
+    "top_ptr",
+    "tile_top_ptr",
+    "sums_ptr",
+    "counts_ptr",
+    "totals_ptr",
+    "top_k_ptr",
+    "rows_ptr",
+    "num_accepted_ptr",
+    "next_token_ids_ptr",
+    "target_token_ids_ptr",
+    "draft_token_ids_ptr",
+    "cu_rows_ptr",
+}
 OTHER = {"top_p_ptr": "*fp64", "found_ptr": "*u8", "seen_ptr": "*i1"}
 FUSED = re.compile(r"\bfma\.rn\.f32\b")
 # Divisions that are not rounded correctly, and arithmetic that takes tiny numbers for zero. (A floor may: it is only
