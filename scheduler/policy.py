@@ -77,6 +77,7 @@ class SpeculationPolicy:
         self._num_rounds = 0
         self._num_draft_rounds = 0  # since the last target round
         self._num_rows = 0  # of the last target round that decoded
+        self._has_ordered = False  # drafts, when last asked for lengths
         self._num_unverified = 0  # target rounds in a row without drafts
         self._num_waiting = 0
         self._price = 0.0  # tokens that a second was last expected to bring; 0: not known
@@ -141,8 +142,7 @@ class SpeculationPolicy:
         tokens = sum(expected_tokens(row.acceptance, row.most) for row in rows)
         price = max(self._price, tokens / verify_s(sum(row.most for row in rows)))
         counts, _ = pick_drafts(rows, verify_s, price)
-        was_ordered = self.is_serial and self._draft.is_known
-        if was_ordered or self._is_exploring:
+        if (self.is_serial and self._has_ordered) or self._is_exploring:
             # Drafts that are never verified could not show that they are better than thought.
             counts = [max(count, min(1, row.most)) for count, row in zip(counts, rows, strict=True)]
         return counts
@@ -221,6 +221,7 @@ class SpeculationPolicy:
             counts = self._continuous_lengths(seqs, rows, num_rows)
         lengths = [self._window_of(count, row) for count, row in zip(counts, rows, strict=True)]
         self._add_probe(seqs, rows, lengths)
+        self._has_ordered = any(lengths)
         return lengths
 
     def _row(self, seq: Drafts) -> Row:

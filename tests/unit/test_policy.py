@@ -252,6 +252,9 @@ def test_lookup_needs_no_draft_engine() -> None:
         policy.observe_target(num_seqs=1, num_tokens=num_tokens, num_context=0, run_s=COMPUTE(num_tokens))
     good, bad = policy.choose([drafts(0.97, ready=8), drafts(0.05, ready=8)], num_other_tokens=0, num_waiting=0)
     assert good.num_verify > bad.num_verify == 0
+    policy.observe_draft(num_seqs=1, num_steps=1, num_chunk_tokens=1, run_s=1e-6)
+    (still_bad,) = policy.choose([drafts(0.05, ready=8)], num_other_tokens=0, num_waiting=0)
+    assert still_bad.num_verify == 0
 
 
 def test_a_chain_ends_where_another_draft_would_hardly_be_accepted() -> None:
