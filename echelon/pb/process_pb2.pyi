@@ -411,6 +411,7 @@ class GatewaySpec(google.protobuf.message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
     VOCAB_SIZE_FIELD_NUMBER: builtins.int
+    HTTP_PORT_FIELD_NUMBER: builtins.int
     name: builtins.str
     host: builtins.str
     grpc_port: builtins.int
@@ -421,6 +422,8 @@ class GatewaySpec(google.protobuf.message.Message):
     max_model_len: builtins.int
     max_message_bytes: builtins.int
     vocab_size: builtins.int
+    http_port: builtins.int
+    """of the HTTP server, for metrics; 0: none"""
     @property
     def scheduler_addresses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     def __init__(
@@ -436,7 +439,8 @@ class GatewaySpec(google.protobuf.message.Message):
         max_model_len: builtins.int = ...,
         max_message_bytes: builtins.int = ...,
         vocab_size: builtins.int = ...,
+        http_port: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["grpc_port", b"grpc_port", "host", b"host", "max_message_bytes", b"max_message_bytes", "max_model_len", b"max_model_len", "model_dir", b"model_dir", "model_name", b"model_name", "name", b"name", "scheduler_addresses", b"scheduler_addresses", "version", b"version", "vocab_size", b"vocab_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["grpc_port", b"grpc_port", "host", b"host", "http_port", b"http_port", "max_message_bytes", b"max_message_bytes", "max_model_len", b"max_model_len", "model_dir", b"model_dir", "model_name", b"model_name", "name", b"name", "scheduler_addresses", b"scheduler_addresses", "version", b"version", "vocab_size", b"vocab_size"]) -> None: ...
 
 global___GatewaySpec = GatewaySpec

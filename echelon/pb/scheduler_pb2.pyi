@@ -7,6 +7,7 @@ import builtins
 import collections.abc
 import echelon.pb.inference_pb2
 import echelon.pb.sampling_pb2
+import echelon.pb.worker_pb2
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
@@ -303,3 +304,117 @@ class SchedulerStatus(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["acceptance_rate", b"acceptance_rate", "accepted_tokens_total", b"accepted_tokens_total", "draft_idle_seconds_total", b"draft_idle_seconds_total", "draft_ready", b"draft_ready", "draft_rounds_total", b"draft_rounds_total", "draft_tokens_total", b"draft_tokens_total", "drafts_per_verification", b"drafts_per_verification", "generation_tokens_total", b"generation_tokens_total", "lookup_tokens_total", b"lookup_tokens_total", "non_finite_rows_total", b"non_finite_rows_total", "not_ready_reason", b"not_ready_reason", "num_blocks", b"num_blocks", "num_draft_blocks", b"num_draft_blocks", "num_free_blocks", b"num_free_blocks", "num_free_draft_blocks", b"num_free_draft_blocks", "num_preemptions_total", b"num_preemptions_total", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens_total", b"prompt_tokens_total", "ready", b"ready", "target_rounds_total", b"target_rounds_total", "verdict_cache_hits_total", b"verdict_cache_hits_total", "verdict_cache_misses_total", b"verdict_cache_misses_total", "verified_tokens_total", b"verified_tokens_total", "verify_wait_seconds_total", b"verify_wait_seconds_total", "window_occupancy", b"window_occupancy"]) -> None: ...
 
 global___SchedulerStatus = SchedulerStatus
+
+@typing.final
+class TraceRequest(google.protobuf.message.Message):
+    """The limit that is reached first counts."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUM_ROUNDS_FIELD_NUMBER: builtins.int
+    DURATION_S_FIELD_NUMBER: builtins.int
+    num_rounds: builtins.int
+    """of the target; rounds of the draft come on top. 0: no limit"""
+    duration_s: builtins.float
+    """0: no limit"""
+    def __init__(
+        self,
+        *,
+        num_rounds: builtins.int = ...,
+        duration_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["duration_s", b"duration_s", "num_rounds", b"num_rounds"]) -> None: ...
+
+global___TraceRequest = TraceRequest
+
+@typing.final
+class TraceEvent(google.protobuf.message.Message):
+    """Times count from the beginning of the recording, on the scheduler's monotonic clock, unless said otherwise."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: builtins.int
+    WAIT_FIELD_NUMBER: builtins.int
+    @property
+    def round(self) -> global___TracedRound: ...
+    @property
+    def wait(self) -> global___TracedWait: ...
+    def __init__(
+        self,
+        *,
+        round: global___TracedRound | None = ...,
+        wait: global___TracedWait | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["event", b"event", "round", b"round", "wait", b"wait"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["event", b"event", "round", b"round", "wait", b"wait"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["round", "wait"] | None: ...
+
+global___TraceEvent = TraceEvent
+
+@typing.final
+class TracedRound(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ENGINE_FIELD_NUMBER: builtins.int
+    GROUP_FIELD_NUMBER: builtins.int
+    ROUND_ID_FIELD_NUMBER: builtins.int
+    SENT_NS_FIELD_NUMBER: builtins.int
+    RECEIVED_NS_FIELD_NUMBER: builtins.int
+    QUEUE_NS_FIELD_NUMBER: builtins.int
+    RUN_NS_FIELD_NUMBER: builtins.int
+    NUM_ROWS_FIELD_NUMBER: builtins.int
+    NUM_STEPS_FIELD_NUMBER: builtins.int
+    SPANS_FIELD_NUMBER: builtins.int
+    engine: echelon.pb.worker_pb2.EngineRole.ValueType
+    group: builtins.str
+    """whose ranks ran it: "target" or "draft"; a colocated draft lives in the target's"""
+    round_id: builtins.int
+    sent_ns: builtins.int
+    received_ns: builtins.int
+    queue_ns: builtins.int
+    """these, and the spans, as in RoundResult: durations on the group's clock"""
+    run_ns: builtins.int
+    num_rows: builtins.int
+    num_steps: builtins.int
+    @property
+    def spans(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[echelon.pb.worker_pb2.Span]: ...
+    def __init__(
+        self,
+        *,
+        engine: echelon.pb.worker_pb2.EngineRole.ValueType = ...,
+        group: builtins.str = ...,
+        round_id: builtins.int = ...,
+        sent_ns: builtins.int = ...,
+        received_ns: builtins.int = ...,
+        queue_ns: builtins.int = ...,
+        run_ns: builtins.int = ...,
+        num_rows: builtins.int = ...,
+        num_steps: builtins.int = ...,
+        spans: collections.abc.Iterable[echelon.pb.worker_pb2.Span] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["engine", b"engine", "group", b"group", "num_rows", b"num_rows", "num_steps", b"num_steps", "queue_ns", b"queue_ns", "received_ns", b"received_ns", "round_id", b"round_id", "run_ns", b"run_ns", "sent_ns", b"sent_ns", "spans", b"spans"]) -> None: ...
+
+global___TracedRound = TracedRound
+
+@typing.final
+class TracedWait(google.protobuf.message.Message):
+    """An engine had no round although it was wanted: the target waited for drafts, or the draft had none to write."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ENGINE_FIELD_NUMBER: builtins.int
+    START_NS_FIELD_NUMBER: builtins.int
+    RUN_NS_FIELD_NUMBER: builtins.int
+    engine: echelon.pb.worker_pb2.EngineRole.ValueType
+    start_ns: builtins.int
+    run_ns: builtins.int
+    def __init__(
+        self,
+        *,
+        engine: echelon.pb.worker_pb2.EngineRole.ValueType = ...,
+        start_ns: builtins.int = ...,
+        run_ns: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["engine", b"engine", "run_ns", b"run_ns", "start_ns", b"start_ns"]) -> None: ...
+
+global___TracedWait = TracedWait

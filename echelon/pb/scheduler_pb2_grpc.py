@@ -24,6 +24,11 @@ class SchedulerStub(object):
                 request_serializer=echelon_dot_pb_dot_scheduler__pb2.GetSchedulerStatusRequest.SerializeToString,
                 response_deserializer=echelon_dot_pb_dot_scheduler__pb2.SchedulerStatus.FromString,
                 )
+        self.Trace = channel.unary_stream(
+                '/echelon.v1.Scheduler/Trace',
+                request_serializer=echelon_dot_pb_dot_scheduler__pb2.TraceRequest.SerializeToString,
+                response_deserializer=echelon_dot_pb_dot_scheduler__pb2.TraceEvent.FromString,
+                )
 
 
 class SchedulerServicer(object):
@@ -41,6 +46,14 @@ class SchedulerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Trace(self, request, context):
+        """Records rounds from now on, until a limit is reached and the rounds on their way are back. Costs speed meanwhile:
+        ranks wait for their devices around each span. FAILED_PRECONDITION while another recording runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -53,6 +66,11 @@ def add_SchedulerServicer_to_server(servicer, server):
                     servicer.GetSchedulerStatus,
                     request_deserializer=echelon_dot_pb_dot_scheduler__pb2.GetSchedulerStatusRequest.FromString,
                     response_serializer=echelon_dot_pb_dot_scheduler__pb2.SchedulerStatus.SerializeToString,
+            ),
+            'Trace': grpc.unary_stream_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=echelon_dot_pb_dot_scheduler__pb2.TraceRequest.FromString,
+                    response_serializer=echelon_dot_pb_dot_scheduler__pb2.TraceEvent.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -95,5 +113,22 @@ class Scheduler(object):
         return grpc.experimental.unary_unary(request, target, '/echelon.v1.Scheduler/GetSchedulerStatus',
             echelon_dot_pb_dot_scheduler__pb2.GetSchedulerStatusRequest.SerializeToString,
             echelon_dot_pb_dot_scheduler__pb2.SchedulerStatus.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(request, target, '/echelon.v1.Scheduler/Trace',
+            echelon_dot_pb_dot_scheduler__pb2.TraceRequest.SerializeToString,
+            echelon_dot_pb_dot_scheduler__pb2.TraceEvent.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

@@ -29,6 +29,14 @@ class SchedulerStub:
         echelon.pb.scheduler_pb2.SchedulerStatus,
     ]
 
+    Trace: grpc.UnaryStreamMultiCallable[
+        echelon.pb.scheduler_pb2.TraceRequest,
+        echelon.pb.scheduler_pb2.TraceEvent,
+    ]
+    """Records rounds from now on, until a limit is reached and the rounds on their way are back. Costs speed meanwhile:
+    ranks wait for their devices around each span. FAILED_PRECONDITION while another recording runs.
+    """
+
 class SchedulerAsyncStub:
     Connect: grpc.aio.StreamStreamMultiCallable[
         echelon.pb.scheduler_pb2.SchedulerRequest,
@@ -39,6 +47,14 @@ class SchedulerAsyncStub:
         echelon.pb.scheduler_pb2.GetSchedulerStatusRequest,
         echelon.pb.scheduler_pb2.SchedulerStatus,
     ]
+
+    Trace: grpc.aio.UnaryStreamMultiCallable[
+        echelon.pb.scheduler_pb2.TraceRequest,
+        echelon.pb.scheduler_pb2.TraceEvent,
+    ]
+    """Records rounds from now on, until a limit is reached and the rounds on their way are back. Costs speed meanwhile:
+    ranks wait for their devices around each span. FAILED_PRECONDITION while another recording runs.
+    """
 
 class SchedulerServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -54,5 +70,15 @@ class SchedulerServicer(metaclass=abc.ABCMeta):
         request: echelon.pb.scheduler_pb2.GetSchedulerStatusRequest,
         context: _ServicerContext,
     ) -> typing.Union[echelon.pb.scheduler_pb2.SchedulerStatus, collections.abc.Awaitable[echelon.pb.scheduler_pb2.SchedulerStatus]]: ...
+
+    @abc.abstractmethod
+    def Trace(
+        self,
+        request: echelon.pb.scheduler_pb2.TraceRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[echelon.pb.scheduler_pb2.TraceEvent], collections.abc.AsyncIterator[echelon.pb.scheduler_pb2.TraceEvent]]:
+        """Records rounds from now on, until a limit is reached and the rounds on their way are back. Costs speed meanwhile:
+        ranks wait for their devices around each span. FAILED_PRECONDITION while another recording runs.
+        """
 
 def add_SchedulerServicer_to_server(servicer: SchedulerServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
