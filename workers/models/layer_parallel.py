@@ -50,13 +50,13 @@ class LayerParallelLM:
         self._eps = config.rms_norm_eps
         self._group = ctx.group
         self._owners = plan.owners()
-        self._is_shared = plan.num_ranks > 1 and plan.weights is Weights.SHARDED
+        self._is_sharded = plan.num_ranks > 1 and plan.weights is Weights.SHARDED
         self._cos_sin = cos_sin_cache(
             config.rope, head_dim=config.head_dim, num_positions=max_model_len, device=ctx.device
         )
         whole = ctx.over(SoloGroup())
         vocab_size, hidden_size = config.vocab_size, config.hidden_size
-        embedding_ctx = ctx if self._is_shared else whole
+        embedding_ctx = ctx if self._is_sharded else whole
         self.embedding = VocabParallelEmbedding("model.embed_tokens", vocab_size, hidden_size, ctx=embedding_ctx)
         self.attention_layers = self._build_attention(whole)  # those that this rank holds, by layer
         self.mlp_layers = self._build_mlps(ctx if plan.mlps is MLPs.TENSOR_PARALLEL else whole)
@@ -107,7 +107,7 @@ class LayerParallelLM:
         elsewhere = ctx.elsewhere()
         held = {}
         for layer, owner in enumerate(self._owners):
-            is_here = not self._is_shared or owner == self._group.rank
+            is_here = not self._is_sharded or owner == self._group.rank
             built = AttentionLayer.build(layer, config=self.config, ctx=ctx if is_here else elsewhere)
             if is_here:
                 held[layer] = built
@@ -122,7 +122,7 @@ class LayerParallelLM:
         return layers
 
     def _own_vocab_rows(self, ctx: BuildContext) -> Tensor:
-        if self._is_shared:
+        if self._is_sharded:
             return self.embedding.weight
         start, end = vocab_range(self.config.vocab_size, ctx.group.rank, ctx.group.size)
         return self.embedding.weight[start:end]
@@ -141,10 +141,10 @@ class LayerParallelLM:
         self, group: tuple[int, ...], stream: Tensor, steps: Steps, kv_caches: list[KVCache]
     ) -> Sequence[Tensor]:
         """The outputs of the group's attentions, [num_tokens, hidden_size] each, on every rank."""
-        if self.plan.num_ranks == 1 or (len(group) == 1 and not self._is_shared):
+        if self.plan.num_ranks == 1 or (len(group) == 1 and not self._is_sharded):
             return self._attend_here(group, stream, steps, kv_caches)
         owners = [self._owners[layer] for layer in group]
-        if not self._is_shared:
+        if not self._is_sharded:
             return self._attend_and_share(group, owners, stream, steps, kv_caches)
         mine = self._own_layer(group)
         output = torch.empty_like(stream) if mine is None else self._attend_here((mine,), stream, steps, kv_caches)[0]
