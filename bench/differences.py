@@ -1,4 +1,4 @@
-"""Where outputs part that should be equal, and how near the two best tokens were there.
+"""Where outputs part that should be equal, and how near the two tokens were there.
 
 Speculation must not change a token. In bf16 a verify step of several rows may round otherwise than a step of one, so
 a near tie can fall the other way; a small gap shows such a tie, a large one is an error.
@@ -12,8 +12,6 @@ import torch
 from bench.load import run_side_by_side
 from echelon.requests import GenerateOptions
 from kernels.gumbel import gumbel_noise
-
-NUM_CANDIDATES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +31,20 @@ def first_difference(prompt: Sequence[int], plain: Sequence[int], other: Sequenc
     return None
 
 
-def top_two_gap(address: str, difference: Difference, *, temperature: float, seed: int) -> float:
-    """How far plain decoding's best token is ahead of its second best at the place, in units of logits (divided by
-    the temperature, noise included, where there is one)."""
-    tokens = [*difference.prompt, *difference.output]
-    options: GenerateOptions = {"max_tokens": 1, "temperature": 0.0, "logprobs": NUM_CANDIDATES, "ignore_eos": True}
-    (completion,) = run_side_by_side(address, [tokens], options).completions
-    candidates = completion.samples[0].logprobs[0].top
-    scores = torch.tensor([candidate.logprob for candidate in candidates])
+def gap_between(address: str, difference: Difference, *, temperature: float, seed: int) -> float:
+    """How far plain decoding's token is ahead of the other one, in units of logits (divided by the temperature, noise
+    included, where there is one). They were the two best, so this is the gap of the top two."""
+    token_ids = [difference.plain_token_id, difference.other_token_id]
+    before = [*difference.prompt, *difference.output]
+    options: GenerateOptions = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1, "ignore_eos": True}
+    scores = []
+    for token_id in token_ids:
+        (completion,) = run_side_by_side(address, [[*before, token_id]], options).completions
+        last = completion.prompt_logprobs[-1]
+        assert last is not None, "only position 0 of a prompt has no log-probability"
+        scores.append(last.chosen.logprob)
+    score = torch.tensor(scores)
     if temperature > 0:
-        token_ids = torch.tensor([candidate.token_id for candidate in candidates])
-        where = torch.zeros(len(candidates), dtype=torch.int64)
-        scores = scores / temperature + gumbel_noise(where + seed, where, where + len(tokens), token_ids)
-    best, second = scores.topk(2).values.tolist()
-    return float(best - second)
+        zeros = torch.zeros(2, dtype=torch.int64)  # sample 0 of the request
+        score = score / temperature + gumbel_noise(zeros + seed, zeros, zeros + len(before), torch.tensor(token_ids))
+    return float(score[0] - score[1])

@@ -20,7 +20,7 @@ from pathlib import Path
 import grpc
 from tokenizers import Tokenizer
 
-from bench.differences import Difference, first_difference, top_two_gap
+from bench.differences import Difference, first_difference, gap_between
 from bench.load import run_side_by_side
 from bench.plots import plot_bars
 from bench.prompts import load_prompts
@@ -204,10 +204,10 @@ def gap_report(pair: Pair, results: Results, prompts: Sequence[list[int]]) -> st
     with VariantDeployment(pair, PLAIN) as deployment:
         for cell, variant, difference in found[:MOST_GAPS]:
             address = deployment.running.gateway_address
-            gap = top_two_gap(address, difference, temperature=cell.temperature, seed=SEED)
+            gap = gap_between(address, difference, temperature=cell.temperature, seed=SEED)
             tokens = f"{difference.plain_token_id} / {difference.other_token_id}"
             rows.append([variant.name, cell.name, str(len(difference.output)), tokens, f"{gap:.4f}"])
-    header = ["variant", "load", "at output token", "plain / other", "gap of plain's two best"]
+    header = ["variant", "load", "at output token", "plain / other", "gap of the two"]
     return f"\n\n{len(found)} outputs part from plain decoding:\n\n" + table(header, rows)
 
 
