@@ -6,15 +6,14 @@ of each seq (`scheduler/acceptance.py`), times from the rounds (`scheduler/step_
 """
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
-from math import ceil, floor, inf, prod
+from math import ceil, floor, prod
 from typing import NamedTuple
 
 from scheduler.acceptance import AcceptancePrior, expected_tokens
 from scheduler.goodput import Row, SteadyState, pick_drafts, plan_serial, steady_state
 from scheduler.probing import Probes, Switch
-from scheduler.step_times import DraftTimes, StepTimes
+from scheduler.step_times import DraftTimes, StepTimes, VerifyTimes
 
 __all__ = ["Choice", "Drafts", "SpeculationPolicy"]
 
@@ -125,7 +124,7 @@ class SpeculationPolicy:
             return [Choice(0) for _ in seqs]
         if not self._target.is_known:
             return [Choice(min(seq.num_ready, seq.limit)) for seq in seqs]
-        verify_s = _VerifyTimes(self._target, len(seqs), num_other_tokens)
+        verify_s = VerifyTimes(self._target, len(seqs), num_other_tokens)
         if not self.is_serial and self._draft.is_known:
             hold_s = self._hold_s(seqs, self._slowed(verify_s), num_other_tokens)
             if hold_s > 0.0:
@@ -134,10 +133,10 @@ class SpeculationPolicy:
         self._num_unverified = 0 if any(counts) else self._num_unverified + 1
         return [self._hold_for_fixed(seq) or Choice(count) for seq, count in zip(seqs, counts, strict=True)]
 
-    def _slowed(self, verify_s: "_VerifyTimes") -> "_VerifyTimes":
+    def _slowed(self, verify_s: VerifyTimes) -> VerifyTimes:
         return verify_s.slowed(self._slowdown) if self._runs_ahead else verify_s
 
-    def _worth_verifying(self, seqs: Sequence[Drafts], verify_s: "_VerifyTimes") -> list[int]:
+    def _worth_verifying(self, seqs: Sequence[Drafts], verify_s: VerifyTimes) -> list[int]:
         rows = [self._row_now(seq) for seq in seqs]
         tokens = sum(expected_tokens(row.acceptance, row.most) for row in rows)
         price = max(self._price, tokens / verify_s(sum(row.most for row in rows)))
@@ -153,7 +152,7 @@ class SpeculationPolicy:
             return Row(seq.acceptance, 0, at_hand)
         return Row(seq.acceptance, min(at_hand, self._max_drafts))
 
-    def _hold_s(self, seqs: Sequence[Drafts], verify_s: "_VerifyTimes", num_other_tokens: int) -> float:
+    def _hold_s(self, seqs: Sequence[Drafts], verify_s: VerifyTimes, num_other_tokens: int) -> float:
         """How long the target had better wait for drafts; it waits for all or none, so that no seq misses a round."""
         may_hold = num_other_tokens == 0 and all(seq.limit and seq.may_hold for seq in seqs)
         if not may_hold or not any(seq.num_coming for seq in seqs):
@@ -241,7 +240,7 @@ class SpeculationPolicy:
 
     def _serial_lengths(self, rows: list[Row], num_rows: int) -> list[int]:
         others = [_PLAIN_ROW] * (num_rows - len(rows))
-        plan = plan_serial(rows + others, _VerifyTimes(self._target, num_rows, 0), self._draft.step_s)
+        plan = plan_serial(rows + others, VerifyTimes(self._target, num_rows, 0), self._draft.step_s)
         is_on = self._switch.update(plan.rate / plan.plain_rate)
         self._price = plan.rate if is_on else plan.plain_rate
         if not is_on:
@@ -261,7 +260,7 @@ class SpeculationPolicy:
     def _continuous_lengths(self, seqs: Sequence[Drafts], rows: list[Row], num_rows: int) -> list[int]:
         steady = self._steady_state(seqs, num_rows)
         others = [_PLAIN_ROW] * (num_rows - len(rows))
-        verify_s = _VerifyTimes(self._target, num_rows, 0)
+        verify_s = VerifyTimes(self._target, num_rows, 0)
         waiting = plan_serial(rows + others, verify_s, self._draft.step_s)
         is_ahead = self._has_branches or steady.rate > waiting.rate * (1.0 if self._runs_ahead else _CHANGE_FOR)
         rate = steady.rate if is_ahead else waiting.rate
@@ -281,7 +280,7 @@ class SpeculationPolicy:
         if self._steady is None or self._steady[0] != key:
             rows = [self._row(seq) for seq in seqs] + [_PLAIN_ROW] * (num_rows - len(seqs))
             step_s = self._draft.step_s(len(seqs))
-            verify_s = _VerifyTimes(self._target, num_rows, 0).slowed(self._slowdown)
+            verify_s = VerifyTimes(self._target, num_rows, 0).slowed(self._slowdown)
             self._steady = key, steady_state(rows, verify_s, step_s, restart_s=_RESTART_STEPS * step_s)
         return self._steady[1]
 
@@ -303,7 +302,7 @@ class SpeculationPolicy:
         step_s = self._draft.step_s(1)
         num_drafts = floor(_PROBE_SHARE * self._target.predict(1) / step_s)
         num_drafts = max(1, min(rows[index].limit, _NUM_UNMEASURED, num_drafts))
-        verify_s = _VerifyTimes(self._target, max(len(rows), self._num_rows), 0)
+        verify_s = VerifyTimes(self._target, max(len(rows), self._num_rows), 0)
         cost_s = self._draft.chunk_s(1 + seqs[index].num_behind) + num_drafts * step_s
         cost_s += verify_s(num_drafts) - verify_s(0)
         if self._probes.may_run(cost_s, expected=rows[index].acceptance, is_busy=self._num_waiting > 0):
@@ -319,32 +318,3 @@ class SpeculationPolicy:
         share = 1.0 if self.is_serial else self._slowdown - 1.0
         cost = share * self._draft.step_s(1) * self._price if self._draft.is_known else 0.0  # in tokens
         return survival * acceptance >= max(_MIN_SURVIVAL, cost)
-
-
-class _VerifyTimes:
-    """Seconds of a target round by the drafts in it.
-
-    Prompts in the round are not its seqs' doing: what drafts add to it counts on top of a round without prompts. Rounds
-    far bigger than any seen take for ever: sizes are tried step by step.
-    """
-
-    __slots__ = ("_base_s", "_most", "_num_before", "_slowdown", "_times")
-
-    def __init__(self, times: StepTimes, num_rows: int, num_other_tokens: int, slowdown: float = 1.0) -> None:
-        self._times = times
-        self._num_before = num_rows + num_other_tokens
-        self._base_s = times.predict(num_rows) - times.predict(self._num_before)
-        self._most = max(2 * times.most_tokens + 8, self._num_before + num_rows)
-        self._slowdown = slowdown
-
-    def __call__(self, num_drafts: float) -> float:
-        num_tokens = self._num_before + num_drafts
-        if num_tokens > self._most:
-            return inf
-        return self._slowdown * (self._base_s + self._times.predict(num_tokens))
-
-    def slowed(self, slowdown: float) -> "_VerifyTimes":
-        """The same with the draft running beside it."""
-        twin = copy(self)
-        twin._slowdown = slowdown
-        return twin

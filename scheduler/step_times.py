@@ -7,10 +7,11 @@ and beyond the largest it goes on as it rose last.
 """
 
 from bisect import bisect_left
+from copy import copy
 from dataclasses import dataclass
-from math import log2
+from math import inf, log2
 
-__all__ = ["DraftTimes", "StepTimes"]
+__all__ = ["DraftTimes", "StepTimes", "VerifyTimes"]
 
 _MAX_EXACT = 64  # tokens
 _PER_OCTAVE = 6
@@ -165,3 +166,32 @@ class DraftTimes:
     def chunk_s(self, num_tokens: int) -> float:
         """Seconds of a forward that only catches up."""
         return self._forward.predict(max(1, num_tokens))
+
+
+class VerifyTimes:
+    """Seconds of a target round by the drafts in it.
+
+    Prompts in the round are not its seqs' doing: what drafts add to it counts on top of a round without prompts. Rounds
+    far bigger than any seen take for ever: sizes are tried step by step.
+    """
+
+    __slots__ = ("_base_s", "_most", "_num_before", "_slowdown", "_times")
+
+    def __init__(self, times: StepTimes, num_rows: int, num_other_tokens: int, slowdown: float = 1.0) -> None:
+        self._times = times
+        self._num_before = num_rows + num_other_tokens
+        self._base_s = times.predict(num_rows) - times.predict(self._num_before)
+        self._most = max(2 * times.most_tokens + 8, self._num_before + num_rows)
+        self._slowdown = slowdown
+
+    def __call__(self, num_drafts: float) -> float:
+        num_tokens = self._num_before + num_drafts
+        if num_tokens > self._most:
+            return inf
+        return self._slowdown * (self._base_s + self._times.predict(num_tokens))
+
+    def slowed(self, slowdown: float) -> "VerifyTimes":
+        """The same with the draft running beside it."""
+        twin = copy(self)
+        twin._slowdown = slowdown
+        return twin
