@@ -12,7 +12,7 @@ from cluster.local import LocalDeployment, local_settings
 from cluster.processes import Child
 from cluster.settings import Settings
 from cluster.startup import Launch
-from echelon.pb.process_pb2 import SchedulerSpec, WorkerSpec
+from echelon.pb.process_pb2 import SchedulerSpec, SpeculationSpec, WorkerSpec
 from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET, EngineInfo
 
 PIPELINES = ("serial", "continuous", "continuous+cache")
@@ -79,12 +79,15 @@ def adjust_scheduler(spec: SchedulerSpec, variant: Variant) -> None:
     """Lets a scheduler speculate as the variant says."""
     if variant == PLAIN:
         return
-    speculation = spec.speculation
-    speculation.method = METHODS[variant.source]
-    speculation.pipeline = variant.pipeline.removesuffix("+cache")
-    speculation.num_speculative_tokens = variant.num_drafts or MOST_DRAFTS
-    speculation.adaptive = variant.num_drafts is None
-    speculation.verdict_cache_rows = VERDICT_CACHE_ROWS if variant.pipeline.endswith("+cache") else 0
+    spec.speculation.CopyFrom(
+        SpeculationSpec(
+            method=METHODS[variant.source],
+            pipeline=variant.pipeline.removesuffix("+cache"),
+            num_speculative_tokens=variant.num_drafts or MOST_DRAFTS,
+            adaptive=variant.num_drafts is None,
+            verdict_cache_rows=VERDICT_CACHE_ROWS if variant.pipeline.endswith("+cache") else 0,
+        )
+    )
 
 
 def adjust_worker(spec: WorkerSpec, pair: Pair, variant: Variant) -> None:

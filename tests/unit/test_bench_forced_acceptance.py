@@ -2,17 +2,19 @@
 
 import json
 import logging
-from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
+from cluster.deployment_file import load_deployment
+from cluster.errors import ConfigError
 from cluster.schema import json_schema
-from cluster.settings import Settings
 from tests.helpers.engines import TARGET, drive, make_engine
 from tests.helpers.rounds import Seq, seeded
 from tests.helpers.tiny_models import TinyModel, make_tiny_model
 from workers.target_engine import TargetEngine
 
+DEPLOY = Path(__file__).parents[2] / "deploy"
 PROMPT = [5, 99, 3, 14]
 DRAFTS = [11, 12, 13, 14]
 NUM_SEEDS = 60
@@ -67,6 +69,11 @@ def test_what_is_no_share_is_refused(tiny: TinyModel) -> None:
         make_engine(tiny.folder, TARGET, forced_acceptance=1.5)
 
 
-def test_no_deployment_can_ask_for_it() -> None:
+@pytest.mark.parametrize("file", sorted(DEPLOY.glob("*.yaml")), ids=lambda file: file.stem)
+def test_no_deployment_can_ask_for_it(file: Path, tmp_path: Path) -> None:
+    assert load_deployment(file).forced_acceptance == 0
+    asking = tmp_path / "asking.yaml"
+    asking.write_text(file.read_text() + "\nforced_acceptance: 0.5\n")
+    with pytest.raises(ConfigError, match="forced_acceptance: unknown key"):
+        load_deployment(asking)
     assert "forced" not in json.dumps(json_schema())
-    assert not [field.name for field in fields(Settings) if "forced" in field.name]
