@@ -1,5 +1,6 @@
 """The sampler on the kernels: the choices that the references make, one after the other."""
 
+import math
 import threading
 
 import torch
@@ -14,7 +15,8 @@ from workers.groups import SoloGroup
 from workers.sampler import RowEntry, SampledRows, Sampler, SamplingRows, SeqSamplingState
 
 VOCAB_SIZE = 131
-NAMES = ["plain", "greedy", "top_p", "min_p top_k top_p", "penalties", "bias and mask", "everything"]
+BAD_ROW = 6  # which asks for logprobs
+NAMES = ["plain", "greedy", "top_p", "min_p top_k top_p", "penalties", "bias and mask", "logprobs", "everything"]
 CPU = torch.device("cpu")
 
 
@@ -71,10 +73,27 @@ def exact_of(logits: Tensor, token_id: int) -> Tensor:
 def test_a_mixed_batch_with_a_bad_row(device: torch.device) -> None:
     logits = random_logits()
     damaged = logits.clone()
-    damaged[4, 100] = torch.nan
+    damaged[BAD_ROW, 100] = torch.nan
     sampler = Sampler(SoloGroup(), VOCAB_SIZE)
     sampled = sampler.sample(damaged.to(device), 0, rows_on(device), num_alternatives=2, with_confidence=True)
-    check(sampled, logits, bad_row=4)
+    check(sampled, logits, bad_row=BAD_ROW)
+    assert sampled.logprobs is not None
+    void = sampled.logprobs[BAD_ROW]
+    assert void is not None
+    assert math.isnan(void.chosen.logprob)
+    assert all(math.isnan(entry.logprob) and entry.token_id < VOCAB_SIZE for entry in void.top)
+
+
+def test_prompt_logprobs_with_a_bad_row(device: torch.device) -> None:
+    logits = random_logits()[:3]
+    exact = logits.double().log_softmax(dim=1)
+    logits[1, 5] = torch.inf
+    next_token_ids = torch.tensor([3, 4, 130])
+    found = Sampler(SoloGroup(), VOCAB_SIZE).prompt_logprobs(logits.to(device), 0, next_token_ids.to(device), 2)
+    assert math.isnan(found[1].chosen.logprob)
+    for row in (0, 2):
+        assert abs(found[row].chosen.logprob - float(exact[row, next_token_ids[row]])) < 2e-6
+        assert [entry.token_id for entry in found[row].top] == exact[row].topk(2).indices.tolist()
 
 
 class TakingTurns:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.noise_keys import scale_by_temperature
+from kernels.probability_mass import probability_mass
 from kernels.truncation import Truncation
 from kernels.truncation_threshold import truncation_threshold, truncation_threshold_reference
 
@@ -64,6 +65,15 @@ def test_is_the_reference(kind: str, device: torch.device) -> None:
 def test_sizes(num_tokens: int, device: torch.device) -> None:
     settings = [(0.0, 30, 0.9), (0.0, 0, 0.9)]
     assert_is_the_reference(logits_of_kind("random", 2, num_tokens), torch.ones(2), settings, device)
+
+
+def test_a_mass_that_falls_short_by_one_unit_does_not_do(device: torch.device) -> None:
+    logits = torch.tensor([[0.0, -1.0, -9.0]])
+    mass = probability_mass(logits, torch.zeros(1))[0]
+    top_p = (float(mass[0]) + 0.5) / float(mass.sum())
+    assert_is_the_reference(logits, torch.ones(1), [(0.0, 0, top_p)], device)
+    found = truncation_threshold(logits.to(device), torch.ones(1, device=device), truncation([(0.0, 0, top_p)], device))
+    assert float(found) == -1.0
 
 
 def test_a_bad_row_harms_no_other(device: torch.device) -> None:
