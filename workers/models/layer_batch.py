@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.layer_parallel_qkv import layer_parallel_qkv
 from kernels.paged_kv import SeqLengths
 from kernels.rms_norm import rms_norm
 from workers.batch import Batch
@@ -22,9 +23,9 @@ class StackedWeights:
 
     norm: Tensor  # [num_layers, hidden_size]
     qkv: Tensor  # [num_layers, features, hidden_size]
-    qkv_bias: Tensor | None  # [num_layers, 1, features]
+    qkv_bias: Tensor | None  # [num_layers, features]
     output: Tensor  # [num_layers, hidden_size, features]
-    output_bias: Tensor | None  # [num_layers, 1, hidden_size]
+    output_bias: Tensor | None  # [num_layers, hidden_size]
     eps: float
 
     @classmethod
@@ -42,12 +43,12 @@ class StackedWeights:
         )
 
     def project(self, stream: Tensor) -> Tensor:  # [num_tokens, hidden_size] -> [num_layers, num_tokens, features]
-        x = torch.stack([rms_norm(stream, weight, self.eps) for weight in self.norm])
-        return _multiply(x, self.qkv, self.qkv_bias)
+        return layer_parallel_qkv(stream, self.norm, self.qkv, self.qkv_bias, self.eps)
 
     def combine(self, attended: Tensor) -> Sequence[Tensor]:
         """[num_layers, num_tokens, features] -> of each layer [num_tokens, hidden_size]"""
-        return _multiply(attended, self.output, self.output_bias).unbind()
+        y = torch.bmm(attended, self.output.transpose(1, 2))
+        return (y if self.output_bias is None else y + self.output_bias.unsqueeze(1)).unbind()
 
 
 class _OneByOne:
@@ -121,12 +122,7 @@ def _stack_weights(linears: Sequence[ColumnParallelLinear | RowParallelLinear]) 
 
 def _stack_biases(biases: Sequence[Tensor | None]) -> Tensor | None:
     present = [bias for bias in biases if bias is not None]
-    return torch.stack(present).unsqueeze(1) if present else None
-
-
-def _multiply(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-    y = torch.bmm(x, weights.transpose(1, 2))
-    return y if bias is None else y + bias
+    return torch.stack(present) if present else None
 
 
 def _join(caches: Sequence[KVCache]) -> KVCache | None:
