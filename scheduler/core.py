@@ -166,13 +166,13 @@ class SchedulerCore:
     # -- the draft engine ---------------------------------------------------------------------------------------------
 
     def plan_draft(self, now: float) -> worker_pb2.Round | None:
-        message = self._speculation.plan_draft(self._target.running)
+        message = self._speculation.plan_draft(self._target.running, now)
         self._totals.draft_rounds_total += message is not None
         self._measure_idleness(now)
         return message
 
     def on_draft_result(self, result: worker_pb2.RoundResult, now: float) -> None:
-        self._speculation.on_draft_result(result)
+        self._speculation.on_draft_result(result, now)
 
     # -- the target engine --------------------------------------------------------------------------------------------
 
@@ -193,7 +193,7 @@ class SchedulerCore:
 
     def on_target_result(self, result: worker_pb2.RoundResult, now: float) -> None:
         """Commit what a round has computed."""
-        record = self._target.land(result)
+        record = self._target.land(result, now)
         for row, answer in zip(record.rows, result.rows, strict=True):
             seq = row.seq
             seq.num_rows_in_flight -= 1

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from echelon.pb import worker_pb2
 from scheduler.chain import Drafted, DraftSeat
-from scheduler.engine import Engine, ForkFrom, PlannedRow
+from scheduler.engine import Engine, ForkFrom, InFlight, PlannedRow
 from scheduler.seq import Seq
 
 __all__ = ["DraftSeats"]
@@ -184,9 +184,8 @@ class DraftSeats:
 
     # -- results ------------------------------------------------------------------------------------------------------
 
-    def land(self, result: worker_pb2.RoundResult) -> Iterator[tuple[PlannedRow, int]]:
+    def land(self, record: InFlight, result: worker_pb2.RoundResult) -> Iterator[tuple[PlannedRow, int]]:
         """Takes in a round's drafts; yields its rows with the number of drafts that each brought to a living chain."""
-        record = self.engine.land(result)
         for row, answer in zip(record.rows, result.rows, strict=True):
             seat = row.seat
             assert isinstance(seat, DraftSeat), "the draft engine seats draft seats"

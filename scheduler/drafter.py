@@ -14,7 +14,7 @@ from echelon.pb import worker_pb2
 from scheduler.chain import DraftSeat
 from scheduler.config import Pipeline, SpeculationConfig
 from scheduler.draft_seats import DraftSeats
-from scheduler.engine import Engine, PlannedRow
+from scheduler.engine import Engine, InFlight, PlannedRow
 from scheduler.policy import Drafts, SpeculationPolicy
 from scheduler.seq import Seq
 from scheduler.verdict_cache import Branch, VerdictCache
@@ -108,7 +108,7 @@ class Drafter:
 
     # -- rounds -------------------------------------------------------------------------------------------------------
 
-    def plan(self, running: Iterable[Seq]) -> worker_pb2.Round | None:
+    def plan(self, running: Iterable[Seq], now: float) -> worker_pb2.Round | None:
         """The next round for the draft engine, if it has one to run. `running`: oldest first."""
         if self.seats is None:
             return None
@@ -124,29 +124,29 @@ class Drafter:
         is_continuous = self._config.pipeline is Pipeline.CONTINUOUS
         return self.seats.engine.launch(
             rows,
+            now,
             num_alternatives=self.cache.num_alternatives if self._config.verdict_cache_rows else 0,
             confidences=is_continuous and self._config.adaptive,  # what should_extend asks for
         )
 
-    def on_result(self, result: worker_pb2.RoundResult) -> None:
+    def on_result(self, result: worker_pb2.RoundResult, now: float) -> None:
         """Take in a round's drafts. Raises ProtocolError."""
         assert self.seats is not None, "a result of an engine that is not connected"
-        record = self.seats.engine.in_flight[0] if self.seats.engine.in_flight else None
-        if record is not None:
-            self._drafting.difference_update(row.seq for row in record.rows)
-            self._observe(record.rows, result)
-        for row, num_drafts in self.seats.land(result):
+        record = self.seats.engine.land(result, now)
+        self._drafting.difference_update(row.seq for row in record.rows)
+        self._observe(record, result.num_steps)
+        for row, num_drafts in self.seats.land(record, result):
             self.num_drafted += num_drafts
             if row.seq.draft is row.seat:
                 self.follow(row.seq)
 
-    def _observe(self, rows: Sequence[PlannedRow], result: worker_pb2.RoundResult) -> None:
-        run_s = result.run_ns * 1e-9
-        num_chunk_tokens = sum(row.chunk_len + row.calibrate_len for row in rows)
-        if result.num_steps and num_chunk_tokens <= 2 * len(rows):
-            self._step_s += 0.1 * (run_s / result.num_steps - self._step_s)
+    def _observe(self, record: InFlight, num_steps: int) -> None:
+        num_seqs = len(record.rows)
+        num_chunk_tokens = sum(row.chunk_len + row.calibrate_len for row in record.rows)
+        if num_steps and num_chunk_tokens <= 2 * num_seqs:
+            self._step_s += 0.1 * (record.wall_s / num_steps - self._step_s)
         self._policy.observe_draft(
-            num_seqs=len(rows), num_steps=result.num_steps, num_chunk_tokens=num_chunk_tokens, run_s=run_s
+            num_seqs=num_seqs, num_steps=num_steps, num_chunk_tokens=num_chunk_tokens, run_s=record.wall_s
         )
 
     # -- serial -------------------------------------------------------------------------------------------------------

@@ -50,6 +50,8 @@ class InFlight:
     rows: list[PlannedRow]
     num_tokens: int
     is_prefill: bool  # a row has more to compute than a decode or verify step has
+    sent_s: float
+    wall_s: float = 0.0  # from when the engine could have begun to when its answer came: what it took for us
 
 
 class Engine:
@@ -65,6 +67,7 @@ class Engine:
         self.in_flight: deque[InFlight] = deque()
         self.num_rounds = 0
         self._incarnation = incarnation
+        self._landed_s = float("-inf")  # when the last answer came
         self._free_slots = list(reversed(range(info.num_slots)))
         self._slots_to_free: list[int] = []
 
@@ -117,7 +120,7 @@ class Engine:
         seat.num_published = num_full
 
     def launch(
-        self, rows: list[PlannedRow], *, num_alternatives: int = 0, confidences: bool = False
+        self, rows: list[PlannedRow], now: float, *, num_alternatives: int = 0, confidences: bool = False
     ) -> worker_pb2.Round:
         """The message for these rows. Seats are moved on to where they will be when it has run."""
         self.num_rounds += 1
@@ -138,11 +141,11 @@ class Engine:
             num_tokens += row.chunk_len + len(row.drafts)
             is_prefill = is_prefill or row.chunk_len > 2
         self.in_flight.append(
-            InFlight(round_id=self.num_rounds, rows=rows, num_tokens=num_tokens, is_prefill=is_prefill)
+            InFlight(round_id=self.num_rounds, rows=rows, num_tokens=num_tokens, is_prefill=is_prefill, sent_s=now)
         )
         return message
 
-    def land(self, result: worker_pb2.RoundResult) -> InFlight:
+    def land(self, result: worker_pb2.RoundResult, now: float) -> InFlight:
         """The round that this result answers, which is no longer in flight."""
         if not self.in_flight or self.in_flight[0].round_id != result.round_id:
             expected = self.in_flight[0].round_id if self.in_flight else "none"
@@ -150,6 +153,8 @@ class Engine:
         record = self.in_flight.popleft()
         if len(result.rows) != len(record.rows):
             raise ProtocolError(f"round {result.round_id} has {len(record.rows)} rows, its result {len(result.rows)}")
+        record.wall_s = max(result.run_ns * 1e-9, now - max(record.sent_s, self._landed_s))
+        self._landed_s = now
         return record
 
 

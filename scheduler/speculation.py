@@ -40,6 +40,7 @@ class Speculation:
             adaptive=config.adaptive,
             pipeline=config.pipeline.value,
             window=config.window,
+            has_branches=config.verdict_cache_rows > 0,
         )
         self.drafter = Drafter(config, self._policy)
         self._suffixes = SuffixIndex() if config.uses_lookup else None
@@ -197,11 +198,11 @@ class Speculation:
     def detach(self, seqs: Iterable[Seq]) -> None:
         self.drafter.detach(seqs)
 
-    def plan_draft(self, running: Iterable[Seq]) -> worker_pb2.Round | None:
+    def plan_draft(self, running: Iterable[Seq], now: float) -> worker_pb2.Round | None:
         running = list(running)
         for seq in running:
             seq.skips_draft = seq.suffixes is not None and seq.is_decoding and self._prefers_lookup(seq)
-        return self.drafter.plan(running)
+        return self.drafter.plan(running, now)
 
-    def on_draft_result(self, result: worker_pb2.RoundResult) -> None:
-        self.drafter.on_result(result)
+    def on_draft_result(self, result: worker_pb2.RoundResult, now: float) -> None:
+        self.drafter.on_result(result, now)

@@ -83,18 +83,18 @@ class TargetPlanner:
             seq.target = None
         seq.status = SeqStatus.FINISHED
 
-    def land(self, result: worker_pb2.RoundResult) -> InFlight:
+    def land(self, result: worker_pb2.RoundResult, now: float) -> InFlight:
         """The round that this result answers. Raises ProtocolError."""
         if self.engine is None:
             raise ProtocolError("a result came from an engine that is not connected")
-        record = self.engine.land(result)
+        record = self.engine.land(result, now)
         self._cost.observe(record.num_tokens, result.run_ns)
         if not record.is_prefill:
             self._speculation.observe_target(
                 num_seqs=len(record.rows),
                 num_tokens=record.num_tokens,
                 num_context=sum(row.start for row in record.rows),
-                run_s=result.run_ns * 1e-9,
+                run_s=record.wall_s,
             )
         return record
 
@@ -115,7 +115,7 @@ class TargetPlanner:
             return None
         for row in rows.values():
             self._mark_in_flight(row)
-        return engine.launch(list(rows.values()))
+        return engine.launch(list(rows.values()), now)
 
     def _may_queue(self, engine: Engine) -> bool:
         if self._speculation.is_drafting:
