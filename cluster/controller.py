@@ -84,7 +84,9 @@ class Controller:
         settings, plan = self._desired.settings, self._desired.plan
         deadline = time.monotonic() + self._desired.timeout_s
         try:
-            check_port(settings.host, settings.grpc_port)
+            check_port(settings.host, settings.grpc_port, "server.grpc_port")
+            if settings.http_port:
+                check_port(settings.host, settings.http_port, "server.http_port")
             for role in ("target", "draft"):
                 bundles = plan.group(role)
                 if bundles:
@@ -130,6 +132,7 @@ class Controller:
             reason=reason,
             detail=detail,
             endpoint=self._endpoint,
+            metrics_url=settings.metrics_url if self._endpoint else "",
             model=settings.model_name,
             processes=board.processes,
             plan=self._desired.plan,

@@ -180,6 +180,7 @@ def _settings(file: DeploymentFile, target: ModelSettings, draft: ModelSettings 
         batch_invariant=file.batch_invariant,
         host=file.server.host,
         grpc_port=file.server.grpc_port,
+        http_port=file.server.http_port or 0,
         startup_timeout_s=file.startup_timeout_s,
         collective_timeout_s=file.collective_timeout_s,
     )

@@ -62,13 +62,15 @@ def local_settings(
     forced_acceptance: float = 0.0,
     batch_invariant: bool = False,
     grpc_port: int = 0,
+    http_port: int = 0,
     startup_timeout_s: float = 120.0,
     collective_timeout_s: float = 60.0,
 ) -> Settings:
     """Settings from keyword arguments, which mean what the deployment file's keys of the same name mean.
 
     `dtype` is that of both models (default: each checkpoint's own), `kv_cache_bytes` is that of one cpu device,
-    `layer_groups` None is auto, `forced_acceptance` is for benchmarks only, and `grpc_port` 0 takes any free port.
+    `layer_groups` None is auto, `forced_acceptance` is for benchmarks only, `grpc_port` 0 takes any
+    free port and `http_port` 0 serves no metrics.
     Values are not checked against one another. Raises ModelFolderError.
     """
 
@@ -117,6 +119,7 @@ def local_settings(
         forced_acceptance=forced_acceptance,
         batch_invariant=batch_invariant,
         grpc_port=grpc_port,
+        http_port=http_port,
         startup_timeout_s=startup_timeout_s,
         collective_timeout_s=collective_timeout_s,
     )

@@ -59,7 +59,7 @@ def roll_out(
     )
 
 
-def check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int, key: str) -> None:
     """Raise StartError if nobody could listen there: better now than after ten minutes of loading."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -69,8 +69,7 @@ def check_port(host: str, port: int) -> None:
     except OSError as err:
         reason = err.strerror or str(err)
         raise StartError(
-            f"server.grpc_port {port} on {host} cannot be used: {reason}; "
-            "stop what listens there or choose another server.grpc_port"
+            f"{key} {port} on {host} cannot be used: {reason}; stop what listens there or choose another {key}"
         ) from err
 
 

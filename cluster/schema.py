@@ -153,7 +153,7 @@ class Server(Section):
     insecure: bool = Field(default=False, description="listen beyond loopback without TLS and tokens")
     host: str = "127.0.0.1"  # behind `insecure`, which its check needs
     grpc_port: Port = 50051
-    http_port: NotBuilt = None
+    http_port: Port | None = Field(default=None, description="where /metrics is served; default: nowhere")
     tls: NotBuilt = None
     auth: NotBuilt = None
 
@@ -166,6 +166,13 @@ class Server(Section):
                 "use 127.0.0.1, or set server.insecure: true to insist"
             )
         return host
+
+    @field_validator("http_port")
+    @classmethod
+    def _is_another_port(cls, port: int | None, info: ValidationInfo) -> int | None:
+        if port is not None and port == info.data.get("grpc_port"):
+            raise ValueError("is server.grpc_port too; choose another")
+        return port
 
 
 class DeploymentFile(Section):

@@ -124,6 +124,7 @@ class Settings:
     batch_invariant: bool = False
     host: str = "127.0.0.1"
     grpc_port: int = 50051
+    http_port: int = 0  # 0: no HTTP server
     max_message_bytes: int = 16 << 20
     startup_timeout_s: float = 120.0
     collective_timeout_s: float = 60.0
@@ -132,6 +133,12 @@ class Settings:
     def round_timeout_s(self) -> float:
         """How long the scheduler waits for a round: no less than the ranks wait for one another inside it."""
         return max(MIN_ROUND_TIMEOUT_S, self.collective_timeout_s)
+
+    @property
+    def metrics_url(self) -> str:
+        """Where Prometheus finds the gateway's metrics; empty: nowhere."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.http_port}/metrics" if self.http_port else ""
 
     @property
     def method(self) -> Method:

@@ -110,6 +110,7 @@ def gateway_spec(settings: Settings, *, scheduler_addresses: Sequence[str]) -> p
         name="gateway-0",
         host=settings.host,
         grpc_port=settings.grpc_port,
+        http_port=settings.http_port,
         version=__version__,
         model_name=settings.model_name,
         model_dir=str(settings.target.folder.path),

@@ -37,6 +37,7 @@ class DeploymentStatus:
     reason: str = ""  # why it is not READY
     detail: str = ""  # traceback or log tail behind the reason
     endpoint: str = ""  # host:port of the public gRPC server
+    metrics_url: str = ""  # where Prometheus finds metrics; empty: nowhere
     model: str = ""
     ray_address: str = ""
     private_ray: bool = False  # started by `up`, stopped by `down`

@@ -64,6 +64,8 @@ def up(
         return
     out = stdout()
     out.print(f"[bold]{status.name}[/bold] serves [bold]{status.model}[/bold] at [bold]{status.endpoint}[/bold]")
+    if status.metrics_url:
+        out.print(f"metrics: {status.metrics_url}")
     out.print(f"try: echelon generate 'def main(' --address {status.endpoint} --stats", style="dim")
 
 
@@ -152,7 +154,8 @@ def _print_status(out: Console, found: "DeploymentStatus") -> None:
     reason = f": {found.reason}" if found.reason else ""
     out.print(Text.assemble((found.name, "bold"), " is ", (str(found.state), style), reason))
     ray = f"{found.ray_address} (started for it)" if found.private_ray else found.ray_address
-    out.print(f"model {found.model}, endpoint {found.endpoint}, Ray {ray}", markup=False)
+    metrics = f", metrics {found.metrics_url}" if found.metrics_url else ""
+    out.print(f"model {found.model}, endpoint {found.endpoint}{metrics}, Ray {ray}", markup=False)
     out.print(process_table(found.processes))
 
 

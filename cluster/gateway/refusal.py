@@ -1,4 +1,4 @@
-"""The one exception by which a request is turned down with a status of its own."""
+"""How a request is turned down with a status of its own."""
 
 import grpc
 
@@ -10,6 +10,14 @@ class Refusal(Exception):
         super().__init__(message)
         self.code = code
         self.message = message
+
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def status_code(number: int) -> grpc.StatusCode:
+    """The canonical code of a number on the wire."""
+    return _CODES.get(number, grpc.StatusCode.UNKNOWN)
 
 
 def invalid(message: str) -> Refusal:

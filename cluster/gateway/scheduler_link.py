@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import cast
 
 import grpc
 
 from cluster.gateway.mailbox import Mailbox
-from cluster.gateway.refusal import Refusal
+from cluster.gateway.metrics import RequestMeter
+from cluster.gateway.refusal import Refusal, status_code
 from echelon.pb import inference_pb2, scheduler_pb2, scheduler_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,14 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 2000),
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request that the scheduler has not ended yet."""
+
+    mailbox: Mailbox | None  # None: nobody waits for the replies any more
+    meter: RequestMeter
 
 
 class SchedulerLink:
@@ -43,41 +53,47 @@ class SchedulerLink:
         # The stubs' declarations know asynchronous methods under another name than the code does.
         self._stub = cast("scheduler_pb2_grpc.SchedulerAsyncStub", scheduler_pb2_grpc.SchedulerStub(self._channel))
         self._outgoing: asyncio.Queue[scheduler_pb2.SchedulerRequest] | None = None  # None: no stream
-        self._mailboxes: dict[str, Mailbox | None] = {}  # None: nobody waits for the replies any more
+        self._running: dict[str, _Running] = {}
 
     @property
     def num_requests(self) -> int:
-        return len(self._mailboxes)
+        return len(self._running)
 
     def knows(self, request_id: str) -> bool:
-        return request_id in self._mailboxes
+        return request_id in self._running
 
-    def submit(self, submit: scheduler_pb2.Submit) -> Mailbox:
+    def submit(self, submit: scheduler_pb2.Submit, meter: RequestMeter) -> Mailbox:
         """Sends a request. Raises Refusal(UNAVAILABLE) when the stream is down."""
-        assert submit.request_id not in self._mailboxes, f"{submit.request_id} is already running"
+        assert submit.request_id not in self._running, f"{submit.request_id} is already running"
         if self._outgoing is None:
             raise Refusal(grpc.StatusCode.UNAVAILABLE, f"scheduler {self.address}: {self.not_ready_reason}")
-        mailbox = self._mailboxes[submit.request_id] = Mailbox()
+        mailbox = Mailbox()
+        self._running[submit.request_id] = _Running(mailbox, meter)
         self._outgoing.put_nowait(scheduler_pb2.SchedulerRequest(submit=submit))
         return mailbox
 
     def cancel(self, request_id: str) -> None:
         """Asks the scheduler to end a request; its final message still arrives. Unknown ids are ignored."""
-        if request_id in self._mailboxes and self._outgoing is not None:
+        if request_id in self._running and self._outgoing is not None:
             cancel = scheduler_pb2.Cancel(request_id=request_id)
             self._outgoing.put_nowait(scheduler_pb2.SchedulerRequest(cancel=cancel))
 
     def adjust(self, request_id: str, wish: inference_pb2.Speculation) -> None:
         """Changes how a running request speculates. Unknown ids are ignored."""
-        if request_id in self._mailboxes and self._outgoing is not None:
+        if request_id in self._running and self._outgoing is not None:
             adjust = scheduler_pb2.Adjust(request_id=request_id, speculation=wish)
             self._outgoing.put_nowait(scheduler_pb2.SchedulerRequest(adjust=adjust))
 
     def abandon(self, request_id: str) -> None:
         """Cancels a request whose client has gone: later replies are dropped. Nothing if it has already ended."""
-        if self._mailboxes.get(request_id) is not None:
-            self._mailboxes[request_id] = None
+        running = self._running.get(request_id)
+        if running is not None and running.mailbox is not None:
+            running.mailbox = None
             self.cancel(request_id)
+
+    async def read_status(self) -> scheduler_pb2.SchedulerStatus:
+        """What the scheduler says of itself now. Raises grpc's error if it does not answer within STATUS_TIMEOUT_S."""
+        return await self._stub.GetSchedulerStatus(scheduler_pb2.GetSchedulerStatusRequest(), timeout=STATUS_TIMEOUT_S)
 
     async def run(self) -> None:
         """Serves the link until cancelled."""
@@ -106,22 +122,31 @@ class SchedulerLink:
 
     def _dispatch(self, reply: scheduler_pb2.SchedulerReply) -> None:
         kind = reply.WhichOneof("message")
-        mailbox = self._mailboxes.get(reply.request_id)
-        if kind == "chunk":
-            if mailbox is not None:
-                mailbox.put(reply.chunk)
+        running = self._running.get(reply.request_id)
+        if running is None:
             return
-        self._mailboxes.pop(reply.request_id, None)
-        if mailbox is not None:
-            mailbox.finish(reply.complete if kind == "complete" else reply.error)
+        if kind == "chunk":
+            running.meter.on_chunk(reply.chunk)
+            if running.mailbox is not None:
+                running.mailbox.put(reply.chunk)
+            return
+        del self._running[reply.request_id]
+        if kind == "complete":
+            running.meter.on_complete(reply.complete)
+        else:
+            running.meter.on_error(status_code(reply.error.code))
+        if running.mailbox is not None:
+            running.mailbox.finish(reply.complete if kind == "complete" else reply.error)
 
     def _lose_stream(self, reason: str) -> None:
         self._outgoing = None
-        lost, self._mailboxes = self._mailboxes, {}
+        lost, self._running = self._running, {}
         message = f"the connection to scheduler {self.address} was lost ({reason}); try again"
         error = scheduler_pb2.RequestError(code=grpc.StatusCode.UNAVAILABLE.value[0], message=message)
-        for mailbox in filter(None, lost.values()):
-            mailbox.finish(error)
+        for running in lost.values():
+            running.meter.on_error(grpc.StatusCode.UNAVAILABLE)
+            if running.mailbox is not None:
+                running.mailbox.finish(error)
         if lost:
             logger.warning("lost the stream to scheduler %s with %d requests: %s", self.address, len(lost), reason)
         self._set_ready(False, reason)
@@ -129,10 +154,9 @@ class SchedulerLink:
     async def _follow_status(self) -> None:
         """Asks for the status again and again rather than watching the scheduler's health: a scheduler that hangs
         streams nothing, and the reason why it is not ready belongs into the client's error."""
-        request = scheduler_pb2.GetSchedulerStatusRequest()
         while True:
             try:
-                status = await self._stub.GetSchedulerStatus(request, timeout=STATUS_TIMEOUT_S)
+                status = await self.read_status()
                 connected = self._outgoing is not None
                 self._set_ready(status.ready and connected, status.not_ready_reason or "not ready")
             except grpc.aio.AioRpcError as err:

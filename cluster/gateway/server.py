@@ -1,9 +1,7 @@
 """A gateway put together: its gRPC server, its links to schedulers, its health."""
 
 import asyncio
-import errno
 import logging
-import socket
 from pathlib import Path
 
 import grpc
@@ -12,13 +10,18 @@ from grpc_reflection.v1alpha import reflection
 
 import echelon
 from cluster.gateway.health import READINESS, Health
+from cluster.gateway.http_server import HttpServer
+from cluster.gateway.listening import bind_problem, join, try_bind
+from cluster.gateway.metrics import RequestMetrics
 from cluster.gateway.model_files import read_eos_token_ids
+from cluster.gateway.replica_metrics import ReplicaCollector
+from cluster.gateway.replicas import read_replicas
 from cluster.gateway.sampling import load_sampling_defaults
-from cluster.gateway.scheduler_link import SchedulerLink
+from cluster.gateway.scheduler_link import STATUS_TIMEOUT_S, SchedulerLink
 from cluster.gateway.servicer import InferenceServicer, inference_handlers
 from cluster.gateway.tokenization import PromptTokenizer
 from cluster.gateway.validation import RequestValidator
-from echelon.pb import inference_pb2, process_pb2
+from echelon.pb import control_pb2, inference_pb2, process_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,9 @@ class Gateway:
         self._links = [SchedulerLink(address, on_change=self._update_readiness) for address in spec.scheduler_addresses]
         self._link_tasks: list[asyncio.Task[None]] = []
         self._became_ready = asyncio.Event()
-        self._servicer = _build_servicer(spec, self._links)
+        self._metrics = RequestMetrics(spec.model_name)
+        self._http: HttpServer | None = None
+        self._servicer = _build_servicer(spec, self._links, self._metrics)
         self._server = grpc.aio.server(options=_server_options(spec.max_message_bytes or DEFAULT_MAX_MESSAGE_BYTES))
         self._server.add_generic_rpc_handlers((inference_handlers(self._servicer),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -51,9 +56,12 @@ class Gateway:
     async def start(self) -> str:
         """Listens and connects. Returns host:port; a port that is taken raises StartupError naming it."""
         port = self._bind()
+        self._http = self._bind_http()
         await self._server.start()
+        if self._http is not None:
+            self._http.start()
         self._link_tasks = [asyncio.create_task(link.run()) for link in self._links]
-        return _join(self._spec.host, port)
+        return join(self._spec.host, port)
 
     async def wait_until_ready(self) -> None:
         """Returns once a scheduler would serve a request."""
@@ -64,18 +72,38 @@ class Gateway:
         self._servicer.refuse_new_requests()
         self._health.close()
         await self._server.stop(grace_s)
+        if self._http is not None:
+            await asyncio.to_thread(self._http.stop)
         for task in self._link_tasks:
             task.cancel()
         await asyncio.gather(*self._link_tasks, return_exceptions=True)
 
     def _bind(self) -> int:
+        host, port = self._spec.host, self._spec.grpc_port
         try:
-            port = self._server.add_insecure_port(_join(self._spec.host, self._spec.grpc_port))
+            bound = self._server.add_insecure_port(join(host, port))
         except RuntimeError:
-            port = 0  # what grpc returned before it raised
+            bound = 0  # what grpc returned before it raised
+        if not bound:
+            raise StartupError(_why_not_bound(host, port))
+        return bound
+
+    def _bind_http(self) -> HttpServer | None:
+        host, port = self._spec.host, self._spec.http_port
         if not port:
-            raise StartupError(_why_not_bound(self._spec.host, self._spec.grpc_port))
-        return port
+            return None
+        loop = asyncio.get_running_loop()
+
+        def read() -> list[control_pb2.ReplicaStatus]:
+            """From a thread of the HTTP server."""
+            future = asyncio.run_coroutine_threadsafe(read_replicas(self._links), loop)
+            return future.result(2 * STATUS_TIMEOUT_S)
+
+        self._metrics.registry.register(ReplicaCollector(self._spec.model_name, read))
+        try:
+            return HttpServer(host, port, self._metrics.registry)
+        except OSError as err:
+            raise StartupError(bind_problem(host, port, err, key="server.http_port")) from err
 
     def _update_readiness(self) -> None:
         ready = any(link.ready for link in self._links)
@@ -95,7 +123,9 @@ def _check_spec(spec: process_pb2.GatewaySpec) -> None:
         raise StartupError(f"model_dir: {spec.model_dir} is no folder on this node")
 
 
-def _build_servicer(spec: process_pb2.GatewaySpec, links: list[SchedulerLink]) -> InferenceServicer:
+def _build_servicer(
+    spec: process_pb2.GatewaySpec, links: list[SchedulerLink], metrics: RequestMetrics
+) -> InferenceServicer:
     model_dir = Path(spec.model_dir)
     tokenizer = PromptTokenizer(model_dir)
     validator = RequestValidator(
@@ -112,7 +142,7 @@ def _build_servicer(spec: process_pb2.GatewaySpec, links: list[SchedulerLink]) -
         eos_token_ids=read_eos_token_ids(model_dir),
         has_chat_template=tokenizer.chat_template is not None,
     )
-    return InferenceServicer(validator, links, info=info)
+    return InferenceServicer(validator, links, info=info, metrics=metrics)
 
 
 def _server_options(max_message_bytes: int) -> list[tuple[str, int]]:
@@ -129,20 +159,10 @@ def _server_options(max_message_bytes: int) -> list[tuple[str, int]]:
     ]
 
 
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _why_not_bound(host: str, port: int) -> str:
     """grpc says only that it failed; the operating system says why."""
-    address_text = _join(host, port)
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+        try_bind(host, port)
     except OSError as err:
-        if err.errno == errno.EADDRINUSE:
-            return f"{address_text} is taken: stop the process that listens there, or change server.grpc_port"
-        return f"cannot listen on {address_text} ({err.strerror}); change server.host or server.grpc_port"
-    return f"cannot listen on {address_text}; change server.host or server.grpc_port"
+        return bind_problem(host, port, err, key="server.grpc_port")
+    return f"cannot listen on {join(host, port)}; change server.host or server.grpc_port"

@@ -8,13 +8,13 @@ import grpc
 
 import echelon
 from cluster.gateway.mailbox import Mailbox
-from cluster.gateway.refusal import Refusal
+from cluster.gateway.metrics import RequestMetrics
+from cluster.gateway.refusal import Refusal, status_code
 from cluster.gateway.scheduler_link import SchedulerLink
 from cluster.gateway.validation import RequestValidator
 from cluster.gateway.wire import Malformed, strict_decoder
 from echelon.pb import inference_pb2, scheduler_pb2
 
-_STATUS_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 _SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -26,9 +26,15 @@ class InferenceServicer:
     """Serves every method of `echelon.v1.Inference`; what becomes of a request is the scheduler's decision."""
 
     def __init__(
-        self, validator: RequestValidator, links: Sequence[SchedulerLink], *, info: inference_pb2.ModelInfo
+        self,
+        validator: RequestValidator,
+        links: Sequence[SchedulerLink],
+        *,
+        info: inference_pb2.ModelInfo,
+        metrics: RequestMetrics,
     ) -> None:
         self._validator = validator
+        self._metrics = metrics
         self._links = links
         self._info = info
         self._started_at = time.monotonic()
@@ -38,14 +44,16 @@ class InferenceServicer:
         self._draining = True
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
+        meter = self._metrics.start()
         try:
             submit = await self._validator.validate(request)
             link = self._choose_link(submit.request_id)
             remaining_s = context.time_remaining()
             if remaining_s is not None:
                 submit.timeout_s = remaining_s
-            mailbox = link.submit(submit)
+            mailbox = link.submit(submit, meter)
         except Refusal as refusal:
+            meter.on_error(refusal.code)
             await context.abort(refusal.code, refusal.message)
         try:
             await self._forward(submit.request_id, mailbox, context)
@@ -59,8 +67,7 @@ class InferenceServicer:
             for chunk in chunks:
                 await context.write(inference_pb2.GenerateResponse(request_id=request_id, chunk=chunk))
         if isinstance(final, scheduler_pb2.RequestError):
-            code = _STATUS_BY_NUMBER.get(final.code, grpc.StatusCode.UNKNOWN)
-            await context.abort(code, final.message)
+            await context.abort(status_code(final.code), final.message)
         await context.write(inference_pb2.GenerateResponse(request_id=request_id, complete=final))
 
     def _choose_link(self, request_id: str) -> SchedulerLink:

@@ -28,6 +28,7 @@ from echelon.errors import (
     UnavailableError,
 )
 from echelon.pb import process_pb2, scheduler_pb2, scheduler_pb2_grpc
+from tests.helpers.scrape import free_port, scrape
 
 ROOT = Path(__file__).parents[2]
 TARGET, DRAFT = ROOT / "models" / "demo-target", ROOT / "models" / "demo-draft"
@@ -46,6 +47,7 @@ def deployment() -> Iterator[LocalDeployment]:
         max_num_seqs=8,
         max_num_batched_tokens=256,
         max_model_len=MAX_MODEL_LEN,
+        http_port=free_port(),
     )
     with LocalDeployment(settings, gateway=True) as deployment:
         yield deployment
@@ -207,6 +209,31 @@ def endless(client: Client, **options: Any) -> Any:
     return stream
 
 
+def test_metrics_count_what_happens(deployment: LocalDeployment, client: Client) -> None:
+    def read() -> dict[tuple[str, ...], float]:
+        return scrape(deployment.settings.http_port, model_name="demo-target")
+
+    before = read()
+    completion = client.generate(PROMPT, max_tokens=16, ignore_eos=True, temperature=0)
+    after = read()
+
+    def grown(name: str, *labels: str) -> float:
+        key = (f"echelon:{name}", *labels)
+        return after[key] - before.get(key, 0.0)
+
+    assert grown("generation_tokens_total", "0") == 16
+    assert grown("prompt_tokens_total", "0") == completion.usage.prompt_tokens
+    assert grown("prefix_cache_queries_total", "0") > 0
+    assert grown("request_success_total", "length") == 1
+    assert grown("time_to_first_token_seconds_count") == 1
+    assert 0 < grown("inter_token_latency_seconds_count") < 16
+    assert grown("spec_decode_num_accepted_tokens_total") == completion.speculation.num_accepted_tokens
+    assert grown("accepted_tokens_total", "0") == completion.speculation.num_accepted_tokens
+    assert grown("draft_tokens_total", "0") >= completion.speculation.num_draft_tokens
+    assert after["echelon:num_requests_running", "0"] == 0
+    assert 0 < after["echelon:acceptance_rate", "0"] <= 1
+
+
 def test_a_dropped_stream_frees_everything(deployment: LocalDeployment, client: Client) -> None:
     stream = endless(client, n=2)
     assert not all_is_free(deployment)
@@ -295,13 +322,16 @@ def next_event(process: "subprocess.Popen[bytes]") -> process_pb2.ProcessEvent:
     return json_format.Parse(process.stdout.readline(), process_pb2.ProcessEvent())
 
 
-def test_a_taken_port_is_the_last_word() -> None:
+@pytest.mark.parametrize("key", ["grpc_port", "http_port"])
+def test_a_taken_port_is_the_last_word(key: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with start_gateway(grpc_port=port) as process:
-            assert f"127.0.0.1:{port} is taken" in next_event(process).failed.error
+        with start_gateway(**{key: port}) as process:
+            error = next_event(process).failed.error
+            assert f"127.0.0.1:{port} is taken" in error
+            assert f"server.{key}" in error
             assert process.wait(30) == 1
 
 

@@ -17,6 +17,7 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
         self.received: asyncio.Queue[scheduler_pb2.SchedulerRequest] = asyncio.Queue()
         self.ready = True
         self.not_ready_reason = ""
+        self.status = scheduler_pb2.SchedulerStatus()  # counters, beside the two above
         self.streams_opened = asyncio.Semaphore(0)
         self._replies: asyncio.Queue[scheduler_pb2.SchedulerReply | None] = asyncio.Queue()
 
@@ -35,7 +36,9 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
             await self.received.put(request)
 
     async def GetSchedulerStatus(self, request: Any, context: Any) -> scheduler_pb2.SchedulerStatus:
-        return scheduler_pb2.SchedulerStatus(ready=self.ready, not_ready_reason=self.not_ready_reason)
+        status = scheduler_pb2.SchedulerStatus(ready=self.ready, not_ready_reason=self.not_ready_reason)
+        status.MergeFrom(self.status)
+        return status
 
     async def next_submit(self) -> scheduler_pb2.Submit:
         request = await self.received.get()

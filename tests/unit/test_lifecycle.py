@@ -88,7 +88,7 @@ def test_a_private_ray_that_hangs_is_ended_all_the_same(monkeypatch: pytest.Monk
 
 
 def test_an_error_that_nobody_expected_fails_the_start(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def break_down(host: str, port: int) -> NoReturn:
+    def break_down(host: str, port: int, key: str) -> NoReturn:
         raise ZeroDivisionError("cheese / 0")
 
     monkeypatch.setattr(controller, "check_port", break_down)

@@ -53,7 +53,7 @@ def test_the_demo_file() -> None:
     assert settings.method == "draft_model"
     assert settings.num_speculative_tokens == AUTO_NUM_SPECULATIVE_TOKENS
     assert settings.target.folder.path == ROOT / "models" / "demo-target", "relative to the file"
-    assert (settings.host, settings.grpc_port) == ("127.0.0.1", 50051)
+    assert (settings.host, settings.grpc_port, settings.http_port) == ("127.0.0.1", 50051, 0)
 
 
 def test_defaults(folder: Path) -> None:
@@ -199,6 +199,7 @@ def test_all_problems_at_once_each_with_its_line(folder: Path) -> None:
         ("scheduler: {max_queue: 5000000000}\n", "scheduler.max_queue: 5000000000: must be less than or equal to"),
         ("8: 1\n", "8: a key must be text; put it in quotes"),
         ("server: {grpc_port: 70000}\n", "server.grpc_port: 70000: must be less than or equal to 65535"),
+        ("server: {http_port: 50051}\n", "server.http_port: 50051: is server.grpc_port too; choose another"),
     ],
 )
 def test_wrong_values(folder: Path, text: str, problem: str) -> None:
@@ -214,7 +215,6 @@ def test_wrong_values(folder: Path, text: str, problem: str) -> None:
         "replicas: {max: 4}\n",
         "replicas: {min: 2, max: 2}\n",
         "replicas: {target_ongoing_requests: 16}\n",
-        "server: {http_port: 8000}\n",
         "server: {tls: {cert: x}}\n",
         "server: {auth: {tokens: x}}\n",
         "attention: budgeted\n",
@@ -227,6 +227,11 @@ def test_what_is_not_built_yet_is_refused(folder: Path, text: str) -> None:
 def test_not_built_keys_may_be_written_as_off(folder: Path) -> None:
     off = "server: {tls: null, auth: null, http_port: null}\nreplicas: {min: 1, max: 1}\n"
     load_deployment(write(folder, HEAD + TARGET + CPU + off))
+
+
+def test_an_http_port_is_for_metrics(folder: Path) -> None:
+    settings = load_deployment(write(folder, HEAD + TARGET + CPU + "server: {http_port: 8000}\n"))
+    assert settings.metrics_url == "http://127.0.0.1:8000/metrics"
 
 
 def test_whoever_insists_listens_to_the_world(folder: Path) -> None:

@@ -1,0 +1,130 @@
+"""What the gateway measures of requests, under the names that dashboards and autoscalers for LLM servers know."""
+
+import time
+from collections.abc import Callable
+
+import grpc
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from echelon.pb import inference_pb2
+
+PREFIX = "echelon:"
+_FINISH_REASONS: dict[int, str] = {
+    inference_pb2.FINISH_REASON_STOP: "stop",
+    inference_pb2.FINISH_REASON_LENGTH: "length",
+    inference_pb2.FINISH_REASON_ABORT: "abort",
+}
+_REQUEST_BUCKETS_S = (
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0,
+)  # fmt: skip
+_TOKEN_BUCKETS_S = (
+    0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 10.0,
+)  # fmt: skip
+
+
+class RequestMetrics:
+    """Histograms and counters of all requests of one gateway, in `registry`. `now` is a monotonic clock, seconds."""
+
+    def __init__(self, model_name: str, *, now: Callable[[], float] = time.monotonic) -> None:
+        self.registry = CollectorRegistry()
+        self.now = now
+        self._model_name = model_name
+        self.first_token = self._histogram(
+            "time_to_first_token_seconds", "From the arrival at the gateway to the first token.", _REQUEST_BUCKETS_S
+        )
+        self.inter_token = self._histogram(
+            "inter_token_latency_seconds",
+            "Between tokens of a sample; tokens that one round commits together share their time.",
+            _TOKEN_BUCKETS_S,
+        )
+        self.per_output_token = self._histogram(
+            "request_time_per_output_token_seconds",
+            "Of a request: time behind its first token by the number of tokens behind it.",
+            _TOKEN_BUCKETS_S,
+        )
+        self.end_to_end = self._histogram(
+            "e2e_request_latency_seconds", "From the arrival at the gateway to the end.", _REQUEST_BUCKETS_S
+        )
+        self.queue = self._histogram(
+            "request_queue_time_seconds", "Waited in the scheduler's queue.", _REQUEST_BUCKETS_S
+        )
+        self.prefill = self._histogram(
+            "request_prefill_time_seconds", "From the queue's end to the first token.", _REQUEST_BUCKETS_S
+        )
+        self.decode = self._histogram(
+            "request_decode_time_seconds", "From the first token to the end.", _REQUEST_BUCKETS_S
+        )
+        self._successes = self._counter("request_success", "Finished samples.", "finished_reason")
+        self._errors = self._counter("request_errors", "Requests that ended with a status.", "code")
+        self._num_drafts = self._counter("spec_decode_num_drafts", "Verifications that had drafts.")
+        self._num_draft_tokens = self._counter("spec_decode_num_draft_tokens", "Drafts that were verified.")
+        self._num_accepted = self._counter("spec_decode_num_accepted_tokens", "Drafts that were accepted.")
+        self._accepted_at = self._counter(
+            "spec_decode_num_accepted_tokens_per_pos", "Accepted drafts by their place in the round.", "position"
+        )
+
+    def start(self) -> "RequestMeter":
+        """A request has arrived."""
+        return RequestMeter(self)
+
+    def count_error(self, code: grpc.StatusCode) -> None:
+        self._errors.labels(self._model_name, code.name).inc()
+
+    def count_complete(self, complete: inference_pb2.GenerateComplete) -> None:
+        for finished in complete.finished:
+            self._successes.labels(self._model_name, _FINISH_REASONS.get(finished.reason, "unspecified")).inc()
+        stats = complete.speculation
+        self._num_drafts.labels(self._model_name).inc(stats.num_drafts)
+        self._num_draft_tokens.labels(self._model_name).inc(stats.num_draft_tokens)
+        self._num_accepted.labels(self._model_name).inc(stats.num_accepted_tokens)
+        for position, num_accepted in enumerate(stats.accepted_per_position):
+            self._accepted_at.labels(self._model_name, str(position)).inc(num_accepted)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        family = Histogram(PREFIX + name, text, ["model_name"], buckets=buckets, registry=self.registry)
+        return family.labels(self._model_name)
+
+    def _counter(self, name: str, text: str, *more_labels: str) -> Counter:
+        return Counter(PREFIX + name, text, ["model_name", *more_labels], registry=self.registry)
+
+
+class RequestMeter:
+    """Follows one request: told of all that comes from its scheduler, whether its client reads or not."""
+
+    def __init__(self, metrics: RequestMetrics) -> None:
+        self._metrics = metrics
+        self._arrived_s = metrics.now()
+        self._first_token_s: float | None = None
+        self._last_token_s: dict[int, float] = {}  # by sample
+        self._num_tokens = 0
+
+    def on_chunk(self, chunk: inference_pb2.GenerateChunk) -> None:
+        num_tokens = len(chunk.token_ids)
+        if not num_tokens:
+            return  # text that had waited for its end
+        now = self._metrics.now()
+        if self._first_token_s is None:
+            self._first_token_s = now
+            self._metrics.first_token.observe(now - self._arrived_s)
+        last = self._last_token_s.get(chunk.index)
+        if last is not None:
+            for _ in range(num_tokens):
+                self._metrics.inter_token.observe((now - last) / num_tokens)
+        self._last_token_s[chunk.index] = now
+        self._num_tokens += num_tokens
+
+    def on_complete(self, complete: inference_pb2.GenerateComplete) -> None:
+        now, metrics, timings = self._metrics.now(), self._metrics, complete.timings
+        metrics.end_to_end.observe(now - self._arrived_s)
+        metrics.queue.observe(timings.queue_s)
+        if self._first_token_s is not None:
+            metrics.prefill.observe(timings.first_token_s - timings.queue_s)
+            metrics.decode.observe(timings.total_s - timings.first_token_s)
+            num_samples = len(self._last_token_s)
+            if self._num_tokens > num_samples:  # samples run side by side
+                spent_s = sum(last - self._first_token_s for last in self._last_token_s.values())
+                metrics.per_output_token.observe(spent_s / (self._num_tokens - num_samples))
+        metrics.count_complete(complete)
+
+    def on_error(self, code: grpc.StatusCode) -> None:
+        self._metrics.count_error(code)

@@ -1,0 +1,32 @@
+"""What Prometheus would see."""
+
+import socket
+import urllib.request
+
+from prometheus_client.parser import text_string_to_metric_families
+
+__all__ = ["free_port", "parse", "scrape"]
+
+Samples = dict[tuple[str, ...], float]  # (name, label value, ...) without the model's name
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def parse(text: str, *, model_name: str) -> Samples:
+    """Every sample; each must carry the model's name."""
+    samples: Samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            assert labels.pop("model_name") == model_name, sample
+            samples[sample.name, *labels.values()] = sample.value
+    return samples
+
+
+def scrape(port: int, *, model_name: str) -> Samples:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        return parse(answer.read().decode(), model_name=model_name)

@@ -1,0 +1,226 @@
+"""Metrics: what a request's life becomes, and what Prometheus reads from a gateway."""
+
+import asyncio
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+import pytest_asyncio
+from prometheus_client import generate_latest
+
+from cluster.gateway.metrics import RequestMetrics
+from cluster.gateway.server import Gateway, StartupError
+from echelon import __version__
+from echelon.client import AsyncClient
+from echelon.errors import InvalidRequestError
+from echelon.pb import inference_pb2 as pb
+from echelon.pb import process_pb2, scheduler_pb2
+from tests.helpers.fake_scheduler import FakeScheduler, serve
+from tests.helpers.scrape import Samples, free_port, parse, scrape
+
+MODEL_DIR = Path(__file__).parents[2] / "models" / "demo-target"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def samples_of(metrics: RequestMetrics) -> Samples:
+    return parse(generate_latest(metrics.registry).decode(), model_name="demo")
+
+
+def test_a_request_is_measured_from_its_arrival_to_its_end() -> None:
+    clock = Clock()
+    metrics = RequestMetrics("demo", now=clock)
+    meter = metrics.start()
+    for at, num_tokens in ((102.0, 2), (102.5, 0), (103.0, 4), (104.0, 1)):
+        clock.now = at
+        meter.on_chunk(pb.GenerateChunk(token_ids=range(num_tokens), text="x"))
+    clock.now = 105.0
+    meter.on_complete(
+        pb.GenerateComplete(
+            finished=[pb.Finished(reason=pb.FINISH_REASON_STOP)],
+            speculation=pb.SpeculationStats(
+                num_drafts=3, num_draft_tokens=9, num_accepted_tokens=4, accepted_per_position=[3, 1]
+            ),
+            timings=pb.RequestTimings(queue_s=0.5, first_token_s=1.5, total_s=4.0),
+        )
+    )
+    samples = samples_of(metrics)
+    for name, count, total in (
+        ("time_to_first_token_seconds", 1, 2.0),
+        ("inter_token_latency_seconds", 5, 2.0),  # four tokens that share a second, one that took another
+        ("request_time_per_output_token_seconds", 1, 2.0 / 6),
+        ("e2e_request_latency_seconds", 1, 5.0),
+        ("request_queue_time_seconds", 1, 0.5),
+        ("request_prefill_time_seconds", 1, 1.0),
+        ("request_decode_time_seconds", 1, 2.5),
+    ):
+        assert samples[f"echelon:{name}_count",] == count, name
+        assert samples[f"echelon:{name}_sum",] == pytest.approx(total), name
+    assert samples["echelon:inter_token_latency_seconds_bucket", "0.3"] == 4
+    assert samples["echelon:request_success_total", "stop"] == 1
+    assert samples["echelon:spec_decode_num_drafts_total",] == 3
+    assert samples["echelon:spec_decode_num_draft_tokens_total",] == 9
+    assert samples["echelon:spec_decode_num_accepted_tokens_total",] == 4
+    assert samples["echelon:spec_decode_num_accepted_tokens_per_pos_total", "1"] == 1
+
+
+def test_samples_of_a_request_run_side_by_side() -> None:
+    clock = Clock()
+    metrics = RequestMetrics("demo", now=clock)
+    meter = metrics.start()
+    for at, index in ((101.0, 0), (101.0, 1), (102.0, 0), (102.0, 1)):
+        clock.now = at
+        meter.on_chunk(pb.GenerateChunk(index=index, token_ids=[1]))
+    meter.on_complete(pb.GenerateComplete(finished=[pb.Finished(reason=pb.FINISH_REASON_LENGTH)] * 2))
+    samples = samples_of(metrics)
+    assert samples["echelon:time_to_first_token_seconds_count",] == 1
+    assert samples["echelon:inter_token_latency_seconds_sum",] == pytest.approx(2.0)
+    assert samples["echelon:request_time_per_output_token_seconds_sum",] == pytest.approx(1.0)
+    assert samples["echelon:request_success_total", "length"] == 2
+
+
+class House:
+    def __init__(self, scheduler: FakeScheduler, scheduler_server: grpc.aio.Server, port: int, client: AsyncClient):
+        self.scheduler = scheduler
+        self.scheduler_server = scheduler_server
+        self.port = port
+        self.client = client
+
+    async def scrape(self) -> Samples:
+        return await asyncio.to_thread(scrape, self.port, model_name="demo")
+
+
+def gateway_spec(scheduler_address: str, http_port: int) -> process_pb2.GatewaySpec:
+    return process_pb2.GatewaySpec(
+        name="test",
+        version=__version__,
+        host="127.0.0.1",
+        http_port=http_port,
+        model_name="demo",
+        model_dir=str(MODEL_DIR),
+        scheduler_addresses=[scheduler_address],
+        max_model_len=64,
+        vocab_size=4096,
+    )
+
+
+@pytest_asyncio.fixture
+async def house() -> AsyncIterator[House]:
+    scheduler = FakeScheduler()
+    server, scheduler_address = await serve(scheduler)
+    port = free_port()
+    gateway = Gateway(gateway_spec(scheduler_address, port))
+    address = await gateway.start()
+    await gateway.wait_until_ready()
+    async with AsyncClient(address) as client:
+        yield House(scheduler, server, port, client)
+    await gateway.drain(grace_s=0)
+    await server.stop(grace=0)
+
+
+async def test_a_scrape_asks_the_scheduler(house: House) -> None:
+    house.scheduler.status = scheduler_pb2.SchedulerStatus(
+        num_requests_running=3,
+        num_requests_waiting=2,
+        num_blocks=8,
+        num_free_blocks=6,
+        prompt_tokens_total=70,
+        generation_tokens_total=50,
+        prefix_cache_queries=40,
+        prefix_cache_hits=30,
+        num_preemptions_total=1,
+        draft_tokens_total=90,
+        lookup_tokens_total=10,
+        accepted_tokens_total=60,
+        verdict_cache_hits_total=5,
+        verdict_cache_misses_total=6,
+        draft_idle_seconds_total=1.5,
+        verify_wait_seconds_total=2.5,
+        window_occupancy=0.75,
+        acceptance_rate=0.9,
+    )
+    samples = await house.scrape()
+    expected = {
+        "num_requests_running": 3,
+        "num_requests_waiting": 2,
+        "kv_cache_usage_perc": 0.25,
+        "prompt_tokens_total": 70,
+        "generation_tokens_total": 50,
+        "prefix_cache_queries_total": 40,
+        "prefix_cache_hits_total": 30,
+        "num_preemptions_total": 1,
+        "wasted_drafts": 40,
+        "verdict_cache_hits_total": 5,
+        "verdict_cache_misses_total": 6,
+        "lookup_tokens_total": 10,
+        "draft_idle_seconds_total": 1.5,
+        "verify_wait_seconds_total": 2.5,
+        "window_occupancy": 0.75,
+        "acceptance_rate": 0.9,
+        "replica_ready": 1,
+    }
+    assert {name: samples[f"echelon:{name}", "0"] for name in expected} == expected
+    house.scheduler.status.num_requests_running = 4
+    assert (await house.scrape())["echelon:num_requests_running", "0"] == 4
+
+
+async def test_requests_are_counted_however_they_end(house: House) -> None:
+    call = asyncio.ensure_future(house.client.generate("x"))
+    request_id = (await house.scheduler.next_submit()).request_id
+    house.scheduler.send_chunk(request_id, [1, 2], "ab")
+    house.scheduler.send_complete(request_id)
+    await call
+    with pytest.raises(InvalidRequestError):
+        await house.client.generate("x", top_p=7)
+    stream = house.client.stream("x", request_id="dropped")
+    reading = asyncio.ensure_future(anext(stream))
+    await house.scheduler.next_submit()
+    house.scheduler.send_chunk("dropped", [1], "a")
+    await reading
+    stream.close()
+    assert await house.scheduler.next_cancel() == "dropped"
+    house.scheduler.send_complete("dropped", reason=pb.FINISH_REASON_ABORT)
+    again = asyncio.ensure_future(house.client.generate("y"))  # by its end the abort has arrived too
+    request_id = (await house.scheduler.next_submit()).request_id
+    house.scheduler.send_error(request_id, grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
+    with pytest.raises(Exception, match="queue"):
+        await again
+    samples = await house.scrape()
+    assert samples["echelon:request_success_total", "length"] == 1
+    assert samples["echelon:request_success_total", "abort"] == 1
+    assert samples["echelon:request_errors_total", "INVALID_ARGUMENT"] == 1
+    assert samples["echelon:request_errors_total", "RESOURCE_EXHAUSTED"] == 1
+    assert samples["echelon:time_to_first_token_seconds_count",] == 2
+
+
+async def test_a_scheduler_that_does_not_answer_is_not_ready(house: House) -> None:
+    await house.scheduler_server.stop(grace=0)
+    samples = await house.scrape()
+    assert samples["echelon:replica_ready", "0"] == 0
+    assert ("echelon:num_requests_running", "0") not in samples
+
+
+async def test_there_is_only_metrics(house: House) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        await asyncio.to_thread(urllib.request.urlopen, f"http://127.0.0.1:{house.port}/")
+
+
+async def test_a_taken_http_port_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        gateway = Gateway(gateway_spec("127.0.0.1:1", port))
+        with pytest.raises(StartupError, match=rf"127\.0\.0\.1:{port} is taken.*server\.http_port"):
+            await gateway.start()
+        await gateway.drain(grace_s=0)
