@@ -38,7 +38,10 @@ class ParallelLMHead:
         self._linear = ctx.linear
         self.vocab_range = vocab_range(vocab_size, ctx.group.rank, ctx.group.size)
         if tied_to is not None:
-            self.weight = tied_to  # not packed: the embedding reads it too, and a second copy would be large
+            # Packing makes a copy (on CPU alone), since the embedding reads rows: of a small draft the head is the
+            # largest matrix, and a packed one takes half the time.
+            self.weight = tied_to
+            ctx.packable(self)
             return
         start, end = self.vocab_range
         self.weight = ctx.empty(end - start, hidden_size)
