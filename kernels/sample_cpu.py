@@ -61,8 +61,10 @@ def top_keys_cpu(
     Looks for the tokens that reach a goal, which `num` of them nearly always do, and otherwise again with a goal that
     `num` of them must reach.
     """
-    tiles, first_group = _tiles(logits, first_token_id)
     noisy = temperature > 0
+    if thresholds is None and not noisy.any() and num <= logits.shape[1]:
+        return _top_logits(logits, num, first_token_id)
+    tiles, first_group = _tiles(logits, first_token_id)
     tile_max = scale_by_temperature(tiles.amax(dim=2), temperature)  # division is monotone
     if thresholds is not None:
         tile_max = tile_max.masked_fill(tile_max < thresholds.unsqueeze(1), -torch.inf)
@@ -85,6 +87,13 @@ def top_keys_cpu(
         again = search.run(torch.where(missed, certain, torch.inf), num)
         best[missed] = again[missed]
     return best
+
+
+def _top_logits(logits: Tensor, num: int, first_token_id: int) -> Tensor:
+    """`top_keys_cpu` of greedy rows."""
+    token_ids = torch.arange(first_token_id, first_token_id + logits.shape[1])
+    best = pack_sort_key(logits, token_ids).topk(num, dim=1).values
+    return best.masked_fill_((best >> 32) == (EXCLUDED_KEY >> 32), EXCLUDED_KEY)  # -Inf
 
 
 def _tiles(logits: Tensor, first_token_id: int) -> tuple[Tensor, int]:

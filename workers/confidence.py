@@ -40,6 +40,8 @@ def confidences(words: Tensor, winner: Tensor) -> Tensor:
         fp32 [num_rows]; 0 where every token is excluded.
     """
     chosen, _, largest, total = words.view(torch.float32).unbind(dim=2)  # [tp_size, num_rows] each
+    if words.shape[0] == 1:  # nobody has to agree
+        return torch.where(total > 0, (chosen - largest).exp_() / total, 0.0)[0]
     base = largest.amax(dim=0).clamp(min=LOWEST)
     weights = probability_mass(largest.T, base).to(torch.float64)  # [num_rows, tp_size], units cancel below
     denominator = torch.zeros_like(base, dtype=torch.float64)
