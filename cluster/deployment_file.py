@@ -231,9 +231,6 @@ def _limit_problems(settings: Settings) -> Iterator[Problem]:
     if settings.max_num_batched_tokens < settings.max_num_seqs:
         message = f"is less than max_num_seqs ({settings.max_num_seqs}): a round could not decode all seqs"
         yield _limit_problem("max_num_batched_tokens", settings.max_num_batched_tokens, message, "raise it")
-    if settings.batch_invariant and settings.device == "cuda":
-        message, remedy = "is not built yet for device: cuda", "leave it out, or use device: cpu"
-        yield Problem(path="batch_invariant", value="True", message=message, remedy=remedy)
     yield from _kv_problems(settings)
 
 

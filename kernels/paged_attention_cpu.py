@@ -29,13 +29,6 @@ def paged_attention_cpu(call: AttentionCall, seqs: Sequence[SeqRows], *, batch_i
             _attend_sdpa(call, seq)
 
 
-def probe_paged_attention_batch_invariant(num_q_heads: int, num_kv_heads: int, head_dim: int) -> str | None:
-    """The probe of paged_attention_probe.py for this machine's CPU."""
-    from kernels.paged_attention_probe import probe_paged_attention  # it imports this module
-
-    return probe_paged_attention(num_q_heads, num_kv_heads, head_dim)
-
-
 def _attend_sdpa(call: AttentionCall, seq: SeqRows) -> None:
     """SDPA_TOKENS new tokens at a time, against the keys up to the last of them.
 

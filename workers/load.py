@@ -12,7 +12,7 @@ import torch
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.worker_pb2 import EngineInfo, EngineRole, LayerGroup
 from kernels.linear import probe_linear_batch_invariant
-from kernels.paged_attention_cpu import probe_paged_attention_batch_invariant
+from kernels.paged_attention_probe import probe_paged_attention
 from workers.cohort import Cohort
 from workers.draft_engine import DraftEngine
 from workers.engine import Engine, ModelRunner
@@ -89,10 +89,6 @@ def _load(spec: EngineSpec, cohort: Cohort, device: torch.device, on_progress: O
     if not 1 <= spec.tp_size <= cohort.world_size:
         raise SpecError(f"engines: tp_size {spec.tp_size} must be 1 to the group's world_size {cohort.world_size}")
     num_members = num_ranks(spec, cohort.world_size)
-    if spec.batch_invariant and device.type != "cpu":
-        raise SpecError(
-            f"batch_invariant: attention on {device.type} cannot keep it so far; set batch_invariant: false"
-        )
     group = cohort.group(num_members, ordered_sum=spec.batch_invariant)
     if group is None:
         return None
@@ -100,7 +96,7 @@ def _load(spec: EngineSpec, cohort: Cohort, device: torch.device, on_progress: O
     model = _load_model(spec, group, cohort, device, on_progress)
     if spec.batch_invariant:
         on_progress("probing batch invariance", 0, 0)
-        _probe(model)
+        _probe(model, dtype=DTYPES[spec.dtype], device=device)
     layout = KVLayout(
         num_layers=model.num_kv_layers,
         block_size=spec.block_size,
@@ -129,14 +125,14 @@ def _load_model(
     return load_layer_parallel_model(Path(spec.model), plan, **options)
 
 
-def _probe(model: CausalLM | LayerParallelLM) -> None:
+def _probe(model: CausalLM | LayerParallelLM, *, dtype: torch.dtype, device: torch.device) -> None:
     """Batch invariance rests on the machine's matrix products: one weight of each shape is tried, and attention."""
     attention, mlp = _sublayers(model)
     with torch.inference_mode():
         for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj, model.head):
             _require(probe_linear_batch_invariant(linear.weight))
-        heads = attention.qkv_proj
-        _require(probe_paged_attention_batch_invariant(heads.num_q_heads, heads.num_kv_heads, model.config.head_dim))
+        heads = (attention.qkv_proj.num_q_heads, attention.qkv_proj.num_kv_heads, model.config.head_dim)
+        _require(probe_paged_attention(*heads, dtype=dtype, device=device))
 
 
 def _sublayers(model: CausalLM | LayerParallelLM) -> tuple[Attention, MLP]:

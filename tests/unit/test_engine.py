@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from echelon.pb.process_pb2 import WorkerSpec
 from echelon.pb.sampling_pb2 import SeqSampling
 from echelon.pb.worker_pb2 import Round, Row, SeqInit
 from tests.helpers.engines import (
@@ -18,7 +18,6 @@ from tests.helpers.engines import (
     MAX_MODEL_LEN,
     TARGET,
     drive,
-    engine_spec,
     interleave,
     make_engine,
     poison,
@@ -26,9 +25,9 @@ from tests.helpers.engines import (
 from tests.helpers.rounds import INCARNATION, Driver, Seq, greedy, seeded
 from tests.helpers.tiny_models import TinyModel, make_tiny_model
 from workers import load
-from workers.cohort import Cohort
 from workers.kv_cache import KVCacheError
 from workers.models import LoadError
+from workers.models.hf_config import load_model_config
 from workers.process import SpecError
 from workers.rounds import ProtocolError
 from workers.target_engine import TargetEngine
@@ -104,20 +103,22 @@ def test_batch_invariance_makes_it_exact_in_bf16(tiny: TinyModel) -> None:
     assert [seq.output[:NUM_TOKENS] for seq in seqs] == streams
 
 
-@pytest.mark.parametrize("probe", ["probe_linear_batch_invariant", "probe_paged_attention_batch_invariant"])
+@pytest.mark.parametrize("probe", ["probe_linear_batch_invariant", "probe_paged_attention"])
 def test_a_machine_that_cannot_keep_batch_invariance_says_so(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, probe: str
 ) -> None:
-    monkeypatch.setattr(load, probe, lambda *_: "this machine rounds as it likes")
+    monkeypatch.setattr(load, probe, lambda *_, **__: "this machine rounds as it likes")
     with pytest.raises(SpecError, match="rounds as it likes; set batch_invariant: false"):
         make_engine(tiny.folder, TARGET, batch_invariant=True)
 
 
-def test_a_device_that_cannot_keep_batch_invariance_says_so(tiny: TinyModel) -> None:
-    """Before anything is loaded, so this needs no such device."""
-    spec = WorkerSpec(world_size=1, device="cuda", engines=[engine_spec(tiny.folder, TARGET, batch_invariant=True)])
-    with pytest.raises(SpecError, match="batch_invariant: attention on cuda cannot keep it"):
-        load.load_engines(spec, Cohort(0, 1, None), lambda *_: None)
+def test_batch_invariance_is_probed_in_the_dtype_of_the_model(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    probed = []
+    monkeypatch.setattr(load, "probe_paged_attention", lambda *heads, **on: probed.append((*heads, *on.values())))
+    make_engine(tiny.folder, TARGET, dtype="bfloat16", batch_invariant=True)
+    config = load_model_config(tiny.folder)
+    heads = (config.num_q_heads, config.num_kv_heads, config.head_dim)
+    assert probed == [(*heads, torch.bfloat16, torch.device("cpu"))]
 
 
 def test_verification_says_what_it_compared(target: Driver) -> None:
