@@ -11,11 +11,14 @@ from echelon.pb import inference_pb2, process_pb2, scheduler_pb2, worker_pb2
 from scheduler.config import Method
 from scheduler.core import SchedulerCore
 from scheduler.group_client import GroupClient, GroupEvents
+from scheduler.recorder import RoundRecorder
 from scheduler.request import Chunk, Completed, Failed, Output
 
 __all__ = ["Outbox", "Replica"]
 
 logger = logging.getLogger(__name__)
+
+_TARGET, _DRAFT = worker_pb2.ENGINE_ROLE_TARGET, worker_pb2.ENGINE_ROLE_DRAFT
 
 
 class Outbox:
@@ -88,10 +91,11 @@ class Replica:
         self._idle.set()
         self.ready = False
         self.draft_ready = False
+        self.recorder = RoundRecorder(core.status, is_colocated=spec.draft.address == spec.target.address)
         self.target = GroupClient(
             "target group",
             spec.target,
-            worker_pb2.ENGINE_ROLE_TARGET,
+            _TARGET,
             version=spec.version,
             round_timeout_s=spec.round_timeout_s,
             events=GroupEvents(connected=self._target_up, result=self._target_result, lost=self._target_lost),
@@ -101,7 +105,7 @@ class Replica:
             self.draft = GroupClient(
                 "draft group",
                 spec.draft,
-                worker_pb2.ENGINE_ROLE_DRAFT,
+                _DRAFT,
                 version=spec.version,
                 round_timeout_s=spec.round_timeout_s,
                 events=GroupEvents(connected=self._draft_up, result=self._draft_result, lost=self._draft_lost),
@@ -176,12 +180,14 @@ class Replica:
         self._on_ready(not self._draining)
 
     def _target_result(self, result: worker_pb2.RoundResult) -> None:
+        self.recorder.received(_TARGET, result)
         self._core.on_target_result(result, self._now())
         self._pump()
 
     def _target_lost(self, reason: str) -> None:
         self.ready = False
         self._on_ready(False)
+        self.recorder.lost(_TARGET)
         self._core.disconnect_target(f"{self.target.name}: {reason}")
         self._pump_soon()
 
@@ -191,11 +197,13 @@ class Replica:
         self._pump_soon()
 
     def _draft_result(self, result: worker_pb2.RoundResult) -> None:
+        self.recorder.received(_DRAFT, result)
         self._core.on_draft_result(result, self._now())
         self._pump()
 
     def _draft_lost(self, reason: str) -> None:
         self.draft_ready = False
+        self.recorder.lost(_DRAFT)
         self._core.disconnect_draft()
         self._pump_soon()
 
@@ -231,12 +239,14 @@ class Replica:
     def _pump_draft(self) -> bool:
         message = self._core.plan_draft(self._now()) if self.draft is not None else None
         if self.draft is not None and message is not None:
+            self.recorder.sent(_DRAFT, message)
             self.draft.send(message)
         return message is not None
 
     def _pump_target(self, now: float) -> bool:
         message = self._core.plan_target(now)
         if message is not None:
+            self.recorder.sent(_TARGET, message)
             self.target.send(message)
         return message is not None
 

@@ -17,6 +17,7 @@ from echelon.pb import process_pb2, scheduler_pb2, scheduler_pb2_grpc
 from scheduler.config import ConfigError, SchedulerConfig
 from scheduler.core import SchedulerCore
 from scheduler.detokenizer import TokenTable
+from scheduler.recorder import RecorderBusyError
 from scheduler.replica import Outbox, Replica
 
 __all__ = ["SchedulerServer", "SchedulerService"]
@@ -32,6 +33,7 @@ _SERVICE_NAME = "echelon.v1.Scheduler"
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[scheduler_pb2.SchedulerRequest, scheduler_pb2.SchedulerReplies]
+    TraceContext = grpc.aio.ServicerContext[scheduler_pb2.TraceRequest, scheduler_pb2.TraceEvent]
 
 
 class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
@@ -68,6 +70,23 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         self, request: scheduler_pb2.GetSchedulerStatusRequest, context: object
     ) -> scheduler_pb2.SchedulerStatus:
         return self._replica.status()
+
+    async def Trace(
+        self, request: scheduler_pb2.TraceRequest, context: "TraceContext"
+    ) -> AsyncIterator[scheduler_pb2.TraceEvent]:
+        recorder = self._replica.recorder
+        try:
+            recording = recorder.start(max_rounds=request.num_rounds)
+        except RecorderBusyError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        await context.send_initial_metadata(())  # it has begun, though there may be nothing to say for long
+        if request.duration_s:
+            asyncio.get_running_loop().call_later(request.duration_s, recording.close)
+        try:
+            async for event in recording:
+                yield event
+        finally:
+            recorder.stop(recording)
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:

@@ -1,6 +1,7 @@
 """The scheduler over gRPC, between a gateway played by the test and groups without models."""
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -332,6 +333,37 @@ async def test_a_slow_gateway_holds_one_chunk_a_sample() -> None:
     assert (first.chunk.index, list(first.chunk.token_ids), first.chunk.text) == (0, [0, 1, 2], "ababab")
     assert (second.chunk.index, list(second.chunk.token_ids), second.chunk.text) == (1, [0, 1, 2], "cdcdcd")
     assert last.error.message == "over"
+
+
+async def test_a_trace_holds_the_rounds_of_both_engines(house: House) -> None:
+    gateway = house.gateway()
+    call = gateway.stub.Trace(scheduler_pb2.TraceRequest(num_rounds=3))
+    await call.initial_metadata()  # it records
+    with pytest.raises(grpc.aio.AioRpcError, match="another recording runs") as refused:
+        await gateway.stub.Trace(scheduler_pb2.TraceRequest()).read()
+    assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    await gateway.submit(submit("r", PROMPT, max_tokens=30))
+    events = [event async for event in call]
+    rounds = [event.round for event in events if event.HasField("round")]
+    assert {traced.group for traced in rounds} == {"target", "draft"}
+    assert sum(traced.group == "target" for traced in rounds) == 3
+    assert all(traced.sent_ns < traced.received_ns for traced in rounds)
+    assert (await gateway.end_of("r")).HasField("complete")
+    assert gateway.tokens["r"] == expected(submit("r", PROMPT), 30)
+
+
+async def test_a_trace_ends_with_its_time_and_with_its_reader(house: House) -> None:
+    gateway = house.gateway()
+    assert [event async for event in gateway.stub.Trace(scheduler_pb2.TraceRequest(duration_s=0.01))] == []
+    call = gateway.stub.Trace(scheduler_pb2.TraceRequest())
+    await call.initial_metadata()
+    call.cancel()
+    async with asyncio.timeout(30):
+        while True:  # until the scheduler has noticed
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                again = gateway.stub.Trace(scheduler_pb2.TraceRequest(duration_s=0.01))
+                assert [event async for event in again] == []
+                break
 
 
 async def test_an_error_of_its_own_is_fatal(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

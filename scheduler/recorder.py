@@ -1,0 +1,157 @@
+"""Records what engines do for a while: every round, as it left and as it came back."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from echelon.pb import scheduler_pb2, worker_pb2
+from echelon.pb.worker_pb2 import ENGINE_ROLE_TARGET, EngineRole
+
+__all__ = ["RecorderBusyError", "Recording", "RoundRecorder"]
+
+ReadStatus = Callable[[], scheduler_pb2.SchedulerStatus]
+
+
+class RecorderBusyError(RuntimeError):
+    """Another recording runs."""
+
+
+class RoundRecorder:
+    """Sees every round of a replica. Without a recording it looks and passes on; with one, it asks the round's ranks
+    for their spans (`Round.trace`)."""
+
+    def __init__(
+        self, read_status: ReadStatus, *, is_colocated: bool, now_ns: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        self._read_status = read_status
+        self._is_colocated = is_colocated
+        self._now_ns = now_ns
+        self._recording: Recording | None = None
+
+    def start(self, *, max_rounds: int = 0) -> "Recording":
+        """Record from now on until `max_rounds` rounds of the target were sent (0: no limit) or somebody ends it."""
+        if self._recording is not None and not self._recording.is_over:
+            raise RecorderBusyError("another recording runs; try again when it has ended")
+        self._recording = Recording(
+            self._read_status, is_colocated=self._is_colocated, max_rounds=max_rounds, now_ns=self._now_ns
+        )
+        return self._recording
+
+    def stop(self, recording: "Recording") -> None:
+        """Nobody reads the recording any more."""
+        if self._recording is recording:
+            self._recording = None
+
+    def sent(self, engine: EngineRole.ValueType, message: worker_pb2.Round) -> None:
+        """The round is about to be sent."""
+        if self._recording is not None:
+            self._recording.sent(engine, message)
+
+    def received(self, engine: EngineRole.ValueType, result: worker_pb2.RoundResult) -> None:
+        if self._recording is not None:
+            self._recording.received(engine, result)
+
+    def lost(self, engine: EngineRole.ValueType) -> None:
+        """The engine's rounds will not come back."""
+        if self._recording is not None:
+            self._recording.lost(engine)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    at_ns: int
+    num_rows: int
+
+
+class Recording:
+    """The events of one recording, in the order in which they ended; iterate over them once. On one event loop."""
+
+    def __init__(
+        self, read_status: ReadStatus, *, is_colocated: bool, max_rounds: int, now_ns: Callable[[], int]
+    ) -> None:
+        self._read_status = read_status
+        self._is_colocated = is_colocated
+        self._max_rounds = max_rounds
+        self._now_ns = now_ns
+        self._began_ns = now_ns()
+        self._num_rounds = 0
+        self._in_flight: dict[tuple[EngineRole.ValueType, int], _Sent] = {}
+        self._is_open = True
+        self._events: asyncio.Queue[scheduler_pb2.TraceEvent | None] = asyncio.Queue()
+        status = read_status()
+        self._idle_s = {engine: _idle_s(status, engine) for engine in EngineRole.values()}
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more will come."""
+        return not self._is_open and not self._in_flight
+
+    def close(self) -> None:
+        """Record no more rounds; those on their way are waited for."""
+        if self._is_open:
+            self._is_open = False
+            self._end_if_over()
+
+    async def __aiter__(self) -> AsyncIterator[scheduler_pb2.TraceEvent]:
+        while (event := await self._events.get()) is not None:
+            yield event
+
+    def sent(self, engine: EngineRole.ValueType, message: worker_pb2.Round) -> None:
+        if not self._is_open:
+            return
+        now_ns = self._since_begin_ns()
+        self._note_wait(engine, now_ns)
+        message.trace = True
+        self._in_flight[engine, message.round_id] = _Sent(now_ns, len(message.rows))
+        self._num_rounds += engine == ENGINE_ROLE_TARGET
+        if self._max_rounds and self._num_rounds >= self._max_rounds:
+            self.close()
+
+    def received(self, engine: EngineRole.ValueType, result: worker_pb2.RoundResult) -> None:
+        sent = self._in_flight.pop((engine, result.round_id), None)
+        if sent is None:
+            return  # sent before the recording began, or after it was closed
+        traced = scheduler_pb2.TracedRound(
+            engine=engine,
+            group="target" if engine == ENGINE_ROLE_TARGET or self._is_colocated else "draft",
+            round_id=result.round_id,
+            sent_ns=sent.at_ns,
+            received_ns=self._since_begin_ns(),
+            queue_ns=result.queue_ns,
+            run_ns=result.run_ns,
+            num_rows=sent.num_rows,
+            num_steps=result.num_steps,
+            spans=result.spans,
+        )
+        self._events.put_nowait(scheduler_pb2.TraceEvent(round=traced))
+        self._end_if_over()
+
+    def lost(self, engine: EngineRole.ValueType) -> None:
+        if self.is_over:
+            return
+        self._in_flight = {key: sent for key, sent in self._in_flight.items() if key[0] != engine}
+        self._end_if_over()
+
+    def _note_wait(self, engine: EngineRole.ValueType, now_ns: int) -> None:
+        """What the engine was idle for, though wanted, since its last round: this one has ended it."""
+        idle_s = _idle_s(self._read_status(), engine)
+        grown_ns = round((idle_s - self._idle_s[engine]) * 1e9)
+        self._idle_s[engine] = idle_s
+        if grown_ns > 0:
+            start_ns = max(0, now_ns - grown_ns)  # it may have begun before the recording
+            wait = scheduler_pb2.TracedWait(engine=engine, start_ns=start_ns, run_ns=now_ns - start_ns)
+            self._events.put_nowait(scheduler_pb2.TraceEvent(wait=wait))
+
+    def _since_begin_ns(self) -> int:
+        return self._now_ns() - self._began_ns
+
+    def _end_if_over(self) -> None:
+        if self.is_over:
+            self._events.put_nowait(None)
+
+
+def _idle_s(status: scheduler_pb2.SchedulerStatus, engine: EngineRole.ValueType) -> float:
+    if engine == ENGINE_ROLE_TARGET:
+        return status.verify_wait_seconds_total
+    return status.draft_idle_seconds_total
