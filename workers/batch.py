@@ -19,4 +19,4 @@ class Batch:
     block_table: Tensor  # int32 [num_seqs, max_blocks]: entries behind a seq's last block are not read
     seq_lens: Tensor  # int32 [num_seqs]: KV length, the new tokens included
     cu_seqlens_q: Tensor  # int32 [num_seqs + 1]: starts at 0, ends at num_tokens
-    lengths: SeqLengths | None = None  # seq_lens and cu_seqlens_q on the host; None: a step waits for the device
+    lengths: SeqLengths  # seq_lens and cu_seqlens_q on the host, so that no step waits for the device

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.paged_kv import SeqLengths
 from workers.batch import Batch
 from workers.models import CausalLM, LayerParallelLM
 
@@ -91,6 +92,7 @@ def _dummy_batch(num_tokens: int, max_model_len: int, block_size: int, device: t
     lengths = torch.tensor([max_model_len] * (num_tokens // max_model_len) + [num_tokens % max_model_len])
     lengths = lengths[lengths > 0].to(torch.int32)
     positions = torch.cat([torch.arange(int(length)) for length in lengths])
+    cu_seqlens_q = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     blocks = torch.arange(-(-int(lengths.max()) // block_size), dtype=torch.int32)
     return Batch(
         input_ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),
@@ -98,5 +100,6 @@ def _dummy_batch(num_tokens: int, max_model_len: int, block_size: int, device: t
         slot_mapping=positions.to(device),
         block_table=blocks.repeat(len(lengths), 1).to(device),
         seq_lens=lengths.to(device),
-        cu_seqlens_q=torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(device),
+        cu_seqlens_q=cu_seqlens_q.to(device),
+        lengths=SeqLengths.read(lengths, cu_seqlens_q),
     )

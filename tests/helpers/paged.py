@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels.paged_kv import SeqLengths
 from workers.batch import Batch
 from workers.models import CausalLM
 
@@ -50,13 +51,16 @@ class PagedRunner:
             positions += new_positions
             slots += [self.block_tables[seq][p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in new_positions]
             cu_seqlens_q.append(len(input_ids))
+        seq_lens = torch.tensor([self.lens[seq] for seq in chunks], dtype=torch.int32)
+        bounds = torch.tensor(cu_seqlens_q, dtype=torch.int32)
         return Batch(
             input_ids=torch.tensor(input_ids),
             positions=torch.tensor(positions),
             slot_mapping=torch.tensor(slots),
             block_table=torch.tensor([self.block_tables[seq] for seq in chunks], dtype=torch.int32),
-            seq_lens=torch.tensor([self.lens[seq] for seq in chunks], dtype=torch.int32),
-            cu_seqlens_q=torch.tensor(cu_seqlens_q, dtype=torch.int32),
+            seq_lens=seq_lens,
+            cu_seqlens_q=bounds,
+            lengths=SeqLengths.read(seq_lens, bounds),
         )
 
 

@@ -152,7 +152,7 @@ def _repeat(batch: Batch, num_layers: int, *, num_blocks: int, block_size: int) 
         block_table=(batch.block_table + layer.view(-1, 1, 1) * num_blocks).flatten(0, 1),
         seq_lens=batch.seq_lens.repeat(num_layers),
         cu_seqlens_q=torch.nn.functional.pad(starts.flatten(), (0, 1), value=num_layers * num_tokens),
-        lengths=None if batch.lengths is None else _repeat_lengths(batch.lengths, num_layers, num_tokens),
+        lengths=_repeat_lengths(batch.lengths, num_layers, num_tokens),
     )
 
 

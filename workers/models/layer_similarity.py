@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from kernels.paged_kv import SeqLengths
 from workers.batch import Batch
 from workers.groups import SoloGroup
 from workers.layers.context import BuildContext
@@ -111,13 +112,15 @@ def _one_seq(token_ids: Tensor, config: ModelConfig, dtype: torch.dtype) -> tupl
     shape = (1, num_tokens, config.num_kv_heads, config.head_dim)
     kv_cache = (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
     positions = torch.arange(num_tokens, device=device)
+    seq_lens, cu_seqlens_q = (torch.tensor(numbers, dtype=torch.int32) for numbers in ([num_tokens], [0, num_tokens]))
     batch = Batch(
         input_ids=token_ids,
         positions=positions,
         slot_mapping=positions,
         block_table=torch.zeros((1, 1), dtype=torch.int32, device=device),
-        seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
-        cu_seqlens_q=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
+        seq_lens=seq_lens.to(device),
+        cu_seqlens_q=cu_seqlens_q.to(device),
+        lengths=SeqLengths.read(seq_lens, cu_seqlens_q),
     )
     cos_sin = cos_sin_cache(config.rope, head_dim=config.head_dim, num_positions=num_tokens, device=device)
     return make_step(batch, cos_sin, kv_cache), kv_cache

@@ -62,7 +62,8 @@ def load_layer_parallel_model(
     ctx = BuildContext(group, dtype=dtype, device=device, batch_invariant=batch_invariant)
     model = LayerParallelLM(config, plan, max_model_len=max_model_len, ctx=ctx)
     _fill(model, Checkpoint(folder), ctx, progress or _ignore)
-    if plan.num_ranks == 1 and device.type == "cuda":  # a CPU gains nothing from fewer calls
+    # A CPU gains nothing from fewer calls, and products of several layers at once round as the batch has it.
+    if plan.num_ranks == 1 and device.type == "cuda" and not batch_invariant:
         model.stack_weights()
     return model
 
