@@ -8,6 +8,7 @@ from echelon import __version__
 from echelon.cli_deploy import down, plan, schema, status, up
 from echelon.cli_generate import chat, generate
 from echelon.cli_output import EXIT_CODES_HELP, write
+from echelon.cli_trace import trace
 
 
 def _print_version(wanted: bool) -> None:
@@ -33,7 +34,7 @@ def _app() -> typer.Typer:
     ) -> None:
         """Serve a large language model with speculative decoding that never changes a token."""
 
-    for command in (plan, up, status, down, generate, chat, schema):
+    for command in (plan, up, status, down, generate, chat, trace, schema):
         app.command()(command)
     return app
 

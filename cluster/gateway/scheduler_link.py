@@ -95,6 +95,12 @@ class SchedulerLink:
         """What the scheduler says of itself now. Raises grpc's error if it does not answer within STATUS_TIMEOUT_S."""
         return await self._stub.GetSchedulerStatus(scheduler_pb2.GetSchedulerStatusRequest(), timeout=STATUS_TIMEOUT_S)
 
+    def trace(
+        self, request: scheduler_pb2.TraceRequest
+    ) -> "grpc.aio.UnaryStreamCall[scheduler_pb2.TraceRequest, scheduler_pb2.TraceEvent]":
+        """A recording of what the scheduler and its groups do; cancelling the call ends it."""
+        return self._stub.Trace(request)
+
     async def run(self) -> None:
         """Serves the link until cancelled."""
         try:

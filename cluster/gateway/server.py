@@ -9,6 +9,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import echelon
+from cluster.gateway.control_servicer import ControlServicer
 from cluster.gateway.health import READINESS, Health
 from cluster.gateway.http_server import HttpServer
 from cluster.gateway.listening import bind_problem, join, try_bind
@@ -18,13 +19,16 @@ from cluster.gateway.replica_metrics import ReplicaCollector
 from cluster.gateway.replicas import read_replicas
 from cluster.gateway.sampling import load_sampling_defaults
 from cluster.gateway.scheduler_link import STATUS_TIMEOUT_S, SchedulerLink
-from cluster.gateway.servicer import InferenceServicer, inference_handlers
+from cluster.gateway.service_handlers import service_handlers
+from cluster.gateway.servicer import InferenceServicer
 from cluster.gateway.tokenization import PromptTokenizer
 from cluster.gateway.validation import RequestValidator
 from echelon.pb import control_pb2, inference_pb2, process_pb2
 
 logger = logging.getLogger(__name__)
 
+INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
+CONTROL = control_pb2.DESCRIPTOR.services_by_name["Control"]
 DEFAULT_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
 
@@ -49,9 +53,13 @@ class Gateway:
         self._http: HttpServer | None = None
         self._servicer = _build_servicer(spec, self._links, self._metrics)
         self._server = grpc.aio.server(options=_server_options(spec.max_message_bytes or DEFAULT_MAX_MESSAGE_BYTES))
-        self._server.add_generic_rpc_handlers((inference_handlers(self._servicer),))
+        control = ControlServicer(self._links, model_name=spec.model_name)
+        self._server.add_generic_rpc_handlers(
+            (service_handlers(INFERENCE, self._servicer), service_handlers(CONTROL, control))
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((READINESS, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        services = (INFERENCE.full_name, CONTROL.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(services, self._server)
 
     async def start(self) -> str:
         """Listens and connects. Returns host:port; a port that is taken raises StartupError naming it."""

@@ -1,8 +1,7 @@
 """The Inference service: translates between clients and schedulers."""
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import grpc
 
@@ -11,15 +10,9 @@ from cluster.gateway.mailbox import Mailbox
 from cluster.gateway.metrics import RequestMetrics
 from cluster.gateway.refusal import Refusal, status_code
 from cluster.gateway.scheduler_link import SchedulerLink
+from cluster.gateway.service_handlers import Context
 from cluster.gateway.validation import RequestValidator
-from cluster.gateway.wire import Malformed, strict_decoder
 from echelon.pb import inference_pb2, scheduler_pb2
-
-_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
-
-Context = grpc.aio.ServicerContext[Any, Any]
-# A handler may return its reply or, like Generate, write it to the context.
-_Handler = Callable[[Any, Context], Awaitable[Any]]
 
 
 class InferenceServicer:
@@ -116,26 +109,3 @@ class InferenceServicer:
             num_replicas=len(self._links),
             num_ready_replicas=sum(link.ready for link in self._links),
         )
-
-
-def inference_handlers(servicer: InferenceServicer) -> "grpc.GenericRpcHandler[Any, Any]":
-    """What the generated add_InferenceServicer_to_server makes, but with strict decoding of every request."""
-    handlers = {}
-    for method in _SERVICE.methods:
-        make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
-        message_class = getattr(inference_pb2, method.input_type.name)
-        handlers[method.name] = make(
-            _refuse_malformed(getattr(servicer, method.name)),
-            request_deserializer=strict_decoder(message_class),
-            response_serializer=lambda message: message.SerializeToString(),
-        )
-    return grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers)
-
-
-def _refuse_malformed(handler: _Handler) -> _Handler:
-    async def handle(request: Any, context: Context) -> Any:
-        if isinstance(request, Malformed):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.error)
-        return await handler(request, context)
-
-    return handle

@@ -1,5 +1,6 @@
 """The front door of a whole deployment: gateway, scheduler, target and draft as processes, without Ray."""
 
+import json
 import os
 import signal
 import socket
@@ -234,6 +235,31 @@ def test_metrics_count_what_happens(deployment: LocalDeployment, client: Client)
     assert 0 < after["echelon:acceptance_rate", "0"] <= 1
 
 
+def test_a_trace_shows_what_both_groups_do(address: str, client: Client, tmp_path: Path) -> None:
+    out = tmp_path / "trace.json"
+    arguments = ["trace", "--out", str(out), "--rounds", "12", "--address", address]
+    recording = subprocess.Popen([sys.executable, "-m", "echelon.cli", *arguments], cwd=ROOT)
+    while recording.poll() is None:  # it needs something to record
+        client.generate(PROMPT, max_tokens=64, ignore_eos=True, temperature=0)
+    assert recording.returncode == 0
+    events = json.loads(out.read_text())["traceEvents"]
+    processes = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    lanes = {(processes[e["pid"]], e["args"]["name"]) for e in events if e["name"] == "thread_name"}
+    assert {("target group", "rank 0"), ("draft group", "rank 0"), ("scheduler", "target rounds")} <= lanes
+    spans = [e for e in events if e["ph"] == "X"]
+    names = {group: {e["name"] for e in spans if processes[e["pid"]] == group} for group in processes.values()}
+    assert names["target group"] >= {"verify", "sample"}
+    assert names["draft group"] >= {"draft", "sample"}
+    assert names["scheduler"] >= {"target round", "draft round", "wait"}
+    rounds = {(e["name"].split()[0], e["args"]["round"]): e for e in spans if e["name"].endswith(" round")}
+    assert sum(engine == "target" for engine, _ in rounds) == 12
+    for span in spans:
+        if processes[span["pid"]] != "scheduler":
+            whole = rounds[span["args"]["engine"], span["args"]["round"]]
+            assert whole["ts"] <= span["ts"]
+            assert span["ts"] + span["dur"] <= whole["ts"] + whole["dur"] + 1e-3  # floats of microseconds
+
+
 def test_a_dropped_stream_frees_everything(deployment: LocalDeployment, client: Client) -> None:
     stream = endless(client, n=2)
     assert not all_is_free(deployment)
@@ -267,6 +293,7 @@ def test_reflection_describes_the_services(channel: grpc.Channel) -> None:
     names = {service.name for service in services.list_services_response.service}
     assert names == {
         "echelon.v1.Inference",
+        "echelon.v1.Control",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }

@@ -9,8 +9,8 @@ from typing import Any
 
 import grpc
 
+from echelon.pb import control_pb2, control_pb2_grpc, inference_pb2_grpc, scheduler_pb2
 from echelon.pb import inference_pb2 as pb
-from echelon.pb import inference_pb2_grpc
 
 Script = Callable[[pb.GenerateRequest, grpc.ServicerContext], Iterator[pb.GenerateResponse]]
 
@@ -61,6 +61,7 @@ class FakeGateway(inference_pb2_grpc.InferenceServicer):
     dropped: threading.Event = field(default_factory=threading.Event)  # a client left before its stream ended
     has_chat_template: bool = True
     address: str = ""
+    control: "FakeControl" = field(default_factory=lambda: FakeControl())
 
     def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
         self.requests.append(request)
@@ -91,10 +92,29 @@ class FakeGateway(inference_pb2_grpc.InferenceServicer):
         return pb.ServerInfo(version="1", uptime_s=2.0, num_replicas=1, num_ready_replicas=1)
 
 
+@dataclass
+class FakeControl(control_pb2_grpc.ControlServicer):
+    """`statuses` are given out one after the other, the last one again and again."""
+
+    statuses: list[control_pb2.GetReplicasResponse] = field(default_factory=list)
+    events: list[scheduler_pb2.TraceEvent] = field(default_factory=list)
+    traces: list[control_pb2.ReplicaTraceRequest] = field(default_factory=list)
+
+    def GetReplicas(self, request: Any, context: grpc.ServicerContext) -> control_pb2.GetReplicasResponse:
+        return self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
+
+    def Trace(
+        self, request: control_pb2.ReplicaTraceRequest, context: grpc.ServicerContext
+    ) -> Iterator[scheduler_pb2.TraceEvent]:
+        self.traces.append(request)
+        yield from self.events
+
+
 @contextmanager
 def serving(gateway: FakeGateway) -> Iterator[FakeGateway]:
     server = grpc.server(futures.ThreadPoolExecutor(4))
     inference_pb2_grpc.add_InferenceServicer_to_server(gateway, server)
+    control_pb2_grpc.add_ControlServicer_to_server(gateway.control, server)
     gateway.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
     try:

@@ -18,6 +18,8 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
         self.ready = True
         self.not_ready_reason = ""
         self.status = scheduler_pb2.SchedulerStatus()  # counters, beside the two above
+        self.trace: list[scheduler_pb2.TraceEvent] | None = []  # None: refuses to record
+        self.traces_asked: list[scheduler_pb2.TraceRequest] = []
         self.streams_opened = asyncio.Semaphore(0)
         self._replies: asyncio.Queue[scheduler_pb2.SchedulerReply | None] = asyncio.Queue()
 
@@ -39,6 +41,13 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
         status = scheduler_pb2.SchedulerStatus(ready=self.ready, not_ready_reason=self.not_ready_reason)
         status.MergeFrom(self.status)
         return status
+
+    async def Trace(self, request: scheduler_pb2.TraceRequest, context: Any) -> AsyncIterator[Any]:
+        self.traces_asked.append(request)
+        if self.trace is None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another recording runs")
+        for event in self.trace or ():
+            yield event
 
     async def next_submit(self) -> scheduler_pb2.Submit:
         request = await self.received.get()

@@ -18,6 +18,7 @@ from cluster.plan import Bundle, ControlProcess, MemoryEstimate, Plan
 from cluster.status import DeploymentStatus, ProcessStatus, State
 from echelon import __version__
 from echelon.cli import main
+from echelon.pb import scheduler_pb2, worker_pb2
 from tests.helpers.fake_gateway import FakeGateway, refuse, serving
 
 PLAN = Plan(
@@ -93,7 +94,7 @@ def test_version_and_help(run: Run) -> None:
     assert run("--version") == (0, f"echelon {__version__}\n", "")
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("plan", "up", "status", "down", "generate", "chat", "schema"):
+    for command in ("plan", "up", "status", "down", "generate", "chat", "trace", "schema"):
         assert command in out
     assert "Exit codes: 0 success" in out
 
@@ -250,6 +251,37 @@ def test_chat_needs_a_template(run: Run, gateway: FakeGateway) -> None:
     code, _, err = run("chat", "--address", gateway.address)
     assert code == 2
     assert "'demo' has no chat template" in err
+
+
+# trace
+
+
+def test_trace_writes_what_comes(run: Run, gateway: FakeGateway, tmp_path: Path) -> None:
+    span = worker_pb2.Span(name="verify", start_ns=5_000, run_ns=10_000)
+    traced = scheduler_pb2.TracedRound(
+        engine=worker_pb2.ENGINE_ROLE_TARGET, group="target", received_ns=90_000, run_ns=50_000, spans=[span]
+    )
+    gateway.control.events = [scheduler_pb2.TraceEvent(round=traced)] * 2
+    out = tmp_path / "trace.json"
+    code, stdout, err = run("trace", "--out", str(out), "--rounds", "2", "--address", gateway.address)
+    assert (code, stdout) == (0, "")
+    assert err.endswith(f"{out}: 2 rounds of the target group\n")
+    assert "verify" in {event["name"] for event in json.loads(out.read_text())["traceEvents"]}
+    run("trace", "--out", str(out), "--address", gateway.address)
+    run("trace", "--out", str(out), "--seconds", "2", "--rounds", "9", "--replica", "1", "--address", gateway.address)
+    limits = [(r.trace.num_rounds, r.trace.duration_s, r.replica) for r in gateway.control.traces]
+    assert limits == [(2, 0.0, 0), (0, 5.0, 0), (9, 2.0, 1)]
+
+
+def test_a_trace_of_nothing_is_1(run: Run, gateway: FakeGateway, tmp_path: Path) -> None:
+    code, _, err = run("trace", "--out", str(tmp_path / "trace.json"), "--address", gateway.address)
+    assert (code, "no round ran" in err) == (1, True)
+
+
+def test_a_trace_needs_a_file_that_can_be_written(run: Run, gateway: FakeGateway, tmp_path: Path) -> None:
+    code, _, err = run("trace", "--out", str(tmp_path / "no" / "trace.json"), "--address", gateway.address)
+    assert (code, gateway.control.traces) == (2, [])
+    assert "trace.json cannot be written: No such file" in err
 
 
 # plan, up, status, down, schema

@@ -1,0 +1,54 @@
+"""The Control service: how the replicas fare, and what they do."""
+
+import math
+from collections.abc import Sequence
+
+import grpc
+
+from cluster.gateway.replicas import read_replicas
+from cluster.gateway.scheduler_link import SchedulerLink
+from cluster.gateway.service_handlers import Context
+from echelon.pb import control_pb2
+
+MAX_TRACE_S = 600.0
+MAX_TRACE_ROUNDS = 1_000_000
+
+
+class ControlServicer:
+    """Serves every method of `echelon.v1.Control`."""
+
+    def __init__(self, links: Sequence[SchedulerLink], *, model_name: str) -> None:
+        self._links = links
+        self._model_name = model_name
+
+    async def GetReplicas(
+        self, request: control_pb2.GetReplicasRequest, context: Context
+    ) -> control_pb2.GetReplicasResponse:
+        replicas = await read_replicas(self._links)
+        return control_pb2.GetReplicasResponse(model=self._model_name, replicas=replicas)
+
+    async def Trace(self, request: control_pb2.ReplicaTraceRequest, context: Context) -> None:
+        problem = self._problem_of(request)
+        if problem:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+        call = self._links[request.replica].trace(request.trace)
+        try:
+            await call.initial_metadata()
+            await context.send_initial_metadata(())  # it has begun
+            async for event in call:
+                await context.write(event)
+        except grpc.aio.AioRpcError as err:
+            await context.abort(err.code(), err.details() or "")
+        finally:
+            call.cancel()
+
+    def _problem_of(self, request: control_pb2.ReplicaTraceRequest) -> str:
+        """Empty: none."""
+        trace = request.trace
+        if request.replica >= len(self._links):
+            return f"replica: there is no {request.replica}; the last one is {len(self._links) - 1}"
+        if trace.num_rounds > MAX_TRACE_ROUNDS:
+            return f"trace.num_rounds: must be at most {MAX_TRACE_ROUNDS}, got {trace.num_rounds}"
+        if not (math.isfinite(trace.duration_s) and 0 <= trace.duration_s <= MAX_TRACE_S):
+            return f"trace.duration_s: must be in [0, {MAX_TRACE_S:g}], got {trace.duration_s:g}"
+        return ""

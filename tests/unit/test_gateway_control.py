@@ -1,0 +1,93 @@
+"""The gateway's Control service, between its client and a scheduler that the test plays."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from cluster.gateway.server import Gateway
+from echelon import __version__
+from echelon.control import ControlClient
+from echelon.errors import EchelonError, InvalidRequestError
+from echelon.pb import process_pb2
+from echelon.pb.scheduler_pb2 import SchedulerStatus, TracedRound, TraceEvent
+from tests.helpers.fake_scheduler import FakeScheduler, serve
+
+MODEL_DIR = Path(__file__).parents[2] / "models" / "demo-target"
+
+
+@dataclass
+class House:
+    scheduler: FakeScheduler
+    scheduler_server: grpc.aio.Server
+    client: ControlClient
+
+    async def trace(self, **limits: Any) -> list[TraceEvent]:
+        return await asyncio.to_thread(lambda: list(self.client.trace(**limits)))
+
+
+@pytest_asyncio.fixture
+async def house() -> AsyncIterator[House]:
+    scheduler = FakeScheduler()
+    server, scheduler_address = await serve(scheduler)
+    spec = process_pb2.GatewaySpec(
+        name="test",
+        version=__version__,
+        host="127.0.0.1",
+        model_name="demo",
+        model_dir=str(MODEL_DIR),
+        scheduler_addresses=[scheduler_address, "127.0.0.1:1"],
+        max_model_len=64,
+        vocab_size=4096,
+    )
+    gateway = Gateway(spec)
+    address = await gateway.start()
+    await gateway.wait_until_ready()
+    with ControlClient(address) as client:
+        yield House(scheduler, server, client)
+    await gateway.drain(grace_s=0)
+    await server.stop(grace=0)
+
+
+async def test_replicas_are_asked_now(house: House) -> None:
+    house.scheduler.status = SchedulerStatus(num_requests_running=3)
+    answer = await asyncio.to_thread(house.client.replicas)
+    assert answer.model == "demo"
+    first, second = answer.replicas
+    assert (first.replica, first.status.ready, first.status.num_requests_running) == (0, True, 3)
+    assert (second.replica, second.address, second.HasField("status")) == (1, "127.0.0.1:1", False)
+    assert second.error.startswith("UNAVAILABLE: ")
+
+
+async def test_a_trace_is_passed_through(house: House) -> None:
+    house.scheduler.trace = [TraceEvent(round=TracedRound(round_id=i)) for i in range(3)]
+    events = await house.trace(num_rounds=3, duration_s=2.5)
+    assert [event.round.round_id for event in events] == [0, 1, 2]
+    (asked,) = house.scheduler.traces_asked
+    assert (asked.num_rounds, asked.duration_s) == (3, 2.5)
+
+
+async def test_a_scheduler_that_refuses_to_record_keeps_its_words(house: House) -> None:
+    house.scheduler.trace = None
+    with pytest.raises(EchelonError, match=r"^FAILED_PRECONDITION: another recording runs"):
+        await house.trace()
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"replica": 2}, "replica: there is no 2; the last one is 1"),
+        ({"num_rounds": 1_000_001}, r"trace\.num_rounds: must be at most 1000000, got 1000001"),
+        ({"duration_s": 601}, r"trace\.duration_s: must be in \[0, 600\], got 601"),
+        ({"duration_s": -1}, r"trace\.duration_s: "),
+        ({"duration_s": float("nan")}, r"trace\.duration_s: "),
+    ],
+)
+async def test_limits_of_a_trace(house: House, limits: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        await house.trace(**limits)
