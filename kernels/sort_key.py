@@ -39,11 +39,11 @@ def from_ordered_jit(ordered):
 
 @triton.jit
 def pack_sort_key_jit(values, token_ids):
-    """`pack_sort_key`."""
-    return (ordered_jit(values).to(tl.int64) << 32) | (_ID_MASK - token_ids.to(tl.int64))
+    """`pack_sort_key`. All bits of an id flipped are the mask minus the id."""
+    return (ordered_jit(values).to(tl.int64) << 32) | (token_ids.to(tl.int64) ^ _ID_MASK)
 
 
 @triton.jit
 def unpack_sort_key_jit(keys):
     """`unpack_sort_key`."""
-    return from_ordered_jit((keys >> 32).to(tl.int32)), _ID_MASK - (keys & _ID_MASK)
+    return from_ordered_jit((keys >> 32).to(tl.int32)), (keys & _ID_MASK) ^ _ID_MASK
