@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -13,8 +12,18 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from cluster.errors import DeploymentNotFoundError
-from echelon.cli_output import EXIT_FAILED, UsageProblem, cluster_extra, exits, stderr, stdout, write_json
+from cluster.errors import DeploymentNotFoundError, StartError
+from echelon.cli_output import (
+    EXIT_FAILED,
+    UsageProblem,
+    cluster_extra,
+    exits,
+    plain_table,
+    stderr,
+    stdout,
+    write_json,
+)
+from echelon.cli_watch import watch
 
 if TYPE_CHECKING:
     from cluster.lifecycle import UpEvent
@@ -73,8 +82,21 @@ def up(
 def status(
     name: Annotated[str | None, typer.Argument(help="Deployment; not needed if there is only one.")] = None,
     json: JsonOption = False,
+    watching: Annotated[
+        bool, typer.Option("--watch", "-w", help="Show tokens/s and how speculation fares, until Ctrl-C.")
+    ] = False,
+    address: Annotated[
+        str | None, typer.Option(help="With --watch: host:port of a gateway, instead of a deployment's name.")
+    ] = None,
+    interval: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between two looks.")] = 1.0,
+    count: Annotated[int | None, typer.Option(min=1, help="With --watch: stop after so many.")] = None,
 ) -> None:
     """Show a deployment and its processes. Exit code 0 only if it serves."""
+    if watching:
+        watch(address or _endpoint_of(name), interval_s=interval, count=count, json_lines=json)
+        return
+    if address or count:
+        raise UsageProblem("--address and --count belong to --watch")
     with cluster_extra():
         from cluster import lifecycle
     found = lifecycle.status(name or _the_only_deployment(lifecycle.list_deployments))
@@ -108,6 +130,15 @@ def schema() -> None:
     write_json(json_schema())
 
 
+def _endpoint_of(name: str | None) -> str:
+    with cluster_extra():
+        from cluster import lifecycle
+    found = lifecycle.status(name or _the_only_deployment(lifecycle.list_deployments))
+    if not found.endpoint:
+        raise StartError(f"{found.name} is {found.state} and has no gateway yet; look at: echelon status {found.name}")
+    return found.endpoint
+
+
 def _the_only_deployment(list_deployments: Callable[[], list[str]]) -> str:
     names = list_deployments()
     if not names:
@@ -119,7 +150,7 @@ def _the_only_deployment(list_deployments: Callable[[], list[str]]) -> str:
 
 def plan_table(made: "Plan") -> Table:
     """Where everything runs, and what it takes of each device."""
-    table = _table()
+    table = plain_table()
     table.title, table.title_justify = f"plan of {made.deployment} on {made.device}", "left"
     table.caption, table.caption_justify = "\n".join(f"note: {note}" for note in made.notes) or None, "left"
     for heading in ("process", "node", "devices"):
@@ -141,10 +172,6 @@ def plan_table(made: "Plan") -> Table:
     return table
 
 
-def _table(*headings: str) -> Table:
-    return Table(*headings, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-
-
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.1f} MiB"
 
@@ -160,7 +187,7 @@ def _print_status(out: Console, found: "DeploymentStatus") -> None:
 
 
 def process_table(processes: "tuple[ProcessStatus, ...]") -> Table:
-    table = _table("process", "state", "node", "devices", "pid", "")
+    table = plain_table("process", "state", "node", "devices", "pid", "")
     for process in processes:
         table.add_row(
             process.name,

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from cluster.errors import ConfigError, DeploymentNotFoundError, PlanError, StartError
 from echelon.errors import EchelonError, InvalidRequestError, NotFoundError
@@ -52,6 +54,11 @@ def write_json(value: Any) -> None:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def plain_table(*headings: str) -> Table:
+    """A table with no lines but the one below its headings."""
+    return Table(*headings, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
 def report_error(message: str) -> None:

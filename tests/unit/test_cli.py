@@ -10,15 +10,17 @@ from typing import Any
 
 import grpc
 import pytest
+from rich.console import Console
 
 from cluster import lifecycle
 from cluster.errors import ConfigError, DeploymentNotFoundError, PlanError, Problem, StartError
 from cluster.lifecycle import PlanMade, ProcessChanged, RayConnected
 from cluster.plan import Bundle, ControlProcess, MemoryEstimate, Plan
 from cluster.status import DeploymentStatus, ProcessStatus, State
-from echelon import __version__
+from echelon import __version__, cli_watch
 from echelon.cli import main
-from echelon.pb import scheduler_pb2, worker_pb2
+from echelon.pb import control_pb2, scheduler_pb2, worker_pb2
+from echelon.watching import ReplicaView
 from tests.helpers.fake_gateway import FakeGateway, refuse, serving
 
 PLAN = Plan(
@@ -282,6 +284,65 @@ def test_a_trace_needs_a_file_that_can_be_written(run: Run, gateway: FakeGateway
     code, _, err = run("trace", "--out", str(tmp_path / "no" / "trace.json"), "--address", gateway.address)
     assert (code, gateway.control.traces) == (2, [])
     assert "trace.json cannot be written: No such file" in err
+
+
+# status --watch
+
+
+def replicas(**counters: Any) -> control_pb2.GetReplicasResponse:
+    status = scheduler_pb2.SchedulerStatus(**{"ready": True, "num_blocks": 4, "num_free_blocks": 3, **counters})
+    return control_pb2.GetReplicasResponse(replicas=[control_pb2.ReplicaStatus(status=status)])
+
+
+def test_watch_prints_a_line_of_json_each_time(run: Run, gateway: FakeGateway) -> None:
+    gateway.control.statuses = [replicas(), replicas(generation_tokens_total=8), replicas(num_requests_running=2)]
+    options = ("--json", "--interval", "0.1", "--count", "2", "--address", gateway.address)
+    code, out, err = run("status", "--watch", *options)
+    first, second = [json.loads(line)["replicas"][0] for line in out.splitlines()]
+    assert (code, err) == (0, "")
+    assert 0 < first["tokens_per_s"] <= 80
+    assert (first["ready"], first["kv_cache_usage"], first["acceptance_rate"]) == (True, 0.25, None)
+    assert (second["num_requests_running"], second["replica"]) == (2, 0)
+
+
+def test_watch_ends_cleanly_at_ctrl_c(run: Run, gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_watch.time, "sleep", nap)
+    stub(monkeypatch, "status", dataclasses.replace(STATUS, endpoint=gateway.address))
+    gateway.control.statuses = [replicas(verified_tokens_total=9, acceptance_rate=0.9, drafts_per_verification=3.25)]
+    code, out, err = run("status", "demo", "--watch")
+    assert (code, err, naps) == (0, "", [1.0, 1.0, 1.0])
+    line = (
+        "replica 0: tokens/s=0.0 running=0 waiting=0 acceptance=90% k=3.2 draft_idle=0% verify_wait=0% "
+        "verdict_cache_hits=- window=- kv=25%\n"
+    )
+    assert out == 2 * line
+
+
+def test_watch_shows_a_table_on_a_terminal(gateway: FakeGateway) -> None:
+    console = Console(file=io.StringIO(), width=120)
+    busy = ReplicaView(
+        replica=0, ready=True, reason="", tokens_per_s=123.4, draft_idle_share=0.25, verdict_cache_hit_rate=0.5
+    )
+    lost = ReplicaView(replica=1, ready=False, reason="UNAVAILABLE: gone")
+    console.print(cli_watch.views_table([busy, lost]))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for word in ("tokens/s", "123.4", "draft idle", "25%", "50%", "verify wait", "not ready: UNAVAILABLE: gone"):
+        assert word in text
+
+
+def test_watch_needs_somebody_to_ask(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(monkeypatch, "status", dataclasses.replace(STATUS, state=State.STARTING, endpoint=""))
+    code, _, err = run("status", "demo", "--watch")
+    assert (code, "demo is STARTING and has no gateway yet" in err) == (1, True)
+    code, _, err = run("status", "demo", "--address", "127.0.0.1:1")
+    assert (code, "belong to --watch" in err) == (2, True)
 
 
 # plan, up, status, down, schema

@@ -1,0 +1,62 @@
+"""How replicas fare between two looks at their counters."""
+
+from dataclasses import dataclass
+
+from echelon.pb.control_pb2 import ReplicaStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaView:
+    """One replica over the last moment. None: nothing happened that could be measured, or it does not answer."""
+
+    replica: int
+    ready: bool
+    reason: str  # why it is not ready
+    tokens_per_s: float | None = None
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    acceptance_rate: float | None = None  # of the drafts compared lately
+    drafts_per_verification: float | None = None  # k, lately
+    draft_idle_share: float | None = None  # of the time, in which the draft had nothing to do though a seq speculated
+    verify_wait_share: float | None = None  # of the time, in which the target waited for drafts
+    verdict_cache_hit_rate: float | None = None  # of the mismatches
+    window_occupancy: float | None = None
+    kv_cache_usage: float | None = None  # of the target's blocks
+
+
+def view(before: ReplicaStatus, after: ReplicaStatus, elapsed_s: float) -> ReplicaView:
+    """What `after` says, and what has grown since `before`."""
+    if not after.HasField("status"):
+        return ReplicaView(replica=after.replica, ready=False, reason=after.error)
+    old, new = before.status, after.status
+    has_drafted = new.verified_tokens_total > 0
+    hits = new.verdict_cache_hits_total - old.verdict_cache_hits_total
+    misses = new.verdict_cache_misses_total - old.verdict_cache_misses_total
+    # Counters that went back, or came from nowhere, are those of another life of the scheduler.
+    is_same_life = before.HasField("status") and new.target_rounds_total >= old.target_rounds_total
+    return ReplicaView(
+        replica=after.replica,
+        ready=new.ready,
+        reason=new.not_ready_reason,
+        tokens_per_s=(
+            (new.generation_tokens_total - old.generation_tokens_total) / elapsed_s if is_same_life else None
+        ),
+        num_requests_running=new.num_requests_running,
+        num_requests_waiting=new.num_requests_waiting,
+        acceptance_rate=new.acceptance_rate if has_drafted else None,
+        drafts_per_verification=new.drafts_per_verification if has_drafted else None,
+        draft_idle_share=(
+            _share(new.draft_idle_seconds_total - old.draft_idle_seconds_total, elapsed_s) if is_same_life else None
+        ),
+        verify_wait_share=(
+            _share(new.verify_wait_seconds_total - old.verify_wait_seconds_total, elapsed_s) if is_same_life else None
+        ),
+        verdict_cache_hit_rate=hits / (hits + misses) if is_same_life and hits + misses else None,
+        window_occupancy=new.window_occupancy if new.draft_ready else None,
+        kv_cache_usage=1.0 - new.num_free_blocks / new.num_blocks if new.num_blocks else None,
+    )
+
+
+def _share(part_s: float, whole_s: float) -> float:
+    """A wait counts when it ends, so more than the time between two looks may come at once."""
+    return min(1.0, part_s / whole_s)
