@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from echelon.cli_output import plain_table, stdout, write
 from echelon.control import ControlClient
@@ -22,9 +23,9 @@ _COLUMNS: tuple[tuple[str, str, Callable[[ReplicaView], str]], ...] = (
     ("waiting", "waiting", lambda v: str(v.num_requests_waiting)),
     ("accepted", "acceptance", lambda v: _percent(v.acceptance_rate)),
     ("k", "k", lambda v: "-" if v.drafts_per_verification is None else f"{v.drafts_per_verification:.1f}"),
-    ("draft idle", "draft_idle", lambda v: _percent(v.draft_idle_share)),
-    ("verify wait", "verify_wait", lambda v: _percent(v.verify_wait_share)),
-    ("cache hits", "verdict_cache_hits", lambda v: _percent(v.verdict_cache_hit_rate)),
+    ("draft\nidle", "draft_idle", lambda v: _percent(v.draft_idle_share)),
+    ("verify\nwait", "verify_wait", lambda v: _percent(v.verify_wait_share)),
+    ("cache\nhits", "verdict_cache_hits", lambda v: _percent(v.verdict_cache_hit_rate)),
     ("window", "window", lambda v: _percent(v.window_occupancy)),
     ("KV", "kv", lambda v: _percent(v.kv_cache_usage)),
 )
@@ -58,10 +59,11 @@ def _display(json_lines: bool) -> Iterator[Show]:
 def views_table(views: Sequence[ReplicaView]) -> Table:
     table = plain_table("replica")
     for heading, _, _ in _COLUMNS:
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
+        table.add_column(heading, justify="right", no_wrap=True, min_width=4)
     for seen in views:
-        table.add_row(str(seen.replica), *(value(seen) for _, _, value in _COLUMNS), _trouble(seen))
+        table.add_row(str(seen.replica), *(value(seen) for _, _, value in _COLUMNS))
+    trouble = [f"replica {seen.replica} is {_trouble(seen)}" for seen in views if not seen.ready]
+    table.caption, table.caption_justify = Text("\n".join(trouble)) if trouble else None, "left"
     return table
 
 

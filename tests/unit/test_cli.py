@@ -326,14 +326,14 @@ def test_watch_ends_cleanly_at_ctrl_c(run: Run, gateway: FakeGateway, monkeypatc
 
 
 def test_watch_shows_a_table_on_a_terminal(gateway: FakeGateway) -> None:
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=80)
     busy = ReplicaView(
         replica=0, ready=True, reason="", tokens_per_s=123.4, draft_idle_share=0.25, verdict_cache_hit_rate=0.5
     )
     lost = ReplicaView(replica=1, ready=False, reason="UNAVAILABLE: gone")
     console.print(cli_watch.views_table([busy, lost]))
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for word in ("tokens/s", "123.4", "draft idle", "25%", "50%", "verify wait", "not ready: UNAVAILABLE: gone"):
+    for word in ("tokens/s", "123.4", "idle", "25%", "50%", "window", "replica 1 is not ready: UNAVAILABLE: gone"):
         assert word in text
 
 
