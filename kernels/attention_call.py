@@ -59,10 +59,16 @@ def check_arguments(call: AttentionCall) -> None:
         ("cu_seqlens_q", call.cu_seqlens_q, (num_seqs + 1,)),
         ("block_table", call.block_table, (num_seqs, *call.block_table.shape[-1:])),
     ):
-        if x.dtype != torch.int32 or x.shape != shape:
-            raise ValueError(f"{name}: expected int32 {list(shape)}, got {x.dtype} {list(x.shape)}")
+        if x.dtype != torch.int32 or x.shape != shape or not _has_dense_rows(x):
+            got = f"{x.dtype} {list(x.shape)} with strides {list(x.stride())}"
+            raise ValueError(f"{name}: expected int32 {list(shape)}, its rows contiguous, got {got}")
     if call.sliding_window is not None and call.sliding_window < 1:
         raise ValueError(f"sliding_window: expected None or at least 1, got {call.sliding_window}")
     words = call.ancestors
-    if words is not None and (words.dtype != torch.int64 or words.shape != q.shape[:1]):
-        raise ValueError(f"ancestors: expected int64 [{q.shape[0]}], got {words.dtype} {list(words.shape)}")
+    if words is not None and (words.dtype != torch.int64 or words.shape != q.shape[:1] or not words.is_contiguous()):
+        got = f"{words.dtype} {list(words.shape)} with strides {list(words.stride())}"
+        raise ValueError(f"ancestors: expected contiguous int64 [{q.shape[0]}], got {got}")
+
+
+def _has_dense_rows(x: Tensor) -> bool:
+    return x.stride(-1) == 1 or x.shape[-1] <= 1

@@ -20,7 +20,7 @@ TILE_ELEMENTS = 2048
 Partial = tuple[Tensor, Tensor]  # o [num_tokens, num_heads, head_dim], lse fp32 [num_tokens, num_heads]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _cascade_merge_kernel(
     o1_ptr,
     lse1_ptr,

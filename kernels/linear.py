@@ -160,11 +160,15 @@ def linear_batch_invariant_reference(x: Tensor, weight: Tensor, bias: Tensor | N
 def probe_linear_batch_invariant(weight: Tensor, bias: Tensor | None = None) -> str | None:
     """Compare rows in batches of 1 to 300 on this weight, machine and thread count, bit for bit.
 
-    Returns None where every row is the same in all of them, else one sentence for the user. Costs about a thousand
-    rows of the product; weights of one shape, dtype and device behave alike, so one of each is enough.
+    Where the kernel runs they are also compared with rows of a batch so large that it does not split its sums. Returns
+    None where every row is the same in all of them, else one sentence for the user. Costs about a thousand rows of the
+    product; weights of one shape, dtype and device behave alike, so one of each is enough.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(max(_PROBED_ROWS), weight.shape[1], generator=generator)
+    num_rows = max(_PROBED_ROWS)
+    if runs_triton(weight):
+        num_rows = max(num_rows, _rows_that_need_no_splits(weight))
+    x = torch.randn(num_rows, weight.shape[1], generator=generator)
     x = x.to(dtype=weight.dtype, device=weight.device)
     expected = linear_batch_invariant(x, weight, bias)
     for num_rows in _PROBED_ROWS:
@@ -196,7 +200,7 @@ def _launch(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     options = tile_options(rows.dtype)
     num_tiles = triton.cdiv(num_rows, options["BLOCK_ROWS"]) * triton.cdiv(out_features, options["BLOCK_OUT"])
     num_splits = triton.cdiv(in_features, SPLIT_FEATURES)
-    apart = num_splits > 1 and num_tiles < ENOUGH_TILES
+    apart = num_splits > 1 and num_tiles < ENOUGH_TILES  # what _rows_that_need_no_splits turns round
     sums = torch.empty(num_splits, *out.shape, device=out.device) if apart else out
     _linear_kernel[(num_tiles, num_splits if apart else 1)](
         rows,
@@ -211,6 +215,7 @@ def _launch(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         APART=apart,
         SPLIT=SPLIT_FEATURES,
         **options,
+        enable_fp_fusion=True,  # said, because its default changes in Triton 3.10
     )
     return add_partial_sums(sums, bias, out) if apart else out
 
@@ -220,6 +225,14 @@ def add_partial_sums(sums: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     grid = (triton.cdiv(out.numel(), MERGE_ELEMENTS),)
     _add_partial_sums_kernel[grid](sums, bias, out, sums.shape[0], out.numel(), out.shape[1], BLOCK=MERGE_ELEMENTS)
     return out
+
+
+def _rows_that_need_no_splits(weight: Tensor) -> int:
+    """The fewest rows whose tiles are enough by themselves."""
+    options = tile_options(weight.dtype)
+    num_feature_tiles = triton.cdiv(weight.shape[0], options["BLOCK_OUT"])
+    num_row_tiles: int = triton.cdiv(ENOUGH_TILES, num_feature_tiles)
+    return (num_row_tiles - 1) * int(options["BLOCK_ROWS"]) + 1
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:

@@ -204,4 +204,5 @@ def launch_split(call: AttentionCall, work: SplitWork) -> None:
         KEYS=work.tiling.keys,
         num_warps=work.tiling.num_warps,
         num_stages=work.tiling.num_stages,
+        enable_fp_fusion=True,  # said, because its default changes in Triton 3.10
     )

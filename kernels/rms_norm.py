@@ -123,6 +123,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> T
         ROWS=rows,
         BLOCK=block,
         num_warps=num_warps,
+        enable_fp_fusion=False,  # so that the same bits come out however a launch specialises on strides
     )
     return out
 

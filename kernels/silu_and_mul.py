@@ -75,6 +75,14 @@ def _launch(gate_up: Tensor) -> Tensor:
     rows = TILE_ELEMENTS // block
     grid = (triton.cdiv(num_rows, rows) * triton.cdiv(intermediate, block),)
     _silu_and_mul_kernel[grid](
-        gate_up, out, num_rows, intermediate, *gate_up.stride(), ROWS=rows, BLOCK=block, num_warps=NUM_WARPS
+        gate_up,
+        out,
+        num_rows,
+        intermediate,
+        *gate_up.stride(),
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
     )
     return out

@@ -1,5 +1,8 @@
 """Row-invariant products: right, the same bits in every batch, and a probe that notices where they are not."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -93,6 +96,34 @@ def test_the_probe_notices_a_product_that_depends_on_the_batch(monkeypatch: pyte
     assert finding is not None
     assert "17 rows" in finding
     assert "[24, 16]" in finding
+
+
+class _Kernel:
+    """What stands for a kernel: called with any grid."""
+
+    def __init__(self, run: Callable[..., object]) -> None:
+        self._run = run
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        return self._run
+
+
+@pytest.mark.parametrize("shape", [(64, 1100), (1024, 2048), (5000, 1025)])
+def test_the_probe_sees_sums_that_are_split_and_sums_that_are_not(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits: list[bool] = []
+
+    def launch(*tensors: Any, APART: bool, **_: object) -> None:
+        splits.append(APART)
+        tensors[3].zero_()
+
+    monkeypatch.setattr(kernels.linear, "runs_triton", lambda x: True)
+    monkeypatch.setattr(kernels.linear, "_linear_kernel", _Kernel(launch))
+    monkeypatch.setattr(kernels.linear, "_add_partial_sums_kernel", _Kernel(lambda *tensors, **_: tensors[2].zero_()))
+    assert probe_linear_batch_invariant(torch.empty(shape, dtype=torch.bfloat16)) is None
+    assert not splits[0]
+    assert all(splits[1:3])  # a lone row
 
 
 def test_errors_name_the_argument() -> None:

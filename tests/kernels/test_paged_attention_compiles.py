@@ -1,5 +1,6 @@
 """The attention kernels compile for an H100, with the tiles that are chosen for each model."""
 
+import re
 from typing import Any
 
 import pytest
@@ -75,6 +76,25 @@ def test_of_every_type_and_size_of_head(dtype: str, head_dim: int) -> None:
         ancestors_ptr=None,
         ONE_PASS=False,
     )
+
+
+def test_parts_are_seen_by_whoever_merges_them() -> None:
+    """All threads have written before one counts, with release and acquire; what others wrote is read past the L1."""
+    model = settings("bf16", 128)
+    tiling = _tiling(model, num_rows=16)
+    ptx = compile_kernel(_paged_attention_kernel, model, "bf16", tiling, lse_ptr=None, ancestors_ptr=None).asm["ptx"]
+    before, (count,), after = _around(ptx.splitlines(), r"atom\S*\.add")
+    assert "atom.global.gpu.acq_rel.add" in count
+    last_part = max(i for i, line in enumerate(before) if "st.global" in line)
+    assert any("bar.sync" in line for line in before[last_part:])
+    first_read = next(i for i, line in enumerate(after) if "ld.global" in line)
+    assert "ld.global.cg" in after[first_read]
+    assert any("bar.sync" in line for line in after[:first_read])
+
+
+def _around(lines: list[str], pattern: str) -> tuple[list[str], list[str], list[str]]:
+    (place,) = (i for i, line in enumerate(lines) if re.search(pattern, line))
+    return lines[:place], lines[place : place + 1], lines[place + 1 :]
 
 
 @pytest.mark.parametrize(("lse", "tree", "window"), [(True, True, None), (True, False, 4096), (False, True, 4096)])

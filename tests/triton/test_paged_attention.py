@@ -191,6 +191,8 @@ def test_the_paths_of_a_tree_are_chains(device: torch.device) -> None:
         ("k_cache", lambda x: x.transpose(0, 1), r"^k_cache: expected contiguous"),
         ("seq_lens", lambda x: x * 0 + 2, r"^seq_lens: seq 1 has 3 new tokens, but a length of 2"),
         ("block_table", lambda x: x[:, :2], r"^block_table: seq 0 has 70 tokens, but 2 blocks of 16"),
+        ("seq_lens", lambda x: x.repeat_interleave(2)[::2], r"^seq_lens: .*with strides \[2\]"),
+        ("block_table", lambda x: x.t().contiguous().t(), r"^block_table: .*with strides \[1, 3\]"),
         ("cu_seqlens_q", lambda x: x + 1, r"^cu_seqlens_q: expected to run from 0 to 9, got 1 to 10"),
     ],
 )
