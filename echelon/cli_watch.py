@@ -18,10 +18,10 @@ Show = Callable[[Sequence[ReplicaView]], None]
 
 # Heading, what a plain line calls it, and its value.
 _COLUMNS: tuple[tuple[str, str, Callable[[ReplicaView], str]], ...] = (
-    ("tokens/s", "tokens/s", lambda v: "-" if v.tokens_per_s is None else f"{v.tokens_per_s:.1f}"),
-    ("running", "running", lambda v: str(v.num_requests_running)),
-    ("waiting", "waiting", lambda v: str(v.num_requests_waiting)),
-    ("accepted", "acceptance", lambda v: _percent(v.acceptance_rate)),
+    ("tok/s", "tokens/s", lambda v: "-" if v.tokens_per_s is None else f"{v.tokens_per_s:.1f}"),
+    ("run", "running", lambda v: str(v.num_requests_running)),
+    ("queue", "waiting", lambda v: str(v.num_requests_waiting)),
+    ("accept", "acceptance", lambda v: _percent(v.acceptance_rate)),
     ("k", "k", lambda v: "-" if v.drafts_per_verification is None else f"{v.drafts_per_verification:.1f}"),
     ("draft\nidle", "draft_idle", lambda v: _percent(v.draft_idle_share)),
     ("verify\nwait", "verify_wait", lambda v: _percent(v.verify_wait_share)),
@@ -57,7 +57,8 @@ def _display(json_lines: bool) -> Iterator[Show]:
 
 
 def views_table(views: Sequence[ReplicaView]) -> Table:
-    table = plain_table("replica")
+    table = plain_table()
+    table.add_column("replica", no_wrap=True)
     for heading, _, _ in _COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True, min_width=4)
     for seen in views:
