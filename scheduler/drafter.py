@@ -17,7 +17,7 @@ from scheduler.draft_seats import DraftSeats
 from scheduler.engine import Engine, InFlight, PlannedRow
 from scheduler.policy import Drafts, SpeculationPolicy
 from scheduler.seq import Seq
-from scheduler.verdict_cache import Branch, VerdictCache
+from scheduler.verdict_cache import Branch, Outcome, VerdictCache
 
 __all__ = ["Drafter"]
 
@@ -25,6 +25,10 @@ _MAX_LAG = 32  # tokens that a drafting round may catch up on the way
 _MAX_STEPS = 4  # of a round of the continuous pipeline; its answer is what tells the scheduler how to go on ...
 _ROUND_S = 2e-3  # ... so rounds are short, but long beside the time that a message takes
 _CATCH_UP_SHARE = 4  # of the token budget, while others draft
+
+
+def _num_ahead(seq: Seq) -> int:
+    return seq.draft.num_ahead if seq.draft is not None else 0
 
 
 class Drafter:
@@ -199,8 +203,10 @@ class Drafter:
                 if seq.draft is not None and seq.draft.is_cut:
                     self._add(seats, rows, seq, min(seq.window, self._num_steps))
             return rows
-        for seq in drafting:
-            self._extend(seats, rows, seq)
+        growing = [seq for seq in drafting if self._grows(seq)]
+        rows += self._branch_rows(seats, drafting, growing)  # first: a fork takes what the slot holds before the round
+        for seq in growing:
+            self._add(seats, rows, seq, self._num_missing(seq))
         budget = seats.engine.info.max_num_batched_tokens
         rows += self._catch_up_rows(seats, speculating, budget // _CATCH_UP_SHARE if rows else budget)
         return rows
@@ -209,44 +215,72 @@ class Drafter:
         seat = seq.draft
         return seat is not None and seq.is_decoding and not seat.is_catching_up and seat.lag(seq.token_ids) <= _MAX_LAG
 
-    def _extend(self, seats: DraftSeats, rows: list[PlannedRow], seq: Seq) -> None:
-        """The seq's chain grows, and branches beside it."""
-        seat = seq.draft
-        assert seat is not None, "a seq that may draft has a seat"
-        if seq.window > 0 and seq.is_verifying:
-            rows += self._branch_rows(seats, seq)  # first: a fork takes what the slot holds before the round's rows
-        num_drafts = min(seq.window - seat.num_ahead, self._num_steps)
-        if num_drafts > 0 and self._deserves_more(seq, seat):
-            self._add(seats, rows, seq, num_drafts)
-
-    def _deserves_more(self, seq: Seq, seat: DraftSeat) -> bool:
-        confidences = [drafted.confidence for drafted in seat.chain]
+    def _grows(self, seq: Seq) -> bool:
+        """The seq's chain deserves another draft."""
+        assert seq.draft is not None, "a seq that may draft has a seat"
+        confidences = [drafted.confidence for drafted in seq.draft.chain]
+        if self._num_missing(seq) == 0:
+            return False
         return not confidences or self._policy.should_extend(confidences, seq.acceptance.rate)
+
+    def _num_missing(self, seq: Seq) -> int:
+        """Drafts that the next round is to bring."""
+        assert seq.draft is not None, "a seq that may draft has a seat"
+        return max(0, min(seq.window - seq.draft.num_ahead, self._num_steps))
 
     @property
     def _num_steps(self) -> int:
         return max(1, min(_MAX_STEPS, round(_ROUND_S / self._step_s)))
 
-    def _branch_rows(self, seats: DraftSeats, seq: Seq) -> list[PlannedRow]:
+    def _branch_rows(self, seats: DraftSeats, drafting: Sequence[Seq], growing: Sequence[Seq]) -> list[PlannedRow]:
+        """Rows for branches, as many as are worth the time that they add to the round.
+
+        A draft is worth the probability that it will be committed. The chains grow in any case; what they bring a
+        second is what a branch has to beat with the time of one more row.
+        """
+        if not self._config.verdict_cache_rows:
+            return []
+        worth = sum(seq.acceptance.rate ** (1 + _num_ahead(seq)) for seq in growing)
+        num_rows = len(growing)
         rows: list[PlannedRow] = []
-        for branch in self.cache.branches(seq):
-            missing = seq.draft_limit - branch.seat.num_ahead
-            if missing > 0:
-                row = seats.branch_row(seq, branch.seat, min(missing, self._num_steps))
-                if row is not None:
-                    seats.send(row)
-                    rows.append(row)
+        for value, seq, candidate in self._branches_by_value(drafting):
+            added_s = self._policy.draft_step_s(num_rows + 1) - (
+                self._policy.draft_step_s(num_rows) if num_rows else 0.0
+            )
+            if num_rows and value * self._policy.draft_step_s(num_rows) < worth * added_s:
+                break
+            row = self._branch_row(seats, seq, candidate)
+            if row is not None:
+                seats.send(row)
+                rows.append(row)
+                worth += value
+                num_rows += 1
+        return rows
+
+    def _branches_by_value(self, drafting: Sequence[Seq]) -> list[tuple[float, Seq, Branch | Outcome]]:
+        """Branches that could grow and outcomes that could get one, with what the next draft in them is worth."""
+        candidates: list[tuple[float, Seq, Branch | Outcome]] = []
+        for seq in drafting:
+            if seq.window == 0 or not seq.is_verifying:
+                continue
+            rate = seq.acceptance.rate
+            for branch in self.cache.branches(seq):
+                if branch.seat.num_ahead < seq.draft_limit:
+                    candidates.append((branch.probability * rate ** (1 + branch.seat.num_ahead), seq, branch))
+            candidates += [(outcome.probability * rate, seq, outcome) for outcome in self.cache.likeliest(seq, rate)]
+        return sorted(candidates, key=lambda candidate: -candidate[0])
+
+    def _branch_row(self, seats: DraftSeats, seq: Seq, candidate: Branch | Outcome) -> PlannedRow | None:
+        if isinstance(candidate, Branch):
+            missing = seq.draft_limit - candidate.seat.num_ahead
+            return seats.branch_row(seq, candidate.seat, min(missing, self._num_steps))
         parent = seq.draft
         assert parent is not None, "branches fork from a seat"
-        for outcome in self.cache.likeliest(seq, seq.acceptance.rate):
-            row = seats.fork_row(seq, parent, outcome.start, outcome.token_id, self._num_steps)
-            if row is None:
-                break
+        row = seats.fork_row(seq, parent, candidate.start, candidate.token_id, self._num_steps)
+        if row is not None:
             assert isinstance(row.seat, DraftSeat), "a fork has a draft seat"
-            self.cache.add(seq, Branch(outcome.start, outcome.token_id, row.seat))
-            seats.send(row)
-            rows.append(row)
-        return rows
+            self.cache.add(seq, Branch(candidate.start, candidate.token_id, candidate.probability, row.seat))
+        return row
 
     def _ask_policy(self, seqs: Sequence[Seq]) -> None:
         """How far each chain may run from now on; nothing new unless one of the seqs has got on."""

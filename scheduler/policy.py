@@ -111,6 +111,10 @@ class SpeculationPolicy:
         self._num_draft_rounds += 1
         self._draft.observe(num_seqs=num_seqs, num_steps=num_steps, num_chunk_tokens=num_chunk_tokens, run_s=run_s)
 
+    def draft_step_s(self, num_seqs: int) -> float:
+        """Expected seconds of a draft step for so many seqs; a guess until one was seen."""
+        return self._draft.step_s(num_seqs) if self._draft.is_known else 1e-3 * (1.0 + 0.1 * num_seqs)
+
     # -- what the target verifies -------------------------------------------------------------------------------------
 
     def choose(self, seqs: Sequence[Drafts], *, num_other_tokens: int, num_waiting: int) -> list[Choice]:

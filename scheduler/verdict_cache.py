@@ -32,6 +32,7 @@ class Outcome:
 class Branch(NamedTuple):
     start: int
     token_id: int
+    probability: float  # of the verdict, when the branch was made
     seat: DraftSeat
 
 
