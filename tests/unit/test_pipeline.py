@@ -26,7 +26,8 @@ def target_engine() -> FakeEngine:
 
 def draft_engine(agreement: int, **fields: Any) -> FakeEngine:
     defaults = {"num_blocks": 2500, "num_slots": 128, "max_model_len": 500, "max_num_batched_tokens": 256}
-    return FakeEngine(role=DRAFT, model=FakeModel(agreement=agreement), **defaults | fields)
+    model = FakeModel(agreement=agreement, foresight=70 if agreement else 0)  # nothing of a useless draft is of use
+    return FakeEngine(role=DRAFT, model=model, **defaults | fields)
 
 
 def simulate(
