@@ -33,6 +33,7 @@ WHOLE_ROWS = 128
 INVARIANT_ROWS = 64  # few enough for decode rows, enough for the warp-group products of an H100
 FP32_ROWS = 32  # fp32 is multiplied outside of tensor cores: more rows, or fewer warps, spill registers
 INTERPRETED_PROGRAMS = 7
+ALIGNED_NUMBERS = 4  # int32 in 16 bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +153,8 @@ def _whole_work(
         return None
     query_tiles, num_key_tiles = _query_tiles(settings, lengths, seqs, tiling)
     longest_first = np.argsort(-num_key_tiles, kind="stable")  # so that none is left running alone at the end
-    return WholeWork(tiling=tiling, query_tiles=_upload(query_tiles[longest_first], device))
+    (uploaded,) = _upload(device, query_tiles[longest_first])
+    return WholeWork(tiling=tiling, query_tiles=uploaded)
 
 
 def _split_work(
@@ -168,16 +170,18 @@ def _split_work(
     num_programs = min(max_programs, -(-total // MIN_TILES_PER_PROGRAM))
     first_tiles = np.arange(num_programs) * total // num_programs % int(tile_starts[-1])
     first_query_tiles = np.searchsorted(tile_starts, first_tiles, side="right") - 1
+    zeros = np.zeros(settings.num_kv_heads * len(query_tiles), np.int64)
+    uploaded = _upload(device, query_tiles, tile_starts, first_query_tiles, zeros)
     scratch = torch.empty(0, dtype=torch.float32, device=device)
     return SplitWork(
         tiling=tiling,
         num_programs=num_programs,
-        query_tiles=_upload(query_tiles, device),
-        tile_starts=_upload(tile_starts, device),
-        first_query_tiles=_upload(first_query_tiles, device),
+        query_tiles=uploaded[0],
+        tile_starts=uploaded[1],
+        first_query_tiles=uploaded[2],
         parts=scratch.new_empty(num_programs, 2, tiling.rows, padded(settings.head_dim)),
         part_stats=scratch.new_empty(num_programs, 2, 2, tiling.rows),
-        counters=torch.zeros(settings.num_kv_heads * len(query_tiles), dtype=torch.int32, device=device),
+        counters=uploaded[3],
     )
 
 
@@ -198,5 +202,12 @@ def _query_tiles(
     return np.stack([seq, first_new], axis=1), -(-end // tiling.keys) - begin // tiling.keys
 
 
-def _upload(array: NDArray[np.int64], device: torch.device) -> Tensor:
-    return torch.from_numpy(array.astype(np.int32)).to(device, non_blocking=True)
+def _upload(device: torch.device, *arrays: NDArray[np.int64]) -> list[Tensor]:
+    """The arrays as int32, in one copy. Each begins at 16 bytes: a launch would be compiled anew for one that does not."""
+    starts = np.cumsum([0, *(-(-array.size // ALIGNED_NUMBERS) * ALIGNED_NUMBERS for array in arrays)]).tolist()
+    joined = np.zeros(starts[-1], np.int32)
+    for start, array in zip(starts, arrays, strict=False):
+        joined[start : start + array.size] = array.reshape(-1)
+    there = torch.from_numpy(joined).to(device, non_blocking=True)
+    pairs = zip(starts, arrays, strict=False)
+    return [there[start : start + array.size].view(array.shape) for start, array in pairs]

@@ -83,6 +83,17 @@ def test_the_longest_way_through_the_keys_begins_first() -> None:
     assert seq_of == sorted(seq_of, reverse=True)
 
 
+def test_a_launch_finds_all_lists_aligned() -> None:
+    """One that were not would have the kernel compiled once more, in the middle of serving."""
+    for seqs in ([(900, 1)] * 3, [(64, 1), (17_000, 5)], [(1, 1)]):
+        work = schedule(seqs).split
+        assert work is not None
+        lists = (work.query_tiles, work.tile_starts, work.first_query_tiles, work.counters)
+        assert [numbers.data_ptr() % 16 for numbers in lists] == [0] * 4
+        assert not work.counters.any()
+        assert len(work.counters) == 8 * len(work.query_tiles)
+
+
 def test_known_lengths_are_not_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: object) -> SeqLengths:
         raise AssertionError("a step waited for its device")
