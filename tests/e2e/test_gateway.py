@@ -250,7 +250,7 @@ def test_a_trace_shows_what_both_groups_do(address: str, client: Client, tmp_pat
     names = {group: {e["name"] for e in spans if processes[e["pid"]] == group} for group in processes.values()}
     assert names["target group"] >= {"verify", "sample"}
     assert names["draft group"] >= {"draft", "sample"}
-    assert names["scheduler"] >= {"target round", "draft round", "wait"}
+    assert names["scheduler"] >= {"target round", "draft round"}
     rounds = {(e["name"].split()[0], e["args"]["round"]): e for e in spans if e["name"].endswith(" round")}
     assert sum(engine == "target" for engine, _ in rounds) == 12
     for span in spans:

@@ -22,7 +22,7 @@ from tests.helpers.fake_group import FakeEngine, FakeModel, plain_tokens
 from tests.helpers.fake_group_server import FakeGroupServer
 from tests.helpers.scheduler_sim import letters, seq_sampling, submit
 
-DRAFT = worker_pb2.ENGINE_ROLE_DRAFT
+TARGET, DRAFT = worker_pb2.ENGINE_ROLE_TARGET, worker_pb2.ENGINE_ROLE_DRAFT
 PROMPT = [5, 4, 3, 2, 1]
 
 
@@ -348,6 +348,8 @@ async def test_a_trace_holds_the_rounds_of_both_engines(house: House) -> None:
     assert {traced.group for traced in rounds} == {"target", "draft"}
     assert sum(traced.group == "target" for traced in rounds) == 3
     assert all(traced.sent_ns < traced.received_ns for traced in rounds)
+    waits = [event.wait for event in events if event.HasField("wait")]
+    assert any(wait.engine == TARGET and wait.run_ns > 0 for wait in waits)  # serial: it waits for drafts
     assert (await gateway.end_of("r")).HasField("complete")
     assert gateway.tokens["r"] == expected(submit("r", PROMPT), 30)
 
