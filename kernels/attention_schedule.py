@@ -203,7 +203,7 @@ def _query_tiles(
 
 
 def _upload(device: torch.device, *arrays: NDArray[np.int64]) -> list[Tensor]:
-    """The arrays as int32, in one copy. Each begins at 16 bytes: a launch would be compiled anew for one that does not."""
+    """The arrays as int32, in one copy. Each begins at 16 bytes: a kernel is compiled anew for one that does not."""
     starts = np.cumsum([0, *(-(-array.size // ALIGNED_NUMBERS) * ALIGNED_NUMBERS for array in arrays)]).tolist()
     joined = np.zeros(starts[-1], np.int32)
     for start, array in zip(starts, arrays, strict=False):

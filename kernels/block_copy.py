@@ -18,6 +18,7 @@ from kernels.dispatch import runs_triton
 
 KVCaches = Sequence[tuple[Tensor, Tensor]]  # of each layer: k, v [num_blocks, block_size, num_kv_heads, head_dim]
 WORD_BYTES = 4
+ALIGNED_BYTES = 16  # that a thread reads at once
 TILE_WORDS = 2048  # 8 KiB a program: 16 bytes for each of 128 threads, four times
 MOVES_AT_ONCE = 16  # by MOVE_TILE_WORDS: what a program reads before it writes
 MOVE_TILE_WORDS = 128
@@ -39,6 +40,8 @@ def cache_addresses(kv_caches: KVCaches) -> CacheAddresses:
     slot_bytes = k_cache.shape[2] * k_cache.shape[3] * k_cache.element_size()
     if slot_bytes % WORD_BYTES:
         raise ValueError(f"kv_caches: expected slots of a multiple of {WORD_BYTES} bytes, got {slot_bytes}")
+    if unaligned := [address for address in addresses if address % ALIGNED_BYTES]:
+        raise ValueError(f"kv_caches: expected caches at multiples of {ALIGNED_BYTES} bytes, got one at {unaligned[0]}")
     slot_words = slot_bytes // WORD_BYTES
     return CacheAddresses(
         table=torch.tensor(addresses, dtype=torch.int64, device=k_cache.device),
@@ -49,11 +52,11 @@ def cache_addresses(kv_caches: KVCaches) -> CacheAddresses:
 
 @triton.jit
 def _words_at(table_ptr, part):
-    """The cache of a part as a pointer to its words. torch aligns what it allocates."""
+    """The cache of a part as a pointer to its words; cache_addresses has seen that it is aligned."""
     return tl.multiple_of(tl.load(table_ptr + part).to(tl.pointer_type(tl.int32)), 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["src_ptr", "dst_ptr"])
 def _copy_blocks_kernel(table_ptr, src_ptr, dst_ptr, block_words, TILE: tl.constexpr):
     copy = tl.program_id(0)
     cache_ptr = _words_at(table_ptr, tl.program_id(1))
@@ -64,7 +67,7 @@ def _copy_blocks_kernel(table_ptr, src_ptr, dst_ptr, block_words, TILE: tl.const
     tl.store(cache_ptr + dst + word, words, mask=word < block_words)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_moves"], do_not_specialize_on_alignment=["src_ptr", "dst_ptr"])
 def _move_slots_kernel(table_ptr, src_ptr, dst_ptr, num_moves, slot_words, MOVES: tl.constexpr, TILE: tl.constexpr):
     """A program moves the same few words of every slot, so moves that meet in a slot meet in one program."""
     cache_ptr = _words_at(table_ptr, tl.program_id(0))
@@ -82,7 +85,7 @@ def _move_slots_kernel(table_ptr, src_ptr, dst_ptr, num_moves, slot_words, MOVES
         start += MOVES
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["block_ptr"])
 def _stage_blocks_kernel(
     table_ptr,
     block_ptr,

@@ -11,6 +11,7 @@ from workers.engine import NO_TOKEN, ActiveRow, ModelEngine, ModelRunner, chosen
 from workers.rounds import plan_draft
 from workers.sampler import RowEntry, SampledRows
 from workers.seq_state import SeqTable
+from workers.upload import upload
 
 
 @dataclass(slots=True)
@@ -93,7 +94,7 @@ class DraftEngine(ModelEngine):
             hidden = self._runner.forward(self._table.compute(slots, starts, counts, self._runner.device))
         ends = zip(spans, accumulate(counts), strict=True)
         last_rows = [(end - 1, span.chain) for span, end in ends if span.chain]
-        rows = torch.tensor([row for row, _ in last_rows], dtype=torch.int64, device=hidden.device)
+        rows = upload([row for row, _ in last_rows], torch.int64, hidden.device)
         return hidden[rows], [chain for _, chain in last_rows]
 
     def _step_name(self, spans: list[_Span]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from echelon.pb.sampling_pb2 import PositionLogprobs
 from echelon.pb.worker_pb2 import EngineInfo, Round, RoundResult, Row, RowResult
-from kernels.block_copy import copy_blocks
+from kernels.block_copy import CacheAddresses, copy_blocks
 from workers.batch import Batch
 from workers.kv_cache import KVCaches
 from workers.models import CausalLM, LayerParallelLM
@@ -19,6 +19,7 @@ from workers.rounds import RowPlan
 from workers.sampler import RowEntry, SampledRows, Sampler, SamplingRows
 from workers.seq_state import SeqTable
 from workers.trace import Tracer
+from workers.upload import upload
 
 NO_TOKEN = -2  # the choice where logits were not finite; equals no token and no draft
 
@@ -49,6 +50,7 @@ class ModelRunner:
 
     model: CausalLM | LayerParallelLM
     kv_caches: KVCaches
+    kv_addresses: CacheAddresses  # of kv_caches
     sampler: Sampler
     num_ranks: int  # that share the model, and its vocabulary
     device: torch.device
@@ -69,8 +71,10 @@ class ModelRunner:
     def copy_blocks(self, sources: Mapping[int, int]) -> None:
         """KV of all layers, to each key from its value. No block is both."""
         with self.tracer.span("transfer"):
-            pairs = torch.tensor([list(sources.values()), list(sources)], dtype=torch.int64).to(self.device)
-            copy_blocks(self.kv_caches, pairs[0], pairs[1])
+            from_blocks, to_blocks = (
+                upload(list(blocks), torch.int64, self.device) for blocks in (sources.values(), sources)
+            )
+            copy_blocks(self.kv_caches, from_blocks, to_blocks, addresses=self.kv_addresses)
 
     def choose(
         self, hidden: Tensor, entries: Sequence[RowEntry], *, num_alternatives: int = 0, with_confidence: bool = False

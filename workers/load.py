@@ -11,6 +11,7 @@ import torch
 
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.worker_pb2 import EngineInfo, EngineRole, LayerGroup
+from kernels.block_copy import cache_addresses
 from kernels.linear import probe_linear_batch_invariant
 from kernels.paged_attention_probe import probe_paged_attention
 from workers.cohort import Cohort
@@ -192,9 +193,11 @@ def _build(entry: _Loaded, num_blocks: int, device: torch.device, tracer: Tracer
         block_size=spec.block_size,
         num_blocks=num_blocks,
     )
+    kv_caches = layout.allocate(num_blocks, device)
     runner = ModelRunner(
         model=model,
-        kv_caches=layout.allocate(num_blocks, device),
+        kv_caches=kv_caches,
+        kv_addresses=cache_addresses(kv_caches),
         sampler=Sampler(entry.group, vocab_size),
         num_ranks=entry.group.size,
         device=device,

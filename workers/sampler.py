@@ -25,6 +25,7 @@ from workers.groups import Group
 from workers.logprobs import LogprobRows, position_logprobs
 from workers.sampling_rows import RowEntry, SamplingRows
 from workers.sampling_state import SeqSamplingState
+from workers.upload import upload
 
 __all__ = ["RowEntry", "SampledRows", "Sampler", "SamplingRows", "SeqSamplingState"]
 
@@ -205,7 +206,7 @@ class Sampler:
     def _logprobs(
         self, raw: Tensor, vocab_start: int, rows: SamplingRows, token_ids: Tensor, non_finite: Tensor
     ) -> list[PositionLogprobs | None]:
-        index = torch.tensor(rows.logprob_rows, device=raw.device)
+        index = upload(rows.logprob_rows, torch.int64, raw.device)
         logits = raw[index].masked_fill(non_finite[index].unsqueeze(1), 0.0)
         wanted = LogprobRows(token_ids=token_ids[index], num_top=rows.num_logprobs, non_finite=non_finite[index])
         found = position_logprobs(self._group, logits, wanted, vocab_start=vocab_start, vocab_size=self._vocab_size)

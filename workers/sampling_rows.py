@@ -13,6 +13,7 @@ from kernels.noise_keys import NoiseKeys
 from kernels.penalties import apply_bias, apply_mask, apply_penalties
 from kernels.truncation import Truncation
 from workers.sampling_state import SeqSamplingState
+from workers.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,8 @@ class TokenEntries:
             return None
         rows = np.repeat([row for row, _ in parts], [len(columns[0]) for _, columns in parts])
         joined = [np.concatenate(column) for column in zip(*(columns for _, columns in parts), strict=True)]
-        token_ids, *values = (torch.from_numpy(array).to(device) for array in joined)
-        return TokenEntries(torch.from_numpy(rows).to(device), token_ids, tuple(values))
+        there = [torch.from_numpy(array).to(device, non_blocking=True) for array in (rows, *joined)]
+        return TokenEntries(there[0], there[1], tuple(there[2:]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +101,11 @@ class SamplingRows:
         asking = [(row, state.logprobs) for row, state in enumerate(states) if state.logprobs is not None]
         edits_logits = any(entry.state.edits_logits_at(entry.position) for entry in entries)
         return SamplingRows(
-            temperature=torch.tensor([state.temperature for state in states], dtype=torch.float32).to(device),
+            temperature=upload([state.temperature for state in states], torch.float32, device),
             keys=NoiseKeys(seeds=keys[0], sample_indices=keys[1], positions=keys[2]),
             all_greedy=all(state.temperature == 0 for state in states),
             edits=_logit_edits(entries, device) if edits_logits else None,
-            truncated_rows=torch.tensor(truncated).to(device) if truncated else None,
+            truncated_rows=upload(truncated, torch.int64, device) if truncated else None,
             truncation=_truncation([states[row] for row in truncated], device) if truncated else None,
             logprob_rows=tuple(row for row, _ in asking),
             num_logprobs=tuple(num_top for _, num_top in asking),
@@ -112,12 +113,15 @@ class SamplingRows:
 
 
 def _integers(device: torch.device, *columns: Iterable[int]) -> Tensor:
-    return torch.tensor([list(column) for column in columns], dtype=torch.int64).to(device)
+    rows = [list(column) for column in columns]
+    num_rows = len(rows[0])
+    padding = [0] * (num_rows % 2)  # each column begins at 16 bytes: a kernel is compiled anew for one that does not
+    return upload([row + padding for row in rows], torch.int64, device)[:, :num_rows]
 
 
 def _truncation(states: Sequence[SeqSamplingState], device: torch.device) -> Truncation:
     def tensor(get: Callable[[SeqSamplingState], float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor([get(state) for state in states], dtype=dtype).to(device)
+        return upload([get(state) for state in states], dtype, device)
 
     return Truncation(
         log_min_p=tensor(lambda state: state.log_min_p, torch.float32),
@@ -144,7 +148,7 @@ def _logit_edits(entries: Sequence[RowEntry], device: torch.device) -> LogitEdit
     settings = [entry.state.penalties for entry in entries]
     return LogitEdits(
         penalised=TokenEntries.collect(penalised, device),
-        penalty_settings=torch.tensor(settings, dtype=torch.float32).to(device),
+        penalty_settings=upload(settings, torch.float32, device),
         biased=TokenEntries.collect(biased, device),
         masked=TokenEntries.collect(masked, device),
     )

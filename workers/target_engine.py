@@ -15,6 +15,7 @@ from workers.engine import NO_TOKEN, ActiveRow, ModelEngine, ModelRunner, chosen
 from workers.rounds import RowPlan, plan_target
 from workers.sampler import RowEntry, SampledRows
 from workers.seq_state import SeqTable
+from workers.upload import upload
 
 logger = logging.getLogger(__name__)
 
@@ -124,11 +125,11 @@ class TargetEngine(ModelEngine):
             draft_token_ids.extend(chain)
             draft_token_ids.append(NO_DRAFT)
         device = self._runner.device
-        sampled = self._runner.choose(hidden[torch.tensor(rows, device=device)], entries)
-        choices, drafts = chosen_token_ids(sampled), torch.tensor(draft_token_ids, device=device)
+        sampled = self._runner.choose(hidden[upload(rows, torch.int64, device)], entries)
+        choices, drafts = chosen_token_ids(sampled), upload(draft_token_ids, torch.int64, device)
         if self._forced_acceptance:
             choices, drafts = force_acceptance(choices, drafts, entries, self._forced_acceptance)
-        num_accepted, next_token_ids = verify_chain(choices, drafts, torch.tensor(cu_rows, device=device))
+        num_accepted, next_token_ids = verify_chain(choices, drafts, upload(cu_rows, torch.int64, device))
         return sampled, torch.stack((num_accepted, next_token_ids), dim=1).tolist()
 
     def _fill_in(self, seq: _Verify, num_accepted: int, next_token_id: int) -> None:

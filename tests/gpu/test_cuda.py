@@ -1,6 +1,7 @@
 """What a GPU must agree on with the CPU: bits of noise, and tokens; and what runs there. Needs no Ray, no pydantic."""
 
 import random
+import warnings
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,22 @@ def test_drafts_and_chunks_change_no_token(name: str, prompts: list[list[int]]) 
     interleave(driver, list(zip(seqs, expected, strict=True)), random.Random(1), NUM_TOKENS)
     same = [seq.output[:NUM_TOKENS] == tokens for seq, tokens in zip(seqs, expected, strict=True)]
     assert sum(same) >= len(prompts) - 1
+
+
+def test_a_round_waits_for_the_device_once(prompts: list[list[int]]) -> None:
+    """For the verdicts. Any other wait would leave the device idle while the next kernels are launched."""
+    driver = demo_driver("cuda")
+    for step in hot_rounds(driver, prompts[2]).values():
+        step()
+    for name, step in hot_rounds(driver, prompts[2], first_slot=len(KINDS)).items():
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as waits:
+                warnings.simplefilter("always")
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert len(waits) == 1, f"{name}: {[str(wait.message) for wait in waits]}"
 
 
 @pytest.mark.parametrize("part", ["prefill", "decode", "verify"])

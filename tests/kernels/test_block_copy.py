@@ -96,6 +96,9 @@ def test_what_does_not_fit_is_named() -> None:
         gather_blocks(caches, blocks, torch.empty(2, 3, 2, 4, 8, 2).transpose(-1, -2))
     with pytest.raises(ValueError, match="multiple of 4 bytes"):
         cache_addresses(random_caches(1, num_kv_heads=1, head_dim=3, dtype=torch.float16))
+    shifted = torch.zeros(2, 257)[:, 1:].unbind()
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        cache_addresses([tuple(cache.view(4, 4, 2, 8) for cache in shifted)])
 
 
 @pytest.mark.parametrize(

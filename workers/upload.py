@@ -1,0 +1,12 @@
+"""Small tensors for a device that is busy with what was sent to it before."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def upload(numbers: Sequence[float] | Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of these numbers. Does not wait: `torch.tensor(numbers, device=device)` returns when the device has done
+    all that it was told before, and would leave it idle while the next kernels are launched."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
