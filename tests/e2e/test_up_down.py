@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,7 +70,7 @@ target: {{model: {target}, tensor_parallel_size: {tp_size}}}
 kv_cache: {{device_bytes: 16MiB}}
 scheduler: {{max_num_seqs: 4, max_num_batched_tokens: 256}}
 device: {device}
-server: {{grpc_port: {port or free_port()}}}
+server: {{grpc_port: {port or free_port()}, http_port: {free_port()}}}
 """)
     return path
 
@@ -193,6 +194,8 @@ def test_a_private_ray_comes_and_goes_beside_another(ray_address: str, tmp_path:
         completion = client.generate(PROMPT, max_tokens=16, temperature=0)
         assert completion.usage.completion_tokens == 16
         assert completion.speculation.num_draft_tokens > 0, "the draft took part"
+    with urllib.request.urlopen(status.metrics_url, timeout=30) as metrics:
+        assert b'echelon:generation_tokens_total{model_name="demo-target",replica="0"} 16.0' in metrics.read()
     private = state_dir.load("e2e").private_ray
     assert private is not None
     ray_processes = processes_with(private.token)
