@@ -11,6 +11,7 @@ import typer
 from echelon.cli_generate import DEFAULT_ADDRESS, AddressOption
 from echelon.cli_output import EXIT_FAILED, UsageProblem, exits, report_error, stderr
 from echelon.control import ControlClient
+from echelon.errors import EchelonError
 from echelon.pb import scheduler_pb2
 from echelon.trace_file import chrome_trace
 
@@ -58,6 +59,10 @@ def _record(stream: Iterable[scheduler_pb2.TraceEvent]) -> list[scheduler_pb2.Tr
         with stderr().status("recording"):
             for event in stream:
                 events.append(event)
+    except EchelonError as err:
+        if not events:
+            raise
+        report_error(f"the recording broke off: {err}")
     except KeyboardInterrupt:
         stderr().print("stopped", style="dim")
     return events

@@ -1,5 +1,6 @@
 """The Control service: how the replicas fare, and what they do."""
 
+import asyncio
 import math
 from collections.abc import Sequence
 
@@ -8,7 +9,9 @@ import grpc
 from cluster.gateway.replicas import read_replicas
 from cluster.gateway.scheduler_link import SchedulerLink
 from cluster.gateway.service_handlers import Context
-from echelon.pb import control_pb2
+from echelon.pb import control_pb2, scheduler_pb2
+
+_TraceCall = grpc.aio.UnaryStreamCall[scheduler_pb2.TraceRequest, scheduler_pb2.TraceEvent]
 
 MAX_TRACE_S = 600.0
 MAX_TRACE_ROUNDS = 1_000_000
@@ -20,6 +23,14 @@ class ControlServicer:
     def __init__(self, links: Sequence[SchedulerLink], *, model_name: str) -> None:
         self._links = links
         self._model_name = model_name
+        self._recordings: set[_TraceCall] = set()
+        self._draining = False
+
+    def end_recordings(self) -> None:
+        """The gateway is about to stop: nobody waits for a recording."""
+        self._draining = True
+        for call in self._recordings:
+            call.cancel()
 
     async def GetReplicas(
         self, request: control_pb2.GetReplicasRequest, context: Context
@@ -32,6 +43,7 @@ class ControlServicer:
         if problem:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
         call = self._links[request.replica].trace(request.trace)
+        self._recordings.add(call)
         try:
             await call.initial_metadata()
             await context.send_initial_metadata(())  # it has begun
@@ -39,7 +51,12 @@ class ControlServicer:
                 await context.write(event)
         except grpc.aio.AioRpcError as err:
             await context.abort(err.code(), err.details() or "")
+        except asyncio.CancelledError:
+            if not self._draining:
+                raise
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this gateway is shutting down")
         finally:
+            self._recordings.discard(call)
             call.cancel()
 
     def _problem_of(self, request: control_pb2.ReplicaTraceRequest) -> str:

@@ -53,9 +53,9 @@ class Gateway:
         self._http: HttpServer | None = None
         self._servicer = _build_servicer(spec, self._links, self._metrics)
         self._server = grpc.aio.server(options=_server_options(spec.max_message_bytes or DEFAULT_MAX_MESSAGE_BYTES))
-        control = ControlServicer(self._links, model_name=spec.model_name)
+        self._control = ControlServicer(self._links, model_name=spec.model_name)
         self._server.add_generic_rpc_handlers(
-            (service_handlers(INFERENCE, self._servicer), service_handlers(CONTROL, control))
+            (service_handlers(INFERENCE, self._servicer), service_handlers(CONTROL, self._control))
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         services = (INFERENCE.full_name, CONTROL.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -78,6 +78,7 @@ class Gateway:
     async def drain(self, grace_s: float) -> None:
         """Takes no new requests, lets those that run finish within `grace_s`, then closes everything."""
         self._servicer.refuse_new_requests()
+        self._control.end_recordings()
         self._health.close()
         await self._server.stop(grace_s)
         if self._http is not None:

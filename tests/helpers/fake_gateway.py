@@ -99,6 +99,7 @@ class FakeControl(control_pb2_grpc.ControlServicer):
     statuses: list[control_pb2.GetReplicasResponse] = field(default_factory=list)
     events: list[scheduler_pb2.TraceEvent] = field(default_factory=list)
     traces: list[control_pb2.ReplicaTraceRequest] = field(default_factory=list)
+    lost: bool = False  # the connection, behind the last event
 
     def GetReplicas(self, request: Any, context: grpc.ServicerContext) -> control_pb2.GetReplicasResponse:
         return self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
@@ -108,6 +109,8 @@ class FakeControl(control_pb2_grpc.ControlServicer):
     ) -> Iterator[scheduler_pb2.TraceEvent]:
         self.traces.append(request)
         yield from self.events
+        if self.lost:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "lost")
 
 
 @contextmanager

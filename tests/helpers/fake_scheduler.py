@@ -48,6 +48,8 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another recording runs")
         for event in self.trace or ():
             yield event
+        if not request.num_rounds and not request.duration_s:
+            await asyncio.Event().wait()
 
     async def next_submit(self) -> scheduler_pb2.Submit:
         request = await self.received.get()

@@ -280,6 +280,17 @@ def test_a_trace_of_nothing_is_1(run: Run, gateway: FakeGateway, tmp_path: Path)
     assert (code, "no round ran" in err) == (1, True)
 
 
+def test_a_trace_that_breaks_off_is_kept(run: Run, gateway: FakeGateway, tmp_path: Path) -> None:
+    gateway.control.events = [scheduler_pb2.TraceEvent(round=scheduler_pb2.TracedRound(group="draft"))]
+    gateway.control.lost = True
+    out = tmp_path / "trace.json"
+    code, _, err = run("trace", "--out", str(out), "--address", gateway.address)
+    assert (code, "broke off: UNAVAILABLE: lost" in err) == (0, True)
+    assert json.loads(out.read_text())["traceEvents"]
+    gateway.control.events = []
+    assert run("trace", "--out", str(out), "--address", gateway.address)[0] == 1
+
+
 def test_a_trace_needs_a_file_that_can_be_written(run: Run, gateway: FakeGateway, tmp_path: Path) -> None:
     code, _, err = run("trace", "--out", str(tmp_path / "no" / "trace.json"), "--address", gateway.address)
     assert (code, gateway.control.traces) == (2, [])

@@ -13,7 +13,7 @@ import pytest_asyncio
 from cluster.gateway.server import Gateway
 from echelon import __version__
 from echelon.control import ControlClient
-from echelon.errors import EchelonError, InvalidRequestError
+from echelon.errors import EchelonError, InvalidRequestError, UnavailableError
 from echelon.pb import process_pb2
 from echelon.pb.scheduler_pb2 import SchedulerStatus, TracedRound, TraceEvent
 from tests.helpers.fake_scheduler import FakeScheduler, serve
@@ -23,6 +23,7 @@ MODEL_DIR = Path(__file__).parents[2] / "models" / "demo-target"
 
 @dataclass
 class House:
+    gateway: Gateway
     scheduler: FakeScheduler
     scheduler_server: grpc.aio.Server
     client: ControlClient
@@ -49,7 +50,7 @@ async def house() -> AsyncIterator[House]:
     address = await gateway.start()
     await gateway.wait_until_ready()
     with ControlClient(address) as client:
-        yield House(scheduler, server, client)
+        yield House(gateway, scheduler, server, client)
     await gateway.drain(grace_s=0)
     await server.stop(grace=0)
 
@@ -76,6 +77,16 @@ async def test_a_scheduler_that_refuses_to_record_keeps_its_words(house: House) 
     house.scheduler.trace = None
     with pytest.raises(EchelonError, match=r"^FAILED_PRECONDITION: another recording runs"):
         await house.trace()
+
+
+async def test_a_gateway_that_stops_ends_a_recording(house: House) -> None:
+    house.scheduler.trace = [TraceEvent(), TraceEvent()]
+    events = house.client.trace()
+    assert await asyncio.to_thread(next, events) == TraceEvent()
+    draining = asyncio.ensure_future(house.gateway.drain(grace_s=60))
+    with pytest.raises(UnavailableError, match="shutting down"):
+        await asyncio.to_thread(list, events)
+    await draining
 
 
 @pytest.mark.parametrize(
