@@ -238,7 +238,7 @@ def _stage_blocks(
 def _check_staging(kv_caches: KVCaches, block_ids: Tensor, staging: Tensor) -> None:
     if block_ids.ndim != 1 or block_ids.dtype != torch.int64 or not block_ids.is_contiguous():
         raise ValueError(f"block_ids: expected contiguous int64 [n], got {block_ids.dtype} {list(block_ids.shape)}")
-    cache = kv_caches[0][0]
+    cache = _first_cache(kv_caches)
     expected = (block_ids.numel(), len(kv_caches), 2, *cache.shape[1:])
     if staging.shape != expected or staging.dtype != cache.dtype or staging.device != cache.device:
         raise ValueError(
@@ -249,11 +249,15 @@ def _check_staging(kv_caches: KVCaches, block_ids: Tensor, staging: Tensor) -> N
         raise ValueError(f"staging: expected each block of a layer in one piece, got strides {list(staging.stride())}")
 
 
-def _check_caches(kv_caches: KVCaches) -> Tensor:
-    """The first cache, if all are contiguous and alike."""
+def _first_cache(kv_caches: KVCaches) -> Tensor:
     if not kv_caches:
         raise ValueError("kv_caches: expected at least one layer, got none")
-    first = kv_caches[0][0]
+    return kv_caches[0][0]
+
+
+def _check_caches(kv_caches: KVCaches) -> Tensor:
+    """The first cache, if all are contiguous and alike."""
+    first = _first_cache(kv_caches)
     kind = (first.shape, first.dtype, first.device)
     if first.ndim != 4:
         raise ValueError(

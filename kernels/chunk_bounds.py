@@ -241,5 +241,6 @@ def _check_scores(q: Tensor, bounds: Tensor, seq_lens: Tensor, chunk_size: int) 
 
 
 def _check_lens(seq_lens: Tensor, num_seqs: int) -> None:
-    if seq_lens.dtype != torch.int32 or seq_lens.shape != (num_seqs,):
-        raise ValueError(f"seq_lens: expected int32 [{num_seqs}], got {seq_lens.dtype} {list(seq_lens.shape)}")
+    if seq_lens.dtype != torch.int32 or seq_lens.shape != (num_seqs,) or not seq_lens.is_contiguous():
+        got = f"{seq_lens.dtype} {list(seq_lens.shape)} with strides {list(seq_lens.stride())}"
+        raise ValueError(f"seq_lens: expected contiguous int32 [{num_seqs}], got {got}")

@@ -45,7 +45,7 @@ def verify_chain(target_token_ids: Tensor, draft_token_ids: Tensor, cu_rows: Ten
     Args:
         target_token_ids: int64 [num_rows], contiguous.
         draft_token_ids: int64 [num_rows], contiguous; -1 in the last row of each seq.
-        cu_rows: integer [num_seqs + 1], ascending from 0 to num_rows: seq b has rows cu_rows[b] .. cu_rows[b+1] - 1.
+        cu_rows: integer [num_seqs + 1], contiguous, ascending from 0 to num_rows: seq b has rows cu_rows[b] .. cu_rows[b+1] - 1.
     Returns:
         num_accepted: int64 [num_seqs], 0 .. k.
         next_token_ids: int64 [num_seqs].
@@ -55,6 +55,13 @@ def verify_chain(target_token_ids: Tensor, draft_token_ids: Tensor, cu_rows: Ten
             f"target_token_ids and draft_token_ids must have one shape, got {tuple(target_token_ids.shape)} and "
             f"{tuple(draft_token_ids.shape)}"
         )
+    for name, x in (
+        ("target_token_ids", target_token_ids),
+        ("draft_token_ids", draft_token_ids),
+        ("cu_rows", cu_rows),
+    ):
+        if x.ndim != 1 or not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got {tuple(x.shape)} with strides {x.stride()}")
     if not runs_triton(target_token_ids):
         return verify_chain_reference(target_token_ids, draft_token_ids, cu_rows)
     num_seqs = cu_rows.shape[0] - 1

@@ -90,6 +90,8 @@ def test_what_does_not_fit_is_named() -> None:
         copy_blocks([caches[0], (caches[1][0], caches[1][1].half())], blocks, blocks + 2)
     with pytest.raises(ValueError, match="kv_caches: expected at least one layer"):
         copy_blocks([], blocks, blocks + 2)
+    with pytest.raises(ValueError, match="kv_caches: expected at least one layer"):
+        gather_blocks([], blocks, torch.empty(2, 0, 2, 4, 2, 8))
     with pytest.raises(ValueError, match=r"staging: expected \[2, 3, 2, 4, 2, 8\]"):
         gather_blocks(caches, blocks, torch.empty(2, 2, 2, 4, 2, 8))
     with pytest.raises(ValueError, match="in one piece"):

@@ -93,8 +93,10 @@ def test_what_does_not_fit_is_named() -> None:
     bounds = chunk_bounds(cache.k_cache, cache.block_table, cache.seq_lens, chunk_size=4)
     with pytest.raises(ValueError, match="k_cache: expected contiguous"):
         chunk_bounds(cache.k_cache.transpose(1, 2), cache.block_table, cache.seq_lens, chunk_size=4)
-    with pytest.raises(ValueError, match="seq_lens: expected int32"):
+    with pytest.raises(ValueError, match="seq_lens: expected contiguous int32"):
         chunk_bounds(cache.k_cache, cache.block_table, cache.seq_lens.long(), chunk_size=4)
+    with pytest.raises(ValueError, match=r"seq_lens: .*strides \[2\]"):
+        chunk_bounds(cache.k_cache, cache.block_table, cache.seq_lens.repeat_interleave(2)[::2], chunk_size=4)
     with pytest.raises(ValueError, match="block_table: expected int32"):
         chunk_bounds(cache.k_cache, cache.block_table.long(), cache.seq_lens, chunk_size=4)
     with pytest.raises(ValueError, match="chunk_size: expected at least 1"):

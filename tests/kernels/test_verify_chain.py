@@ -50,3 +50,9 @@ def test_a_void_target_token_stops_the_chain_even_in_the_last_row() -> None:
 def test_shapes_must_agree() -> None:
     with pytest.raises(ValueError, match="one shape"):
         verify_chain(torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), torch.tensor([0, 3]))
+
+
+def test_strided_rows_are_refused() -> None:
+    targets, drafts, cu_rows = torch.tensor([1, 9, 2, 9])[::2], torch.tensor([1, -1]), torch.tensor([0, 2])
+    with pytest.raises(ValueError, match="target_token_ids must be contiguous"):
+        verify_chain(targets, drafts, cu_rows)
