@@ -45,7 +45,8 @@ def verify_chain(target_token_ids: Tensor, draft_token_ids: Tensor, cu_rows: Ten
     Args:
         target_token_ids: int64 [num_rows], contiguous.
         draft_token_ids: int64 [num_rows], contiguous; -1 in the last row of each seq.
-        cu_rows: integer [num_seqs + 1], contiguous, ascending from 0 to num_rows: seq b has rows cu_rows[b] .. cu_rows[b+1] - 1.
+        cu_rows: integer [num_seqs + 1], contiguous, ascending from 0 to num_rows: seq b has rows cu_rows[b] up to
+            cu_rows[b + 1] - 1.
     Returns:
         num_accepted: int64 [num_seqs], 0 .. k.
         next_token_ids: int64 [num_seqs].
