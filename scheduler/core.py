@@ -172,7 +172,9 @@ class SchedulerCore:
         return message
 
     def on_draft_result(self, result: worker_pb2.RoundResult, now: float) -> None:
-        self._speculation.on_draft_result(result, now)
+        engine = self._target.engine
+        idle_since = engine.idle_since if engine is not None else None
+        self._speculation.on_draft_result(result, now, target_idle_since=idle_since)
 
     # -- the target engine --------------------------------------------------------------------------------------------
 

@@ -133,24 +133,29 @@ class Drafter:
             confidences=is_continuous and self._config.adaptive,  # what should_extend asks for
         )
 
-    def on_result(self, result: worker_pb2.RoundResult, now: float) -> None:
-        """Take in a round's drafts. Raises ProtocolError."""
+    def on_result(self, result: worker_pb2.RoundResult, now: float, *, target_idle_since: float | None) -> None:
+        """Take in a round's drafts. `target_idle_since`: None while it is at work. Raises ProtocolError."""
         assert self.seats is not None, "a result of an engine that is not connected"
         record = self.seats.engine.land(result, now)
         self._drafting.difference_update(row.seq for row in record.rows)
-        self._observe(record, result.num_steps)
+        was_alone = target_idle_since is not None and target_idle_since <= record.sent_s
+        self._observe(record, result.num_steps, beside_target=not was_alone)
         for row, num_drafts in self.seats.land(record, result):
             self.num_drafted += num_drafts
             if row.seq.draft is row.seat:
                 self.follow(row.seq)
 
-    def _observe(self, record: InFlight, num_steps: int) -> None:
+    def _observe(self, record: InFlight, num_steps: int, *, beside_target: bool) -> None:
         num_seqs = len(record.rows)
         num_chunk_tokens = sum(row.chunk_len + row.calibrate_len for row in record.rows)
         if num_steps and num_chunk_tokens <= 2 * num_seqs:
             self._step_s += 0.1 * (record.wall_s / num_steps - self._step_s)
         self._policy.observe_draft(
-            num_seqs=num_seqs, num_steps=num_steps, num_chunk_tokens=num_chunk_tokens, run_s=record.wall_s
+            num_seqs=num_seqs,
+            num_steps=num_steps,
+            num_chunk_tokens=num_chunk_tokens,
+            run_s=record.wall_s,
+            beside_target=beside_target,
         )
 
     # -- serial -------------------------------------------------------------------------------------------------------

@@ -77,6 +77,11 @@ class Engine:
         return min(self.info.max_model_len, self.info.num_blocks * self.info.block_size)
 
     @property
+    def idle_since(self) -> float | None:
+        """When its last round came back; None while one is on its way."""
+        return None if self.in_flight else self._landed_s
+
+    @property
     def num_free_slots(self) -> int:
         return len(self._free_slots)
 

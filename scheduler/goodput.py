@@ -122,13 +122,14 @@ class SteadyState(NamedTuple):
 
 
 def steady_state(
-    rows: Sequence[Row], verify_s: Callable[[float], float], step_s: float, *, restart_s: float
+    rows: Sequence[Row], verify_s: Callable[[float], float], step_s: float, *, waited_step_s: float, restart_s: float
 ) -> SteadyState:
     """The best of them, with a draft that never pauses.
 
     A seq is in one of two states when the target is free: its chain goes on (the last verdict agreed with all drafts
     and the draft's next one), and what was drafted during the verification is at hand, or it was restarted, and only
-    what the target waits for is. `restart_s`: from a verdict to the first step of the new chain. `num_drafts` is at
+    what the target waits for is. `step_s`: of a draft step beside a verification; `waited_step_s`: of one that the
+    target waits for. `restart_s`: from a verdict to the first step of the new chain. `num_drafts` is at
     least 1.
     """
     groups = Counter(Row(round(row.acceptance, 2), row.limit, row.num_fixed) for row in rows)
@@ -137,7 +138,7 @@ def steady_state(
     for num_drafts in range(1, most + 1):
         at_hand = min(num_drafts, max(0.0, verify_s(groups.total() * num_drafts) / step_s - 1.0))
         for num_waited in range(num_drafts + 1):
-            wait_s = restart_s + num_waited * step_s if num_waited else 0.0
+            wait_s = restart_s + num_waited * waited_step_s if num_waited else 0.0
             rate = _steady_rate(groups, verify_s, wait_s, num_at_hand=at_hand, num_waited=num_waited)
             if rate > best.rate:
                 best = SteadyState(num_drafts, num_waited, at_hand, rate)

@@ -20,6 +20,7 @@ __all__ = ["Choice", "Drafts", "SpeculationPolicy"]
 _NUM_UNMEASURED = 4  # drafts while nothing is known of the times ...
 _MAX_UNMEASURED = 8  # ... of so many seqs at most, 1 of more
 _EXPLORE_EVERY = 48  # target rounds: one with another number of drafts, to learn what it takes
+_NUM_WAITED = 4  # draft rounds that the target waits for, to learn how fast the draft is alone; later one now and then
 _NUM_TIMED = 4.0  # observations of plain decoding that average out the noise
 _MAX_FINE = 8  # seqs up to which every number of steps to wait for is tried; more take longer to think about
 _MAX_UNVERIFIED = 4  # target rounds that decode plainly while drafts come
@@ -69,12 +70,14 @@ class SpeculationPolicy:
         self._has_branches = has_branches
         self._runs_ahead = not self.is_serial  # the draft goes on while the target verifies
         self._target = StepTimes()
-        self._draft = DraftTimes()
+        self._draft = DraftTimes()  # of draft rounds beside a target round, and of all where nothing runs beside them
+        self._draft_alone = DraftTimes()  # of those that the target waited for: it may share memory with the draft
         self._slowdown = 1.0 if self.is_serial else _FIRST_SLOWDOWN  # of a target round while the draft runs
         self._switch = Switch()
         self._probes = Probes(self.prior)
         self._num_rounds = 0
         self._num_draft_rounds = 0  # since the last target round
+        self._num_alone = 0  # draft rounds that the target waited for
         self._num_rows = 0  # of the last target round that decoded
         self._has_ordered = False  # drafts, when last asked for lengths
         self._num_unverified = 0  # target rounds in a row without drafts
@@ -104,12 +107,24 @@ class SpeculationPolicy:
         self._slowdown += 0.02 * (min(ratio, _MAX_SLOWDOWN) - self._slowdown)
         self._slowdown = min(_MAX_SLOWDOWN, max(1.0, self._slowdown))
 
-    def observe_draft(self, *, num_seqs: int, num_steps: int, num_chunk_tokens: int, run_s: float) -> None:
+    def observe_draft(
+        self, *, num_seqs: int, num_steps: int, num_chunk_tokens: int, run_s: float, beside_target: bool = False
+    ) -> None:
         """A draft round took `run_s`: a forward over `num_chunk_tokens` tokens that it caught up with, behind whose
         last ones the first drafts were chosen, then one for each further draft of `num_seqs` seqs (`num_steps` in all).
+        `beside_target`: a target round ran meanwhile.
         """
         self._num_draft_rounds += 1
-        self._draft.observe(num_seqs=num_seqs, num_steps=num_steps, num_chunk_tokens=num_chunk_tokens, run_s=run_s)
+        times = [self._draft] if beside_target else [self._draft_alone]
+        if self.is_serial or not self._draft.is_known:
+            times = [self._draft, self._draft_alone]
+        for each in times:
+            each.observe(num_seqs=num_seqs, num_steps=num_steps, num_chunk_tokens=num_chunk_tokens, run_s=run_s)
+        self._num_alone += not beside_target
+
+    def _waited_step_s(self, num_seqs: int) -> float:
+        """Seconds of a draft step that the target waits for."""
+        return min(self._draft_alone.step_s(num_seqs), self._draft.step_s(num_seqs))
 
     def draft_step_s(self, num_seqs: int) -> float:
         """Expected seconds of a draft step for so many seqs; a guess until one was seen."""
@@ -164,6 +179,7 @@ class SpeculationPolicy:
         steady = self._steady_state(seqs, len(seqs))
         price = steady.rate if self._runs_ahead else self._price
         step_s = self._draft.step_s(len(seqs))
+        waited_s = self._waited_step_s(len(seqs))
         restart_s = _RESTART_STEPS * step_s if self._runs_ahead else 0.0
         best_gain, best_wait = float("-inf"), 0
         most = max(seq.limit - seq.num_ready for seq in seqs)
@@ -174,12 +190,19 @@ class SpeculationPolicy:
             if self._runs_ahead:
                 gain += self._value_of_going_on(rows, counts, steady, step_s)
             if num_waited:
-                gain -= price * (num_waited * step_s + restart_s)
+                gain -= price * (num_waited * waited_s + restart_s)
             if gain > best_gain:
                 best_gain, best_wait = gain, num_waited
+        if best_wait == 0 and self._is_curious(seqs):
+            best_wait = 2
         if best_wait == 0 and self._num_unverified >= _MAX_UNVERIFIED and not any(seq.num_ready for seq in seqs):
             best_wait = 1  # a draft that runs and is never verified could not show that it is worse than thought
         return _HOLD_MARGIN * (best_wait + 1) * step_s if best_wait else 0.0
+
+    def _is_curious(self, seqs: Sequence[Drafts]) -> bool:
+        """Whether to wait for once, to learn how fast the draft is when the target does not run beside it."""
+        is_due = self._num_alone < _NUM_WAITED or self._is_exploring
+        return self._adaptive and is_due and not any(seq.num_ready for seq in seqs)
 
     def _hold_for_fixed(self, seq: Drafts) -> Choice | None:
         """A request that asked for so many drafts a round gets them, if they are on their way."""
@@ -193,7 +216,8 @@ class SpeculationPolicy:
         self, rows: Sequence[Row], counts: Sequence[int], steady: SteadyState, step_s: float
     ) -> float:
         """Tokens that the drafts made meanwhile are worth, where the verdict lets the chain go on."""
-        wait_s = steady.num_waited * step_s + (_RESTART_STEPS * step_s if steady.num_waited else 0.0)
+        wait_s = steady.num_waited * self._waited_step_s(len(rows))
+        wait_s += _RESTART_STEPS * step_s if steady.num_waited else 0.0
         saved = steady.rate * wait_s / len(rows)
         value = 0.0
         for row, count in zip(rows, counts, strict=True):
@@ -265,7 +289,7 @@ class SpeculationPolicy:
         steady = self._steady_state(seqs, num_rows)
         others = [_PLAIN_ROW] * (num_rows - len(rows))
         verify_s = VerifyTimes(self._target, num_rows, 0)
-        waiting = plan_serial(rows + others, verify_s, self._draft.step_s)
+        waiting = plan_serial(rows + others, verify_s, self._waited_step_s)
         is_ahead = self._has_branches or steady.rate > waiting.rate * (1.0 if self._runs_ahead else _CHANGE_FOR)
         rate = steady.rate if is_ahead else waiting.rate
         is_on = self._switch.update(rate / waiting.plain_rate)
@@ -285,7 +309,16 @@ class SpeculationPolicy:
             rows = [self._row(seq) for seq in seqs] + [_PLAIN_ROW] * (num_rows - len(seqs))
             step_s = self._draft.step_s(len(seqs))
             verify_s = VerifyTimes(self._target, num_rows, 0).slowed(self._slowdown)
-            self._steady = key, steady_state(rows, verify_s, step_s, restart_s=_RESTART_STEPS * step_s)
+            self._steady = (
+                key,
+                steady_state(
+                    rows,
+                    verify_s,
+                    step_s,
+                    waited_step_s=self._waited_step_s(len(seqs)),
+                    restart_s=_RESTART_STEPS * step_s,
+                ),
+            )
         return self._steady[1]
 
     def _window_of(self, num_drafts: int, row: Row) -> int:

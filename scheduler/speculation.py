@@ -204,5 +204,5 @@ class Speculation:
             seq.skips_draft = seq.suffixes is not None and seq.is_decoding and self._prefers_lookup(seq)
         return self.drafter.plan(running, now)
 
-    def on_draft_result(self, result: worker_pb2.RoundResult, now: float) -> None:
-        self.drafter.on_result(result, now)
+    def on_draft_result(self, result: worker_pb2.RoundResult, now: float, *, target_idle_since: float | None) -> None:
+        self.drafter.on_result(result, now, target_idle_since=target_idle_since)
