@@ -7,7 +7,7 @@ from triton import language as tl
 
 from kernels.dispatch import runs_triton
 from kernels.gumbel import EXACT, LN2_HIGH, LN2_LOW
-from kernels.sampling_tile import NUM_WARPS, check_logits, tile_for
+from kernels.sampling_tile import NUM_WARPS, check_logits, check_row_values, tile_for
 
 MASS_BITS = 43  # exp(0) has mass 2^43: the masses of fewer than 2^20 tokens add up within int64
 MAX_TOKENS = 1 << 20
@@ -119,6 +119,7 @@ def mass_and_rank(logits: Tensor, largest: Tensor, values: Tensor) -> Tensor:
         int64 [2, num_rows]: the sum of the masses of each row, and the number of logits above its value.
     """
     check_logits(logits)
+    check_row_values(logits, torch.float32, largest=largest, values=values)
     if runs_triton(logits):
         return _mass_and_rank_triton(logits, largest, values, None)
     return mass_and_rank_reference(logits, largest, values)
@@ -134,6 +135,7 @@ def total_mass(logits: Tensor, largest: Tensor, threshold: Tensor | None = None)
     fp32 [num_rows, num_tokens], [num_rows], [num_rows] -> int64 [num_rows].
     """
     check_logits(logits)
+    check_row_values(logits, torch.float32, largest=largest, threshold=threshold)
     if runs_triton(logits):
         return _mass_and_rank_triton(logits, largest, largest, threshold)[0]
     return total_mass_reference(logits, largest, threshold)

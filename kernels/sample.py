@@ -18,6 +18,7 @@ from kernels.sample_cpu import sample_cpu
 from kernels.sampling_tile import (
     NUM_WARPS,
     check_logits,
+    check_row_values,
     divisor_jit,
     num_tiles_of,
     scaled_jit,
@@ -161,6 +162,10 @@ def sample(
             is the choice in the whole vocabulary. first_token_id where every token is excluded.
     """
     check_logits(logits)
+    check_row_values(logits, torch.float32, temperature=temperature, thresholds=thresholds)
+    check_row_values(
+        logits, torch.int64, seeds=keys.seeds, sample_indices=keys.sample_indices, positions=keys.positions
+    )
     implementation = _sample_triton if runs_triton(logits) else sample_cpu
     return implementation(logits, temperature, keys, first_token_id=first_token_id, thresholds=thresholds)
 

@@ -7,7 +7,7 @@ from kernels.dispatch import runs_triton
 from kernels.gumbel import gumbel_noise_range
 from kernels.noise_keys import NoiseKeys, scale_by_temperature
 from kernels.sample_cpu import top_keys_cpu
-from kernels.sampling_tile import check_logits
+from kernels.sampling_tile import check_logits, check_row_values
 from kernels.sort_key import unpack_sort_key
 from kernels.top_keys import top_keys_triton, top_sort_keys_reference
 
@@ -31,6 +31,10 @@ def sample_top(
         token_ids: int64 [num_rows, num]; first_token_id where the value is -Inf.
     """
     check_logits(logits)
+    check_row_values(logits, torch.float32, temperature=temperature, thresholds=thresholds)
+    check_row_values(
+        logits, torch.int64, seeds=keys.seeds, sample_indices=keys.sample_indices, positions=keys.positions
+    )
     if num < 1:
         raise ValueError(f"num must be at least 1, got {num}")
     if runs_triton(logits):

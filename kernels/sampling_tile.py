@@ -34,6 +34,16 @@ def check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits must have rows without gaps, got strides {logits.stride()}: make them contiguous")
 
 
+def check_row_values(logits: Tensor, dtype: torch.dtype, **values: Tensor | None) -> None:
+    """Raises ValueError unless each of `values` holds a number for each row of logits, side by side, or is None."""
+    for name, x in values.items():
+        if x is not None and (x.shape != logits.shape[:1] or x.dtype != dtype or not x.is_contiguous()):
+            raise ValueError(
+                f"{name} must be contiguous {dtype} [{logits.shape[0]}], got {x.dtype} {list(x.shape)} with strides "
+                f"{list(x.stride())}"
+            )
+
+
 @triton.jit
 def divisor_jit(temperature):
     """What the logits of a row of this temperature are divided by."""

@@ -7,7 +7,7 @@ from triton import language as tl
 
 from kernels.dispatch import runs_triton
 from kernels.noise_keys import scale_by_temperature
-from kernels.sampling_tile import NUM_WARPS, check_logits, divisor_jit, scaled_jit, tile_for
+from kernels.sampling_tile import NUM_WARPS, check_logits, check_row_values, divisor_jit, scaled_jit, tile_for
 
 
 @triton.jit
@@ -58,6 +58,7 @@ def softmax_sum(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         total: fp32 [num_rows]; 0 where every token is excluded.
     """
     check_logits(logits)
+    check_row_values(logits, torch.float32, temperature=temperature)
     if not runs_triton(logits):
         return softmax_sum_reference(logits, temperature)
     num_rows, num_tokens = logits.shape

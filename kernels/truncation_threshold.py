@@ -14,7 +14,7 @@ from kernels.dispatch import runs_triton
 from kernels.gumbel import EXACT
 from kernels.noise_keys import scale_by_temperature
 from kernels.probability_mass import probability_mass_jit, total_mass_reference
-from kernels.sampling_tile import check_logits, divisor_jit, scaled_jit
+from kernels.sampling_tile import check_logits, check_row_values, divisor_jit, scaled_jit
 from kernels.sort_key import from_ordered_jit, ordered_jit
 from kernels.truncation import Candidates, Truncation, min_p_top_k_threshold, top_p_threshold
 
@@ -243,6 +243,9 @@ def truncation_threshold(logits: Tensor, temperature: Tensor, truncation: Trunca
         fp32 [num_rows]; -Inf where all stay.
     """
     check_logits(logits)
+    check_row_values(logits, torch.float32, temperature=temperature, log_min_p=truncation.log_min_p)
+    check_row_values(logits, torch.int64, top_k=truncation.top_k)
+    check_row_values(logits, torch.float64, top_p=truncation.top_p)
     if runs_triton(logits):
         return _threshold_triton(logits, temperature, truncation)
     return _threshold_cpu(scale_by_temperature(logits, temperature), truncation)

@@ -141,6 +141,17 @@ def test_strided_logits() -> None:
         sample(logits[:4, ::2], temperature, keys)
 
 
+def test_strided_or_missing_numbers_of_rows_are_refused() -> None:
+    """A kernel would read what stands between them."""
+    logits, keys = torch.zeros(2, 8), noise_keys(2)
+    with pytest.raises(ValueError, match="temperature must be contiguous"):
+        sample(logits, torch.ones(4)[::2], keys)
+    with pytest.raises(ValueError, match=r"thresholds must be contiguous torch.float32 \[2\]"):
+        sample_top(logits, torch.ones(2), keys, num=2, thresholds=torch.zeros(1))
+    with pytest.raises(ValueError, match="seeds must be contiguous"):
+        sample(logits, torch.ones(2), noise_keys(3))
+
+
 def test_other_types_are_refused() -> None:
     with pytest.raises(TypeError, match="float32"):
         sample(torch.zeros(1, 4, dtype=torch.bfloat16), torch.zeros(1), noise_keys(1))

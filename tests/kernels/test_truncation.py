@@ -28,7 +28,7 @@ def thresholds(logits: Tensor, settings: Truncation, num_candidates: int | None 
     rest = values[:, -1] if values.shape[1] < num_tokens else torch.full_like(values[:, -1], -torch.inf)
     candidates = Candidates(values=values, rest=rest)
     threshold, covered = min_p_top_k_threshold(candidates, settings)
-    mass = total_mass(logits, values[:, 0], threshold)
+    mass = total_mass(logits, values[:, 0].contiguous(), threshold)
     threshold, top_p_covered = top_p_threshold(candidates, settings, threshold, mass)
     return threshold, covered & top_p_covered
 
