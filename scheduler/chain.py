@@ -81,10 +81,8 @@ class DraftSeat(Seat):
         self.is_cut = True
         self.epoch += 1
 
-    def extend(self, epoch: int, num_ordered: int, drafted: Sequence[Drafted]) -> bool:
-        """Drafts have come that were ordered in `epoch`; False if it is over and they are dropped."""
-        if epoch != self.epoch:
-            return False
-        self.num_coming -= num_ordered
-        self.chain += drafted
-        return True
+    def extend(self, epoch: int, num_ordered: int, drafted: Sequence[Drafted]) -> None:
+        """Drafts have come that were ordered in `epoch`; if it is over they are dropped."""
+        if epoch == self.epoch:
+            self.num_coming -= num_ordered
+            self.chain += drafted

@@ -184,8 +184,8 @@ class DraftSeats:
 
     # -- results ------------------------------------------------------------------------------------------------------
 
-    def land(self, record: InFlight, result: worker_pb2.RoundResult) -> Iterator[tuple[PlannedRow, int]]:
-        """Takes in a round's drafts; yields its rows with the number of drafts that each brought to a living chain."""
+    def land(self, record: InFlight, result: worker_pb2.RoundResult) -> Iterator[PlannedRow]:
+        """Takes in a round's drafts; yields the rows whose seats are still in use."""
         for row, answer in zip(record.rows, result.rows, strict=True):
             seat = row.seat
             assert isinstance(seat, DraftSeat), "the draft engine seats draft seats"
@@ -196,8 +196,8 @@ class DraftSeats:
                 continue
             seat.is_catching_up = False
             self.engine.publish(row.seq, seat, row.num_exact)
-            drafted = _drafted(answer)
-            yield row, len(drafted) if seat.extend(row.epoch, row.num_draft_tokens, drafted) else 0
+            seat.extend(row.epoch, row.num_draft_tokens, _drafted(answer))
+            yield row
 
     def _on_missing_drafts(self, row: PlannedRow, answer: worker_pb2.RowResult) -> None:
         seq, seat = row.seq, row.seat

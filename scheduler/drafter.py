@@ -42,6 +42,7 @@ class Drafter:
         self.seats: DraftSeats | None = None
         self.cache = VerdictCache(config.verdict_cache_rows)
         self.num_drafted = 0
+        self._num_of_use = 0  # drafts that the target wrote too
 
     @property
     def engine(self) -> Engine | None:
@@ -75,8 +76,9 @@ class Drafter:
         seat = seq.draft
         if seat is None or self.seats is None:
             return
-        history = seq.token_ids
+        history, num_agreed = seq.token_ids, seat.num_agreed
         contradicted = seat.follow(history)
+        self._num_of_use += seat.num_agreed - num_agreed
         if contradicted is None:
             for dropped in self.cache.drop(seq, before=len(history)):
                 self.seats.release_seat(dropped)
@@ -89,6 +91,14 @@ class Drafter:
             seq.draft = foreseen
         elif foreseen is not None:
             self.seats.release_seat(foreseen)
+
+    def num_wasted(self, running: Iterable[Seq]) -> int:
+        """Drafts that can no more be accepted, and were not."""
+        undecided = 0
+        for seq in running:
+            seats = [seq.draft, *(branch.seat for branch in self.cache.branches(seq))]
+            undecided += sum(len(seat.chain) for seat in seats if seat is not None)
+        return self.num_drafted - self._num_of_use - undecided
 
     def drafts_of(self, seq: Seq, *, may_hold: bool = True) -> Drafts:
         """What the policy has to know of a seq."""
@@ -140,8 +150,8 @@ class Drafter:
         self._drafting.difference_update(row.seq for row in record.rows)
         was_alone = target_idle_since is not None and target_idle_since <= record.sent_s
         self._observe(record, result.num_steps, beside_target=not was_alone)
-        for row, num_drafts in self.seats.land(record, result):
-            self.num_drafted += num_drafts
+        self.num_drafted += sum(len(answer.token_ids) for answer in result.rows)
+        for row in self.seats.land(record, result):
             if row.seq.draft is row.seat:
                 self.follow(row.seq)
 

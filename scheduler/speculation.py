@@ -83,6 +83,8 @@ class Speculation:
     def report(self, status: scheduler_pb2.SchedulerStatus, running: Iterable[Seq]) -> None:
         """Fills in what is known here."""
         status.draft_tokens_total = self.drafter.num_drafted
+        running = list(running)
+        status.wasted_draft_tokens_total = self.drafter.num_wasted(running)
         status.verified_tokens_total = self._num_verified
         status.lookup_tokens_total = self._num_looked_up
         status.verdict_cache_hits_total = self.drafter.cache.num_hits

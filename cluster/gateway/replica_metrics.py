@@ -39,11 +39,6 @@ _GAUGES = (
         "Drafts ahead of the last commits by what the policy allows; 1 is all.",
         lambda s: s.window_occupancy,
     ),
-    _Series(
-        "wasted_drafts",
-        "Drafts written and not accepted since the start; those on their way to a verdict count until they are.",
-        lambda s: max(0, s.draft_tokens_total + s.lookup_tokens_total - s.accepted_tokens_total),
-    ),
 )
 _COUNTERS = (
     _Series("prompt_tokens", "Prompt tokens of accepted requests.", lambda s: s.prompt_tokens_total),
@@ -54,6 +49,7 @@ _COUNTERS = (
     _Series("target_rounds", "Rounds of the target.", lambda s: s.target_rounds_total),
     _Series("draft_rounds", "Rounds of the draft.", lambda s: s.draft_rounds_total),
     _Series("draft_tokens", "Tokens that the draft model was asked for.", lambda s: s.draft_tokens_total),
+    _Series("wasted_drafts", "Drafts of the model that nobody needed.", lambda s: s.wasted_draft_tokens_total),
     _Series("verified_tokens", "Drafts that the target compared.", lambda s: s.verified_tokens_total),
     _Series("accepted_tokens", "Drafts that the target accepted.", lambda s: s.accepted_tokens_total),
     _Series("lookup_tokens", "Compared drafts that suffix lookup had found.", lambda s: s.lookup_tokens_total),

@@ -221,6 +221,7 @@ class SchedulerStatus(google.protobuf.message.Message):
     DRAFT_ROUNDS_TOTAL_FIELD_NUMBER: builtins.int
     VERIFIED_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
     LOOKUP_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
+    WASTED_DRAFT_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
     VERDICT_CACHE_HITS_TOTAL_FIELD_NUMBER: builtins.int
     VERDICT_CACHE_MISSES_TOTAL_FIELD_NUMBER: builtins.int
     DRAFT_IDLE_SECONDS_TOTAL_FIELD_NUMBER: builtins.int
@@ -254,6 +255,8 @@ class SchedulerStatus(google.protobuf.message.Message):
     """drafts that the target compared"""
     lookup_tokens_total: builtins.int
     """those of them that suffix lookup had found"""
+    wasted_draft_tokens_total: builtins.int
+    """of the draft model: can no more be accepted, and were not"""
     verdict_cache_hits_total: builtins.int
     """mismatches for which a branch had been drafted ahead"""
     verdict_cache_misses_total: builtins.int
@@ -292,6 +295,7 @@ class SchedulerStatus(google.protobuf.message.Message):
         draft_rounds_total: builtins.int = ...,
         verified_tokens_total: builtins.int = ...,
         lookup_tokens_total: builtins.int = ...,
+        wasted_draft_tokens_total: builtins.int = ...,
         verdict_cache_hits_total: builtins.int = ...,
         verdict_cache_misses_total: builtins.int = ...,
         draft_idle_seconds_total: builtins.float = ...,
@@ -301,7 +305,7 @@ class SchedulerStatus(google.protobuf.message.Message):
         drafts_per_verification: builtins.float = ...,
         non_finite_rows_total: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["acceptance_rate", b"acceptance_rate", "accepted_tokens_total", b"accepted_tokens_total", "draft_idle_seconds_total", b"draft_idle_seconds_total", "draft_ready", b"draft_ready", "draft_rounds_total", b"draft_rounds_total", "draft_tokens_total", b"draft_tokens_total", "drafts_per_verification", b"drafts_per_verification", "generation_tokens_total", b"generation_tokens_total", "lookup_tokens_total", b"lookup_tokens_total", "non_finite_rows_total", b"non_finite_rows_total", "not_ready_reason", b"not_ready_reason", "num_blocks", b"num_blocks", "num_draft_blocks", b"num_draft_blocks", "num_free_blocks", b"num_free_blocks", "num_free_draft_blocks", b"num_free_draft_blocks", "num_preemptions_total", b"num_preemptions_total", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens_total", b"prompt_tokens_total", "ready", b"ready", "target_rounds_total", b"target_rounds_total", "verdict_cache_hits_total", b"verdict_cache_hits_total", "verdict_cache_misses_total", b"verdict_cache_misses_total", "verified_tokens_total", b"verified_tokens_total", "verify_wait_seconds_total", b"verify_wait_seconds_total", "window_occupancy", b"window_occupancy"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["acceptance_rate", b"acceptance_rate", "accepted_tokens_total", b"accepted_tokens_total", "draft_idle_seconds_total", b"draft_idle_seconds_total", "draft_ready", b"draft_ready", "draft_rounds_total", b"draft_rounds_total", "draft_tokens_total", b"draft_tokens_total", "drafts_per_verification", b"drafts_per_verification", "generation_tokens_total", b"generation_tokens_total", "lookup_tokens_total", b"lookup_tokens_total", "non_finite_rows_total", b"non_finite_rows_total", "not_ready_reason", b"not_ready_reason", "num_blocks", b"num_blocks", "num_draft_blocks", b"num_draft_blocks", "num_free_blocks", b"num_free_blocks", "num_free_draft_blocks", b"num_free_draft_blocks", "num_preemptions_total", b"num_preemptions_total", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens_total", b"prompt_tokens_total", "ready", b"ready", "target_rounds_total", b"target_rounds_total", "verdict_cache_hits_total", b"verdict_cache_hits_total", "verdict_cache_misses_total", b"verdict_cache_misses_total", "verified_tokens_total", b"verified_tokens_total", "verify_wait_seconds_total", b"verify_wait_seconds_total", "wasted_draft_tokens_total", b"wasted_draft_tokens_total", "window_occupancy", b"window_occupancy"]) -> None: ...
 
 global___SchedulerStatus = SchedulerStatus
 

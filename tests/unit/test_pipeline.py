@@ -90,6 +90,14 @@ def test_most_mismatches_are_foreseen_when_the_second_choice_is_right() -> None:
     assert foreseeing.now < simulate(80, CONTINUOUS).now
 
 
+@pytest.mark.parametrize("speculation", [SERIAL, CONTINUOUS, CACHED], ids=["serial", "continuous", "cached"])
+def test_every_draft_is_of_use_or_wasted(speculation: dict[str, Any]) -> None:
+    perfect, useless = simulate(100, speculation).core.status(), simulate(0, speculation).core.status()
+    assert useless.wasted_draft_tokens_total == useless.draft_tokens_total > 0
+    assert perfect.wasted_draft_tokens_total < 0.3 * perfect.draft_tokens_total, "the end, and branches"
+    assert perfect.accepted_tokens_total <= perfect.draft_tokens_total - perfect.wasted_draft_tokens_total
+
+
 def test_what_is_committed_is_calibrated() -> None:
     """A layer-parallel draft's KV of accepted drafts is approximate until it has been computed again."""
     sim = TimedSimulation(target=target_engine(), draft=draft_engine(90, lp_size=4), k=4, speculation=CACHED)
