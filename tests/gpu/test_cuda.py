@@ -10,7 +10,7 @@ import torch
 from echelon.pb.process_pb2 import WorkerSpec
 from echelon.pb.sampling_pb2 import SeqSampling
 from kernels.gumbel import gumbel_noise_range
-from tests.helpers.engines import TARGET, drive, engine_spec, interleave
+from tests.helpers.engines import DRAFT, TARGET, drive, engine_spec, interleave
 from tests.helpers.hot_path import KINDS, hot_rounds
 from tests.helpers.launched import foreign_kernels, launched_by, our_kernels, replaced_operators
 from tests.helpers.rounds import Driver, greedy, seeded
@@ -19,7 +19,8 @@ from workers.load import load_engines
 
 pytestmark = pytest.mark.gpu
 
-DEMO_TARGET = Path(__file__).parents[2] / "models" / "demo-target"
+MODELS = Path(__file__).parents[2] / "models"
+DEMO_TARGET, DEMO_DRAFT = MODELS / "demo-target", MODELS / "demo-draft"
 DEVICES = ("cpu", "cuda")
 NUM_TOKENS = 64
 SETTINGS = {
@@ -40,14 +41,14 @@ EXPECTED = [
 ]
 
 
-def demo_driver(device: str) -> Driver:
-    engine = engine_spec(DEMO_TARGET, TARGET, kv_cache_bytes=32 << 20, max_model_len=512, block_size=16)
+def demo_driver(device: str, **changes: object) -> Driver:
+    engine = engine_spec(DEMO_TARGET, TARGET, kv_cache_bytes=32 << 20, max_model_len=512, block_size=16, **changes)
     spec = WorkerSpec(rank=0, world_size=1, device=device, engines=[engine])
     return drive(load_engines(spec, Cohort(0, 1, None), lambda stage, done, total: None)[TARGET])
 
 
-def plain_outputs(device: str, prompts: list[list[int]], sampling: SeqSampling) -> list[list[int]]:
-    driver = demo_driver(device)
+def plain_outputs(device: str, prompts: list[list[int]], sampling: SeqSampling, **changes: object) -> list[list[int]]:
+    driver = demo_driver(device, **changes)
     seqs = [driver.start(slot, prompt, sampling) for slot, prompt in enumerate(prompts)]
     return [driver.generate(seq, NUM_TOKENS) for seq in seqs]
 
@@ -85,6 +86,30 @@ def test_drafts_and_chunks_change_no_token(name: str, prompts: list[list[int]]) 
     interleave(driver, list(zip(seqs, expected, strict=True)), random.Random(1), NUM_TOKENS)
     same = [seq.output[:NUM_TOKENS] == tokens for seq, tokens in zip(seqs, expected, strict=True)]
     assert sum(same) >= len(prompts) - 1
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_batch_invariance_makes_bf16_exact(name: str, prompts: list[list[int]]) -> None:
+    """The start probes products and attention; then drafts, chunks and company change no token at all."""
+    options = {"dtype": "bfloat16", "batch_invariant": True}
+    expected = plain_outputs("cuda", prompts, SETTINGS[name], **options)
+    driver = demo_driver("cuda", **options)
+    seqs = [driver.start(slot, prompt, SETTINGS[name]) for slot, prompt in enumerate(prompts)]
+    interleave(driver, list(zip(seqs, expected, strict=True)), random.Random(1), NUM_TOKENS)
+    assert [seq.output[:NUM_TOKENS] for seq in seqs] == expected
+
+
+def test_a_layer_parallel_draft_projects_its_layers_at_once(prompts: list[list[int]]) -> None:
+    drafts = {}
+    for device in DEVICES:
+        engine = engine_spec(DEMO_DRAFT, DRAFT, lp_size=3, layer_parallel_weights="replicated", max_model_len=128)
+        spec = WorkerSpec(rank=0, world_size=1, device=device, engines=[engine])
+        driver = drive(load_engines(spec, Cohort(0, 1, None), lambda stage, done, total: None)[DRAFT])
+        seq = driver.start(0, prompts[1], greedy())
+        launched = launched_by(lambda driver=driver, seq=seq: driver.run((seq, driver.draft_row(seq, 4))))
+        assert (device == "cpu") == (not launched.kernels & our_kernels("layer_parallel_qkv"))
+        drafts[device] = seq.output
+    assert drafts["cuda"] == drafts["cpu"]
 
 
 def test_a_round_waits_for_the_device_once(prompts: list[list[int]]) -> None:
