@@ -44,10 +44,10 @@ def test_every_row_in_every_chunking(
 
 def test_every_row_alone_and_verified(device: torch.device) -> None:
     """One by one, as in decoding, and with the 4 that follow it, as drafts do."""
-    seqs = Seqs([100], (4, 2), 64, torch.float16, device=device)
-    whole = seqs.in_chunks(0, 100)
+    seqs = Seqs([70], (4, 2), 64, torch.float16, device=device)
+    whole = seqs.in_chunks(0, 70)
     assert torch.equal(seqs.in_chunks(0, 1), whole)
-    for token in range(0, 96, 5):
+    for token in (0, 27, 31, 32, 61, 65):
         assert torch.equal(seqs.attend([(0, token, token + 5)])[0], whole[token : token + 5])
 
 
@@ -66,7 +66,7 @@ def test_any_company(dtype: torch.dtype, device: torch.device) -> None:
             assert torch.equal(result, whole[seq][start:end]), (seq, start, end)
 
 
-@pytest.mark.parametrize("sliding_window", [5, 64, 100])
+@pytest.mark.parametrize("sliding_window", [5, 100])
 def test_with_a_sliding_window(sliding_window: int, device: torch.device) -> None:
     seqs = Seqs([200], (4, 2), 64, torch.float32, device=device)
     whole = seqs.in_chunks(0, 200, sliding_window)
