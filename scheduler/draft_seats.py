@@ -4,7 +4,6 @@ Everything here is best effort: no seq waits for slots or blocks of the draft en
 on without drafts.
 """
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 
 from echelon.pb import worker_pb2
@@ -12,9 +11,7 @@ from scheduler.chain import Drafted, DraftSeat
 from scheduler.engine import Engine, ForkFrom, InFlight, PlannedRow
 from scheduler.seq import Seq
 
-__all__ = ["DraftSeats"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["DraftSeats", "is_complete"]
 
 
 class DraftSeats:
@@ -34,17 +31,13 @@ class DraftSeats:
             if seq.num_free_at_refusal != self.engine.blocks.num_free and not self._seat(seq):
                 seq.num_free_at_refusal = self.engine.blocks.num_free
 
-    def may_follow(self, seq: Seq) -> bool:
-        """Whether there is room for the seq and a draft in the draft's context, which may be the shorter one."""
-        if len(seq.token_ids) < self.engine.info.max_model_len:
-            return True
-        self.give_up(seq)
-        return False
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether so many tokens and a draft fit into the draft's context, which may be the shorter one."""
+        return num_tokens < self.engine.info.max_model_len
 
-    def give_up(self, seq: Seq) -> None:
-        """The seq goes on without drafts of this engine."""
-        self.release(seq)
-        seq.has_draft_model = False
+    def knows(self, token_ids: Iterable[int]) -> bool:
+        """Whether all are of the draft's vocabulary: padding of the target's may reach beyond it."""
+        return max(token_ids, default=0) < self.engine.info.vocab_size
 
     def release(self, seq: Seq) -> None:
         if seq.draft is not None:
@@ -63,8 +56,8 @@ class DraftSeats:
         num_new = blocks.num_blocks_for(min(len(seq.token_ids) + seq.max_drafts, most)) - len(found)
         if num_new + blocks.num_idle_among(found) > blocks.num_free:
             return False
-        if max(seq.token_ids) >= self.engine.info.vocab_size:  # padding of the target's vocabulary
-            self.give_up(seq)
+        if not self.knows(seq.token_ids):
+            seq.has_draft_model = False
             return False
         blocks.hold(found)
         num_found = len(found) * blocks.block_size
@@ -112,9 +105,10 @@ class DraftSeats:
     def fork_row(self, seq: Seq, parent: DraftSeat, length: int, token_id: int, num_drafts: int) -> PlannedRow | None:
         """A branch: the first `length` tokens that `parent` holds, then `token_id`, then drafts."""
         blocks = self.engine.blocks
+        num_drafts = min(num_drafts, self._most_drafts(seq, length + 1))
         num_shared = length // blocks.block_size
         num_new = blocks.num_blocks_for(length + num_drafts) - num_shared
-        if self.engine.num_free_slots == 0 or num_new > blocks.num_free:
+        if num_drafts < 1 or self.engine.num_free_slots == 0 or num_new > blocks.num_free:
             return None
         shared = parent.block_ids[:num_shared]
         blocks.hold(shared)
@@ -134,7 +128,7 @@ class DraftSeats:
             chunk_len=length + 1 - start,
             append_token_ids=[token_id],
             fork=ForkFrom(parent.slot, length, num_shared),
-            num_draft_tokens=self._room_for_drafts(seq, seat, length + 1, num_drafts),
+            num_draft_tokens=num_drafts,
         )
 
     def send(self, row: PlannedRow) -> None:
@@ -175,40 +169,40 @@ class DraftSeats:
 
     def _room_for_drafts(self, seq: Seq, seat: DraftSeat, num_held: int, wanted: int) -> int:
         """How many drafts fit behind `num_held` tokens, with blocks for them; 0 if none does."""
-        # The target adds a token of its own to those it accepts. The last draft is not computed and needs no place.
-        most = min(seq.max_len - 1, self.engine.info.max_model_len) - num_held
-        num_drafts = min(wanted, most, self.engine.room_for(seat) - num_held + 1)
+        # The last draft is not computed and needs no place.
+        num_drafts = min(wanted, self._most_drafts(seq, num_held), self.engine.room_for(seat) - num_held + 1)
         if num_drafts < 1 or not self.engine.grow(seat, num_held + num_drafts - 1):
             return 0
         return num_drafts
 
+    def _most_drafts(self, seq: Seq, num_held: int) -> int:
+        """Drafts behind `num_held` tokens that could still be accepted: the target adds a token of its own to them."""
+        return min(seq.max_len - 1, self.engine.info.max_model_len) - num_held
+
     # -- results ------------------------------------------------------------------------------------------------------
 
-    def land(self, record: InFlight, result: worker_pb2.RoundResult) -> Iterator[PlannedRow]:
-        """Takes in a round's drafts; yields the rows whose seats are still in use."""
+    def land(
+        self, record: InFlight, result: worker_pb2.RoundResult
+    ) -> Iterator[tuple[PlannedRow, worker_pb2.RowResult]]:
+        """Takes in a round's drafts; yields the rows whose seats are still in use, with their answers. One that lacks
+        drafts (`is_complete`) leaves its seat as it was: of no use any more."""
         for row, answer in zip(record.rows, result.rows, strict=True):
             seat = row.seat
             assert isinstance(seat, DraftSeat), "the draft engine seats draft seats"
             if seat.is_released:
                 continue
-            if answer.non_finite or len(answer.token_ids) < row.num_draft_tokens:
-                self._on_missing_drafts(row, answer)
-                continue
-            seat.is_catching_up = False
-            self.engine.publish(row.seq, seat, row.num_exact)
-            seat.extend(row.epoch, row.num_draft_tokens, _drafted(answer))
-            yield row
+            if is_complete(row, answer):
+                seat.is_catching_up = False
+                self.engine.publish(row.seq, seat, row.num_exact)
+                seat.extend(row.epoch, row.num_draft_tokens, _drafted(answer))
+            else:
+                self.engine.blocks.forget(seat.block_ids[: seat.num_published])
+            yield row, answer
 
-    def _on_missing_drafts(self, row: PlannedRow, answer: worker_pb2.RowResult) -> None:
-        seq, seat = row.seq, row.seat
-        assert isinstance(seat, DraftSeat), "the draft engine seats draft seats"
-        reason = "non-finite draft logits" if answer.non_finite else "the draft engine gave fewer drafts than ordered"
-        logger.warning("request %s: %s, going on without drafts", seq.request.request_id, reason)
-        self.engine.blocks.forget(seat.block_ids[: seat.num_published])
-        if seat is seq.draft:
-            self.give_up(seq)
-        else:
-            seat.cut()
+
+def is_complete(row: PlannedRow, answer: worker_pb2.RowResult) -> bool:
+    """The draft engine has done all that the row ordered."""
+    return not answer.non_finite and len(answer.token_ids) == row.num_draft_tokens
 
 
 def _drafted(answer: worker_pb2.RowResult) -> Sequence[Drafted]:

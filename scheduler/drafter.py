@@ -8,18 +8,22 @@ In both a seq whose draft KV lags far behind is caught up beside the target's ro
 then.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 
 from echelon.pb import worker_pb2
 from scheduler.chain import DraftSeat
 from scheduler.config import Pipeline, SpeculationConfig
-from scheduler.draft_seats import DraftSeats
+from scheduler.draft_seats import DraftSeats, is_complete
 from scheduler.engine import Engine, InFlight, PlannedRow
 from scheduler.policy import Drafts, SpeculationPolicy
+from scheduler.seat import Seat
 from scheduler.seq import Seq
 from scheduler.verdict_cache import Branch, Outcome, VerdictCache
 
 __all__ = ["Drafter"]
+
+logger = logging.getLogger(__name__)
 
 _MAX_LAG = 32  # tokens that a drafting round may catch up on the way
 _MAX_STEPS = 4  # of a round of the continuous pipeline; its answer is what tells the scheduler how to go on ...
@@ -38,7 +42,7 @@ class Drafter:
         self._config = config
         self._policy = policy
         self._step_s = _ROUND_S
-        self._drafting: set[Seq] = set()  # serial: their drafts are on the way, and the target waits for them
+        self._drafting: set[Seat] = set()  # serial: their drafts are on the way, and the target waits for them
         self.seats: DraftSeats | None = None
         self.cache = VerdictCache(config.verdict_cache_rows)
         self.num_drafted = 0
@@ -66,10 +70,22 @@ class Drafter:
 
     def release(self, seq: Seq) -> None:
         """The seq drafts no more: finished, preempted or given up."""
-        self._drafting.discard(seq)
         if self.seats is not None:
+            if seq.draft is not None:
+                self._drafting.discard(seq.draft)
             self._release_branches(seq)
             self.seats.release(seq)
+
+    def _give_up(self, seq: Seq) -> None:
+        """The seq goes on without drafts of this engine."""
+        self.release(seq)
+        seq.has_draft_model = False
+
+    def on_commit(self, seq: Seq, token_ids: Sequence[int]) -> None:
+        """The history has grown by these tokens."""
+        if seq.draft is not None and self.seats is not None and not self.seats.knows(token_ids):
+            self._give_up(seq)
+        self.follow(seq)
 
     def follow(self, seq: Seq) -> None:
         """Tokens were committed, or drafts have come: chain and branches are held against the history."""
@@ -126,7 +142,7 @@ class Drafter:
         """The next round for the draft engine, if it has one to run. `running`: oldest first."""
         if self.seats is None:
             return None
-        speculating = [seq for seq in running if seq.wants_draft_model and self.seats.may_follow(seq)]
+        speculating = [seq for seq in running if seq.wants_draft_model and self._may_follow(self.seats, seq)]
         if not speculating:
             return None
         if self._config.pipeline is Pipeline.SERIAL:
@@ -147,13 +163,30 @@ class Drafter:
         """Take in a round's drafts. `target_idle_since`: None while it is at work. Raises ProtocolError."""
         assert self.seats is not None, "a result of an engine that is not connected"
         record = self.seats.engine.land(result, now)
-        self._drafting.difference_update(row.seq for row in record.rows)
+        self._drafting.difference_update(row.seat for row in record.rows)
         was_alone = target_idle_since is not None and target_idle_since <= record.sent_s
         self._observe(record, result.num_steps, beside_target=not was_alone)
         self.num_drafted += sum(len(answer.token_ids) for answer in result.rows)
-        for row in self.seats.land(record, result):
-            if row.seq.draft is row.seat:
+        for row, answer in self.seats.land(record, result):
+            if not is_complete(row, answer):
+                self._on_missing_drafts(self.seats, row, is_non_finite=answer.non_finite)
+            elif row.seq.draft is row.seat:
                 self.follow(row.seq)
+
+    def _on_missing_drafts(self, seats: DraftSeats, row: PlannedRow, *, is_non_finite: bool) -> None:
+        seq = row.seq
+        if row.seat is not seq.draft:
+            seats.release_seat(self.cache.take(seq, row.seat))
+            return
+        reason = "non-finite draft logits" if is_non_finite else "the draft engine gave fewer drafts than ordered"
+        logger.warning("request %s: %s, going on without drafts", seq.request.request_id, reason)
+        self._give_up(seq)
+
+    def _may_follow(self, seats: DraftSeats, seq: Seq) -> bool:
+        if seats.has_room(len(seq.token_ids)):
+            return True
+        self._give_up(seq)
+        return False
 
     def _observe(self, record: InFlight, num_steps: int, *, beside_target: bool) -> None:
         num_seqs = len(record.rows)
@@ -182,7 +215,7 @@ class Drafter:
             seq.num_drafted_at = len(seq.token_ids)
             assert seq.draft is not None, "a seq that is ready to draft has a seat"
             self._add(seats, rows, seq, seq.window - seq.draft.num_ahead)
-        self._drafting.update(row.seq for row in rows)
+        self._drafting.update(row.seat for row in rows)
         if not rows and not seats.engine.in_flight:
             budget = seats.engine.info.max_num_batched_tokens
             if any(seq.draft is not None and seq.draft.chain for seq in speculating):

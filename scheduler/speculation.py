@@ -187,7 +187,7 @@ class Speculation:
         if seq.suffixes is not None:
             seq.suffixes.extend(token_ids)
             seq.looked_up = None
-        self.drafter.follow(seq)
+        self.drafter.on_commit(seq, token_ids)
 
     def observe_target(self, *, num_seqs: int, num_tokens: int, num_context: int, run_s: float) -> None:
         self._policy.observe_target(num_seqs=num_seqs, num_tokens=num_tokens, num_context=num_context, run_s=run_s)

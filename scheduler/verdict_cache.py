@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from scheduler.chain import Drafted, DraftSeat
+from scheduler.seat import Seat
 from scheduler.seq import Seq
 
 __all__ = ["Branch", "Outcome", "VerdictCache"]
@@ -118,6 +119,12 @@ class VerdictCache:
                 return branch.seat
         self.num_misses += 1
         return None
+
+    def take(self, seq: Seq, seat: Seat) -> DraftSeat:
+        """Forget the branch that has this seat -> the seat."""
+        branch = next(branch for branch in self.branches(seq) if branch.seat is seat)
+        self._branches[seq].remove(branch)
+        return branch.seat
 
     def drop(self, seq: Seq, before: int | None = None) -> Iterable[DraftSeat]:
         """Forget the seq's branches, or those that start before a position -> their seats, to be released."""

@@ -8,8 +8,8 @@ import pytest
 
 from echelon.pb import worker_pb2
 from scheduler.config import Method, Pipeline
-from tests.helpers.fake_group import FakeEngine, FakeModel
-from tests.helpers.scheduler_sim import submit
+from tests.helpers.fake_group import FakeEngine, FakeModel, plain_tokens
+from tests.helpers.scheduler_sim import seq_sampling, submit
 from tests.helpers.timed_sim import TimedSimulation
 
 DRAFT = worker_pb2.ENGINE_ROLE_DRAFT
@@ -218,4 +218,77 @@ def test_lookup_finds_what_was_said_before(method: Method, pipeline: Pipeline) -
     first, second = (sim.completed[name].speculation for name in ("first", "second"))
     assert second.num_rounds < 0.5 * first.num_rounds
     assert second.num_accepted_tokens >= 35
+    sim.assert_all_free()
+
+
+def test_a_token_that_the_draft_does_not_know_ends_its_drafts() -> None:
+    """The target's vocabulary may be the longer one: its padding can be drawn, or asked for by a bias."""
+    engine = draft_engine(80)
+    engine.model = FakeModel(agreement=80, vocab_size=39)
+    sim = TimedSimulation(target=target_engine(), draft=engine, k=4, speculation=CACHED, looks_up=True)
+    message = submit("r", [1] * 9, max_tokens=150)
+    sim.submit(message)
+    sim.run_timed()
+    sim.assert_plain(message)
+    assert 39 in sim.tokens["r", 0]
+    sim.assert_all_free()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_branch_without_drafts_is_dropped(seed: int) -> None:
+    """Where a branch ends in logits that are not finite it must not be grown, nor take the place of the chain."""
+    message = submit("r", [1] * 9, seed=seed, max_tokens=120)
+    truth = plain_tokens([1] * 9, seq_sampling(message), 120)
+    engine = draft_engine(50)
+    engine.model = FakeModel(agreement=50, bad_prefix=tuple(truth[60:62]))
+    sim = TimedSimulation(target=target_engine(), draft=engine, k=5, speculation=CACHED)
+    sim.submit(message)
+    sim.run_timed()
+    sim.assert_plain(message)
+    sim.assert_all_free()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_branches_end_with_the_context(seed: int) -> None:
+    """No branch asks for more blocks than a seq of max_model_len has."""
+    sim = TimedSimulation(
+        target=FakeEngine(num_blocks=400, max_model_len=88),
+        draft=draft_engine(60, max_model_len=88),
+        k=6,
+        speculation=CACHED,
+        draft_s=lambda num_rows: 0.0004,
+        delay_s=lambda: 0.0,
+    )
+    messages = [submit(f"r{i}", [i + 1] * 9, seed=10 * seed + i, max_tokens=300) for i in range(6)]
+    for message in messages:
+        sim.submit(message)
+    sim.run_timed()
+    for message in messages:
+        sim.assert_plain(message)
+        assert len(sim.tokens[message.request_id, 0]) == 79
+    sim.assert_all_free()
+
+
+def test_drafts_of_a_seat_that_is_gone_do_not_count_as_those_of_the_next() -> None:
+    """Serial: speculation goes off and on again while the seq's drafts are on their way."""
+    sim = TimedSimulation(
+        target=target_engine(),
+        draft=draft_engine(60),
+        k=4,
+        speculation=SERIAL,
+        target_s=lambda num_tokens: 0.01,
+        draft_s=lambda num_rows: 0.03,
+        delay_s=lambda: 0.0,
+        may_wait=True,
+    )
+    message = submit("r", [1] * 9, max_tokens=60)
+    sim.submit(message)
+    for time, change in [
+        (0.3, {"enabled": False}),
+        (0.3001, {"num_speculative_tokens": 2}),
+        (0.395, {"num_speculative_tokens": 4}),
+    ]:
+        sim.at(time, lambda change=change: sim.core.adjust("r", submit("", [1], **change).speculation))
+    sim.run_timed()
+    sim.assert_plain(message)
     sim.assert_all_free()
