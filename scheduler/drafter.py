@@ -211,10 +211,10 @@ class Drafter:
         ready = [seq for seq in speculating if self._is_ready(seq)]
         self._ask_policy(ready)
         rows: list[PlannedRow] = []
+        budget = seats.engine.info.max_num_batched_tokens
         for seq in ready:
             seq.num_drafted_at = len(seq.token_ids)
-            assert seq.draft is not None, "a seq that is ready to draft has a seat"
-            self._add(seats, rows, seq, seq.window - seq.draft.num_ahead)
+            budget -= self._add(seats, rows, seq, seq.window - _num_ahead(seq), budget=budget)
         self._drafting.update(row.seat for row in rows)
         if not rows and not seats.engine.in_flight:
             budget = seats.engine.info.max_num_batched_tokens
@@ -245,17 +245,18 @@ class Drafter:
         drafting = [seq for seq in speculating if self._may_draft(seq)]
         self._ask_policy(drafting)
         rows: list[PlannedRow] = []
+        budget = seats.engine.info.max_num_batched_tokens
         if in_flight:
             # Whoever has to start again does so behind the round on its way; nothing else is so urgent.
             for seq in drafting:
                 if seq.draft is not None and seq.draft.is_cut:
-                    self._add(seats, rows, seq, min(seq.window, self._num_steps))
+                    budget -= self._add(seats, rows, seq, min(seq.window, self._num_steps), budget=budget)
             return rows
         growing = [seq for seq in drafting if self._grows(seq)]
         rows += self._branch_rows(seats, drafting, growing)  # first: a fork takes what the slot holds before the round
+        budget -= sum(row.chunk_len for row in rows)
         for seq in growing:
-            self._add(seats, rows, seq, self._num_missing(seq))
-        budget = seats.engine.info.max_num_batched_tokens
+            budget -= self._add(seats, rows, seq, self._num_missing(seq), budget=budget)
         rows += self._catch_up_rows(seats, speculating, budget // _CATCH_UP_SHARE if rows else budget)
         return rows
 
@@ -266,10 +267,11 @@ class Drafter:
     def _grows(self, seq: Seq) -> bool:
         """The seq's chain deserves another draft."""
         assert seq.draft is not None, "a seq that may draft has a seat"
-        confidences = [drafted.confidence for drafted in seq.draft.chain]
         if self._num_missing(seq) == 0:
             return False
-        return not confidences or self._policy.should_extend(confidences, seq.acceptance.rate)
+        if seq.is_draft_fixed or not self._config.adaptive or not seq.draft.chain:
+            return True
+        return self._policy.should_extend([each.confidence for each in seq.draft.chain], seq.acceptance.rate)
 
     def _num_missing(self, seq: Seq) -> int:
         """Drafts that the next round is to bring."""
@@ -289,20 +291,19 @@ class Drafter:
         if not self._config.verdict_cache_rows:
             return []
         worth = sum(seq.acceptance.rate ** (1 + _num_ahead(seq)) for seq in growing)
-        num_rows = len(growing)
+        step_s = self._policy.draft_step_s(len(growing)) if growing else 0.0
+        longer_s = self._policy.draft_step_s(len(growing) + 1)
+        num_steps = self._num_steps
         rows: list[PlannedRow] = []
         for value, seq, candidate in self._branches_by_value(drafting):
-            added_s = self._policy.draft_step_s(num_rows + 1) - (
-                self._policy.draft_step_s(num_rows) if num_rows else 0.0
-            )
-            if num_rows and value * self._policy.draft_step_s(num_rows) < worth * added_s:
+            if value * step_s < worth * (longer_s - step_s):
                 break
-            row = self._branch_row(seats, seq, candidate)
+            row = self._branch_row(seats, seq, candidate, num_steps)
             if row is not None:
                 seats.send(row)
                 rows.append(row)
                 worth += value
-                num_rows += 1
+                step_s, longer_s = longer_s, self._policy.draft_step_s(len(growing) + len(rows) + 1)
         return rows
 
     def _branches_by_value(self, drafting: Sequence[Seq]) -> list[tuple[float, Seq, Branch | Outcome]]:
@@ -318,13 +319,15 @@ class Drafter:
             candidates += [(outcome.probability * rate, seq, outcome) for outcome in self.cache.likeliest(seq, rate)]
         return sorted(candidates, key=lambda candidate: -candidate[0])
 
-    def _branch_row(self, seats: DraftSeats, seq: Seq, candidate: Branch | Outcome) -> PlannedRow | None:
+    def _branch_row(
+        self, seats: DraftSeats, seq: Seq, candidate: Branch | Outcome, num_steps: int
+    ) -> PlannedRow | None:
         if isinstance(candidate, Branch):
             missing = seq.draft_limit - candidate.seat.num_ahead
-            return seats.branch_row(seq, candidate.seat, min(missing, self._num_steps))
+            return seats.branch_row(seq, candidate.seat, min(missing, num_steps))
         parent = seq.draft
         assert parent is not None, "branches fork from a seat"
-        row = seats.fork_row(seq, parent, candidate.start, candidate.token_id, self._num_steps)
+        row = seats.fork_row(seq, parent, candidate.start, candidate.token_id, num_steps)
         if row is not None:
             assert isinstance(row.seat, DraftSeat), "a fork has a draft seat"
             self.cache.add(seq, Branch(candidate.start, candidate.token_id, candidate.probability, row.seat))
@@ -341,13 +344,16 @@ class Drafter:
 
     # -- both ---------------------------------------------------------------------------------------------------------
 
-    def _add(self, seats: DraftSeats, rows: list[PlannedRow], seq: Seq, num_drafts: int) -> None:
-        """A row that drafts, if there is room for it."""
-        budget = seats.engine.info.max_num_batched_tokens - sum(row.chunk_len for row in rows)
+    def _add(self, seats: DraftSeats, rows: list[PlannedRow], seq: Seq, num_drafts: int, *, budget: int) -> int:
+        """A row that drafts, if there is room for it -> the tokens of its chunk, `budget` at most."""
         row = seats.drafting_row(seq, num_drafts) if num_drafts > 0 else None
-        if row is not None and row.chunk_len <= budget:
+        if row is None:
+            seq.window = min(seq.window, _num_ahead(seq))  # nobody is to wait for drafts that do not come
+        elif row.chunk_len <= budget:
             seats.send(row)
             rows.append(row)
+            return row.chunk_len
+        return 0
 
     def _catch_up_rows(self, seats: DraftSeats, speculating: list[Seq], budget: int) -> list[PlannedRow]:
         rows: list[PlannedRow] = []

@@ -144,13 +144,14 @@ class SpeculationPolicy:
         if not self._target.is_known:
             return [Choice(min(seq.num_ready, seq.limit)) for seq in seqs]
         verify_s = VerifyTimes(self._target, len(seqs), num_other_tokens)
-        if not self.is_serial and self._draft.is_known:
-            hold_s = self._hold_s(seqs, self._slowed(verify_s), num_other_tokens)
+        may_hold = not self.is_serial and num_other_tokens == 0 and all(seq.may_hold for seq in seqs)
+        if may_hold:
+            hold_s = self._hold_for_fixed_s(seqs) or self._hold_s(seqs, self._slowed(verify_s))
             if hold_s > 0.0:
                 return [Choice(0, hold_s)] * len(seqs)
         counts = self._worth_verifying(seqs, verify_s)
         self._num_unverified = 0 if any(counts) else self._num_unverified + 1
-        return [self._hold_for_fixed(seq) or Choice(count) for seq, count in zip(seqs, counts, strict=True)]
+        return [Choice(count) for count in counts]
 
     def _slowed(self, verify_s: VerifyTimes) -> VerifyTimes:
         return verify_s.slowed(self._slowdown) if self._runs_ahead else verify_s
@@ -171,10 +172,9 @@ class SpeculationPolicy:
             return Row(seq.acceptance, 0, at_hand)
         return Row(seq.acceptance, min(at_hand, self._max_drafts))
 
-    def _hold_s(self, seqs: Sequence[Drafts], verify_s: VerifyTimes, num_other_tokens: int) -> float:
+    def _hold_s(self, seqs: Sequence[Drafts], verify_s: VerifyTimes) -> float:
         """How long the target had better wait for drafts; it waits for all or none, so that no seq misses a round."""
-        may_hold = num_other_tokens == 0 and all(seq.limit and seq.may_hold for seq in seqs)
-        if not may_hold or not any(seq.num_coming for seq in seqs):
+        if not self._draft.is_known or not all(seq.limit for seq in seqs) or not any(seq.num_coming for seq in seqs):
             return 0.0
         steady = self._steady_state(seqs, len(seqs))
         price = steady.rate if self._runs_ahead else self._price
@@ -204,13 +204,14 @@ class SpeculationPolicy:
         is_due = self._num_alone < _NUM_WAITED or self._is_exploring
         return self._adaptive and is_due and not any(seq.num_ready for seq in seqs)
 
-    def _hold_for_fixed(self, seq: Drafts) -> Choice | None:
-        """A request that asked for so many drafts a round gets them, if they are on their way."""
-        missing = seq.limit - seq.num_ready
-        if self.is_serial or not (seq.is_fixed and seq.may_hold and seq.num_coming and missing > 0):
-            return None
-        step_s = self._draft.step_s(1) if self._draft.is_known else self._target.predict(1)
-        return Choice(0, _HOLD_MARGIN * (missing + 1) * step_s)
+    def _hold_for_fixed_s(self, seqs: Sequence[Drafts]) -> float:
+        """A request that asked for so many drafts a round gets them, if they are on their way. All wait for it, as in
+        the serial pipeline: one that is held alone misses the whole round of the others."""
+        missing = max((seq.limit - seq.num_ready for seq in seqs if seq.is_fixed and seq.num_coming), default=0)
+        if missing < 1:
+            return 0.0
+        step_s = self._draft.step_s(len(seqs)) if self._draft.is_known else self._target.predict(1)
+        return _HOLD_MARGIN * (missing + 1) * step_s
 
     def _value_of_going_on(
         self, rows: Sequence[Row], counts: Sequence[int], steady: SteadyState, step_s: float
@@ -268,7 +269,7 @@ class SpeculationPolicy:
 
     def _serial_lengths(self, rows: list[Row], num_rows: int) -> list[int]:
         others = [_PLAIN_ROW] * (num_rows - len(rows))
-        plan = plan_serial(rows + others, VerifyTimes(self._target, num_rows, 0), self._draft.step_s)
+        plan = plan_serial(rows + others, self._verify_times(rows, num_rows), self._draft.step_s)
         is_on = self._switch.update(plan.rate / plan.plain_rate)
         self._price = plan.rate if is_on else plan.plain_rate
         if not is_on:
@@ -288,7 +289,7 @@ class SpeculationPolicy:
     def _continuous_lengths(self, seqs: Sequence[Drafts], rows: list[Row], num_rows: int) -> list[int]:
         steady = self._steady_state(seqs, num_rows)
         others = [_PLAIN_ROW] * (num_rows - len(rows))
-        verify_s = VerifyTimes(self._target, num_rows, 0)
+        verify_s = self._verify_times(rows, num_rows)
         waiting = plan_serial(rows + others, verify_s, self._waited_step_s)
         is_ahead = self._has_branches or steady.rate > waiting.rate * (1.0 if self._runs_ahead else _CHANGE_FOR)
         rate = steady.rate if is_ahead else waiting.rate
@@ -308,7 +309,7 @@ class SpeculationPolicy:
         if self._steady is None or self._steady[0] != key:
             rows = [self._row(seq) for seq in seqs] + [_PLAIN_ROW] * (num_rows - len(seqs))
             step_s = self._draft.step_s(len(seqs))
-            verify_s = VerifyTimes(self._target, num_rows, 0).slowed(self._slowdown)
+            verify_s = self._verify_times(rows, num_rows).slowed(self._slowdown)
             self._steady = (
                 key,
                 steady_state(
@@ -320,6 +321,9 @@ class SpeculationPolicy:
                 ),
             )
         return self._steady[1]
+
+    def _verify_times(self, rows: Sequence[Row], num_rows: int) -> VerifyTimes:
+        return VerifyTimes(self._target, num_rows, 0, num_fixed=sum(row.num_fixed for row in rows))
 
     def _window_of(self, num_drafts: int, row: Row) -> int:
         """Those that are verified, and where the draft runs ahead those that are drafted meanwhile."""

@@ -172,17 +172,17 @@ class VerifyTimes:
     """Seconds of a target round by the drafts in it.
 
     Prompts in the round are not its seqs' doing: what drafts add to it counts on top of a round without prompts. Rounds
-    far bigger than any seen take for ever: sizes are tried step by step.
+    far bigger than any seen take for ever: sizes are tried step by step. `num_fixed`: drafts that nobody has a say in.
     """
 
     __slots__ = ("_base_s", "_most", "_num_before", "_slowdown", "_times")
 
-    def __init__(self, times: StepTimes, num_rows: int, num_other_tokens: int, slowdown: float = 1.0) -> None:
+    def __init__(self, times: StepTimes, num_rows: int, num_other_tokens: int, *, num_fixed: int = 0) -> None:
         self._times = times
         self._num_before = num_rows + num_other_tokens
         self._base_s = times.predict(num_rows) - times.predict(self._num_before)
-        self._most = max(2 * times.most_tokens + 8, self._num_before + num_rows)
-        self._slowdown = slowdown
+        self._most = max(2 * times.most_tokens + 8, self._num_before + num_fixed + num_rows)
+        self._slowdown = 1.0
 
     def __call__(self, num_drafts: float) -> float:
         num_tokens = self._num_before + num_drafts

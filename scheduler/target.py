@@ -107,8 +107,10 @@ class TargetPlanner:
         num_preemptions = self.num_preemptions
         drafts = self._choose_drafts(now)
         self._plan_decodes(engine, rows, drafts)
-        if self.num_preemptions == num_preemptions:
-            self._admit(engine, now)
+        if self.num_preemptions == num_preemptions and self._admit(engine, now) and not rows:
+            # Who was to wait for drafts would now wait for the newcomers' prompts.
+            drafts = self._choose_drafts(now)
+            self._plan_decodes(engine, rows, drafts)
         self._plan_prefills(engine, rows, now, sum(map(len, drafts.values())))
         self._plan_drafts(engine, rows, drafts)
         if not rows:
@@ -161,23 +163,26 @@ class TargetPlanner:
         self._waiting.push(seq)
         self.num_preemptions += 1
 
-    def _admit(self, engine: Engine, now: float) -> None:
+    def _admit(self, engine: Engine, now: float) -> bool:
+        """Seqs that wait begin to run, as many as there is room for; whether any did."""
+        num_running = len(self.running)
         limit = min(self._config.max_num_seqs, self._budget(engine))
         while (seq := self._waiting.first()) is not None:
             # A preempted seq with a row on its way comes back with the token that the row commits.
             if seq.num_rows_in_flight or engine.num_free_slots == 0 or len(self.running) >= limit:
-                return
+                break
             if self.running and self._refusal == (seq, engine.blocks.num_free):
-                return
+                break
             if not self._seat(engine, seq):
                 self._refusal = (seq, engine.blocks.num_free)
-                return
+                break
             self._waiting.remove(seq)
             seq.status = SeqStatus.RUNNING
             insort(self.running, seq, key=_by_order)
             if seq.request.admitted_s is None:
                 seq.request.admitted_s = now
                 self.num_queued -= 1
+        return len(self.running) > num_running
 
     def _seat(self, engine: Engine, seq: Seq) -> bool:
         """A slot and the blocks of its known prefix, if there is room for the first chunk behind it too."""

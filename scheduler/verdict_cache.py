@@ -94,17 +94,15 @@ class VerdictCache:
         ][:room]
 
     def _ranked(self, seat: DraftSeat, num_verifying: int, acceptance: float) -> list[Outcome]:
-        outcomes = [
-            Outcome(
-                start=seat.num_agreed + i,
-                token_id=token_id,
-                probability=acceptance**i * (1.0 - acceptance) * self._odds[rank],
-            )
-            for i, drafted in enumerate(seat.chain[: num_verifying + 1])
-            for rank, token_id in enumerate(drafted.alternatives[: len(self._odds)])
-        ]
-        likely = [outcome for outcome in outcomes if outcome.probability >= _MIN_PROBABILITY]
-        return sorted(likely, key=lambda outcome: -outcome.probability)
+        odds = [self._odds[rank] for rank in range(len(self._odds))]
+        outcomes = []
+        for i, drafted in enumerate(seat.chain[: num_verifying + 1]):
+            stops_here = acceptance**i * (1.0 - acceptance)
+            for token_id, odd in zip(drafted.alternatives, odds, strict=False):
+                if stops_here * odd >= _MIN_PROBABILITY:
+                    start, probability = seat.num_agreed + i, stops_here * odd
+                    outcomes.append(Outcome(start=start, token_id=token_id, probability=probability))
+        return sorted(outcomes, key=lambda outcome: -outcome.probability)
 
     def resolve(self, seq: Seq, contradicted: Drafted, start: int, token_id: int) -> DraftSeat | None:
         """The verdict has put `token_id` at position `start`, in place of a draft -> the branch that foresaw it."""

@@ -292,3 +292,47 @@ def test_drafts_of_a_seat_that_is_gone_do_not_count_as_those_of_the_next() -> No
     sim.run_timed()
     sim.assert_plain(message)
     sim.assert_all_free()
+
+
+def test_nobody_waits_for_drafts_that_have_no_room() -> None:
+    """The draft engine holds a part of the seqs only: the target goes on without waiting for the others' drafts."""
+    sim = TimedSimulation(target=target_engine(), draft=draft_engine(90, num_blocks=60), k=8, speculation=CONTINUOUS)
+    messages = [submit(f"r{i}", [i + 1] * 9, seed=i, max_tokens=100) for i in range(6)]
+    for message in messages:
+        sim.submit(message)
+    sim.run_timed()
+    for message in messages:
+        sim.assert_plain(message)
+    assert sim.target_lane.busy_s > 0.97 * sim.now
+
+
+def test_who_is_held_does_not_wait_for_a_newcomers_prompt() -> None:
+    sim = TimedSimulation(
+        target=target_engine(), draft=draft_engine(70), k=8, speculation=CONTINUOUS, draft_s=lambda num_rows: 0.02
+    )
+    for i in range(2):
+        sim.submit(submit(f"r{i}", [i + 1] * 9, seed=i, max_tokens=300, num_speculative_tokens=4))
+    for i in range(40):
+        prompt = submit(f"late{i}", [i % 30 + 1] * 200, seed=i, max_tokens=2)
+        sim.at(2.0 + 0.137 * i, lambda prompt=prompt: sim.submit(prompt))
+    plan_target = sim.core.plan_target
+    olds: set[int] = set()  # slots of the two
+
+    def plan(now: float) -> worker_pb2.Round | None:
+        message = plan_target(now)
+        if message is not None:
+            olds.update(seq.slot for seq in message.init_seqs if seq.num_prompt_tokens == 9)
+            has_prompt = any(row.chunk_len > 2 for row in message.rows)
+            both_run = len(olds) == 2 and not {"r0", "r1"} & sim.completed.keys()
+            assert not (has_prompt and both_run) or olds <= {row.slot for row in message.rows}
+        return message
+
+    sim.core.plan_target = plan  # type: ignore[method-assign]
+    sim.run_timed()
+    assert len(olds) == 2
+
+
+def test_a_request_gets_its_number_of_drafts_although_few_are_accepted() -> None:
+    sim = simulate(10, CONTINUOUS | {"adaptive": True}, num_speculative_tokens=6)
+    stats = sim.completed["r0"].speculation
+    assert stats.num_draft_tokens > 5.5 * stats.num_drafts

@@ -240,6 +240,26 @@ def test_a_request_that_asked_for_a_number_gets_it() -> None:
     assert held.hold_s > 0.0
 
 
+def test_nobody_misses_a_round_while_a_request_gets_its_number() -> None:
+    policy = taught("continuous", verify_s=COMPUTE)
+    waits, has_all = drafts(0.8, coming=5, limit=5, is_fixed=True), drafts(0.8, ready=5, limit=5, is_fixed=True)
+    for choice in policy.choose([waits, has_all], num_other_tokens=0, num_waiting=0):
+        assert choice.hold_s > 0.0
+    for choice in policy.choose([waits, has_all], num_other_tokens=64, num_waiting=0):
+        assert choice.hold_s == 0.0, "a prompt takes longer than drafts"
+
+
+@pytest.mark.parametrize("pipeline", ["serial", "continuous"])
+def test_more_drafts_than_any_round_had_are_no_reason_to_fail(pipeline: str) -> None:
+    """Many requests ask for drafts of a number while rounds were small so far."""
+    policy = new_policy(pipeline)
+    for _ in range(10):
+        policy.observe_target(num_seqs=20, num_tokens=20, num_context=100, run_s=0.1)
+        policy.observe_draft(num_seqs=20, num_steps=1, num_chunk_tokens=20, run_s=0.01)
+    lengths = policy.draft_lengths([drafts(0.8), *[drafts(0.8, limit=8, is_fixed=True)] * 19])
+    assert min(lengths[1:]) >= 8
+
+
 def test_without_adapting_everything_is_drafted_and_verified() -> None:
     policy = taught("serial", verify_s=COMPUTE, adaptive=False)
     assert policy.draft_lengths([drafts(0.01), drafts(0.9, limit=3)]) == [8, 3]
