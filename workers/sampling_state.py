@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,14 @@ class _History:
         self._output_counts = np.zeros(len(distinct), dtype=np.int64)
         self._num_prompt_distinct = len(distinct)
         self._output: list[int] = []
+
+    def copy(self) -> "_History":
+        twin = copy(self)
+        twin._index = self._index.copy()
+        twin._token_ids = self._token_ids.copy()
+        twin._output_counts = self._output_counts.copy()
+        twin._output = self._output.copy()
+        return twin
 
     def extend(self, token_ids: Sequence[int]) -> None:
         index = self._index
@@ -120,6 +129,14 @@ class SeqSamplingState:
     def edits_logits_at(self, position: int) -> bool:
         """Whether single logits may change before the choice of the token at this absolute position."""
         return self._history is not None or len(self.bias[0]) > 0 or len(self.suppressed_at(position)) > 0
+
+    def branch(self, length: int) -> "SeqSamplingState":
+        """The same settings behind the first `length` tokens; what either takes in later is not the other's."""
+        twin = copy(self)
+        if self._history is not None:
+            twin._history = self._history.copy()
+        twin.truncate(length)
+        return twin
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Output tokens join the history."""

@@ -1,6 +1,5 @@
 """What a group remembers of each seq that holds a slot, laid out so that a batch is built by indexing."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -101,11 +100,11 @@ class SeqTable:
             A parent that does not have so many tokens leaves a void: a slot that is taken and does nothing.
         """
         slot, parent, length = fork.slot, fork.parent_slot, fork.length
-        self._sampling[slot] = copy.deepcopy(self.sampling(parent))
+        sampling = self.sampling(parent)
         self.is_void[slot] = self.is_void[parent] or length > self.lengths[parent]
+        self._sampling[slot] = sampling if self.is_void[slot] else sampling.branch(length)
         if self.is_void[slot]:
             return None
-        self.sampling(slot).truncate(length)
         self.token_ids[slot, :length] = self.token_ids[parent, :length]
         self.lengths[slot] = length
         for counts in (self.num_computed, self.num_exact, self.num_given):

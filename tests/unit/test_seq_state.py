@@ -5,6 +5,7 @@ import torch
 
 from echelon.pb.sampling_pb2 import SeqSampling
 from echelon.pb.worker_pb2 import SeqInit
+from workers.sampling_state import SeqSamplingState
 from workers.seq_state import Limits, SeqTable
 
 CPU = torch.device("cpu")
@@ -82,3 +83,16 @@ def test_a_freed_slot_takes_another_seq(table: SeqTable) -> None:
     assert not table.holds(2)
     table.init(init(2, 2, num_computed=0, blocks=[3]))
     assert table.sizes(2) == (2, 0, 1, 1)
+
+
+def test_a_branch_counts_tokens_of_its_own() -> None:
+    parent = SeqSamplingState(PENALISED, [1, 2], vocab_size=100)
+    parent.extend([3, 3])
+    branch = parent.branch(3)
+    branch.extend([4])
+    parent.extend([3])
+    for state, expected in ((branch, {1: 0, 2: 0, 3: 1, 4: 1}), (parent, {1: 0, 2: 0, 3: 3})):
+        counts = state.counts_behind([])
+        assert counts is not None
+        assert dict(zip(counts.token_ids.tolist(), counts.output_counts.tolist(), strict=True)) == expected
+    assert (branch.length, parent.length) == (4, 5)
