@@ -134,6 +134,8 @@ class Drafter:
         """Drafts that are on their way, or will be with the next round."""
         if seat is None or seat.is_catching_up or seat.lag(seq.token_ids) > _MAX_LAG:
             return 0
+        if not self._grows(seq):
+            return seat.num_coming
         return max(seat.num_coming, min(seq.window, seq.draft_limit) - len(seat.chain), 0)
 
     # -- rounds -------------------------------------------------------------------------------------------------------
