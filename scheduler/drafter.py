@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterable, Sequence
 
 from echelon.pb import worker_pb2
+from scheduler.branching import BranchPlanner
 from scheduler.chain import DraftSeat
 from scheduler.config import Pipeline, SpeculationConfig
 from scheduler.draft_seats import DraftSeats, is_complete
@@ -19,7 +20,7 @@ from scheduler.engine import Engine, InFlight, PlannedRow
 from scheduler.policy import Drafts, SpeculationPolicy
 from scheduler.seat import Seat
 from scheduler.seq import Seq
-from scheduler.verdict_cache import Branch, Outcome, VerdictCache
+from scheduler.verdict_cache import VerdictCache
 
 __all__ = ["Drafter"]
 
@@ -29,10 +30,6 @@ _MAX_LAG = 32  # tokens that a drafting round may catch up on the way
 _MAX_STEPS = 4  # of a round of the continuous pipeline; its answer is what tells the scheduler how to go on ...
 _ROUND_S = 2e-3  # ... so rounds are short, but long beside the time that a message takes
 _CATCH_UP_SHARE = 4  # of the token budget, while others draft
-
-
-def _num_ahead(seq: Seq) -> int:
-    return seq.draft.num_ahead if seq.draft is not None else 0
 
 
 class Drafter:
@@ -45,6 +42,7 @@ class Drafter:
         self._drafting: set[Seat] = set()  # serial: their drafts are on the way, and the target waits for them
         self.seats: DraftSeats | None = None
         self.cache = VerdictCache(config.verdict_cache_rows)
+        self._branches = BranchPlanner(self.cache, policy)
         self.num_drafted = 0
         self._num_of_use = 0  # drafts that the target wrote too
 
@@ -216,7 +214,7 @@ class Drafter:
         budget = seats.engine.info.max_num_batched_tokens
         for seq in ready:
             seq.num_drafted_at = len(seq.token_ids)
-            budget -= self._add(seats, rows, seq, seq.window - _num_ahead(seq), budget=budget)
+            budget -= self._add(seats, rows, seq, seq.window - seq.num_drafts_ahead, budget=budget)
         self._drafting.update(row.seat for row in rows)
         if not rows and not seats.engine.in_flight:
             budget = seats.engine.info.max_num_batched_tokens
@@ -255,7 +253,8 @@ class Drafter:
                     budget -= self._add(seats, rows, seq, min(seq.window, self._num_steps), budget=budget)
             return rows
         growing = [seq for seq in drafting if self._grows(seq)]
-        rows += self._branch_rows(seats, drafting, growing)  # first: a fork takes what the slot holds before the round
+        if self._config.verdict_cache_rows:  # first: a fork takes what the slot holds before the round
+            rows += self._branches.rows(seats, drafting, growing, self._num_steps)
         budget -= sum(row.chunk_len for row in rows)
         for seq in growing:
             budget -= self._add(seats, rows, seq, self._num_missing(seq), budget=budget)
@@ -284,57 +283,6 @@ class Drafter:
     def _num_steps(self) -> int:
         return max(1, min(_MAX_STEPS, round(_ROUND_S / self._step_s)))
 
-    def _branch_rows(self, seats: DraftSeats, drafting: Sequence[Seq], growing: Sequence[Seq]) -> list[PlannedRow]:
-        """Rows for branches, as many as are worth the time that they add to the round.
-
-        A draft is worth the probability that it will be committed. The chains grow in any case; what they bring a
-        second is what a branch has to beat with the time of one more row.
-        """
-        if not self._config.verdict_cache_rows:
-            return []
-        worth = sum(seq.acceptance.rate ** (1 + _num_ahead(seq)) for seq in growing)
-        step_s = self._policy.draft_step_s(len(growing)) if growing else 0.0
-        longer_s = self._policy.draft_step_s(len(growing) + 1)
-        num_steps = self._num_steps
-        rows: list[PlannedRow] = []
-        for value, seq, candidate in self._branches_by_value(drafting):
-            if value * step_s < worth * (longer_s - step_s):
-                break
-            row = self._branch_row(seats, seq, candidate, num_steps)
-            if row is not None:
-                seats.send(row)
-                rows.append(row)
-                worth += value
-                step_s, longer_s = longer_s, self._policy.draft_step_s(len(growing) + len(rows) + 1)
-        return rows
-
-    def _branches_by_value(self, drafting: Sequence[Seq]) -> list[tuple[float, Seq, Branch | Outcome]]:
-        """Branches that could grow and outcomes that could get one, with what the next draft in them is worth."""
-        candidates: list[tuple[float, Seq, Branch | Outcome]] = []
-        for seq in drafting:
-            if seq.window == 0 or not seq.is_verifying:
-                continue
-            rate = seq.acceptance.rate
-            for branch in self.cache.branches(seq):
-                if branch.seat.num_ahead < seq.draft_limit:
-                    candidates.append((branch.probability * rate ** (1 + branch.seat.num_ahead), seq, branch))
-            candidates += [(outcome.probability * rate, seq, outcome) for outcome in self.cache.likeliest(seq, rate)]
-        return sorted(candidates, key=lambda candidate: -candidate[0])
-
-    def _branch_row(
-        self, seats: DraftSeats, seq: Seq, candidate: Branch | Outcome, num_steps: int
-    ) -> PlannedRow | None:
-        if isinstance(candidate, Branch):
-            missing = seq.draft_limit - candidate.seat.num_ahead
-            return seats.branch_row(seq, candidate.seat, min(missing, num_steps))
-        parent = seq.draft
-        assert parent is not None, "branches fork from a seat"
-        row = seats.fork_row(seq, parent, candidate.start, candidate.token_id, num_steps)
-        if row is not None:
-            assert isinstance(row.seat, DraftSeat), "a fork has a draft seat"
-            self.cache.add(seq, Branch(candidate.start, candidate.token_id, candidate.probability, row.seat))
-        return row
-
     def _ask_policy(self, seqs: Sequence[Seq]) -> None:
         """How far each chain may run from now on; nothing new unless one of the seqs has got on."""
         if all(seq.window_chosen_at == len(seq.token_ids) for seq in seqs):
@@ -350,7 +298,7 @@ class Drafter:
         """A row that drafts, if there is room for it -> the tokens of its chunk, `budget` at most."""
         row = seats.drafting_row(seq, num_drafts) if num_drafts > 0 else None
         if row is None:
-            seq.window = min(seq.window, _num_ahead(seq))  # nobody is to wait for drafts that do not come
+            seq.window = min(seq.window, seq.num_drafts_ahead)  # nobody is to wait for drafts that do not come
         elif row.chunk_len <= budget:
             seats.send(row)
             rows.append(row)

@@ -93,6 +93,11 @@ class Seq:
         return self.max_drafts > 0 and self.has_draft_model
 
     @property
+    def num_drafts_ahead(self) -> int:
+        """Drafts of the model ahead of the last commit, those on their way included."""
+        return self.draft.num_ahead if self.draft is not None else 0
+
+    @property
     def draft_limit(self) -> int:
         """Most drafts that the next target row may verify; it adds a token of its own."""
         return max(0, min(self.max_drafts, self.max_len - len(self.token_ids) - 1))
