@@ -136,7 +136,7 @@ def test_generate_passes_its_options_on(run: Run, gateway: FakeGateway) -> None:
     assert sampling["frequency_penalty"] == pytest.approx(-0.2)
     assert request.speculation.num_speculative_tokens == 3
     assert not request.speculation.HasField("enabled")
-    assert 0 < gateway.time_remaining_s[0] <= 60
+    assert 0 < gateway.time_remaining_s[0] < 61  # gRPC rounds deadlines
 
 
 def test_no_speculation(run: Run, gateway: FakeGateway) -> None:
