@@ -40,6 +40,5 @@ def test_every_drafter_leaves_the_stream_as_it_is(cases: dict[str, Case], settin
         assert stream.token_ids == streams[name, 0].token_ids, f"{name}, k = {k}"
         assert stream.logprobs == streams[name, 0].logprobs, f"{name}, k = {k}"
     fixed = [stream.speculation for (_, k), stream in streams.items() if k == 3]
+    # How many depends on how fast three busy workers are on this machine; that there are any does not.
     assert sum(stats.num_draft_tokens for stats in fixed) > 0
-    if settings.get("method") is None:
-        assert sum(stats.num_accepted_tokens for stats in fixed) > 10
