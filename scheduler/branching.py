@@ -25,13 +25,17 @@ class BranchPlanner:
         """Rows of `num_steps` drafts at most, as many rows as are worth the time that they add to the round.
 
         The chains of the seqs `growing` grow in any case; what they bring a second is what a branch of one of the seqs
-        `drafting` has to beat with the time of one more row.
+        `drafting` has to beat with the time of one more row. Where none grows the branches are worth a round of their
+        own, or nothing is drafted.
         """
+        candidates = self._by_value(drafting, may_fork=seats.engine.num_free_slots > 0)
+        if not growing and sum(value for value, _, _ in candidates) < self._policy.draft_step_cost:
+            return []
         worth = sum(seq.acceptance.rate ** (1 + seq.num_drafts_ahead) for seq in growing)
         step_s = self._policy.draft_step_s(len(growing)) if growing else 0.0
         longer_s = self._policy.draft_step_s(len(growing) + 1)
         rows: list[PlannedRow] = []
-        for value, seq, candidate in self._by_value(drafting, may_fork=seats.engine.num_free_slots > 0):
+        for value, seq, candidate in candidates:
             if value * step_s < worth * (longer_s - step_s):
                 break
             row = self._row(seats, seq, candidate, num_steps)

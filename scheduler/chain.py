@@ -81,8 +81,7 @@ class DraftSeat(Seat):
         self.is_cut = True
         self.epoch += 1
 
-    def extend(self, epoch: int, num_ordered: int, drafted: Sequence[Drafted]) -> None:
-        """Drafts have come that were ordered in `epoch`; if it is over they are dropped."""
-        if epoch == self.epoch:
-            self.num_coming -= num_ordered
-            self.chain += drafted
+    def extend(self, num_ordered: int, drafted: Sequence[Drafted]) -> None:
+        """Drafts have come that were ordered in this epoch."""
+        self.num_coming -= num_ordered
+        self.chain += drafted

@@ -184,17 +184,17 @@ class DraftSeats:
     def land(
         self, record: InFlight, result: worker_pb2.RoundResult
     ) -> Iterator[tuple[PlannedRow, worker_pb2.RowResult]]:
-        """Takes in a round's drafts; yields the rows whose seats are still in use, with their answers. One that lacks
-        drafts (`is_complete`) leaves its seat as it was: of no use any more."""
+        """Takes in a round's drafts; yields the rows whose chains go on, with their answers. One that lacks drafts
+        (`is_complete`) leaves its seat as it was: of no use any more."""
         for row, answer in zip(record.rows, result.rows, strict=True):
             seat = row.seat
             assert isinstance(seat, DraftSeat), "the draft engine seats draft seats"
-            if seat.is_released:
-                continue
+            if seat.is_released or row.epoch != seat.epoch:
+                continue  # perhaps it was not even computed: Row in worker.proto
             if is_complete(row, answer):
                 seat.is_catching_up = False
                 self.engine.publish(row.seq, seat, row.num_exact)
-                seat.extend(row.epoch, row.num_draft_tokens, _drafted(answer))
+                seat.extend(row.num_draft_tokens, _drafted(answer))
             else:
                 self.engine.blocks.forget(seat.block_ids[: seat.num_published])
             yield row, answer

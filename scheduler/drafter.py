@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _MAX_LAG = 32  # tokens that a drafting round may catch up on the way
 _MAX_STEPS = 4  # of a round of the continuous pipeline; its answer is what tells the scheduler how to go on ...
 _ROUND_S = 2e-3  # ... so rounds are short, but long beside the time that a message takes
+_MAX_GROWING = 2  # rounds in flight: the second one runs while the answer to the first travels
 _CATCH_UP_SHARE = 4  # of the token budget, while others draft
 
 
@@ -165,7 +166,7 @@ class Drafter:
         record = self.seats.engine.land(result, now)
         self._drafting.difference_update(row.seat for row in record.rows)
         was_alone = target_idle_since is not None and target_idle_since <= record.sent_s
-        self._observe(record, result.num_steps, beside_target=not was_alone)
+        self._observe(record, result, beside_target=not was_alone)
         self.num_drafted += sum(len(answer.token_ids) for answer in result.rows)
         for row, answer in self.seats.land(record, result):
             if not is_complete(row, answer):
@@ -188,14 +189,17 @@ class Drafter:
         self._give_up(seq)
         return False
 
-    def _observe(self, record: InFlight, num_steps: int, *, beside_target: bool) -> None:
-        num_seqs = len(record.rows)
-        num_chunk_tokens = sum(row.chunk_len + row.calibrate_len for row in record.rows)
-        if num_steps and num_chunk_tokens <= 2 * num_seqs:
-            self._step_s += 0.1 * (record.wall_s / num_steps - self._step_s)
+    def _observe(self, record: InFlight, result: worker_pb2.RoundResult, *, beside_target: bool) -> None:
+        answered = zip(record.rows, result.rows, strict=True)
+        computed = [row for row, answer in answered if answer.token_ids or not row.num_draft_tokens]
+        if not computed:
+            return  # all of it was overtaken
+        num_chunk_tokens = sum(row.chunk_len + row.calibrate_len for row in computed)
+        if result.num_steps and num_chunk_tokens <= 2 * len(computed):
+            self._step_s += 0.1 * (record.wall_s / result.num_steps - self._step_s)
         self._policy.observe_draft(
-            num_seqs=num_seqs,
-            num_steps=num_steps,
+            num_seqs=len(computed),
+            num_steps=result.num_steps,
             num_chunk_tokens=num_chunk_tokens,
             run_s=record.wall_s,
             beside_target=beside_target,
@@ -238,27 +242,25 @@ class Drafter:
     # -- continuous ---------------------------------------------------------------------------------------------------
 
     def _plan_continuous(self, seats: DraftSeats, speculating: list[Seq]) -> list[PlannedRow]:
-        in_flight = seats.engine.in_flight
-        if len(in_flight) >= 2:
+        num_in_flight = len(seats.engine.in_flight)
+        if num_in_flight > _MAX_GROWING:
             return []
         seats.seat_newcomers(speculating)
         drafting = [seq for seq in speculating if self._may_draft(seq)]
         self._ask_policy(drafting)
         rows: list[PlannedRow] = []
         budget = seats.engine.info.max_num_batched_tokens
-        if in_flight:
-            # Whoever has to start again does so behind the round on its way; nothing else is so urgent.
-            for seq in drafting:
-                if seq.draft is not None and seq.draft.is_cut:
-                    budget -= self._add(seats, rows, seq, min(seq.window, self._num_steps), budget=budget)
-            return rows
         growing = [seq for seq in drafting if self._grows(seq)]
-        if self._config.verdict_cache_rows:  # first: a fork takes what the slot holds before the round
+        if num_in_flight == _MAX_GROWING:
+            # Nothing is so urgent but to start again: the engine need not compute what that overtakes.
+            growing = [seq for seq in growing if seq.draft is not None and seq.draft.is_cut]
+        elif self._config.verdict_cache_rows:  # first: a fork takes what the slot holds before the round
             rows += self._branches.rows(seats, drafting, growing, self._num_steps)
         budget -= sum(row.chunk_len for row in rows)
         for seq in growing:
             budget -= self._add(seats, rows, seq, self._num_missing(seq), budget=budget)
-        rows += self._catch_up_rows(seats, speculating, budget // _CATCH_UP_SHARE if rows else budget)
+        if num_in_flight < _MAX_GROWING:
+            rows += self._catch_up_rows(seats, speculating, budget // _CATCH_UP_SHARE if rows else budget)
         return rows
 
     def _may_draft(self, seq: Seq) -> bool:
@@ -267,12 +269,16 @@ class Drafter:
 
     def _grows(self, seq: Seq) -> bool:
         """The seq's chain deserves another draft."""
-        assert seq.draft is not None, "a seq that may draft has a seat"
+        seat = seq.draft
+        assert seat is not None, "a seq that may draft has a seat"
         if self._num_missing(seq) == 0:
             return False
-        if seq.is_draft_fixed or not self._config.adaptive or not seq.draft.chain:
+        if seat.num_coming and seat.num_agreed < len(seq.token_ids):
+            return False  # those on their way tell first whether the chain agrees
+        if seq.is_draft_fixed or not self._config.adaptive or not seat.chain:
             return True
-        return self._policy.should_extend([each.confidence for each in seq.draft.chain], seq.acceptance.rate)
+        rate = seq.acceptance.rate
+        return self._policy.should_extend([each.confidence for each in seat.chain] + [rate] * seat.num_coming, rate)
 
     def _num_missing(self, seq: Seq) -> int:
         """Drafts that the next round is to bring."""

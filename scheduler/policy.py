@@ -356,6 +356,10 @@ class SpeculationPolicy:
         and the seq's acceptance. Another draft counts only if all before it are accepted.
         """
         survival = prod(0.5 * (confidence + acceptance) for confidence in confidences)
+        return survival * acceptance >= max(_MIN_SURVIVAL, self.draft_step_cost)
+
+    @property
+    def draft_step_cost(self) -> float:
+        """Tokens that a draft step costs: in serial the target waits for it, in continuous it slows the target."""
         share = 1.0 if self.is_serial else self._slowdown - 1.0
-        cost = share * self._draft.step_s(1) * self._price if self._draft.is_known else 0.0  # in tokens
-        return survival * acceptance >= max(_MIN_SURVIVAL, cost)
+        return share * self._draft.step_s(1) * self._price if self._draft.is_known else 0.0

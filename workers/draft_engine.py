@@ -1,5 +1,6 @@
 """The draft: extends a chain of tokens for each seq, a whole batch a step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from echelon.pb.worker_pb2 import EngineInfo, Round, RowResult
 from workers.engine import NO_TOKEN, ActiveRow, ModelEngine, ModelRunner, chosen_token_ids
+from workers.overtaken import drop_overtaken
 from workers.rounds import plan_draft
 from workers.sampler import RowEntry, SampledRows
 from workers.seq_state import SeqTable
@@ -46,6 +48,10 @@ class DraftEngine(ModelEngine):
 
     def __init__(self, runner: ModelRunner, table: SeqTable, info: EngineInfo) -> None:
         super().__init__(runner, table, info, plan_draft)
+
+    def check(self, round_: Round, behind: Sequence[Round] = ()) -> None:
+        drop_overtaken(round_, behind, self._table)
+        super().check(round_, behind)
 
     def _run_rows(self, round_: Round, active: list[ActiveRow]) -> int:
         exact, late, chains = self._spans(active)

@@ -34,8 +34,9 @@ class Engine(Protocol):
     def num_ranks(self) -> int:
         """The first so many ranks of the group take part in its rounds."""
 
-    def check(self, round_: Round) -> None:
-        """Raises ProtocolError if the round does not fit the state, which stays untouched."""
+    def check(self, round_: Round, behind: Sequence[Round] = ()) -> None:
+        """Raises ProtocolError if the round does not fit the state, which stays untouched. Takes out of the round what
+        the rounds that are queued `behind` it have made useless."""
 
     def run(self, round_: Round) -> RoundResult:
         """Does a round that `check` lets pass; fills in `rows` and `num_steps`. Every rank calls it for each round."""
@@ -135,7 +136,7 @@ class ModelEngine(ABC):
     def num_ranks(self) -> int:
         return self._runner.num_ranks
 
-    def check(self, round_: Round) -> None:
+    def check(self, round_: Round, behind: Sequence[Round] = ()) -> None:
         self._checked = round_, self._plan(round_, self._table)
 
     def reset(self) -> None:

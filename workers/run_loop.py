@@ -3,6 +3,7 @@
 import logging
 import queue
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -64,6 +65,7 @@ class RunLoop:
         self._channel = channel
         self._tracer = tracer
         self._work: queue.SimpleQueue[Work] = queue.SimpleQueue()
+        self._next: deque[Work] = deque()  # taken from the queue to be looked at, in order
         self._owners: dict[EngineRole.ValueType, Session] = {}
         self._stopping = False
 
@@ -75,13 +77,21 @@ class RunLoop:
     def run(self) -> None:
         """Until Stop. Raises whatever ends the incarnation: a lost rank, a failed collective, a bug."""
         while True:
-            work = self._work.get()
+            work = self._take()
             if self._stopping:
                 return
             if isinstance(work, Opened):
                 self._take_over(work.session)
             elif isinstance(work, Arrived):
                 self._run_round(work)
+
+    def _take(self) -> Work:
+        """The next piece of work, as soon as there is one. Behind it `_next` holds all that has arrived."""
+        if not self._next:
+            self._next.append(self._work.get())
+        while not self._work.empty():
+            self._next.append(self._work.get())
+        return self._next.popleft()
 
     def _take_over(self, session: Session) -> None:
         role = session.role
@@ -98,8 +108,9 @@ class RunLoop:
             return  # nobody waits for it
         engine = self._engines[session.role]
         started_ns = time.monotonic_ns()
+        behind = [other.round_ for other in self._next if isinstance(other, Arrived) and other.session is session]
         try:
-            engine.check(round_)
+            engine.check(round_, behind)
         except ProtocolError as err:
             logger.error("refused: %s", err)
             session.reject(str(err))

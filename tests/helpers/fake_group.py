@@ -5,7 +5,7 @@ simulated KV cache: a block that is freed, shared or reused too early changes th
 same without any of this, so a stream is right exactly when it equals that.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from echelon.pb import sampling_pb2, worker_pb2
@@ -102,6 +102,8 @@ class FakeEngine:
     num_tokens: int = 0  # that went through the model
     _kv: dict[tuple[int, int], int] = field(default_factory=dict)  # (block, offset) -> hash of the prefix to there
     _approximate: set[tuple[int, int]] = field(default_factory=set)  # places whose KV is approximate
+    num_overtaken: int = 0  # rows
+    _overtaken: set[tuple[int, int]] = field(default_factory=set)  # (round_id, slot) of these
     _last_round_id: int = 0
 
     @property
@@ -120,7 +122,24 @@ class FakeEngine:
     def reset(self) -> None:
         """A new stream: all slots are free."""
         self.slots.clear()
+        self._overtaken.clear()
         self._last_round_id = 0
+
+    def overtake(self, message: worker_pb2.Round, behind: Iterable[worker_pb2.Round]) -> None:
+        """The round is about to run and these have arrived: what they make useless is not computed."""
+        for row in message.rows:
+            slot = self.slots.get(row.slot)
+            num_computed = slot.num_computed if slot is not None else 0
+            if row.HasField("crop_len"):
+                num_computed = min(num_computed, row.crop_len)
+            crops = [other for later in behind for other in later.rows if other.slot == row.slot]
+            is_freed = any(row.slot in later.free_slots for later in behind)
+            if not row.calibrate_len and (
+                is_freed or any(crop.HasField("crop_len") and crop.crop_len <= num_computed for crop in crops)
+            ):
+                row.chunk_len = row.num_draft_tokens = 0
+                self._overtaken.add((message.round_id, row.slot))
+                self.num_overtaken += 1
 
     def run(self, message: worker_pb2.Round) -> worker_pb2.RoundResult:
         _require(message.round_id > self._last_round_id, "round_id ascends")
@@ -211,6 +230,8 @@ class FakeEngine:
         if slot is None:
             return result
         self._change(row, slot)
+        if (message.round_id, row.slot) in self._overtaken:
+            return result
         self._calibrate(slot, row.calibrate_len)
         _require(row.chunk_len + row.calibrate_len >= 1, "a row computes something")
         if slot.fell_short and row.chunk_len == 1 and slot.num_computed == len(slot.history):

@@ -7,6 +7,7 @@ Everything happens at scripted times, so a run is the same whenever it is repeat
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from heapq import heappop, heappush
 from itertools import count
 from typing import Any
@@ -17,6 +18,8 @@ from tests.helpers.scheduler_sim import Simulation
 
 __all__ = ["TimedSimulation"]
 
+OnResult = Callable[[worker_pb2.RoundResult], None]
+
 
 class _Lane:
     """One engine: rounds arrive, wait their turn, run, and their results travel back."""
@@ -24,7 +27,8 @@ class _Lane:
     def __init__(self, engine: FakeEngine, seconds: Callable[[worker_pb2.Round], float]) -> None:
         self.engine = engine
         self.seconds = seconds
-        self.free_at = 0.0
+        self.waiting: deque[worker_pb2.Round] = deque()
+        self.is_busy = False
         self.last_arrival = 0.0
         self.last_answer = 0.0
         self.busy_s = 0.0
@@ -71,11 +75,13 @@ class TimedSimulation(Simulation):
     def lose_draft(self) -> None:
         self.core.disconnect_draft()
         self.draft_lane.life += 1
+        self.draft_lane.waiting.clear()
+        self.draft_lane.is_busy = False
 
     def bring_draft_back(self) -> None:
         assert self.draft is not None
         self.draft.reset()
-        self.draft_lane.free_at = self.draft_lane.last_arrival = self.draft_lane.last_answer = self.now
+        self.draft_lane.last_arrival = self.draft_lane.last_answer = self.now
         self.core.connect_draft(self.draft.info, self.draft.incarnation)
 
     def _step(self) -> bool:
@@ -127,36 +133,41 @@ class TimedSimulation(Simulation):
         self,
         rounds: deque[worker_pb2.Round],
         lane: _Lane,
-        on_result: Callable[[worker_pb2.RoundResult], None],
+        on_result: OnResult,
     ) -> None:
         while rounds:
-            message, life = rounds.popleft(), lane.life
+            message = rounds.popleft()
             lane.last_arrival = max(lane.last_arrival, self.now + self._delay_s())
-            started = max(lane.last_arrival, lane.free_at)
-            lane.free_at = started + lane.seconds(message)
-            lane.busy_s += lane.free_at - started
-            lane.last_answer = max(lane.last_answer, lane.free_at + self._delay_s())
             self.num_in_flight += lane is self.target_lane
-            self.at(lane.last_answer, self._answer(message, lane, life, lane.free_at - started, on_result))
+            self.at(lane.last_arrival, self._of_this_life(lane, partial(self._arrive, message, lane, on_result)))
 
-    def _answer(
-        self,
-        message: worker_pb2.Round,
-        lane: _Lane,
-        life: int,
-        run_s: float,
-        on_result: Callable[[worker_pb2.RoundResult], None],
-    ) -> Callable[[], None]:
-        def answer() -> None:
-            if lane.life != life:
-                return
-            if lane is self.target_lane and not self._looks_up:
-                self._check_drafts(message)
-            result = lane.engine.run(message)
-            result.run_ns = int(1e9 * run_s)
-            on_result(result)
+    def _of_this_life(self, lane: _Lane, event: Callable[[], None]) -> Callable[[], None]:
+        life = lane.life
+        return lambda: event() if lane.life == life else None
 
-        return answer
+    def _arrive(self, message: worker_pb2.Round, lane: _Lane, on_result: OnResult) -> None:
+        lane.waiting.append(message)
+        if not lane.is_busy:
+            self._begin(lane, on_result)
+
+    def _begin(self, lane: _Lane, on_result: OnResult) -> None:
+        message = lane.waiting.popleft()
+        lane.engine.overtake(message, lane.waiting)
+        run_s = lane.seconds(message)
+        lane.is_busy = True
+        lane.busy_s += run_s
+        self.at(self.now + run_s, self._of_this_life(lane, partial(self._end, message, lane, run_s, on_result)))
+
+    def _end(self, message: worker_pb2.Round, lane: _Lane, run_s: float, on_result: OnResult) -> None:
+        if lane is self.target_lane and not self._looks_up:
+            self._check_drafts(message)
+        result = lane.engine.run(message)
+        result.run_ns = int(1e9 * run_s)
+        lane.last_answer = max(lane.last_answer, self.now + self._delay_s())
+        self.at(lane.last_answer, self._of_this_life(lane, partial(on_result, result)))
+        lane.is_busy = False
+        if lane.waiting:
+            self._begin(lane, on_result)
 
     def _on_draft_result(self, result: worker_pb2.RoundResult) -> None:
         self.core.on_draft_result(result, self.now)

@@ -2,6 +2,7 @@
 decoding, and nobody waits longer than the policy said."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ def simulate(
     draft_step: float = 0.09,
     num_requests: int = 1,
     k: int = 8,
+    delay_s: Callable[[], float] = lambda: 0.0004,
     **wish: Any,
 ) -> TimedSimulation:
     """A run to its end. `draft_step`: a draft step in target rounds."""
@@ -47,6 +49,7 @@ def simulate(
         speculation=speculation,
         target_s=lambda num_tokens: TARGET_S * (1 + 0.02 * (num_tokens - 1)),
         draft_s=lambda num_rows: TARGET_S * draft_step * (1 + 0.03 * (num_rows - 1)),
+        delay_s=delay_s,
         may_wait=speculation["pipeline"] is Pipeline.SERIAL,
     )
     messages = [submit(f"r{i}", [i + 1] * 9, seed=i, max_tokens=NUM_TOKENS, **wish) for i in range(num_requests)]
@@ -81,6 +84,20 @@ def test_a_useless_draft_costs_next_to_nothing_and_pauses(speculation: dict[str,
 def test_the_target_never_stands_idle_when_the_draft_is_perfect() -> None:
     sim = simulate(100, CONTINUOUS)
     assert sim.target_lane.busy_s > 0.97 * sim.now
+
+
+@pytest.mark.parametrize("speculation", [CONTINUOUS, CACHED], ids=["continuous", "cached"])
+def test_the_draft_does_not_stand_idle_while_its_answers_travel(speculation: dict[str, Any]) -> None:
+    """A message takes as long as a step here, each way: one round at a time would leave it idle for two steps of three,
+    and the target, which has nothing to do meanwhile, for much of it."""
+    sim = simulate(90, speculation, draft_step=0.4, delay_s=lambda: 0.4 * TARGET_S)
+    assert sim.draft_lane.busy_s > 0.6 * sim.now
+
+
+def test_what_a_verdict_has_made_useless_is_not_drafted() -> None:
+    sim = simulate(60, CACHED, draft_step=0.3)
+    assert sim.draft is not None
+    assert sim.draft.num_overtaken > 20
 
 
 def test_most_mismatches_are_foreseen_when_the_second_choice_is_right() -> None:

@@ -1,5 +1,6 @@
 """The leader's loop, with engines that do nothing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -22,12 +23,14 @@ class RecordingEngine:
     record: list[str]
     loop: list[RunLoop] = field(default_factory=list)
     num_ranks: int = 1
+    behind: dict[int, list[int]] = field(default_factory=dict)  # rounds that were queued behind each
 
     @property
     def info(self) -> EngineInfo:
         return EngineInfo(role=self.role, tp_size=1)
 
-    def check(self, round_: Round) -> None:
+    def check(self, round_: Round, behind: Sequence[Round] = ()) -> None:
+        self.behind[round_.round_id] = [other.round_id for other in behind]
         if round_.round_id == 13:
             raise ProtocolError("round 13: is unlucky")
 
@@ -61,9 +64,9 @@ class RecordingSession:
 class Fixture:
     def __init__(self) -> None:
         self.record: list[str] = []
-        engines = {role: RecordingEngine(role, self.record) for role in (TARGET, DRAFT)}
-        self.loop = RunLoop(engines, Leader([], [], 1.0), Tracer())
-        for engine in engines.values():
+        self.engines = {role: RecordingEngine(role, self.record) for role in (TARGET, DRAFT)}
+        self.loop = RunLoop(self.engines, Leader([], [], 1.0), Tracer())
+        for engine in self.engines.values():
             engine.loop.append(self.loop)
         self.target, self.draft = self.open(TARGET), self.open(DRAFT)
 
@@ -95,6 +98,15 @@ def test_rounds_of_all_engines_run_in_order_of_arrival(fixture: Fixture) -> None
     assert fixture.run() == ["target 1", "target 2", "draft 1", "target 3"]
     assert [(result.round_id, result.incarnation) for result in fixture.target.results] == [(1, 3), (2, 3), (3, 3)]
     assert all(result.queue_ns > 0 and result.run_ns > 0 for result in fixture.target.results)
+
+
+def test_an_engine_sees_what_is_queued_behind_a_round_on_its_own_stream(fixture: Fixture) -> None:
+    fixture.arrive(fixture.draft, 1, 2)
+    fixture.arrive(fixture.target, 7)
+    fixture.arrive(fixture.draft, 3)
+    fixture.run()
+    assert fixture.engines[DRAFT].behind == {1: [2, 3, 99], 2: [3, 99], 3: [99], 99: []}
+    assert fixture.engines[TARGET].behind == {7: []}
 
 
 def test_a_bad_round_takes_what_is_queued_behind_it_along(fixture: Fixture) -> None:
