@@ -1,8 +1,8 @@
 """Paged attention on CPU: which of two ways each seq goes.
 
-*SDPA*, torch's own, for two rows or more, where a row is a query head of a new token: one call, one parallel region.
-*Tiles* (attention_tiles.py) for a lone row, which SDPA takes four times as long for as for two. With `batch_invariant`
-all rows go through tiles, because SDPA rounds a row differently with the number of rows beside it.
+*SDPA*, torch's own: one call, one parallel region. A row is a query head of a new token; a lone one is computed twice,
+since SDPA takes half as long for two. *Tiles* (attention_tiles.py) with `batch_invariant`, because SDPA rounds a row
+differently with the number of rows beside it, and where the sums are wanted, which SDPA keeps to itself.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def paged_attention_cpu(call: AttentionCall, seqs: Sequence[SeqRows], *, batch_i
     for seq in seqs:
         if batch_invariant:
             attend_rows_invariant(call, seq)
-        elif seq.num_tokens * call.group == 1 or call.lse is not None:  # SDPA keeps the sums to itself
+        elif call.lse is not None:
             attend_rows(call, seq)
         else:
             _attend_sdpa(call, seq)
@@ -49,12 +49,14 @@ def _attend_sdpa(call: AttentionCall, seq: SeqRows) -> None:
         start = seq.first_token + first - seq.first_position
         tokens = slice(start, start + last - first)
         q = call.q[tokens].view(last - first, call.num_kv_heads, call.group, -1).transpose(0, 1)
+        num_rows = (last - first) * call.group
+        q = q.reshape(1, call.num_kv_heads, num_rows, -1)
         result = F.scaled_dot_product_attention(
-            q.reshape(1, call.num_kv_heads, (last - first) * call.group, -1),
+            q if num_rows > 1 else q.expand(-1, -1, 2, -1),
             k[:, :, keys],
             v[:, :, keys],
             attn_mask=visible,
             scale=call.softmax_scale,
         )
-        result = result.view(call.num_kv_heads, last - first, call.group, -1).transpose(0, 1)
+        result = result[0, :, :num_rows].unflatten(1, (-1, call.group)).transpose(0, 1)
         call.out[tokens].view(result.shape).copy_(result)

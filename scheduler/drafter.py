@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from echelon.pb import worker_pb2
 from scheduler.branching import BranchPlanner
 from scheduler.chain import DraftSeat
+from scheduler.confidence import Calibration
 from scheduler.config import Pipeline, SpeculationConfig
 from scheduler.draft_seats import DraftSeats, is_complete
 from scheduler.engine import Engine, InFlight, PlannedRow
@@ -44,6 +45,11 @@ class Drafter:
         self.seats: DraftSeats | None = None
         self.cache = VerdictCache(config.verdict_cache_rows)
         self._branches = BranchPlanner(self.cache, policy)
+        self._calibration = Calibration()
+        # What tells where a chain is likely to end: asked for by the choice of branches, and of a chain's length.
+        self._asks_confidences = config.pipeline is Pipeline.CONTINUOUS and (
+            config.adaptive or config.verdict_cache_rows > 0
+        )
         self.num_drafted = 0
         self._num_of_use = 0  # drafts that the target wrote too
 
@@ -91,9 +97,12 @@ class Drafter:
         seat = seq.draft
         if seat is None or self.seats is None:
             return
-        history, num_agreed = seq.token_ids, seat.num_agreed
+        history, num_agreed, chain = seq.token_ids, seat.num_agreed, seat.chain[:]
         contradicted = seat.follow(history)
-        self._num_of_use += seat.num_agreed - num_agreed
+        num_accepted = seat.num_agreed - num_agreed
+        self._num_of_use += num_accepted
+        for index, drafted in enumerate(chain[: num_accepted + (contradicted is not None)]):
+            self._calibration.observe(drafted.confidence, accepted=index < num_accepted)
         if contradicted is None:
             for dropped in self.cache.drop(seq, before=len(history)):
                 self.seats.release_seat(dropped)
@@ -152,12 +161,11 @@ class Drafter:
             rows = self._plan_continuous(self.seats, speculating)
         if not rows:
             return None
-        is_continuous = self._config.pipeline is Pipeline.CONTINUOUS
         return self.seats.engine.launch(
             rows,
             now,
             num_alternatives=self.cache.num_alternatives if self._config.verdict_cache_rows else 0,
-            confidences=is_continuous and self._config.adaptive,  # what should_extend asks for
+            confidences=self._asks_confidences,
         )
 
     def on_result(self, result: worker_pb2.RoundResult, now: float, *, target_idle_since: float | None) -> None:
@@ -255,7 +263,7 @@ class Drafter:
             # Nothing is so urgent but to start again: the engine need not compute what that overtakes.
             growing = [seq for seq in growing if seq.draft is not None and seq.draft.is_cut]
         elif self._config.verdict_cache_rows:  # first: a fork takes what the slot holds before the round
-            rows += self._branches.rows(seats, drafting, growing, self._num_steps)
+            rows += self._branches.rows(seats, drafting, growing, self._num_steps, self._odds)
         budget -= sum(row.chunk_len for row in rows)
         for seq in growing:
             budget -= self._add(seats, rows, seq, self._num_missing(seq), budget=budget)
@@ -278,7 +286,16 @@ class Drafter:
         if seq.is_draft_fixed or not self._config.adaptive or not seat.chain:
             return True
         rate = seq.acceptance.rate
-        return self._policy.should_extend([each.confidence for each in seat.chain] + [rate] * seat.num_coming, rate)
+        return self._policy.should_extend(self._odds(seq) + [rate] * seat.num_coming, rate)
+
+    def _odds(self, seq: Seq) -> list[float]:
+        """How likely each draft of the seq's chain is accepted behind those before it."""
+        acceptance, usual = seq.acceptance.rate, self._policy.prior.rate
+        if seq.draft is None:
+            return []
+        if not self._asks_confidences:
+            return [acceptance] * len(seq.draft.chain)
+        return [self._calibration.rate(drafted.confidence, acceptance, usual) for drafted in seq.draft.chain]
 
     def _num_missing(self, seq: Seq) -> int:
         """Drafts that the next round is to bring."""

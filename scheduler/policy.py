@@ -349,14 +349,12 @@ class SpeculationPolicy:
         if self._probes.may_run(cost_s, expected=rows[index].acceptance, is_busy=self._num_waiting > 0):
             lengths[index] = num_drafts
 
-    def should_extend(self, confidences: Sequence[float], acceptance: float) -> bool:
+    def should_extend(self, odds: Sequence[float], acceptance: float) -> bool:
         """Whether a chain with these drafts since the last commit should get another one.
 
-        `confidences`: the probability that the draft gave each of them. How likely the target agrees lies between that
-        and the seq's acceptance. Another draft counts only if all before it are accepted.
+        `odds`: how likely each of them is accepted behind those before it. Another draft counts only if all are.
         """
-        survival = prod(0.5 * (confidence + acceptance) for confidence in confidences)
-        return survival * acceptance >= max(_MIN_SURVIVAL, self.draft_step_cost)
+        return prod(odds) * acceptance >= max(_MIN_SURVIVAL, self.draft_step_cost)
 
     @property
     def draft_step_cost(self) -> float:

@@ -32,6 +32,7 @@ class FakeModel:
     agreement: int = 100
     bad_prefix: tuple[int, ...] | None = None  # histories that end so give non-finite logits
     foresight: int = 70  # how often, of 100, the target's token is the draft's second choice where it is not the first
+    knows_its_doubts: bool = False  # it is sure of three choices in four that are right
 
     def choose(self, prefix: int, sampling: sampling_pb2.SeqSampling, num_outputs: int) -> int:
         """prefix: hash of the history."""
@@ -48,6 +49,13 @@ class FakeModel:
         for token_id in history:
             prefix = _mix(prefix, token_id)
         return self.choose(prefix, sampling, len(history) - num_prompt)
+
+    def confidence(self, prefix: int, sampling: sampling_pb2.SeqSampling) -> float:
+        if not self.knows_its_doubts:
+            return self.agreement / 100
+        noise = _mix(_mix(prefix, sampling.seed), sampling.sample_index)
+        is_right = _mix(noise, 77) % 100 < self.agreement
+        return 0.99 if is_right and _mix(noise, 99) % 4 else 0.5
 
     def runners_up(self, chosen: int, prefix: int, sampling: sampling_pb2.SeqSampling, count: int) -> list[int]:
         """What this draft would have chosen next: a wrong choice is one above the right one."""
@@ -355,7 +363,7 @@ class FakeEngine:
                 runners_up = self.model.runners_up(token_id, prefix, slot.sampling, message.num_alternatives)
                 result.alternative_token_ids.extend(runners_up)
                 if message.confidences:
-                    result.confidences.append(self.model.agreement / 100)
+                    result.confidences.append(self.model.confidence(prefix, slot.sampling))
             prefix = _mix(prefix, token_id)
 
     def _add_prompt_logprobs(self, slot: _Slot, start: int, result: worker_pb2.RowResult) -> None:

@@ -353,3 +353,18 @@ def test_a_request_gets_its_number_of_drafts_although_few_are_accepted() -> None
     sim = simulate(10, CONTINUOUS | {"adaptive": True}, num_speculative_tokens=6)
     stats = sim.completed["r0"].speculation
     assert stats.num_draft_tokens > 5.5 * stats.num_drafts
+
+
+def test_the_drafts_own_doubts_say_where_a_verdict_will_part_from_the_chain() -> None:
+    """Most drafts are safe and the draft knows it, the others are a coin's toss: branches leave from these."""
+    runs = []
+    for knows_its_doubts in (True, False):
+        engine = draft_engine(80)
+        engine.model = FakeModel(agreement=80, foresight=100, knows_its_doubts=knows_its_doubts)
+        speculation = CONTINUOUS | {"verdict_cache_rows": 2}
+        sim = TimedSimulation(target=target_engine(), draft=engine, k=6, speculation=speculation)
+        sim.submit(submit("r", [1] * 9, seed=3, max_tokens=300))
+        sim.run_timed()
+        runs.append(sim.core.status())
+    knowing, guessing = runs
+    assert knowing.verdict_cache_hits_total > 1.1 * guessing.verdict_cache_hits_total

@@ -1,0 +1,39 @@
+"""How likely a draft is accepted, from the probability that the draft itself gave it."""
+
+from bisect import bisect_right
+
+__all__ = ["Calibration"]
+
+_BOUNDS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.995)  # of confidences that are counted together
+_PRIOR_TRIALS = 8.0  # how much the confidence itself weighs, which is a fair guess (arXiv 2406.16858)
+_MEMORY = 400.0  # trials
+
+
+class Calibration:
+    """Accepted drafts by confidence. A bucket's estimate starts from the mean of its confidences and ends at what
+    verdicts say; older ones are forgotten."""
+
+    def __init__(self) -> None:
+        num_buckets = len(_BOUNDS) + 1
+        self._num_accepted = [0.0] * num_buckets
+        self._num_trials = [0.0] * num_buckets
+
+    def observe(self, confidence: float, *, accepted: bool) -> None:
+        """A draft behind accepted ones was compared."""
+        index = bisect_right(_BOUNDS, confidence)
+        keep = 1.0 - 1.0 / _MEMORY
+        self._num_accepted[index] = self._num_accepted[index] * keep + accepted
+        self._num_trials[index] = self._num_trials[index] * keep + 1.0
+
+    def rate(self, confidence: float, acceptance: float, usual: float) -> float:
+        """The probability that a draft behind accepted ones is accepted.
+
+        `acceptance`: of the drafts of this seq, `usual`: of all, each above 0 and below 1; they move the odds.
+        """
+        index = bisect_right(_BOUNDS, confidence)
+        accepted = self._num_accepted[index] + _PRIOR_TRIALS * confidence
+        rejected = self._num_trials[index] - self._num_accepted[index] + _PRIOR_TRIALS * (1.0 - confidence)
+        if rejected <= 0.0:
+            return 1.0
+        odds = accepted / rejected * (acceptance / (1.0 - acceptance)) * ((1.0 - usual) / usual)
+        return odds / (1.0 + odds)
