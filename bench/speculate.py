@@ -13,7 +13,7 @@ import argparse
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,15 +48,20 @@ class Cell:
         return f"temperature {self.temperature:g}, concurrency {self.concurrency}"
 
 
+Prompts = Mapping[Cell, Sequence[list[int]]]  # token ids
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """All prompts once."""
 
     tokens_per_s: float
+    token_s: float  # of a request, between its first token and its last: seconds a token, prefill left out
     tokens_per_round: float  # of a request: accepted drafts and the target's own
     acceptance: float  # accepted / compared drafts
     draft_idle: float  # share of the time in which the draft could have drafted and had no round
     target_idle: float  # share of the time in which the target had no round, since it waited for drafts
+    drafts_per_draft_round: float  # of all rows; a round of the continuous pipeline has few steps, mostly one
     cache_hits: float  # share of the mismatches for which a branch was ready
     outputs: list[tuple[int, ...]]
 
@@ -72,13 +77,26 @@ class Results:
         self.runs.setdefault(cell, {}).setdefault(variant, []).append(run)
 
     def ratios(self, cell: Cell, variant: Variant, base: Variant) -> list[float]:
+        """Speed against that of another variant's run of the same turn, prefill included."""
         pairs = zip(self.runs[cell][variant], self.runs[cell][base], strict=False)
         return [run.tokens_per_s / other.tokens_per_s for run, other in pairs]
+
+    def decoding_ratios(self, cell: Cell, variant: Variant, base: Variant) -> list[float]:
+        """The same between the first token of a request and its last."""
+        pairs = zip(self.runs[cell][variant], self.runs[cell][base], strict=False)
+        return [other.token_s / run.token_s for run, other in pairs]
 
     def best_serial(self, cell: Cell, source: str) -> Variant | None:
         """What the other pipelines of a source are measured against."""
         serial = [v for v in self.runs[cell] if (v.pipeline, v.source) == ("serial", source) and v.num_drafts]
         return max(serial, key=lambda v: _median_speed(self.runs[cell][v]), default=None)
+
+    def best_without_policy(self, cell: Cell, variant: Variant) -> Variant:
+        """What the policy's choices are measured against: no drafts, or the best fixed number."""
+        fixed = [
+            v for v in self.runs[cell] if (v.pipeline, v.source) == (variant.pipeline, variant.source) and v.num_drafts
+        ]
+        return max([PLAIN, *fixed], key=lambda v: _median_speed(self.runs[cell][v]))
 
 
 def _median_speed(runs: Sequence[Run]) -> float:
@@ -113,10 +131,17 @@ def run_cell(deployment: VariantDeployment, prompts: Sequence[list[int]], cell: 
     misses = after.verdict_cache_misses_total - before.verdict_cache_misses_total
     return Run(
         tokens_per_s=timed.tokens_per_s,
+        token_s=share(
+            sum(completion.timings.total_s - completion.timings.first_token_s for completion in timed.completions),
+            sum(completion.usage.completion_tokens - 1 for completion in timed.completions),
+        ),
         tokens_per_round=share(timed.num_tokens, sum(s.num_rounds for s in stats)),
         acceptance=share(sum(s.num_accepted_tokens for s in stats), sum(s.num_draft_tokens for s in stats)),
         draft_idle=(after.draft_idle_seconds_total - before.draft_idle_seconds_total) / timed.seconds,
         target_idle=(after.verify_wait_seconds_total - before.verify_wait_seconds_total) / timed.seconds,
+        drafts_per_draft_round=share(
+            after.draft_tokens_total - before.draft_tokens_total, after.draft_rounds_total - before.draft_rounds_total
+        ),
         cache_hits=share(hits, hits + misses),
         outputs=[completion.token_ids for completion in timed.completions],
     )
@@ -125,11 +150,11 @@ def run_cell(deployment: VariantDeployment, prompts: Sequence[list[int]], cell: 
 def measure(
     pair: Pair,
     variants: Sequence[Variant],
-    cells: Sequence[Cell],
-    prompts: Sequence[list[int]],
+    prompts: Prompts,
     args: argparse.Namespace,
 ) -> Results:
-    """Every variant in turn, `args.runs` times. Raises NotAvailableError if plain decoding cannot be started."""
+    """Every variant in turn, `args.runs` times, in each cell that has prompts. Raises NotAvailableError if plain
+    decoding cannot be started."""
     results = Results()
     for _ in range(args.runs):
         for variant in variants:
@@ -137,8 +162,8 @@ def measure(
                 continue
             try:
                 with VariantDeployment(pair, variant) as deployment:
-                    for cell in cells:
-                        results.add(variant, cell, run_cell(deployment, prompts, cell, args.tokens))
+                    for cell in prompts:
+                        results.add(variant, cell, run_cell(deployment, prompts[cell], cell, args.tokens))
             except NotAvailableError as error:
                 if variant == PLAIN:
                     raise
@@ -146,31 +171,39 @@ def measure(
     return results
 
 
-def differences(results: Results, cell: Cell, variant: Variant, prompts: Sequence[list[int]]) -> list[Difference]:
+def differences(results: Results, cell: Cell, variant: Variant, prompts: Prompts) -> list[Difference]:
     """Of the last run, one a prompt at most."""
     plain, other = (results.runs[cell][v][-1].outputs for v in (PLAIN, variant))
-    found = (first_difference(*each) for each in zip(prompts, plain, other, strict=True))
+    found = (first_difference(*each) for each in zip(prompts[cell], plain, other, strict=True))
     return [difference for difference in found if difference is not None]
 
 
-def rows_of(results: Results, cell: Cell, prompts: Sequence[list[int]], *, forced: bool) -> list[list[str]]:
+def rows_of(results: Results, cell: Cell, prompts: Prompts, *, forced: bool) -> list[list[str]]:
     rows = []
     for variant, runs in results.runs[cell].items():
         last = runs[-1]
         base = None if variant.pipeline == "serial" else results.best_serial(cell, variant.source)
+        rival = None
+        if variant != PLAIN and variant.num_drafts is None:
+            rival = results.best_without_policy(cell, variant)
         num_differing = len(differences(results, cell, variant, prompts))
         rows.append(
             [
                 variant.name,
                 f"{Spread.of([run.tokens_per_s for run in runs]):.1f}",
                 f"{Spread.of(results.ratios(cell, variant, PLAIN)):.2f}",
-                f"{Spread.of(results.ratios(cell, variant, base)):.2f} of {base.name}" if base else "",
+                f"{Spread.of(results.ratios(cell, variant, base)):.2f} of {base.short_name}" if base else "",
+                f"{Spread.of(results.ratios(cell, variant, rival)):.2f} of {rival.short_name}" if rival else "",
+                f"{1e3 * Spread.of([run.token_s for run in runs]).median:.1f}",
+                f"{Spread.of(results.decoding_ratios(cell, variant, PLAIN)):.2f}",
+                f"{Spread.of(results.decoding_ratios(cell, variant, base)):.2f}" if base else "",
                 f"{last.tokens_per_round:.2f}",
                 "" if variant == PLAIN else f"{last.acceptance:.2f}",
                 f"{last.draft_idle:.0%}" if variant.uses_draft_model else "",
                 "" if variant == PLAIN else f"{last.target_idle:.0%}",
+                f"{last.drafts_per_draft_round:.1f}" if variant.uses_draft_model else "",
                 f"{last.cache_hits:.0%}" if variant.pipeline.endswith("+cache") else "",
-                "forced" if forced else f"{num_differing} of {len(prompts)}",
+                "forced" if forced else f"{num_differing} of {len(prompts[cell])}",
             ]
         )
     return rows
@@ -181,16 +214,21 @@ HEADER = [
     "tokens/s",
     "x plain",
     "x best serial",
+    "auto x best fixed",
+    "ms/token",
+    "x plain, decoding",
+    "x best serial, decoding",
     "tokens/round",
     "accepted/drafted",
     "draft idle",
     "target idle",
+    "drafts/draft round",
     "cache hits",
     "outputs that differ",
 ]
 
 
-def gap_report(pair: Pair, results: Results, prompts: Sequence[list[int]]) -> str:
+def gap_report(pair: Pair, results: Results, prompts: Prompts) -> str:
     """The gaps where outputs parted; empty if none did."""
     found = [
         (cell, variant, difference)
@@ -223,7 +261,10 @@ def transformers_rows(args: argparse.Namespace, prompts: Sequence[list[int]]) ->
             speeds[k].append(theirs.tokens_per_s(prompts, num_tokens=args.tokens, num_drafts=k))
     names = {k: "transformers, plain" if k is None else f"transformers, assisted, k = {k}" for k in chosen}
     ratios = {k: [a / b for a, b in zip(speeds[k], speeds[None], strict=True)] for k in chosen}
-    return [[names[k], f"{Spread.of(speeds[k]):.1f}", f"{Spread.of(ratios[k]):.2f}"] + [""] * 7 for k in chosen]
+    return [
+        [names[k], f"{Spread.of(speeds[k]):.1f}", f"{Spread.of(ratios[k]):.2f}"] + [""] * (len(HEADER) - 3)
+        for k in chosen
+    ]
 
 
 def _count_or_auto(text: str) -> int | None:
@@ -248,7 +289,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1])
     parser.add_argument("--dataset", type=Path, help="JSON lines with `prompt` or `turns`; default: bundled prompts")
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=8, help="as many as run at once, where those are more")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--runs", type=int, default=5, help="paired runs behind each median")
     parser.add_argument("--transformers", action="store_true", help="also transformers, on the same pair and prompts")
@@ -260,7 +301,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     tokenizer = Tokenizer.from_file(str(args.target / "tokenizer.json"))
-    prompts = [tokenizer.encode(prompt).ids for prompt in load_prompts(args.dataset, args.prompts)]
+    cells = [Cell(t, c) for t in args.temperatures for c in args.concurrency]
+    texts = load_prompts(args.dataset, max(args.prompts, *args.concurrency))
+    token_ids = [tokenizer.encode(text).ids for text in texts]
+    prompts = {cell: token_ids[: max(args.prompts, cell.concurrency)] for cell in cells}
     pair = Pair(
         target=args.target,
         draft=args.draft,
@@ -273,8 +317,7 @@ def main() -> None:
         forced_acceptance=args.forced_acceptance,
     )
     variants = all_variants(args.pipelines, args.sources, args.k)
-    cells = [Cell(t, c) for t in args.temperatures for c in args.concurrency]
-    results = measure(pair, variants, cells, prompts, args)
+    results = measure(pair, variants, prompts, args)
     body = _body(args, pair, results, prompts)
     path = publish(
         args.name, body, command=shlex.join(["python", "-m", "bench.speculate", *sys.argv[1:]]), save=args.save
@@ -287,10 +330,10 @@ def main() -> None:
         plot_bars(bars, label="tokens/s", path=path.with_suffix(".png"))
 
 
-def _body(args: argparse.Namespace, pair: Pair, results: Results, prompts: Sequence[list[int]]) -> str:
+def _body(args: argparse.Namespace, pair: Pair, results: Results, prompts: Prompts) -> str:
     parts = [
         f"{args.target.name} and {args.draft.name}, {args.dtype}, {args.tp} target rank(s), {args.placement}, "
-        f"{args.threads} thread(s) a worker, {len(prompts)} prompts x {args.tokens} tokens, prefill included, "
+        f"{args.threads} thread(s) a worker, {args.prompts} prompts x {args.tokens} tokens, prefill included, "
         "no prefix cache"
         + (f", acceptance forced to {args.forced_acceptance:g}" if args.forced_acceptance else "")
         + f". Median (least-greatest) of {args.runs} paired runs."
@@ -298,7 +341,7 @@ def _body(args: argparse.Namespace, pair: Pair, results: Results, prompts: Seque
     for cell in results.runs:
         rows = rows_of(results, cell, prompts, forced=bool(args.forced_acceptance))
         if args.transformers and cell == Cell(0.0, 1):
-            rows += transformers_rows(args, prompts)
+            rows += transformers_rows(args, prompts[cell])
         parts.append(f"## {cell.name[0].upper()}{cell.name[1:]}\n\n" + table(HEADER, rows))
     parts += [f"{variant.name}: not available: {error}" for variant, error in results.refusals.items()]
     return "\n\n".join(parts) + ("" if args.forced_acceptance else gap_report(pair, results, prompts))

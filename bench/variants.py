@@ -53,7 +53,14 @@ class Variant:
     def name(self) -> str:
         if self.source == "none":
             return "plain"
-        return f"{self.pipeline}, {self.source}, k = {'auto' if self.num_drafts is None else self.num_drafts}"
+        return f"{self.pipeline}, {self.source}, {self.short_name}"
+
+    @property
+    def short_name(self) -> str:
+        """Among those of its pipeline and source."""
+        if self.source == "none":
+            return "plain"
+        return f"k = {'auto' if self.num_drafts is None else self.num_drafts}"
 
     @property
     def uses_draft_model(self) -> bool:

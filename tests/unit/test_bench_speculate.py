@@ -28,10 +28,12 @@ PAIR = Pair(
 def run(tokens_per_s: float) -> Run:
     return Run(
         tokens_per_s=tokens_per_s,
+        token_s=2.0 / tokens_per_s,
         tokens_per_round=1.0,
         acceptance=0.5,
         draft_idle=0.0,
         target_idle=0.0,
+        drafts_per_draft_round=1.0,
         cache_hits=0.0,
         outputs=[],
     )
@@ -90,6 +92,17 @@ def test_pipelines_are_measured_against_the_best_fixed_number_of_drafts() -> Non
         results.add(variant, GREEDY, run(speed))
     assert results.best_serial(GREEDY, "draft") == best
     assert results.best_serial(GREEDY, "hybrid") is None
+
+
+def test_the_policy_is_measured_against_the_best_that_it_could_have_chosen() -> None:
+    results = Results()
+    auto = Variant(source="draft")
+    for variant, speed in [(PLAIN, 50.0), (SERIAL, 10.0), (auto, 49.0)]:
+        results.add(variant, GREEDY, run(speed))
+    assert results.best_without_policy(GREEDY, auto) == PLAIN
+    better = Variant(source="draft", num_drafts=5)
+    results.add(better, GREEDY, run(60.0))
+    assert results.best_without_policy(GREEDY, auto) == better
 
 
 def test_the_first_difference_comes_with_what_was_common() -> None:
