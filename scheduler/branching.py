@@ -1,7 +1,6 @@
 """Which branches of the verdict cache grow in a round of the draft engine."""
 
-from collections.abc import Callable, Sequence
-from math import prod
+from collections.abc import Sequence
 
 from scheduler.chain import DraftSeat
 from scheduler.draft_seats import DraftSeats
@@ -13,8 +12,10 @@ from scheduler.verdict_cache import Branch, Outcome, VerdictCache
 __all__ = ["BranchPlanner"]
 
 
-def _num_coming(seq: Seq) -> int:
-    return seq.draft.num_coming if seq.draft is not None else 0
+def _worth_of_next(seq: Seq) -> float:
+    """How likely the next draft of the seq's chain is accepted."""
+    assert seq.draft is not None, "a chain that grows has a seat"
+    return seq.draft.survival * seq.acceptance.rate ** (1 + seq.draft.num_coming)
 
 
 class BranchPlanner:
@@ -25,23 +26,18 @@ class BranchPlanner:
         self._policy = policy
 
     def rows(
-        self,
-        seats: DraftSeats,
-        drafting: Sequence[Seq],
-        growing: Sequence[Seq],
-        num_steps: int,
-        odds: Callable[[Seq], Sequence[float]],
+        self, seats: DraftSeats, drafting: Sequence[Seq], growing: Sequence[Seq], num_steps: int
     ) -> list[PlannedRow]:
         """Rows of `num_steps` drafts at most, as many rows as are worth the time that they add to the round.
 
         The chains of the seqs `growing` grow in any case; what they bring a second is what a branch of one of the seqs
         `drafting` has to beat with the time of one more row. Where none grows the branches are worth a round of their
-        own, or nothing is drafted. `odds`: how likely each draft of a seq's chain is accepted behind those before it.
+        own, or nothing is drafted.
         """
-        candidates = self._by_value(drafting, odds if seats.engine.num_free_slots > 0 else None)
+        candidates = self._by_value(drafting, may_fork=seats.engine.num_free_slots > 0)
         if not growing and sum(value for value, _, _ in candidates) < self._policy.draft_step_cost:
             return []
-        worth = sum(prod(odds(seq)) * seq.acceptance.rate ** (1 + _num_coming(seq)) for seq in growing)
+        worth = sum(_worth_of_next(seq) for seq in growing)
         step_s = self._policy.draft_step_s(len(growing)) if growing else 0.0
         longer_s = self._policy.draft_step_s(len(growing) + 1)
         rows: list[PlannedRow] = []
@@ -56,10 +52,8 @@ class BranchPlanner:
                 step_s, longer_s = longer_s, self._policy.draft_step_s(len(growing) + len(rows) + 1)
         return rows
 
-    def _by_value(
-        self, drafting: Sequence[Seq], odds: Callable[[Seq], Sequence[float]] | None
-    ) -> list[tuple[float, Seq, Branch | Outcome]]:
-        """Branches that could grow and, if there are slots (`odds` is given), outcomes that could get one."""
+    def _by_value(self, drafting: Sequence[Seq], *, may_fork: bool) -> list[tuple[float, Seq, Branch | Outcome]]:
+        """Branches that could grow and, if there are slots, outcomes that could get one."""
         candidates: list[tuple[float, Seq, Branch | Outcome]] = []
         for seq in drafting:
             if seq.window == 0 or not seq.is_verifying:
@@ -68,9 +62,8 @@ class BranchPlanner:
             for branch in self._cache.branches(seq):
                 if branch.seat.num_ahead < seq.draft_limit:
                     candidates.append((branch.probability * rate ** (1 + branch.seat.num_ahead), seq, branch))
-            if odds is not None:
-                outcomes = self._cache.likeliest(seq, odds(seq))
-                candidates += [(each.probability * rate, seq, each) for each in outcomes]
+            if may_fork:
+                candidates += [(each.probability * rate, seq, each) for each in self._cache.likeliest(seq)]
         return sorted(candidates, key=lambda candidate: -candidate[0])
 
     def _row(self, seats: DraftSeats, seq: Seq, candidate: Branch | Outcome, num_steps: int) -> PlannedRow | None:

@@ -9,6 +9,7 @@ commit, and what rounds of the old epoch still bring is dropped.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from scheduler.seat import Seat
 
@@ -22,6 +23,7 @@ class Drafted:
     token_id: int
     alternatives: tuple[int, ...] = ()  # what the draft would have chosen next, best first
     confidence: float = 1.0  # probability that the draft gave it
+    odds: float = 1.0  # how likely it seemed, when it came, to be accepted behind those before it
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -47,6 +49,11 @@ class DraftSeat(Seat):
     def num_ahead(self) -> int:
         """Drafts ahead of the last commit, those on their way included."""
         return len(self.chain) + self.num_coming
+
+    @property
+    def survival(self) -> float:
+        """How likely all of the chain is accepted."""
+        return prod([drafted.odds for drafted in self.chain])
 
     @property
     def num_held(self) -> int:

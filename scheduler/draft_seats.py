@@ -4,7 +4,7 @@ Everything here is best effort: no seq waits for slots or blocks of the draft en
 on without drafts.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from echelon.pb import worker_pb2
 from scheduler.chain import Drafted, DraftSeat
@@ -182,10 +182,11 @@ class DraftSeats:
     # -- results ------------------------------------------------------------------------------------------------------
 
     def land(
-        self, record: InFlight, result: worker_pb2.RoundResult
+        self, record: InFlight, result: worker_pb2.RoundResult, odds: Callable[[Seq, float], float]
     ) -> Iterator[tuple[PlannedRow, worker_pb2.RowResult]]:
         """Takes in a round's drafts; yields the rows whose chains go on, with their answers. One that lacks drafts
-        (`is_complete`) leaves its seat as it was: of no use any more."""
+        (`is_complete`) leaves its seat as it was: of no use any more. `odds`: how likely a draft of this seq with this
+        confidence is accepted."""
         for row, answer in zip(record.rows, result.rows, strict=True):
             seat = row.seat
             assert isinstance(seat, DraftSeat), "the draft engine seats draft seats"
@@ -194,7 +195,7 @@ class DraftSeats:
             if is_complete(row, answer):
                 seat.is_catching_up = False
                 self.engine.publish(row.seq, seat, row.num_exact)
-                seat.extend(row.num_draft_tokens, _drafted(answer))
+                seat.extend(row.num_draft_tokens, _drafted(row.seq, answer, odds))
             else:
                 self.engine.blocks.forget(seat.block_ids[: seat.num_published])
             yield row, answer
@@ -205,13 +206,14 @@ def is_complete(row: PlannedRow, answer: worker_pb2.RowResult) -> bool:
     return not answer.non_finite and len(answer.token_ids) == row.num_draft_tokens
 
 
-def _drafted(answer: worker_pb2.RowResult) -> Sequence[Drafted]:
+def _drafted(seq: Seq, answer: worker_pb2.RowResult, odds: Callable[[Seq, float], float]) -> Sequence[Drafted]:
     token_ids = answer.token_ids
     if not token_ids:
         return ()
     width = len(answer.alternative_token_ids) // len(token_ids)
+    alternatives = list(answer.alternative_token_ids)
     confidences = answer.confidences or [1.0] * len(token_ids)
     return [
-        Drafted(token_id, tuple(answer.alternative_token_ids[i * width : (i + 1) * width]), confidences[i])
-        for i, token_id in enumerate(token_ids)
+        Drafted(token_id, tuple(alternatives[i * width : (i + 1) * width]), confidence, odds(seq, confidence))
+        for i, (token_id, confidence) in enumerate(zip(token_ids, confidences, strict=True))
     ]

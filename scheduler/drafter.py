@@ -31,6 +31,7 @@ _MAX_LAG = 32  # tokens that a drafting round may catch up on the way
 _MAX_STEPS = 4  # of a round of the continuous pipeline; its answer is what tells the scheduler how to go on ...
 _ROUND_S = 2e-3  # ... so rounds are short, but long beside the time that a message takes
 _MAX_GROWING = 2  # rounds in flight: the second one runs while the answer to the first travels
+_MAX_BRANCHING = 64  # seqs; of more it takes longer to say which branches are worth a row than they save
 _CATCH_UP_SHARE = 4  # of the token budget, while others draft
 
 
@@ -176,7 +177,7 @@ class Drafter:
         was_alone = target_idle_since is not None and target_idle_since <= record.sent_s
         self._observe(record, result, beside_target=not was_alone)
         self.num_drafted += sum(len(answer.token_ids) for answer in result.rows)
-        for row, answer in self.seats.land(record, result):
+        for row, answer in self.seats.land(record, result, self._odds):
             if not is_complete(row, answer):
                 self._on_missing_drafts(self.seats, row, is_non_finite=answer.non_finite)
             elif row.seq.draft is row.seat:
@@ -262,8 +263,10 @@ class Drafter:
         if num_in_flight == _MAX_GROWING:
             # Nothing is so urgent but to start again: the engine need not compute what that overtakes.
             growing = [seq for seq in growing if seq.draft is not None and seq.draft.is_cut]
-        elif self._config.verdict_cache_rows:  # first: a fork takes what the slot holds before the round
-            rows += self._branches.rows(seats, drafting, growing, self._num_steps, self._odds)
+        elif (
+            self._config.verdict_cache_rows and len(drafting) <= _MAX_BRANCHING
+        ):  # first: a fork takes what the slot holds before the round
+            rows += self._branches.rows(seats, drafting, growing, self._num_steps)
         budget -= sum(row.chunk_len for row in rows)
         for seq in growing:
             budget -= self._add(seats, rows, seq, self._num_missing(seq), budget=budget)
@@ -286,16 +289,12 @@ class Drafter:
         if seq.is_draft_fixed or not self._config.adaptive or not seat.chain:
             return True
         rate = seq.acceptance.rate
-        return self._policy.should_extend(self._odds(seq) + [rate] * seat.num_coming, rate)
+        return self._policy.should_extend(seat.survival * rate**seat.num_coming, rate)
 
-    def _odds(self, seq: Seq) -> list[float]:
-        """How likely each draft of the seq's chain is accepted behind those before it."""
-        acceptance, usual = seq.acceptance.rate, self._policy.prior.rate
-        if seq.draft is None:
-            return []
-        if not self._asks_confidences:
-            return [acceptance] * len(seq.draft.chain)
-        return [self._calibration.rate(drafted.confidence, acceptance, usual) for drafted in seq.draft.chain]
+    def _odds(self, seq: Seq, confidence: float) -> float:
+        """How likely a draft is accepted behind those before it."""
+        rate = seq.acceptance.rate
+        return self._calibration.rate(confidence, rate, self._policy.prior.rate) if self._asks_confidences else rate
 
     def _num_missing(self, seq: Seq) -> int:
         """Drafts that the next round is to bring."""

@@ -7,7 +7,7 @@ of each seq (`scheduler/acceptance.py`), times from the rounds (`scheduler/step_
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, floor, prod
+from math import ceil, floor
 from typing import NamedTuple
 
 from scheduler.acceptance import AcceptancePrior, expected_tokens
@@ -23,6 +23,7 @@ _EXPLORE_EVERY = 48  # target rounds: one with another number of drafts, to lear
 _NUM_WAITED = 4  # draft rounds that the target waits for, to learn how fast the draft is alone; later one now and then
 _NUM_TIMED = 4.0  # observations of plain decoding that average out the noise
 _MAX_FINE = 8  # seqs up to which every number of steps to wait for is tried; more take longer to think about
+_MAX_HELD = 64  # seqs; more hardly ever lack drafts all at once, and to think about it takes longer than it gives
 _MAX_UNVERIFIED = 4  # target rounds that decode plainly while drafts come
 _CHANGE_FOR = 1.02  # what running ahead must gain over waiting to be taken up
 _MIN_SURVIVAL = 0.05  # a draft that is less likely to be verified and accepted is not worth its power
@@ -175,6 +176,8 @@ class SpeculationPolicy:
     def _hold_s(self, seqs: Sequence[Drafts], verify_s: VerifyTimes) -> float:
         """How long the target had better wait for drafts; it waits for all or none, so that no seq misses a round."""
         if not self._draft.is_known or not all(seq.limit for seq in seqs) or not any(seq.num_coming for seq in seqs):
+            return 0.0
+        if len(seqs) > _MAX_HELD:
             return 0.0
         steady = self._steady_state(seqs, len(seqs))
         price = steady.rate if self._runs_ahead else self._price
@@ -349,12 +352,9 @@ class SpeculationPolicy:
         if self._probes.may_run(cost_s, expected=rows[index].acceptance, is_busy=self._num_waiting > 0):
             lengths[index] = num_drafts
 
-    def should_extend(self, odds: Sequence[float], acceptance: float) -> bool:
-        """Whether a chain with these drafts since the last commit should get another one.
-
-        `odds`: how likely each of them is accepted behind those before it. Another draft counts only if all are.
-        """
-        return prod(odds) * acceptance >= max(_MIN_SURVIVAL, self.draft_step_cost)
+    def should_extend(self, survival: float, acceptance: float) -> bool:
+        """Whether a chain should get another draft, which counts only if all before it are accepted: `survival`."""
+        return survival * acceptance >= max(_MIN_SURVIVAL, self.draft_step_cost)
 
     @property
     def draft_step_cost(self) -> float:

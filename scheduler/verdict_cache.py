@@ -77,11 +77,8 @@ class VerdictCache:
         """The draft engine is gone, and all branches with it."""
         self._branches.clear()
 
-    def likeliest(self, seq: Seq, odds: Sequence[float]) -> list[Outcome]:
-        """Outcomes of the verification on its way that deserve a branch and have none, likeliest first.
-
-        `odds`: how likely each draft of the chain is accepted behind those before it.
-        """
+    def likeliest(self, seq: Seq) -> list[Outcome]:
+        """Outcomes of the verification on its way that deserve a branch and have none, likeliest first."""
         seat = seq.draft
         room = self._max_branches - len(self.branches(seq))
         if seat is None or room <= 0 or not seq.verifies_chain:
@@ -89,17 +86,17 @@ class VerdictCache:
         taken = {(branch.start, branch.token_id) for branch in self.branches(seq)}
         return [
             outcome
-            for outcome in self._ranked(seat, seq.num_verifying, odds)[: self._max_branches]
+            for outcome in self._ranked(seat, seq.num_verifying)[: self._max_branches]
             if (outcome.start, outcome.token_id) not in taken
         ][:room]
 
-    def _ranked(self, seat: DraftSeat, num_verifying: int, odds: Sequence[float]) -> list[Outcome]:
+    def _ranked(self, seat: DraftSeat, num_verifying: int) -> list[Outcome]:
         rank_odds = [self._odds[rank] for rank in range(len(self._odds))]
         outcomes = []
         all_before = 1.0  # accepted
-        for i, (drafted, accepted) in enumerate(zip(seat.chain[: num_verifying + 1], odds, strict=False)):
-            stops_here = all_before * (1.0 - accepted)
-            all_before *= accepted
+        for i, drafted in enumerate(seat.chain[: num_verifying + 1]):
+            stops_here = all_before * (1.0 - drafted.odds)
+            all_before *= drafted.odds
             for token_id, odd in zip(drafted.alternatives, rank_odds, strict=False):
                 if stops_here * odd >= _MIN_PROBABILITY:
                     start, probability = seat.num_agreed + i, stops_here * odd

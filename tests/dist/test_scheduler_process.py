@@ -76,7 +76,7 @@ async def test_it_says_where_it_listens_and_ends_with_its_parent(spec: process_p
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"speculation": {"method": "suffix"}}, "speculation.method is 'suffix'"),
+        ({"speculation": {"method": "suffix"}}, "speculation.num_speculative_tokens must be >= 1 with method 'suffix'"),
         ({"max_rounds_in_flight": 3}, "max_rounds_in_flight must be 1 or 2, got 3"),
         ({"tokenizer_dir": "/nowhere"}, "/nowhere/tokenizer.json"),
         ({"no_such_field": 1}, "no_such_field"),

@@ -279,10 +279,10 @@ def test_lookup_needs_no_draft_engine() -> None:
 
 def test_a_chain_ends_where_another_draft_would_hardly_be_accepted() -> None:
     policy = taught("continuous")
-    assert policy.should_extend([], 0.5)
-    assert policy.should_extend([0.9, 0.95], 0.8)
-    assert not policy.should_extend([0.1, 0.1, 0.2], 0.3)
-    assert not policy.should_extend([0.9] * 40, 0.8)
+    assert policy.should_extend(1.0, 0.5)
+    assert policy.should_extend(0.85, 0.8)
+    assert not policy.should_extend(0.002, 0.3)
+    assert not policy.should_extend(0.9**40, 0.8)
 
 
 def test_a_window_is_bounded_as_configured() -> None:

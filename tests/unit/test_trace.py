@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,7 +120,7 @@ class SpanEngine:
     def info(self) -> EngineInfo:
         return EngineInfo(role=TARGET)
 
-    def check(self, round_: Round) -> None:
+    def check(self, round_: Round, behind: Sequence[Round] = ()) -> None:
         pass
 
     def run(self, round_: Round) -> RoundResult:
