@@ -1,5 +1,11 @@
-"""Random-weight models of any size in Hugging Face layout, with the demo pair's tokenizer."""
+"""Random-weight models of any size in Hugging Face layout, with the demo pair's tokenizer.
 
+    python -m bench.random_model /tmp/useless --layers 8 --hidden 640 --intermediate 1792
+
+writes a draft of the size of bench.inflate's `draft-32m` of whose tokens none is accepted.
+"""
+
+import argparse
 import shutil
 from pathlib import Path
 
@@ -34,3 +40,27 @@ def write_random_llama(
     for name in TOKENIZER_FILES:
         shutil.copy(DEMO / name, folder / name)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=640, help="a multiple of 128")
+    parser.add_argument("--intermediate", type=int, default=1792)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.hidden < 128 or args.hidden % 128:
+        parser.error(f"--hidden: {args.hidden}, must be a multiple of 128, the size of a head")
+    num_parameters = write_random_llama(
+        args.folder,
+        num_layers=args.layers,
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        seed=args.seed,
+    )
+    print(f"{args.folder}: {num_parameters / 1e6:.1f}M parameters")
+
+
+if __name__ == "__main__":
+    main()
