@@ -7,7 +7,7 @@ environment names.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
@@ -41,7 +41,7 @@ class InstantEngine:
         self._num_computed: dict[int, int] = {}
         self._ended_ns: int | None = None
 
-    def check(self, round_: Round) -> None:
+    def check(self, round_: Round, behind: Sequence[Round] = ()) -> None:
         """Everything is welcome."""
 
     def reset(self) -> None:

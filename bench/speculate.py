@@ -84,7 +84,7 @@ class Results:
     def decoding_ratios(self, cell: Cell, variant: Variant, base: Variant) -> list[float]:
         """The same between the first token of a request and its last."""
         pairs = zip(self.runs[cell][variant], self.runs[cell][base], strict=False)
-        return [other.token_s / run.token_s for run, other in pairs]
+        return [share(other.token_s, run.token_s) for run, other in pairs]
 
     def best_serial(self, cell: Cell, source: str) -> Variant | None:
         """What the other pipelines of a source are measured against."""
@@ -333,8 +333,8 @@ def main() -> None:
 def _body(args: argparse.Namespace, pair: Pair, results: Results, prompts: Prompts) -> str:
     parts = [
         f"{args.target.name} and {args.draft.name}, {args.dtype}, {args.tp} target rank(s), {args.placement}, "
-        f"{args.threads} thread(s) a worker, {args.prompts} prompts x {args.tokens} tokens, prefill included, "
-        "no prefix cache"
+        f"{args.threads} thread(s) a worker, {args.prompts} prompts (or as many as run at once) x {args.tokens} "
+        "tokens, prefill included, no prefix cache"
         + (f", acceptance forced to {args.forced_acceptance:g}" if args.forced_acceptance else "")
         + f". Median (least-greatest) of {args.runs} paired runs."
     ]

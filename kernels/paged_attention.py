@@ -26,7 +26,7 @@ from kernels.attention_schedule import Schedule, Settings, make_schedule
 from kernels.dispatch import runs_triton
 from kernels.paged_attention_cpu import paged_attention_cpu
 from kernels.paged_attention_split import launch_split
-from kernels.paged_kv import SeqLengths, SeqRows, rows_of_seqs
+from kernels.paged_kv import AlikeSeqs, SeqLengths, alike_seqs, rows_of_seqs
 from kernels.prefill_attention import launch_whole
 
 MAX_TREE_TOKENS = 64  # bits of a word
@@ -37,7 +37,7 @@ class AttentionPlan:
     """What can be worked out once for all layers of a step, which run one after another on one stream."""
 
     lengths: SeqLengths
-    seqs: list[SeqRows] | None  # None: on a device that runs the kernels
+    seqs: list[AlikeSeqs] | None  # None: on a device that runs the kernels
     schedules: dict[Settings, Schedule] = field(default_factory=dict)  # grows: layers may differ in their window
 
 
@@ -61,7 +61,8 @@ def plan_attention(
     lengths.check(num_tokens=num_tokens, max_blocks=block_table.shape[1], block_size=block_size)
     if runs_triton(seq_lens):
         return AttentionPlan(lengths, None)
-    return AttentionPlan(lengths, rows_of_seqs(block_table, lengths, num_blocks=num_blocks, block_size=block_size))
+    seqs = rows_of_seqs(block_table, lengths, num_blocks=num_blocks, block_size=block_size)
+    return AttentionPlan(lengths, alike_seqs(seqs, block_size))
 
 
 @overload

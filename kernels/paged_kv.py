@@ -1,11 +1,16 @@
 """The new tokens of each seq of an attention call, and where its keys and values lie, as the host sees them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+# New tokens and keys of a seq: beyond them it is worth a call of its own, and its keys are not gathered.
+MAX_GATHERED_TOKENS = 16
+MAX_GATHERED_KEYS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +36,61 @@ class SeqRows:
         first, last = start // block_size, -(-end // block_size)
         gathered = cache.index_select(0, torch.tensor(self.blocks[first:last])).flatten(0, 1)
         return gathered.narrow(0, start - first * block_size, end - start)
+
+
+@dataclass(frozen=True, slots=True)
+class SeqBatch:
+    """Several seqs with equally many new tokens, none with twice as many keys as another, side by side. Where a seq has
+    fewer keys than the longest its last one stands in."""
+
+    num_seqs: int
+    num_new: int  # tokens of each
+    num_keys: int  # of the longest
+    tokens: Tensor  # int64 [num_seqs * num_new], rows in q
+    slots: Tensor  # int64 [num_seqs * num_keys]
+    visible: Tensor | None  # bool [num_seqs, num_new, num_keys]; None where every token sees all keys
+
+    @classmethod
+    def of(cls, seqs: Sequence[SeqRows], block_size: int) -> "SeqBatch":
+        num_new, num_keys = seqs[0].num_tokens, max(seq.num_keys for seq in seqs)
+        new, keys = np.arange(num_new), np.arange(num_keys)
+        tokens = np.empty((len(seqs), num_new), np.int64)
+        slots = np.empty((len(seqs), num_keys), np.int64)
+        visible = np.empty((len(seqs), num_new, num_keys), np.bool_)
+        for index, seq in enumerate(seqs):
+            own = np.minimum(keys, seq.num_keys - 1)
+            tokens[index] = seq.first_token + new
+            slots[index] = np.array(seq.blocks)[own // block_size] * block_size + own % block_size
+            visible[index] = keys <= seq.first_position + new[:, None]
+        return cls(
+            num_seqs=len(seqs),
+            num_new=num_new,
+            num_keys=num_keys,
+            tokens=torch.from_numpy(tokens.reshape(-1)),
+            slots=torch.from_numpy(slots.reshape(-1)),
+            visible=None if visible.all() else torch.from_numpy(visible),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AlikeSeqs:
+    seqs: Sequence[SeqRows]
+    batch: SeqBatch | None  # of all of them, where they are several
+
+
+def alike_seqs(seqs: Sequence[SeqRows], block_size: int) -> list[AlikeSeqs]:
+    """Seqs by what a SeqBatch asks of its own."""
+    by_kind: dict[tuple[int, int], list[SeqRows]] = {}
+    for seq in seqs:
+        by_kind.setdefault((seq.num_tokens, seq.num_keys.bit_length()), []).append(seq)
+    return [
+        AlikeSeqs(members, SeqBatch.of(members, block_size) if _may_gather(members) else None)
+        for members in by_kind.values()
+    ]
+
+
+def _may_gather(seqs: Sequence[SeqRows]) -> bool:
+    return len(seqs) > 1 and seqs[0].num_tokens <= MAX_GATHERED_TOKENS and seqs[0].num_keys <= MAX_GATHERED_KEYS
 
 
 @dataclass(frozen=True, slots=True)

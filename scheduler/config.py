@@ -82,7 +82,7 @@ class SchedulerConfig:
     max_model_len: int = 32768
     max_queue: int = 1024  # requests that wait for their first round
     enable_prefix_caching: bool = True
-    max_rounds_in_flight: int = 2  # at each engine
+    max_rounds_in_flight: int = 2  # at the target
     speculation: SpeculationConfig = SpeculationConfig()
 
     def __post_init__(self) -> None:

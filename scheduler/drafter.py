@@ -102,8 +102,9 @@ class Drafter:
         contradicted = seat.follow(history)
         num_accepted = seat.num_agreed - num_agreed
         self._num_of_use += num_accepted
-        for index, drafted in enumerate(chain[: num_accepted + (contradicted is not None)]):
-            self._calibration.observe(drafted.confidence, accepted=index < num_accepted)
+        if self._asks_confidences:
+            for index, drafted in enumerate(chain[: num_accepted + (contradicted is not None)]):
+                self._calibration.observe(drafted.confidence, accepted=index < num_accepted)
         if contradicted is None:
             for dropped in self.cache.drop(seq, before=len(history)):
                 self.seats.release_seat(dropped)
@@ -174,7 +175,7 @@ class Drafter:
         assert self.seats is not None, "a result of an engine that is not connected"
         record = self.seats.engine.land(result, now)
         self._drafting.difference_update(row.seat for row in record.rows)
-        was_alone = target_idle_since is not None and target_idle_since <= record.sent_s
+        was_alone = target_idle_since is not None and target_idle_since <= now - record.wall_s
         self._observe(record, result, beside_target=not was_alone)
         self.num_drafted += sum(len(answer.token_ids) for answer in result.rows)
         for row, answer in self.seats.land(record, result, self._odds):
@@ -201,8 +202,8 @@ class Drafter:
     def _observe(self, record: InFlight, result: worker_pb2.RoundResult, *, beside_target: bool) -> None:
         answered = zip(record.rows, result.rows, strict=True)
         computed = [row for row, answer in answered if answer.token_ids or not row.num_draft_tokens]
-        if not computed:
-            return  # all of it was overtaken
+        if not computed or any(_may_be_overtaken(row) for row in computed):
+            return
         num_chunk_tokens = sum(row.chunk_len + row.calibrate_len for row in computed)
         if result.num_steps and num_chunk_tokens <= 2 * len(computed):
             self._step_s += 0.1 * (record.wall_s / result.num_steps - self._step_s)
@@ -263,15 +264,15 @@ class Drafter:
         if num_in_flight == _MAX_GROWING:
             # Nothing is so urgent but to start again: the engine need not compute what that overtakes.
             growing = [seq for seq in growing if seq.draft is not None and seq.draft.is_cut]
-        elif (
-            self._config.verdict_cache_rows and len(drafting) <= _MAX_BRANCHING
-        ):  # first: a fork takes what the slot holds before the round
+        elif self._config.verdict_cache_rows and len(drafting) <= _MAX_BRANCHING:
+            # First: a fork takes what the slot holds before the round.
             rows += self._branches.rows(seats, drafting, growing, self._num_steps)
         budget -= sum(row.chunk_len for row in rows)
         for seq in growing:
             budget -= self._add(seats, rows, seq, self._num_missing(seq), budget=budget)
         if num_in_flight < _MAX_GROWING:
-            rows += self._catch_up_rows(seats, speculating, budget // _CATCH_UP_SHARE if rows else budget)
+            others_draft = rows or num_in_flight
+            rows += self._catch_up_rows(seats, speculating, budget // _CATCH_UP_SHARE if others_draft else budget)
         return rows
 
     def _may_draft(self, seq: Seq) -> bool:
@@ -346,3 +347,8 @@ class Drafter:
         assert self.seats is not None, "branches live on an engine"
         for seat in self.cache.drop(seq):
             self.seats.release_seat(seat)
+
+
+def _may_be_overtaken(row: PlannedRow) -> bool:
+    """A row that brings nothing does not show whether it was computed."""
+    return not row.num_draft_tokens and isinstance(row.seat, DraftSeat) and row.seat.is_released

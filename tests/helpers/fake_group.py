@@ -135,8 +135,10 @@ class FakeEngine:
 
     def overtake(self, message: worker_pb2.Round, behind: Iterable[worker_pb2.Round]) -> None:
         """The round is about to run and these have arrived: what they make useless is not computed."""
+        if self.role != worker_pb2.ENGINE_ROLE_DRAFT:
+            return
         for row in message.rows:
-            slot = self.slots.get(row.slot)
+            slot = None if row.slot in message.free_slots else self.slots.get(row.slot)
             num_computed = slot.num_computed if slot is not None else 0
             if row.HasField("crop_len"):
                 num_computed = min(num_computed, row.crop_len)
@@ -167,7 +169,7 @@ class FakeEngine:
             result.rows.append(self._run_row(row, message))
         num_tokens = self.num_tokens - before
         _require(num_tokens <= self.max_num_batched_tokens or self.role != worker_pb2.ENGINE_ROLE_TARGET, "budget")
-        result.num_steps = max((row.num_draft_tokens for row in message.rows), default=1) or 1
+        result.num_steps = max((row.num_draft_tokens or int(row.chunk_len > 0) for row in message.rows), default=0)
         result.run_ns = self.run_ns(num_tokens)
         self.num_rounds += 1
         return result

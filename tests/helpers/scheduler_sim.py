@@ -127,7 +127,9 @@ class Simulation:
 
     def run_draft_round(self) -> None:
         assert self.draft is not None
-        self.core.on_draft_result(self.draft.run(self.draft_rounds.popleft()), self.now)
+        message = self.draft_rounds.popleft()
+        self.draft.overtake(message, self.draft_rounds)
+        self.core.on_draft_result(self.draft.run(message), self.now)
 
     def step(self, rng: random.Random | None = None) -> bool:
         """One engine does one round; False when there is none to do."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import paged_attention_cpu
 from kernels.paged_attention import paged_attention
 from tests.helpers.attention import Case, tree_words
 
@@ -55,6 +56,31 @@ def test_sliding_window(sliding_window: int, batch_invariant: bool) -> None:
 def test_pages_of_any_size_and_order(block_size: int, neighbours: bool, batch_invariant: bool) -> None:
     case = Case(seqs=RAGGED, block_size=block_size, neighbours=neighbours)
     assert_close(case.run(batch_invariant=batch_invariant), case.run_reference()[0], torch.float32)
+
+
+# Seqs of the same kind lie side by side where they are short; of three kinds here, and one among them is long.
+ALIKE = [(40, 1), (9, 3), (63, 1), (33, 1), (11, 3), (2100, 1), (47, 2), (4000, 1), (50, 2), (15, 3), (8, 1)]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2)])
+def test_seqs_side_by_side(heads: tuple[int, int], neighbours: bool, dtype: torch.dtype) -> None:
+    case = Case(seqs=ALIKE, heads=heads, neighbours=neighbours, dtype=dtype)
+    assert_close(case.run(), case.run_reference()[0], dtype)
+
+
+def test_short_seqs_of_a_kind_share_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = paged_attention_cpu.F.scaled_dot_product_attention
+
+    def count(*args: Tensor, **settings: object) -> Tensor:
+        calls.append(args[0].shape[0])  # seqs
+        return original(*args, **settings)
+
+    monkeypatch.setattr(paged_attention_cpu.F, "scaled_dot_product_attention", count)
+    Case(seqs=ALIKE, heads=(8, 8), head_dim=64).run()
+    assert sorted(calls) == [1, 1, 1, 2, 3, 3], "the long ones on their own, and (8, 1), which has too few keys to join"
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
