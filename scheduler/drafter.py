@@ -336,6 +336,12 @@ class Drafter:
                 continue
             if seat.lag(seq.token_ids) <= _MAX_LAG or seq.is_verifying:
                 continue
+            if not seq.is_draft_fixed and not self._policy.pays_to_catch_up(
+                num_seqs=len(speculating),
+                num_behind=seat.lag(seq.token_ids),
+                num_left=seq.max_len - len(seq.token_ids),
+            ):
+                continue
             row = seats.catch_up_row(seq, budget)
             if row is not None:
                 budget -= row.chunk_len

@@ -26,6 +26,7 @@ _MAX_FINE = 8  # seqs up to which every number of steps to wait for is tried; mo
 _MAX_HELD = 64  # seqs; more hardly ever lack drafts all at once, and to think about it takes longer than it gives
 _MAX_UNVERIFIED = 4  # target rounds that decode plainly while drafts come
 _CHANGE_FOR = 1.02  # what running ahead must gain over waiting to be taken up
+_DECENT = 0.7  # acceptance
 _MIN_SURVIVAL = 0.05  # a draft that is less likely to be verified and accepted is not worth its power
 _FIRST_SLOWDOWN, _MAX_SLOWDOWN = 1.03, 1.5
 _RESTART_STEPS = 0.5  # from a verdict to the first step of a new chain: half a step is still running
@@ -84,6 +85,7 @@ class SpeculationPolicy:
         self._num_unverified = 0  # target rounds in a row without drafts
         self._num_waiting = 0
         self._price = 0.0  # tokens that a second was last expected to bring; 0: not known
+        self._saving: tuple[tuple[int, int], float] | None = None  # with what it depends on
         self._steady: tuple[tuple[int, int], SteadyState] | None = None  # with what it depends on
 
     # -- what happened ------------------------------------------------------------------------------------------------
@@ -351,6 +353,26 @@ class SpeculationPolicy:
         cost_s += verify_s(num_drafts) - verify_s(0)
         if self._probes.may_run(cost_s, expected=rows[index].acceptance, is_busy=self._num_waiting > 0):
             lengths[index] = num_drafts
+
+    def pays_to_catch_up(self, *, num_seqs: int, num_behind: int, num_left: int) -> bool:
+        """Whether drafts would save more over the `num_left` tokens that a seq may still get than it takes the draft to
+        catch up with `num_behind`, where `num_seqs` run.
+
+        With decent drafts: of bad ones only a seq that has caught up can show that they have become better.
+        """
+        if not (self._adaptive and self._target.is_known and self._draft.is_known):
+            return True
+        share = 1.0 if self.is_serial else self._slowdown - 1.0
+        return num_left * self._saved_s(num_seqs) >= share * self._draft.chunk_s(num_behind)
+
+    def _saved_s(self, num_seqs: int) -> float:
+        """Seconds that drafts save for each token, where so many seqs run; computed anew with every target round."""
+        key = (num_seqs, self._num_rounds)
+        if self._saving is None or self._saving[0] != key:
+            rows = [Row(max(self.prior.rate, _DECENT), self._max_drafts)] * num_seqs
+            plan = plan_serial(rows, self._verify_times(rows, num_seqs), self._draft.step_s)
+            self._saving = key, (1.0 / plan.plain_rate - 1.0 / plan.rate if plan.rate else 0.0)
+        return self._saving[1]
 
     def should_extend(self, survival: float, acceptance: float) -> bool:
         """Whether a chain should get another draft, which counts only if all before it are accepted: `survival`."""

@@ -285,6 +285,23 @@ def test_a_chain_ends_where_another_draft_would_hardly_be_accepted() -> None:
     assert not policy.should_extend(0.9**40, 0.8)
 
 
+def test_a_draft_catches_up_only_where_that_will_be_made_up_for() -> None:
+    policy = taught("serial")
+    for _ in range(4):
+        policy.observe_draft(num_seqs=1, num_steps=1, num_chunk_tokens=100, run_s=0.05)
+
+    def pays(num_seqs: int = 1, num_behind: int = 100, num_left: int = 200) -> bool:
+        return policy.pays_to_catch_up(num_seqs=num_seqs, num_behind=num_behind, num_left=num_left)
+
+    assert pays()
+    assert not pays(num_left=1)
+    assert not pays(num_behind=10**7)
+    assert not pays(num_seqs=200), "verifying drafts of so many takes longer than it saves"
+    for _ in range(100):
+        policy.prior.observe(0, 1)
+    assert pays(), "otherwise nobody would learn when drafts become better"
+
+
 def test_a_window_is_bounded_as_configured() -> None:
     policy = SpeculationPolicy(max_drafts=8, adaptive=True, pipeline="continuous", window=5)
     assert policy.draft_lengths([drafts(0.9)]) == [5]
