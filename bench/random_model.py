@@ -2,7 +2,7 @@
 
     python -m bench.random_model /tmp/useless --layers 8 --hidden 640 --intermediate 1792
 
-writes a draft of the size of bench.inflate's `draft-32m` of whose tokens none is accepted.
+writes a draft of which no token is accepted, in the shape of bench.inflate's `draft-32m` but for whole attention: 43M.
 """
 
 import argparse

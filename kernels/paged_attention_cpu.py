@@ -56,9 +56,11 @@ def _attend_side_by_side(call: AttentionCall, batch: SeqBatch) -> None:
 
     q = call.q.index_select(0, batch.tokens).view(shape).transpose(1, 2)
     q = q.reshape(num_seqs, call.num_kv_heads, num_rows, -1)
-    visible = None
-    if batch.visible is not None:
-        visible = batch.visible.repeat_interleave(call.group, dim=1).unsqueeze(1)
+    visible = batch.visible
+    if visible is not None:
+        if batch.num_new > 1:  # the rows of one token see the same
+            visible = visible.repeat_interleave(call.group, dim=1)
+        visible = visible.unsqueeze(1)
     result = F.scaled_dot_product_attention(
         q if num_rows > 1 else q.expand(-1, -1, 2, -1),
         gathered(call.k_cache),

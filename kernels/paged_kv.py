@@ -74,6 +74,8 @@ class SeqBatch:
 
 @dataclass(frozen=True, slots=True)
 class AlikeSeqs:
+    """Seqs with equally many new tokens, none with twice as many keys as another."""
+
     seqs: Sequence[SeqRows]
     batch: SeqBatch | None  # of all of them, where they are several
 
@@ -84,12 +86,13 @@ def alike_seqs(seqs: Sequence[SeqRows], block_size: int) -> list[AlikeSeqs]:
     for seq in seqs:
         by_kind.setdefault((seq.num_tokens, seq.num_keys.bit_length()), []).append(seq)
     return [
-        AlikeSeqs(members, SeqBatch.of(members, block_size) if _may_gather(members) else None)
+        AlikeSeqs(members, SeqBatch.of(members, block_size) if _are_short(members) else None)
         for members in by_kind.values()
     ]
 
 
-def _may_gather(seqs: Sequence[SeqRows]) -> bool:
+def _are_short(seqs: Sequence[SeqRows]) -> bool:
+    """Several, and of a kind that may be worth gathering; whether it is depends on the size of a key, too."""
     return len(seqs) > 1 and seqs[0].num_tokens <= MAX_GATHERED_TOKENS and seqs[0].num_keys <= MAX_GATHERED_KEYS
 
 
