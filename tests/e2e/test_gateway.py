@@ -114,7 +114,9 @@ def test_a_seed_replays_a_request(client: Client) -> None:
 
 
 def test_speculation_is_a_requests_own_choice(client: Client) -> None:
-    drafted = client.generate(PROMPT, max_tokens=16, ignore_eos=True, temperature=0)
+    drafted = client.generate(
+        PROMPT, max_tokens=16, ignore_eos=True, temperature=0, speculation={"num_speculative_tokens": 4}
+    )
     plain = client.generate(PROMPT, max_tokens=16, ignore_eos=True, temperature=0, speculation={"enabled": False})
     assert drafted.speculation.num_draft_tokens > 0
     assert plain.speculation.num_draft_tokens == 0
@@ -139,7 +141,7 @@ def test_speculation_is_switched_off_and_on_while_a_request_runs(deployment: Loc
         before = drafted()
         read(stream, 32)
         assert drafted() == before
-        assert client.set_speculation("switched")
+        assert client.set_speculation("switched", num_speculative_tokens=4)
         assert stream.result().token_ids == undisturbed.token_ids
     assert drafted() > before
     assert not client.set_speculation("switched", enabled=False)

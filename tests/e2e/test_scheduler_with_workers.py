@@ -61,12 +61,12 @@ def requests(tokenizer: Tokenizer) -> dict[str, tuple[list[int], dict[str, Any]]
 
 
 def run(
-    stub: scheduler_pb2_grpc.SchedulerStub, tokenizer: Tokenizer, *, speculate: bool, together: bool
+    stub: scheduler_pb2_grpc.SchedulerStub, tokenizer: Tokenizer, *, num_drafts: int | None, together: bool
 ) -> SchedulerClient:
     client = connect(stub)
     wanted = requests(tokenizer)
     for number, (request_id, (prompt, sampling)) in enumerate(wanted.items(), start=1):
-        client.submit(request_id, prompt, num_drafts=None if speculate else 0, **sampling)
+        client.submit(request_id, prompt, num_drafts=num_drafts, **sampling)
         if not together:
             while len(client.ends) < number:
                 client.next_reply()
@@ -77,10 +77,12 @@ def run(
 def test_streams_are_the_same_with_and_without_drafts(
     stub: scheduler_pb2_grpc.SchedulerStub, tokenizer: Tokenizer
 ) -> None:
-    plain = run(stub, tokenizer, speculate=False, together=False)
-    drafted = run(stub, tokenizer, speculate=True, together=True)
-    assert plain.tokens == drafted.tokens
-    assert plain.text == drafted.text
+    plain = run(stub, tokenizer, num_drafts=0, together=False)
+    drafted = run(stub, tokenizer, num_drafts=4, together=True)
+    adaptive = run(stub, tokenizer, num_drafts=None, together=True)
+    for other in (drafted, adaptive):
+        assert plain.tokens == other.tokens
+        assert plain.text == other.text
     assert all(len(tokens) == NUM_TOKENS for tokens in plain.tokens.values())
     assert len(set(map(tuple, (plain.tokens["samples", i] for i in range(3))))) == 3
     for request_id, end in drafted.ends.items():
