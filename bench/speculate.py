@@ -113,7 +113,8 @@ def share(part: float, whole: float) -> float:
 
 
 def run_cell(deployment: VariantDeployment, prompts: Sequence[list[int]], cell: Cell, num_tokens: int) -> Run:
-    """One run over all prompts, behind a few requests of the same kind with other tokens."""
+    """One run over all prompts, behind a few requests of the same kind with other tokens: prompts as long, because how
+    a prompt is computed depends on how long others lately were."""
     address = deployment.running.gateway_address
     options: GenerateOptions = {
         "max_tokens": num_tokens,
@@ -121,7 +122,10 @@ def run_cell(deployment: VariantDeployment, prompts: Sequence[list[int]], cell: 
         "seed": SEED,
         "ignore_eos": True,
     }
-    strangers = [[1 + (997 * i + 31 * j) % 4000 for j in range(WARM_UP_TOKENS)] for i in range(cell.concurrency)]
+    strangers = [
+        [1 + (997 * i + 31 * j) % 4000 for j in range(len(prompt))]
+        for i, prompt in enumerate(prompts[: cell.concurrency])
+    ]
     run_side_by_side(address, strangers, {**options, "max_tokens": WARM_UP_TOKENS})
     before = status_of(deployment)
     timed = run_side_by_side(address, prompts, options, concurrency=cell.concurrency)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from scheduler.acceptance import expected_tokens
 
-__all__ = ["Row", "SerialPlan", "SteadyState", "pick_drafts", "plan_serial", "steady_state"]
+__all__ = ["Row", "SerialPlan", "SteadyState", "pick_drafts", "plan_serial", "rate_of_alike", "steady_state"]
 
 _MAX_CUTS = 24  # batch sizes of which the time is looked up, of the many that a big batch could have
 
@@ -51,6 +51,18 @@ def _slots(rows: Sequence[Row]) -> list[_Slot]:
 def _cuts(num_slots: int) -> list[int]:
     step = max(1, -(-num_slots // _MAX_CUTS))
     return [*range(step, num_slots, step), num_slots] if num_slots else []
+
+
+def rate_of_alike(
+    num_seqs: int,
+    acceptance: float,
+    num_drafts: int,
+    verify_s: Callable[[float], float],
+    step_s: Callable[[int], float],
+) -> float:
+    """Tokens a second where the target waits for so many drafts of each of `num_seqs` seqs; see `plan_serial`."""
+    round_s = num_drafts * step_s(num_seqs) + verify_s(num_seqs * num_drafts)
+    return num_seqs * expected_tokens(acceptance, num_drafts) / round_s
 
 
 class SerialPlan(NamedTuple):

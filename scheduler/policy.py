@@ -11,7 +11,7 @@ from math import ceil, floor
 from typing import NamedTuple
 
 from scheduler.acceptance import AcceptancePrior, expected_tokens
-from scheduler.goodput import Row, SteadyState, pick_drafts, plan_serial, steady_state
+from scheduler.goodput import Row, SteadyState, pick_drafts, plan_serial, rate_of_alike, steady_state
 from scheduler.probing import Probes, Switch
 from scheduler.step_times import DraftTimes, StepTimes, VerifyTimes
 
@@ -32,6 +32,8 @@ _FIRST_SLOWDOWN, _MAX_SLOWDOWN = 1.03, 1.5
 _RESTART_STEPS = 0.5  # from a verdict to the first step of a new chain: half a step is still running
 _HOLD_MARGIN = 2.0  # by how much drafts may come later than expected
 _PROBE_SHARE = 0.25  # of a target step: most that the drafts of a probe take
+_HOPED = 0.5  # what drafts that are all accepted may gain at most, for probes to be worth all that is saved up for them
+_NEVER_WRONG = 0.99  # acceptance
 _PLAIN_ROW = Row(0.0, 0)  # a seq that decodes without drafts
 
 
@@ -85,7 +87,6 @@ class SpeculationPolicy:
         self._num_unverified = 0  # target rounds in a row without drafts
         self._num_waiting = 0
         self._price = 0.0  # tokens that a second was last expected to bring; 0: not known
-        self._saving: tuple[tuple[int, int], float] | None = None  # with what it depends on
         self._steady: tuple[tuple[int, int], SteadyState] | None = None  # with what it depends on
 
     # -- what happened ------------------------------------------------------------------------------------------------
@@ -275,11 +276,18 @@ class SpeculationPolicy:
     def _serial_lengths(self, rows: list[Row], num_rows: int) -> list[int]:
         others = [_PLAIN_ROW] * (num_rows - len(rows))
         plan = plan_serial(rows + others, self._verify_times(rows, num_rows), self._draft.step_s)
-        is_on = self._switch.update(plan.rate / plan.plain_rate)
+        is_on = self._is_on(plan.rate, plan.plain_rate, len(rows), num_rows)
         self._price = plan.rate if is_on else plan.plain_rate
         if not is_on:
             return [row.num_fixed for row in rows]
         return self._explored(rows, plan.lengths[: len(rows)])
+
+    def _is_on(self, rate: float, plain_rate: float, num_drafting: int, num_rows: int) -> bool:
+        """Whether to speculate. Only what most rows could gain says something of the load: where the draft has caught
+        up with a few of many, they speculate while that pays, and no longer for what may be learned."""
+        if 2 * num_drafting < num_rows:
+            return rate > plain_rate
+        return self._switch.update(rate / plain_rate)
 
     def _explored(self, rows: Sequence[Row], lengths: list[int]) -> list[int]:
         """Now and then a draft more or less, to learn what that takes."""
@@ -298,7 +306,7 @@ class SpeculationPolicy:
         waiting = plan_serial(rows + others, verify_s, self._waited_step_s)
         is_ahead = self._has_branches or steady.rate > waiting.rate * (1.0 if self._runs_ahead else _CHANGE_FOR)
         rate = steady.rate if is_ahead else waiting.rate
-        is_on = self._switch.update(rate / waiting.plain_rate)
+        is_on = self._is_on(rate, waiting.plain_rate, len(rows), num_rows)
         self._price = rate if is_on else waiting.plain_rate
         self._runs_ahead = is_ahead and is_on
         if not is_on:
@@ -348,10 +356,13 @@ class SpeculationPolicy:
         step_s = self._draft.step_s(1)
         num_drafts = floor(_PROBE_SHARE * self._target.predict(1) / step_s)
         num_drafts = max(1, min(rows[index].limit, _NUM_UNMEASURED, num_drafts))
-        verify_s = VerifyTimes(self._target, max(len(rows), self._num_rows), 0)
+        num_rows = max(len(rows), self._num_rows)
+        verify_s = VerifyTimes(self._target, num_rows, 0)
         cost_s = self._draft.chunk_s(1 + seqs[index].num_behind) + num_drafts * step_s
         cost_s += verify_s(num_drafts) - verify_s(0)
-        if self._probes.may_run(cost_s, expected=rows[index].acceptance, is_busy=self._num_waiting > 0):
+        best, plain = self._rates_if_all(num_rows, _NEVER_WRONG)
+        worth = min(1.0, (best / plain - 1.0) / _HOPED)
+        if self._probes.may_run(cost_s, worth=worth, expected=rows[index].acceptance, is_busy=self._num_waiting > 0):
             lengths[index] = num_drafts
 
     def pays_to_catch_up(self, *, num_seqs: int, num_behind: int, num_left: int) -> bool:
@@ -363,16 +374,18 @@ class SpeculationPolicy:
         if not (self._adaptive and self._target.is_known and self._draft.is_known):
             return True
         share = 1.0 if self.is_serial else self._slowdown - 1.0
-        return num_left * self._saved_s(num_seqs) >= share * self._draft.chunk_s(num_behind)
+        rate, plain_rate = self._rates_if_all(num_seqs, max(self.prior.rate, _DECENT))
+        return num_left * (1.0 / plain_rate - 1.0 / rate) >= share * self._draft.chunk_s(num_behind)
 
-    def _saved_s(self, num_seqs: int) -> float:
-        """Seconds that drafts save for each token, where so many seqs run; computed anew with every target round."""
-        key = (num_seqs, self._num_rounds)
-        if self._saving is None or self._saving[0] != key:
-            rows = [Row(max(self.prior.rate, _DECENT), self._max_drafts)] * num_seqs
-            plan = plan_serial(rows, self._verify_times(rows, num_seqs), self._draft.step_s)
-            self._saving = key, (1.0 / plan.plain_rate - 1.0 / plan.rate if plan.rate else 0.0)
-        return self._saving[1]
+    def _rates_if_all(self, num_seqs: int, acceptance: float) -> tuple[float, float]:
+        """Tokens a second of so many seqs if drafts of all were at hand and accepted like that, the best number of
+        them; and without drafts."""
+        verify_s = VerifyTimes(self._target, num_seqs, 0)
+        rates = [
+            rate_of_alike(num_seqs, acceptance, num_drafts, verify_s, self._draft.step_s)
+            for num_drafts in range(self._max_drafts + 1)
+        ]
+        return max(rates[1:]), rates[0]
 
     def should_extend(self, survival: float, acceptance: float) -> bool:
         """Whether a chain should get another draft, which counts only if all before it are accepted: `survival`."""

@@ -72,9 +72,10 @@ class Probes:
         else:
             self._share = max(_LAST_SHARE, self._share / 2)
 
-    def may_run(self, cost_s: float, *, expected: float, is_busy: bool) -> bool:
-        """Whether a probe that costs `cost_s` runs or may begin now. `expected`: acceptance; `is_busy`: none begins."""
-        if self._begun_at is None and not is_busy and self._saved_s >= cost_s:
+    def may_run(self, cost_s: float, *, worth: float, expected: float, is_busy: bool) -> bool:
+        """Whether a probe that costs `cost_s` runs or may begin now. `worth`: what there is to be won, 1: much, 0 or
+        less: nothing, so none begins; `expected`: acceptance; `is_busy`: none begins."""
+        if self._begun_at is None and not is_busy and worth > 0.0 and self._saved_s * worth >= cost_s:
             self._saved_s = 0.0
             self._begin(expected)
         return self._begun_at is not None

@@ -191,9 +191,7 @@ def test_a_private_ray_comes_and_goes_beside_another(ray_address: str, tmp_path:
         *("scheduler-0", "gateway-0"),
     }
     with Client(status.endpoint) as client:
-        completion = client.generate(
-            PROMPT, max_tokens=16, temperature=0, speculation={"num_speculative_tokens": 4}
-        )
+        completion = client.generate(PROMPT, max_tokens=16, temperature=0, speculation={"num_speculative_tokens": 4})
         assert completion.usage.completion_tokens == 16
         assert completion.speculation.num_draft_tokens > 0, "the draft took part"
     with urllib.request.urlopen(status.metrics_url, timeout=30) as metrics:

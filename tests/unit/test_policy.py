@@ -302,6 +302,24 @@ def test_a_draft_catches_up_only_where_that_will_be_made_up_for() -> None:
     assert pays(), "otherwise nobody would learn when drafts become better"
 
 
+def test_a_few_of_many_speculate_only_while_that_pays() -> None:
+    """The draft has caught up with one of eight: what it takes to draft for it saves nobody else time."""
+
+    def drafts_in_30_rounds(num_caught_up: int) -> int:
+        policy = taught("serial", verify_s=line(0.100, 0.0002), step_s=line(0.012, 0.00002))
+        num_drafts = 0
+        for _ in range(30):
+            policy.choose([drafts(0.8)] * 8, num_other_tokens=0, num_waiting=0)
+            lengths = policy.draft_lengths([drafts(0.8)] * num_caught_up)
+            num_drafts += sum(lengths)
+            policy.prior.observe(int(any(lengths)), int(any(lengths)))
+            policy.observe_target(num_seqs=8, num_tokens=8, num_context=0, run_s=0.1016)
+        return num_drafts
+
+    assert drafts_in_30_rounds(8) > 300
+    assert drafts_in_30_rounds(1) <= 3, "probes"
+
+
 def test_a_window_is_bounded_as_configured() -> None:
     policy = SpeculationPolicy(max_drafts=8, adaptive=True, pipeline="continuous", window=5)
     assert policy.draft_lengths([drafts(0.9)]) == [5]
@@ -325,3 +343,15 @@ def test_probes_wait_for_their_cost_to_be_saved_up() -> None:
     often, seldom = num_probes(1), num_probes(2000)
     assert 3 <= often <= 100
     assert seldom < often
+
+
+@pytest.mark.parametrize(("verify_s", "least", "most"), [(CPU, 3, 100), (line(0.0001, 0.0020), 0, 0)])
+def test_nobody_probes_where_even_the_best_drafts_would_gain_nothing(verify_s: Law, least: int, most: int) -> None:
+    policy = taught("serial", verify_s=verify_s)
+    num_probes = 0
+    for _ in range(2000):
+        if policy.draft_lengths([drafts(0.02)])[0]:
+            num_probes += 1
+            policy.prior.observe(0, 1)
+        policy.observe_target(num_seqs=1, num_tokens=1, num_context=0, run_s=verify_s(1))
+    assert least <= num_probes <= most

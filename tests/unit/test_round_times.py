@@ -1,0 +1,44 @@
+"""What the scheduler takes for the time of a round."""
+
+import pytest
+
+from echelon.pb.worker_pb2 import EngineInfo, RoundResult
+from scheduler.engine import Engine
+
+
+class Rounds:
+    """Rounds without rows: only their times matter."""
+
+    def __init__(self) -> None:
+        info = EngineInfo(num_slots=1, num_blocks=4, block_size=4, max_model_len=16, max_num_batched_tokens=16)
+        self._engine = Engine(info, 1, enable_prefix_caching=False)
+        self._ids: list[int] = []
+
+    def send(self, at_s: float) -> None:
+        self._ids.append(self._engine.launch([], at_s).round_id)
+
+    def answer(self, at_s: float, *, queue_s: float, run_s: float) -> float:
+        """The oldest round comes back -> what it took."""
+        result = RoundResult(round_id=self._ids.pop(0), queue_ns=round(queue_s * 1e9), run_ns=round(run_s * 1e9))
+        return self._engine.land(result, at_s).wall_s
+
+
+def test_the_way_there_and_back_counts() -> None:
+    rounds = Rounds()
+    rounds.send(1.0)
+    assert rounds.answer(1.5, queue_s=0.0, run_s=0.4) == pytest.approx(0.5)
+
+
+def test_behind_another_round_it_begins_with_the_answer_to_that() -> None:
+    rounds = Rounds()
+    rounds.send(1.0)
+    rounds.send(1.1)
+    rounds.answer(2.0, queue_s=0.0, run_s=0.9)
+    assert rounds.answer(2.75, queue_s=0.8, run_s=0.7) == pytest.approx(0.75)
+
+
+def test_a_round_of_another_engine_before_it_is_not_its_time() -> None:
+    """Target and draft in one process take turns."""
+    rounds = Rounds()
+    rounds.send(1.0)
+    assert rounds.answer(4.0, queue_s=2.75, run_s=0.125) == pytest.approx(0.25)
