@@ -307,17 +307,17 @@ def test_a_few_of_many_speculate_only_while_that_pays() -> None:
 
     def drafts_in_30_rounds(num_caught_up: int) -> int:
         policy = taught("serial", verify_s=line(0.100, 0.0002), step_s=line(0.012, 0.00002))
-        num_drafts = 0
-        for _ in range(30):
+        num_drafts = []
+        for number in range(40):
             policy.choose([drafts(0.8)] * 8, num_other_tokens=0, num_waiting=0)
-            lengths = policy.draft_lengths([drafts(0.8)] * num_caught_up)
-            num_drafts += sum(lengths)
+            lengths = policy.draft_lengths([drafts(0.8)] * (8 if number < 10 else num_caught_up))
+            num_drafts.append(sum(lengths))
             policy.prior.observe(int(any(lengths)), int(any(lengths)))
             policy.observe_target(num_seqs=8, num_tokens=8, num_context=0, run_s=0.1016)
-        return num_drafts
+        return sum(num_drafts[10:])
 
     assert drafts_in_30_rounds(8) > 300
-    assert drafts_in_30_rounds(1) <= 3, "probes"
+    assert drafts_in_30_rounds(1) <= 5, "probes"
 
 
 def test_a_window_is_bounded_as_configured() -> None:
