@@ -43,6 +43,7 @@ class Drafter:
         self._policy = policy
         self._step_s = _ROUND_S
         self._drafting: set[Seat] = set()  # serial: their drafts are on the way, and the target waits for them
+        self._is_gathering = False  # serial: the round that they are to come from has yet to be sent
         self.seats: DraftSeats | None = None
         self.cache = VerdictCache(config.verdict_cache_rows)
         self._branches = BranchPlanner(self.cache, policy)
@@ -61,7 +62,7 @@ class Drafter:
     @property
     def is_drafting(self) -> bool:
         """The target has to wait (serial)."""
-        return bool(self._drafting)
+        return bool(self._drafting) or self._is_gathering
 
     def attach(self, engine: Engine) -> None:
         self.seats = DraftSeats(engine)
@@ -70,6 +71,7 @@ class Drafter:
         """The engine is gone with all that it held."""
         self.seats = None
         self._drafting.clear()
+        self._is_gathering = False
         self.cache.clear()
         for seq in seqs:
             seq.draft = None
@@ -152,6 +154,7 @@ class Drafter:
 
     def plan(self, running: Iterable[Seq], now: float) -> worker_pb2.Round | None:
         """The next round for the draft engine, if it has one to run. `running`: oldest first."""
+        self._is_gathering = False
         if self.seats is None:
             return None
         speculating = [seq for seq in running if seq.wants_draft_model and self._may_follow(self.seats, seq)]
@@ -222,8 +225,13 @@ class Drafter:
         if self._drafting or len(seats.engine.in_flight) >= 2:
             return []
         seats.seat_newcomers(speculating)
-        ready = [seq for seq in speculating if self._is_ready(seq)]
+        due = [seq for seq in speculating if self._is_due(seq)]
+        ready = [seq for seq in due if seq.draft is not None and not seq.draft.is_catching_up]
         self._ask_policy(ready)
+        if len(ready) < len(due) and any(seq.window > seq.num_drafts_ahead for seq in ready):
+            # The others catch up with a round that is before any new one: then there are drafts for all from one.
+            self._is_gathering = True
+            return []
         rows: list[PlannedRow] = []
         budget = seats.engine.info.max_num_batched_tokens
         for seq in ready:
@@ -237,15 +245,15 @@ class Drafter:
             rows = self._catch_up_rows(seats, speculating, budget)
         return rows
 
-    def _is_ready(self, seq: Seq) -> bool:
-        """The target has nothing left to do for the seq but to decode, and no drafts were ordered for this position."""
+    def _is_due(self, seq: Seq) -> bool:
+        """The target has nothing left to do for the seq but to decode, and no drafts were ordered for this position.
+        The draft has caught up with it, or will have with a round on its way."""
         return (
             seq.num_rows_in_flight == 0
             and seq.is_decoding
             and not seq.skips_draft
             and seq.num_drafted_at != len(seq.token_ids)
             and seq.draft is not None
-            and not seq.draft.is_catching_up
             and seq.draft.lag(seq.token_ids) <= _MAX_LAG
         )
 

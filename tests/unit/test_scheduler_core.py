@@ -244,6 +244,29 @@ def test_the_first_token_does_not_wait_for_the_draft() -> None:
     assert sim.target_rounds, "the seq decodes on without drafts"
 
 
+def test_one_drafting_round_serves_seqs_that_were_due_and_one_that_has_just_caught_up() -> None:
+    """Serial: the target waits for every drafting round."""
+    sim = Simulation(draft=draft_engine(), k=3)
+    messages = [submit("old", prompt(1, 9), max_tokens=30), submit("new", prompt(2, 60), max_tokens=30)]
+    sim.submit(messages[0])
+    while not sim.core.status().draft_tokens_total:
+        sim.step()
+    sim.submit(messages[1])
+    num_drafting = 0  # rounds that drafted since the target last had one
+    while sim.core.num_requests == 2:
+        sim.plan()
+        if sim.target_rounds:  # first the target's: the prompt is computed while the draft catches up with it
+            assert num_drafting <= 1, "two rounds one after another"
+            num_drafting = 0
+            sim.run_target_round()
+        else:
+            num_drafting += any(row.num_draft_tokens for row in sim.draft_rounds[0].rows)
+            sim.run_draft_round()
+    sim.run()
+    for message in messages:
+        sim.assert_plain(message)
+
+
 def test_two_rounds_are_in_flight_when_nobody_speculates() -> None:
     sim = Simulation()
     sim.submit(submit("r", prompt(1, 9), max_tokens=9))
