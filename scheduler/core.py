@@ -191,7 +191,7 @@ class SchedulerCore:
         waits = self._speculation.is_drafting or self._speculation.next_release(self._target.running) is not None
         self._verify_wait.update(now, is_idle=waits and engine is not None and not engine.in_flight)
         is_idle = draft_engine is not None and not draft_engine.in_flight
-        self._draft_idle.update(now, is_idle=is_idle and self._speculation.expects_drafts(self._target.running))
+        self._draft_idle.update(now, is_idle=is_idle and self._speculation.speculates(self._target.running))
 
     def on_target_result(self, result: worker_pb2.RoundResult, now: float) -> None:
         """Commit what a round has computed."""

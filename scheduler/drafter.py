@@ -150,6 +150,15 @@ class Drafter:
             return seat.num_coming
         return max(seat.num_coming, min(seq.window, seq.draft_limit) - len(seat.chain), 0)
 
+    def may_bring(self, seq: Seq) -> bool:
+        """The seq may have drafts to verify when the target's round on its way is back."""
+        seat = seq.draft
+        if seat is None:
+            return False
+        if seat.num_ahead or seat.is_catching_up or seq.window:
+            return True
+        return seat.lag(seq.token_ids) <= _MAX_LAG and (seq.is_draft_fixed or not self._policy.is_resting)
+
     # -- rounds -------------------------------------------------------------------------------------------------------
 
     def plan(self, running: Iterable[Seq], now: float) -> worker_pb2.Round | None:

@@ -31,6 +31,7 @@ _MIN_SURVIVAL = 0.05  # a draft that is less likely to be verified and accepted 
 _FIRST_SLOWDOWN, _MAX_SLOWDOWN = 1.03, 1.5
 _RESTART_STEPS = 0.5  # from a verdict to the first step of a new chain: half a step is still running
 _HOLD_MARGIN = 2.0  # by how much drafts may come later than expected
+_REST_ROUNDS = 8  # target rounds after which it is thought about anew whether to speculate
 _PROBE_SHARE = 0.25  # of a target step: most that the drafts of a probe take
 _HOPED = 0.5  # what drafts that are all accepted may gain at most, for probes to be worth all that is saved up for them
 _NEVER_WRONG = 0.99  # acceptance
@@ -84,6 +85,7 @@ class SpeculationPolicy:
         self._num_alone = 0  # draft rounds that the target waited for
         self._num_rows = 0  # of the last target round that decoded
         self._has_ordered = False  # drafts, when last asked for lengths
+        self._rests_until = 0  # target round
         self._num_unverified = 0  # target rounds in a row without drafts
         self._num_waiting = 0
         self._price = 0.0  # tokens that a second was last expected to bring; 0: not known
@@ -256,7 +258,13 @@ class SpeculationPolicy:
         lengths = [self._window_of(count, row) for count, row in zip(counts, rows, strict=True)]
         self._add_probe(seqs, rows, lengths)
         self._has_ordered = any(lengths)
+        self._rests_until = 0 if self._has_ordered else self._num_rounds + _REST_ROUNDS
         return lengths
+
+    @property
+    def is_resting(self) -> bool:
+        """Nobody was to draft when last asked for lengths, and it is not time to ask again."""
+        return self._num_rounds < self._rests_until
 
     def _row(self, seq: Drafts) -> Row:
         """With as many drafts as it may ever have."""

@@ -106,9 +106,13 @@ class Speculation:
         """Serial: the target has to wait."""
         return self.drafter.is_drafting
 
+    def speculates(self, running: Iterable[Seq]) -> bool:
+        """Somebody is to have drafts, if they pay."""
+        return any(seq.max_drafts > 0 and (seq.suffixes is not None or seq.draft is not None) for seq in running)
+
     def expects_drafts(self, running: Iterable[Seq]) -> bool:
         """Somebody may have drafts to verify when the round on its way is back."""
-        return any(seq.max_drafts > 0 and (seq.suffixes is not None or seq.draft is not None) for seq in running)
+        return any(seq.max_drafts > 0 and (seq.suffixes is not None or self.drafter.may_bring(seq)) for seq in running)
 
     def choose(
         self, seqs: Sequence[Seq], now: float, *, num_other_tokens: int, num_waiting: int

@@ -286,6 +286,38 @@ def test_branches_end_with_the_context(seed: int) -> None:
     sim.assert_all_free()
 
 
+@pytest.mark.parametrize("speculation", [SERIAL, CONTINUOUS, CACHED], ids=["serial", "continuous", "cached"])
+def test_where_drafts_do_not_pay_rounds_are_queued_and_where_they_do_again_they_come_back(
+    speculation: dict[str, Any],
+) -> None:
+    """Many seqs keep the target computing, so that a draft costs what a token costs; then one is left."""
+    sim = TimedSimulation(
+        target=target_engine(),
+        draft=draft_engine(80),
+        k=4,
+        speculation=speculation | {"adaptive": True},
+        target_s=lambda num_tokens: 0.01 * max(10, num_tokens),
+        draft_s=lambda num_rows: 0.01,
+        delay_s=lambda: 0.02,
+        may_wait=True,
+        max_num_seqs=24,
+    )
+    messages = [submit(f"r{i}", [i + 1] * 9, seed=i, max_tokens=100 if i else 300) for i in range(24)]
+    for message in messages:
+        sim.submit(message)
+    num_verified: list[int] = []
+    busy_s: list[float] = []
+    for time_s in (5.0, 20.0):
+        sim.at(time_s, lambda: busy_s.append(sim.target_lane.busy_s))
+    sim.at(24.0, lambda: num_verified.append(sim.core.status().verified_tokens_total))
+    sim.run_timed()
+    for message in messages:
+        sim.assert_plain(message)
+    if speculation is SERIAL:
+        assert busy_s[1] - busy_s[0] > 0.97 * 15.0, "of the time in which all run"
+    assert sim.core.status().verified_tokens_total > num_verified[0] + 100, "when one is left"
+
+
 def test_drafts_of_a_seat_that_is_gone_do_not_count_as_those_of_the_next() -> None:
     """Serial: speculation goes off and on again while the seq's drafts are on their way."""
     sim = TimedSimulation(
