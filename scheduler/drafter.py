@@ -42,6 +42,7 @@ class Drafter:
         self._config = config
         self._policy = policy
         self._step_s = _ROUND_S
+        self._num_steps = 1  # of a round of the continuous pipeline, at most
         self._drafting: set[Seat] = set()  # serial: their drafts are on the way, and the target waits for them
         self._is_gathering = False  # serial: the round that they are to come from has yet to be sent
         self.seats: DraftSeats | None = None
@@ -219,6 +220,7 @@ class Drafter:
         num_chunk_tokens = sum(row.chunk_len + row.calibrate_len for row in computed)
         if result.num_steps and num_chunk_tokens <= 2 * len(computed):
             self._step_s += 0.1 * (record.wall_s / result.num_steps - self._step_s)
+            self._num_steps = max(1, min(_MAX_STEPS, round(_ROUND_S / self._step_s)))
         self._policy.observe_draft(
             num_seqs=len(computed),
             num_steps=result.num_steps,
@@ -318,10 +320,6 @@ class Drafter:
         """Drafts that the next round is to bring."""
         assert seq.draft is not None, "a seq that may draft has a seat"
         return max(0, min(seq.window - seq.draft.num_ahead, self._num_steps))
-
-    @property
-    def _num_steps(self) -> int:
-        return max(1, min(_MAX_STEPS, round(_ROUND_S / self._step_s)))
 
     def _ask_policy(self, seqs: Sequence[Seq]) -> None:
         """How far each chain may run from now on; nothing new unless one of the seqs has got on."""

@@ -86,6 +86,7 @@ class SpeculationPolicy:
         self._num_rows = 0  # of the last target round that decoded
         self._has_ordered = False  # drafts, when last asked for lengths
         self._rests_until = 0  # target round
+        self._step_cost: float | None = None  # None: to be computed anew
         self._num_unverified = 0  # target rounds in a row without drafts
         self._num_waiting = 0
         self._price = 0.0  # tokens that a second was last expected to bring; 0: not known
@@ -98,6 +99,7 @@ class SpeculationPolicy:
         caches. Where the draft ran ahead since the last one, it has slowed this one down.
         """
         self._num_rounds += 1
+        self._step_cost = None
         self._switch.on_round()
         self._probes.on_round(run_s)
         if self._num_draft_rounds and self._runs_ahead:
@@ -121,6 +123,7 @@ class SpeculationPolicy:
         `beside_target`: a target round ran meanwhile.
         """
         self._num_draft_rounds += 1
+        self._step_cost = None
         times = [self._draft] if beside_target else [self._draft_alone]
         if self.is_serial or not self._draft.is_known:
             times = [self._draft, self._draft_alone]
@@ -242,6 +245,7 @@ class SpeculationPolicy:
         """For each seq: serial: drafts to order before the next target round; continuous: how many drafts ahead of the
         last commit its chain may run. 0: the draft does nothing for it.
         """
+        self._step_cost = None
         rows = [self._row(seq) for seq in seqs]
         if not any(row.limit for row in rows):
             return [self._window_of(row.num_fixed, row) for row in rows]
@@ -402,5 +406,7 @@ class SpeculationPolicy:
     @property
     def draft_step_cost(self) -> float:
         """Tokens that a draft step costs: in serial the target waits for it, in continuous it slows the target."""
-        share = 1.0 if self.is_serial else self._slowdown - 1.0
-        return share * self._draft.step_s(1) * self._price if self._draft.is_known else 0.0
+        if self._step_cost is None:
+            share = 1.0 if self.is_serial else self._slowdown - 1.0
+            self._step_cost = share * self._draft.step_s(1) * self._price if self._draft.is_known else 0.0
+        return self._step_cost
