@@ -188,7 +188,7 @@ class SchedulerCore:
     def _measure_idleness(self, now: float) -> None:
         """What the engines do has perhaps changed."""
         engine, draft_engine = self._target.engine, self._speculation.drafter.engine
-        waits = self._speculation.is_drafting or self._speculation.next_release(self._target.running) is not None
+        waits = self._speculation.target_waits or self._speculation.next_release(self._target.running) is not None
         self._verify_wait.update(now, is_idle=waits and engine is not None and not engine.in_flight)
         is_idle = draft_engine is not None and not draft_engine.in_flight
         self._draft_idle.update(now, is_idle=is_idle and self._speculation.speculates(self._target.running))

@@ -61,8 +61,8 @@ class Drafter:
         return self.seats.engine if self.seats else None
 
     @property
-    def is_drafting(self) -> bool:
-        """The target has to wait (serial)."""
+    def target_waits(self) -> bool:
+        """Serial: for drafts, until a round has brought them."""
         return bool(self._drafting) or self._is_gathering
 
     def attach(self, engine: Engine) -> None:
@@ -76,6 +76,7 @@ class Drafter:
         self.cache.clear()
         for seq in seqs:
             seq.draft = None
+            seq.forget_window()
 
     def release(self, seq: Seq) -> None:
         """The seq drafts no more: finished, preempted or given up."""
@@ -84,6 +85,7 @@ class Drafter:
                 self._drafting.discard(seq.draft)
             self._release_branches(seq)
             self.seats.release(seq)
+        seq.forget_window()
 
     def _give_up(self, seq: Seq) -> None:
         """The seq goes on without drafts of this engine."""
@@ -156,7 +158,7 @@ class Drafter:
         seat = seq.draft
         if seat is None:
             return False
-        if seat.num_ahead or seat.is_catching_up or seq.window:
+        if seat.num_ahead or seq.window:
             return True
         return seat.lag(seq.token_ids) <= _MAX_LAG and (seq.is_draft_fixed or not self._policy.is_resting)
 

@@ -20,6 +20,7 @@ __all__ = ["Choice", "Drafts", "SpeculationPolicy"]
 _NUM_UNMEASURED = 4  # drafts while nothing is known of the times ...
 _MAX_UNMEASURED = 8  # ... of so many seqs at most, 1 of more
 _EXPLORE_EVERY = 48  # target rounds: one with another number of drafts, to learn what it takes
+_NUM_FIRST = 3  # draft rounds: before so many were seen, their times are not known
 _NUM_WAITED = 4  # draft rounds that the target waits for, to learn how fast the draft is alone; later one now and then
 _NUM_TIMED = 4.0  # observations of plain decoding that average out the noise
 _MAX_FINE = 8  # seqs up to which every number of steps to wait for is tried; more take longer to think about
@@ -33,7 +34,8 @@ _RESTART_STEPS = 0.5  # from a verdict to the first step of a new chain: half a 
 _HOLD_MARGIN = 2.0  # by how much drafts may come later than expected
 _REST_ROUNDS = 8  # target rounds after which it is thought about anew whether to speculate
 _PROBE_SHARE = 0.25  # of a target step: most that the drafts of a probe take
-_HOPED = 0.5  # what drafts that are all accepted may gain at most, for probes to be worth all that is saved up for them
+_HOPED = 0.5  # what drafts that are all accepted must gain for probes to be worth all that is saved up for them ...
+_LEAST_WORTH = 0.05  # ... of which they get so much in any case, because times change as well
 _NEVER_WRONG = 0.99  # acceptance
 _PLAIN_ROW = Row(0.0, 0)  # a seq that decodes without drafts
 
@@ -82,6 +84,7 @@ class SpeculationPolicy:
         self._probes = Probes(self.prior)
         self._num_rounds = 0
         self._num_draft_rounds = 0  # since the last target round
+        self._num_draft_rounds_seen = 0
         self._num_alone = 0  # draft rounds that the target waited for
         self._num_rows = 0  # of the last target round that decoded
         self._has_ordered = False  # drafts, when last asked for lengths
@@ -90,6 +93,7 @@ class SpeculationPolicy:
         self._num_unverified = 0  # target rounds in a row without drafts
         self._num_waiting = 0
         self._price = 0.0  # tokens that a second was last expected to bring; 0: not known
+        self._saving: tuple[tuple[int, int], float] | None = None  # with what it depends on
         self._steady: tuple[tuple[int, int], SteadyState] | None = None  # with what it depends on
 
     # -- what happened ------------------------------------------------------------------------------------------------
@@ -123,6 +127,7 @@ class SpeculationPolicy:
         `beside_target`: a target round ran meanwhile.
         """
         self._num_draft_rounds += 1
+        self._num_draft_rounds_seen += 1
         self._step_cost = None
         times = [self._draft] if beside_target else [self._draft_alone]
         if self.is_serial or not self._draft.is_known:
@@ -147,6 +152,8 @@ class SpeculationPolicy:
         `num_other_tokens`: of prompts in that round. `num_waiting`: requests that wait for their first round.
         """
         self._num_waiting = num_waiting
+        if 2 * len(seqs) < self._num_rows:
+            self._rests_until = 0  # drafts may pay again
         self._num_rows = len(seqs)
         if not any(seq.num_ready or seq.num_coming for seq in seqs):
             return [Choice(0) for _ in seqs]
@@ -168,7 +175,7 @@ class SpeculationPolicy:
     def _worth_verifying(self, seqs: Sequence[Drafts], verify_s: VerifyTimes) -> list[int]:
         rows = [self._row_now(seq) for seq in seqs]
         tokens = sum(expected_tokens(row.acceptance, row.most) for row in rows)
-        price = max(self._price, tokens / verify_s(sum(row.most for row in rows)))
+        price = self._price or tokens / verify_s(sum(row.most for row in rows))
         counts, _ = pick_drafts(rows, verify_s, price)
         if (self.is_serial and self._has_ordered) or self._is_exploring:
             # Drafts that are never verified could not show that they are better than thought.
@@ -249,11 +256,12 @@ class SpeculationPolicy:
         rows = [self._row(seq) for seq in seqs]
         if not any(row.limit for row in rows):
             return [self._window_of(row.num_fixed, row) for row in rows]
-        if not (self._target.is_known and self._draft.is_known):
+        if not self._is_measured:
             most = _NUM_UNMEASURED if len(rows) <= _MAX_UNMEASURED else 1
             return [self._window_of(row.num_fixed or min(row.limit, most), row) for row in rows]
         num_rows = max(len(seqs), self._num_rows)
-        if self._times_plain(num_rows):
+        times_plain = self._times_plain(num_rows)
+        if times_plain:
             counts = [row.num_fixed for row in rows]
         elif self.is_serial:
             counts = self._serial_lengths(rows, num_rows)
@@ -262,13 +270,17 @@ class SpeculationPolicy:
         lengths = [self._window_of(count, row) for count, row in zip(counts, rows, strict=True)]
         self._add_probe(seqs, rows, lengths)
         self._has_ordered = any(lengths)
-        self._rests_until = 0 if self._has_ordered else self._num_rounds + _REST_ROUNDS
+        self._rests_until = 0 if self._has_ordered or times_plain else self._num_rounds + _REST_ROUNDS
         return lengths
 
     @property
     def is_resting(self) -> bool:
-        """Nobody was to draft when last asked for lengths, and it is not time to ask again."""
+        """It was found that nobody had better draft, and is not yet to be thought about anew."""
         return self._num_rounds < self._rests_until
+
+    @property
+    def _is_measured(self) -> bool:
+        return self._target.is_known and self._num_draft_rounds_seen >= _NUM_FIRST
 
     def _row(self, seq: Drafts) -> Row:
         """With as many drafts as it may ever have."""
@@ -298,6 +310,7 @@ class SpeculationPolicy:
         """Whether to speculate. Only what most rows could gain says something of the load: where the draft has caught
         up with a few of many, they speculate while that pays, and no longer for what may be learned."""
         if 2 * num_drafting < num_rows:
+            self._switch.on_gap()
             return rate > plain_rate
         return self._switch.update(rate / plain_rate)
 
@@ -373,7 +386,7 @@ class SpeculationPolicy:
         cost_s = self._draft.chunk_s(1 + seqs[index].num_behind) + num_drafts * step_s
         cost_s += verify_s(num_drafts) - verify_s(0)
         best, plain = self._rates_if_all(num_rows, _NEVER_WRONG)
-        worth = min(1.0, (best / plain - 1.0) / _HOPED)
+        worth = max(_LEAST_WORTH, min(1.0, (best / plain - 1.0) / _HOPED))
         if self._probes.may_run(cost_s, worth=worth, expected=rows[index].acceptance, is_busy=self._num_waiting > 0):
             lengths[index] = num_drafts
 
@@ -383,11 +396,18 @@ class SpeculationPolicy:
 
         With decent drafts: of bad ones only a seq that has caught up can show that they have become better.
         """
-        if not (self._adaptive and self._target.is_known and self._draft.is_known):
+        if not (self._adaptive and self._is_measured):
             return True
         share = 1.0 if self.is_serial else self._slowdown - 1.0
-        rate, plain_rate = self._rates_if_all(num_seqs, max(self.prior.rate, _DECENT))
-        return num_left * (1.0 / plain_rate - 1.0 / rate) >= share * self._draft.chunk_s(num_behind)
+        return num_left * self._saved_s(num_seqs) >= share * self._draft.chunk_s(num_behind)
+
+    def _saved_s(self, num_seqs: int) -> float:
+        """Seconds that drafts save for each token, where so many seqs run; computed anew with every target round."""
+        key = (num_seqs, self._num_rounds)
+        if self._saving is None or self._saving[0] != key:
+            rate, plain_rate = self._rates_if_all(num_seqs, max(self.prior.rate, _DECENT))
+            self._saving = key, 1.0 / plain_rate - 1.0 / rate
+        return self._saving[1]
 
     def _rates_if_all(self, num_seqs: int, acceptance: float) -> tuple[float, float]:
         """Tokens a second of so many seqs if drafts of all were at hand and accepted like that, the best number of

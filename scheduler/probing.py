@@ -24,11 +24,15 @@ class Switch:
     def on_round(self) -> None:
         self._num_below = [count + 1 for count in self._num_below]
 
+    def on_gap(self) -> None:
+        """This round the gain is not known: whether it was low for long is to be seen anew."""
+        self._num_below = [0] * len(_OFF)
+
     def update(self, gain: float) -> bool:
         """`gain`: expected goodput with speculation by that without."""
         if not self.is_on:
             self.is_on = gain > _ON
-            self._num_below = [0] * len(_OFF)
+            self.on_gap()
             return self.is_on
         for index, (limit, num_rounds) in enumerate(_OFF):
             if gain >= limit:
@@ -73,9 +77,9 @@ class Probes:
             self._share = max(_LAST_SHARE, self._share / 2)
 
     def may_run(self, cost_s: float, *, worth: float, expected: float, is_busy: bool) -> bool:
-        """Whether a probe that costs `cost_s` runs or may begin now. `worth`: what there is to be won, 1: much, 0 or
-        less: nothing, so none begins; `expected`: acceptance; `is_busy`: none begins."""
-        if self._begun_at is None and not is_busy and worth > 0.0 and self._saved_s * worth >= cost_s:
+        """Whether a probe that costs `cost_s` runs or may begin now. `worth`: what there is to be won, up to 1: the
+        share of what was saved up that it is worth; `expected`: acceptance; `is_busy`: none begins."""
+        if self._begun_at is None and not is_busy and self._saved_s * worth >= cost_s:
             self._saved_s = 0.0
             self._begin(expected)
         return self._begun_at is not None

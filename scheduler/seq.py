@@ -64,6 +64,11 @@ class Seq:
     num_drafted_at: int = 0  # serial: length of the history when the last drafts were ordered
     num_free_at_refusal: int = -1  # free draft blocks when they were too few for this seq
 
+    def forget_window(self) -> None:
+        """The chain that it was chosen for is gone."""
+        self.window = 0
+        self.window_chosen_at = -1
+
     @property
     def num_outputs(self) -> int:
         return len(self.token_ids) - self.request.num_prompt_tokens

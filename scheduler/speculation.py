@@ -102,9 +102,9 @@ class Speculation:
     # -- the target's side --------------------------------------------------------------------------------------------
 
     @property
-    def is_drafting(self) -> bool:
-        """Serial: the target has to wait."""
-        return self.drafter.is_drafting
+    def target_waits(self) -> bool:
+        """Serial: for drafts."""
+        return self.drafter.target_waits
 
     def speculates(self, running: Iterable[Seq]) -> bool:
         """Somebody is to have drafts, if they pay."""

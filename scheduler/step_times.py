@@ -18,6 +18,7 @@ _PER_OCTAVE = 6
 _MEMORY = 24.0  # observations of a size that its mean is of
 _NEAR = 1.3  # sizes that lie closer leave no room for a surprise between them
 _FORGET_EVERY = 1000  # observations, after which the old ones count half and those of rare sizes are dropped
+_NUM_FIRST = 3  # observations of a size that may be far too long: kernels are compiled on the way, caches filled
 _MAX_SURPRISE = 3.0  # an observation counts for at most so many times its size's mean: hiccups are no news
 
 
@@ -71,8 +72,10 @@ class StepTimes:
             self._buckets[_bucket(num_tokens)] = _Bucket(float(num_tokens), num_context, run_s)
             return
         expected_s = bucket.run_s + self._context_s * (num_context - bucket.num_context)
-        if bucket.weight >= 3:
+        if bucket.weight >= _NUM_FIRST:
             run_s = min(run_s, _MAX_SURPRISE * expected_s)
+        elif run_s < 0.5 * expected_s:
+            bucket.run_s += run_s - expected_s
         self._learn_context(bucket, num_context, run_s)
         bucket.weight = min(_MEMORY, bucket.weight + 1.0)
         share = 1.0 / bucket.weight

@@ -120,12 +120,12 @@ class TargetPlanner:
         return engine.launch(list(rows.values()), now)
 
     def _may_queue(self, engine: Engine) -> bool:
-        if self._speculation.is_drafting:
+        if self._speculation.target_waits:
             return False
         if not engine.in_flight:
             return True
-        # A second round goes behind one that decodes (prefill.py says why), and none while seqs speculate: what they
-        # verify next depends on the verdict.
+        # A second round goes behind one that decodes (prefill.py says why), and none while drafts may come: what is
+        # verified next depends on the verdict.
         return (
             len(engine.in_flight) < self._config.max_rounds_in_flight
             and not engine.in_flight[-1].is_prefill

@@ -108,7 +108,10 @@ class Simulation:
         while self._outcome.num_tokens < self._num_tokens:
             self._start_requests()
             drafts = [seq.drafts(self._limit, 0, False) for seq in self._seqs]
-            self._draft_serially(self._policy.draft_lengths(drafts))
+            lengths = self._policy.draft_lengths(drafts)
+            for seq, length in zip(self._seqs, lengths, strict=True):
+                seq.window = length
+            self._draft_serially(lengths)
             drafts = [seq.drafts(self._limit, 0, False) for seq in self._seqs]
             choices = self._policy.choose(drafts, num_other_tokens=0, num_waiting=0)
             self._take(self._seqs, choices)

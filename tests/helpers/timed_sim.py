@@ -101,14 +101,17 @@ class TimedSimulation(Simulation):
         """No draft is verified but what the draft model chooses behind exactly this history: one of an abandoned chain
         would (nearly always) be another."""
         assert self.draft is not None
+        seqs = {slot: (seq.history, seq.sampling, seq.num_prompt) for slot, seq in self.target.slots.items()}
+        # One that was preempted may come back with drafts: what it had computed was still cached.
+        seqs |= {seq.slot: (list(seq.token_ids), seq.sampling, seq.num_prompt_tokens) for seq in message.init_seqs}
         for row in message.rows:
             if not row.draft_token_ids:
                 continue
-            slot = self.target.slots[row.slot]
-            assert row.draft_base_len == len(slot.history), "drafts stand behind the history as it is"
-            history = list(slot.history)
+            history, sampling, num_prompt = seqs[row.slot]
+            assert row.draft_base_len == len(history), "drafts stand behind the history as it is"
+            history = list(history)
             for token_id in row.draft_token_ids:
-                expected = self.draft.model.choose_after(history, slot.sampling, slot.num_prompt)
+                expected = self.draft.model.choose_after(history, sampling, num_prompt)
                 assert token_id == expected, "a draft of an old epoch"
                 history.append(token_id)
 

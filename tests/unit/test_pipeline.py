@@ -307,14 +307,14 @@ def test_where_drafts_do_not_pay_rounds_are_queued_and_where_they_do_again_they_
         sim.submit(message)
     num_verified: list[int] = []
     busy_s: list[float] = []
-    for time_s in (5.0, 20.0):
+    for time_s in (10.5, 20.0):
         sim.at(time_s, lambda: busy_s.append(sim.target_lane.busy_s))
     sim.at(24.0, lambda: num_verified.append(sim.core.status().verified_tokens_total))
     sim.run_timed()
     for message in messages:
         sim.assert_plain(message)
     if speculation is SERIAL:
-        assert busy_s[1] - busy_s[0] > 0.97 * 15.0, "of the time in which all run"
+        assert busy_s[1] - busy_s[0] > 0.97 * 9.5, "of the time in which all run"
     assert sim.core.status().verified_tokens_total > num_verified[0] + 100, "when one is left"
 
 

@@ -114,6 +114,52 @@ def test_any_schedule_gives_the_plain_stream(seed: int, speculation: dict[str, A
     sim.assert_all_free()
 
 
+@pytest.mark.parametrize("speculation", PIPELINES[:2], ids=str)
+@pytest.mark.parametrize("seed", range(16))
+def test_whoever_catches_up_with_a_prompt_is_waited_for_and_never_in_vain(
+    seed: int, speculation: dict[str, Any]
+) -> None:
+    """Serial: prompts that the draft computes in several rounds, while requests come, end and change their minds and
+    the draft is lost."""
+    rng = random.Random(seed)
+    sim = Simulation(
+        target=FakeEngine(num_blocks=rng.choice([64, 400]), num_slots=8, max_model_len=160),
+        draft=draft_engine(
+            rng.choice([0, 60, 100]),
+            num_blocks=rng.choice([64, 400]),
+            num_slots=rng.choice([3, 16]),
+            max_model_len=160,
+            max_num_batched_tokens=rng.choice([16, 64]),
+        ),
+        k=rng.randint(1, 6),
+        speculation=speculation,
+        max_rounds_in_flight=rng.choice([1, 2]),
+    )
+    messages = [submit(f"r{i}", prompt(i, rng.randint(20, 100)), seed=i, max_tokens=40) for i in range(12)]
+    waiting = list(messages)
+    while waiting or sim.core.num_requests:
+        if waiting and rng.random() < 0.1:
+            sim.submit(waiting.pop())
+        name = rng.choice(messages).request_id
+        match rng.randrange(60):
+            case 0:
+                sim.cancel(name)
+            case 1:
+                sim.core.adjust(name, submit("", [1], enabled=False).speculation)
+            case 2:
+                sim.core.adjust(name, submit("", [1], num_speculative_tokens=rng.randint(1, 3)).speculation)
+            case 3:
+                sim.core.disconnect_draft()
+                sim.draft_rounds.clear()
+                assert sim.draft is not None
+                sim.draft.reset()
+                sim.core.connect_draft(sim.draft.info, sim.draft.incarnation)
+        assert sim.step(rng) or waiting or not sim.core.num_requests, "stuck"
+    for message in messages:
+        sim.assert_plain(message)
+    sim.assert_all_free()
+
+
 def check_end(sim: Simulation, message: Any, finished: inference_pb2.Finished) -> None:
     tokens = sim.tokens.get((message.request_id, finished.index), [])
     sampling = message.sampling
