@@ -54,15 +54,10 @@ def _cuts(num_slots: int) -> list[int]:
 
 
 def rate_of_alike(
-    num_seqs: int,
-    acceptance: float,
-    num_drafts: int,
-    verify_s: Callable[[float], float],
-    step_s: Callable[[int], float],
+    num_seqs: int, acceptance: float, num_drafts: int, verify_s: Callable[[float], float], draft_s: float
 ) -> float:
-    """Tokens a second where the target waits for so many drafts of each of `num_seqs` seqs; see `plan_serial`."""
-    round_s = num_drafts * step_s(num_seqs) + verify_s(num_seqs * num_drafts)
-    return num_seqs * expected_tokens(acceptance, num_drafts) / round_s
+    """Tokens a second where the target waits `draft_s` for so many drafts of each of `num_seqs` seqs."""
+    return num_seqs * expected_tokens(acceptance, num_drafts) / (draft_s + verify_s(num_seqs * num_drafts))
 
 
 class SerialPlan(NamedTuple):
@@ -71,22 +66,32 @@ class SerialPlan(NamedTuple):
     plain_rate: float  # and without
 
 
-def plan_serial(rows: Sequence[Row], verify_s: Callable[[float], float], step_s: Callable[[int], float]) -> SerialPlan:
+def plan_serial(
+    rows: Sequence[Row],
+    verify_s: Callable[[float], float],
+    step_s: Callable[[int], float],
+    *,
+    start_s: float = 0.0,
+) -> SerialPlan:
     """The best lengths where the target waits for the draft.
 
-    `verify_s(d)`: seconds of a target round with d drafts; `step_s(n)`: of a draft step for n seqs. A step costs about
-    the same for one seq as for all, so the number of steps is tried, and drafts fill them as far as verifying more
-    tokens pays. Whether that beats none at all is for the caller to see.
+    `verify_s(d)`: seconds of a target round with d drafts; `step_s(n)`: of a draft step for n seqs; `start_s`: of a
+    draft round apart from its steps. A step costs about the same for one seq as for all, so the number of steps is
+    tried, and drafts fill them as far as verifying more tokens pays. Whether that beats none at all is for the caller
+    to see.
     """
     slots = _slots(rows)
     num_fixed = sum(row.num_fixed for row in rows)
     base_tokens = sum(row.fixed_tokens for row in rows)
     longest_fixed = max((row.num_fixed for row in rows), default=0)
     draft_s = sum(step_s(sum(row.num_fixed >= depth for row in rows)) for depth in range(1, longest_fixed + 1))
+    draft_s += start_s if longest_fixed else 0.0
     plain_rate = base_tokens / (draft_s + verify_s(num_fixed))
     best_rate = 0.0 if slots else plain_rate
     best: list[_Slot] = []
     for depth in range(1, max((row.limit for row in rows), default=0) + 1):
+        if depth == 1 and not longest_fixed:
+            draft_s += start_s
         if depth > longest_fixed:
             draft_s += step_s(sum(row.limit >= depth for row in rows))
         reachable = [slot for slot in slots if slot[1] <= depth]

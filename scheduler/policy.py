@@ -299,7 +299,12 @@ class SpeculationPolicy:
 
     def _serial_lengths(self, rows: list[Row], num_rows: int) -> list[int]:
         others = [_PLAIN_ROW] * (num_rows - len(rows))
-        plan = plan_serial(rows + others, self._verify_times(rows, num_rows), self._draft.step_s)
+        plan = plan_serial(
+            rows + others,
+            self._verify_times(rows, num_rows),
+            self._draft.further_s,
+            start_s=self._draft.start_s(len(rows)),
+        )
         is_on = self._is_on(plan.rate, plan.plain_rate, len(rows), num_rows)
         self._price = plan.rate if is_on else plan.plain_rate
         if not is_on:
@@ -413,11 +418,12 @@ class SpeculationPolicy:
         """Tokens a second of so many seqs if drafts of all were at hand and accepted like that, the best number of
         them; and without drafts."""
         verify_s = VerifyTimes(self._target, num_seqs, 0)
-        rates = [
-            rate_of_alike(num_seqs, acceptance, num_drafts, verify_s, self._draft.step_s)
-            for num_drafts in range(self._max_drafts + 1)
-        ]
-        return max(rates[1:]), rates[0]
+        start_s, further_s = self._draft.start_s(num_seqs), self._draft.further_s(num_seqs)
+        best = max(
+            rate_of_alike(num_seqs, acceptance, num_drafts, verify_s, start_s + num_drafts * further_s)
+            for num_drafts in range(1, self._max_drafts + 1)
+        )
+        return best, rate_of_alike(num_seqs, acceptance, 0, verify_s, 0.0)
 
     def should_extend(self, survival: float, acceptance: float) -> bool:
         """Whether a chain should get another draft, which counts only if all before it are accepted: `survival`."""

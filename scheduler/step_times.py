@@ -19,6 +19,9 @@ _MEMORY = 24.0  # observations of a size that its mean is of
 _NEAR = 1.3  # sizes that lie closer leave no room for a surprise between them
 _FORGET_EVERY = 1000  # observations, after which the old ones count half and those of rare sizes are dropped
 _NUM_FIRST = 3  # observations of a size that may be far too long: kernels are compiled on the way, caches filled
+_KEEP = 0.98  # of what is known of a round's fixed part, when another is seen
+_LEAST_SPREAD = 0.25  # variance of the number of steps, below which there is no line to draw
+_LEAST_PER_STEP = 0.5
 _MAX_SURPRISE = 3.0  # an observation counts for at most so many times its size's mean: hiccups are no news
 
 
@@ -136,11 +139,41 @@ class StepTimes:
         return last_y + (last_y - y) / (last_x - x) * (num_tokens - last_x) if last_x > x else last_y
 
 
+class _RoundStart:
+    """What rounds take, in steps of the mean length: a fixed part and one for each step, a line through those seen.
+    Until rounds of different lengths were seen, nothing is fixed."""
+
+    def __init__(self) -> None:
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+
+    def observe(self, num_steps: int, num_means: float) -> None:
+        """A round of so many steps took as long as so many steps of the mean length."""
+        x, y = float(num_steps), min(num_means, _MAX_SURPRISE * num_steps)
+        self._weight = _KEEP * self._weight + 1.0
+        self._x = _KEEP * self._x + x
+        self._y = _KEEP * self._y + y
+        self._xx = _KEEP * self._xx + x * x
+        self._xy = _KEEP * self._xy + x * y
+
+    @property
+    def per_step(self) -> float:
+        spread = self._weight * self._xx - self._x * self._x
+        if spread <= _LEAST_SPREAD * self._weight * self._weight:
+            return 1.0
+        slope = (self._weight * self._xy - self._x * self._y) / spread
+        return max(_LEAST_PER_STEP, min(1.0, slope))
+
+    @property
+    def fixed(self) -> float:
+        return max(0.0, (self._y - self.per_step * self._x) / self._weight) if self._weight >= _NUM_FIRST else 0.0
+
+
 class DraftTimes:
     """Seconds of a draft round: a forward over what the draft has to catch up, then one a further draft."""
 
     def __init__(self) -> None:
         self._forward = StepTimes()
+        self._start = _RoundStart()
 
     @property
     def is_known(self) -> bool:
@@ -157,14 +190,24 @@ class DraftTimes:
             return
         # Which forward was how much off is not known: all by the same factor.
         first_s, step_s = self._forward.predict(first), self._forward.predict(num_seqs)
+        if num_steps and num_chunk_tokens <= 2 * num_seqs:
+            self._start.observe(num_steps, run_s / step_s)
         factor = run_s / (first_s + num_more * step_s)
         self._forward.observe(first, first_s * factor)
         if num_more:
             self._forward.observe(num_seqs, step_s * factor)
 
     def step_s(self, num_seqs: int) -> float:
-        """Seconds of one draft for each of `num_seqs` seqs."""
+        """Seconds of one draft for each of `num_seqs` seqs, with its share of what a round takes besides."""
         return self._forward.predict(max(1, num_seqs))
+
+    def start_s(self, num_seqs: int) -> float:
+        """Seconds that a round takes however many drafts it brings."""
+        return self._start.fixed * self.step_s(num_seqs)
+
+    def further_s(self, num_seqs: int) -> float:
+        """Seconds that each draft for each of `num_seqs` seqs adds to a round."""
+        return self._start.per_step * self.step_s(num_seqs)
 
     def chunk_s(self, num_tokens: int) -> float:
         """Seconds of a forward that only catches up."""

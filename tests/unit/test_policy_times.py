@@ -59,3 +59,20 @@ def test_a_draft_round_is_a_chunk_and_steps() -> None:
         times.observe(num_seqs=4, num_steps=num_steps, num_chunk_tokens=9, run_s=0.003 + 0.002 * (num_steps - 1))
     assert times.step_s(4) == pytest.approx(0.002, rel=0.1)
     assert times.chunk_s(9) == pytest.approx(0.003, rel=0.1)
+
+
+def test_a_draft_round_takes_something_however_many_steps_it_has() -> None:
+    times = DraftTimes()
+    for num_steps in (1, 4, 2, 5) * 10:
+        times.observe(num_seqs=4, num_steps=num_steps, num_chunk_tokens=5, run_s=0.005 + 0.007 * num_steps)
+    for num_steps in (1, 3, 6):
+        round_s = times.start_s(4) + num_steps * times.further_s(4)
+        assert round_s == pytest.approx(0.005 + 0.007 * num_steps, rel=0.1)
+
+
+def test_of_rounds_of_one_length_nobody_knows_what_is_fixed() -> None:
+    times = DraftTimes()
+    for _ in range(20):
+        times.observe(num_seqs=1, num_steps=3, num_chunk_tokens=1, run_s=0.030)
+    assert times.start_s(1) == pytest.approx(0.0, abs=1e-4)
+    assert times.further_s(1) == pytest.approx(0.010, rel=0.01)
