@@ -6,7 +6,7 @@ __all__ = ["Probes", "Switch"]
 
 _ON = 1.01  # speculation must promise so much more than plain decoding to start ...
 # ... and promise so little, for so many target rounds in a row, to end: the worse, the sooner.
-_OFF = ((0.995, 64), (0.95, 12), (0.8, 0))
+_OFF = ((0.995, 32), (0.95, 12), (0.8, 0))
 
 _FIRST_SHARE = 0.016  # of the time that probes may take
 _LAST_SHARE = 0.002  # after many in vain

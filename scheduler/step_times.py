@@ -6,9 +6,10 @@ seen is guessed, on the fast side, so that it is tried and known: between two si
 and beyond the largest it goes on as it rose last.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from copy import copy
 from dataclasses import dataclass
+from itertools import accumulate
 from math import inf, log2
 
 __all__ = ["DraftTimes", "StepTimes", "VerifyTimes"]
@@ -18,6 +19,8 @@ _PER_OCTAVE = 6
 _MEMORY = 24.0  # observations of a size that its mean is of
 _NEAR = 1.3  # sizes that lie closer leave no room for a surprise between them
 _FORGET_EVERY = 1000  # observations, after which the old ones count half and those of rare sizes are dropped
+_TRUSTED = 4.0  # observations of a size, or of sizes alike, that are enough
+_ALIKE = 1.15
 _NUM_FIRST = 3  # observations of a size that may be far too long: kernels are compiled on the way, caches filled
 _KEEP = 0.98  # of what is known of a round's fixed part, when another is seen
 _LEAST_SPREAD = 0.25  # variance of the number of steps, below which there is no line to draw
@@ -109,34 +112,68 @@ class StepTimes:
         if self._is_stale:
             self._curve = self._rising_curve()
             self._is_stale = False
-        return self._on_curve(num_tokens) + self._context_s * num_context
+        return _on(self._curve, num_tokens) + self._context_s * num_context
 
     def _rising_curve(self) -> list[tuple[float, float]]:
-        """The means, neighbours that fall pooled: more tokens never take less time, so that is noise."""
-        context_s = self._context_s
-        pools: list[tuple[list[float], float, float]] = []  # (tokens, seconds, weight)
-        for _, bucket in sorted(self._buckets.items()):
-            base_s = max(bucket.run_s - context_s * bucket.num_context, 0.1 * bucket.run_s)
-            pool = ([bucket.num_tokens], base_s, bucket.weight)
-            while pools and pools[-1][1] >= pool[1]:
-                tokens, run_s, weight = pools.pop()
-                total = weight + pool[2]
-                pool = (tokens + pool[0], (run_s * weight + pool[1] * pool[2]) / total, total)
-            pools.append(pool)
-        return [(tokens, run_s) for members, run_s, _ in pools for tokens in members]
+        """Through the means. Sizes that were seen a few times only, as were those near them, count little against what
+        the others let expect: had the one time been a slow one, they would not be tried again."""
+        means = [
+            (bucket.num_tokens, self._base_s(bucket), bucket.weight) for _, bucket in sorted(self._buckets.items())
+        ]
+        support = _support(means)
+        often = _rising([mean for mean, weight in zip(means, support, strict=True) if weight >= _TRUSTED])
+        if not often:
+            return _rising(means)
+        return _rising(
+            [
+                (tokens, _shrunk(run_s, _on(often, tokens), near), weight)
+                for (tokens, run_s, weight), near in zip(means, support, strict=True)
+            ]
+        )
 
-    def _on_curve(self, num_tokens: float) -> float:
-        curve = self._curve
-        index = bisect_left(curve, (num_tokens, 0.0))
-        if index == 0:
-            return curve[0][1]
-        if index < len(curve):
-            (x0, y0), (x1, y1) = curve[index - 1], curve[index]
-            bend = 1 if x1 <= _NEAR * x0 else 2
-            return y0 + (y1 - y0) * ((num_tokens - x0) / (x1 - x0)) ** bend
-        last_x, last_y = curve[-1]
-        x, y = curve[min(bisect_left(curve, (last_x / 2, 0.0)), max(0, len(curve) - 2))]
-        return last_y + (last_y - y) / (last_x - x) * (num_tokens - last_x) if last_x > x else last_y
+    def _base_s(self, bucket: _Bucket) -> float:
+        """Without context."""
+        return max(bucket.run_s - self._context_s * bucket.num_context, 0.1 * bucket.run_s)
+
+
+def _support(means: list[tuple[float, float, float]]) -> list[float]:
+    """Of each size, the observations of it and of sizes near it."""
+    sizes = [tokens for tokens, _, _ in means]
+    sums = [0.0, *accumulate(weight for _, _, weight in means)]
+    return [sums[bisect_right(sizes, size * _ALIKE)] - sums[bisect_left(sizes, size / _ALIKE)] for size in sizes]
+
+
+def _shrunk(run_s: float, expected_s: float, weight: float) -> float:
+    share = min(1.0, weight / _TRUSTED)
+    return min(run_s, expected_s + share * (run_s - expected_s))
+
+
+def _rising(means: list[tuple[float, float, float]]) -> list[tuple[float, float]]:
+    """Neighbours that fall pooled: more tokens never take less time, so that is noise. `means`: (tokens, seconds,
+    weight)."""
+    pools: list[tuple[list[float], float, float]] = []  # (tokens, seconds, weight)
+    for num_tokens, base_s, weight in means:
+        pool = ([num_tokens], base_s, weight)
+        while pools and pools[-1][1] >= pool[1]:
+            tokens, run_s, weight = pools.pop()
+            total = weight + pool[2]
+            pool = (tokens + pool[0], (run_s * weight + pool[1] * pool[2]) / total, total)
+        pools.append(pool)
+    return [(tokens, run_s) for members, run_s, _ in pools for tokens in members]
+
+
+def _on(curve: list[tuple[float, float]], num_tokens: float) -> float:
+    """Seconds on a rising curve; between its points and beyond them on the fast side."""
+    index = bisect_left(curve, (num_tokens, 0.0))
+    if index == 0:
+        return curve[0][1]
+    if index < len(curve):
+        (x0, y0), (x1, y1) = curve[index - 1], curve[index]
+        bend = 1 if x1 <= _NEAR * x0 else 2
+        return y0 + (y1 - y0) * ((num_tokens - x0) / (x1 - x0)) ** bend
+    last_x, last_y = curve[-1]
+    x, y = curve[min(bisect_left(curve, (last_x / 2, 0.0)), max(0, len(curve) - 2))]
+    return last_y + (last_y - y) / (last_x - x) * (num_tokens - last_x) if last_x > x else last_y
 
 
 class _RoundStart:

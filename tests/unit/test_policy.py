@@ -358,7 +358,7 @@ def test_probes_wait_for_their_cost_to_be_saved_up() -> None:
     assert seldom < often
 
 
-@pytest.mark.parametrize(("verify_s", "least", "most"), [(CPU, 4, 100), (line(0.0001, 0.0020), 0, 1)])
+@pytest.mark.parametrize(("verify_s", "least", "most"), [(CPU, 6, 100), (line(0.0001, 0.0020), 0, 2)])
 def test_probes_are_rare_where_even_the_best_drafts_would_gain_nothing(verify_s: Law, least: int, most: int) -> None:
     policy = taught("serial", verify_s=verify_s)
     num_probes = 0

@@ -76,3 +76,15 @@ def test_of_rounds_of_one_length_nobody_knows_what_is_fixed() -> None:
         times.observe(num_seqs=1, num_steps=3, num_chunk_tokens=1, run_s=0.030)
     assert times.start_s(1) == pytest.approx(0.0, abs=1e-4)
     assert times.further_s(1) == pytest.approx(0.010, rel=0.01)
+
+
+def test_one_slow_observation_does_not_bar_a_size() -> None:
+    times = StepTimes()
+    for _ in range(20):
+        for num_tokens in (4, 8, 12, 24):
+            times.observe(num_tokens, 0.040 + 0.002 * num_tokens)
+    times.observe(16, 0.100)
+    assert times.predict(16) < 0.080
+    for _ in range(20):
+        times.observe(16, 0.100)
+    assert times.predict(16) == pytest.approx(0.094, rel=0.1), "it is slow, not only once"
