@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from scheduler.recent_line import RecentLine
+
 __all__ = ["Arrivals", "Prompt", "RoundCost", "share_prefill"]
 
 _RECENT_S = 10.0
@@ -28,26 +30,20 @@ class RoundCost:
 
     def __init__(self, *, knee: float = 64.0) -> None:
         self._knee = knee
-        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+        self._line = RecentLine(keep=0.99)
 
     def observe(self, num_tokens: int, run_ns: int) -> None:
-        decay = 0.99
-        x, y = float(num_tokens), run_ns * 1e-9
-        self._weight = decay * self._weight + 1.0
-        self._x = decay * self._x + x
-        self._y = decay * self._y + y
-        self._xx = decay * self._xx + x * x
-        self._xy = decay * self._xy + x * y
+        self._line.add(float(num_tokens), run_ns * 1e-9)
 
     @property
     def knee(self) -> int:
         """Tokens that take as long as the fixed part of a round; a guess until different sizes were seen."""
-        n = self._weight
-        spread = n * self._xx - self._x * self._x
-        if n < 2.0 or spread < 64.0 * n * n:  # the sizes seen deviate by less than 8 tokens: no slope to trust
+        line = self._line
+        # Sizes that deviate by less than 8 tokens show no slope to trust.
+        if line.weight < 2.0 or line.spread < 64.0 * line.weight * line.weight:
             return int(self._knee)
-        per_token = (n * self._xy - self._x * self._y) / spread
-        fixed = (self._y - per_token * self._x) / n
+        per_token = line.slope
+        fixed = line.intercept(per_token)
         if per_token <= 0.0 or fixed <= 0.0:
             return int(self._knee)
         return max(8, min(1024, int(fixed / per_token)))

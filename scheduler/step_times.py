@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import inf, log2
 
+from scheduler.recent_line import RecentLine
+
 __all__ = ["DraftTimes", "StepTimes", "VerifyTimes"]
 
 _MAX_EXACT = 64  # tokens
@@ -20,11 +22,11 @@ _MEMORY = 24.0  # observations of a size that its mean is of
 _NEAR = 1.3  # sizes that lie closer leave no room for a surprise between them
 _FORGET_EVERY = 1000  # observations, after which the old ones count half and those of rare sizes are dropped
 _TRUSTED = 4.0  # observations of a size, or of sizes alike, that are enough
-_ALIKE = 1.15
+_ALIKE = 1.15  # sizes that differ by no more than this factor support each other
 _NUM_FIRST = 3  # observations of a size that may be far too long: kernels are compiled on the way, caches filled
 _KEEP = 0.98  # of what is known of a round's fixed part, when another is seen
 _LEAST_SPREAD = 0.25  # variance of the number of steps, below which there is no line to draw
-_LEAST_PER_STEP = 0.5
+_LEAST_PER_STEP = 0.5  # of the mean step: what a further one costs at least
 _MAX_SURPRISE = 3.0  # an observation counts for at most so many times its size's mean: hiccups are no news
 
 
@@ -181,28 +183,22 @@ class _RoundStart:
     Until rounds of different lengths were seen, nothing is fixed."""
 
     def __init__(self) -> None:
-        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+        self._line = RecentLine(_KEEP)
 
     def observe(self, num_steps: int, num_means: float) -> None:
         """A round of so many steps took as long as so many steps of the mean length."""
-        x, y = float(num_steps), min(num_means, _MAX_SURPRISE * num_steps)
-        self._weight = _KEEP * self._weight + 1.0
-        self._x = _KEEP * self._x + x
-        self._y = _KEEP * self._y + y
-        self._xx = _KEEP * self._xx + x * x
-        self._xy = _KEEP * self._xy + x * y
+        self._line.add(float(num_steps), min(num_means, _MAX_SURPRISE * num_steps))
 
     @property
     def per_step(self) -> float:
-        spread = self._weight * self._xx - self._x * self._x
-        if spread <= _LEAST_SPREAD * self._weight * self._weight:
+        line = self._line
+        if line.spread <= _LEAST_SPREAD * line.weight * line.weight:
             return 1.0
-        slope = (self._weight * self._xy - self._x * self._y) / spread
-        return max(_LEAST_PER_STEP, min(1.0, slope))
+        return max(_LEAST_PER_STEP, min(1.0, line.slope))
 
     @property
     def fixed(self) -> float:
-        return max(0.0, (self._y - self.per_step * self._x) / self._weight) if self._weight >= _NUM_FIRST else 0.0
+        return max(0.0, self._line.intercept(self.per_step)) if self._line.weight >= _NUM_FIRST else 0.0
 
 
 class DraftTimes:

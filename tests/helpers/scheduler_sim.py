@@ -108,6 +108,14 @@ class Simulation:
         self.core.disconnect_target(reason)
         self.take(self.core.take_outputs())
 
+    def reconnect_draft(self) -> None:
+        """The draft engine is lost with all that was on its way, and comes back empty."""
+        assert self.draft is not None, "there is no draft engine to lose"
+        self.core.disconnect_draft()
+        self.draft_rounds.clear()
+        self.draft.reset()
+        self.core.connect_draft(self.draft.info, self.draft.incarnation)
+
     def plan(self) -> None:
         """Send every round that the core wants to send."""
         while True:

@@ -100,10 +100,7 @@ def test_any_schedule_gives_the_plain_stream(seed: int, speculation: dict[str, A
         if rng.random() < 0.02:
             sim.cancel(rng.choice(messages).request_id)
         if sim.draft and rng.random() < 0.01:
-            sim.core.disconnect_draft()
-            sim.draft_rounds.clear()
-            sim.draft.reset()
-            sim.core.connect_draft(sim.draft.info, sim.draft.incarnation)
+            sim.reconnect_draft()
         assert sim.step(rng) or waiting or not sim.core.num_requests, "stuck"
     sim.run(rng)
     for message in messages:
@@ -149,11 +146,7 @@ def test_whoever_catches_up_with_a_prompt_is_waited_for_and_never_in_vain(
             case 2:
                 sim.core.adjust(name, submit("", [1], num_speculative_tokens=rng.randint(1, 3)).speculation)
             case 3:
-                sim.core.disconnect_draft()
-                sim.draft_rounds.clear()
-                assert sim.draft is not None
-                sim.draft.reset()
-                sim.core.connect_draft(sim.draft.info, sim.draft.incarnation)
+                sim.reconnect_draft()
         assert sim.step(rng) or waiting or not sim.core.num_requests, "stuck"
     for message in messages:
         sim.assert_plain(message)
