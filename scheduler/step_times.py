@@ -27,6 +27,7 @@ _NUM_FIRST = 3  # observations of a size that may be far too long: kernels are c
 _KEEP = 0.98  # of what is known of a round's fixed part, when another is seen
 _LEAST_SPREAD = 0.25  # variance of the number of steps, below which there is no line to draw
 _LEAST_PER_STEP = 0.5  # of the mean step: what a further one costs at least
+_LEAST_S = 1e-6  # no forward is faster: a clock may say so
 _MAX_SURPRISE = 3.0  # an observation counts for at most so many times its size's mean: hiccups are no news
 
 
@@ -49,9 +50,10 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._buckets: dict[int, _Bucket] = {}
-        self._curve: list[tuple[float, float]] = []  # (tokens, seconds without context), both rising
+        self._curve: list[tuple[float, float]] = []  # (tokens, seconds with the last context), both rising
         self._is_stale = False
         self._num_observed = 0
+        self._num_context = 0.0  # of the last forward
         self._context_num = 0.0  # what seconds by context is the quotient of
         self._context_den = 0.0
 
@@ -71,7 +73,9 @@ class StepTimes:
 
     def observe(self, num_tokens: int, run_s: float, *, num_context: float = 0.0) -> None:
         """A forward over `num_tokens` tokens that attend to `num_context` cached ones took `run_s`."""
+        run_s = max(run_s, _LEAST_S)
         self._is_stale = True
+        self._num_context = num_context
         self._num_observed += 1
         if self._num_observed % _FORGET_EVERY == 0:
             self._forget()
@@ -79,11 +83,11 @@ class StepTimes:
         if bucket is None:
             self._buckets[_bucket(num_tokens)] = _Bucket(float(num_tokens), num_context, run_s)
             return
-        expected_s = bucket.run_s + self._context_s * (num_context - bucket.num_context)
+        expected_s = self._at_context(bucket.run_s, num_context - bucket.num_context)
         if bucket.weight >= _NUM_FIRST:
             run_s = min(run_s, _MAX_SURPRISE * expected_s)
         elif run_s < 0.5 * expected_s:
-            bucket.run_s += run_s - expected_s
+            bucket.run_s *= run_s / expected_s
         self._learn_context(bucket, num_context, run_s)
         bucket.weight = min(_MEMORY, bucket.weight + 1.0)
         share = 1.0 / bucket.weight
@@ -106,21 +110,34 @@ class StepTimes:
 
     @property
     def _context_s(self) -> float:
-        return max(0.0, self._context_num / self._context_den) if self._context_den > 0.0 else 0.0
+        """Seconds by context; next to nothing as long as contexts differed little beside what they are."""
+        den = self._context_den + self._num_context**2
+        return max(0.0, self._context_num / den) if den > 0.0 else 0.0
 
-    def predict(self, num_tokens: float, *, num_context: float = 0.0) -> float:
-        """Expected seconds of a forward; something must have been observed (`is_known`)."""
+    def _at_context(self, run_s: float, num_more: float) -> float:
+        """What took `run_s`, with so many cached tokens more (or fewer) to attend to."""
+        return max(0.1 * run_s, run_s + self._context_s * num_more)
+
+    def predict(self, num_tokens: float, *, num_context: float | None = None) -> float:
+        """Expected seconds of a forward, by default with as much context as the last one had; something must have been
+        observed (`is_known`)."""
         assert self._buckets, "no forward was observed yet"
         if self._is_stale:
             self._curve = self._rising_curve()
             self._is_stale = False
-        return _on(self._curve, num_tokens) + self._context_s * num_context
+        run_s = _on(self._curve, num_tokens)
+        return run_s if num_context is None else self._at_context(run_s, num_context - self._num_context)
 
     def _rising_curve(self) -> list[tuple[float, float]]:
         """Through the means. Sizes that were seen a few times only, as were those near them, count little against what
         the others let expect: had the one time been a slow one, they would not be tried again."""
         means = [
-            (bucket.num_tokens, self._base_s(bucket), bucket.weight) for _, bucket in sorted(self._buckets.items())
+            (
+                bucket.num_tokens,
+                self._at_context(bucket.run_s, self._num_context - bucket.num_context),
+                bucket.weight,
+            )
+            for _, bucket in sorted(self._buckets.items())
         ]
         support = _support(means)
         often = _rising([mean for mean, weight in zip(means, support, strict=True) if weight >= _TRUSTED])
@@ -132,10 +149,6 @@ class StepTimes:
                 for (tokens, run_s, weight), near in zip(means, support, strict=True)
             ]
         )
-
-    def _base_s(self, bucket: _Bucket) -> float:
-        """Without context."""
-        return max(bucket.run_s - self._context_s * bucket.num_context, 0.1 * bucket.run_s)
 
 
 def _support(means: list[tuple[float, float, float]]) -> list[float]:

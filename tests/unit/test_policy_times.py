@@ -1,6 +1,8 @@
 """Step times learned from rounds."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from scheduler.step_times import DraftTimes, StepTimes
 
@@ -40,6 +42,29 @@ def test_context_is_told_from_tokens() -> None:
             times.observe(num_tokens, 0.010 + 0.001 * num_tokens + 1e-6 * num_context, num_context=num_context)
     assert times.predict(4, num_context=2000) == pytest.approx(0.016, rel=0.05)
     assert times.predict(1, num_context=0) == pytest.approx(0.011, rel=0.05)
+
+
+def test_what_context_takes_is_not_told_from_noise() -> None:
+    times = StepTimes()
+    for index in range(40):  # a request from its first token on: its context hardly differs from round to round
+        times.observe(4, 0.042 + 0.004 * (index % 2), num_context=3000.0 + 16 * index)
+    assert times.predict(4) == pytest.approx(0.044, rel=0.05)
+    assert times.predict(4, num_context=4500) == pytest.approx(0.044, rel=0.1)
+
+
+_OBSERVATIONS = st.lists(
+    st.tuples(st.integers(1, 6), st.floats(0.0, 1.0), st.integers(0, 100_000)), min_size=1, max_size=30
+)
+
+
+@settings(deadline=None)
+@given(_OBSERVATIONS)
+def test_whatever_was_seen_a_forward_takes_time(observations: list[tuple[int, float, int]]) -> None:
+    times = StepTimes()
+    for num_tokens, run_s, num_context in observations:
+        times.observe(num_tokens, run_s, num_context=num_context)
+        assert all(0.0 < times.predict(n) < 30.0 for n in range(1, 9))
+        assert times.predict(1, num_context=0) > 0.0
 
 
 def test_a_hiccup_is_no_news_and_a_slower_machine_is() -> None:
