@@ -29,7 +29,7 @@ def view(before: ReplicaStatus, after: ReplicaStatus, elapsed_s: float) -> Repli
     if not after.HasField("status"):
         return ReplicaView(replica=after.replica, ready=False, reason=after.error)
     old, new = before.status, after.status
-    has_drafted = new.verified_tokens_total > 0
+    has_drafted = new.speculation_total.num_drafts > 0
     hits = new.verdict_cache_hits_total - old.verdict_cache_hits_total
     misses = new.verdict_cache_misses_total - old.verdict_cache_misses_total
     # Counters that went back, or came from nowhere, are those of another life of the scheduler.

@@ -16,7 +16,7 @@ from scheduler.config import SchedulerConfig
 from scheduler.detokenizer import TokenTable
 from scheduler.engine import Engine, PlannedRow
 from scheduler.idle_meter import IdleMeter
-from scheduler.request import Chunk, Failed, InvalidRequestError, Output, Request, build_request
+from scheduler.request import Chunk, Failed, InvalidRequestError, Output, Request, build_request, count_verdict
 from scheduler.seq import Seq, SeqStatus
 from scheduler.speculation import Speculation
 from scheduler.stopping import Finish
@@ -55,7 +55,6 @@ class SchedulerCore:
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap; finished requests stay until they surface
         self._outputs: list[Output | _Fresh] = []
         self._num_generated = 0
-        self._num_accepted = 0
         self._totals = scheduler_pb2.SchedulerStatus()
         self._draft_idle = IdleMeter()
         self._verify_wait = IdleMeter()
@@ -245,12 +244,12 @@ class SchedulerCore:
     def _count(self, row: PlannedRow, answer: worker_pb2.RowResult, num_taken: int, now: float) -> None:
         """`num_taken` tokens were committed for the row's seq."""
         request = row.seq.request
-        request.num_rounds += 1
         self._num_generated += num_taken
+        for stats in (request.speculation, self._totals.speculation_total):
+            stats.num_rounds += 1
+            if row.drafts:
+                count_verdict(stats, answer.num_verified_tokens, min(answer.num_accepted_tokens, num_taken))
         if row.drafts:
-            num_accepted = min(answer.num_accepted_tokens, num_taken)
-            self._num_accepted += num_accepted
-            request.count_verdict(answer.num_verified_tokens, num_accepted)
             self._speculation.on_verdict(row.seq, answer.num_accepted_tokens, answer.num_verified_tokens)
         if request.first_token_s is None:
             request.first_token_s = now
@@ -350,7 +349,6 @@ class SchedulerCore:
         status = scheduler_pb2.SchedulerStatus()
         status.CopyFrom(self._totals)
         status.generation_tokens_total = self._num_generated
-        status.accepted_tokens_total = self._num_accepted
         status.num_preemptions_total = self._target.num_preemptions
         status.prefix_cache_queries = self._target.num_tokens_looked_up
         status.prefix_cache_hits = self._target.num_tokens_found

@@ -10,7 +10,17 @@ from scheduler.digests import DigestChain, root_digest
 from scheduler.seq import Seq
 from scheduler.stopping import OutputText, StopRules, StopStrings
 
-__all__ = ["Chunk", "Completed", "Failed", "InvalidRequestError", "Output", "Request", "build_request", "max_drafts"]
+__all__ = [
+    "Chunk",
+    "Completed",
+    "Failed",
+    "InvalidRequestError",
+    "Output",
+    "Request",
+    "build_request",
+    "count_verdict",
+    "max_drafts",
+]
 
 
 class InvalidRequestError(ValueError):
@@ -54,7 +64,6 @@ class Request:
     seed: int
     seqs: list[Seq] = field(default_factory=list)
     speculation: inference_pb2.SpeculationStats = field(default_factory=inference_pb2.SpeculationStats)
-    num_rounds: int = 0  # target rows that committed tokens
     admitted_s: float | None = None
     first_token_s: float | None = None
     is_finished: bool = False
@@ -66,21 +75,7 @@ class Request:
     def wants_prompt_logprobs(self) -> bool:
         return self.prompt_logprobs is not None and None in self.prompt_logprobs
 
-    def count_verdict(self, num_verified: int, num_accepted: int) -> None:
-        """Drafts of one of the seqs were compared."""
-        if num_verified == 0:
-            return
-        stats = self.speculation
-        stats.num_drafts += 1
-        stats.num_draft_tokens += num_verified
-        stats.num_accepted_tokens += num_accepted
-        while len(stats.accepted_per_position) < num_verified:
-            stats.accepted_per_position.append(0)
-        for i in range(num_accepted):
-            stats.accepted_per_position[i] += 1
-
     def completion(self, now: float) -> Completed:
-        self.speculation.num_rounds = self.num_rounds
         message = inference_pb2.GenerateComplete(
             finished=[_finished(seq) for seq in self.seqs],
             usage=inference_pb2.Usage(
@@ -115,6 +110,19 @@ def _finished(seq: Seq) -> inference_pb2.Finished:
     if seq.finish.stop_token_id is not None:
         message.stop_token_id = seq.finish.stop_token_id
     return message
+
+
+def count_verdict(stats: inference_pb2.SpeculationStats, num_verified: int, num_accepted: int) -> None:
+    """Drafts of a seq were compared, if any were."""
+    if num_verified == 0:
+        return
+    stats.num_drafts += 1
+    stats.num_draft_tokens += num_verified
+    stats.num_accepted_tokens += num_accepted
+    while len(stats.accepted_per_position) < num_verified:
+        stats.accepted_per_position.append(0)
+    for i in range(num_accepted):
+        stats.accepted_per_position[i] += 1
 
 
 def build_request(

@@ -48,7 +48,6 @@ class Speculation:
             self._policy.observe_draft(num_seqs=1, num_steps=1, num_chunk_tokens=1, run_s=_LOOKUP_S)
         # How drafts from lookup fared, by the length of the context that was found: short ones are found by chance.
         self._lookup_odds = [AcceptancePrior() for _ in range(_MAX_TRUST_LEN.bit_length())]
-        self._num_verified = 0
         self._num_looked_up = 0
         self._recent_drafts = 0.0  # of a row that had any
 
@@ -85,11 +84,10 @@ class Speculation:
         status.draft_tokens_total = self.drafter.num_drafted
         running = list(running)
         status.wasted_draft_tokens_total = self.drafter.num_wasted(running)
-        status.verified_tokens_total = self._num_verified
         status.lookup_tokens_total = self._num_looked_up
         status.verdict_cache_hits_total = self.drafter.cache.num_hits
         status.verdict_cache_misses_total = self.drafter.cache.num_misses
-        status.acceptance_rate = self._policy.prior.rate if self._num_verified else 0.0
+        status.acceptance_rate = self._policy.prior.rate if status.speculation_total.num_drafts else 0.0
         status.drafts_per_verification = self._recent_drafts
         seats = [(seq.draft.num_ahead, seq.window) for seq in running if seq.draft is not None and seq.window]
         if seats:
@@ -177,7 +175,6 @@ class Speculation:
         seq.held_until = None
 
     def on_verdict(self, seq: Seq, num_accepted: int, num_verified: int) -> None:
-        self._num_verified += num_verified
         self._num_looked_up += 0 if seq.verifies_chain else num_verified
         if num_verified:
             self._recent_drafts += 0.05 * (num_verified - self._recent_drafts)

@@ -56,12 +56,6 @@ class RequestMetrics:
         )
         self._successes = self._counter("request_success", "Finished samples.", "finished_reason")
         self._errors = self._counter("request_errors", "Requests that ended with a status.", "code")
-        self._num_drafts = self._counter("spec_decode_num_drafts", "Verifications that had drafts.")
-        self._num_draft_tokens = self._counter("spec_decode_num_draft_tokens", "Drafts that were verified.")
-        self._num_accepted = self._counter("spec_decode_num_accepted_tokens", "Drafts that were accepted.")
-        self._accepted_at = self._counter(
-            "spec_decode_num_accepted_tokens_per_pos", "Accepted drafts by their place in the round.", "position"
-        )
 
     def start(self) -> "RequestMeter":
         """A request has arrived."""
@@ -73,12 +67,6 @@ class RequestMetrics:
     def count_complete(self, complete: inference_pb2.GenerateComplete) -> None:
         for finished in complete.finished:
             self._successes.labels(self._model_name, _FINISH_REASONS.get(finished.reason, "unspecified")).inc()
-        stats = complete.speculation
-        self._num_drafts.labels(self._model_name).inc(stats.num_drafts)
-        self._num_draft_tokens.labels(self._model_name).inc(stats.num_draft_tokens)
-        self._num_accepted.labels(self._model_name).inc(stats.num_accepted_tokens)
-        for position, num_accepted in enumerate(stats.accepted_per_position):
-            self._accepted_at.labels(self._model_name, str(position)).inc(num_accepted)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         family = Histogram(PREFIX + name, text, ["model_name"], buckets=buckets, registry=self.registry)

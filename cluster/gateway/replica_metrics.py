@@ -50,8 +50,17 @@ _COUNTERS = (
     _Series("draft_rounds", "Rounds of the draft.", lambda s: s.draft_rounds_total),
     _Series("draft_tokens", "Tokens that the draft model was asked for.", lambda s: s.draft_tokens_total),
     _Series("wasted_drafts", "Drafts of the model that nobody needed.", lambda s: s.wasted_draft_tokens_total),
-    _Series("verified_tokens", "Drafts that the target compared.", lambda s: s.verified_tokens_total),
-    _Series("accepted_tokens", "Drafts that the target accepted.", lambda s: s.accepted_tokens_total),
+    _Series("spec_decode_num_drafts", "Verifications that had drafts.", lambda s: s.speculation_total.num_drafts),
+    _Series(
+        "spec_decode_num_draft_tokens",
+        "Drafts that the target compared.",
+        lambda s: s.speculation_total.num_draft_tokens,
+    ),
+    _Series(
+        "spec_decode_num_accepted_tokens",
+        "Drafts that the target accepted.",
+        lambda s: s.speculation_total.num_accepted_tokens,
+    ),
     _Series("lookup_tokens", "Compared drafts that suffix lookup had found.", lambda s: s.lookup_tokens_total),
     _Series("verdict_cache_hits", "Mismatches that had been foreseen.", lambda s: s.verdict_cache_hits_total),
     _Series("verdict_cache_misses", "Mismatches that had not.", lambda s: s.verdict_cache_misses_total),
@@ -89,6 +98,18 @@ class ReplicaCollector(Collector):
                 for replica in answering:
                     family.add_metric(self._labels(replica), float(series.value(replica.status)))
                 yield family
+        yield self._accepted_by_position(answering)
+
+    def _accepted_by_position(self, replicas: Sequence[ReplicaStatus]) -> Metric:
+        family = CounterMetricFamily(
+            PREFIX + "spec_decode_num_accepted_tokens_per_pos",
+            "Accepted drafts by their place in the round.",
+            labels=["model_name", "replica", "position"],
+        )
+        for replica in replicas:
+            for position, num_accepted in enumerate(replica.status.speculation_total.accepted_per_position):
+                family.add_metric([*self._labels(replica), str(position)], float(num_accepted))
+        return family
 
     def _family(
         self, kind: type[GaugeMetricFamily] | type[CounterMetricFamily], name: str, text: str

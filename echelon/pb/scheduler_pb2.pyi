@@ -213,13 +213,12 @@ class SchedulerStatus(google.protobuf.message.Message):
     PROMPT_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
     GENERATION_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
     DRAFT_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
-    ACCEPTED_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
+    SPECULATION_TOTAL_FIELD_NUMBER: builtins.int
     PREFIX_CACHE_QUERIES_FIELD_NUMBER: builtins.int
     PREFIX_CACHE_HITS_FIELD_NUMBER: builtins.int
     NUM_PREEMPTIONS_TOTAL_FIELD_NUMBER: builtins.int
     TARGET_ROUNDS_TOTAL_FIELD_NUMBER: builtins.int
     DRAFT_ROUNDS_TOTAL_FIELD_NUMBER: builtins.int
-    VERIFIED_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
     LOOKUP_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
     WASTED_DRAFT_TOKENS_TOTAL_FIELD_NUMBER: builtins.int
     VERDICT_CACHE_HITS_TOTAL_FIELD_NUMBER: builtins.int
@@ -243,7 +242,6 @@ class SchedulerStatus(google.protobuf.message.Message):
     prompt_tokens_total: builtins.int
     generation_tokens_total: builtins.int
     draft_tokens_total: builtins.int
-    accepted_tokens_total: builtins.int
     prefix_cache_queries: builtins.int
     """tokens looked up"""
     prefix_cache_hits: builtins.int
@@ -251,10 +249,8 @@ class SchedulerStatus(google.protobuf.message.Message):
     num_preemptions_total: builtins.int
     target_rounds_total: builtins.int
     draft_rounds_total: builtins.int
-    verified_tokens_total: builtins.int
-    """drafts that the target compared"""
     lookup_tokens_total: builtins.int
-    """those of them that suffix lookup had found"""
+    """compared drafts that suffix lookup had found"""
     wasted_draft_tokens_total: builtins.int
     """of the draft model: can no more be accepted, and were not"""
     verdict_cache_hits_total: builtins.int
@@ -272,6 +268,10 @@ class SchedulerStatus(google.protobuf.message.Message):
     """of the target's rows lately that had drafts"""
     non_finite_rows_total: builtins.int
     """target rows with NaN or Inf logits; each ended its request"""
+    @property
+    def speculation_total(self) -> echelon.pb.inference_pb2.SpeculationStats:
+        """of all requests, those that still run included"""
+
     def __init__(
         self,
         *,
@@ -287,13 +287,12 @@ class SchedulerStatus(google.protobuf.message.Message):
         prompt_tokens_total: builtins.int = ...,
         generation_tokens_total: builtins.int = ...,
         draft_tokens_total: builtins.int = ...,
-        accepted_tokens_total: builtins.int = ...,
+        speculation_total: echelon.pb.inference_pb2.SpeculationStats | None = ...,
         prefix_cache_queries: builtins.int = ...,
         prefix_cache_hits: builtins.int = ...,
         num_preemptions_total: builtins.int = ...,
         target_rounds_total: builtins.int = ...,
         draft_rounds_total: builtins.int = ...,
-        verified_tokens_total: builtins.int = ...,
         lookup_tokens_total: builtins.int = ...,
         wasted_draft_tokens_total: builtins.int = ...,
         verdict_cache_hits_total: builtins.int = ...,
@@ -305,7 +304,8 @@ class SchedulerStatus(google.protobuf.message.Message):
         drafts_per_verification: builtins.float = ...,
         non_finite_rows_total: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["acceptance_rate", b"acceptance_rate", "accepted_tokens_total", b"accepted_tokens_total", "draft_idle_seconds_total", b"draft_idle_seconds_total", "draft_ready", b"draft_ready", "draft_rounds_total", b"draft_rounds_total", "draft_tokens_total", b"draft_tokens_total", "drafts_per_verification", b"drafts_per_verification", "generation_tokens_total", b"generation_tokens_total", "lookup_tokens_total", b"lookup_tokens_total", "non_finite_rows_total", b"non_finite_rows_total", "not_ready_reason", b"not_ready_reason", "num_blocks", b"num_blocks", "num_draft_blocks", b"num_draft_blocks", "num_free_blocks", b"num_free_blocks", "num_free_draft_blocks", b"num_free_draft_blocks", "num_preemptions_total", b"num_preemptions_total", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens_total", b"prompt_tokens_total", "ready", b"ready", "target_rounds_total", b"target_rounds_total", "verdict_cache_hits_total", b"verdict_cache_hits_total", "verdict_cache_misses_total", b"verdict_cache_misses_total", "verified_tokens_total", b"verified_tokens_total", "verify_wait_seconds_total", b"verify_wait_seconds_total", "wasted_draft_tokens_total", b"wasted_draft_tokens_total", "window_occupancy", b"window_occupancy"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["speculation_total", b"speculation_total"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["acceptance_rate", b"acceptance_rate", "draft_idle_seconds_total", b"draft_idle_seconds_total", "draft_ready", b"draft_ready", "draft_rounds_total", b"draft_rounds_total", "draft_tokens_total", b"draft_tokens_total", "drafts_per_verification", b"drafts_per_verification", "generation_tokens_total", b"generation_tokens_total", "lookup_tokens_total", b"lookup_tokens_total", "non_finite_rows_total", b"non_finite_rows_total", "not_ready_reason", b"not_ready_reason", "num_blocks", b"num_blocks", "num_draft_blocks", b"num_draft_blocks", "num_free_blocks", b"num_free_blocks", "num_free_draft_blocks", b"num_free_draft_blocks", "num_preemptions_total", b"num_preemptions_total", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens_total", b"prompt_tokens_total", "ready", b"ready", "speculation_total", b"speculation_total", "target_rounds_total", b"target_rounds_total", "verdict_cache_hits_total", b"verdict_cache_hits_total", "verdict_cache_misses_total", b"verdict_cache_misses_total", "verify_wait_seconds_total", b"verify_wait_seconds_total", "wasted_draft_tokens_total", b"wasted_draft_tokens_total", "window_occupancy", b"window_occupancy"]) -> None: ...
 
 global___SchedulerStatus = SchedulerStatus
 

@@ -220,6 +220,11 @@ class Row(google.protobuf.message.Message):
     Rows behind it that were sent before this was known are harmless: one that wants to go on (chunk_len 1) goes on from
     where the chain really ends or, if no token is left to compute, is answered empty; one that crops and appends finds
     what it expects, since crop_len can only name tokens that the scheduler has seen, and all of these are there.
+
+    Draft engine: a row may be overtaken. Where a round that has arrived before the row's own one runs frees its slot, or
+    crops it to tokens that have KV by then, a row that calibrates nothing changes the slot (steps 1 to 3), computes
+    nothing and is answered empty. Rounds between the two find a chain that has not grown: their rows for the slot are
+    overtaken as well, or go on from where it really ends; their forks of it can only name tokens that were answered.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor

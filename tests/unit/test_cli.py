@@ -19,7 +19,7 @@ from cluster.plan import Bundle, ControlProcess, MemoryEstimate, Plan
 from cluster.status import DeploymentStatus, ProcessStatus, State
 from echelon import __version__, cli_watch
 from echelon.cli import main
-from echelon.pb import control_pb2, scheduler_pb2, worker_pb2
+from echelon.pb import control_pb2, inference_pb2, scheduler_pb2, worker_pb2
 from echelon.watching import ReplicaView
 from tests.helpers.fake_gateway import FakeGateway, refuse, serving
 
@@ -326,7 +326,10 @@ def test_watch_ends_cleanly_at_ctrl_c(run: Run, gateway: FakeGateway, monkeypatc
 
     monkeypatch.setattr(cli_watch.time, "sleep", nap)
     stub(monkeypatch, "status", dataclasses.replace(STATUS, endpoint=gateway.address))
-    gateway.control.statuses = [replicas(verified_tokens_total=9, acceptance_rate=0.9, drafts_per_verification=3.25)]
+    speculation = inference_pb2.SpeculationStats(num_drafts=2)
+    gateway.control.statuses = [
+        replicas(speculation_total=speculation, acceptance_rate=0.9, drafts_per_verification=3.25)
+    ]
     code, out, err = run("status", "demo", "--watch")
     assert (code, err, naps) == (0, "", [1.0, 1.0, 1.0])
     line = (

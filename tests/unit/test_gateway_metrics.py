@@ -48,9 +48,6 @@ def test_a_request_is_measured_from_its_arrival_to_its_end() -> None:
     meter.on_complete(
         pb.GenerateComplete(
             finished=[pb.Finished(reason=pb.FINISH_REASON_STOP)],
-            speculation=pb.SpeculationStats(
-                num_drafts=3, num_draft_tokens=9, num_accepted_tokens=4, accepted_per_position=[3, 1]
-            ),
             timings=pb.RequestTimings(queue_s=0.5, first_token_s=1.5, total_s=4.0),
         )
     )
@@ -68,10 +65,6 @@ def test_a_request_is_measured_from_its_arrival_to_its_end() -> None:
         assert samples[f"echelon:{name}_sum",] == pytest.approx(total), name
     assert samples["echelon:inter_token_latency_seconds_bucket", "0.3"] == 4
     assert samples["echelon:request_success_total", "stop"] == 1
-    assert samples["echelon:spec_decode_num_drafts_total",] == 3
-    assert samples["echelon:spec_decode_num_draft_tokens_total",] == 9
-    assert samples["echelon:spec_decode_num_accepted_tokens_total",] == 4
-    assert samples["echelon:spec_decode_num_accepted_tokens_per_pos_total", "1"] == 1
 
 
 def test_samples_of_a_request_run_side_by_side() -> None:
@@ -141,7 +134,9 @@ async def test_a_scrape_asks_the_scheduler(house: House) -> None:
         num_preemptions_total=1,
         draft_tokens_total=90,
         lookup_tokens_total=10,
-        accepted_tokens_total=60,
+        speculation_total=pb.SpeculationStats(
+            num_drafts=30, num_draft_tokens=80, num_accepted_tokens=60, accepted_per_position=[40, 20]
+        ),
         wasted_draft_tokens_total=40,
         verdict_cache_hits_total=5,
         verdict_cache_misses_total=6,
@@ -160,6 +155,9 @@ async def test_a_scrape_asks_the_scheduler(house: House) -> None:
         "prefix_cache_queries_total": 40,
         "prefix_cache_hits_total": 30,
         "num_preemptions_total": 1,
+        "spec_decode_num_drafts_total": 30,
+        "spec_decode_num_draft_tokens_total": 80,
+        "spec_decode_num_accepted_tokens_total": 60,
         "wasted_drafts_total": 40,
         "verdict_cache_hits_total": 5,
         "verdict_cache_misses_total": 6,
@@ -171,6 +169,8 @@ async def test_a_scrape_asks_the_scheduler(house: House) -> None:
         "replica_ready": 1,
     }
     assert {name: samples[f"echelon:{name}", "0"] for name in expected} == expected
+    by_position = [samples["echelon:spec_decode_num_accepted_tokens_per_pos_total", at, "0"] for at in ("0", "1")]
+    assert by_position == [40, 20]
     house.scheduler.status.num_requests_running = 4
     assert (await house.scrape())["echelon:num_requests_running", "0"] == 4
 

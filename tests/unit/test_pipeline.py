@@ -112,7 +112,9 @@ def test_every_draft_is_of_use_or_wasted(speculation: dict[str, Any]) -> None:
     perfect, useless = simulate(100, speculation).core.status(), simulate(0, speculation).core.status()
     assert useless.wasted_draft_tokens_total == useless.draft_tokens_total > 0
     assert perfect.wasted_draft_tokens_total < 0.3 * perfect.draft_tokens_total, "the end, and branches"
-    assert perfect.accepted_tokens_total <= perfect.draft_tokens_total - perfect.wasted_draft_tokens_total
+    assert (
+        perfect.speculation_total.num_accepted_tokens <= perfect.draft_tokens_total - perfect.wasted_draft_tokens_total
+    )
 
 
 def test_what_is_committed_is_calibrated() -> None:
@@ -123,7 +125,7 @@ def test_what_is_committed_is_calibrated() -> None:
     num_left: list[int] = []
     sim.at(3.0, lambda: num_left.extend(slot.num_computed - slot.num_exact for slot in sim.draft.slots.values()))
     sim.run_timed()
-    assert sim.core.status().accepted_tokens_total > 100
+    assert sim.core.status().speculation_total.num_accepted_tokens > 100
     assert min(num_left) <= 12, "one slot holds the history: only its chain is approximate"
     again = submit("again", [1] * 9 + sim.tokens["r", 0][:150], max_tokens=5)
     sim.submit(again)
@@ -185,7 +187,7 @@ def test_losing_the_draft_at_any_point_costs_speed_only(lost_at: float, speculat
     sim.run_timed()
     sim.assert_plain(message)
     assert len(sim.tokens["r", 0]) == 80
-    assert sim.core.status().accepted_tokens_total > 10, "it drafts again"
+    assert sim.core.status().speculation_total.num_accepted_tokens > 10, "it drafts again"
     sim.assert_all_free()
 
 
@@ -196,7 +198,7 @@ def test_a_request_switches_its_speculation_while_it_runs() -> None:
     accepted: list[int] = []
 
     def switch(enabled: bool) -> None:
-        accepted.append(sim.core.status().accepted_tokens_total)
+        accepted.append(sim.core.status().speculation_total.num_accepted_tokens)
         sim.core.adjust("r", submit("", [1], enabled=enabled).speculation)
 
     sim.at(1.0, lambda: switch(False))
@@ -206,7 +208,7 @@ def test_a_request_switches_its_speculation_while_it_runs() -> None:
     before, meanwhile = accepted
     assert before > 0
     assert meanwhile - before <= 4, "at most the row that was on its way"
-    assert sim.core.status().accepted_tokens_total > meanwhile
+    assert sim.core.status().speculation_total.num_accepted_tokens > meanwhile
 
 
 def repetitive(seed: int) -> list[int]:
@@ -309,13 +311,13 @@ def test_where_drafts_do_not_pay_rounds_are_queued_and_where_they_do_again_they_
     busy_s: list[float] = []
     for time_s in (10.5, 20.0):
         sim.at(time_s, lambda: busy_s.append(sim.target_lane.busy_s))
-    sim.at(24.0, lambda: num_verified.append(sim.core.status().verified_tokens_total))
+    sim.at(24.0, lambda: num_verified.append(sim.core.status().speculation_total.num_draft_tokens))
     sim.run_timed()
     for message in messages:
         sim.assert_plain(message)
     if speculation is SERIAL:
         assert busy_s[1] - busy_s[0] > 0.97 * 9.5, "of the time in which all run"
-    assert sim.core.status().verified_tokens_total > num_verified[0] + 100, "when one is left"
+    assert sim.core.status().speculation_total.num_draft_tokens > num_verified[0] + 100, "when one is left"
 
 
 def test_drafts_of_a_seat_that_is_gone_do_not_count_as_those_of_the_next() -> None:

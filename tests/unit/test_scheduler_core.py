@@ -199,7 +199,7 @@ def test_perfect_drafts_are_all_accepted_and_counted() -> None:
     assert stats.num_rounds == 4
     assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (3, 9, 9)
     assert list(stats.accepted_per_position) == [3, 3, 3]
-    assert sim.core.status().accepted_tokens_total == 9
+    assert sim.core.status().speculation_total.num_accepted_tokens == 9
 
 
 def test_acceptance_is_that_of_the_draft_model() -> None:
@@ -227,7 +227,7 @@ def test_speculation_ends_and_resumes_with_the_draft_group() -> None:
     assert sim.draft is not None
     message = submit("r", prompt(1, 9), max_tokens=60)
     sim.submit(message)
-    while not sim.core.status().accepted_tokens_total:
+    while not sim.core.status().speculation_total.num_accepted_tokens:
         sim.step()
     sim.core.disconnect_draft()
     sim.draft_rounds.clear()
@@ -240,7 +240,7 @@ def test_speculation_ends_and_resumes_with_the_draft_group() -> None:
     sim.draft.reset()
     sim.core.connect_draft(sim.draft.info, sim.draft.incarnation)
     sim.run()
-    assert sim.core.status().accepted_tokens_total > after.accepted_tokens_total
+    assert sim.core.status().speculation_total.num_accepted_tokens > after.speculation_total.num_accepted_tokens
     sim.assert_plain(message)
 
 

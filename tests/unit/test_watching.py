@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from echelon.pb.control_pb2 import ReplicaStatus
+from echelon.pb.inference_pb2 import SpeculationStats
 from echelon.pb.scheduler_pb2 import SchedulerStatus
 from echelon.watching import ReplicaView, view
 
@@ -29,7 +30,7 @@ def test_counters_become_rates_and_shares() -> None:
         verdict_cache_misses_total=51,
         num_requests_running=4,
         num_requests_waiting=5,
-        verified_tokens_total=1,
+        speculation_total=SpeculationStats(num_drafts=1),
         acceptance_rate=0.8,
         drafts_per_verification=3.5,
         draft_ready=True,
