@@ -38,8 +38,8 @@ class BranchPlanner:
         if not growing and sum(value for value, _, _ in candidates) < self._policy.draft_step_cost:
             return []
         worth = sum(_worth_of_next(seq) for seq in growing)
-        step_s = self._policy.draft_step_s(len(growing)) if growing else 0.0
-        longer_s = self._policy.draft_step_s(len(growing) + 1)
+        step_s = self._policy.times.draft_step_s(len(growing)) if growing else 0.0
+        longer_s = self._policy.times.draft_step_s(len(growing) + 1)
         rows: list[PlannedRow] = []
         for value, seq, candidate in candidates:
             if value * step_s < worth * (longer_s - step_s):
@@ -49,7 +49,7 @@ class BranchPlanner:
                 seats.send(row)
                 rows.append(row)
                 worth += value
-                step_s, longer_s = longer_s, self._policy.draft_step_s(len(growing) + len(rows) + 1)
+                step_s, longer_s = longer_s, self._policy.times.draft_step_s(len(growing) + len(rows) + 1)
         return rows
 
     def _by_value(self, drafting: Sequence[Seq], *, may_fork: bool) -> list[tuple[float, Seq, Branch | Outcome]]:

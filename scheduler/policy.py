@@ -1,7 +1,7 @@
 """How many drafts each seq gets and when the target waits for them: what gives the most tokens a second.
 
 A pure class: it is told how long rounds took, and answers from what it has learned. Acceptance comes from the verdicts
-of each seq (`scheduler/acceptance.py`), times from the rounds (`scheduler/step_times.py`), the best numbers from both
+of each seq (`scheduler/acceptance.py`), times from the rounds (`scheduler/round_times.py`), the best numbers from both
 (`scheduler/goodput.py`), and what falls asleep is probed now and then (`scheduler/probing.py`).
 """
 
@@ -13,14 +13,14 @@ from typing import NamedTuple
 from scheduler.acceptance import AcceptancePrior, expected_tokens
 from scheduler.goodput import Row, SteadyState, pick_drafts, plan_serial, rate_of_alike, steady_state
 from scheduler.probing import Probes, Switch
-from scheduler.step_times import DraftTimes, StepTimes, VerifyTimes
+from scheduler.round_times import RoundTimes
+from scheduler.step_times import VerifyTimes
 
 __all__ = ["Choice", "Drafts", "SpeculationPolicy"]
 
 _NUM_UNMEASURED = 4  # drafts while nothing is known of the times ...
 _MAX_UNMEASURED = 8  # ... of so many seqs at most, 1 of more
 _EXPLORE_EVERY = 48  # target rounds: one with another number of drafts, to learn what it takes
-_NUM_FIRST = 3  # draft rounds: before so many were seen, their times are not known
 _NUM_WAITED = 4  # draft rounds that the target waits for, to learn how fast the draft is alone; later one now and then
 _NUM_TIMED = 4.0  # observations of plain decoding that average out the noise
 _MAX_FINE = 8  # seqs up to which every number of steps to wait for is tried; more take longer to think about
@@ -29,7 +29,6 @@ _MAX_UNVERIFIED = 4  # target rounds that decode plainly while drafts come
 _CHANGE_FOR = 1.02  # what running ahead must gain over waiting to be taken up
 _DECENT = 0.7  # acceptance
 _MIN_SURVIVAL = 0.05  # a draft that is less likely to be verified and accepted is not worth its power
-_FIRST_SLOWDOWN, _MAX_SLOWDOWN = 1.03, 1.5
 _RESTART_STEPS = 0.5  # from a verdict to the first step of a new chain: half a step is still running
 _HOLD_MARGIN = 2.0  # by how much drafts may come later than expected
 _REST_ROUNDS = 8  # target rounds after which it is thought about anew whether to speculate
@@ -76,16 +75,10 @@ class SpeculationPolicy:
         self._window = window
         self._has_branches = has_branches
         self._runs_ahead = not self.is_serial  # the draft goes on while the target verifies
-        self._target = StepTimes()
-        self._draft = DraftTimes()  # of draft rounds beside a target round, and of all where nothing runs beside them
-        self._draft_alone = DraftTimes()  # of those that the target waited for: it may share memory with the draft
-        self._slowdown = 1.0 if self.is_serial else _FIRST_SLOWDOWN  # of a target round while the draft runs
+        self.times = RoundTimes(is_serial=self.is_serial)
         self._switch = Switch()
         self._probes = Probes(self.prior)
         self._num_rounds = 0
-        self._num_draft_rounds = 0  # since the last target round
-        self._num_draft_rounds_seen = 0
-        self._num_alone = 0  # draft rounds that the target waited for
         self._num_rows = 0  # of the last target round that decoded
         self._has_ordered = False  # drafts, when last asked for lengths
         self._rests_until = 0  # target round
@@ -100,49 +93,25 @@ class SpeculationPolicy:
 
     def observe_target(self, *, num_seqs: int, num_tokens: int, num_context: int, run_s: float) -> None:
         """A target round over `num_tokens` tokens of `num_seqs` seqs took `run_s`. `num_context`: tokens in their KV
-        caches. Where the draft ran ahead since the last one, it has slowed this one down.
-        """
+        caches."""
         self._num_rounds += 1
         self._step_cost = None
         self._switch.on_round()
         self._probes.on_round(run_s)
-        if self._num_draft_rounds and self._runs_ahead:
-            self._learn_slowdown(num_tokens, num_context, run_s)
-            run_s /= self._slowdown
-        self._num_draft_rounds = 0
-        self._target.observe(num_tokens, run_s, num_context=num_context)
-
-    def _learn_slowdown(self, num_tokens: int, num_context: int, run_s: float) -> None:
-        if self._target.weight(num_tokens) < 4:
-            return
-        ratio = run_s / self._target.predict(num_tokens, num_context=num_context)
-        self._slowdown += 0.02 * (min(ratio, _MAX_SLOWDOWN) - self._slowdown)
-        self._slowdown = min(_MAX_SLOWDOWN, max(1.0, self._slowdown))
+        self.times.observe_target(num_tokens, num_context, run_s, runs_ahead=self._runs_ahead)
 
     def observe_draft(
         self, *, num_seqs: int, num_steps: int, num_chunk_tokens: int, run_s: float, beside_target: bool = False
     ) -> None:
-        """A draft round took `run_s`: a forward over `num_chunk_tokens` tokens that it caught up with, behind whose
-        last ones the first drafts were chosen, then one for each further draft of `num_seqs` seqs (`num_steps` in all).
-        `beside_target`: a target round ran meanwhile.
-        """
-        self._num_draft_rounds += 1
-        self._num_draft_rounds_seen += 1
+        """A draft round took `run_s`; see RoundTimes."""
         self._step_cost = None
-        times = [self._draft] if beside_target else [self._draft_alone]
-        if self.is_serial or not self._draft.is_known:
-            times = [self._draft, self._draft_alone]
-        for each in times:
-            each.observe(num_seqs=num_seqs, num_steps=num_steps, num_chunk_tokens=num_chunk_tokens, run_s=run_s)
-        self._num_alone += not beside_target
-
-    def _waited_step_s(self, num_seqs: int) -> float:
-        """Seconds of a draft step that the target waits for."""
-        return min(self._draft_alone.step_s(num_seqs), self._draft.step_s(num_seqs))
-
-    def draft_step_s(self, num_seqs: int) -> float:
-        """Expected seconds of a draft step for so many seqs; a guess until one was seen."""
-        return self._draft.step_s(num_seqs) if self._draft.is_known else 1e-3 * (1.0 + 0.1 * num_seqs)
+        self.times.observe_draft(
+            num_seqs=num_seqs,
+            num_steps=num_steps,
+            num_chunk_tokens=num_chunk_tokens,
+            run_s=run_s,
+            beside_target=beside_target,
+        )
 
     # -- what the target verifies -------------------------------------------------------------------------------------
 
@@ -157,9 +126,9 @@ class SpeculationPolicy:
         self._num_rows = len(seqs)
         if not any(seq.num_ready or seq.num_coming for seq in seqs):
             return [Choice(0) for _ in seqs]
-        if not self._target.is_known:
+        if not self.times.target_is_known:
             return [Choice(min(seq.num_ready, seq.limit)) for seq in seqs]
-        verify_s = VerifyTimes(self._target, len(seqs), num_other_tokens)
+        verify_s = self.times.verify_times(len(seqs), num_other_tokens=num_other_tokens)
         may_hold = not self.is_serial and num_other_tokens == 0 and all(seq.may_hold for seq in seqs)
         if may_hold:
             hold_s = self._hold_for_fixed_s(seqs) or self._hold_s(seqs, self._slowed(verify_s))
@@ -170,7 +139,7 @@ class SpeculationPolicy:
         return [Choice(count) for count in counts]
 
     def _slowed(self, verify_s: VerifyTimes) -> VerifyTimes:
-        return verify_s.slowed(self._slowdown) if self._runs_ahead else verify_s
+        return verify_s.slowed(self.times.slowdown) if self._runs_ahead else verify_s
 
     def _worth_verifying(self, seqs: Sequence[Drafts], verify_s: VerifyTimes) -> list[int]:
         rows = [self._row_now(seq) for seq in seqs]
@@ -190,14 +159,18 @@ class SpeculationPolicy:
 
     def _hold_s(self, seqs: Sequence[Drafts], verify_s: VerifyTimes) -> float:
         """How long the target had better wait for drafts; it waits for all or none, so that no seq misses a round."""
-        if not self._draft.is_known or not all(seq.limit for seq in seqs) or not any(seq.num_coming for seq in seqs):
+        if (
+            not self.times.draft_is_known
+            or not all(seq.limit for seq in seqs)
+            or not any(seq.num_coming for seq in seqs)
+        ):
             return 0.0
         if len(seqs) > _MAX_HELD:
             return 0.0
         steady = self._steady_state(seqs, len(seqs))
         price = steady.rate if self._runs_ahead else self._price
-        step_s = self._draft.step_s(len(seqs))
-        waited_s = self._waited_step_s(len(seqs))
+        step_s = self.times.draft_step_s(len(seqs))
+        waited_s = self.times.waited_step_s(len(seqs))
         restart_s = _RESTART_STEPS * step_s if self._runs_ahead else 0.0
         best_gain, best_wait = float("-inf"), 0
         most = max(seq.limit - seq.num_ready for seq in seqs)
@@ -219,7 +192,7 @@ class SpeculationPolicy:
 
     def _is_curious(self, seqs: Sequence[Drafts]) -> bool:
         """Whether to wait for once, to learn how fast the draft is when the target does not run beside it."""
-        is_due = self._num_alone < _NUM_WAITED or self._is_exploring
+        is_due = self.times.num_alone < _NUM_WAITED or self._is_exploring
         return self._adaptive and is_due and not any(seq.num_ready for seq in seqs)
 
     def _hold_for_fixed_s(self, seqs: Sequence[Drafts]) -> float:
@@ -228,14 +201,14 @@ class SpeculationPolicy:
         missing = max((seq.limit - seq.num_ready for seq in seqs if seq.is_fixed and seq.num_coming), default=0)
         if missing < 1:
             return 0.0
-        step_s = self._draft.step_s(len(seqs)) if self._draft.is_known else self._target.predict(1)
+        step_s = self.times.draft_step_s(len(seqs)) if self.times.draft_is_known else self.times.target_s(1)
         return _HOLD_MARGIN * (missing + 1) * step_s
 
     def _value_of_going_on(
         self, rows: Sequence[Row], counts: Sequence[int], steady: SteadyState, step_s: float
     ) -> float:
         """Tokens that the drafts made meanwhile are worth, where the verdict lets the chain go on."""
-        wait_s = steady.num_waited * self._waited_step_s(len(rows))
+        wait_s = steady.num_waited * self.times.waited_step_s(len(rows))
         wait_s += _RESTART_STEPS * step_s if steady.num_waited else 0.0
         saved = steady.rate * wait_s / len(rows)
         value = 0.0
@@ -256,7 +229,7 @@ class SpeculationPolicy:
         rows = [self._row(seq) for seq in seqs]
         if not any(row.limit for row in rows):
             return [self._window_of(row.num_fixed, row) for row in rows]
-        if not self._is_measured:
+        if not self.times.is_measured:
             most = _NUM_UNMEASURED if len(rows) <= _MAX_UNMEASURED else 1
             return [self._window_of(row.num_fixed or min(row.limit, most), row) for row in rows]
         num_rows = max(len(seqs), self._num_rows)
@@ -278,10 +251,6 @@ class SpeculationPolicy:
         """It was found that nobody had better draft, and is not yet to be thought about anew."""
         return self._num_rounds < self._rests_until
 
-    @property
-    def _is_measured(self) -> bool:
-        return self._target.is_known and self._num_draft_rounds_seen >= _NUM_FIRST
-
     def _row(self, seq: Drafts) -> Row:
         """With as many drafts as it may ever have."""
         if seq.is_fixed or not self._adaptive:
@@ -290,7 +259,7 @@ class SpeculationPolicy:
 
     def _times_plain(self, num_rows: int) -> bool:
         """Whether what speculation has to beat is to be measured: once at once, a few times more in due course."""
-        num_timed = self._target.weight(num_rows)
+        num_timed = self.times.num_seen(num_rows)
         return num_timed == 0.0 or (num_timed < _NUM_TIMED and self._is_exploring)
 
     @property
@@ -302,8 +271,8 @@ class SpeculationPolicy:
         plan = plan_serial(
             rows + others,
             self._verify_times(rows, num_rows),
-            self._draft.further_s,
-            start_s=self._draft.start_s(len(rows)),
+            self.times.draft_further_s,
+            start_s=self.times.draft_start_s(len(rows)),
         )
         is_on = self._is_on(plan.rate, plan.plain_rate, len(rows), num_rows)
         self._price = plan.rate if is_on else plan.plain_rate
@@ -333,7 +302,7 @@ class SpeculationPolicy:
         steady = self._steady_state(seqs, num_rows)
         others = [_PLAIN_ROW] * (num_rows - len(rows))
         verify_s = self._verify_times(rows, num_rows)
-        waiting = plan_serial(rows + others, verify_s, self._waited_step_s)
+        waiting = plan_serial(rows + others, verify_s, self.times.waited_step_s)
         is_ahead = self._has_branches or steady.rate > waiting.rate * (1.0 if self._runs_ahead else _CHANGE_FOR)
         rate = steady.rate if is_ahead else waiting.rate
         is_on = self._is_on(rate, waiting.plain_rate, len(rows), num_rows)
@@ -343,7 +312,7 @@ class SpeculationPolicy:
             return [row.num_fixed for row in rows]
         if not is_ahead:
             return waiting.lengths[: len(rows)]
-        counts, _ = pick_drafts(rows, verify_s.slowed(self._slowdown), rate)
+        counts, _ = pick_drafts(rows, verify_s.slowed(self.times.slowdown), rate)
         return counts
 
     def _steady_state(self, seqs: Sequence[Drafts], num_rows: int) -> SteadyState:
@@ -351,30 +320,30 @@ class SpeculationPolicy:
         key = (num_rows, self._num_rounds // (1 + num_rows // 8))
         if self._steady is None or self._steady[0] != key:
             rows = [self._row(seq) for seq in seqs] + [_PLAIN_ROW] * (num_rows - len(seqs))
-            step_s = self._draft.step_s(len(seqs))
-            verify_s = self._verify_times(rows, num_rows).slowed(self._slowdown)
+            step_s = self.times.draft_step_s(len(seqs))
+            verify_s = self._verify_times(rows, num_rows).slowed(self.times.slowdown)
             self._steady = (
                 key,
                 steady_state(
                     rows,
                     verify_s,
                     step_s,
-                    waited_step_s=self._waited_step_s(len(seqs)),
+                    waited_step_s=self.times.waited_step_s(len(seqs)),
                     restart_s=_RESTART_STEPS * step_s,
                 ),
             )
         return self._steady[1]
 
     def _verify_times(self, rows: Sequence[Row], num_rows: int) -> VerifyTimes:
-        return VerifyTimes(self._target, num_rows, 0, num_fixed=sum(row.num_fixed for row in rows))
+        return self.times.verify_times(num_rows, num_fixed=sum(row.num_fixed for row in rows))
 
     def _window_of(self, num_drafts: int, row: Row) -> int:
         """Those that are verified, and where the draft runs ahead those that are drafted meanwhile."""
         if num_drafts == 0 or not self._runs_ahead:
             return num_drafts
         meanwhile = self._max_drafts
-        if self._target.is_known and self._draft.is_known:
-            meanwhile = ceil(self._target.predict(1) / self._draft.step_s(1)) + 1
+        if self.times.target_is_known and self.times.draft_is_known:
+            meanwhile = ceil(self.times.target_s(1) / self.times.draft_step_s(1)) + 1
         return max(1, min(num_drafts + meanwhile, self._window or 2 * max(self._max_drafts, num_drafts)))
 
     def _add_probe(self, seqs: Sequence[Drafts], rows: Sequence[Row], lengths: list[int]) -> None:
@@ -383,12 +352,12 @@ class SpeculationPolicy:
             return
         # The likeliest one: it stays so until its verdict, and after a bad one another is.
         index = max(asleep, key=lambda i: (rows[i].acceptance, -seqs[i].num_behind))
-        step_s = self._draft.step_s(1)
-        num_drafts = floor(_PROBE_SHARE * self._target.predict(1) / step_s)
+        step_s = self.times.draft_step_s(1)
+        num_drafts = floor(_PROBE_SHARE * self.times.target_s(1) / step_s)
         num_drafts = max(1, min(rows[index].limit, _NUM_UNMEASURED, num_drafts))
         num_rows = max(len(rows), self._num_rows)
-        verify_s = VerifyTimes(self._target, num_rows, 0)
-        cost_s = self._draft.chunk_s(1 + seqs[index].num_behind) + num_drafts * step_s
+        verify_s = self.times.verify_times(num_rows)
+        cost_s = self.times.draft_chunk_s(1 + seqs[index].num_behind) + num_drafts * step_s
         cost_s += verify_s(num_drafts) - verify_s(0)
         best, plain = self._rates_if_all(num_rows, _NEVER_WRONG)
         worth = max(_LEAST_WORTH, min(1.0, (best / plain - 1.0) / _HOPED))
@@ -401,10 +370,10 @@ class SpeculationPolicy:
 
         With decent drafts: of bad ones only a seq that has caught up can show that they have become better.
         """
-        if not (self._adaptive and self._is_measured):
+        if not (self._adaptive and self.times.is_measured):
             return True
-        share = 1.0 if self.is_serial else self._slowdown - 1.0
-        return num_left * self._saved_s(num_seqs) >= share * self._draft.chunk_s(num_behind)
+        cost_s = self.times.draft_share * self.times.draft_chunk_s(num_behind)
+        return num_left * self._saved_s(num_seqs) >= cost_s
 
     def _saved_s(self, num_seqs: int) -> float:
         """Seconds that drafts save for each token, where so many seqs run; computed anew with every target round."""
@@ -417,8 +386,8 @@ class SpeculationPolicy:
     def _rates_if_all(self, num_seqs: int, acceptance: float) -> tuple[float, float]:
         """Tokens a second of so many seqs if drafts of all were at hand and accepted like that, the best number of
         them; and without drafts."""
-        verify_s = VerifyTimes(self._target, num_seqs, 0)
-        start_s, further_s = self._draft.start_s(num_seqs), self._draft.further_s(num_seqs)
+        verify_s = self.times.verify_times(num_seqs)
+        start_s, further_s = self.times.draft_start_s(num_seqs), self.times.draft_further_s(num_seqs)
         best = max(
             rate_of_alike(num_seqs, acceptance, num_drafts, verify_s, start_s + num_drafts * further_s)
             for num_drafts in range(1, self._max_drafts + 1)
@@ -433,6 +402,6 @@ class SpeculationPolicy:
     def draft_step_cost(self) -> float:
         """Tokens that a draft step costs: in serial the target waits for it, in continuous it slows the target."""
         if self._step_cost is None:
-            share = 1.0 if self.is_serial else self._slowdown - 1.0
-            self._step_cost = share * self._draft.step_s(1) * self._price if self._draft.is_known else 0.0
+            step_s = self.times.draft_step_s(1) if self.times.draft_is_known else 0.0
+            self._step_cost = self.times.draft_share * step_s * self._price
         return self._step_cost

@@ -228,7 +228,7 @@ def test_compiling_kernels_is_not_what_a_draft_takes() -> None:
         assert policy.pays_to_catch_up(num_seqs=1, num_behind=100, num_left=100)
         policy.observe_draft(num_seqs=1, num_steps=4, num_chunk_tokens=2, run_s=run_s)
     assert policy.draft_lengths([drafts()])[0] > 1
-    assert policy.draft_step_s(1) < 2 * SMALL_DRAFT(1)
+    assert policy.times.draft_step_s(1) < 2 * SMALL_DRAFT(1)
 
 
 def test_better_seqs_get_more_drafts() -> None:
