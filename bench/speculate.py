@@ -157,17 +157,22 @@ def measure(
     prompts: Prompts,
     args: argparse.Namespace,
 ) -> Results:
-    """Every variant in turn, `args.runs` times, in each cell that has prompts. Raises NotAvailableError if plain
-    decoding cannot be started."""
+    """Every variant in turn, `args.runs` times, in each cell that has prompts; what each gave is told on stderr at
+    once. Raises NotAvailableError if plain decoding cannot be started."""
     results = Results()
-    for _ in range(args.runs):
+    for number in range(1, args.runs + 1):
         for variant in variants:
             if variant in results.refusals:
                 continue
             try:
                 with VariantDeployment(pair, variant) as deployment:
                     for cell in prompts:
-                        results.add(variant, cell, run_cell(deployment, prompts[cell], cell, args.tokens))
+                        run = run_cell(deployment, prompts[cell], cell, args.tokens)
+                        results.add(variant, cell, run)
+                        print(
+                            f"run {number}/{args.runs}, {variant.name}, {cell.name}: {run.tokens_per_s:.1f} tokens/s",
+                            file=sys.stderr,
+                        )
             except NotAvailableError as error:
                 if variant == PLAIN:
                     raise
