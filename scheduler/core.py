@@ -14,9 +14,10 @@ from grpc import StatusCode
 from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2, worker_pb2
 from scheduler.config import SchedulerConfig
 from scheduler.detokenizer import TokenTable
+from scheduler.draft_tally import DraftTally
 from scheduler.engine import Engine, PlannedRow
 from scheduler.idle_meter import IdleMeter
-from scheduler.request import Chunk, Failed, InvalidRequestError, Output, Request, build_request, count_verdict
+from scheduler.request import Chunk, Failed, InvalidRequestError, Output, Request, build_request
 from scheduler.seq import Seq, SeqStatus
 from scheduler.speculation import Speculation
 from scheduler.stopping import Finish
@@ -55,6 +56,7 @@ class SchedulerCore:
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap; finished requests stay until they surface
         self._outputs: list[Output | _Fresh] = []
         self._num_generated = 0
+        self._speculated = DraftTally()
         self._totals = scheduler_pb2.SchedulerStatus()
         self._draft_idle = IdleMeter()
         self._verify_wait = IdleMeter()
@@ -245,12 +247,11 @@ class SchedulerCore:
         """`num_taken` tokens were committed for the row's seq."""
         request = row.seq.request
         self._num_generated += num_taken
-        for stats in (request.speculation, self._totals.speculation_total):
-            stats.num_rounds += 1
-            if row.drafts:
-                count_verdict(stats, answer.num_verified_tokens, min(answer.num_accepted_tokens, num_taken))
+        num_verified = answer.num_verified_tokens if row.drafts else 0
+        for tally in (request.speculation, self._speculated):
+            tally.add(num_verified, min(answer.num_accepted_tokens, num_taken))
         if row.drafts:
-            self._speculation.on_verdict(row.seq, answer.num_accepted_tokens, answer.num_verified_tokens)
+            self._speculation.on_verdict(row.seq, answer.num_accepted_tokens, num_verified)
         if request.first_token_s is None:
             request.first_token_s = now
         if len(request.seqs) > 1:
@@ -349,6 +350,7 @@ class SchedulerCore:
         status = scheduler_pb2.SchedulerStatus()
         status.CopyFrom(self._totals)
         status.generation_tokens_total = self._num_generated
+        status.speculation_total.CopyFrom(self._speculated.message())
         status.num_preemptions_total = self._target.num_preemptions
         status.prefix_cache_queries = self._target.num_tokens_looked_up
         status.prefix_cache_hits = self._target.num_tokens_found

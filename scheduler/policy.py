@@ -7,7 +7,7 @@ of each seq (`scheduler/acceptance.py`), times from the rounds (`scheduler/round
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, floor
+from math import ceil, floor, isinf
 from typing import NamedTuple
 
 from scheduler.acceptance import AcceptancePrior, expected_tokens
@@ -128,7 +128,8 @@ class SpeculationPolicy:
             return [Choice(0) for _ in seqs]
         if not self.times.target_is_known:
             return [Choice(min(seq.num_ready, seq.limit)) for seq in seqs]
-        verify_s = self.times.verify_times(len(seqs), num_other_tokens=num_other_tokens)
+        num_fixed = sum(seq.limit for seq in seqs if seq.is_fixed or not self._adaptive)
+        verify_s = self.times.verify_times(len(seqs), num_other_tokens=num_other_tokens, num_fixed=num_fixed)
         may_hold = not self.is_serial and num_other_tokens == 0 and all(seq.may_hold for seq in seqs)
         if may_hold:
             hold_s = self._hold_for_fixed_s(seqs) or self._hold_s(seqs, self._slowed(verify_s))
@@ -143,13 +144,18 @@ class SpeculationPolicy:
 
     def _worth_verifying(self, seqs: Sequence[Drafts], verify_s: VerifyTimes) -> list[int]:
         rows = [self._row_now(seq) for seq in seqs]
-        tokens = sum(expected_tokens(row.acceptance, row.most) for row in rows)
-        price = self._price or tokens / verify_s(sum(row.most for row in rows))
-        counts, _ = pick_drafts(rows, verify_s, price)
+        counts, _ = pick_drafts(rows, verify_s, self._price or self._price_of(rows, verify_s))
         if (self.is_serial and self._has_ordered) or self._is_exploring:
             # Drafts that are never verified could not show that they are better than thought.
             counts = [max(count, min(1, row.most)) for count, row in zip(counts, rows, strict=True)]
         return counts
+
+    def _price_of(self, rows: Sequence[Row], verify_s: VerifyTimes) -> float:
+        """Tokens a second if all that is at hand is verified, or none of it, where that is more than was ever seen."""
+        all_s = verify_s(sum(row.most for row in rows))
+        if isinf(all_s):
+            return len(rows) / verify_s(sum(row.num_fixed for row in rows))
+        return sum(expected_tokens(row.acceptance, row.most) for row in rows) / all_s
 
     def _row_now(self, seq: Drafts, num_more: int = 0) -> Row:
         at_hand = min(seq.num_ready + num_more, seq.limit)
@@ -259,7 +265,7 @@ class SpeculationPolicy:
 
     def _times_plain(self, num_rows: int) -> bool:
         """Whether what speculation has to beat is to be measured: once at once, a few times more in due course."""
-        num_timed = self.times.num_seen(num_rows)
+        num_timed = self.times.weight(num_rows)
         return num_timed == 0.0 or (num_timed < _NUM_TIMED and self._is_exploring)
 
     @property

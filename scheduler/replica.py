@@ -230,14 +230,15 @@ class Replica:
 
     def _pump(self) -> None:
         self._pump_is_due = False
-        now = self._now()
-        while self._pump_draft() | self._pump_target(now):
-            pass
+        is_going = True
+        while is_going:
+            now = self._now()
+            is_going = self._pump_draft(now) | self._pump_target(now)
         self._arm_release()
         self._soon(self._deliver)  # behind the tasks that write the rounds
 
-    def _pump_draft(self) -> bool:
-        message = self._core.plan_draft(self._now()) if self.draft is not None else None
+    def _pump_draft(self, now: float) -> bool:
+        message = self._core.plan_draft(now) if self.draft is not None else None
         if self.draft is not None and message is not None:
             self.recorder.sent(_DRAFT, message)
             self.draft.send(message)

@@ -7,20 +7,11 @@ from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2
 from scheduler.config import SchedulerConfig, SpeculationConfig
 from scheduler.detokenizer import Detokenizer, TokenTable
 from scheduler.digests import DigestChain, root_digest
+from scheduler.draft_tally import DraftTally
 from scheduler.seq import Seq
 from scheduler.stopping import OutputText, StopRules, StopStrings
 
-__all__ = [
-    "Chunk",
-    "Completed",
-    "Failed",
-    "InvalidRequestError",
-    "Output",
-    "Request",
-    "build_request",
-    "count_verdict",
-    "max_drafts",
-]
+__all__ = ["Chunk", "Completed", "Failed", "InvalidRequestError", "Output", "Request", "build_request", "max_drafts"]
 
 
 class InvalidRequestError(ValueError):
@@ -63,7 +54,7 @@ class Request:
     deadline_s: float | None
     seed: int
     seqs: list[Seq] = field(default_factory=list)
-    speculation: inference_pb2.SpeculationStats = field(default_factory=inference_pb2.SpeculationStats)
+    speculation: DraftTally = field(default_factory=DraftTally)
     admitted_s: float | None = None
     first_token_s: float | None = None
     is_finished: bool = False
@@ -83,7 +74,7 @@ class Request:
                 completion_tokens=sum(seq.num_outputs for seq in self.seqs),
                 cached_prompt_tokens=self.num_cached_tokens,
             ),
-            speculation=self.speculation,
+            speculation=self.speculation.message(),
             seed=self.seed,
             timings=self._timings(now),
         )
@@ -110,19 +101,6 @@ def _finished(seq: Seq) -> inference_pb2.Finished:
     if seq.finish.stop_token_id is not None:
         message.stop_token_id = seq.finish.stop_token_id
     return message
-
-
-def count_verdict(stats: inference_pb2.SpeculationStats, num_verified: int, num_accepted: int) -> None:
-    """Drafts of a seq were compared, if any were."""
-    if num_verified == 0:
-        return
-    stats.num_drafts += 1
-    stats.num_draft_tokens += num_verified
-    stats.num_accepted_tokens += num_accepted
-    while len(stats.accepted_per_position) < num_verified:
-        stats.accepted_per_position.append(0)
-    for i in range(num_accepted):
-        stats.accepted_per_position[i] += 1
 
 
 def build_request(

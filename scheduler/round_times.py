@@ -7,7 +7,7 @@ from scheduler.step_times import DraftTimes, StepTimes, VerifyTimes
 
 __all__ = ["RoundTimes"]
 
-_NUM_FIRST = 3  # draft rounds: before so many were seen, their times are not known
+_NUM_MEASURED = 3  # draft rounds: before so many were seen, their times are not known
 _NUM_TRUSTED = 4  # target rounds of a size, from which on it can tell a slowdown
 _FIRST_SLOWDOWN, _MAX_SLOWDOWN = 1.03, 1.5
 _LEARNED = 0.02  # of a slowdown that was seen
@@ -67,8 +67,8 @@ class RoundTimes:
     def target_is_known(self) -> bool:
         return self._target.is_known
 
-    def num_seen(self, num_tokens: int) -> float:
-        """Recent target rounds over so many tokens."""
+    def weight(self, num_tokens: int) -> float:
+        """How many recent target rounds over so many tokens there were, the older the less they count."""
         return self._target.weight(num_tokens)
 
     def target_s(self, num_tokens: int) -> float:
@@ -89,7 +89,7 @@ class RoundTimes:
     @property
     def is_measured(self) -> bool:
         """Both sides, often enough to reckon with."""
-        return self._target.is_known and self._num_draft_rounds >= _NUM_FIRST
+        return self._target.is_known and self._num_draft_rounds >= _NUM_MEASURED
 
     @property
     def draft_share(self) -> float:

@@ -50,6 +50,7 @@ class Speculation:
         self._lookup_odds = [AcceptancePrior() for _ in range(_MAX_TRUST_LEN.bit_length())]
         self._num_looked_up = 0
         self._recent_drafts = 0.0  # of a row that had any
+        self._recent_accepted = 0.0  # of them
 
     def welcome(self, request: Request) -> None:
         """A request that will run."""
@@ -87,7 +88,7 @@ class Speculation:
         status.lookup_tokens_total = self._num_looked_up
         status.verdict_cache_hits_total = self.drafter.cache.num_hits
         status.verdict_cache_misses_total = self.drafter.cache.num_misses
-        status.acceptance_rate = self._policy.prior.rate if status.speculation_total.num_drafts else 0.0
+        status.acceptance_rate = self._recent_accepted / self._recent_drafts if self._recent_drafts else 0.0
         status.drafts_per_verification = self._recent_drafts
         seats = [(seq.draft.num_ahead, seq.window) for seq in running if seq.draft is not None and seq.window]
         if seats:
@@ -177,7 +178,9 @@ class Speculation:
     def on_verdict(self, seq: Seq, num_accepted: int, num_verified: int) -> None:
         self._num_looked_up += 0 if seq.verifies_chain else num_verified
         if num_verified:
-            self._recent_drafts += 0.05 * (num_verified - self._recent_drafts)
+            share = 0.05 if self._recent_drafts else 1.0
+            self._recent_drafts += share * (num_verified - self._recent_drafts)
+            self._recent_accepted += share * (num_accepted - self._recent_accepted)
         if seq.verifies_chain:
             seq.acceptance.observe(num_accepted, num_verified)
         elif seq.looked_up is not None:

@@ -27,7 +27,7 @@ _NUM_FIRST = 3  # observations of a size that may be far too long: kernels are c
 _KEEP = 0.98  # of what is known of a round's fixed part, when another is seen
 _LEAST_SPREAD = 0.25  # variance of the number of steps, below which there is no line to draw
 _LEAST_PER_STEP = 0.5  # of the mean step: what a further one costs at least
-_LEAST_S = 1e-6  # no forward is faster: a clock may say so
+_LEAST_S = 1e-6  # no forward is faster; a clock may say 0
 _MAX_SURPRISE = 3.0  # an observation counts for at most so many times its size's mean: hiccups are no news
 
 
@@ -56,6 +56,7 @@ class StepTimes:
         self._num_context = 0.0  # of the last forward
         self._context_num = 0.0  # what seconds by context is the quotient of
         self._context_den = 0.0
+        self._per_context = 0.0  # seconds that one cached token adds
 
     @property
     def is_known(self) -> bool:
@@ -82,18 +83,20 @@ class StepTimes:
         bucket = self._buckets.get(_bucket(num_tokens))
         if bucket is None:
             self._buckets[_bucket(num_tokens)] = _Bucket(float(num_tokens), num_context, run_s)
+            self._update_per_context()
             return
         expected_s = self._at_context(bucket.run_s, num_context - bucket.num_context)
         if bucket.weight >= _NUM_FIRST:
             run_s = min(run_s, _MAX_SURPRISE * expected_s)
+            self._learn_context(bucket, num_context, run_s)
         elif run_s < 0.5 * expected_s:
             bucket.run_s *= run_s / expected_s
-        self._learn_context(bucket, num_context, run_s)
         bucket.weight = min(_MEMORY, bucket.weight + 1.0)
         share = 1.0 / bucket.weight
         bucket.num_tokens += share * (num_tokens - bucket.num_tokens)
         bucket.num_context += share * (num_context - bucket.num_context)
         bucket.run_s += share * (run_s - bucket.run_s)
+        self._update_per_context()
 
     def _forget(self) -> None:
         """A machine changes: what was long not seen is to be seen again."""
@@ -108,15 +111,16 @@ class StepTimes:
         self._context_num = 0.99 * self._context_num + off * (run_s - bucket.run_s)
         self._context_den = 0.99 * self._context_den + off * off
 
-    @property
-    def _context_s(self) -> float:
-        """Seconds by context; next to nothing as long as contexts differed little beside what they are."""
-        den = self._context_den + self._num_context**2
-        return max(0.0, self._context_num / den) if den > 0.0 else 0.0
+    def _update_per_context(self) -> None:
+        """Next to nothing as long as contexts differed little beside the longest that it is applied to: noise would be
+        multiplied."""
+        longest = max(self._num_context, *(bucket.num_context for bucket in self._buckets.values()))
+        den = self._context_den + longest * longest
+        self._per_context = max(0.0, self._context_num / den) if den > 0.0 else 0.0
 
     def _at_context(self, run_s: float, num_more: float) -> float:
         """What took `run_s`, with so many cached tokens more (or fewer) to attend to."""
-        return max(0.1 * run_s, run_s + self._context_s * num_more)
+        return max(0.1 * run_s, run_s + self._per_context * num_more)
 
     def predict(self, num_tokens: float, *, num_context: float | None = None) -> float:
         """Expected seconds of a forward, by default with as much context as the last one had; something must have been

@@ -48,7 +48,7 @@ _COUNTERS = (
     _Series("num_preemptions", "Seqs that had to give their blocks back.", lambda s: s.num_preemptions_total),
     _Series("target_rounds", "Rounds of the target.", lambda s: s.target_rounds_total),
     _Series("draft_rounds", "Rounds of the draft.", lambda s: s.draft_rounds_total),
-    _Series("draft_tokens", "Tokens that the draft model was asked for.", lambda s: s.draft_tokens_total),
+    _Series("draft_tokens", "Tokens that the draft model wrote.", lambda s: s.draft_tokens_total),
     _Series("wasted_drafts", "Drafts of the model that nobody needed.", lambda s: s.wasted_draft_tokens_total),
     _Series("spec_decode_num_drafts", "Verifications that had drafts.", lambda s: s.speculation_total.num_drafts),
     _Series(

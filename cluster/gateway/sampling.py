@@ -19,6 +19,11 @@ _FROM_GENERATION_CONFIG = {  # generation_config.json's name -> ours
 }
 
 
+# The scheduler compares every character of the output with every stop string, between rounds.
+_MAX_STOPS = 64
+_MAX_STOP_CHARS = 1024
+
+
 @dataclass(frozen=True, slots=True)
 class _Rule:
     field: str
@@ -110,9 +115,13 @@ def _check_ranges(sampling: SamplingParams) -> None:
 
 
 def _check_collections(sampling: SamplingParams, vocab_size: int) -> None:
+    if len(sampling.stop) > _MAX_STOPS:
+        raise invalid(f"sampling.stop: at most {_MAX_STOPS} strings, got {len(sampling.stop)}")
     for i, stop in enumerate(sampling.stop):
         if not stop:
             raise invalid(f"sampling.stop[{i}]: is empty; leave it out")
+        if len(stop) > _MAX_STOP_CHARS:
+            raise invalid(f"sampling.stop[{i}]: at most {_MAX_STOP_CHARS} characters, got {len(stop)}")
     for i, token_id in enumerate(sampling.stop_token_ids):
         if not 0 <= token_id < vocab_size:
             raise invalid(f"sampling.stop_token_ids[{i}]: must be in [0, {vocab_size}), got {token_id}")

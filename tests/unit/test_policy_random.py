@@ -26,16 +26,25 @@ _SEQS = st.lists(
     max_size=6,
 )
 _TARGET = st.tuples(st.just("target"), st.integers(1, 6), st.integers(0, 40), st.integers(0, 10**6), _TIMES)
-_DRAFT = st.tuples(st.just("draft"), st.integers(0, 6), st.integers(0, 8), st.integers(0, 3000), _TIMES)
+_DRAFT = st.tuples(st.just("draft"), st.integers(0, 6), st.integers(0, 8), st.integers(0, 3000), _TIMES, st.booleans())
+_VERDICT = st.tuples(st.just("verdict"), st.integers(0, 8), st.integers(0, 8))
 _ASK = st.tuples(st.just("ask"), _SEQS, st.integers(0, 512), st.integers(0, 3))
 
 
-@pytest.mark.parametrize("pipeline", ["serial", "continuous"])
+@pytest.mark.parametrize(("pipeline", "has_branches"), [("serial", False), ("continuous", False), ("continuous", True)])
 @pytest.mark.parametrize("adaptive", [True, False])
 @settings(max_examples=60, deadline=None)
-@given(events=st.lists(st.one_of(_TARGET, _DRAFT, _ASK), max_size=40))
-def test_any_history_is_survived(pipeline: str, adaptive: bool, events: list[tuple]) -> None:  # type: ignore[type-arg]
-    policy = SpeculationPolicy(max_drafts=MAX_DRAFTS, adaptive=adaptive, pipeline=pipeline)
+@given(window=st.integers(0, 6), events=st.lists(st.one_of(_TARGET, _DRAFT, _VERDICT, _ASK), max_size=40))
+def test_any_history_is_survived(
+    pipeline: str,
+    has_branches: bool,
+    adaptive: bool,
+    window: int,
+    events: list[tuple],  # type: ignore[type-arg]
+) -> None:
+    policy = SpeculationPolicy(
+        max_drafts=MAX_DRAFTS, adaptive=adaptive, pipeline=pipeline, window=window, has_branches=has_branches
+    )
     for event in events:
         if event[0] == "target":
             _, num_seqs, num_drafts, num_context, run_s = event
@@ -43,8 +52,16 @@ def test_any_history_is_survived(pipeline: str, adaptive: bool, events: list[tup
                 num_seqs=num_seqs, num_tokens=num_seqs + num_drafts, num_context=num_context, run_s=run_s
             )
         elif event[0] == "draft":
-            _, num_seqs, num_steps, num_chunk_tokens, run_s = event
-            policy.observe_draft(num_seqs=num_seqs, num_steps=num_steps, num_chunk_tokens=num_chunk_tokens, run_s=run_s)
+            _, num_seqs, num_steps, num_chunk_tokens, run_s, beside_target = event
+            policy.observe_draft(
+                num_seqs=num_seqs,
+                num_steps=num_steps,
+                num_chunk_tokens=num_chunk_tokens,
+                run_s=run_s,
+                beside_target=beside_target,
+            )
+        elif event[0] == "verdict":
+            policy.prior.observe(min(event[1:]), max(event[1:]))
         else:
             _ask(policy, *event[1:])
 
@@ -58,6 +75,8 @@ def _ask(policy: SpeculationPolicy, seqs: list[Drafts], num_other_tokens: int, n
     for choice, seq in zip(choices, seqs, strict=True):
         assert 0 <= choice.num_verify <= min(seq.num_ready, seq.limit)
         assert 0.0 <= choice.hold_s < math.inf
-    assert policy.draft_step_cost >= 0.0
+    assert 0.0 <= policy.draft_step_cost < math.inf
+    if policy.times.target_is_known:
+        assert all(0.0 < policy.times.target_s(num_tokens) < math.inf for num_tokens in (1, 7, 50))
     policy.should_extend(0.5, 0.5)
     policy.pays_to_catch_up(num_seqs=len(seqs), num_behind=100, num_left=50)

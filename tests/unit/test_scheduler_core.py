@@ -199,7 +199,9 @@ def test_perfect_drafts_are_all_accepted_and_counted() -> None:
     assert stats.num_rounds == 4
     assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (3, 9, 9)
     assert list(stats.accepted_per_position) == [3, 3, 3]
-    assert sim.core.status().speculation_total.num_accepted_tokens == 9
+    status = sim.core.status()
+    assert status.speculation_total == stats
+    assert (status.acceptance_rate, status.drafts_per_verification) == (1.0, 3.0)
 
 
 def test_acceptance_is_that_of_the_draft_model() -> None:

@@ -65,6 +65,8 @@ async def refusal(validator: RequestValidator, wrong: pb.GenerateRequest) -> Ref
         ({"n": 65}, "sampling.n: must be in [1, 64], got 65"),
         ({"n": 0}, "sampling.n: must be in [1, 64], got 0"),
         ({"stop": ["a", ""]}, "sampling.stop[1]: is empty"),
+        ({"stop": ["a"] * 65}, "sampling.stop: at most 64 strings, got 65"),
+        ({"stop": ["a", "b" * 1025]}, "sampling.stop[1]: at most 1024 characters, got 1025"),
         ({"stop_token_ids": [4096]}, "sampling.stop_token_ids[0]: must be in [0, 4096), got 4096"),
         ({"stop_token_ids": [1, -1]}, "sampling.stop_token_ids[1]: must be in [0, 4096), got -1"),
         ({"logit_bias": {5000: 1.0}}, "sampling.logit_bias: token id must be in [0, 4096), got 5000"),

@@ -1,0 +1,39 @@
+"""What became of drafts, counted for a request or for all."""
+
+from dataclasses import dataclass, field
+
+from echelon.pb import inference_pb2
+
+__all__ = ["DraftTally"]
+
+
+@dataclass(slots=True)
+class DraftTally:
+    """Fields as in SpeculationStats (inference.proto); numbers of Python, which are faster to count in."""
+
+    num_rounds: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_per_position: list[int] = field(default_factory=list)
+
+    def add(self, num_verified: int, num_accepted: int) -> None:
+        """A target row has committed tokens; `num_verified` drafts were compared in it, so many of them accepted."""
+        self.num_rounds += 1
+        if num_verified == 0:
+            return
+        self.num_drafts += 1
+        self.num_draft_tokens += num_verified
+        self.num_accepted_tokens += num_accepted
+        self.accepted_per_position += [0] * (num_verified - len(self.accepted_per_position))
+        for position in range(num_accepted):
+            self.accepted_per_position[position] += 1
+
+    def message(self) -> inference_pb2.SpeculationStats:
+        return inference_pb2.SpeculationStats(
+            num_rounds=self.num_rounds,
+            num_drafts=self.num_drafts,
+            num_draft_tokens=self.num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
+            accepted_per_position=self.accepted_per_position,
+        )
