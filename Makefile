@@ -13,7 +13,7 @@ test: $(READY)  ## every test that needs no GPU
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton
 
 check: lint  ## the fast loop: lint, and the unit tests, fresh stubs among them
-	$(BIN)/python -m pytest -q tests/unit
+	$(BIN)/python -m pytest -q -n auto --dist worksteal tests/unit
 
 lint: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -372,7 +372,7 @@ async def test_an_error_of_its_own_is_fatal(house: House, monkeypatch: pytest.Mo
     """A scheduler that has lost its state must end, not go on answering."""
     gateway = house.gateway()
 
-    def broken() -> None:
+    def broken(now: float) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(house.server.replica, "_pump_draft", broken)
