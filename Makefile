@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PARALLEL := -q -n auto --dist worksteal
 
 .PHONY: demo test check lint test-gpu bench proto clean
 
@@ -9,11 +10,12 @@ demo: $(READY)  ## deploy the bundled pair on this machine's CPU, stream a compl
 	$(BIN)/python deploy/demo.py
 
 test: $(READY)  ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton
+	$(BIN)/python -m pytest -m "not gpu" --ignore tests/unit --ignore tests/kernels
+	$(BIN)/python -m pytest -m "not gpu" $(PARALLEL) tests/unit tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/triton
 
 check: lint  ## the fast loop: lint, and the unit tests, fresh stubs among them
-	$(BIN)/python -m pytest -q -n auto --dist worksteal tests/unit
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit
 
 lint: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .
