@@ -56,10 +56,10 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         told = None
         while True:
             changed = self._changed  # taken before the status is read: no change falls between the two
-            status = self._status(request.service)
+            status, is_last = self._status(request.service), self._closed
             if status != told:
                 yield health_pb2.HealthCheckResponse(status=status)
                 told = status
-            if self._closed:
+            if is_last:
                 return
             await changed.wait()

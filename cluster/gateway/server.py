@@ -1,7 +1,9 @@
 """A gateway put together: its gRPC server, its links to schedulers, its health."""
 
 import asyncio
+import contextlib
 import logging
+import time
 from pathlib import Path
 
 import grpc
@@ -80,7 +82,11 @@ class Gateway:
         self._servicer.refuse_new_requests()
         self._control.end_recordings()
         self._health.close()
-        await self._server.stop(grace_s)
+        began_s = time.monotonic()
+        # A server that stops drops newcomers without a word. So it goes on, and says why they are refused.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._servicer.wait_until_idle(), grace_s)
+        await self._server.stop(max(0.0, grace_s - (time.monotonic() - began_s)))
         if self._http is not None:
             await asyncio.to_thread(self._http.stop)
         for task in self._link_tasks:

@@ -1,5 +1,6 @@
 """The Inference service: translates between clients and schedulers."""
 
+import asyncio
 import time
 from collections.abc import Sequence
 
@@ -32,9 +33,16 @@ class InferenceServicer:
         self._info = info
         self._started_at = time.monotonic()
         self._draining = False
+        self._num_running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     def refuse_new_requests(self) -> None:
         self._draining = True
+
+    async def wait_until_idle(self) -> None:
+        """Until no request runs."""
+        await self._idle.wait()
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         meter = self._metrics.start()
@@ -48,10 +56,15 @@ class InferenceServicer:
         except Refusal as refusal:
             meter.on_error(refusal.code)
             await context.abort(refusal.code, refusal.message)
+        self._num_running += 1
+        self._idle.clear()
         try:
             await self._forward(submit.request_id, mailbox, context)
         finally:
             link.abandon(submit.request_id)  # does nothing unless the client left before the end
+            self._num_running -= 1
+            if self._num_running == 0:
+                self._idle.set()
 
     async def _forward(self, request_id: str, mailbox: Mailbox, context: Context) -> None:
         final = None

@@ -366,7 +366,7 @@ async def test_draining_finishes_what_runs_and_refuses_the_rest(house: House) ->
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
     draining = asyncio.ensure_future(house.gateway.drain(grace_s=60))
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
-    with pytest.raises(UnavailableError):
+    with pytest.raises(UnavailableError, match="shutting down"):
         await house.client.generate("new")
     house.scheduler.send_chunk("running", [1], "end")
     house.scheduler.send_complete("running")
