@@ -154,7 +154,7 @@ class SpeculationPolicy:
         """Tokens a second if all that is at hand is verified, or none of it, where that is more than was ever seen."""
         all_s = verify_s(sum(row.most for row in rows))
         if isinf(all_s):
-            return len(rows) / verify_s(sum(row.num_fixed for row in rows))
+            return sum(row.fixed_tokens for row in rows) / verify_s(sum(row.num_fixed for row in rows))
         return sum(expected_tokens(row.acceptance, row.most) for row in rows) / all_s
 
     def _row_now(self, seq: Drafts, num_more: int = 0) -> Row:

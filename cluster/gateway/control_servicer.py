@@ -17,6 +17,9 @@ MAX_TRACE_S = 600.0
 MAX_TRACE_ROUNDS = 1_000_000
 
 
+_SHUTTING_DOWN = "this gateway is shutting down"
+
+
 class ControlServicer:
     """Serves every method of `echelon.v1.Control`."""
 
@@ -39,9 +42,9 @@ class ControlServicer:
         return control_pb2.GetReplicasResponse(model=self._model_name, replicas=replicas)
 
     async def Trace(self, request: control_pb2.ReplicaTraceRequest, context: Context) -> None:
-        problem = self._problem_of(request)
-        if problem:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+        refusal = self._refusal_of(request)
+        if refusal is not None:
+            await context.abort(*refusal)
         call = self._links[request.replica].trace(request.trace)
         self._recordings.add(call)
         try:
@@ -54,10 +57,16 @@ class ControlServicer:
         except asyncio.CancelledError:
             if not self._draining:
                 raise
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "this gateway is shutting down")
+            await context.abort(grpc.StatusCode.UNAVAILABLE, _SHUTTING_DOWN)
         finally:
             self._recordings.discard(call)
             call.cancel()
+
+    def _refusal_of(self, request: control_pb2.ReplicaTraceRequest) -> tuple[grpc.StatusCode, str] | None:
+        if self._draining:
+            return grpc.StatusCode.UNAVAILABLE, _SHUTTING_DOWN
+        problem = self._problem_of(request)
+        return (grpc.StatusCode.INVALID_ARGUMENT, problem) if problem else None
 
     def _problem_of(self, request: control_pb2.ReplicaTraceRequest) -> str:
         """Empty: none."""

@@ -26,7 +26,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._closed = False
 
     def set(self, service: str, serving: bool) -> None:
-        if self._serving[service] != serving:
+        if not self._closed and self._serving[service] != serving:
             self._serving[service] = serving
             self._wake_watchers()
 

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
 CONTROL = control_pb2.DESCRIPTOR.services_by_name["Control"]
 DEFAULT_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+_NOTICE_S = 3.0  # for clients and load balancers to hear that the gateway stops
 
 
 class StartupError(RuntimeError):
@@ -83,9 +84,10 @@ class Gateway:
         self._control.end_recordings()
         self._health.close()
         began_s = time.monotonic()
-        # A server that stops drops newcomers without a word. So it goes on, and says why they are refused.
+        # A server that stops drops newcomers without a word. So it first goes on for a while, and says why they are
+        # refused; then their channels are told to go elsewhere.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._servicer.wait_until_idle(), grace_s)
+            await asyncio.wait_for(self._servicer.wait_until_idle(), min(grace_s, _NOTICE_S))
         await self._server.stop(max(0.0, grace_s - (time.monotonic() - began_s)))
         if self._http is not None:
             await asyncio.to_thread(self._http.stop)

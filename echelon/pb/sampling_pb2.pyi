@@ -92,7 +92,7 @@ class SamplingParams(google.protobuf.message.Message):
 
     @property
     def stop(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """stop strings: at most 64, of at most 1024 characters"""
+        """stop strings: at most 64, each of at most 1024 characters"""
 
     @property
     def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...

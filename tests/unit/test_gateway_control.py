@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from cluster.gateway.server import Gateway
 from echelon import __version__
+from echelon.client import AsyncClient
 from echelon.control import ControlClient
 from echelon.errors import EchelonError, InvalidRequestError, UnavailableError
 from echelon.pb import process_pb2
@@ -23,6 +24,7 @@ MODEL_DIR = Path(__file__).parents[2] / "models" / "demo-target"
 
 @dataclass
 class House:
+    address: str
     gateway: Gateway
     scheduler: FakeScheduler
     scheduler_server: grpc.aio.Server
@@ -50,7 +52,7 @@ async def house() -> AsyncIterator[House]:
     address = await gateway.start()
     await gateway.wait_until_ready()
     with ControlClient(address) as client:
-        yield House(gateway, scheduler, server, client)
+        yield House(address, gateway, scheduler, server, client)
     await gateway.drain(grace_s=0)
     await server.stop(grace=0)
 
@@ -87,6 +89,19 @@ async def test_a_gateway_that_stops_ends_a_recording(house: House) -> None:
     with pytest.raises(UnavailableError, match="shutting down"):
         await asyncio.to_thread(list, events)
     await draining
+
+
+async def test_a_gateway_that_stops_begins_no_recording(house: House) -> None:
+    async with AsyncClient(house.address) as client:
+        running = asyncio.ensure_future(client.generate("x", request_id="r"))
+        await house.scheduler.next_submit()
+        draining = asyncio.ensure_future(house.gateway.drain(grace_s=60))
+        with pytest.raises(UnavailableError, match="shutting down"):
+            await house.trace()
+        house.scheduler.send_complete("r")
+        await running
+    await draining
+    assert not house.scheduler.traces_asked
 
 
 @pytest.mark.parametrize(
