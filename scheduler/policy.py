@@ -265,7 +265,7 @@ class SpeculationPolicy:
 
     def _times_plain(self, num_rows: int) -> bool:
         """Whether what speculation has to beat is to be measured: once at once, a few times more in due course."""
-        num_timed = self.times.weight(num_rows)
+        num_timed = self.times.target_weight(num_rows)
         return num_timed == 0.0 or (num_timed < _NUM_TIMED and self._is_exploring)
 
     @property

@@ -40,7 +40,7 @@ class RoundCost:
         """Tokens that take as long as the fixed part of a round; a guess until different sizes were seen."""
         line = self._line
         # Sizes that deviate by less than 8 tokens show no slope to trust.
-        if line.weight < 2.0 or line.spread < 64.0 * line.weight * line.weight:
+        if line.weight < 2.0 or line.variance < 64.0:
             return int(self._knee)
         per_token = line.slope
         fixed = line.intercept(per_token)

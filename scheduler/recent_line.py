@@ -21,14 +21,14 @@ class RecentLine:
         self._xy = keep * self._xy + x * y
 
     @property
-    def spread(self) -> float:
-        """The variance of x, times the squared weight."""
-        return self.weight * self._xx - self._x * self._x
+    def variance(self) -> float:
+        """Of x; some points must have been added."""
+        return self._xx / self.weight - (self._x / self.weight) ** 2
 
     @property
     def slope(self) -> float:
-        """Only where x is spread."""
-        return (self.weight * self._xy - self._x * self._y) / self.spread
+        """Only where x varies."""
+        return (self._xy / self.weight - self._x * self._y / self.weight**2) / self.variance
 
     def intercept(self, slope: float) -> float:
         """Of the line with this slope through the middle of the points; some must have been added."""

@@ -67,7 +67,7 @@ class RoundTimes:
     def target_is_known(self) -> bool:
         return self._target.is_known
 
-    def weight(self, num_tokens: int) -> float:
+    def target_weight(self, num_tokens: int) -> float:
         """How many recent target rounds over so many tokens there were, the older the less they count."""
         return self._target.weight(num_tokens)
 

@@ -209,7 +209,7 @@ class _RoundStart:
     @property
     def per_step(self) -> float:
         line = self._line
-        if line.spread <= _LEAST_SPREAD * line.weight * line.weight:
+        if line.weight == 0.0 or line.variance <= _LEAST_SPREAD:
             return 1.0
         return max(_LEAST_PER_STEP, min(1.0, line.slope))
 

@@ -15,8 +15,6 @@ _TraceCall = grpc.aio.UnaryStreamCall[scheduler_pb2.TraceRequest, scheduler_pb2.
 
 MAX_TRACE_S = 600.0
 MAX_TRACE_ROUNDS = 1_000_000
-
-
 _SHUTTING_DOWN = "this gateway is shutting down"
 
 

@@ -1,6 +1,7 @@
 """The speculation policy told anything at all: it answers, within the limits, and never raises."""
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -40,7 +41,7 @@ def test_any_history_is_survived(
     has_branches: bool,
     adaptive: bool,
     window: int,
-    events: list[tuple],  # type: ignore[type-arg]
+    events: list[tuple[Any, ...]],
 ) -> None:
     policy = SpeculationPolicy(
         max_drafts=MAX_DRAFTS, adaptive=adaptive, pipeline=pipeline, window=window, has_branches=has_branches
