@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.prompts import load_prompts
 from bench.report import add_report_options, publish, table
-from kernels.sample import NoiseKeys, sample
+from kernels.sampling.sample import NoiseKeys, sample
 
 MODELS = Path(__file__).parents[1] / "models"
 

@@ -11,7 +11,7 @@ import torch
 
 from bench.load import run_side_by_side
 from echelon.requests import GenerateOptions
-from kernels.gumbel import gumbel_noise
+from kernels.sampling.gumbel import gumbel_noise
 
 
 @dataclass(frozen=True, slots=True)

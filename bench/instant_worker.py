@@ -12,9 +12,9 @@ from pathlib import Path
 
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.worker_pb2 import EngineInfo, Round, RoundResult, Row, RowResult
-from workers.cohort import Cohort
-from workers.load import Engines, OnProgress
-from workers.worker import main
+from workers.process.cohort import Cohort
+from workers.process.load import Engines, OnProgress
+from workers.process.worker import main
 
 GAPS_FILE = "ECHELON_BENCH_GAPS"
 TOKEN_ID = 100

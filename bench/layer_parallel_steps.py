@@ -17,9 +17,9 @@ import grpc
 
 from bench.random_model import write_random_llama
 from bench.report import Spread, publish, table
-from cluster.groups import RunningGroup, start_worker_group
-from cluster.processes import Child, ChildProcess
-from cluster.startup import Launch
+from cluster.processes.child import Child, ChildProcess
+from cluster.processes.startup import Launch
+from cluster.processes.worker_group import RunningGroup, start_worker_group
 from echelon import __version__
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.sampling_pb2 import SeqSampling

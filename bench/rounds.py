@@ -17,9 +17,9 @@ import grpc
 from bench.instant_worker import GAPS_FILE
 from bench.random_model import DEMO
 from bench.report import add_report_options, publish, table
-from cluster.groups import start_worker_group
-from cluster.processes import Child, ChildProcess
-from cluster.startup import Launch
+from cluster.processes.child import Child, ChildProcess
+from cluster.processes.startup import Launch
+from cluster.processes.worker_group import start_worker_group
 from echelon import __version__
 from echelon.pb.process_pb2 import EngineSpec, GroupEndpoint, SchedulerSpec, SpeculationSpec, WorkerSpec
 from echelon.pb.sampling_pb2 import SamplingParams

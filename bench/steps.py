@@ -27,9 +27,9 @@ from torch.profiler import ProfilerActivity, profile
 from bench.report import add_report_options, publish, table
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET, EngineRole, Round, Row, SeqInit
-from workers.cohort import Cohort
-from workers.engine import Engine
-from workers.load import load_engines
+from workers.engine.engine import Engine
+from workers.process.cohort import Cohort
+from workers.process.load import load_engines
 
 MODELS = Path(__file__).parents[1] / "models"
 BLOCK_SIZE = 16

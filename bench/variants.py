@@ -7,11 +7,11 @@ that what only a benchmark may ask for (forced acceptance) can be asked for here
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.deployment.settings import Settings
 from cluster.errors import PlanError, StartError
 from cluster.local import LocalDeployment, local_settings
-from cluster.processes import Child
-from cluster.settings import Settings
-from cluster.startup import Launch
+from cluster.processes.child import Child
+from cluster.processes.startup import Launch
 from echelon.pb.process_pb2 import SchedulerSpec, SpeculationSpec, WorkerSpec
 from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET, EngineInfo
 

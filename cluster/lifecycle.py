@@ -1,6 +1,6 @@
 """What the command line does with deployments: plan, up, status, down, list.
 
-Ray is imported only by what needs it (`cluster.ray_lifecycle`): it takes a second.
+Ray is imported only by what needs it (`cluster.on_ray.lifecycle`): it takes a second.
 """
 
 import logging
@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster import state_dir
-from cluster.deployment_file import load_deployment
+from cluster.deployment.deployment_file import load_deployment
 from cluster.errors import DeploymentNotFoundError, StartError
-from cluster.inventory import local_inventory
-from cluster.plan import Plan
-from cluster.planner import make_plan
-from cluster.ray_runtime import is_listening, start_private_ray, stop_private_ray
+from cluster.on_ray.runtime import is_listening, start_private_ray, stop_private_ray
+from cluster.planning.inventory import local_inventory
+from cluster.planning.plan import Plan
+from cluster.planning.planner import make_plan
+from cluster.processes.status import DeploymentStatus, ProcessStatus, State
 from cluster.state_dir import Record
-from cluster.status import DeploymentStatus, ProcessStatus, State
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def plan(path: Path, *, ray_address: str | None = None) -> Plan:
     settings = load_deployment(path)
     if ray_address is None:
         return make_plan(settings, local_inventory())
-    from cluster import ray_lifecycle
+    from cluster.on_ray import lifecycle as ray_lifecycle
 
     return ray_lifecycle.plan_on(settings, _checked(ray_address))
 
@@ -74,7 +74,7 @@ def up(
     try:
         record = _with_ray(record, ray_address or os.environ.get("RAY_ADDRESS"))
         on_event(RayConnected(address=record.ray_address, private=record.private_ray is not None))
-        from cluster import ray_lifecycle
+        from cluster.on_ray import lifecycle as ray_lifecycle
 
         return ray_lifecycle.deploy(
             record,
@@ -97,7 +97,7 @@ def status(name: str) -> DeploymentStatus:
         return DeploymentStatus(name=name, state=State.PENDING, reason="its Ray is starting")
     if not is_listening(record.ray_address):
         return record.lost(f"its Ray at {record.ray_address} does not answer; clean up with: echelon down {name}")
-    from cluster import ray_lifecycle
+    from cluster.on_ray import lifecycle as ray_lifecycle
 
     return ray_lifecycle.status_of(record)
 
@@ -149,7 +149,7 @@ def _clean_up(name: str) -> None:
 def _take_down(record: Record, *, grace_s: float) -> None:
     # A Ray that does not answer has taken our actors with it.
     if record.ray_address and is_listening(record.ray_address):
-        from cluster import ray_lifecycle
+        from cluster.on_ray import lifecycle as ray_lifecycle
 
         try:
             ray_lifecycle.end(record, grace_s)

@@ -9,14 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
-from cluster.inventory import inventory_of, machine_facts
-from cluster.layer_parallel import Mlps, Weights, layer_parallel
-from cluster.model_folder import read_model_folder
-from cluster.plan import Plan, describe_devices
-from cluster.planner import make_plan
-from cluster.processes import Child, ChildProcess
-from cluster.rollout import RunningDeployment, roll_out, stop_order
-from cluster.settings import (
+from cluster.deployment.settings import (
     DEFAULT_DEVICE_BYTES,
     Method,
     ModelSettings,
@@ -26,8 +19,15 @@ from cluster.settings import (
     default_max_model_len,
     resolve_speculation,
 )
-from cluster.startup import Launch, ProcessSet
-from cluster.status import ProcessStatus
+from cluster.layer_parallel import Mlps, Weights, layer_parallel
+from cluster.model_folder import read_model_folder
+from cluster.planning.inventory import inventory_of, machine_facts
+from cluster.planning.plan import Plan, describe_devices
+from cluster.planning.planner import make_plan
+from cluster.processes.child import Child, ChildProcess
+from cluster.processes.rollout import RunningDeployment, roll_out, stop_order
+from cluster.processes.startup import Launch, ProcessSet
+from cluster.processes.status import ProcessStatus
 
 STOP_GRACE_S = 5.0
 

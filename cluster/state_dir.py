@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.errors import DeploymentNotFoundError, StartError
-from cluster.ray_runtime import PrivateRay
-from cluster.status import DeploymentStatus, State
+from cluster.on_ray.runtime import PrivateRay
+from cluster.processes.status import DeploymentStatus, State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from cluster import lifecycle
 from cluster.errors import ConfigError, PlanError, StartError
-from echelon.cli_deploy import StartupDisplay
+from echelon.cli.deploy import StartupDisplay
 from echelon.client import Client
 from echelon.errors import EchelonError
 from echelon.results import Completion

@@ -14,8 +14,8 @@ from google.protobuf import json_format
 
 from echelon.pb import process_pb2
 from scheduler.config import ConfigError
-from scheduler.detokenizer import UnsupportedTokenizerError
-from scheduler.server import SchedulerServer
+from scheduler.process.server import SchedulerServer
+from scheduler.requests.detokenizer import UnsupportedTokenizerError
 
 _CONNECT_TIMEOUT_S = 30.0
 _DRAIN_GRACE_S = 30.0

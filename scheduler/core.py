@@ -13,15 +13,15 @@ from grpc import StatusCode
 
 from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2, worker_pb2
 from scheduler.config import SchedulerConfig
-from scheduler.detokenizer import TokenTable
-from scheduler.draft_tally import DraftTally
-from scheduler.engine import Engine, PlannedRow
-from scheduler.idle_meter import IdleMeter
-from scheduler.request import Chunk, Failed, InvalidRequestError, Output, Request, build_request
-from scheduler.seq import Seq, SeqStatus
-from scheduler.speculation import Speculation
-from scheduler.stopping import Finish
-from scheduler.target import TargetPlanner
+from scheduler.drafting.speculation import Speculation
+from scheduler.engines.engine import Engine, PlannedRow
+from scheduler.engines.idle_meter import IdleMeter
+from scheduler.requests.detokenizer import TokenTable
+from scheduler.requests.draft_tally import DraftTally
+from scheduler.requests.request import Chunk, Failed, InvalidRequestError, Output, Request, build_request
+from scheduler.requests.seq import Seq, SeqStatus
+from scheduler.requests.stopping import Finish
+from scheduler.target.planner import TargetPlanner
 
 __all__ = ["SchedulerCore"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from echelon.pb.worker_pb2 import Span
-from workers.groups import Group
+from workers.collectives import Group
 
 _NOT_RECORDED = nullcontext()
 

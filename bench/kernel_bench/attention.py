@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from bench.kernel_bench.machine import Machine, Step
 from bench.report import Spread, table
-from kernels.paged_attention import paged_attention, plan_attention
+from kernels.attention.paged_attention import paged_attention, plan_attention
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,15 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
 from cluster.errors import PlanError
-from cluster.groups import GroupLaunch, start_groups
+from cluster.processes.worker_group import GroupLaunch, start_groups
 from cluster.local import local_settings
-from cluster.plan import Plan
-from cluster.processes import Child
-from cluster.ray_cluster import NAMESPACE, plan_now, remnants, remove_groups, reserve
-from cluster.ray_host import RayChild, host_in_bundle
-from cluster.settings import Settings
-from cluster.specs import worker_specs
-from cluster.startup import Launch, ProcessSet
+from cluster.planning.plan import Plan
+from cluster.processes.child import Child
+from cluster.on_ray.cluster import NAMESPACE, plan_now, remnants, remove_groups, reserve
+from cluster.on_ray.host import RayChild, host_in_bundle
+from cluster.deployment.settings import Settings
+from cluster.processes.specs import worker_specs
+from cluster.processes.startup import Launch, ProcessSet
 from tests.helpers.model_folders import write_model_folder
 
 FAKE = "tests.helpers.fake_child"

@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.helpers.sampling import LOGITS, mixed_states, rows_of, sample_sharded, sample_whole, shard_of, state
-from workers.groups import SoloGroup, TorchGroup
-from workers.sampler import SampledRows, Sampler
+from workers.collectives import SoloGroup, TorchGroup
+from workers.sampling.sampler import SampledRows, Sampler
 
 VOCAB_SIZE = 131  # no shard is even
 LARGE_VOCAB_SIZE = 5001  # shards larger than what is exchanged at first

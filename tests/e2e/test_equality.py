@@ -28,7 +28,7 @@ from tests.helpers.deployment_streams import (
     make_cases,
 )
 from tests.helpers.token_rule import TokenRule
-from workers.groups import SoloGroup
+from workers.collectives import SoloGroup
 from workers.models import load_model
 
 TIE = 1e-4

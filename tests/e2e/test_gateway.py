@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cluster.local import LocalDeployment, local_settings
 from echelon import AsyncClient, Client, __version__
-from echelon.cli import main
+from echelon.cli.app import main
 from echelon.errors import (
     DeadlineExceededError,
     EchelonError,
@@ -239,7 +239,7 @@ def test_metrics_count_what_happens(deployment: LocalDeployment, client: Client)
 def test_a_trace_shows_what_both_groups_do(address: str, client: Client, tmp_path: Path) -> None:
     out = tmp_path / "trace.json"
     arguments = ["trace", "--out", str(out), "--rounds", "12", "--address", address]
-    recording = subprocess.Popen([sys.executable, "-m", "echelon.cli", *arguments], cwd=ROOT)
+    recording = subprocess.Popen([sys.executable, "-m", "echelon.cli.app", *arguments], cwd=ROOT)
     while recording.poll() is None:  # it needs something to record
         client.generate(PROMPT, max_tokens=64, ignore_eos=True, temperature=0)
     assert recording.returncode == 0
@@ -321,7 +321,7 @@ def test_watch_sees_a_scheduler_that_hangs_and_comes_back(
     assert client.generate(PROMPT, max_tokens=1).usage.completion_tokens == 1
 
 
-# `python -m cluster.gateway` by itself
+# `python -m gateway` by itself
 
 
 def start_gateway(**fields: Any) -> "subprocess.Popen[bytes]":
@@ -337,7 +337,7 @@ def start_gateway(**fields: Any) -> "subprocess.Popen[bytes]":
     )
     spec.MergeFrom(process_pb2.GatewaySpec(**fields))
     process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.gateway"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-m", "gateway"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdin is not None
     process.stdin.write(json_format.MessageToJson(spec, indent=None).encode() + b"\n")

@@ -15,9 +15,9 @@ from ray.util.placement_group import placement_group_table
 from cluster import lifecycle, state_dir
 from cluster.errors import DeploymentNotFoundError, PlanError, StartError
 from cluster.lifecycle import ProcessChanged, UpEvent
-from cluster.ray_cluster import connected, remnants
-from cluster.ray_runtime import is_listening, processes_with
-from cluster.status import DeploymentStatus, State
+from cluster.on_ray.cluster import connected, remnants
+from cluster.on_ray.runtime import is_listening, processes_with
+from cluster.processes.status import DeploymentStatus, State
 from echelon import Client
 from tests.helpers.model_folders import write_model_folder
 

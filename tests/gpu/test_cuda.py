@@ -9,13 +9,13 @@ import torch
 
 from echelon.pb.process_pb2 import WorkerSpec
 from echelon.pb.sampling_pb2 import SeqSampling
-from kernels.gumbel import gumbel_noise_range
+from kernels.sampling.gumbel import gumbel_noise_range
 from tests.helpers.engines import DRAFT, TARGET, drive, engine_spec, interleave
 from tests.helpers.hot_path import KINDS, hot_rounds
 from tests.helpers.launched import foreign_kernels, launched_by, our_kernels, replaced_operators
 from tests.helpers.rounds import Driver, greedy, seeded
-from workers.cohort import Cohort
-from workers.load import load_engines
+from workers.process.cohort import Cohort
+from workers.process.load import load_engines
 
 pytestmark = pytest.mark.gpu
 
@@ -107,7 +107,7 @@ def test_a_layer_parallel_draft_projects_its_layers_at_once(prompts: list[list[i
         driver = drive(load_engines(spec, Cohort(0, 1, None), lambda stage, done, total: None)[DRAFT])
         seq = driver.start(0, prompts[1], greedy())
         launched = launched_by(lambda driver=driver, seq=seq: driver.run((seq, driver.draft_row(seq, 4))))
-        assert (device == "cpu") == (not launched.kernels & our_kernels("layer_parallel_qkv"))
+        assert (device == "cpu") == (not launched.kernels & our_kernels("layers.layer_parallel_qkv"))
         drafts[device] = seq.output
     assert drafts["cuda"] == drafts["cpu"]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.paged_attention import paged_attention, paged_attention_reference
+from kernels.attention.paged_attention import paged_attention, paged_attention_reference
 
 CPU = torch.device("cpu")
 

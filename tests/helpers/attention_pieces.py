@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.paged_attention import paged_attention
+from kernels.attention.paged_attention import paged_attention
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16

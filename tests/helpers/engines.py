@@ -9,9 +9,9 @@ import torch
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.worker_pb2 import EngineRole
 from tests.helpers.rounds import Driver, Seq
-from workers.cohort import Cohort
-from workers.engine import Engine
-from workers.load import load_engines
+from workers.engine.engine import Engine
+from workers.process.cohort import Cohort
+from workers.process.load import load_engines
 
 TARGET = EngineRole.ENGINE_ROLE_TARGET
 DRAFT = EngineRole.ENGINE_ROLE_DRAFT

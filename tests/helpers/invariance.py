@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from tests.helpers.paged import PagedRunner
-from workers.groups import Group, SoloGroup, TorchGroup
+from workers.collectives import Group, SoloGroup, TorchGroup
 from workers.models import CausalLM, load_model
 
 DTYPE = torch.bfloat16

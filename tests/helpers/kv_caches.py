@@ -5,7 +5,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from kernels.block_copy import KVCaches
+from kernels.kv.block_copy import KVCaches
 
 Caches = list[tuple[Tensor, Tensor]]
 

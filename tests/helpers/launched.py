@@ -64,7 +64,9 @@ def launched_by(work: Callable[[], object]) -> Launched:
 
 def our_kernels(*modules: str) -> frozenset[str]:
     """Names of the jit functions of modules of `kernels`, or of all of them."""
-    found = modules or tuple(module.name for module in pkgutil.iter_modules(kernels.__path__))
+    found = modules or tuple(
+        module.name.removeprefix("kernels.") for module in pkgutil.walk_packages(kernels.__path__, "kernels.")
+    )
     return frozenset(
         name
         for module in found

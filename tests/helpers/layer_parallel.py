@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from kernels.rms_norm import rms_norm
+from kernels.layers.rms_norm import rms_norm
 from tests.helpers.paged import BLOCK_SIZE, PagedRunner
-from workers.batch import Batch
-from workers.groups import Group, SoloGroup, TorchGroup
-from workers.kv_cache import KVLayout
+from workers.collectives import Group, SoloGroup, TorchGroup
+from workers.engine.kv_cache import KVLayout
 from workers.models import CausalLM, LayerParallelLM, load_layer_parallel_model, load_model
+from workers.models.batch import Batch
 from workers.models.decoder import KVCache, make_step
 from workers.models.layer_groups import LayerGroups, LayerParallelPlan, MLPs, Weights
 

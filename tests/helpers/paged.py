@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.paged_kv import SeqLengths
-from workers.batch import Batch
+from kernels.attention.paged_kv import SeqLengths
 from workers.models import CausalLM
+from workers.models.batch import Batch
 
 BLOCK_SIZE = 4
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Protocol
 
-from scheduler.acceptance import Acceptance, AcceptancePrior, expected_tokens
-from scheduler.policy import Choice, Drafts, SpeculationPolicy
+from scheduler.policy.acceptance import Acceptance, AcceptancePrior, expected_tokens
+from scheduler.policy.policy import Choice, Drafts, SpeculationPolicy
 
 TOKENS_OF_A_REQUEST = 256
 

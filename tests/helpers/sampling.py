@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from echelon.pb.sampling_pb2 import SeqSampling
-from workers.groups import Group, SoloGroup
-from workers.sampler import RowEntry, SampledRows, Sampler, SamplingRows, SeqSamplingState
+from workers.collectives import Group, SoloGroup
+from workers.sampling.sampler import RowEntry, SampledRows, Sampler, SamplingRows, SeqSamplingState
 
 CPU = torch.device("cpu")
 PROMPT = (3, 1, 4, 1, 5)

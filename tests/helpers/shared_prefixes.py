@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.prefix_groups import PrefixGroup
+from kernels.upcoming.prefix_groups import PrefixGroup
 from tests.helpers.poisoned_cache import PoisonedCache, poisoned_cache
 
 BLOCK_SIZE = 4

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.gumbel import gumbel_noise_range
+from kernels.sampling.gumbel import gumbel_noise_range
 from tests.helpers.paged import PagedRunner
 from workers.models import CausalLM
 

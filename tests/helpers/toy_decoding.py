@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.sample import NoiseKeys
-from kernels.verify_chain import verify_chain
+from kernels.sampling.sample import NoiseKeys
+from kernels.sampling.verify_chain import verify_chain
 from tests.helpers.sampling import CPU, seq_sampling, shard_of
 from tests.helpers.thread_group import run_ranks
-from workers.groups import Group, SoloGroup
-from workers.sampler import RowEntry, Sampler, SamplingRows, SeqSamplingState
+from workers.collectives import Group, SoloGroup
+from workers.sampling.sampler import RowEntry, Sampler, SamplingRows, SeqSamplingState
 
 VOCAB_SIZE = 8
 Settings = dict[str, Any]  # of one seq; what is left out is neutral

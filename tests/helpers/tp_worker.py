@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from tests.helpers.paged import run_seqs
-from workers.groups import TorchGroup
+from workers.collectives import TorchGroup
 from workers.models import load_model
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import attention_tiles
-from kernels.paged_attention_probe import probe_paged_attention
+from kernels.attention import tiles as attention_tiles
+from kernels.attention.paged_attention_probe import probe_paged_attention
 from tests.helpers.attention_pieces import Seqs
 
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import block_copy
-from kernels.block_copy import cache_addresses, copy_blocks, gather_blocks, move_slots, scatter_blocks
+from kernels.kv import block_copy
+from kernels.kv.block_copy import cache_addresses, copy_blocks, gather_blocks, move_slots, scatter_blocks
 from tests.helpers.compile_sm90 import compile_for_sm90
 from tests.helpers.kv_caches import clone, flat, random_caches, same_bits
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import cascade_merge as module
-from kernels.cascade_merge import Partial, cascade_merge
+from kernels.upcoming import cascade_merge as module
+from kernels.upcoming.cascade_merge import Partial, cascade_merge
 from tests.helpers.compile_sm90 import compile_for_sm90
 
 NUM_TOKENS, NUM_HEADS, HEAD_DIM = 3, 2, 8

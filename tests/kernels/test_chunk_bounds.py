@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import chunk_bounds as module
-from kernels.chunk_bounds import (
+from kernels.upcoming import chunk_bounds as module
+from kernels.upcoming.chunk_bounds import (
     chunk_bounds,
     chunk_bounds_reference,
     chunk_scores,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.gumbel import (
+from kernels.sampling.gumbel import (
     LARGEST_UNIFORM,
     NOISE_MAX,
     NOISE_MIN,

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import kv_quant
-from kernels.kv_quant import QuantisedBlocks, dequantise_blocks, quantise_blocks
+from kernels.upcoming import kv_quant
+from kernels.upcoming.kv_quant import QuantisedBlocks, dequantise_blocks, quantise_blocks
 from tests.helpers.compile_sm90 import compile_for_sm90
 
 SHAPE = (3, 2, 2, 5, 2, 12)  # num_blocks, num_layers, keys and values, block_size, num_kv_heads, head_dim

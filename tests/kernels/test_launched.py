@@ -38,7 +38,7 @@ def test_ours_and_harmless_kernels_pass() -> None:
         "nvjet_tst_64x8_64x16_1x4_h_bz_TNT",
         "void gemv2T_kernel_val<int, int, float, float, float>(float)",
     ]
-    assert foreign_kernels([*harmless, *our_kernels("rms_norm", "block_copy")]) == []
+    assert foreign_kernels([*harmless, *our_kernels("layers.rms_norm", "kv.block_copy")]) == []
 
 
 @pytest.mark.parametrize(

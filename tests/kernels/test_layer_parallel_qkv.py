@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.layer_parallel_qkv import (
+from kernels.layers.layer_parallel_qkv import (
     _layer_parallel_qkv_kernel,
     layer_parallel_qkv,
     layer_parallel_qkv_reference,

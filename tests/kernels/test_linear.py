@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels.linear
-from kernels.linear import (
+import kernels.layers.linear
+from kernels.layers.linear import (
     MERGE_ELEMENTS,
     SPLIT_FEATURES,
     _add_partial_sums_kernel,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.mxfp4 import _quantize_kernel, dequantize_mxfp4, quantize_mxfp4
-from kernels.mxfp4_linear import _mxfp4_linear_kernel, mxfp4_linear, tile_options
+from kernels.upcoming.mxfp4 import _quantize_kernel, dequantize_mxfp4, quantize_mxfp4
+from kernels.upcoming.mxfp4_linear import _mxfp4_linear_kernel, mxfp4_linear, tile_options
 from tests.helpers.compile_sm90 import compile_for_sm90
 
 MAGNITUDES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import paged_attention_cpu
-from kernels.paged_attention import paged_attention
+from kernels.attention import paged_attention_cpu
+from kernels.attention.paged_attention import paged_attention
 from tests.helpers.attention import Case, tree_words
 
 # (length, new tokens): around block and tile borders, decode, verify and prefill rows, long chunks behind a prefix.

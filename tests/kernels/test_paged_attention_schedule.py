@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import attention_schedule, paged_attention
-from kernels.attention_schedule import Schedule, Settings, make_schedule
-from kernels.paged_kv import SeqLengths
+from kernels.attention import paged_attention
+from kernels.attention import schedule as attention_schedule
+from kernels.attention.paged_kv import SeqLengths
+from kernels.attention.schedule import Schedule, Settings, make_schedule
 
 CPU = torch.device("cpu")
 

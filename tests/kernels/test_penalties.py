@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.penalties import apply_bias, apply_mask, apply_penalties
+from kernels.sampling.penalties import apply_bias, apply_mask, apply_penalties
 
 LOGITS = torch.tensor([[2.0, -2.0, 0.5, 1.0], [2.0, -2.0, 0.5, 1.0]])
 NEUTRAL = (1.0, 0.0, 0.0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.philox import Words4, philox4x32, token_words
+from kernels.sampling.philox import Words4, philox4x32, token_words
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, result.
 KNOWN_ANSWERS = [

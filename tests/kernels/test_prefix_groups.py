@@ -2,7 +2,7 @@
 
 import pytest
 
-from kernels.prefix_groups import KVShape, PrefixGroup, choose_prefix_groups, prefix_saving_bytes
+from kernels.upcoming.prefix_groups import KVShape, PrefixGroup, choose_prefix_groups, prefix_saving_bytes
 
 LLAMA_8B = KVShape(num_q_heads=32, num_kv_heads=8, head_dim=128, block_size=16, element_size=2)
 KV_BYTES = 2 * 8 * 128 * 2  # a token, a layer

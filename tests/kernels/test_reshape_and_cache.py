@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.reshape_and_cache import (
+from kernels.kv.reshape_and_cache import (
     TILE_ELEMENTS,
     _gather_rotary_kernel,
     _reshape_and_cache_kernel,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.rms_norm import _rms_norm_kernel, fused_add_rms_norm, rms_norm, rms_norm_reference, tile_shape
+from kernels.layers.rms_norm import _rms_norm_kernel, fused_add_rms_norm, rms_norm, rms_norm_reference, tile_shape
 from tests.helpers.compile_sm90 import compile_for_sm90
 
 EPS = 1e-5

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import sample_cpu
-from kernels.gumbel import gumbel_noise_range
-from kernels.noise_keys import NoiseKeys, scale_by_temperature
-from kernels.sample import sample, sample_reference
-from kernels.sample_cpu import TILE, TILES_AT_ONCE
-from kernels.sample_top import sample_top, sample_top_reference
-from kernels.sort_key import pack_sort_key, unpack_sort_key
-from kernels.top_keys import top_sort_keys, top_sort_keys_reference
+from kernels.sampling import sample_cpu
+from kernels.sampling.gumbel import gumbel_noise_range
+from kernels.sampling.noise_keys import NoiseKeys, scale_by_temperature
+from kernels.sampling.sample import sample, sample_reference
+from kernels.sampling.sample_cpu import TILE, TILES_AT_ONCE
+from kernels.sampling.sample_top import sample_top, sample_top_reference
+from kernels.sampling.sort_key import pack_sort_key, unpack_sort_key
+from kernels.sampling.top_keys import top_sort_keys, top_sort_keys_reference
 
 
 def noise_keys(num_rows: int, seed: int = 0) -> NoiseKeys:

@@ -6,16 +6,21 @@ from typing import Any
 
 import pytest
 
-from kernels.gumbel import EXACT
-from kernels.non_finite import _non_finite_kernel
-from kernels.penalties import BIAS, MASK, PENALISE, _edit_kernel
-from kernels.probability_mass import _mass_and_rank_kernel
-from kernels.sample import _best_tile_kernel, _sample_tiles_kernel
-from kernels.sampling_tile import NUM_WARPS, SMALL_TILE, TILE
-from kernels.softmax_sum import _row_sums_kernel, _tile_sums_kernel
-from kernels.top_keys import _top_of_rows_kernel, _top_of_tiles_kernel
-from kernels.truncation_threshold import _collect_kernel, _lower_bound_kernel, _part_maxima_kernel, _threshold_kernel
-from kernels.verify_chain import _verify_chain_kernel
+from kernels.sampling.gumbel import EXACT
+from kernels.sampling.non_finite import _non_finite_kernel
+from kernels.sampling.penalties import BIAS, MASK, PENALISE, _edit_kernel
+from kernels.sampling.probability_mass import _mass_and_rank_kernel
+from kernels.sampling.sample import _best_tile_kernel, _sample_tiles_kernel
+from kernels.sampling.softmax_sum import _row_sums_kernel, _tile_sums_kernel
+from kernels.sampling.tile import NUM_WARPS, SMALL_TILE, TILE
+from kernels.sampling.top_keys import _top_of_rows_kernel, _top_of_tiles_kernel
+from kernels.sampling.truncation_threshold import (
+    _collect_kernel,
+    _lower_bound_kernel,
+    _part_maxima_kernel,
+    _threshold_kernel,
+)
+from kernels.sampling.verify_chain import _verify_chain_kernel
 from tests.helpers.compile_sm90 import compile_for_sm90
 
 INT64 = {

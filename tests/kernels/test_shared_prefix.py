@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.prefix_groups import PrefixGroup
-from kernels.shared_prefix import plan_shared_prefix, shared_prefix_attention
+from kernels.upcoming.prefix_groups import PrefixGroup
+from kernels.upcoming.shared_prefix import plan_shared_prefix, shared_prefix_attention
 from tests.helpers.shared_prefixes import BLOCK_SIZE, SharedBatch, shared_batch
 
 SCALE = 0.3

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.silu_and_mul import TILE_ELEMENTS, _silu_and_mul_kernel, silu_and_mul, silu_and_mul_reference
+from kernels.layers.silu_and_mul import TILE_ELEMENTS, _silu_and_mul_kernel, silu_and_mul, silu_and_mul_reference
 from tests.helpers.compile_sm90 import compile_for_sm90
 
 # 16-bit types round silu(gate) and the product: two roundings of half an ulp each, and their cross term.

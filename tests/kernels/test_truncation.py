@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.probability_mass import MASS_BITS, probability_mass, total_mass
-from kernels.truncation import Candidates, Truncation, min_p_top_k_threshold, top_p_threshold
+from kernels.sampling.probability_mass import MASS_BITS, probability_mass, total_mass
+from kernels.sampling.truncation import Candidates, Truncation, min_p_top_k_threshold, top_p_threshold
 
 
 def truncation(min_p: float = 0.0, top_k: int = 0, top_p: float = 1.0, num_rows: int = 1) -> Truncation:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.verify_chain import verify_chain
+from kernels.sampling.verify_chain import verify_chain
 
 Chain = tuple[list[int], list[int]]  # k + 1 target tokens, k drafts
 TOKENS = st.integers(0, 2)

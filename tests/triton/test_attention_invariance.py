@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from kernels import paged_attention_probe
+from kernels.attention import paged_attention_probe
+from kernels.attention.paged_attention import paged_attention
 from kernels.dispatch import INTERPRETED
-from kernels.paged_attention import paged_attention
 from tests.helpers.attention_pieces import Seqs
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.block_copy import (
+from kernels.kv.block_copy import (
     MOVES_AT_ONCE,
     cache_addresses,
     copy_blocks,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.cascade_merge import cascade_merge, cascade_merge_reference
+from kernels.upcoming.cascade_merge import cascade_merge, cascade_merge_reference
 
 
 @pytest.mark.parametrize(("num_tokens", "num_heads", "head_dim"), [(0, 2, 64), (1, 1, 96), (5, 7, 64), (19, 2, 128)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.chunk_bounds import chunk_bounds, chunk_bounds_reference, chunk_scores, chunk_scores_reference
+from kernels.upcoming.chunk_bounds import chunk_bounds, chunk_bounds_reference, chunk_scores, chunk_scores_reference
 from tests.helpers.poisoned_cache import poisoned_cache
 
 LENS = [0, 1, 15, 16, 17, 70]

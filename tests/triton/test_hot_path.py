@@ -11,8 +11,8 @@ from tests.helpers.hot_path import hot_rounds
 from tests.helpers.launched import launched_by, replaced_operators
 from tests.helpers.rounds import Driver
 from tests.helpers.tiny_models import make_tiny_model
-from workers.cohort import Cohort
-from workers.load import load_engines
+from workers.process.cohort import Cohort
+from workers.process.load import load_engines
 
 
 @pytest.fixture(scope="module")

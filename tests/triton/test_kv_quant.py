@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.kv_quant import (
+from kernels.upcoming.kv_quant import (
     dequantise_blocks,
     dequantise_blocks_reference,
     quantise_blocks,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.layer_parallel_qkv import layer_parallel_qkv, layer_parallel_qkv_reference
+from kernels.layers.layer_parallel_qkv import layer_parallel_qkv, layer_parallel_qkv_reference
 
 EPS = 1e-5
 # Sums in another order; in 16 bits the norm, too, may round to a neighbour.

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels.linear
-from kernels.linear import SPLIT_FEATURES, linear_batch_invariant, probe_linear_batch_invariant
+import kernels.layers.linear
+from kernels.layers.linear import SPLIT_FEATURES, linear_batch_invariant, probe_linear_batch_invariant
 
 
 def inputs(

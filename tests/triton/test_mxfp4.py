@@ -6,9 +6,9 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-import kernels.mxfp4_linear
-from kernels.mxfp4 import dequantize_mxfp4, quantize_mxfp4, quantize_mxfp4_reference
-from kernels.mxfp4_linear import block_factors, decode_words, mxfp4_linear
+import kernels.upcoming.mxfp4_linear
+from kernels.upcoming.mxfp4 import dequantize_mxfp4, quantize_mxfp4, quantize_mxfp4_reference
+from kernels.upcoming.mxfp4_linear import block_factors, decode_words, mxfp4_linear
 
 
 def weights(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:

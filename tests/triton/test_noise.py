@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from kernels.gumbel import (
+from kernels.sampling.gumbel import (
     EXACT,
     gumbel_noise_jit,
     gumbel_noise_range,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from kernels import attention_schedule
+from kernels.attention import schedule as attention_schedule
+from kernels.attention.paged_attention import AttentionPlan, paged_attention, plan_attention
 from kernels.dispatch import INTERPRETED
-from kernels.paged_attention import AttentionPlan, paged_attention, plan_attention
 from tests.helpers.attention import Case, tree_words
 
 # Around the borders of blocks (16) and key tiles (64 to 128), without new tokens, without tokens.

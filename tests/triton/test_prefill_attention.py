@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels import attention_schedule
-from kernels.attention_schedule import Schedule
-from kernels.paged_attention import paged_attention, plan_attention
+from kernels.attention import schedule as attention_schedule
+from kernels.attention.paged_attention import paged_attention, plan_attention
+from kernels.attention.schedule import Schedule
 from tests.helpers.attention import Case
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}

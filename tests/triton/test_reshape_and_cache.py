@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.reshape_and_cache import (
+from kernels.kv.reshape_and_cache import (
     gather_rotary,
     gather_rotary_reference,
     reshape_and_cache,

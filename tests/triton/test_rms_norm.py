@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.rms_norm import fused_add_rms_norm, rms_norm, rms_norm_reference
+from kernels.layers.rms_norm import fused_add_rms_norm, rms_norm, rms_norm_reference
 
 EPS = 1e-5
 # The kernel and the reference round the same fp32 value, which differs in its last bits: at most one unit apart.

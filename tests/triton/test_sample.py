@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.noise_keys import NoiseKeys, scale_by_temperature
-from kernels.sample import sample, sample_reference
-from kernels.sample_top import sample_top, sample_top_reference
-from kernels.sort_key import EXCLUDED_KEY, pack_sort_key, unpack_sort_key
-from kernels.top_keys import top_sort_keys, top_sort_keys_reference, top_values
+from kernels.sampling.noise_keys import NoiseKeys, scale_by_temperature
+from kernels.sampling.sample import sample, sample_reference
+from kernels.sampling.sample_top import sample_top, sample_top_reference
+from kernels.sampling.sort_key import EXCLUDED_KEY, pack_sort_key, unpack_sort_key
+from kernels.sampling.top_keys import top_sort_keys, top_sort_keys_reference, top_values
 
 KINDS = ["plain", "peaked", "two peaks", "flat", "tied", "swallowing", "truncated", "excluded"]
 

@@ -6,13 +6,13 @@ import threading
 import torch
 from torch import Tensor
 
-from kernels.noise_keys import scale_by_temperature
-from kernels.sample import sample_reference
-from kernels.truncation_threshold import truncation_threshold_reference
+from kernels.sampling.noise_keys import scale_by_temperature
+from kernels.sampling.sample import sample_reference
+from kernels.sampling.truncation_threshold import truncation_threshold_reference
 from tests.helpers.sampling import SETTINGS, sample_sharded, state
 from tests.helpers.thread_group import ThreadGroup, run_ranks
-from workers.groups import SoloGroup
-from workers.sampler import RowEntry, SampledRows, Sampler, SamplingRows, SeqSamplingState
+from workers.collectives import SoloGroup
+from workers.sampling.sampler import RowEntry, SampledRows, Sampler, SamplingRows, SeqSamplingState
 
 VOCAB_SIZE = 131
 BAD_ROW = 6  # which asks for logprobs

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.non_finite import non_finite_reference, screen
-from kernels.penalties import apply_bias, apply_mask, apply_penalties, apply_penalties_reference
-from kernels.probability_mass import mass_and_rank, mass_and_rank_reference, total_mass, total_mass_reference
-from kernels.softmax_sum import softmax_sum, softmax_sum_reference
-from kernels.verify_chain import verify_chain, verify_chain_reference
+from kernels.sampling.non_finite import non_finite_reference, screen
+from kernels.sampling.penalties import apply_bias, apply_mask, apply_penalties, apply_penalties_reference
+from kernels.sampling.probability_mass import mass_and_rank, mass_and_rank_reference, total_mass, total_mass_reference
+from kernels.sampling.softmax_sum import softmax_sum, softmax_sum_reference
+from kernels.sampling.verify_chain import verify_chain, verify_chain_reference
 
 
 def random_logits(num_rows: int, num_tokens: int) -> Tensor:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels.paged_attention import paged_attention_reference
-from kernels.prefix_groups import PrefixGroup
-from kernels.shared_prefix import plan_shared_prefix, shared_prefix_attention
+from kernels.attention.paged_attention import paged_attention_reference
+from kernels.upcoming.prefix_groups import PrefixGroup
+from kernels.upcoming.shared_prefix import plan_shared_prefix, shared_prefix_attention
 from tests.helpers.shared_prefixes import BLOCK_SIZE, shared_batch
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # two parts rounded, then their merge

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.silu_and_mul import silu_and_mul, silu_and_mul_reference
+from kernels.layers.silu_and_mul import silu_and_mul, silu_and_mul_reference
 
 # One unit in the last place in 16-bit types; in fp32 the exponential of a GPU is good to some 1e-6.
 RTOL = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.noise_keys import scale_by_temperature
-from kernels.probability_mass import probability_mass
-from kernels.truncation import Truncation
-from kernels.truncation_threshold import truncation_threshold, truncation_threshold_reference
+from kernels.sampling.noise_keys import scale_by_temperature
+from kernels.sampling.probability_mass import probability_mass
+from kernels.sampling.truncation import Truncation
+from kernels.sampling.truncation_threshold import truncation_threshold, truncation_threshold_reference
 
 SETTINGS = [  # min_p, top_k, top_p
     (0.0, 5, 1.0),

@@ -3,7 +3,7 @@
 import torch
 
 from echelon.pb.worker_pb2 import SeqInit
-from workers.seq_state import Limits, SeqTable
+from workers.engine.seq_state import Limits, SeqTable
 
 
 def test_lengths_on_the_host_are_those_of_the_tensors() -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.deployment_file import load_deployment
+from cluster.deployment.deployment_file import load_deployment
+from cluster.deployment.schema import json_schema
 from cluster.errors import ConfigError
-from cluster.schema import json_schema
 from tests.helpers.engines import TARGET, drive, make_engine
 from tests.helpers.rounds import Seq, seeded
 from tests.helpers.tiny_models import TinyModel, make_tiny_model
-from workers.target_engine import TargetEngine
+from workers.engine.target_engine import TargetEngine
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 PROMPT = [5, 99, 3, 14]

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from scheduler.blocks import BlockManager, FreeRuns
-from scheduler.digests import DigestChain, root_digest
+from scheduler.engines.blocks import BlockManager, FreeRuns
+from scheduler.engines.digests import DigestChain, root_digest
 
 
 def chain(token_ids: list[int], block_size: int = 4, model: str = "m") -> list[bytes]:

@@ -12,9 +12,9 @@ from echelon.pb.worker_pb2 import Row
 from tests.helpers.engines import DRAFT, drive, make_engine
 from tests.helpers.rounds import Driver, Seq, greedy, seeded
 from tests.helpers.tiny_models import make_tiny_model
-from workers.batch import Batch
-from workers.draft_engine import DraftEngine
-from workers.engine import ModelRunner
+from workers.engine.draft_engine import DraftEngine
+from workers.engine.engine import ModelRunner
+from workers.models.batch import Batch
 
 PROMPT = [5, 99, 3, 14, 15, 92]
 OTHER = 77

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from cluster.gateway.chat import ChatError, ChatTemplate, load_chat_template
-from cluster.gateway.tokenization import INLINE_CHARS, PromptTokenizer
+from gateway.requests.chat import ChatError, ChatTemplate, load_chat_template
+from gateway.requests.tokenization import INLINE_CHARS, PromptTokenizer
 
 MODEL_DIR = Path(__file__).parents[2] / "models" / "demo-target"
 BOS = "<|endoftext|>"

@@ -15,12 +15,13 @@ from rich.console import Console
 from cluster import lifecycle
 from cluster.errors import ConfigError, DeploymentNotFoundError, PlanError, Problem, StartError
 from cluster.lifecycle import PlanMade, ProcessChanged, RayConnected
-from cluster.plan import Bundle, ControlProcess, MemoryEstimate, Plan
-from cluster.status import DeploymentStatus, ProcessStatus, State
-from echelon import __version__, cli_watch
-from echelon.cli import main
+from cluster.planning.plan import Bundle, ControlProcess, MemoryEstimate, Plan
+from cluster.processes.status import DeploymentStatus, ProcessStatus, State
+from echelon import __version__
+from echelon.cli import watch
+from echelon.cli.app import main
+from echelon.cli.watching import ReplicaView
 from echelon.pb import control_pb2, inference_pb2, scheduler_pb2, worker_pb2
-from echelon.watching import ReplicaView
 from tests.helpers.fake_gateway import FakeGateway, refuse, serving
 
 PLAN = Plan(
@@ -324,7 +325,7 @@ def test_watch_ends_cleanly_at_ctrl_c(run: Run, gateway: FakeGateway, monkeypatc
         if len(naps) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_watch.time, "sleep", nap)
+    monkeypatch.setattr(watch.time, "sleep", nap)
     stub(monkeypatch, "status", dataclasses.replace(STATUS, endpoint=gateway.address))
     speculation = inference_pb2.SpeculationStats(num_drafts=2)
     gateway.control.statuses = [
@@ -345,7 +346,7 @@ def test_watch_shows_a_table_on_a_terminal(gateway: FakeGateway) -> None:
         replica=0, ready=True, reason="", tokens_per_s=123.4, draft_idle_share=0.25, verdict_cache_hit_rate=0.5
     )
     lost = ReplicaView(replica=1, ready=False, reason="UNAVAILABLE: gone")
-    console.print(cli_watch.views_table([busy, lost]))
+    console.print(watch.views_table([busy, lost]))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for word in (" replica ", " tok/s ", "cache", "123.4", "25%", "50%", "replica 1 is not ready: UNAVAILABLE: gone"):
         assert word in text
@@ -470,7 +471,7 @@ def test_schema_is_json(run: Run) -> None:
 
 
 def test_a_missing_extra_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "cluster.schema", raising=False)
+    monkeypatch.delitem(sys.modules, "cluster.deployment.schema", raising=False)
     monkeypatch.setitem(sys.modules, "pydantic", None)  # as if it were not installed
     code, _, err = run("schema")
     assert code == 2

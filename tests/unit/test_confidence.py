@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from scheduler.confidence import Calibration
+from scheduler.policy.confidence import Calibration
 
 
 def rate(calibration: Calibration, confidence: float) -> float:

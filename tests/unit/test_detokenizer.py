@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from scheduler.detokenizer import Detokenizer, TokenTable, UnsupportedTokenizerError
+from scheduler.requests.detokenizer import Detokenizer, TokenTable, UnsupportedTokenizerError
 
 TEXT = [
     "na\u00efve caf\u00e9, \u6771\u4eac\u3067 \U0001f642\U0001f643 \u2014 ok?",

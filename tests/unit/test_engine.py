@@ -24,13 +24,13 @@ from tests.helpers.engines import (
 )
 from tests.helpers.rounds import INCARNATION, Driver, Seq, greedy, seeded
 from tests.helpers.tiny_models import TinyModel, make_tiny_model
-from workers import load
-from workers.kv_cache import KVCacheError
+from workers.engine.kv_cache import KVCacheError
+from workers.engine.rounds import ProtocolError
+from workers.engine.target_engine import TargetEngine
 from workers.models import LoadError
 from workers.models.hf_config import load_model_config
-from workers.process import SpecError
-from workers.rounds import ProtocolError
-from workers.target_engine import TargetEngine
+from workers.process import load
+from workers.process.child import SpecError
 
 PROMPTS = [[5, 99, 3, 14, 15, 92, 6, 53, 58, 9, 79], [31, 41], [7] * 17]
 NUM_TOKENS = 12

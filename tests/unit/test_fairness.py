@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from scheduler.prefill import Prompt, RoundCost, share_prefill
+from scheduler.target.prefill import Prompt, RoundCost, share_prefill
 from tests.helpers.fake_group import FakeEngine
 from tests.helpers.scheduler_sim import Simulation, submit
 

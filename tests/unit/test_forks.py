@@ -10,7 +10,7 @@ from echelon.pb.worker_pb2 import Fork, Row, SeqInit
 from tests.helpers.engines import DRAFT, MAX_MODEL_LEN, TARGET, drive, make_engine, poison
 from tests.helpers.rounds import Driver, Seq, greedy, seeded
 from tests.helpers.tiny_models import make_tiny_model
-from workers.rounds import ProtocolError
+from workers.engine.rounds import ProtocolError
 
 PROMPT = [5, 99, 3, 14, 15]  # with 4 tokens a block the chain below crosses two borders
 BLOCK_SIZE = 4

@@ -12,8 +12,6 @@ import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cluster.gateway.mailbox import Mailbox
-from cluster.gateway.server import Gateway, StartupError
 from echelon import __version__
 from echelon.client import AsyncClient
 from echelon.errors import (
@@ -26,6 +24,8 @@ from echelon.errors import (
 )
 from echelon.pb import inference_pb2 as pb
 from echelon.pb import process_pb2, sampling_pb2
+from gateway.replicas.mailbox import Mailbox
+from gateway.server import Gateway, StartupError
 from tests.helpers.fake_scheduler import FakeScheduler, serve
 
 MODEL_DIR = Path(__file__).parents[2] / "models" / "demo-target"

@@ -10,13 +10,13 @@ import grpc
 import pytest
 import pytest_asyncio
 
-from cluster.gateway.server import Gateway
 from echelon import __version__
 from echelon.client import AsyncClient
 from echelon.control import ControlClient
 from echelon.errors import EchelonError, InvalidRequestError, UnavailableError
 from echelon.pb import process_pb2
 from echelon.pb.scheduler_pb2 import SchedulerStatus, TracedRound, TraceEvent
+from gateway.server import Gateway
 from tests.helpers.fake_scheduler import FakeScheduler, serve
 
 MODEL_DIR = Path(__file__).parents[2] / "models" / "demo-target"

@@ -4,7 +4,7 @@ from typing import Any
 
 from grpc_health.v1 import health_pb2
 
-from cluster.gateway.health import READINESS, Health
+from gateway.doors.health import READINESS, Health
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 CONTEXT: Any = None  # only asked to refuse unknown services

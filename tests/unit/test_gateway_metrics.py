@@ -12,13 +12,13 @@ import pytest
 import pytest_asyncio
 from prometheus_client import generate_latest
 
-from cluster.gateway.metrics import RequestMetrics
-from cluster.gateway.server import Gateway, StartupError
 from echelon import __version__
 from echelon.client import AsyncClient
 from echelon.errors import InvalidRequestError
 from echelon.pb import inference_pb2 as pb
 from echelon.pb import process_pb2, scheduler_pb2
+from gateway.metrics import RequestMetrics
+from gateway.server import Gateway, StartupError
 from tests.helpers.fake_scheduler import FakeScheduler, serve
 from tests.helpers.scrape import Samples, free_port, parse, scrape
 

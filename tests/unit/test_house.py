@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("echelon", "cluster", "scheduler", "workers", "kernels")
+FOLDERS = ("echelon", "gateway", "cluster", "scheduler", "workers", "kernels")
 MAY_IMPORT = {
     "echelon": {"echelon", "cluster"},  # the CLI starts the controller; it does so lazily (below)
-    "cluster": {"cluster", "scheduler", "echelon"},
+    "cluster": {"cluster", "echelon"},
+    "gateway": {"gateway", "echelon"},
     "scheduler": {"scheduler", "echelon"},
     "workers": {"workers", "kernels", "echelon"},
     "kernels": {"kernels"},
@@ -20,6 +21,7 @@ TORCH = {"torch", "transformers", "triton"}
 FORBIDDEN = {
     "echelon": TORCH | {"ray", "pydantic"},
     "cluster": TORCH,
+    "gateway": TORCH | {"ray"},
     "scheduler": TORCH | {"ray", "pydantic"},
     "workers": {"ray", "pydantic", "transformers"},
     "kernels": {"ray", "pydantic", "transformers"},
@@ -73,10 +75,10 @@ def modules_loaded_by(code: str) -> set[str]:
 @pytest.mark.parametrize(
     ("code", "forbidden"),
     [
-        ("import echelon, echelon.cli", TORCH | {"ray", "pydantic"}),
-        ("import cluster.gateway", TORCH | {"ray"}),
-        ("import scheduler.server", TORCH | {"ray", "pydantic"}),
-        ("import workers.server", {"ray", "pydantic", "transformers"}),
+        ("import echelon, echelon.cli.app", TORCH | {"ray", "pydantic"}),
+        ("import gateway", TORCH | {"ray"}),
+        ("import scheduler.process.server", TORCH | {"ray", "pydantic"}),
+        ("import workers.process.server", {"ray", "pydantic", "transformers"}),
     ],
 )
 def test_light_processes_stay_light(code: str, forbidden: set[str]) -> None:

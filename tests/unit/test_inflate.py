@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.inflate import HeadMap, InflateError, Size, inflate
 from tests.helpers.paged import run_seqs
-from workers.groups import SoloGroup
+from workers.collectives import SoloGroup
 from workers.models import load_model
 
 MODELS = Path(__file__).parents[2] / "models"

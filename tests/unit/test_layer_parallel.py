@@ -21,9 +21,9 @@ from tests.helpers.layer_parallel import (
     write_deep_model,
 )
 from tests.helpers.thread_group import ThreadGroup, run_ranks
-from workers.batch import Batch
-from workers.groups import SoloGroup
+from workers.collectives import SoloGroup
 from workers.models import LoadError
+from workers.models.batch import Batch
 from workers.models.decoder import KVCache
 from workers.models.layer_groups import MLPs, Weights
 

@@ -11,14 +11,14 @@ from tests.helpers.engines import DRAFT, TARGET, drive, engine_spec, make_engine
 from tests.helpers.layer_parallel import GROUPS, write_deep_model
 from tests.helpers.rounds import greedy
 from tests.helpers.thread_group import ThreadGroup, run_ranks
-from workers.cohort import Cohort
-from workers.engine import Engine
-from workers.layer_parallel import num_ranks, resolve_plan
+from workers.engine.engine import Engine
 from workers.layers.context import BuildContext
-from workers.load import load_engines
 from workers.models import ModelConfig
 from workers.models.layer_groups import LayerParallelPlan, MLPs, Weights
-from workers.process import SpecError
+from workers.process.child import SpecError
+from workers.process.cohort import Cohort
+from workers.process.draft_layout import num_ranks, resolve_plan
+from workers.process.load import load_engines
 
 CPU = torch.device("cpu")
 DEMO_DRAFT = Path(__file__).parents[2] / "models" / "demo-draft"
@@ -98,7 +98,7 @@ def test_mlps_are_split_where_that_takes_the_slowest_rank_less_time(
     def time(config: ModelConfig, group: ThreadGroup, ctx: BuildContext) -> float:
         return 1.0 if ctx.group.size == 1 else split_s[group.rank]
 
-    monkeypatch.setattr("workers.layer_parallel._time_mlps", time)
+    monkeypatch.setattr("workers.process.draft_layout._time_mlps", time)
     folder = write_deep_model(tmp_path / "model", "llama", intermediate_size=intermediate_size)
     assert [plan.mlps for plan in resolve_on(2, draft_spec(folder))] == [expected] * 2
 

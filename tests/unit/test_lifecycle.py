@@ -8,13 +8,15 @@ from typing import NoReturn
 
 import pytest
 
-from cluster import controller, lifecycle, ray_lifecycle, state_dir
-from cluster.controller import Controller, DesiredState
-from cluster.deployment_file import load_deployment
+from cluster import lifecycle, state_dir
+from cluster.deployment.deployment_file import load_deployment
 from cluster.errors import StartError
 from cluster.local import local_settings
-from cluster.ray_runtime import PrivateRay
-from cluster.status import State
+from cluster.on_ray import controller
+from cluster.on_ray import lifecycle as ray_lifecycle
+from cluster.on_ray.controller import Controller, DesiredState
+from cluster.on_ray.runtime import PrivateRay
+from cluster.processes.status import State
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo.yaml"
 

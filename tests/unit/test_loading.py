@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from workers.groups import SoloGroup
+from workers.collectives import SoloGroup
 from workers.models import CausalLM, LoadError, load_model
 
 CONFIG: dict[str, Any] = {

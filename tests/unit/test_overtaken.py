@@ -8,7 +8,7 @@ from echelon.pb.worker_pb2 import Round, RoundResult
 from tests.helpers.engines import DRAFT, drive, make_engine
 from tests.helpers.rounds import Driver, Seq, seeded
 from tests.helpers.tiny_models import make_tiny_model
-from workers.engine import Engine
+from workers.engine.engine import Engine
 
 PROMPT = [5, 99, 3, 14, 15]
 OTHER = 77

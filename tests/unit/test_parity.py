@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers.paged import FEEDS, run_seqs
 from tests.helpers.tiny_models import FAMILIES, MAX_MODEL_LEN, TinyModel, make_tiny_model
-from workers.groups import SoloGroup
+from workers.collectives import SoloGroup
 from workers.models import CausalLM, load_model
 
 TOLERANCE = 1e-4  # fp32

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
+from cluster.deployment.settings import ModelSettings, Settings
 from cluster.errors import PlanError
-from cluster.inventory import visible_gpus
 from cluster.local import local_settings
-from cluster.plan import Inventory, Node, Plan, check_followed
-from cluster.planner import GIB, make_plan
-from cluster.settings import ModelSettings, Settings
-from cluster.specs import scheduler_spec, worker_specs
+from cluster.planning.inventory import visible_gpus
+from cluster.planning.plan import Inventory, Node, Plan, check_followed
+from cluster.planning.planner import GIB, make_plan
+from cluster.processes.specs import scheduler_spec, worker_specs
 from echelon.pb import process_pb2
 from tests.helpers.model_folders import write_model_folder
 

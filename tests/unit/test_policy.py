@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from scheduler.acceptance import expected_tokens
-from scheduler.policy import Drafts, SpeculationPolicy
+from scheduler.policy.acceptance import expected_tokens
+from scheduler.policy.policy import Drafts, SpeculationPolicy
 from tests.helpers.policy_sim import Fixed, Outcome, Simulation, World
 
 MAX_DRAFTS = 8

@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from scheduler.acceptance import Acceptance, AcceptancePrior, expected_tokens
+from scheduler.policy.acceptance import Acceptance, AcceptancePrior, expected_tokens
 
 
 def verdicts(acceptance: Acceptance, rate: float, num_drafts: list[int], *, num_rounds: int, seed: int = 1) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.policy import Drafts, SpeculationPolicy
+from scheduler.policy.policy import Drafts, SpeculationPolicy
 
 MAX_DRAFTS = 6
 

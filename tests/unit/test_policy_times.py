@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.step_times import DraftTimes, StepTimes
+from scheduler.policy.step_times import DraftTimes, StepTimes
 
 
 def test_small_batches_are_known_exactly_also_on_a_staircase() -> None:

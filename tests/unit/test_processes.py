@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import StartError
-from cluster.groups import start_worker_group
-from cluster.processes import Child, ChildProcess
-from cluster.startup import Launch, ProcessSet
-from cluster.status import ProcessStatus, State
+from cluster.processes.child import Child, ChildProcess
+from cluster.processes.startup import Launch, ProcessSet
+from cluster.processes.status import ProcessStatus, State
+from cluster.processes.worker_group import start_worker_group
 from echelon.pb.process_pb2 import ProcessEvent, WorkerSpec
 
 FAKE = "tests.helpers.fake_child"
@@ -81,7 +81,7 @@ def test_what_a_child_started_ends_with_it(tmp_path: Path) -> None:
 PARENT_THAT_DIES = """
 import os, sys
 from pathlib import Path
-from cluster.processes import ChildProcess
+from cluster.processes.child import ChildProcess
 from echelon.pb.process_pb2 import WorkerSpec
 child = ChildProcess(sys.argv[1], WorkerSpec(name="fake"), name="fake", log_path=Path(sys.argv[2]))
 while child.next_event(30.0).WhichOneof("event") != "ready":

@@ -7,7 +7,7 @@ import pytest
 
 from echelon.pb import scheduler_pb2
 from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET, Round, RoundResult, Row, Span
-from scheduler.recorder import RecorderBusyError, Recording, RoundRecorder
+from scheduler.process.recorder import RecorderBusyError, Recording, RoundRecorder
 
 TARGET, DRAFT = ENGINE_ROLE_TARGET, ENGINE_ROLE_DRAFT
 

@@ -3,7 +3,7 @@
 import pytest
 
 from echelon.pb.worker_pb2 import EngineInfo, RoundResult
-from scheduler.engine import Engine
+from scheduler.engines.engine import Engine
 
 
 class Rounds:

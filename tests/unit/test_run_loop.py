@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from echelon.pb.worker_pb2 import EngineInfo, EngineRole, Round, RoundResult
-from workers.control import Leader
-from workers.rounds import ProtocolError
-from workers.run_loop import Arrived, Opened, RunLoop, Stop
+from workers.engine.rounds import ProtocolError
+from workers.process.round_channel import Leader
+from workers.process.run_loop import Arrived, Opened, RunLoop, Stop
 from workers.trace import Tracer
 
 TARGET = EngineRole.ENGINE_ROLE_TARGET

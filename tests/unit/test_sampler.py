@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.sample import sample
+from kernels.sampling.sample import sample
 from tests.helpers.sampling import (
     CPU,
     LOGITS,
@@ -21,8 +21,8 @@ from tests.helpers.sampling import (
     state,
 )
 from tests.helpers.thread_group import run_ranks
-from workers.groups import SoloGroup
-from workers.sampler import RowEntry, SampledRows, Sampler, SamplingRows, SeqSamplingState
+from workers.collectives import SoloGroup
+from workers.sampling.sampler import RowEntry, SampledRows, Sampler, SamplingRows, SeqSamplingState
 
 VOCAB_SIZE = 131
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.sample import NoiseKeys, sample
-from kernels.truncation import Truncation
+from kernels.sampling.sample import NoiseKeys, sample
+from kernels.sampling.truncation import Truncation
 from tests.helpers.sampling import sample_whole, state
 from tests.helpers.toy_decoding import (
     VOCAB_SIZE,
@@ -24,8 +24,8 @@ from tests.helpers.toy_decoding import (
     random_table,
     related_table,
 )
-from workers.groups import SoloGroup
-from workers.sampler import Sampler
+from workers.collectives import SoloGroup
+from workers.sampling.sampler import Sampler
 
 TARGET = random_table(1)
 UNRELATED = random_table(2)

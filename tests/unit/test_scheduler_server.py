@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, decoders, models
 
 from echelon.pb import inference_pb2, process_pb2, scheduler_pb2, scheduler_pb2_grpc, worker_pb2
 from scheduler.config import ConfigError
-from scheduler.replica import Outbox
-from scheduler.request import Chunk, Failed
-from scheduler.server import SchedulerServer
+from scheduler.process.replica import Outbox
+from scheduler.process.server import SchedulerServer
+from scheduler.requests.request import Chunk, Failed
 from tests.helpers.fake_group import FakeEngine, FakeModel, plain_tokens
 from tests.helpers.fake_group_server import FakeGroupServer
 from tests.helpers.scheduler_sim import letters, seq_sampling, submit

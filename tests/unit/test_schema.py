@@ -4,17 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from cluster.deployment_file import load_deployment
-from cluster.errors import ConfigError
-from cluster.layer_parallel import LayerParallel
-from cluster.schema import json_schema, parse_size
-from cluster.settings import (
+from cluster.deployment.deployment_file import load_deployment
+from cluster.deployment.schema import json_schema, parse_size
+from cluster.deployment.settings import (
     AUTO_NUM_SPECULATIVE_TOKENS,
     AUTO_VERDICT_CACHE_ROWS,
     SEPARATE_PIPELINE,
     Settings,
     Speculation,
 )
+from cluster.errors import ConfigError
+from cluster.layer_parallel import LayerParallel
 from tests.helpers.model_folders import TOKENS, write_model_folder
 
 ROOT = Path(__file__).parents[2]

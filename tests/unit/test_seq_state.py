@@ -5,8 +5,8 @@ import torch
 
 from echelon.pb.sampling_pb2 import SeqSampling
 from echelon.pb.worker_pb2 import SeqInit
-from workers.sampling_state import SeqSamplingState
-from workers.seq_state import Limits, SeqTable
+from workers.engine.seq_state import Limits, SeqTable
+from workers.sampling.state import SeqSamplingState
 
 CPU = torch.device("cpu")
 LIMITS = Limits(num_slots=4, max_model_len=20, vocab_size=100, block_size=4, num_blocks=30)

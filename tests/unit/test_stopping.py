@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echelon.pb.inference_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
-from scheduler.detokenizer import Detokenizer
-from scheduler.stopping import Finish, OutputText, StopRules, StopScan, StopStrings
+from scheduler.requests.detokenizer import Detokenizer
+from scheduler.requests.stopping import Finish, OutputText, StopRules, StopScan, StopStrings
 from tests.helpers.scheduler_sim import token_table
 
 TABLE = token_table()

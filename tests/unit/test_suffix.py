@@ -2,7 +2,7 @@
 
 import pytest
 
-from scheduler.suffix import Proposal, SuffixDrafts, SuffixIndex, prefers_lookup
+from scheduler.drafting.suffix import Proposal, SuffixDrafts, SuffixIndex, prefers_lookup
 
 SENTENCE = list(range(100, 120))
 

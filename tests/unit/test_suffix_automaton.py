@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.suffix_automaton import Match, SuffixAutomaton
+from scheduler.drafting.suffix_automaton import Match, SuffixAutomaton
 
 TEXTS = st.lists(st.integers(0, 2), max_size=60)
 

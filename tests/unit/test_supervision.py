@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from cluster.status import State
-from cluster.supervision import Board
+from cluster.processes.status import State
+from cluster.processes.supervision import Board
 from echelon.pb.process_pb2 import Failed, ProcessEvent, Progress, Ready
 
 NAMES = ["target-0.0", "target-0.1", "draft-0.0", "scheduler-0", "gateway-0"]

@@ -14,11 +14,11 @@ from echelon.pb.worker_pb2 import EngineInfo, EngineRole, Round, RoundResult, Ro
 from tests.helpers.engines import DRAFT, TARGET, drive, make_engine
 from tests.helpers.rounds import Driver, greedy
 from tests.helpers.tiny_models import make_tiny_model
-from workers.control import Follower, Leader
-from workers.draft_engine import DraftEngine
-from workers.engine import ModelEngine
-from workers.groups import SoloGroup
-from workers.run_loop import Arrived, Opened, RunLoop, Stop, follow
+from workers.collectives import SoloGroup
+from workers.engine.draft_engine import DraftEngine
+from workers.engine.engine import ModelEngine
+from workers.process.round_channel import Follower, Leader
+from workers.process.run_loop import Arrived, Opened, RunLoop, Stop, follow
 from workers.trace import TracedGroup, Tracer
 
 PROMPT = [5, 99, 3, 14, 15]

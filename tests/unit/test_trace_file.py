@@ -4,9 +4,9 @@ import json
 import random
 from typing import Any
 
+from echelon.cli.trace_file import align, chrome_trace
 from echelon.pb.scheduler_pb2 import TracedRound, TracedWait, TraceEvent
 from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET, Span
-from echelon.trace_file import align, chrome_trace
 
 TARGET, DRAFT = ENGINE_ROLE_TARGET, ENGINE_ROLE_DRAFT
 

@@ -7,13 +7,13 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.gateway.refusal import Refusal
-from cluster.gateway.sampling import load_sampling_defaults, resolve_sampling
-from cluster.gateway.tokenization import PromptTokenizer
-from cluster.gateway.validation import RequestValidator
-from cluster.gateway.wire import Malformed, strict_decoder
 from echelon.pb import inference_pb2 as pb
 from echelon.pb.sampling_pb2 import SamplingParams
+from gateway.doors.wire import Malformed, strict_decoder
+from gateway.requests.refusal import Refusal
+from gateway.requests.sampling import load_sampling_defaults, resolve_sampling
+from gateway.requests.tokenization import PromptTokenizer
+from gateway.requests.validation import RequestValidator
 
 MODEL_DIR = Path(__file__).parents[2] / "models" / "demo-target"
 decode = strict_decoder(pb.GenerateRequest)

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
+from echelon.cli.watching import ReplicaView, view
 from echelon.pb.control_pb2 import ReplicaStatus
 from echelon.pb.inference_pb2 import SpeculationStats
 from echelon.pb.scheduler_pb2 import SchedulerStatus
-from echelon.watching import ReplicaView, view
 
 
 def replica(**counters: Any) -> ReplicaStatus:

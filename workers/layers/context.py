@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.linear import linear, linear_batch_invariant, pack_weight
-from workers.groups import Group
+from kernels.layers.linear import linear, linear_batch_invariant, pack_weight
+from workers.collectives import Group
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 

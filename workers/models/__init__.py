@@ -5,7 +5,7 @@ from workers.models.decoder import CausalLM
 from workers.models.errors import LoadError
 from workers.models.hf_config import load_model_config
 from workers.models.layer_groups import LayerParallelPlan
-from workers.models.layer_parallel import LayerParallelLM
+from workers.models.layer_parallel_decoder import LayerParallelLM
 from workers.models.loading import load_layer_parallel_model, load_model
 
 __all__ = [

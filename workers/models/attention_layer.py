@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.reshape_and_cache import reshape_and_cache
-from kernels.rms_norm import rms_norm
+from kernels.kv.reshape_and_cache import reshape_and_cache
+from kernels.layers.rms_norm import rms_norm
 from workers.layers.context import BuildContext
 from workers.models.config import ModelConfig
 from workers.models.decoder import Attention, KVCache, Step

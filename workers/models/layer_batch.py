@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.layer_parallel_qkv import layer_parallel_qkv
-from kernels.paged_kv import SeqLengths
-from kernels.rms_norm import rms_norm
-from workers.batch import Batch
+from kernels.attention.paged_kv import SeqLengths
+from kernels.layers.layer_parallel_qkv import layer_parallel_qkv
+from kernels.layers.rms_norm import rms_norm
 from workers.layers.linear import ColumnParallelLinear, RowParallelLinear
 from workers.models.attention_layer import AttentionLayer
+from workers.models.batch import Batch
 from workers.models.decoder import KVCache, Step, make_step
 
 

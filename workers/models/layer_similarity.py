@@ -10,12 +10,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from kernels.paged_kv import SeqLengths
-from workers.batch import Batch
-from workers.groups import SoloGroup
+from kernels.attention.paged_kv import SeqLengths
+from workers.collectives import SoloGroup
 from workers.layers.context import BuildContext
 from workers.layers.rope import cos_sin_cache
 from workers.layers.vocab import VocabParallelEmbedding
+from workers.models.batch import Batch
 from workers.models.checkpoint import Checkpoint, Progress
 from workers.models.config import ModelConfig
 from workers.models.decoder import DecoderLayer, KVCache, Step, make_step

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from workers.groups import Group
+from workers.collectives import Group
 from workers.layers.context import BuildContext
 from workers.layers.vocab import ParallelLMHead
 from workers.models.checkpoint import Checkpoint, Progress
@@ -14,7 +14,7 @@ from workers.models.decoder import CausalLM
 from workers.models.errors import LoadError
 from workers.models.hf_config import load_model_config
 from workers.models.layer_groups import LayerParallelPlan, MLPs
-from workers.models.layer_parallel import LayerParallelLM
+from workers.models.layer_parallel_decoder import LayerParallelLM
 
 logger = logging.getLogger(__name__)
 

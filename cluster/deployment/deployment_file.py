@@ -1,0 +1,256 @@
+"""From a deployment file to settings: all problems at once, each with its line, its path and a remedy."""
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from cluster.deployment.schema import DeploymentFile, Draft, Target
+from cluster.deployment.settings import (
+    DEFAULT_DEVICE_BYTES,
+    DRAFT_MODEL_METHODS,
+    ModelSettings,
+    Role,
+    Settings,
+    default_max_model_len,
+    resolve_speculation,
+)
+from cluster.deployment.yaml_lines import read_document
+from cluster.errors import ConfigError, Problem
+from cluster.layer_parallel import LayerParallel, layer_parallel, layer_parallel_problems
+from cluster.model_folder import ModelFolder, ModelFolderError, compare_tokenizers, find_model, read_model_folder
+
+
+def load_deployment(path: Path) -> Settings:
+    """Read and check a deployment file and the model folders that it names.
+
+    Raises ConfigError with every problem found: first those of the file itself, or, where there are none, those of
+    the models and of how the values go together.
+    """
+    document = read_document(path)
+    try:
+        file = DeploymentFile.model_validate(document.value)
+    except ValidationError as err:
+        problems = [_problem(details) for details in err.errors()]
+    else:
+        settings, problems = _resolve(file, path.resolve().parent)
+        if settings is not None and not problems:
+            return settings
+    lined = [replace(p, line=document.line_of(p.path.split("."))) for p in problems]
+    raise ConfigError(str(path), sorted(lined, key=lambda problem: problem.line or 0))
+
+
+def _problem(details: ErrorDetails) -> Problem:
+    """What pydantic found, in our words."""
+    path = ".".join(str(part) for part in details["loc"])
+    kind, message = details["type"], details["msg"]
+    if kind == "extra_forbidden":
+        return Problem(path=path, message="unknown key", remedy=_nearest(tuple(str(p) for p in details["loc"])))
+    if kind == "missing":
+        return Problem(path=path, message="is missing", remedy="add it")
+    if kind == "invalid_key":
+        return Problem(path=path, message="a key must be text", remedy="put it in quotes, or take it out")
+    if kind == "model_type":
+        return Problem(path=path, message="must be a section of keys", remedy="fill it in or leave it out")
+    if kind == "string_pattern_mismatch":
+        message = "must be lower-case letters, digits and hyphens, at most 63"
+    message = message.removeprefix("Value error, ").replace("Input should ", "must ")
+    value = details["input"]
+    shown = None if isinstance(value, dict | list) else repr(value)
+    return Problem(path=path, message=message, value=shown)
+
+
+def _nearest(path: tuple[str, ...]) -> str:
+    """The known key that an unknown one probably stands for: spelt alike, or the same word in another section."""
+    *parents, key = path
+    known = dict(_sections(DeploymentFile))
+    section = known.get(".".join(parents), DeploymentFile)
+    wanted = key.replace("-", "_").lower()
+    by_lower = {name.lower(): name for name in section.model_fields}
+    close = difflib.get_close_matches(wanted, by_lower, n=1, cutoff=0.7)
+    if close:
+        return f"did you mean {'.'.join([*parents, by_lower[close[0]]])}?"
+    everywhere = [name for model in known.values() for name in model.model_fields]
+    alike = difflib.get_close_matches(wanted, everywhere, n=1, cutoff=0.85)
+    if alike:
+        places = [f"{path}.{alike[0]}".lstrip(".") for path, model in known.items() if alike[0] in model.model_fields]
+        return f"did you mean {' or '.join(places)}?"
+    return f"known keys here: {', '.join(section.model_fields)}"
+
+
+def _sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    yield path, model
+    for name, field in model.model_fields.items():
+        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                yield from _sections(candidate, f"{path}.{name}".lstrip("."))
+
+
+def _resolve(file: DeploymentFile, base: Path) -> tuple[Settings | None, list[Problem]]:
+    """Fill in what depends on the models; None where they cannot be read."""
+    problems: list[Problem] = []
+    target = _model("target", file.target, base, problems)
+    draft = None if file.draft is None else _model("draft", file.draft, base, problems)
+    method = file.speculation.method
+    if method in DRAFT_MODEL_METHODS and file.draft is None:
+        remedy = "add a draft section or set method: " + ("suffix" if method == "hybrid" else "none")
+        message = "needs a draft model"
+        problems.append(Problem(path="speculation.method", value=f"'{method}'", message=message, remedy=remedy))
+    if target is None or (file.draft is not None and draft is None):
+        return None, problems
+    if draft is not None and file.draft is not None:
+        draft = replace(draft, layer_parallel=_layer_parallel(file.draft, target))
+        problems += _layer_parallel_problems(file.draft, draft)
+    if method is not None and method not in DRAFT_MODEL_METHODS:
+        draft = None  # a file says none or suffix to compare: what it says of the draft may stay
+    settings = _settings(file, target, draft)
+    if file.scheduler.max_model_len is None and settings.device == "cpu":
+        settings = _cap_max_model_len(settings)
+    return settings, problems + list(_pair_problems(file, settings)) + list(_limit_problems(settings))
+
+
+def _model(role: Role, section: Target | Draft, base: Path, problems: list[Problem]) -> ModelSettings | None:
+    try:
+        folder = read_model_folder(find_model(section.model, base))
+    except ModelFolderError as err:
+        value = repr(section.model)
+        problems.append(Problem(path=f"{role}.model", value=value, message=err.message, remedy=err.remedy))
+        return None
+    tp_size = section.tensor_parallel_size
+    uneven = folder.tensor_parallel_problem(tp_size)
+    if uneven is not None:
+        sizes = ", ".join(str(size) for size in folder.possible_tp_sizes())
+        path = f"{role}.tensor_parallel_size"
+        problems.append(Problem(path=path, value=str(tp_size), message=uneven, remedy=f"use one of {sizes}"))
+    return ModelSettings(role=role, folder=folder, dtype=section.dtype or folder.dtype, tp_size=tp_size)
+
+
+def _layer_parallel(section: Draft, target: ModelSettings) -> LayerParallel | None:
+    return layer_parallel(
+        section.layer_parallel_size,
+        target_tp_size=target.tp_size,
+        colocated=section.placement == "colocated",
+        groups=None if section.layer_groups == "auto" else section.layer_groups,
+        weights=section.layer_parallel_weights,
+        mlps=section.layer_parallel_mlp,
+    )
+
+
+def _layer_parallel_problems(section: Draft, draft: ModelSettings) -> Iterator[Problem]:
+    return layer_parallel_problems(
+        section.layer_parallel_size,
+        draft.folder,
+        tp_size=draft.tp_size,
+        groups=None if section.layer_groups == "auto" else section.layer_groups,
+        mlps=section.layer_parallel_mlp,
+    )
+
+
+def _settings(file: DeploymentFile, target: ModelSettings, draft: ModelSettings | None) -> Settings:
+    colocated = draft is not None and file.draft is not None and file.draft.placement == "colocated"
+    return Settings(
+        name=file.name,
+        model_name=_served_name(file.target.model, target.folder),
+        target=target,
+        draft=draft,
+        speculation=resolve_speculation(
+            method=file.speculation.method,
+            has_draft=draft is not None,
+            colocated=colocated,
+            pipeline=file.speculation.pipeline,
+            num_speculative_tokens=file.speculation.num_speculative_tokens,
+            window=file.speculation.window,
+            verdict_cache=file.speculation.verdict_cache,
+        ),
+        colocated=colocated,
+        device=file.device,
+        threads_per_worker=file.cpu.threads_per_worker,
+        block_size=file.kv_cache.block_size,
+        device_bytes=file.kv_cache.device_bytes or DEFAULT_DEVICE_BYTES,
+        gpu_memory_utilization=file.kv_cache.gpu_memory_utilization,
+        max_num_seqs=file.scheduler.max_num_seqs,
+        max_num_batched_tokens=file.scheduler.max_num_batched_tokens,
+        max_model_len=file.scheduler.max_model_len
+        or default_max_model_len(target.folder, None if draft is None else draft.folder),
+        max_queue=file.scheduler.max_queue,
+        enable_prefix_caching=file.scheduler.enable_prefix_caching,
+        batch_invariant=file.batch_invariant,
+        host=file.server.host,
+        grpc_port=file.server.grpc_port,
+        http_port=file.server.http_port or 0,
+        startup_timeout_s=file.startup_timeout_s,
+        collective_timeout_s=file.collective_timeout_s,
+    )
+
+
+def _served_name(model: str, folder: ModelFolder) -> str:
+    """The hub id as written, or the last part of a path."""
+    is_cached_hub_id = folder.path.parent.name == "snapshots"
+    return model if is_cached_hub_id else folder.path.name
+
+
+def _cap_max_model_len(settings: Settings) -> Settings:
+    """A default must work: no longer than what the KV cache of one device holds."""
+    num_tokens = settings.kv_cache_bytes("target") // settings.target.kv_bytes_per_token
+    return replace(settings, max_model_len=max(1, min(settings.max_model_len, num_tokens)))
+
+
+def _pair_problems(file: DeploymentFile, settings: Settings) -> Iterator[Problem]:
+    target, draft = settings.target, settings.draft
+    if draft is None or file.draft is None:
+        return
+    difference = compare_tokenizers(target.folder.path, draft.folder.path)
+    if difference is not None:
+        message = f"its tokeniser is not the target's: {difference}"
+        remedy = "use a draft of the same model family"
+        yield Problem(path="draft.model", value=repr(file.draft.model), message=message, remedy=remedy)
+    if settings.colocated and settings.pipeline == "continuous":
+        message = "needs a draft on devices of its own: a colocated one takes turns with the target"
+        remedy = "use serial or draft.placement: separate"
+        yield Problem(path="speculation.pipeline", value="'continuous'", message=message, remedy=remedy)
+    if 0 < settings.speculation.window < settings.num_speculative_tokens and not settings.speculation.adaptive:
+        message = f"is less than speculation.num_speculative_tokens {settings.num_speculative_tokens}"
+        value = str(settings.speculation.window)
+        yield Problem(path="speculation.window", value=value, message=message, remedy="raise it or use auto")
+    if settings.colocated and draft.tp_size > target.tp_size:
+        message = f"a colocated draft has no more ranks than the target, which has {target.tp_size}"
+        remedy = "lower it or use placement: separate"
+        yield Problem(path="draft.tensor_parallel_size", value=str(draft.tp_size), message=message, remedy=remedy)
+
+
+def _limit_problems(settings: Settings) -> Iterator[Problem]:
+    max_model_len = settings.max_model_len
+    for model in (settings.target, settings.draft):
+        if model is not None and max_model_len > model.folder.max_position_embeddings:
+            limit = model.folder.max_position_embeddings
+            message = f"the {model.role} model's own limit is {limit} tokens"
+            yield _limit_problem("max_model_len", max_model_len, message, f"use at most {limit}")
+    if settings.max_num_batched_tokens < settings.max_num_seqs:
+        message = f"is less than max_num_seqs ({settings.max_num_seqs}): a round could not decode all seqs"
+        yield _limit_problem("max_num_batched_tokens", settings.max_num_batched_tokens, message, "raise it")
+    yield from _kv_problems(settings)
+
+
+def _limit_problem(key: str, value: int, message: str, remedy: str) -> Problem:
+    return Problem(path=f"scheduler.{key}", value=str(value), message=message, remedy=remedy)
+
+
+def _kv_problems(settings: Settings) -> Iterator[Problem]:
+    """On cpu the KV cache's size is given, so whether it holds one longest seq is known before anything starts."""
+    if settings.device != "cpu":
+        return
+    num_blocks_needed = -(-settings.max_model_len // settings.block_size)
+    per_token = settings.target.kv_bytes_per_token
+    if settings.colocated and settings.draft is not None:
+        per_token += settings.draft.kv_bytes_per_token
+    needed = num_blocks_needed * settings.block_size * per_token
+    if needed > settings.device_bytes:
+        message = (
+            f"one seq of max_model_len {settings.max_model_len} takes {needed} bytes a rank "
+            f"({per_token} a token), device_bytes is {settings.device_bytes}"
+        )
+        remedy = "raise kv_cache.device_bytes or lower scheduler.max_model_len"
+        yield Problem(path="kv_cache.device_bytes", message=message, remedy=remedy)

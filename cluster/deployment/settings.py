@@ -1,0 +1,193 @@
+"""What is to be served, with every default and every "auto" resolved: what planner, controller and benchmarks share.
+
+Plain dataclasses: the YAML file is one way to make them (`cluster.deployment.schema`), keyword arguments another
+(`cluster.local`), and neither pydantic nor Ray is needed to use them.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.layer_parallel import LayerParallel
+from cluster.model_folder import ModelFolder
+
+Role = Literal["target", "draft"]
+Method = Literal["none", "draft_model", "suffix", "hybrid"]
+Pipeline = Literal["serial", "continuous"]
+DRAFT_MODEL_METHODS = ("draft_model", "hybrid")
+SEPARATE_PIPELINE: Pipeline = "continuous"  # the default of a draft on devices of its own; a colocated one takes turns
+AUTO_NUM_SPECULATIVE_TOKENS = 8  # a limit: the policy chooses below it
+AUTO_VERDICT_CACHE_ROWS = 8
+MAX_BRANCHES = 64  # of all seqs together: rows of a draft step that are not free any more
+DEFAULT_MAX_MODEL_LEN = 32768  # a longer context must be asked for: its KV cache decides how many seqs fit
+DEFAULT_DEVICE_BYTES = 1 << 30
+MIN_ROUND_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """One model and how it is cut."""
+
+    role: Role
+    folder: ModelFolder
+    dtype: str  # "bfloat16" | "float16" | "float32"
+    tp_size: int
+    layer_parallel: LayerParallel | None = None  # draft only; tp_size is 1 then
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp_size if self.layer_parallel is None else self.layer_parallel.num_ranks
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes on one rank."""
+        if self.layer_parallel is not None:
+            return self.layer_parallel.weight_bytes(self.folder, self.dtype)
+        return self.folder.weight_bytes(self.tp_size, self.dtype)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes on one rank."""
+        if self.layer_parallel is not None:
+            return self.layer_parallel.kv_bytes_per_token(self.folder, self.dtype)
+        return self.folder.kv_bytes_per_token(self.tp_size, self.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speculation:
+    """Where drafts come from, how many, and who waits for whom."""
+
+    method: Method = "none"
+    pipeline: Pipeline = "serial"
+    num_speculative_tokens: int = 0  # most drafts of a seq in a round
+    adaptive: bool = False  # the policy chooses how many, up to that; else always that many
+    window: int = 0  # continuous: most drafts ahead of the last commit; 0: chosen
+    verdict_cache_rows: int = 0  # continuous: most branches of a seq that are drafted ahead
+
+    @property
+    def uses_draft_model(self) -> bool:
+        return self.method in DRAFT_MODEL_METHODS
+
+
+def resolve_speculation(
+    *,
+    method: Method | None,
+    has_draft: bool,
+    colocated: bool,
+    pipeline: Pipeline | None,
+    num_speculative_tokens: int | Literal["auto"],
+    window: int | Literal["auto"],
+    verdict_cache: int | Literal["auto", "off"],
+) -> Speculation:
+    """Fill in what is left open (None, "auto")."""
+    method = method or ("draft_model" if has_draft else "none")
+    if method == "none":
+        return Speculation()
+    if method not in DRAFT_MODEL_METHODS:
+        pipeline = "serial"  # lookup takes no time that could overlap
+    pipeline = pipeline or ("serial" if colocated else SEPARATE_PIPELINE)
+    is_continuous = pipeline == "continuous"
+    if verdict_cache == "auto":
+        verdict_cache = AUTO_VERDICT_CACHE_ROWS
+    return Speculation(
+        method=method,
+        pipeline=pipeline,
+        num_speculative_tokens=(
+            AUTO_NUM_SPECULATIVE_TOKENS if num_speculative_tokens == "auto" else num_speculative_tokens
+        ),
+        adaptive=num_speculative_tokens == "auto",
+        window=window if is_continuous and window != "auto" else 0,
+        verdict_cache_rows=verdict_cache if is_continuous and verdict_cache != "off" else 0,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """A deployment, resolved."""
+
+    name: str
+    model_name: str  # as clients see it
+    target: ModelSettings
+    draft: ModelSettings | None = None  # None: no draft model is started
+    speculation: Speculation = Speculation()
+    colocated: bool = False  # the draft's ranks live in the target's processes
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads_per_worker: int = 1
+    block_size: int = 16
+    device_bytes: int = DEFAULT_DEVICE_BYTES  # cpu: KV cache of one device, shared by the engines on it
+    gpu_memory_utilization: float = 0.9  # cuda
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    max_model_len: int = DEFAULT_MAX_MODEL_LEN
+    max_queue: int = 1024
+    enable_prefix_caching: bool = True
+    forced_acceptance: float = 0.0  # benchmarks only: drafts are right so often, whatever they are; 0: they are checked
+    batch_invariant: bool = False
+    host: str = "127.0.0.1"
+    grpc_port: int = 50051
+    http_port: int = 0  # 0: no HTTP server
+    max_message_bytes: int = 16 << 20
+    startup_timeout_s: float = 120.0
+    collective_timeout_s: float = 60.0
+
+    @property
+    def round_timeout_s(self) -> float:
+        """How long the scheduler waits for a round: no less than the ranks wait for one another inside it."""
+        return max(MIN_ROUND_TIMEOUT_S, self.collective_timeout_s)
+
+    @property
+    def metrics_url(self) -> str:
+        """Where Prometheus finds the gateway's metrics; empty: nowhere."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.http_port}/metrics" if self.http_port else ""
+
+    @property
+    def method(self) -> Method:
+        return self.speculation.method
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return self.speculation.pipeline
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        return self.speculation.num_speculative_tokens
+
+    def max_seqs_of(self, role: Role) -> int:
+        """Slots of an engine: the draft's also hold the branches of the verdict cache."""
+        if role == "target":
+            return self.max_num_seqs
+        branches = self.speculation.verdict_cache_rows * self.max_num_seqs
+        return self.max_num_seqs + min(MAX_BRANCHES, branches)
+
+    @property
+    def max_rounds_in_flight(self) -> int:
+        return 2  # a device never idles while tokens travel
+
+    def model(self, role: Role) -> ModelSettings:
+        model = self.target if role == "target" else self.draft
+        assert model is not None, "asked for the draft of a deployment without one"
+        return model
+
+    def kv_cache_bytes(self, role: Role) -> int:
+        """KV cache of one rank of `role` on cpu; 0 on cuda, where the worker takes what the weights leave.
+
+        The draft gets no more tokens than the target can hold, since they hold the same seqs; on a shared device
+        both get the same number.
+        """
+        if self.device == "cuda":
+            return 0
+        target = self.target.kv_bytes_per_token
+        draft = 0 if self.draft is None else self.draft.kv_bytes_per_token
+        per_token = target + draft if self.colocated else target
+        num_tokens = self.device_bytes // (per_token * self.block_size) * self.block_size
+        if role == "target":
+            return num_tokens * target
+        return num_tokens * draft if self.colocated else min(self.device_bytes, num_tokens * draft)
+
+
+def default_max_model_len(target: ModelFolder, draft: ModelFolder | None) -> int:
+    """The model's own limit (the shorter one of a pair), at most DEFAULT_MAX_MODEL_LEN."""
+    limits = [target.max_position_embeddings, DEFAULT_MAX_MODEL_LEN]
+    if draft is not None:
+        limits.append(draft.max_position_embeddings)
+    return min(limits)

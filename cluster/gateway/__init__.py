@@ -1,5 +1,0 @@
-"""The gateway: public gRPC on one side, schedulers on the other. It keeps no state that outlives a request."""
-
-from cluster.gateway.server import Gateway
-
-__all__ = ["Gateway"]

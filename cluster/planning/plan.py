@@ -1,0 +1,108 @@
+"""A plan: which rank runs where, on how many devices, in how much memory. `cluster.planning.planner` makes it.
+
+Devices are counted, not numbered: which of a node's GPUs a bundle gets is Ray's choice.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.deployment.settings import Role
+from cluster.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """What one Ray node has to give now."""
+
+    node_id: str
+    address: str
+    num_cpus: float  # free
+    num_gpus: int  # free
+    cores: tuple[int, ...] = ()  # to which a process may be pinned; empty: not known, or others use them
+    memory_bytes: int | None = None  # free; None: not known
+    gpu_memory_bytes: int | None = None  # of the smallest of its GPUs; None: not known
+
+    @property
+    def label(self) -> str:
+        return f"{self.node_id[:8]} ({self.address})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    nodes: tuple[Node, ...]
+    head_node_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    """Of one device."""
+
+    weight_bytes: int
+    kv_cache_bytes: int  # cuda: what gpu_memory_utilization leaves; at least one longest seq
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.kv_cache_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """One worker process and its device."""
+
+    group: Role
+    rank: int
+    engines: tuple[Role, ...]
+    node_id: str
+    address: str
+    num_gpus: int
+    num_cpus: float  # as asked of Ray; less than threads_per_worker where cores are shared
+    cpu_ids: tuple[int, ...]  # cores to be pinned to; empty: not pinned
+    memory: MemoryEstimate
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}-0.{self.rank}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlProcess:
+    """A process without a device; it asks Ray for no CPU."""
+
+    name: str
+    node_id: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    deployment: str
+    device: str
+    bundles: tuple[Bundle, ...]
+    scheduler: ControlProcess
+    gateway: ControlProcess
+    notes: tuple[str, ...]  # what a person should know: cores are shared, memory is not known, ...
+
+    def group(self, role: Role) -> tuple[Bundle, ...]:
+        """The bundles of one group in the order of rank; none where the group does not exist."""
+        return tuple(bundle for bundle in self.bundles if bundle.group == role)
+
+
+def describe_devices(bundle: Bundle | None, gpu_ids: Sequence[str] = ()) -> str:
+    """What a worker was given, for people; empty for a control process."""
+    if bundle is None:
+        return ""
+    if bundle.num_gpus:
+        return ", ".join(f"cuda:{gpu}" for gpu in gpu_ids)
+    return f"cores {','.join(str(core) for core in bundle.cpu_ids)}" if bundle.cpu_ids else "shared cores"
+
+
+def check_followed(bundles: Sequence[Bundle], got: Mapping[int, str]) -> None:
+    """Raise PlanError for every bundle that is not on the node of the plan. `got`: bundle index -> node id."""
+    strayed = [
+        f"{bundle.name}: wanted node {bundle.node_id}, got {got.get(index) or 'none'}"
+        for index, bundle in enumerate(bundles)
+        if got.get(index) != bundle.node_id
+    ]
+    if strayed:
+        raise PlanError("Ray did not follow the plan: " + "; ".join(strayed))

@@ -1,0 +1,105 @@
+"""Bring a planned deployment up in order: worker groups, then the scheduler, then the gateway."""
+
+import logging
+import socket
+import time
+from dataclasses import dataclass
+
+from cluster.deployment.settings import Settings
+from cluster.errors import StartError
+from cluster.planning.plan import Plan
+from cluster.processes.specs import gateway_spec, scheduler_spec, worker_specs
+from cluster.processes.startup import Launch, ProcessSet
+from cluster.processes.worker_group import GroupLaunch, RunningGroup, start_groups
+
+logger = logging.getLogger(__name__)
+
+SCHEDULER_MODULE = "scheduler"
+GATEWAY_MODULE = "gateway"
+FIRST_INCARNATION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningDeployment:
+    target: RunningGroup
+    draft: RunningGroup | None  # None: no draft model, or it lives in the target's processes
+    scheduler_address: str
+    gateway_address: str  # empty: started without a gateway
+
+
+def process_names(plan: Plan, *, gateway: bool = True) -> list[str]:
+    """Every process of a plan in the order in which they start."""
+    names = [bundle.name for bundle in plan.bundles] + [plan.scheduler.name]
+    return names + [plan.gateway.name] if gateway else names
+
+
+def stop_order(plan: Plan) -> list[str]:
+    """The front door closes first, so that nothing is asked of what is already gone."""
+    return [plan.gateway.name, plan.scheduler.name]
+
+
+def roll_out(
+    settings: Settings, plan: Plan, processes: ProcessSet, *, timeout_s: float, gateway: bool = True
+) -> RunningDeployment:
+    """Start everything and block until it serves. Raises StartError; the caller then stops `processes`."""
+    deadline = time.monotonic() + timeout_s
+    processes.expect(process_names(plan, gateway=gateway))
+    groups = [
+        GroupLaunch(specs=worker_specs(settings, bundles, FIRST_INCARNATION), bundles=bundles)
+        for bundles in (plan.group("target"), plan.group("draft"))
+        if bundles
+    ]
+    target, *drafts = start_groups(processes, groups, deadline)
+    draft = drafts[0] if drafts else None
+    scheduler_address = _start_scheduler(settings, plan, processes, target, draft, deadline=deadline)
+    gateway_address = _start_gateway(settings, plan, processes, scheduler_address, deadline) if gateway else ""
+    processes.all_ready()
+    return RunningDeployment(
+        target=target, draft=draft, scheduler_address=scheduler_address, gateway_address=gateway_address
+    )
+
+
+def check_port(host: str, port: int, key: str) -> None:
+    """Raise StartError if nobody could listen there: better now than after ten minutes of loading."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
+            probe.bind(address)
+    except OSError as err:
+        reason = err.strerror or str(err)
+        raise StartError(
+            f"{key} {port} on {host} cannot be used: {reason}; stop what listens there or choose another {key}"
+        ) from err
+
+
+def _start_scheduler(
+    settings: Settings,
+    plan: Plan,
+    processes: ProcessSet,
+    target: RunningGroup,
+    draft: RunningGroup | None,
+    *,
+    deadline: float,
+) -> str:
+    draft_group = target if settings.colocated else draft
+    spec = scheduler_spec(
+        settings,
+        host=plan.scheduler.address,
+        target=target.endpoint,
+        draft=None if draft_group is None else draft_group.endpoint,
+    )
+    name = plan.scheduler.name
+    processes.launch(Launch(name=name, module=SCHEDULER_MODULE, spec=spec, node=plan.scheduler.address))
+    processes.wait_ready([name], deadline)
+    return processes.read(lambda board: board.process(name).address)
+
+
+def _start_gateway(
+    settings: Settings, plan: Plan, processes: ProcessSet, scheduler_address: str, deadline: float
+) -> str:
+    name = plan.gateway.name
+    spec = gateway_spec(settings, scheduler_addresses=[scheduler_address])
+    processes.launch(Launch(name=name, module=GATEWAY_MODULE, spec=spec, node=plan.gateway.address))
+    processes.wait_ready([name], deadline)
+    return processes.read(lambda board: board.process(name).address)

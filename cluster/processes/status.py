@@ -1,0 +1,46 @@
+"""How a deployment and its processes fare: what the controller reports and the CLI shows."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from cluster.planning.plan import Plan
+
+
+class State(StrEnum):
+    PENDING = "PENDING"
+    STARTING = "STARTING"
+    READY = "READY"
+    DEGRADED = "DEGRADED"  # a deployment only: it serves, without speculation
+    FAILED = "FAILED"
+    STOPPING = "STOPPING"
+    STOPPED = "STOPPED"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessStatus:
+    name: str  # "target-0.1", "draft-0.0", "scheduler-0", "gateway-0"
+    state: State = State.PENDING
+    node: str = ""  # address of its node
+    devices: str = ""  # "cuda:3", "cores 0-1", "shared cores"
+    pid: int | None = None
+    address: str = ""  # of its gRPC server, if it has one
+    stage: str = ""  # what it last reported: "loading target weights"
+    done: int = 0
+    total: int = 0  # 0: not known
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentStatus:
+    name: str
+    state: State
+    reason: str = ""  # why it is not READY
+    detail: str = ""  # traceback or log tail behind the reason
+    endpoint: str = ""  # host:port of the public gRPC server
+    metrics_url: str = ""  # where Prometheus finds metrics; empty: nowhere
+    model: str = ""
+    ray_address: str = ""
+    private_ray: bool = False  # started by `up`, stopped by `down`
+    processes: tuple[ProcessStatus, ...] = ()
+    plan: Plan | None = None
+    settings: dict[str, str | int | float | bool] | None = None  # resolved values a person may ask for

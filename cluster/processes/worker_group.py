@@ -1,0 +1,94 @@
+"""Start a worker group: the leader opens the store, the others join it, and the leader answers for all."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cluster.errors import StartError
+from cluster.planning.plan import Bundle
+from cluster.processes.startup import Launch, ProcessSet, Spawn
+from cluster.processes.status import ProcessStatus
+from echelon.pb.process_pb2 import GroupEndpoint, WorkerSpec
+from echelon.pb.worker_pb2 import WorkerInfo
+
+WORKER_MODULE = "workers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningGroup:
+    """A group whose ranks are all ready."""
+
+    address: str  # host:port of the leader's gRPC server
+    incarnation: int
+    info: WorkerInfo
+
+    @property
+    def endpoint(self) -> GroupEndpoint:
+        return GroupEndpoint(address=self.address, incarnation=self.incarnation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupLaunch:
+    """A group to be started: a spec for each rank, the leader's first, and the bundle of each."""
+
+    specs: Sequence[WorkerSpec]
+    bundles: Sequence[Bundle | None]
+
+
+def start_groups(processes: ProcessSet, groups: Sequence[GroupLaunch], deadline: float) -> list[RunningGroup]:
+    """Start groups side by side and block until every rank is ready.
+
+    Raises StartError with the error of the first process that fails, or naming those that are late.
+    """
+    for group in groups:
+        processes.launch(_launch(group, 0, store_address=""))
+    for group in groups:
+        if len(group.specs) > 1:
+            # Stores open within moments of the process start, before any weights are read.
+            store_address = processes.wait_store(group.specs[0].name, deadline)
+            for rank in range(1, len(group.specs)):
+                processes.launch(_launch(group, rank, store_address=store_address))
+    processes.wait_ready([spec.name for group in groups for spec in group.specs], deadline)
+    return [_running(processes, group) for group in groups]
+
+
+def start_worker_group(
+    specs: Sequence[WorkerSpec],
+    spawn: Spawn,
+    *,
+    on_progress: Callable[[ProcessStatus], None] = lambda _: None,
+    timeout_s: float = 120.0,
+) -> tuple[RunningGroup, ProcessSet]:
+    """One group alone, for tests and measurements; the caller stops the returned processes.
+
+    Raises StartError, after everything was stopped again.
+    """
+    processes = ProcessSet(spawn, on_change=on_progress)
+    group = GroupLaunch(specs=specs, bundles=[None] * len(specs))
+    try:
+        (running,) = start_groups(processes, [group], time.monotonic() + timeout_s)
+    except StartError:
+        processes.stop(grace_s=1.0)
+        raise
+    return running, processes
+
+
+def _launch(group: GroupLaunch, rank: int, *, store_address: str) -> Launch:
+    spec = WorkerSpec()
+    spec.CopyFrom(group.specs[rank])
+    spec.store_address = store_address
+    # Libraries size their thread pools when they are imported, before the worker has read its spec.
+    env = {"OMP_NUM_THREADS": str(max(1, spec.threads))}
+    if not spec.cpu_ids:
+        # Cores that others use too: a thread that spins at a barrier keeps the one it waits for from running.
+        env["OMP_WAIT_POLICY"] = "passive"
+    return Launch(name=spec.name, module=WORKER_MODULE, spec=spec, node=spec.host, bundle=group.bundles[rank], env=env)
+
+
+def _running(processes: ProcessSet, group: GroupLaunch) -> RunningGroup:
+    leader = group.specs[0]
+    return RunningGroup(
+        address=processes.read(lambda board: board.process(leader.name).address),
+        incarnation=leader.incarnation,
+        info=processes.read(lambda board: board.worker_info(leader.name)),
+    )

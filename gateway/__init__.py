@@ -1,0 +1,5 @@
+"""The gateway: public gRPC on one side, schedulers on the other. It keeps no state that outlives a request."""
+
+from gateway.server import Gateway
+
+__all__ = ["Gateway"]

@@ -1,0 +1,124 @@
+"""What schedulers count, as Prometheus metrics, read when somebody scrapes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from echelon.pb.control_pb2 import ReplicaStatus
+from echelon.pb.scheduler_pb2 import SchedulerStatus
+from gateway.metrics import PREFIX
+
+
+@dataclass(frozen=True, slots=True)
+class _Series:
+    name: str  # a counter's ends in _total on the wire
+    text: str
+    value: Callable[[SchedulerStatus], float]
+
+
+_GAUGES = (
+    _Series("num_requests_running", "Requests that run.", lambda s: s.num_requests_running),
+    _Series("num_requests_waiting", "Requests in the queue.", lambda s: s.num_requests_waiting),
+    _Series(
+        "kv_cache_usage_perc",
+        "Share of the target's KV blocks that are in use; 1 is all.",
+        lambda s: _used(s.num_blocks, s.num_free_blocks),
+    ),
+    _Series(
+        "draft_kv_cache_usage_perc",
+        "Share of the draft's KV blocks that are in use; 1 is all.",
+        lambda s: _used(s.num_draft_blocks, s.num_free_draft_blocks),
+    ),
+    _Series("draft_ready", "Whether the draft group answers.", lambda s: s.draft_ready),
+    _Series("acceptance_rate", "Accepted drafts of those compared lately.", lambda s: s.acceptance_rate),
+    _Series("drafts_per_verification", "Drafts of a verification lately.", lambda s: s.drafts_per_verification),
+    _Series(
+        "window_occupancy",
+        "Drafts ahead of the last commits by what the policy allows; 1 is all.",
+        lambda s: s.window_occupancy,
+    ),
+)
+_COUNTERS = (
+    _Series("prompt_tokens", "Prompt tokens of accepted requests.", lambda s: s.prompt_tokens_total),
+    _Series("generation_tokens", "Tokens that were committed.", lambda s: s.generation_tokens_total),
+    _Series("prefix_cache_queries", "Tokens looked up in the prefix cache.", lambda s: s.prefix_cache_queries),
+    _Series("prefix_cache_hits", "Tokens found in the prefix cache.", lambda s: s.prefix_cache_hits),
+    _Series("num_preemptions", "Seqs that had to give their blocks back.", lambda s: s.num_preemptions_total),
+    _Series("target_rounds", "Rounds of the target.", lambda s: s.target_rounds_total),
+    _Series("draft_rounds", "Rounds of the draft.", lambda s: s.draft_rounds_total),
+    _Series("draft_tokens", "Tokens that the draft model wrote.", lambda s: s.draft_tokens_total),
+    _Series("wasted_drafts", "Drafts of the model that nobody needed.", lambda s: s.wasted_draft_tokens_total),
+    _Series("spec_decode_num_drafts", "Verifications that had drafts.", lambda s: s.speculation_total.num_drafts),
+    _Series(
+        "spec_decode_num_draft_tokens",
+        "Drafts that the target compared.",
+        lambda s: s.speculation_total.num_draft_tokens,
+    ),
+    _Series(
+        "spec_decode_num_accepted_tokens",
+        "Drafts that the target accepted.",
+        lambda s: s.speculation_total.num_accepted_tokens,
+    ),
+    _Series("lookup_tokens", "Compared drafts that suffix lookup had found.", lambda s: s.lookup_tokens_total),
+    _Series("verdict_cache_hits", "Mismatches that had been foreseen.", lambda s: s.verdict_cache_hits_total),
+    _Series("verdict_cache_misses", "Mismatches that had not.", lambda s: s.verdict_cache_misses_total),
+    _Series(
+        "draft_idle_seconds",
+        "The draft had no round while a seq speculated.",
+        lambda s: s.draft_idle_seconds_total,
+    ),
+    _Series(
+        "verify_wait_seconds",
+        "The target had no round while a seq waited for drafts.",
+        lambda s: s.verify_wait_seconds_total,
+    ),
+    _Series("non_finite_rows", "Rows with NaN or infinite logits.", lambda s: s.non_finite_rows_total),
+)
+
+
+class ReplicaCollector(Collector):
+    """Asks every replica at each scrape. One that does not answer has no series but `replica_ready` 0."""
+
+    def __init__(self, model_name: str, read: Callable[[], Sequence[ReplicaStatus]]) -> None:
+        self._model_name = model_name
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        replicas = self._read()
+        ready = self._family(GaugeMetricFamily, "replica_ready", "Whether a request would be served.")
+        for replica in replicas:
+            ready.add_metric(self._labels(replica), float(replica.status.ready))
+        yield ready
+        answering = [replica for replica in replicas if replica.HasField("status")]
+        for kind, table in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for series in table:
+                family = self._family(kind, series.name, series.text)
+                for replica in answering:
+                    family.add_metric(self._labels(replica), float(series.value(replica.status)))
+                yield family
+        yield self._accepted_by_position(answering)
+
+    def _accepted_by_position(self, replicas: Sequence[ReplicaStatus]) -> Metric:
+        family = CounterMetricFamily(
+            PREFIX + "spec_decode_num_accepted_tokens_per_pos",
+            "Accepted drafts by their place in the round.",
+            labels=["model_name", "replica", "position"],
+        )
+        for replica in replicas:
+            for position, num_accepted in enumerate(replica.status.speculation_total.accepted_per_position):
+                family.add_metric([*self._labels(replica), str(position)], float(num_accepted))
+        return family
+
+    def _family(
+        self, kind: type[GaugeMetricFamily] | type[CounterMetricFamily], name: str, text: str
+    ) -> GaugeMetricFamily | CounterMetricFamily:
+        return kind(PREFIX + name, text, labels=["model_name", "replica"])
+
+    def _labels(self, replica: ReplicaStatus) -> list[str]:
+        return [self._model_name, str(replica.replica)]
+
+
+def _used(num_blocks: int, num_free: int) -> float:
+    return 1.0 - num_free / num_blocks if num_blocks else 0.0

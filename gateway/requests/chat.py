@@ -1,0 +1,113 @@
+"""Chat templates, rendered as `transformers` renders them, without importing it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from gateway.model_files import read_json_object
+
+
+class ChatError(ValueError):
+    """The template cannot be read, or refused the conversation."""
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}`, which marks the assistant's tokens for training: here it only passes its body on."""
+
+    tags = {"generation"}  # noqa: RUF012 (declared by jinja2 without ClassVar)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
+
+    def _render(self, caller: Macro) -> str:
+        return caller()
+
+
+class ChatTemplate:
+    """A compiled template. `special_tokens` are the variables bos_token, eos_token ... that it may use.
+
+    Templates come with a model's files and are code of somebody else: they run in jinja2's immutable sandbox.
+    Raises ChatError for a template that does not compile.
+    """
+
+    def __init__(self, source: str, *, special_tokens: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as err:
+            raise ChatError(f"chat template, line {err.lineno}: {err.message}") from err
+        self._special_tokens = dict(special_tokens)
+
+    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+        """The prompt's text, special tokens written out. Raises ChatError with the template's own words."""
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as err:
+            raise ChatError(f"the model's chat template refused the conversation: {err}") from err
+
+
+def load_chat_template(model_dir: Path) -> ChatTemplate | None:
+    """The template of a Hugging Face folder: chat_template.jinja, else tokenizer_config.json's `chat_template`, a
+    string or a list of named templates of which "default" is taken; None without one."""
+    config = read_json_object(model_dir / "tokenizer_config.json")
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    file = model_dir / "chat_template.jinja"
+    if file.is_file():
+        source = file.read_text(encoding="utf-8")
+    if source is None:
+        return None
+    return ChatTemplate(source, special_tokens=_special_tokens(model_dir, config))
+
+
+def _special_tokens(model_dir: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """name -> text; a token is written as a string or as an object with `content`."""
+    declared = {**read_json_object(model_dir / "special_tokens_map.json"), **config}
+    tokens = {}
+    for name, value in declared.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(content, str):
+            tokens[name] = content
+    return tokens
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Unlike jinja2's own filter it leaves `<`, `>`, `&` and quotes alone."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

@@ -1,0 +1,45 @@
+"""Text and chats to token ids, as `transformers.AutoTokenizer` does it."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from gateway.requests.chat import ChatTemplate, load_chat_template
+
+INLINE_CHARS = 4096  # below this, tokenising (about 1 us a character) costs less than a thread switch is worth
+
+
+class PromptTokenizer:
+    """tokenizer.json and chat template of one model folder. Raises ValueError when there is no usable tokenizer."""
+
+    def __init__(self, model_dir: Path) -> None:
+        path = model_dir / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"model {model_dir}: tokenizer.json is missing; the gateway needs it to read prompts")
+        self._tokenizer = Tokenizer.from_file(str(path))
+        self._tokenizer.no_truncation()  # some folders keep what they were trained with
+        self._tokenizer.no_padding()
+        self.chat_template: ChatTemplate | None = load_chat_template(model_dir)
+
+    async def encode_text(self, text: str) -> list[int]:
+        """Plain text: the tokenizer's post-processor adds the tokens (BOS ...) that it adds for any text."""
+        return await self._encode(text, add_special_tokens=True)
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> list[int]:
+        """A conversation: the template writes BOS itself where the model wants one, so none is added again.
+
+        Raises ChatError; the model must have a template."""
+        assert self.chat_template is not None, "the caller checks that there is a template"
+        text = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        return await self._encode(text, add_special_tokens=False)
+
+    async def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if len(text) <= INLINE_CHARS:
+            return self._encode_now(text, add_special_tokens)
+        return await asyncio.to_thread(self._encode_now, text, add_special_tokens)
+
+    def _encode_now(self, text: str, add_special_tokens: bool) -> list[int]:
+        token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return token_ids

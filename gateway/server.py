@@ -1,0 +1,185 @@
+"""A gateway put together: its gRPC server, its links to schedulers, its health."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+import echelon
+from echelon.pb import control_pb2, inference_pb2, process_pb2
+from gateway.doors.control_servicer import ControlServicer
+from gateway.doors.health import READINESS, Health
+from gateway.doors.http_server import HttpServer
+from gateway.doors.inference_servicer import InferenceServicer
+from gateway.doors.listening import bind_problem, join, try_bind
+from gateway.doors.service_handlers import service_handlers
+from gateway.metrics import RequestMetrics
+from gateway.model_files import read_eos_token_ids
+from gateway.replicas.metrics import ReplicaCollector
+from gateway.replicas.replicas import read_replicas
+from gateway.replicas.scheduler_link import STATUS_TIMEOUT_S, SchedulerLink
+from gateway.requests.sampling import load_sampling_defaults
+from gateway.requests.tokenization import PromptTokenizer
+from gateway.requests.validation import RequestValidator
+
+logger = logging.getLogger(__name__)
+
+INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
+CONTROL = control_pb2.DESCRIPTOR.services_by_name["Control"]
+DEFAULT_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+_NOTICE_S = 3.0  # for clients and load balancers to hear that the gateway stops
+
+
+class StartupError(RuntimeError):
+    """The gateway cannot start; the message says what to change."""
+
+
+class Gateway:
+    """One gateway. `start` within a running event loop, then `drain`; both once.
+
+    Raises StartupError or ValueError, naming the file or the YAML key, when it cannot be built or started.
+    """
+
+    def __init__(self, spec: process_pb2.GatewaySpec) -> None:
+        _check_spec(spec)
+        self._spec = spec
+        self._health = Health()
+        self._links = [SchedulerLink(address, on_change=self._update_readiness) for address in spec.scheduler_addresses]
+        self._link_tasks: list[asyncio.Task[None]] = []
+        self._became_ready = asyncio.Event()
+        self._metrics = RequestMetrics(spec.model_name)
+        self._http: HttpServer | None = None
+        self._servicer = _build_servicer(spec, self._links, self._metrics)
+        self._server = grpc.aio.server(options=_server_options(spec.max_message_bytes or DEFAULT_MAX_MESSAGE_BYTES))
+        self._control = ControlServicer(self._links, model_name=spec.model_name)
+        self._server.add_generic_rpc_handlers(
+            (service_handlers(INFERENCE, self._servicer), service_handlers(CONTROL, self._control))
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        services = (INFERENCE.full_name, CONTROL.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(services, self._server)
+
+    async def start(self) -> str:
+        """Listens and connects. Returns host:port; a port that is taken raises StartupError naming it."""
+        port = self._bind()
+        self._http = self._bind_http()
+        await self._server.start()
+        if self._http is not None:
+            self._http.start()
+        self._link_tasks = [asyncio.create_task(link.run()) for link in self._links]
+        return join(self._spec.host, port)
+
+    async def wait_until_ready(self) -> None:
+        """Returns once a scheduler would serve a request."""
+        await self._became_ready.wait()
+
+    async def drain(self, grace_s: float) -> None:
+        """Takes no new requests, lets those that run finish within `grace_s`, then closes everything."""
+        self._servicer.refuse_new_requests()
+        self._control.end_recordings()
+        self._health.close()
+        began_s = time.monotonic()
+        # A server that stops drops newcomers without a word. So it first goes on for a while, and says why they are
+        # refused; then their channels are told to go elsewhere.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._servicer.wait_until_idle(), min(grace_s, _NOTICE_S))
+        await self._server.stop(max(0.0, grace_s - (time.monotonic() - began_s)))
+        if self._http is not None:
+            await asyncio.to_thread(self._http.stop)
+        for task in self._link_tasks:
+            task.cancel()
+        await asyncio.gather(*self._link_tasks, return_exceptions=True)
+
+    def _bind(self) -> int:
+        host, port = self._spec.host, self._spec.grpc_port
+        try:
+            bound = self._server.add_insecure_port(join(host, port))
+        except RuntimeError:
+            bound = 0  # what grpc returned before it raised
+        if not bound:
+            raise StartupError(_why_not_bound(host, port))
+        return bound
+
+    def _bind_http(self) -> HttpServer | None:
+        host, port = self._spec.host, self._spec.http_port
+        if not port:
+            return None
+        loop = asyncio.get_running_loop()
+
+        def read() -> list[control_pb2.ReplicaStatus]:
+            """From a thread of the HTTP server."""
+            future = asyncio.run_coroutine_threadsafe(read_replicas(self._links), loop)
+            return future.result(2 * STATUS_TIMEOUT_S)
+
+        self._metrics.registry.register(ReplicaCollector(self._spec.model_name, read))
+        try:
+            return HttpServer(host, port, self._metrics.registry)
+        except OSError as err:
+            raise StartupError(bind_problem(host, port, err, key="server.http_port")) from err
+
+    def _update_readiness(self) -> None:
+        ready = any(link.ready for link in self._links)
+        self._health.set(READINESS, ready)
+        if ready:
+            self._became_ready.set()
+
+
+def _check_spec(spec: process_pb2.GatewaySpec) -> None:
+    if spec.version != echelon.__version__:
+        raise StartupError(
+            f"version: the controller is {spec.version!r}, this gateway {echelon.__version__!r}; install one version"
+        )
+    if not spec.scheduler_addresses:
+        raise StartupError("scheduler_addresses: is empty; a gateway needs a scheduler")
+    if not Path(spec.model_dir).is_dir():
+        raise StartupError(f"model_dir: {spec.model_dir} is no folder on this node")
+
+
+def _build_servicer(
+    spec: process_pb2.GatewaySpec, links: list[SchedulerLink], metrics: RequestMetrics
+) -> InferenceServicer:
+    model_dir = Path(spec.model_dir)
+    tokenizer = PromptTokenizer(model_dir)
+    validator = RequestValidator(
+        model_name=spec.model_name,
+        max_model_len=spec.max_model_len,
+        vocab_size=spec.vocab_size,
+        defaults=load_sampling_defaults(model_dir),
+        tokenizer=tokenizer,
+    )
+    info = inference_pb2.ModelInfo(
+        model=spec.model_name,
+        max_model_len=spec.max_model_len,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=read_eos_token_ids(model_dir),
+        has_chat_template=tokenizer.chat_template is not None,
+    )
+    return InferenceServicer(validator, links, info=info, metrics=metrics)
+
+
+def _server_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    return [
+        ("grpc.so_reuseport", 0),  # two gateways on one port would each get half of the clients
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        # A client whose machine vanished sends no reset: without pings its requests would run to their end.
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ]
+
+
+def _why_not_bound(host: str, port: int) -> str:
+    """grpc says only that it failed; the operating system says why."""
+    try:
+        try_bind(host, port)
+    except OSError as err:
+        return bind_problem(host, port, err, key="server.grpc_port")
+    return f"cannot listen on {join(host, port)}; change server.host or server.grpc_port"

@@ -1,0 +1,219 @@
+"""The seqs that have a place on the draft engine, and the rows that bring them up to date and let their chains grow.
+
+Everything here is best effort: no seq waits for slots or blocks of the draft engine, and one that it cannot follow goes
+on without drafts.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from echelon.pb import worker_pb2
+from scheduler.drafting.chain import Drafted, DraftSeat
+from scheduler.engines.engine import Engine, ForkFrom, InFlight, PlannedRow
+from scheduler.requests.seq import Seq
+
+__all__ = ["DraftSeats", "is_complete"]
+
+
+class DraftSeats:
+    """Seats of one draft engine; made anew when the engine connects again."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._is_approximate = engine.info.lp_size > 1  # drafts leave KV that has to be calibrated
+
+    def seat_newcomers(self, seqs: Iterable[Seq]) -> None:
+        """A seat for each seq that has none, as long as there are slots. `seqs`: oldest first."""
+        for seq in seqs:
+            if seq.draft is not None:
+                continue
+            if self.engine.num_free_slots == 0:
+                return
+            if seq.num_free_at_refusal != self.engine.blocks.num_free and not self._seat(seq):
+                seq.num_free_at_refusal = self.engine.blocks.num_free
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether so many tokens and a draft fit into the draft's context, which may be the shorter one."""
+        return num_tokens < self.engine.info.max_model_len
+
+    def knows(self, token_ids: Iterable[int]) -> bool:
+        """Whether all are of the draft's vocabulary: padding of the target's may reach beyond it."""
+        return max(token_ids, default=0) < self.engine.info.vocab_size
+
+    def release(self, seq: Seq) -> None:
+        if seq.draft is not None:
+            self.release_seat(seq.draft)
+            seq.draft = None
+
+    def release_seat(self, seat: DraftSeat) -> None:
+        seat.is_released = True
+        self.engine.release(seat)
+
+    def _seat(self, seq: Seq) -> bool:
+        """Blocks for the whole history at once: catching up never gets stuck half way."""
+        blocks = self.engine.blocks
+        found = self.engine.find_prefix(seq)
+        most = min(seq.max_len, self.engine.info.max_model_len)
+        num_new = blocks.num_blocks_for(min(len(seq.token_ids) + seq.max_drafts, most)) - len(found)
+        if num_new + blocks.num_idle_among(found) > blocks.num_free:
+            return False
+        if not self.knows(seq.token_ids):
+            seq.has_draft_model = False
+            return False
+        blocks.hold(found)
+        num_found = len(found) * blocks.block_size
+        seq.draft = DraftSeat(
+            slot=self.engine.take_slot(),
+            block_ids=found + blocks.allocate(num_new, found[-1] if found else None),
+            num_computed=num_found,
+            num_published=len(found),
+            num_agreed=num_found,
+            num_exact=num_found,
+        )
+        return True
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def drafting_row(self, seq: Seq, num_drafts: int) -> PlannedRow | None:
+        """The seq's chain, brought up to the history if need be, grows by up to `num_drafts` > 0 tokens."""
+        seat = seq.draft
+        assert seat is not None, "a seq without a seat cannot draft"
+        row = self._row(seq, seat)
+        num_drafts = self._room_for_drafts(seq, seat, row.start + row.chunk_len, num_drafts)
+        if num_drafts < 1:
+            return None
+        row.num_draft_tokens = num_drafts
+        return row
+
+    def catch_up_row(self, seq: Seq, num_tokens: int) -> PlannedRow | None:
+        """Up to `num_tokens` of the history are computed; its last token is left for the row that drafts behind it."""
+        seat = seq.draft
+        assert seat is not None, "a seq without a seat cannot catch up"
+        row = self._row(seq, seat)
+        row.chunk_len = min(row.chunk_len - 1, num_tokens)
+        if row.chunk_len < 1 or not self.engine.grow(seat, row.start + row.chunk_len):
+            return None
+        return row
+
+    def branch_row(self, seq: Seq, seat: DraftSeat, num_drafts: int) -> PlannedRow | None:
+        """A branch that exists grows."""
+        num_drafts = self._room_for_drafts(seq, seat, seat.num_held, num_drafts)
+        if num_drafts < 1:
+            return None
+        chunk_len = seat.num_held - seat.num_computed
+        return PlannedRow(seq=seq, seat=seat, start=seat.num_computed, chunk_len=chunk_len, num_draft_tokens=num_drafts)
+
+    def fork_row(self, seq: Seq, parent: DraftSeat, length: int, token_id: int, num_drafts: int) -> PlannedRow | None:
+        """A branch: the first `length` tokens that `parent` holds, then `token_id`, then drafts."""
+        blocks = self.engine.blocks
+        num_drafts = min(num_drafts, self._most_drafts(seq, length + 1))
+        num_shared = length // blocks.block_size
+        num_new = blocks.num_blocks_for(length + num_drafts) - num_shared
+        if num_drafts < 1 or self.engine.num_free_slots == 0 or num_new > blocks.num_free:
+            return None
+        shared = parent.block_ids[:num_shared]
+        blocks.hold(shared)
+        start = min(parent.num_computed, length)
+        seat = DraftSeat(
+            slot=self.engine.take_slot(),
+            block_ids=shared + blocks.allocate(num_new),
+            num_computed=start,
+            num_published=min(parent.num_published, num_shared),
+            num_agreed=length + 1,
+            num_exact=min(parent.num_exact, start),
+        )
+        return PlannedRow(
+            seq=seq,
+            seat=seat,
+            start=start,
+            chunk_len=length + 1 - start,
+            append_token_ids=[token_id],
+            fork=ForkFrom(parent.slot, length, num_shared),
+            num_draft_tokens=num_drafts,
+        )
+
+    def send(self, row: PlannedRow) -> None:
+        """The row goes with the next round: its seat is as it will be behind it."""
+        seat = row.seat
+        assert isinstance(seat, DraftSeat), "the draft engine seats draft seats"
+        is_branch = seat is not row.seq.draft
+        end = row.start + row.chunk_len
+        seat.num_exact += row.calibrate_len
+        goes_on = seat.ends_in_draft and not row.append_token_ids
+        if not goes_on and row.start == seat.num_exact:
+            seat.num_exact = end  # computed by the exact model, on exact KV
+        seat.ends_in_draft = goes_on or row.num_draft_tokens > 0
+        if not is_branch:
+            if seat.num_ahead == 0:
+                seat.num_agreed = len(row.seq.token_ids)
+            row.num_exact = min(seat.num_exact if self._is_approximate else end, seat.num_agreed)
+        seat.is_cut = False
+        seat.is_catching_up = row.num_draft_tokens == 0
+        seat.num_coming += row.num_draft_tokens
+        row.epoch = seat.epoch
+
+    def _row(self, seq: Seq, seat: DraftSeat) -> PlannedRow:
+        """What has to be computed before the chain can grow; nothing but its own last token if it agrees so far."""
+        history = seq.token_ids
+        is_behind = seat.num_agreed < len(history)
+        assert not (is_behind and seat.num_ahead), "rows on their way tell first whether the chain agrees"
+        start = min(seat.num_computed, seat.num_agreed) if is_behind else seat.num_computed
+        return PlannedRow(
+            seq=seq,
+            seat=seat,
+            start=start,
+            chunk_len=(len(history) if is_behind else seat.num_held) - start,
+            crop_len=seat.num_agreed if seat.is_cut else None,
+            append_token_ids=history[seat.num_agreed :] if is_behind and seat.introduced else (),
+            calibrate_len=max(0, min(start, seat.num_agreed) - seat.num_exact) if self._is_approximate else 0,
+        )
+
+    def _room_for_drafts(self, seq: Seq, seat: DraftSeat, num_held: int, wanted: int) -> int:
+        """How many drafts fit behind `num_held` tokens, with blocks for them; 0 if none does."""
+        # The last draft is not computed and needs no place.
+        num_drafts = min(wanted, self._most_drafts(seq, num_held), self.engine.room_for(seat) - num_held + 1)
+        if num_drafts < 1 or not self.engine.grow(seat, num_held + num_drafts - 1):
+            return 0
+        return num_drafts
+
+    def _most_drafts(self, seq: Seq, num_held: int) -> int:
+        """Drafts behind `num_held` tokens that could still be accepted: the target adds a token of its own to them."""
+        return min(seq.max_len - 1, self.engine.info.max_model_len) - num_held
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    def land(
+        self, record: InFlight, result: worker_pb2.RoundResult, odds: Callable[[Seq, float], float]
+    ) -> Iterator[tuple[PlannedRow, worker_pb2.RowResult]]:
+        """Takes in a round's drafts; yields the rows whose chains go on, with their answers. One that lacks drafts
+        (`is_complete`) leaves its seat as it was: of no use any more. `odds`: how likely a draft of this seq with this
+        confidence is accepted."""
+        for row, answer in zip(record.rows, result.rows, strict=True):
+            seat = row.seat
+            assert isinstance(seat, DraftSeat), "the draft engine seats draft seats"
+            if seat.is_released or row.epoch != seat.epoch:
+                continue  # perhaps it was not even computed: Row in worker.proto
+            if is_complete(row, answer):
+                seat.is_catching_up = False
+                self.engine.publish(row.seq, seat, row.num_exact)
+                seat.extend(row.num_draft_tokens, _drafted(row.seq, answer, odds))
+            else:
+                self.engine.blocks.forget(seat.block_ids[: seat.num_published])
+            yield row, answer
+
+
+def is_complete(row: PlannedRow, answer: worker_pb2.RowResult) -> bool:
+    """The draft engine has done all that the row ordered."""
+    return not answer.non_finite and len(answer.token_ids) == row.num_draft_tokens
+
+
+def _drafted(seq: Seq, answer: worker_pb2.RowResult, odds: Callable[[Seq, float], float]) -> Sequence[Drafted]:
+    token_ids = answer.token_ids
+    if not token_ids:
+        return ()
+    width = len(answer.alternative_token_ids) // len(token_ids)
+    alternatives = list(answer.alternative_token_ids)
+    confidences = answer.confidences or [1.0] * len(token_ids)
+    return [
+        Drafted(token_id, tuple(alternatives[i * width : (i + 1) * width]), confidence, odds(seq, confidence))
+        for i, (token_id, confidence) in enumerate(zip(token_ids, confidences, strict=True))
+    ]

@@ -1,0 +1,210 @@
+"""Drafts without a model: what followed the same tokens before, in the seq itself or in finished requests.
+
+SuffixDecoding (arXiv 2411.04975) on suffix automata. A long prompt would stop the event loop for a moment if it were
+indexed at once, so every call indexes a slice of what waits.
+"""
+
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from scheduler.drafting.suffix_automaton import SEPARATOR, Match, SuffixAutomaton
+
+__all__ = ["Proposal", "SuffixDrafts", "SuffixIndex", "prefers_lookup"]
+
+_MAX_PROMPT = 32_768  # latest tokens of a prompt that are indexed
+_PROMPT_SLICE = 1024  # tokens of prompts that are indexed in a round, of all seqs together: some milliseconds
+_MIN_SLICE = 64
+_REQUEST_SLICE = 4  # tokens of finished requests for each committed one: faster than they come
+_MAX_CONTEXT = 64  # latest tokens that are matched with finished requests
+_MAX_CONTEXTS = 6  # contexts of different lengths that are tried
+_MIN_PROBABILITY = 0.1  # of a draft and all before it
+
+
+class Proposal(NamedTuple):
+    """Drafts, and how far they may be trusted by the counts of what followed."""
+
+    token_ids: list[int]
+    probabilities: list[float]  # of each and all before it
+    match_len: int  # tokens of the context that they followed before
+
+    @property
+    def score(self) -> float:
+        """Expected accepted tokens."""
+        return sum(self.probabilities)
+
+
+def prefers_lookup(proposal: Proposal, *, reliability: float, expected_by_model: float) -> bool:
+    """Whether the proposal promises more accepted tokens than the draft model.
+
+    `reliability`: how often drafts from lookup were accepted (`Acceptance.rate` of an estimate of their own), of which
+    counts know nothing; `expected_by_model`: accepted tokens, without the target's own one.
+    """
+    trusted = (share * reliability**depth for depth, share in enumerate(proposal.probabilities, start=1))
+    return sum(trusted) > expected_by_model
+
+
+class SuffixIndex:
+    """Finished requests of all seqs: the latest `max_tokens` at most, and half of them at least once they were so many.
+
+    Two automata: when the younger one is full it becomes the older one, which is forgotten. A token takes about 150
+    bytes (`SuffixAutomaton`), so the default is bounded by 75 MB. One a scheduler.
+    """
+
+    def __init__(self, max_tokens: int = 500_000) -> None:
+        self._half = max(2, max_tokens // 2)
+        self._queue: deque[array[int]] = deque()  # not yet indexed
+        self._num_queued = 0
+        self._done = 0  # tokens of the first of them that are indexed
+        self.automata = (SuffixAutomaton(), SuffixAutomaton())  # younger, older
+        self.num_waiting_prompts = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Those that wait to be indexed included."""
+        return self._num_queued + sum(automaton.num_tokens for automaton in self.automata)
+
+    def add(self, token_ids: Sequence[int]) -> None:
+        """The output of a finished request (its prompt too, if others are likely to repeat it)."""
+        if not token_ids:
+            return
+        self._queue.append(array("i", [*token_ids[-self._half + 1 :], SEPARATOR]))
+        self._num_queued += len(self._queue[-1])
+        while self._num_queued > self._half:
+            self._num_queued -= len(self._queue.popleft()) - self._done
+            self._done = 0
+
+    def index(self, max_tokens: int) -> None:
+        """Index as much of what waits."""
+        while max_tokens > 0 and self._queue:
+            text = self._queue[0]
+            part = text[self._done : self._done + max_tokens]
+            if self.automata[0].num_tokens + len(part) > self._half:
+                self.automata = (SuffixAutomaton(), self.automata[0])
+            self.automata[0].extend(part)
+            max_tokens -= len(part)
+            self._done += len(part)
+            self._num_queued -= len(part)
+            if self._done == len(text):
+                self._queue.popleft()
+                self._done = 0
+
+
+class _Pointer:
+    """Where in an automaton of finished requests the latest tokens of a seq are."""
+
+    __slots__ = ("_num_tokens", "automaton", "match")
+
+    def __init__(self, automaton: SuffixAutomaton, recent: Sequence[int]) -> None:
+        self.automaton = automaton
+        self.match = automaton.matched(recent)
+        self._num_tokens = automaton.num_tokens
+
+    @property
+    def is_stale(self) -> bool:
+        """The automaton has grown: it may hold a longer context now."""
+        return self._num_tokens != self.automaton.num_tokens
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        for token_id in token_ids:
+            self.match = self.automaton.advance(self.match, token_id)
+
+
+class SuffixDrafts:
+    """Drafts for one seq. `close` it when the seq ends."""
+
+    def __init__(self, shared: SuffixIndex, prompt_token_ids: Sequence[int]) -> None:
+        self._shared = shared
+        self._local = SuffixAutomaton()
+        self._waiting = array("i", prompt_token_ids[-_MAX_PROMPT:])  # not yet indexed, if any
+        self.num_indexed = 0  # tokens of the prompt
+        self._recent: deque[int] = deque(prompt_token_ids[-_MAX_CONTEXT:], maxlen=_MAX_CONTEXT)
+        self._pointers: list[_Pointer] = []
+        shared.num_waiting_prompts += 1
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether the seq's own text is searched yet."""
+        return not self._waiting
+
+    def close(self) -> None:
+        """The seq is over."""
+        if self._waiting:
+            self._waiting = array("i")
+            self._shared.num_waiting_prompts -= 1
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Tokens were committed. Also indexes a little of finished requests."""
+        self._recent.extend(token_ids)
+        for pointer in self._pointers:
+            pointer.advance(token_ids)
+        if self._waiting:
+            self._waiting.extend(token_ids)
+        else:
+            self._local.extend(token_ids)
+        self._shared.index(_REQUEST_SLICE * len(token_ids))
+
+    def index(self) -> None:
+        """Index a slice of the prompt, shorter the more prompts wait. `propose` does it too."""
+        if not self._waiting:
+            return
+        size = max(_MIN_SLICE, _PROMPT_SLICE // self._shared.num_waiting_prompts)
+        self._local.extend(self._waiting[self.num_indexed : self.num_indexed + size])
+        self.num_indexed += size
+        if self.num_indexed >= len(self._waiting):
+            self.close()  # nothing waits any more
+
+    def propose(self, max_tokens: int) -> Proposal:
+        """At most `max_tokens` drafts behind the tokens so far. The seq's own text wins ties with finished requests."""
+        self.index()
+        best = Proposal([], [], 0)
+        if self.is_indexed:
+            best = _best_continuation(self._local, self._local.longest_repeated(), max_tokens)
+        for pointer in self._fresh_pointers():
+            other = _best_continuation(pointer.automaton, pointer.match, max_tokens)
+            if other.score > best.score:
+                best = other
+        return best
+
+    def _fresh_pointers(self) -> list[_Pointer]:
+        known = {id(pointer.automaton): pointer for pointer in self._pointers if not pointer.is_stale}
+        self._pointers = [
+            known.get(id(automaton)) or _Pointer(automaton, self._recent)
+            for automaton in self._shared.automata
+            if automaton.num_tokens
+        ]
+        return self._pointers
+
+
+def _best_continuation(automaton: SuffixAutomaton, match: Match, max_tokens: int) -> Proposal:
+    """Of the continuations of contexts of several lengths that with the best score; longer contexts win ties."""
+    best = Proposal([], [], 0)
+    for _ in range(_MAX_CONTEXTS):
+        if match.length == 0:
+            break
+        # A context of n tokens is trusted for as many.
+        proposal = _continuation(automaton, match, min(max_tokens, match.length))
+        if proposal.score > best.score:
+            best = proposal
+        if best.score >= min(max_tokens, match.length):
+            break  # shorter contexts cannot do better
+        match = automaton.shorter(match)
+    return best
+
+
+def _continuation(automaton: SuffixAutomaton, match: Match, max_tokens: int) -> Proposal:
+    token_ids: list[int] = []
+    probabilities: list[float] = []
+    state, probability = match.state, 1.0
+    while len(token_ids) < max_tokens:
+        following = automaton.likeliest(state)
+        if following is None or following.token_id == SEPARATOR:
+            break
+        probability *= following.probability
+        if probability < _MIN_PROBABILITY:
+            break
+        token_ids.append(following.token_id)
+        probabilities.append(probability)
+        state = following.state
+    return Proposal(token_ids, probabilities, match.length)

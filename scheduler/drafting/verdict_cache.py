@@ -1,0 +1,132 @@
+"""Drafts behind verdicts that have not come yet (speculative speculative decoding, arXiv 2603.03251).
+
+While the target verifies the start of a seq's chain, the draft engine continues the chain, which pays if all of it is
+accepted, and drafts behind the likeliest other outcomes: the target stops at draft i and puts one of the tokens there
+that the draft itself had ranked next. Such a branch is a slot of its own that shares the KV of what it has in common
+with the chain. When the verdict comes and is one of them, the branch takes the place of the chain, and the target has
+drafts to verify at once.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from scheduler.drafting.chain import Drafted, DraftSeat
+from scheduler.engines.seat import Seat
+from scheduler.requests.seq import Seq
+
+__all__ = ["Branch", "Outcome", "VerdictCache"]
+
+_MIN_PROBABILITY = 0.01  # of an outcome for which a branch is drafted
+_DECAY = 0.99
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A verdict: the tokens before position `start` are accepted, `token_id` takes the place of the draft there."""
+
+    start: int
+    token_id: int
+    probability: float
+
+
+class Branch(NamedTuple):
+    start: int
+    token_id: int
+    probability: float  # of the verdict, when the branch was made
+    seat: DraftSeat
+
+
+class _RankOdds:
+    """How often the target's token, where it was not the draft's first choice, was the second, the third, ..."""
+
+    def __init__(self, first_guess: Sequence[float]) -> None:
+        self._hits = [10.0 * odds for odds in first_guess]
+        self._num_seen = 10.0
+
+    def __getitem__(self, rank: int) -> float:
+        return self._hits[rank] / self._num_seen
+
+    def __len__(self) -> int:
+        return len(self._hits)
+
+    def observe(self, rank: int | None) -> None:
+        self._num_seen = _DECAY * self._num_seen + 1.0
+        self._hits = [_DECAY * hits + (1.0 if i == rank else 0.0) for i, hits in enumerate(self._hits)]
+
+
+class VerdictCache:
+    """Which branches are worth drafting, and those that are being drafted."""
+
+    num_alternatives = 3  # runners-up that the draft engine reports for each draft
+
+    def __init__(self, max_branches: int) -> None:
+        self._max_branches = max_branches  # of a seq; 0: none
+        self._branches: dict[Seq, list[Branch]] = {}
+        self._odds = _RankOdds([0.4, 0.15, 0.08])
+        self.num_hits = 0
+        self.num_misses = 0
+
+    def branches(self, seq: Seq) -> Sequence[Branch]:
+        return self._branches.get(seq, ())
+
+    def add(self, seq: Seq, branch: Branch) -> None:
+        self._branches.setdefault(seq, []).append(branch)
+
+    def clear(self) -> None:
+        """The draft engine is gone, and all branches with it."""
+        self._branches.clear()
+
+    def likeliest(self, seq: Seq) -> list[Outcome]:
+        """Outcomes of the verification on its way that deserve a branch and have none, likeliest first."""
+        seat = seq.draft
+        room = self._max_branches - len(self.branches(seq))
+        if seat is None or room <= 0 or not seq.verifies_chain:
+            return []
+        taken = {(branch.start, branch.token_id) for branch in self.branches(seq)}
+        return [
+            outcome
+            for outcome in self._ranked(seat, seq.num_verifying)[: self._max_branches]
+            if (outcome.start, outcome.token_id) not in taken
+        ][:room]
+
+    def _ranked(self, seat: DraftSeat, num_verifying: int) -> list[Outcome]:
+        rank_odds = [self._odds[rank] for rank in range(len(self._odds))]
+        outcomes = []
+        all_before = 1.0  # accepted
+        for i, drafted in enumerate(seat.chain[: num_verifying + 1]):
+            stops_here = all_before * (1.0 - drafted.odds)
+            all_before *= drafted.odds
+            for token_id, odd in zip(drafted.alternatives, rank_odds, strict=False):
+                if stops_here * odd >= _MIN_PROBABILITY:
+                    start, probability = seat.num_agreed + i, stops_here * odd
+                    outcomes.append(Outcome(start=start, token_id=token_id, probability=probability))
+        return sorted(outcomes, key=lambda outcome: -outcome.probability)
+
+    def resolve(self, seq: Seq, contradicted: Drafted, start: int, token_id: int) -> DraftSeat | None:
+        """The verdict has put `token_id` at position `start`, in place of a draft -> the branch that foresaw it."""
+        if not self._max_branches:
+            return None
+        alternatives = contradicted.alternatives
+        self._odds.observe(alternatives.index(token_id) if token_id in alternatives else None)
+        for branch in self.branches(seq):
+            if (branch.start, branch.token_id) == (start, token_id):
+                self.num_hits += 1
+                self._branches[seq].remove(branch)
+                return branch.seat
+        self.num_misses += 1
+        return None
+
+    def take(self, seq: Seq, seat: Seat) -> DraftSeat:
+        """Forget the branch that has this seat -> the seat."""
+        branch = next(branch for branch in self.branches(seq) if branch.seat is seat)
+        self._branches[seq].remove(branch)
+        return branch.seat
+
+    def drop(self, seq: Seq, before: int | None = None) -> Iterable[DraftSeat]:
+        """Forget the seq's branches, or those that start before a position -> their seats, to be released."""
+        kept = [] if before is None else [branch for branch in self.branches(seq) if branch.start >= before]
+        dropped = [branch.seat for branch in self._branches.pop(seq, ()) if branch not in kept]
+        if kept:
+            self._branches[seq] = kept
+        return dropped

@@ -1,0 +1,182 @@
+"""KV blocks of one engine: who holds which, and which still hold a known prefix.
+
+A block is in one of three states: held (by one seq or, for a shared prefix, by several), idle (held by nobody, but its
+contents are known and it can be found again by digest), or free. Idle blocks are given up in the order in which they
+became idle. Nothing here scans the pool: every operation costs what it moves.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from heapq import heapify, heappop, heappush
+
+from scheduler.engines.digests import Digest
+
+__all__ = ["BlockManager", "FreeRuns"]
+
+
+class FreeRuns:
+    """Free block ids as maximal runs of consecutive ids.
+
+    A seq grows into the id behind its last block while that is free, because attention over a run of blocks can read
+    the cache without gathering. A new run starts in the middle of the longest one, which leaves the seq before it room
+    to grow.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self._end_of: dict[int, int] = {}  # first id -> id behind the last
+        self._start_of: dict[int, int] = {}  # id behind the last -> first id
+        # (-length, end) of runs, longest first. Entries may be stale: a run is told by its end, which
+        # does not move while ids are taken from its front; gone or shorter runs are noticed on top.
+        self._longest: list[tuple[int, int]] = []
+        self.num_free = 0
+        self.give(range(num_blocks))
+
+    def take(self, after: int | None) -> int:
+        """The id behind `after` if it is free, else one that starts a new run. Some id must be free."""
+        start = -1 if after is None else after + 1
+        if start not in self._end_of:
+            start = self._start_run()
+        end = self._end_of.pop(start)
+        if start + 1 < end:
+            self._end_of[start + 1] = end
+            self._start_of[end] = start + 1
+        else:
+            del self._start_of[end]
+        self.num_free -= 1
+        return start
+
+    def give(self, block_ids: Iterable[int]) -> None:
+        """Take ids back; adjoining runs are joined."""
+        ids = sorted(block_ids)
+        self.num_free += len(ids)
+        first = 0
+        for i, block_id in enumerate(ids):
+            if i + 1 == len(ids) or ids[i + 1] != block_id + 1:
+                self._join(ids[first], block_id + 1)
+                first = i + 1
+        if len(self._longest) > 2 * len(self._start_of) + 64:
+            self._longest = [(start - end, end) for end, start in self._start_of.items()]
+            heapify(self._longest)
+
+    def _join(self, start: int, end: int) -> None:
+        if start in self._start_of:
+            start = self._start_of.pop(start)
+        if end in self._end_of:
+            end = self._end_of.pop(end)
+        self._end_of[start] = end
+        self._start_of[end] = start
+        heappush(self._longest, (start - end, end))
+
+    def _start_run(self) -> int:
+        while True:
+            length, end = self._longest[0]
+            start = self._start_of.get(end)
+            if start is None:
+                heappop(self._longest)
+                continue
+            if start - end != length:
+                heappop(self._longest)
+                heappush(self._longest, (start - end, end))
+                continue
+            return self._split(start, end)
+
+    def _split(self, start: int, end: int) -> int:
+        middle = (start + end) // 2
+        if middle > start:
+            self._end_of[start] = middle
+            self._start_of[middle] = start
+            heappush(self._longest, (start - middle, middle))
+            self._end_of[middle] = end
+            self._start_of[end] = middle
+        return middle
+
+
+class BlockManager:
+    """Reference counts, prefix reuse and eviction for the blocks of one engine."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._caching = enable_prefix_caching
+        self._free = FreeRuns(num_blocks)
+        self._num_holders = [0] * num_blocks
+        self._digest_of: list[Digest | None] = [None] * num_blocks
+        self._by_digest: dict[Digest, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be allocated now, the idle ones included."""
+        return self._free.num_free + len(self._idle)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def allocate(self, count: int, after: int | None = None) -> list[int]:
+        """`count` blocks with one holder each, consecutive behind `after` where possible."""
+        assert count <= self.num_free, f"allocation of {count} blocks with {self.num_free} free"
+        if count > self._free.num_free:
+            self._evict(count - self._free.num_free)
+        taken: list[int] = []
+        for _ in range(count):
+            after = self._free.take(after)
+            self._num_holders[after] = 1
+            taken.append(after)
+        return taken
+
+    def match(self, digests: Sequence[Digest]) -> list[int]:
+        """The blocks of the longest known prefix of a digest chain. Takes no hold of them."""
+        found: list[int] = []
+        for digest in digests:
+            block_id = self._by_digest.get(digest)
+            if block_id is None:
+                break
+            found.append(block_id)
+        return found
+
+    def num_idle_among(self, block_ids: Iterable[int]) -> int:
+        """How many of these would stop being free if they were held."""
+        return sum(self._num_holders[block_id] == 0 for block_id in block_ids)
+
+    def hold(self, block_ids: Iterable[int]) -> None:
+        """One more holder for each of these blocks (found by `match`)."""
+        for block_id in block_ids:
+            if self._num_holders[block_id] == 0:
+                del self._idle[block_id]
+            self._num_holders[block_id] += 1
+
+    def release(self, block_ids: Sequence[int]) -> None:
+        """One holder less for each. The end of a prefix becomes idle first: it is worth nothing without its start."""
+        free: list[int] = []
+        for block_id in reversed(block_ids):
+            self._num_holders[block_id] -= 1
+            assert self._num_holders[block_id] >= 0, f"block {block_id} released more often than held"
+            if self._num_holders[block_id] > 0:
+                continue
+            if self._digest_of[block_id] is None:
+                free.append(block_id)
+            else:
+                self._idle[block_id] = None
+        self._free.give(free)
+
+    def publish(self, block_id: int, digest: Digest) -> None:
+        """From now on the block can be found: it is full, its tokens are committed and their KV is computed."""
+        if self._caching and digest not in self._by_digest:
+            self._by_digest[digest] = block_id
+            self._digest_of[block_id] = digest
+
+    def forget(self, block_ids: Iterable[int]) -> None:
+        """Never find these held blocks again: what they hold is not to be trusted."""
+        for block_id in block_ids:
+            digest = self._digest_of[block_id]
+            if digest is not None:
+                del self._by_digest[digest]
+                self._digest_of[block_id] = None
+
+    def _evict(self, count: int) -> None:
+        # A few more than needed at a time, so that neighbours come back together and form runs.
+        victims = [
+            self._idle.popitem(last=False)[0] for _ in range(min(len(self._idle), max(count, self.num_blocks // 64)))
+        ]
+        self.forget(victims)
+        self._free.give(victims)

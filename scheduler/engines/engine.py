@@ -1,0 +1,219 @@
+"""The scheduler's view of one engine: its slots, its blocks and the rounds on their way."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from echelon.pb import sampling_pb2, worker_pb2
+from scheduler.engines.blocks import BlockManager
+from scheduler.engines.seat import Seat
+from scheduler.requests.seq import Seq
+
+__all__ = ["Engine", "ForkFrom", "InFlight", "PlannedRow", "ProtocolError"]
+
+
+class ProtocolError(RuntimeError):
+    """A worker group answered something that no round asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForkFrom:
+    """A draft slot begins as a branch of another one."""
+
+    parent_slot: int
+    length: int  # tokens that they share
+    num_shared_blocks: int  # those that are full of them
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class PlannedRow:
+    """What one seq does in a round."""
+
+    seq: Seq
+    seat: Seat
+    start: int  # tokens computed before the chunk
+    chunk_len: int
+    crop_len: int | None = None
+    append_token_ids: Sequence[int] = ()
+    drafts: Sequence[int] = ()  # target: to verify
+    fork: ForkFrom | None = None  # draft: how a slot of a branch begins
+    calibrate_len: int = 0  # draft: tokens whose approximate KV is replaced first
+    num_draft_tokens: int = 0  # draft: to draft
+    epoch: int = 0  # draft: of the chain that grows
+    num_exact: int = 0  # draft: leading tokens of the seat whose KV is exact behind the row
+    num_pending: int = 0  # target: tokens that the row will certainly commit
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class InFlight:
+    round_id: int
+    rows: list[PlannedRow]
+    num_tokens: int
+    is_prefill: bool  # a row has more to compute than a decode or verify step has
+    sent_s: float
+    wall_s: float = 0.0  # from when the engine could have begun to when its answer came: what it took for us
+
+
+class Engine:
+    """Slots and blocks of a connected engine.
+
+    Rounds run in the order in which they are sent, so what a seq gives back may be given out again at once: the
+    next holder's round runs behind the last one that writes for the old.
+    """
+
+    def __init__(self, info: worker_pb2.EngineInfo, incarnation: int, *, enable_prefix_caching: bool) -> None:
+        self.blocks = BlockManager(info.num_blocks, info.block_size, enable_prefix_caching=enable_prefix_caching)
+        self.info = info
+        self.in_flight: deque[InFlight] = deque()
+        self.num_rounds = 0
+        self._incarnation = incarnation
+        self._landed_s = float("-inf")  # when the last answer came
+        self._free_slots = list(reversed(range(info.num_slots)))
+        self._slots_to_free: list[int] = []
+
+    @property
+    def longest_seq(self) -> int:
+        """Tokens of a seq that fits whatever else goes on, so that nobody is preempted for ever."""
+        return min(self.info.max_model_len, self.info.num_blocks * self.info.block_size)
+
+    @property
+    def idle_since(self) -> float | None:
+        """When its last round came back; None while one is on its way."""
+        return None if self.in_flight else self._landed_s
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def take_slot(self) -> int:
+        return self._free_slots.pop()
+
+    def release(self, seat: Seat) -> None:
+        """The seq of this seat needs it no more, whatever rounds still name it."""
+        self.blocks.release(seat.block_ids)
+        self._free_slots.append(seat.slot)
+        if seat.introduced:
+            self._slots_to_free.append(seat.slot)
+
+    def find_prefix(self, seq: Seq) -> list[int]:
+        """Blocks that hold the start of the seq's history; its last token is left to compute in any case."""
+        num_blocks = (len(seq.token_ids) - 1) // self.blocks.block_size
+        return self.blocks.match(seq.digests.extend(seq.token_ids, num_blocks)[:num_blocks])
+
+    def grow(self, seat: Seat, num_tokens: int) -> bool:
+        """Make the seat's blocks cover `num_tokens` positions; False, and nothing happens, if too few are free."""
+        missing = -(-num_tokens // self.blocks.block_size) - len(seat.block_ids)
+        if missing <= 0:
+            return True
+        if missing > self.blocks.num_free:
+            return False
+        seat.block_ids += self.blocks.allocate(missing, seat.block_ids[-1] if seat.block_ids else None)
+        return True
+
+    def room_for(self, seat: Seat) -> int:
+        """Positions that the seat's blocks and all free ones together cover."""
+        return (len(seat.block_ids) + self.blocks.num_free) * self.blocks.block_size
+
+    def publish(self, seq: Seq, seat: Seat, num_tokens: int) -> None:
+        """The first `num_tokens` tokens of the seq are committed and their KV is there: let others find it."""
+        num_full = num_tokens // self.blocks.block_size
+        if num_full <= seat.num_published:
+            return
+        digests = seq.digests.extend(seq.token_ids, num_full)
+        for i in range(seat.num_published, num_full):
+            self.blocks.publish(seat.block_ids[i], digests[i])
+        seat.num_published = num_full
+
+    def launch(
+        self, rows: list[PlannedRow], now: float, *, num_alternatives: int = 0, confidences: bool = False
+    ) -> worker_pb2.Round:
+        """The message for these rows. Seats are moved on to where they will be when it has run."""
+        self.num_rounds += 1
+        message = worker_pb2.Round(
+            round_id=self.num_rounds,
+            incarnation=self._incarnation,
+            free_slots=self._slots_to_free,
+            num_alternatives=num_alternatives,
+            confidences=confidences,
+        )
+        self._slots_to_free = []
+        num_tokens = 0
+        is_prefill = False
+        for row in rows:
+            if not row.seat.introduced:
+                _introduce(message, row)
+            _add_row(message, row)
+            num_tokens += row.chunk_len + len(row.drafts)
+            is_prefill = is_prefill or row.chunk_len > 2
+        self.in_flight.append(
+            InFlight(round_id=self.num_rounds, rows=rows, num_tokens=num_tokens, is_prefill=is_prefill, sent_s=now)
+        )
+        return message
+
+    def land(self, result: worker_pb2.RoundResult, now: float) -> InFlight:
+        """The round that this result answers, which is no longer in flight."""
+        if not self.in_flight or self.in_flight[0].round_id != result.round_id:
+            expected = self.in_flight[0].round_id if self.in_flight else "none"
+            raise ProtocolError(f"result of round {result.round_id} came, expected was {expected}")
+        record = self.in_flight.popleft()
+        if len(result.rows) != len(record.rows):
+            raise ProtocolError(f"round {result.round_id} has {len(record.rows)} rows, its result {len(result.rows)}")
+        # Where both engines are in one process it may have waited for a round of the other: no time of its own.
+        began_s = max(record.sent_s + result.queue_ns * 1e-9, self._landed_s)
+        record.wall_s = max(result.run_ns * 1e-9, now - began_s)
+        self._landed_s = now
+        return record
+
+
+def _introduce(message: worker_pb2.Round, row: PlannedRow) -> None:
+    seat = row.seat
+    if row.fork is None:
+        message.init_seqs.append(_seq_init(row))
+    else:
+        message.forks.add(
+            slot=seat.slot,
+            parent_slot=row.fork.parent_slot,
+            length=row.fork.length,
+            new_block_ids=seat.block_ids[row.fork.num_shared_blocks :],
+        )
+    seat.introduced = True
+    seat.num_sent_blocks = len(seat.block_ids)
+
+
+def _seq_init(row: PlannedRow) -> worker_pb2.SeqInit:
+    seq, seat = row.seq, row.seat
+    sampling = seq.sampling
+    if sampling.HasField("prompt_logprobs") and not seq.request.wants_prompt_logprobs:
+        # They are complete: after a preemption nobody needs them again.
+        sampling = sampling_pb2.SeqSampling()
+        sampling.CopyFrom(seq.sampling)
+        sampling.ClearField("prompt_logprobs")
+    return worker_pb2.SeqInit(
+        slot=seat.slot,
+        token_ids=seq.token_ids,
+        num_prompt_tokens=seq.request.num_prompt_tokens,
+        num_computed_tokens=row.start,
+        block_table=seat.block_ids,
+        sampling=sampling,
+    )
+
+
+def _add_row(message: worker_pb2.Round, row: PlannedRow) -> None:
+    seat = row.seat
+    pb = message.rows.add(slot=seat.slot, chunk_len=row.chunk_len)
+    if row.crop_len is not None:
+        pb.crop_len = row.crop_len
+    if row.append_token_ids:
+        pb.append_token_ids.extend(row.append_token_ids)
+    if seat.num_sent_blocks < len(seat.block_ids):
+        pb.new_block_ids.extend(seat.block_ids[seat.num_sent_blocks :])
+        seat.num_sent_blocks = len(seat.block_ids)
+    if row.drafts:
+        pb.draft_token_ids.extend(row.drafts)
+        pb.draft_base_len = len(row.seq.token_ids)
+    if row.num_draft_tokens:
+        pb.num_draft_tokens = row.num_draft_tokens
+    if row.calibrate_len:
+        pb.calibrate_len = row.calibrate_len
+    # The last draft is not computed.
+    seat.num_computed = row.start + row.chunk_len + max(0, row.num_draft_tokens - 1)

@@ -1,0 +1,293 @@
+"""How long a forward takes, learned while serving.
+
+A forward's time is no line in its tokens: captured graphs make it a staircase, and a few rows may cost as much as
+one. So the mean of every batch size seen is kept, exact sizes up to 64 and a handful an octave above. What was not
+seen is guessed, on the fast side, so that it is tried and known: between two sizes the time stays near the smaller's,
+and beyond the largest it goes on as it rose last.
+"""
+
+from bisect import bisect_left, bisect_right
+from copy import copy
+from dataclasses import dataclass
+from itertools import accumulate
+from math import inf, log2
+
+from scheduler.policy.recent_line import RecentLine
+
+__all__ = ["DraftTimes", "StepTimes", "VerifyTimes"]
+
+_MAX_EXACT = 64  # tokens
+_PER_OCTAVE = 6
+_MEMORY = 24.0  # observations of a size that its mean is of
+_NEAR = 1.3  # sizes that lie closer leave no room for a surprise between them
+_FORGET_EVERY = 1000  # observations, after which the old ones count half and those of rare sizes are dropped
+_TRUSTED = 4.0  # observations of a size, or of sizes alike, that are enough
+_ALIKE = 1.15  # sizes that differ by no more than this factor support each other
+_NUM_FIRST = 3  # observations of a size that may be far too long: kernels are compiled on the way, caches filled
+_KEEP = 0.98  # of what is known of a round's fixed part, when another is seen
+_LEAST_SPREAD = 0.25  # variance of the number of steps, below which there is no line to draw
+_LEAST_PER_STEP = 0.5  # of the mean step: what a further one costs at least
+_LEAST_S = 1e-6  # no forward is faster; a clock may say 0
+_MAX_SURPRISE = 3.0  # an observation counts for at most so many times its size's mean: hiccups are no news
+
+
+def _bucket(num_tokens: int) -> int:
+    if num_tokens <= _MAX_EXACT:
+        return num_tokens
+    return _MAX_EXACT + 1 + int(_PER_OCTAVE * log2(num_tokens / _MAX_EXACT))
+
+
+@dataclass(slots=True)
+class _Bucket:
+    num_tokens: float  # means
+    num_context: float
+    run_s: float
+    weight: float = 1.0  # observations, at most _MEMORY
+
+
+class StepTimes:
+    """Seconds of one forward by the tokens in it and the KV that they attend to."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, _Bucket] = {}
+        self._curve: list[tuple[float, float]] = []  # (tokens, seconds with the last context), both rising
+        self._is_stale = False
+        self._num_observed = 0
+        self._num_context = 0.0  # of the last forward
+        self._context_num = 0.0  # what seconds by context is the quotient of
+        self._context_den = 0.0
+        self._per_context = 0.0  # seconds that one cached token adds
+
+    @property
+    def is_known(self) -> bool:
+        return bool(self._buckets)
+
+    @property
+    def most_tokens(self) -> float:
+        """The largest size seen."""
+        return max((bucket.num_tokens for bucket in self._buckets.values()), default=0.0)
+
+    def weight(self, num_tokens: int) -> float:
+        """How many recent observations of this size there are."""
+        bucket = self._buckets.get(_bucket(num_tokens))
+        return 0.0 if bucket is None else bucket.weight
+
+    def observe(self, num_tokens: int, run_s: float, *, num_context: float = 0.0) -> None:
+        """A forward over `num_tokens` tokens that attend to `num_context` cached ones took `run_s`."""
+        run_s = max(run_s, _LEAST_S)
+        self._is_stale = True
+        self._num_context = num_context
+        self._num_observed += 1
+        if self._num_observed % _FORGET_EVERY == 0:
+            self._forget()
+        bucket = self._buckets.get(_bucket(num_tokens))
+        if bucket is None:
+            self._buckets[_bucket(num_tokens)] = _Bucket(float(num_tokens), num_context, run_s)
+            self._update_per_context()
+            return
+        expected_s = self._at_context(bucket.run_s, num_context - bucket.num_context)
+        if bucket.weight >= _NUM_FIRST:
+            run_s = min(run_s, _MAX_SURPRISE * expected_s)
+            self._learn_context(bucket, num_context, run_s)
+        elif run_s < 0.5 * expected_s:
+            bucket.run_s *= run_s / expected_s
+        bucket.weight = min(_MEMORY, bucket.weight + 1.0)
+        share = 1.0 / bucket.weight
+        bucket.num_tokens += share * (num_tokens - bucket.num_tokens)
+        bucket.num_context += share * (num_context - bucket.num_context)
+        bucket.run_s += share * (run_s - bucket.run_s)
+        self._update_per_context()
+
+    def _forget(self) -> None:
+        """A machine changes: what was long not seen is to be seen again."""
+        for bucket in self._buckets.values():
+            bucket.weight /= 2
+        kept = {index: bucket for index, bucket in self._buckets.items() if bucket.weight >= 0.5}
+        self._buckets = kept or self._buckets
+
+    def _learn_context(self, bucket: _Bucket, num_context: float, run_s: float) -> None:
+        """Compare within a size only: more tokens tend to come with more context."""
+        off = num_context - bucket.num_context
+        self._context_num = 0.99 * self._context_num + off * (run_s - bucket.run_s)
+        self._context_den = 0.99 * self._context_den + off * off
+
+    def _update_per_context(self) -> None:
+        """Next to nothing as long as contexts differed little beside the longest that it is applied to: noise would be
+        multiplied."""
+        longest = max(self._num_context, *(bucket.num_context for bucket in self._buckets.values()))
+        den = self._context_den + longest * longest
+        self._per_context = max(0.0, self._context_num / den) if den > 0.0 else 0.0
+
+    def _at_context(self, run_s: float, num_more: float) -> float:
+        """What took `run_s`, with so many cached tokens more (or fewer) to attend to."""
+        return max(0.1 * run_s, run_s + self._per_context * num_more)
+
+    def predict(self, num_tokens: float, *, num_context: float | None = None) -> float:
+        """Expected seconds of a forward, by default with as much context as the last one had; something must have been
+        observed (`is_known`)."""
+        assert self._buckets, "no forward was observed yet"
+        if self._is_stale:
+            self._curve = self._rising_curve()
+            self._is_stale = False
+        run_s = _on(self._curve, num_tokens)
+        return run_s if num_context is None else self._at_context(run_s, num_context - self._num_context)
+
+    def _rising_curve(self) -> list[tuple[float, float]]:
+        """Through the means. Sizes that were seen a few times only, as were those near them, count little against what
+        the others let expect: had the one time been a slow one, they would not be tried again."""
+        means = [
+            (
+                bucket.num_tokens,
+                self._at_context(bucket.run_s, self._num_context - bucket.num_context),
+                bucket.weight,
+            )
+            for _, bucket in sorted(self._buckets.items())
+        ]
+        support = _support(means)
+        often = _rising([mean for mean, weight in zip(means, support, strict=True) if weight >= _TRUSTED])
+        if not often:
+            return _rising(means)
+        return _rising(
+            [
+                (tokens, _shrunk(run_s, _on(often, tokens), near), weight)
+                for (tokens, run_s, weight), near in zip(means, support, strict=True)
+            ]
+        )
+
+
+def _support(means: list[tuple[float, float, float]]) -> list[float]:
+    """Of each size, the observations of it and of sizes near it."""
+    sizes = [tokens for tokens, _, _ in means]
+    sums = [0.0, *accumulate(weight for _, _, weight in means)]
+    return [sums[bisect_right(sizes, size * _ALIKE)] - sums[bisect_left(sizes, size / _ALIKE)] for size in sizes]
+
+
+def _shrunk(run_s: float, expected_s: float, weight: float) -> float:
+    share = min(1.0, weight / _TRUSTED)
+    return min(run_s, expected_s + share * (run_s - expected_s))
+
+
+def _rising(means: list[tuple[float, float, float]]) -> list[tuple[float, float]]:
+    """Neighbours that fall pooled: more tokens never take less time, so that is noise. `means`: (tokens, seconds,
+    weight)."""
+    pools: list[tuple[list[float], float, float]] = []  # (tokens, seconds, weight)
+    for num_tokens, base_s, weight in means:
+        pool = ([num_tokens], base_s, weight)
+        while pools and pools[-1][1] >= pool[1]:
+            tokens, run_s, weight = pools.pop()
+            total = weight + pool[2]
+            pool = (tokens + pool[0], (run_s * weight + pool[1] * pool[2]) / total, total)
+        pools.append(pool)
+    return [(tokens, run_s) for members, run_s, _ in pools for tokens in members]
+
+
+def _on(curve: list[tuple[float, float]], num_tokens: float) -> float:
+    """Seconds on a rising curve; between its points and beyond them on the fast side."""
+    index = bisect_left(curve, (num_tokens, 0.0))
+    if index == 0:
+        return curve[0][1]
+    if index < len(curve):
+        (x0, y0), (x1, y1) = curve[index - 1], curve[index]
+        bend = 1 if x1 <= _NEAR * x0 else 2
+        return y0 + (y1 - y0) * ((num_tokens - x0) / (x1 - x0)) ** bend
+    last_x, last_y = curve[-1]
+    x, y = curve[min(bisect_left(curve, (last_x / 2, 0.0)), max(0, len(curve) - 2))]
+    return last_y + (last_y - y) / (last_x - x) * (num_tokens - last_x) if last_x > x else last_y
+
+
+class _RoundStart:
+    """What rounds take, in steps of the mean length: a fixed part and one for each step, a line through those seen.
+    Until rounds of different lengths were seen, nothing is fixed."""
+
+    def __init__(self) -> None:
+        self._line = RecentLine(_KEEP)
+
+    def observe(self, num_steps: int, num_means: float) -> None:
+        """A round of so many steps took as long as so many steps of the mean length."""
+        self._line.add(float(num_steps), min(num_means, _MAX_SURPRISE * num_steps))
+
+    @property
+    def per_step(self) -> float:
+        line = self._line
+        if line.weight == 0.0 or line.variance <= _LEAST_SPREAD:
+            return 1.0
+        return max(_LEAST_PER_STEP, min(1.0, line.slope))
+
+    @property
+    def fixed(self) -> float:
+        return max(0.0, self._line.intercept(self.per_step)) if self._line.weight >= _NUM_FIRST else 0.0
+
+
+class DraftTimes:
+    """Seconds of a draft round: a forward over what the draft has to catch up, then one a further draft."""
+
+    def __init__(self) -> None:
+        self._forward = StepTimes()
+        self._start = _RoundStart()
+
+    @property
+    def is_known(self) -> bool:
+        return self._forward.is_known
+
+    def observe(self, *, num_seqs: int, num_steps: int, num_chunk_tokens: int, run_s: float) -> None:
+        """A round of `num_steps` forwards for `num_seqs` seqs, the first over `num_chunk_tokens` tokens."""
+        first, num_more = max(1, num_chunk_tokens), max(0, num_steps - 1)
+        if num_seqs == 0 or not self.is_known:
+            share_s = run_s / (1 + num_more)
+            self._forward.observe(first, share_s)
+            if num_more:
+                self._forward.observe(num_seqs, share_s)
+            return
+        # Which forward was how much off is not known: all by the same factor.
+        first_s, step_s = self._forward.predict(first), self._forward.predict(num_seqs)
+        if num_steps and num_chunk_tokens <= 2 * num_seqs:
+            self._start.observe(num_steps, run_s / step_s)
+        factor = run_s / (first_s + num_more * step_s)
+        self._forward.observe(first, first_s * factor)
+        if num_more:
+            self._forward.observe(num_seqs, step_s * factor)
+
+    def step_s(self, num_seqs: int) -> float:
+        """Seconds of one draft for each of `num_seqs` seqs, with its share of what a round takes besides."""
+        return self._forward.predict(max(1, num_seqs))
+
+    def start_s(self, num_seqs: int) -> float:
+        """Seconds that a round takes however many drafts it brings."""
+        return self._start.fixed * self.step_s(num_seqs)
+
+    def further_s(self, num_seqs: int) -> float:
+        """Seconds that each draft for each of `num_seqs` seqs adds to a round."""
+        return self._start.per_step * self.step_s(num_seqs)
+
+    def chunk_s(self, num_tokens: int) -> float:
+        """Seconds of a forward that only catches up."""
+        return self._forward.predict(max(1, num_tokens))
+
+
+class VerifyTimes:
+    """Seconds of a target round by the drafts in it.
+
+    Prompts in the round are not its seqs' doing: what drafts add to it counts on top of a round without prompts. Rounds
+    far bigger than any seen take for ever: sizes are tried step by step. `num_fixed`: drafts that nobody has a say in.
+    """
+
+    __slots__ = ("_base_s", "_most", "_num_before", "_slowdown", "_times")
+
+    def __init__(self, times: StepTimes, num_rows: int, num_other_tokens: int, *, num_fixed: int = 0) -> None:
+        self._times = times
+        self._num_before = num_rows + num_other_tokens
+        self._base_s = times.predict(num_rows) - times.predict(self._num_before)
+        self._most = max(2 * times.most_tokens + 8, self._num_before + num_fixed + num_rows)
+        self._slowdown = 1.0
+
+    def __call__(self, num_drafts: float) -> float:
+        num_tokens = self._num_before + num_drafts
+        if num_tokens > self._most:
+            return inf
+        return self._slowdown * (self._base_s + self._times.predict(num_tokens))
+
+    def slowed(self, slowdown: float) -> "VerifyTimes":
+        """The same with the draft running beside it."""
+        twin = copy(self)
+        twin._slowdown = slowdown
+        return twin

@@ -1,0 +1,181 @@
+"""The stream of rounds to one engine of a worker group, opened again when it breaks."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import grpc
+import grpc.aio
+
+from echelon.pb import process_pb2, worker_pb2, worker_pb2_grpc
+from scheduler.engines.engine import ProtocolError
+
+__all__ = ["GroupClient", "GroupEvents"]
+
+logger = logging.getLogger(__name__)
+
+_CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+_FIRST_BACKOFF_S = 0.1
+_MAX_BACKOFF_S = 5.0
+_INFO_TIMEOUT_S = 5.0
+
+if TYPE_CHECKING:
+    RoundsCall = grpc.aio.StreamStreamCall[worker_pb2.RoundRequest, worker_pb2.RoundResult]
+
+
+class GroupError(RuntimeError):
+    """The group answers, but it is not the one that was expected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupEvents:
+    """What a client reports, on the event loop."""
+
+    connected: Callable[[worker_pb2.EngineInfo, int], None]  # engine, incarnation
+    result: Callable[[worker_pb2.RoundResult], None]
+    lost: Callable[[str], None]  # reason, for a person; after `connected` only
+
+
+class GroupClient:
+    """Sends rounds to the leader of a group and reports their results.
+
+    A round that is not answered within `round_timeout_s` counts as a lost group. `name` is what error messages call
+    it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        endpoint: process_pb2.GroupEndpoint,
+        role: worker_pb2.EngineRole.ValueType,
+        *,
+        version: str,
+        round_timeout_s: float,
+        events: GroupEvents,
+    ) -> None:
+        self.name = name
+        self.attempted = asyncio.Event()  # the first attempt to connect is over, well or not
+        self.last_error = ""
+        self._endpoint = endpoint
+        self._role = role
+        self._version = version
+        self._round_timeout_s = round_timeout_s
+        self._events = events
+        self._outgoing: asyncio.Queue[worker_pb2.Round] = asyncio.Queue()
+        self._num_in_flight = 0
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._timed_out = False
+        self._was_connected = False
+
+    def send(self, message: worker_pb2.Round) -> None:
+        """Queue a round. Only between `connected` and `lost`."""
+        self._outgoing.put_nowait(message)
+        self._num_in_flight += 1
+
+    async def run(self) -> None:
+        """Stay connected until cancelled."""
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            try:
+                await self._serve_once()
+            except (grpc.aio.AioRpcError, GroupError) as error:
+                reason = _describe(error)
+                if reason != self.last_error:
+                    logger.warning("%s at %s: %s", self.name, self._endpoint.address, reason)
+                self.last_error = reason
+            self.attempted.set()
+            backoff_s = _FIRST_BACKOFF_S if self._was_connected else min(2 * backoff_s, _MAX_BACKOFF_S)
+            await asyncio.sleep(backoff_s)
+
+    async def _serve_once(self) -> None:
+        self._was_connected = False
+        async with grpc.aio.insecure_channel(self._endpoint.address, options=_CHANNEL_OPTIONS) as channel:
+            stub = cast("worker_pb2_grpc.WorkerAsyncStub", worker_pb2_grpc.WorkerStub(channel))
+            info = await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=_INFO_TIMEOUT_S)
+            engine = self._check(info)
+            call = stub.Rounds()  # type: ignore[call-arg]  # written to below, not fed from an iterator
+            await call.write(
+                worker_pb2.RoundRequest(
+                    hello=worker_pb2.Hello(role=self._role, incarnation=info.incarnation, version=self._version)
+                )
+            )
+            self._start(engine, info.incarnation)
+            writer = asyncio.create_task(self._write(call))
+            try:
+                await self._read(call)
+            finally:
+                writer.cancel()
+                self._stop()
+
+    def _check(self, info: worker_pb2.WorkerInfo) -> worker_pb2.EngineInfo:
+        if self._version and info.version != self._version:
+            raise GroupError(f"runs version {info.version}, this scheduler is {self._version}")
+        if self._endpoint.incarnation and info.incarnation != self._endpoint.incarnation:
+            raise GroupError(f"is incarnation {info.incarnation}, expected {self._endpoint.incarnation}")
+        for engine in info.engines:
+            if engine.role == self._role:
+                return engine
+        raise GroupError(f"hosts no {worker_pb2.EngineRole.Name(self._role)} engine")
+
+    def _start(self, engine: worker_pb2.EngineInfo, incarnation: int) -> None:
+        self._outgoing = asyncio.Queue()
+        self._num_in_flight = 0
+        self._timed_out = False
+        self._was_connected = True
+        self.last_error = ""
+        logger.info("%s at %s: connected, incarnation %d", self.name, self._endpoint.address, incarnation)
+        self._events.connected(engine, incarnation)
+        self.attempted.set()
+
+    def _stop(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            self._watchdog = None  # what the next stream's first round looks at
+
+    async def _write(self, call: "RoundsCall") -> None:
+        while True:
+            message = await self._outgoing.get()
+            if self._watchdog is None:
+                self._arm(call)
+            try:
+                await call.write(worker_pb2.RoundRequest(round=message))
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                return  # the reader sees the same end of the stream, and says why
+
+    async def _read(self, call: "RoundsCall") -> None:
+        try:
+            async for result in call:
+                self._num_in_flight -= 1
+                self._arm(call)
+                self._events.result(result)
+            raise GroupError(f"ended the stream: {await call.details() or 'no reason given'}")
+        except (grpc.aio.AioRpcError, asyncio.CancelledError, GroupError, ProtocolError) as error:
+            self._events.lost(self._loss(error))
+            if isinstance(error, asyncio.CancelledError) and not self._timed_out:
+                raise
+            raise GroupError(self._loss(error)) from error
+
+    def _loss(self, error: BaseException) -> str:
+        if self._timed_out:
+            return f"did not answer a round within {self._round_timeout_s:g} s"
+        return _describe(error)
+
+    def _arm(self, call: "RoundsCall") -> None:
+        """Start to wait for the oldest round in flight."""
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            self._watchdog = None
+        if self._num_in_flight > 0 and self._round_timeout_s > 0:
+            self._watchdog = asyncio.get_running_loop().call_later(self._round_timeout_s, self._give_up, call)
+
+    def _give_up(self, call: "RoundsCall") -> None:
+        self._timed_out = True
+        call.cancel()
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,283 @@
+"""Drives the core: hands it what happened, sends the rounds that it plans, delivers what it puts out."""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+
+from grpc import StatusCode
+
+from echelon.pb import inference_pb2, process_pb2, scheduler_pb2, worker_pb2
+from scheduler.config import Method
+from scheduler.core import SchedulerCore
+from scheduler.process.group_client import GroupClient, GroupEvents
+from scheduler.process.recorder import RoundRecorder
+from scheduler.requests.request import Chunk, Completed, Failed, Output
+
+__all__ = ["Outbox", "Replica"]
+
+logger = logging.getLogger(__name__)
+
+_TARGET, _DRAFT = worker_pb2.ENGINE_ROLE_TARGET, worker_pb2.ENGINE_ROLE_DRAFT
+
+
+class Outbox:
+    """What waits to be sent to one gateway: one chunk a sample at most, however slowly it reads."""
+
+    def __init__(self) -> None:
+        self.request_ids: set[str] = set()  # of requests that run for this gateway
+        self._pending: OrderedDict[tuple[str, int], Output] = OrderedDict()
+        self._filled = asyncio.Event()
+
+    def put(self, output: Output) -> None:
+        key = (output.request_id, output.index if isinstance(output, Chunk) else -1)
+        waiting = self._pending.get(key)
+        if isinstance(waiting, Chunk) and isinstance(output, Chunk):
+            waiting.token_ids += output.token_ids
+            waiting.text += output.text
+            waiting.logprobs += output.logprobs
+            return
+        self._pending[key] = output
+        self._filled.set()
+
+    async def take_all(self) -> scheduler_pb2.SchedulerReplies:
+        """All that is ready, as soon as there is anything."""
+        while not self._pending:
+            self._filled.clear()
+            await self._filled.wait()
+        replies = scheduler_pb2.SchedulerReplies(replies=map(_reply, self._pending.values()))
+        self._pending.clear()
+        return replies
+
+
+def _reply(output: Output) -> scheduler_pb2.SchedulerReply:
+    match output:
+        case Chunk():
+            chunk = inference_pb2.GenerateChunk(
+                index=output.index,
+                token_ids=output.token_ids,
+                text=output.text,
+                logprobs=output.logprobs,
+                offset=output.offset,
+            )
+            return scheduler_pb2.SchedulerReply(request_id=output.request_id, chunk=chunk)
+        case Completed():
+            return scheduler_pb2.SchedulerReply(request_id=output.request_id, complete=output.message)
+        case Failed():
+            error = scheduler_pb2.RequestError(code=output.code, message=output.message)
+            return scheduler_pb2.SchedulerReply(request_id=output.request_id, error=error)
+
+
+class Replica:
+    """The running scheduler of one replica. Lives on one event loop; nothing here blocks."""
+
+    def __init__(
+        self,
+        core: SchedulerCore,
+        spec: process_pb2.SchedulerSpec,
+        *,
+        on_ready: Callable[[bool], None],
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        self._core = core
+        self._on_failure = on_failure
+        self._on_ready = on_ready
+        self._outboxes: dict[str, Outbox] = {}
+        self._pump_is_due = False
+        self._deadline: asyncio.TimerHandle | None = None
+        self._release: asyncio.TimerHandle | None = None  # of the first seq that is held for drafts
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.ready = False
+        self.draft_ready = False
+        self.recorder = RoundRecorder(core.status, is_colocated=spec.draft.address == spec.target.address)
+        self.target = GroupClient(
+            "target group",
+            spec.target,
+            _TARGET,
+            version=spec.version,
+            round_timeout_s=spec.round_timeout_s,
+            events=GroupEvents(connected=self._target_up, result=self._target_result, lost=self._target_lost),
+        )
+        self.draft: GroupClient | None = None
+        if spec.HasField("draft") and spec.speculation.method in (Method.DRAFT_MODEL, Method.HYBRID):
+            self.draft = GroupClient(
+                "draft group",
+                spec.draft,
+                _DRAFT,
+                version=spec.version,
+                round_timeout_s=spec.round_timeout_s,
+                events=GroupEvents(connected=self._draft_up, result=self._draft_result, lost=self._draft_lost),
+            )
+
+    # -- from gateways ------------------------------------------------------------------------------------------------
+
+    def submit(self, submit: scheduler_pb2.Submit, outbox: Outbox) -> None:
+        refusal = self._refusal(submit) or self._core.add(submit, self._now())
+        if refusal is not None:
+            outbox.put(refusal)
+            return
+        self._outboxes[submit.request_id] = outbox
+        outbox.request_ids.add(submit.request_id)
+        self._idle.clear()
+        self._arm_deadline()
+        self._pump_soon()
+
+    def cancel(self, request_id: str) -> None:
+        self._core.cancel(request_id, self._now())
+        self._pump_soon()
+
+    def adjust(self, request_id: str, wish: inference_pb2.Speculation) -> None:
+        self._core.adjust(request_id, wish)
+        self._pump_soon()
+
+    def drop(self, outbox: Outbox) -> None:
+        """The gateway is gone: so are its requests."""
+        for request_id in list(outbox.request_ids):
+            self.cancel(request_id)
+
+    def status(self) -> scheduler_pb2.SchedulerStatus:
+        status = self._core.status()
+        status.ready = self.ready and not self._draining
+        status.draft_ready = self.draft_ready
+        if not self.ready:
+            status.not_ready_reason = f"{self.target.name}: {self.target.last_error or 'connecting'}"
+        elif self._draining:
+            status.not_ready_reason = "shutting down"
+        return status
+
+    async def drain(self, grace_s: float) -> None:
+        """Take no new requests and wait for the running ones, `grace_s` at most."""
+        self._draining = True
+        self._on_ready(False)
+        logger.info("draining: %d requests run", self._core.num_requests)
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace_s)
+        except TimeoutError:
+            logger.warning("%d requests did not finish within %g s", self._core.num_requests, grace_s)
+
+    def _refusal(self, submit: scheduler_pb2.Submit) -> Failed | None:
+        if self._draining:
+            reason = "this scheduler is shutting down"
+        elif not self.ready:
+            reason = f"{self.target.name}: {self.target.last_error or 'not connected yet'}"
+        elif submit.request_id in self._outboxes:
+            return Failed(
+                request_id=submit.request_id,
+                code=StatusCode.ALREADY_EXISTS.value[0],
+                message=f"request_id {submit.request_id!r} has not ended yet",
+            )
+        else:
+            return None
+        return Failed(request_id=submit.request_id, code=StatusCode.UNAVAILABLE.value[0], message=reason)
+
+    # -- from worker groups -------------------------------------------------------------------------------------------
+
+    def _target_up(self, info: worker_pb2.EngineInfo, incarnation: int) -> None:
+        self._core.connect_target(info, incarnation)
+        self.ready = True
+        self._on_ready(not self._draining)
+
+    def _target_result(self, result: worker_pb2.RoundResult) -> None:
+        self.recorder.received(_TARGET, result)
+        self._core.on_target_result(result, self._now())
+        self._pump()
+
+    def _target_lost(self, reason: str) -> None:
+        self.ready = False
+        self._on_ready(False)
+        self.recorder.lost(_TARGET)
+        self._core.disconnect_target(f"{self.target.name}: {reason}")
+        self._pump_soon()
+
+    def _draft_up(self, info: worker_pb2.EngineInfo, incarnation: int) -> None:
+        self._core.connect_draft(info, incarnation)
+        self.draft_ready = True
+        self._pump_soon()
+
+    def _draft_result(self, result: worker_pb2.RoundResult) -> None:
+        self.recorder.received(_DRAFT, result)
+        self._core.on_draft_result(result, self._now())
+        self._pump()
+
+    def _draft_lost(self, reason: str) -> None:
+        self.draft_ready = False
+        self.recorder.lost(_DRAFT)
+        self._core.disconnect_draft()
+        self._pump_soon()
+
+    # -- driving ------------------------------------------------------------------------------------------------------
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _soon(self, callback: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_soon(self._run, callback)
+
+    def _run(self, callback: Callable[[], None]) -> None:
+        """A callback of the loop: where an error would only be logged, with the state behind it broken."""
+        try:
+            callback()
+        except Exception as error:  # noqa: BLE001  # the edge of the event loop; the process ends with it
+            self._on_failure(error)
+
+    def _pump_soon(self) -> None:
+        """Plan once for all that arrives in this turn of the loop."""
+        if not self._pump_is_due:
+            self._pump_is_due = True
+            self._soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pump_is_due = False
+        is_going = True
+        while is_going:
+            now = self._now()
+            is_going = self._pump_draft(now) | self._pump_target(now)
+        self._arm_release()
+        self._soon(self._deliver)  # behind the tasks that write the rounds
+
+    def _pump_draft(self, now: float) -> bool:
+        message = self._core.plan_draft(now) if self.draft is not None else None
+        if self.draft is not None and message is not None:
+            self.recorder.sent(_DRAFT, message)
+            self.draft.send(message)
+        return message is not None
+
+    def _pump_target(self, now: float) -> bool:
+        message = self._core.plan_target(now)
+        if message is not None:
+            self.recorder.sent(_TARGET, message)
+            self.target.send(message)
+        return message is not None
+
+    def _deliver(self) -> None:
+        for output in self._core.take_outputs():
+            outbox = self._outboxes[output.request_id]
+            outbox.put(output)
+            if not isinstance(output, Chunk):
+                del self._outboxes[output.request_id]
+                outbox.request_ids.discard(output.request_id)
+        if not self._outboxes:
+            self._idle.set()
+
+    def _arm_release(self) -> None:
+        release = self._core.next_release()
+        if self._release is not None:
+            self._release.cancel()
+            self._release = None
+        if release is not None:
+            self._release = asyncio.get_running_loop().call_at(release, self._run, self._pump)
+
+    def _arm_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        deadline = self._core.next_deadline()
+        if deadline is not None:
+            self._deadline = asyncio.get_running_loop().call_at(deadline, self._run, self._expire)
+
+    def _expire(self) -> None:
+        self._core.expire(self._now())
+        self._arm_deadline()
+        self._pump_soon()

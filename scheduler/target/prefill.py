@@ -1,0 +1,103 @@
+"""How a round's tokens are shared among the prompts that are being computed.
+
+The rule. Decode rows come first; what they leave of the token budget goes to prompts. Where one prompt arrived alone,
+it gets all of it, and so do prompts of similar length, oldest first. While shorter prompts keep arriving, a prompt more
+than twice as long as the shortest of the last ten seconds is *long*: short ones are computed whole, oldest first, and
+the long ones together get a chunk per round that is a quarter of the shortest arrival, so that an arrival waits little
+for a round that has begun and little for company in its own, but never less than twice the knee (the number of tokens
+whose time equals the fixed time of a round, measured), so that a long prompt keeps two thirds of its speed, nor less
+than half of what the short ones take, so that it is not starved by many of them. Of several long prompts the oldest
+gets half the chunk and the one with the least left gets the other half. Behind a round that computes prompts no second
+one is queued: an arrival would have to wait for both. With short prompts of at least eight knees that keep the target
+busy for up to a quarter of the time, each prompt, the long one included, has its first token within twice the time it
+would take alone.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from scheduler.policy.recent_line import RecentLine
+
+__all__ = ["Arrivals", "Prompt", "RoundCost", "share_prefill"]
+
+_RECENT_S = 10.0
+_LONG = 2  # times the shortest recent prompt
+
+
+class RoundCost:
+    """Fits round time = fixed + per_token * tokens to the rounds seen; older ones count less and less."""
+
+    def __init__(self, *, knee: float = 64.0) -> None:
+        self._knee = knee
+        self._line = RecentLine(keep=0.99)
+
+    def observe(self, num_tokens: int, run_ns: int) -> None:
+        self._line.add(float(num_tokens), run_ns * 1e-9)
+
+    @property
+    def knee(self) -> int:
+        """Tokens that take as long as the fixed part of a round; a guess until different sizes were seen."""
+        line = self._line
+        # Sizes that deviate by less than 8 tokens show no slope to trust.
+        if line.weight < 2.0 or line.variance < 64.0:
+            return int(self._knee)
+        per_token = line.slope
+        fixed = line.intercept(per_token)
+        if per_token <= 0.0 or fixed <= 0.0:
+            return int(self._knee)
+        return max(8, min(1024, int(fixed / per_token)))
+
+
+class Arrivals:
+    """The lengths of the prompts that arrived lately."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[float, int]] = deque(maxlen=64)
+
+    def add(self, num_tokens: int, now: float) -> None:
+        self._recent.append((now, num_tokens))
+
+    def shortest(self, now: float) -> int | None:
+        """The shortest prompt of the last seconds, if any."""
+        while self._recent and self._recent[0][0] < now - _RECENT_S:
+            self._recent.popleft()
+        return min((length for _, length in self._recent), default=None)
+
+
+class Prompt(NamedTuple):
+    remaining: int  # tokens left to compute
+    length: int  # tokens that there were to compute in all
+
+
+def share_prefill(prompts: Sequence[Prompt], budget: int, *, shortest: int | None, knee: int) -> list[int]:
+    """Tokens to compute now of each prompt, `budget` in all at most.
+
+    prompts: oldest first. shortest, knee: see Arrivals and RoundCost.
+    """
+    limit = _LONG * shortest if shortest is not None else max(prompt.length for prompt in prompts)
+    long = [i for i, prompt in enumerate(prompts) if prompt.length > limit]
+    chunk = max(2 * knee, limit // (4 * _LONG))
+    reserved = min(sum(prompts[i].remaining for i in long), max(chunk, budget // 3), budget // 2)
+    shares = [0] * len(prompts)
+    left = budget - reserved
+    for i, prompt in enumerate(prompts):
+        if prompt.length <= limit:
+            shares[i] = min(prompt.remaining, left)
+            left -= shares[i]
+    num_short = sum(shares)
+    if long:
+        _share_chunk(shares, prompts, long, min(budget - num_short, max(chunk, num_short // 2)))
+    if shares[0] == 0 and budget > 0:  # the oldest always advances, so that everyone does in the end
+        shares[shares.index(max(shares))] -= 1 if sum(shares) == budget else 0
+        shares[0] = 1
+    return shares
+
+
+def _share_chunk(shares: list[int], prompts: Sequence[Prompt], long: list[int], chunk: int) -> None:
+    oldest, others = long[0], long[1:]
+    if others:
+        nearest = min(others, key=lambda i: prompts[i].remaining)
+        shares[nearest] = min(prompts[nearest].remaining, chunk // 2)
+        chunk -= shares[nearest]
+    shares[oldest] = min(prompts[oldest].remaining, chunk)

@@ -1,0 +1,187 @@
+"""What the engines of both roles share: the seam to the server, and a model with its caches and its sampler."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from echelon.pb.sampling_pb2 import PositionLogprobs
+from echelon.pb.worker_pb2 import EngineInfo, Round, RoundResult, Row, RowResult
+from kernels.kv.block_copy import CacheAddresses, copy_blocks
+from workers.engine.kv_cache import KVCaches
+from workers.engine.rounds import RowPlan
+from workers.engine.seq_state import SeqTable
+from workers.models import CausalLM, LayerParallelLM
+from workers.models.batch import Batch
+from workers.sampling.sampler import RowEntry, SampledRows, Sampler, SamplingRows
+from workers.trace import Tracer
+from workers.upload import upload
+
+NO_TOKEN = -2  # the choice where logits were not finite; equals no token and no draft
+
+
+class Engine(Protocol):
+    """One engine of a worker process, as the server sees it. Called by one thread, one round at a time."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def num_ranks(self) -> int:
+        """The first so many ranks of the group take part in its rounds."""
+
+    def check(self, round_: Round, behind: Sequence[Round] = ()) -> None:
+        """Raises ProtocolError if the round does not fit the state, which stays untouched. Takes out of the round what
+        the rounds that are queued `behind` it have made useless."""
+
+    def run(self, round_: Round) -> RoundResult:
+        """Does a round that `check` lets pass; fills in `rows` and `num_steps`. Every rank calls it for each round."""
+
+    def reset(self) -> None:
+        """Frees all slots: another scheduler took over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRunner:
+    """A model on this rank's device."""
+
+    model: CausalLM | LayerParallelLM
+    kv_caches: KVCaches
+    kv_addresses: CacheAddresses  # of kv_caches
+    sampler: Sampler
+    num_ranks: int  # that share the model, and its vocabulary
+    device: torch.device
+    is_approximate: bool = False  # draft_forward differs from forward: the model is layer-parallel
+    tracer: Tracer = field(default_factory=Tracer)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states [num_tokens, hidden_size]; K and V of the batch's tokens are in the cache afterwards."""
+        with torch.inference_mode():
+            return self.model.forward(batch, self.kv_caches)
+
+    def draft_forward(self, batch: Batch) -> Tensor:
+        """As `forward`, where approximate hidden states, keys and values will do: equal to it unless
+        `is_approximate`."""
+        with torch.inference_mode():
+            return self.model.draft_forward(batch, self.kv_caches)
+
+    def copy_blocks(self, sources: Mapping[int, int]) -> None:
+        """KV of all layers, to each key from its value. No block is both."""
+        with self.tracer.span("transfer"):
+            from_blocks, to_blocks = (
+                upload(list(blocks), torch.int64, self.device) for blocks in (sources.values(), sources)
+            )
+            copy_blocks(self.kv_caches, from_blocks, to_blocks, addresses=self.kv_addresses)
+
+    def choose(
+        self, hidden: Tensor, entries: Sequence[RowEntry], *, num_alternatives: int = 0, with_confidence: bool = False
+    ) -> SampledRows:
+        """A token for each row of hidden [num_rows, hidden_size]; see Sampler.sample."""
+        with torch.inference_mode(), self.tracer.span("sample"):
+            return self.sampler.sample(
+                self._logits(hidden),
+                self.model.vocab_range[0],
+                SamplingRows.build(entries, self.device),
+                num_alternatives=num_alternatives,
+                with_confidence=with_confidence,
+            )
+
+    def prompt_logprobs(self, hidden: Tensor, next_token_ids: Tensor, num_top: int) -> list[PositionLogprobs]:
+        """Of the tokens int64 [num_rows] that follow rows of hidden [num_rows, hidden_size]."""
+        with torch.inference_mode():
+            logits = self._logits(hidden)
+            return self.sampler.prompt_logprobs(logits, self.model.vocab_range[0], next_token_ids, num_top)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits [num_rows, shard_size] of this rank; the last shards of an uneven vocabulary are padded."""
+        logits = self.model.compute_logits(hidden)
+        shard_size = -(-self.model.config.vocab_size // self.num_ranks)
+        return logits if logits.shape[1] == shard_size else F.pad(logits, (0, shard_size - logits.shape[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveRow:
+    """A row that computes something, and its answer, which is to be filled in."""
+
+    row: Row
+    plan: RowPlan
+    result: RowResult
+
+
+class ModelEngine(ABC):
+    """An Engine around a model: what target and draft have in common."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        table: SeqTable,
+        info: EngineInfo,
+        plan: Callable[[Round, SeqTable], list[RowPlan]],
+    ) -> None:
+        self._runner = runner
+        self._table = table
+        self._info = info
+        self._plan = plan
+        self._checked: tuple[Round | None, list[RowPlan]] = (None, [])  # on the leader `run` follows `check`
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def num_ranks(self) -> int:
+        return self._runner.num_ranks
+
+    def check(self, round_: Round, behind: Sequence[Round] = ()) -> None:
+        self._checked = round_, self._plan(round_, self._table)
+
+    def reset(self) -> None:
+        self._table.free_all()
+
+    def run(self, round_: Round) -> RoundResult:
+        checked, plans = self._checked
+        if checked is not round_:
+            plans = self._plan(round_, self._table)
+        copies = apply_changes(round_, self._table)
+        if copies:
+            self._runner.copy_blocks(copies)
+        results = [RowResult(slot=plan.slot) for plan in plans]
+        active = [ActiveRow(*each) for each in zip(round_.rows, plans, results, strict=True) if not each[1].is_idle]
+        return RoundResult(rows=results, num_steps=self._run_rows(round_, active) if active else 0)
+
+    @abstractmethod
+    def _run_rows(self, round_: Round, active: list[ActiveRow]) -> int:
+        """Compute the chunks and choose tokens; fill in the results. Returns the number of forwards."""
+
+
+def apply_changes(round_: Round, table: SeqTable) -> dict[int, int]:
+    """All of a round that comes before its chunks: frees, inits, forks, crops, new tokens and blocks. Returns blocks to
+    be copied before any chunk: from which, by the block that it goes to."""
+    for slot in round_.free_slots:
+        table.free(slot)
+    for seq in round_.init_seqs:
+        table.init(seq)
+    sources: dict[int, int] = {}
+    for fork in round_.forks:
+        if blocks := table.fork(fork):
+            source, own = blocks
+            sources[own] = sources.get(source, source)  # all copies are made at once, that of a copy too
+    for row in round_.rows:
+        if table.is_void[row.slot]:
+            continue
+        if row.HasField("crop_len"):
+            table.crop(row.slot, row.crop_len)
+        if row.append_token_ids:
+            table.give(row.slot, row.append_token_ids)
+        if row.new_block_ids:
+            table.add_blocks(row.slot, row.new_block_ids)
+    return sources
+
+
+def chosen_token_ids(sampled: SampledRows) -> Tensor:
+    """int64 [num_rows], NO_TOKEN where the logits were not finite."""
+    return torch.where(sampled.non_finite, NO_TOKEN, sampled.token_ids)

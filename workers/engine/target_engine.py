@@ -1,0 +1,176 @@
+"""The target: prefill chunks, plain decoding and verification of drafts in one packed forward."""
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from echelon.pb.worker_pb2 import EngineInfo, Round, RowResult
+from kernels.sampling.verify_chain import verify_chain
+from workers.engine.engine import NO_TOKEN, ActiveRow, ModelEngine, ModelRunner, chosen_token_ids
+from workers.engine.rounds import RowPlan, plan_target
+from workers.engine.seq_state import SeqTable
+from workers.sampling.sampler import RowEntry, SampledRows
+from workers.upload import upload
+
+logger = logging.getLogger(__name__)
+
+NO_DRAFT = -1
+PROMPT_ROWS = 256  # prompt positions whose logits are held at a time
+
+
+@dataclass(frozen=True, slots=True)
+class _Verify:
+    """A seq for which a token is chosen in this round."""
+
+    plan: RowPlan
+    result: RowResult
+    draft_token_ids: Sequence[int]
+    first_row: int  # in the packed batch: the last token of the history; the drafts follow it
+
+
+class TargetEngine(ModelEngine):
+    """See workers.engine.Engine."""
+
+    def __init__(
+        self, runner: ModelRunner, table: SeqTable, info: EngineInfo, *, forced_acceptance: float = 0.0
+    ) -> None:
+        """`forced_acceptance`: the share of drafts that count as right, whatever they say; for benchmarks only, 0 is
+        off. Raises ValueError for what is no share."""
+        super().__init__(runner, table, info, plan_target)
+        if not 0 <= forced_acceptance <= 1:
+            raise ValueError(f"engines: forced_acceptance {forced_acceptance} must be between 0 and 1")
+        if forced_acceptance:
+            logger.warning(
+                "forced_acceptance %g: drafts are committed whether they are right or not, so THE OUTPUT IS NOT THE "
+                "MODEL'S; only a benchmark may set this",
+                forced_acceptance,
+            )
+        self._forced_acceptance = forced_acceptance
+
+    def _run_rows(self, round_: Round, active: list[ActiveRow]) -> int:
+        for each in active:
+            if num_drafts := each.plan.num_drafts:
+                self._table.put_behind(each.plan.slot, each.row.draft_token_ids[:num_drafts])
+        return self._step([(each.plan, each.result) for each in active])
+
+    def _step(self, active: list[tuple[RowPlan, RowResult]]) -> int:
+        """All rows in one forward, and in a second one those that their drafts have spoiled. Returns how many."""
+        table = self._table
+        slots = [plan.slot for plan, _ in active]
+        counts = [plan.chunk_len + plan.num_drafts for plan, _ in active]
+        with self._runner.tracer.span(_step_name([plan for plan, _ in active])):
+            hidden = self._runner.forward(table.pack(slots, counts, self._runner.device))
+        verifies = []
+        for (plan, result), end in zip(active, accumulate(counts), strict=True):
+            first_row = end - plan.num_drafts - 1
+            if table.num_prompt_logprobs[plan.slot] is not None:
+                self._prompt_logprobs(plan, hidden[first_row + 1 - plan.chunk_len : first_row + 1], result)
+            if plan.at_end:
+                verifies.append(_Verify(plan, result, table.behind(plan.slot, plan.num_drafts), first_row))
+        table.num_computed[slots] += [plan.chunk_len for plan, _ in active]
+        spoiled = self._verify(hidden, verifies) if verifies else []
+        return 1 + (self._step([self._undo(seq) for seq in spoiled]) if spoiled else 0)
+
+    def _undo(self, seq: _Verify) -> tuple[RowPlan, RowResult]:
+        """The row as it was, without its drafts. What follows a token is hidden from it by a factor of 0, which does
+        not hide NaN; and a stream must not depend on its drafts."""
+        self._table.num_computed[seq.plan.slot] -= seq.plan.chunk_len
+        seq.result.Clear()
+        seq.result.slot = seq.plan.slot
+        return replace(seq.plan, num_drafts=0), seq.result
+
+    def _verify(self, hidden: Tensor, verifies: list[_Verify]) -> list[_Verify]:
+        """Choose a token at each position behind a history and its drafts; commit as far as they agree. Returns the
+        seqs with drafts whose logits were not finite; for them nothing was committed."""
+        cu_rows = [0, *accumulate(len(seq.draft_token_ids) + 1 for seq in verifies)]
+        sampled, verdicts = self._verdicts(hidden, verifies, cu_rows)
+        committing, spoiled = [], []
+        for seq, row, (num_accepted, next_token_id) in zip(verifies, cu_rows[:-1], verdicts, strict=True):
+            if next_token_id != NO_TOKEN:
+                self._fill_in(seq, num_accepted, next_token_id)
+                committing.append(seq)
+                if sampled.logprobs is not None:
+                    logprobs = sampled.logprobs[row : row + num_accepted + 1]
+                    seq.result.logprobs.extend(entry for entry in logprobs if entry is not None)
+            elif seq.draft_token_ids:
+                spoiled.append(seq)
+            else:
+                seq.result.non_finite = True
+                self._table.num_computed[seq.plan.slot] -= 1  # the next row finds the last token again
+        if committing:
+            slots = [seq.plan.slot for seq in committing]
+            self._table.append(slots, [seq.result.token_ids for seq in committing])
+            # Of what was committed the last token alone has no KV yet.
+            self._table.num_computed[slots] += [seq.result.num_accepted_tokens for seq in committing]
+        return spoiled
+
+    def _verdicts(
+        self, hidden: Tensor, verifies: list[_Verify], cu_rows: list[int]
+    ) -> tuple[SampledRows, list[list[int]]]:
+        """The choices, and for each seq how many drafts they confirm and which token follows them."""
+        rows: list[int] = []
+        entries: list[RowEntry] = []
+        draft_token_ids: list[int] = []
+        for seq in verifies:
+            sampling, chain = self._table.sampling(seq.plan.slot), seq.draft_token_ids
+            rows.extend(range(seq.first_row, seq.first_row + len(chain) + 1))
+            entries.extend(
+                RowEntry(sampling, sampling.length + depth, chain[:depth]) for depth in range(len(chain) + 1)
+            )
+            draft_token_ids.extend(chain)
+            draft_token_ids.append(NO_DRAFT)
+        device = self._runner.device
+        sampled = self._runner.choose(hidden[upload(rows, torch.int64, device)], entries)
+        choices, drafts = chosen_token_ids(sampled), upload(draft_token_ids, torch.int64, device)
+        if self._forced_acceptance:
+            choices, drafts = force_acceptance(choices, drafts, entries, self._forced_acceptance)
+        num_accepted, next_token_ids = verify_chain(choices, drafts, upload(cu_rows, torch.int64, device))
+        return sampled, torch.stack((num_accepted, next_token_ids), dim=1).tolist()
+
+    def _fill_in(self, seq: _Verify, num_accepted: int, next_token_id: int) -> None:
+        result = seq.result
+        result.num_verified_tokens = len(seq.draft_token_ids)
+        result.num_accepted_tokens = num_accepted
+        result.token_ids.extend(seq.draft_token_ids[:num_accepted])
+        result.token_ids.append(next_token_id)
+
+    def _prompt_logprobs(self, plan: RowPlan, hidden: Tensor, result: RowResult) -> None:
+        """Logprobs of the prompt tokens that follow the chunk's positions; hidden [chunk_len, hidden_size]."""
+        table, slot = self._table, plan.slot
+        num_top = table.num_prompt_logprobs[slot]
+        start = int(table.num_computed[slot]) + 1  # the first position that this chunk predicts
+        end = min(start + plan.chunk_len, int(table.num_prompt[slot]))
+        if num_top is None or start >= end:
+            return
+        result.prompt_logprobs_start = start
+        next_token_ids = torch.from_numpy(table.token_ids[slot, start:end]).to(self._runner.device, torch.int64)
+        for row in range(0, end - start, PROMPT_ROWS):
+            rows = slice(row, min(row + PROMPT_ROWS, end - start))
+            result.prompt_logprobs.extend(self._runner.prompt_logprobs(hidden[rows], next_token_ids[rows], num_top))
+
+
+def force_acceptance(
+    choices: Tensor, draft_token_ids: Tensor, entries: Sequence[RowEntry], rate: float
+) -> tuple[Tensor, Tensor]:
+    """Choices and drafts, int64 [num_rows] each, of which the share `rate` agrees and no others do.
+
+    Seed and position of a row decide alone, so that every rank, and a second run, decides alike. NO_TOKEN and NO_DRAFT
+    stay as they are.
+    """
+    draws = [random.Random(f"{entry.state.seed} {entry.position}").random() for entry in entries]
+    agree = torch.tensor(draws, dtype=torch.float64, device=choices.device) < rate
+    decides = (draft_token_ids != NO_DRAFT) & (choices != NO_TOKEN)
+    forced = torch.where(agree & decides, draft_token_ids, choices)
+    return forced, torch.where(agree & decides, draft_token_ids, NO_DRAFT)
+
+
+def _step_name(plans: Sequence[RowPlan]) -> str:
+    """What a trace calls a forward of all these rows."""
+    if any(plan.num_drafts for plan in plans):
+        return "verify"
+    return "prefill" if any(plan.chunk_len > 1 for plan in plans) else "decode"

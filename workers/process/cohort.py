@@ -1,0 +1,121 @@
+"""The ranks of one worker group: how they meet, and the process groups in which they compute together."""
+
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore  # torch.distributed has them without types
+from torch.distributed import ProcessGroup, ProcessGroupGloo
+
+from echelon.pb.process_pb2 import WorkerSpec
+from workers.collectives import Group, SoloGroup, TorchGroup
+from workers.trace import TracedGroup, Tracer
+
+START_TIMEOUT_S = 1800.0  # ranks load at different speed; who starts them has a shorter limit of its own
+GLOO_ON_HOST = "gloo_on_host"
+
+
+class Cohort:
+    """A group of one needs no store and no process group. All ranks must call the methods in the same order."""
+
+    start_timeout_s = START_TIMEOUT_S
+
+    def __init__(self, rank: int, world_size: int, store: TCPStore | None) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.tracer = Tracer(rank)  # of this rank's rounds
+        self._store = store
+
+    @classmethod
+    def open(cls, spec: WorkerSpec) -> "Cohort":
+        """The leader opens the store on a free port of its host, the others connect to it."""
+        if spec.world_size <= 1:
+            return cls(0, 1, None)
+        timeout = timedelta(seconds=START_TIMEOUT_S)
+        if spec.rank > 0:
+            host, port = _split(spec.store_address)
+            store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+            return cls(spec.rank, spec.world_size, store)
+        listener = socket.create_server((spec.host, 0))  # left to itself the store listens on every address
+        port = listener.getsockname()[1]
+        store = TCPStore(
+            spec.host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
+        )
+        return cls(spec.rank, spec.world_size, store)
+
+    @property
+    def store_address(self) -> str:
+        """host:port for the other ranks; empty in a group of one."""
+        return f"{self._store.host}:{self._store.port}" if self._store else ""
+
+    def publish(self, key: str, value: str) -> None:
+        if self._store:
+            self._store.set(key, value)
+
+    def read(self, key: str) -> str:
+        """What some rank has published under `key`; waits for it."""
+        assert self._store is not None, f"nobody else can publish {key}"
+        value: bytes = self._store.get(key)
+        return value.decode()
+
+    def gather(self, key: str, value: str) -> list[str]:
+        """The values of all ranks, by rank; waits for them."""
+        if self._store is None:
+            return [value]
+        self._store.set(f"{key}/{self.rank}", value)
+        return [self.read(f"{key}/{rank}") for rank in range(self.world_size)]
+
+    def join(self, spec: WorkerSpec) -> None:
+        """Makes the process group of all ranks. Its collectives fail after spec.collective_timeout_s."""
+        if self._store is None:
+            return
+        device_ids = self.gather("device", _device_id(spec))  # also: everyone is there, so that no short timeout counts
+        use_nccl = spec.device == "cuda" and len(set(device_ids)) == self.world_size
+        _register_gloo(spec.host)
+        dist.init_process_group(
+            "nccl" if use_nccl else GLOO_ON_HOST,
+            store=self._store,
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timedelta(seconds=spec.collective_timeout_s),
+        )
+
+    def group(self, size: int, *, ordered_sum: bool) -> Group | None:
+        """The group of the first `size` ranks; None on the others."""
+        if size == 1:
+            return SoloGroup() if self.rank == 0 else None
+        process_group = dist.new_group(list(range(size)))
+        if self.rank >= size:
+            return None
+        assert isinstance(process_group, ProcessGroup), "a member gets the group"
+        return TracedGroup(TorchGroup(process_group, ordered_sum=ordered_sum), self.tracer)
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host, int(port)
+
+
+def _device_id(spec: WorkerSpec) -> str:
+    """Tells devices of a group apart: two ranks on one GPU cannot use NCCL (they get gloo; meant for tests)."""
+    if spec.device == "cuda":
+        return str(torch.cuda.get_device_properties(0).uuid)
+    return f"cpu-{spec.rank}"
+
+
+def _register_gloo(host: str) -> None:
+    """gloo that listens on the address of the spec. By itself it takes the interface that the machine's hostname
+    resolves to, and has no argument for another (init_process_group drops gloo's options)."""
+
+    gloo: Any = ProcessGroupGloo  # torch's stub lacks the options
+
+    def create(store: Store, rank: int, size: int, timeout: timedelta) -> ProcessGroupGloo:
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=host)]
+        options._timeout = timeout
+        process_group: ProcessGroupGloo = gloo(store, rank, size, options)
+        return process_group
+
+    dist.Backend.register_backend(GLOO_ON_HOST, create, devices=["cpu", "cuda"])

@@ -1,0 +1,141 @@
+"""From an engine's spec to the plan by which its ranks share a draft's layers."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from echelon.pb.process_pb2 import EngineSpec
+from echelon.pb.worker_pb2 import EngineRole
+from workers.collectives import Group, SoloGroup
+from workers.layers.context import BuildContext
+from workers.models import LayerParallelPlan, ModelConfig, load_model_config
+from workers.models.decoder import MLP
+from workers.models.layer_groups import LayerGroups, MLPs, Weights, check_groups, choose_groups
+from workers.models.layer_similarity import layer_input_similarity
+from workers.process.child import SpecError
+from workers.process.cohort import Cohort
+
+# Between the stream that enters a group and the one that each of its layers would see. EasySpec finds 0.8 and more in
+# groups of four; of the demo draft a group of six, whose last layer is at 0.70, loses 2.6 % of the acceptance.
+LEAST_SIMILARITY = 0.7
+AUTO = "auto"
+SCRATCH_BYTES = 256 << 20  # MLP weights that are timed: more than a processor caches
+TIMED_RUNS = 5
+
+OnProgress = Callable[[str, int, int], None]  # stage, done, total
+
+
+def is_layer_parallel(spec: EngineSpec) -> bool:
+    return spec.lp_size > 1
+
+
+def num_ranks(spec: EngineSpec, world_size: int) -> int:
+    """Ranks that run an engine. Layers of a draft that has fewer devices than lp_size run as one batch, on the leader.
+
+    Raises:
+        SpecError: The spec asks for what does not go together.
+    """
+    if not is_layer_parallel(spec):
+        return spec.tp_size
+    if spec.role != EngineRole.ENGINE_ROLE_DRAFT:
+        raise SpecError(f"engines: lp_size {spec.lp_size} is for a draft only: a target must compute its own model")
+    if spec.tp_size > 1:
+        raise SpecError(
+            f"engines: lp_size {spec.lp_size} and tp_size {spec.tp_size} do not go together: set one of "
+            f"draft.layer_parallel_size and draft.tensor_parallel_size"
+        )
+    return spec.lp_size if spec.lp_size <= world_size else 1
+
+
+def resolve_plan(
+    spec: EngineSpec, group: Group, cohort: Cohort, device: torch.device, on_progress: OnProgress
+) -> LayerParallelPlan:
+    """What the spec leaves open is measured and decided, the same on all ranks of `group`, which all call this.
+
+    Raises:
+        LoadError: The groups of the spec are not those of the model, or the folder cannot be read.
+        SpecError: A field of the spec is none of its values.
+    """
+    config = load_model_config(Path(spec.model))
+    dtype = getattr(torch, spec.dtype)
+    weights = _choice("layer_parallel_weights", spec.layer_parallel_weights or Weights.REPLICATED, [*Weights])
+    mlps = _choice("layer_parallel_mlp", spec.layer_parallel_mlp or AUTO, [*MLPs, AUTO])
+    if group.size == 1:
+        weights, mlps = Weights.REPLICATED, MLPs.REPLICATED
+    if mlps == AUTO:
+        on_progress("timing MLPs", 0, 0)
+        mlps = _faster_mlps(spec, config, group, dtype, device)
+    return LayerParallelPlan(
+        groups=_groups(spec, config, cohort, device, on_progress),
+        lp_size=spec.lp_size,
+        num_ranks=group.size,
+        weights=Weights(weights),
+        mlps=MLPs(mlps),
+    )
+
+
+def _choice(field: str, value: str, choices: list[str]) -> str:
+    if value not in choices:
+        raise SpecError(f"engines: {field} {value!r} must be one of {', '.join(choices)}")
+    return value
+
+
+def _groups(
+    spec: EngineSpec, config: ModelConfig, cohort: Cohort, device: torch.device, on_progress: OnProgress
+) -> LayerGroups:
+    if spec.layer_groups:
+        given = [list(group.layers) for group in spec.layer_groups]
+        return check_groups(given, num_layers=config.num_layers, lp_size=spec.lp_size)
+    key = "layer_groups"
+    if cohort.rank > 0:
+        return tuple(tuple(group) for group in json.loads(cohort.read(key)))
+    similarity = layer_input_similarity(
+        Path(spec.model),
+        dtype=getattr(torch, spec.dtype),
+        device=device,
+        max_model_len=spec.max_model_len,
+        progress=lambda done, total: on_progress("comparing draft layers", done, total),
+    )
+    groups = choose_groups(similarity, lp_size=spec.lp_size, least_similarity=LEAST_SIMILARITY)
+    cohort.publish(key, json.dumps(groups))
+    return groups
+
+
+def _faster_mlps(spec: EngineSpec, config: ModelConfig, group: Group, dtype: torch.dtype, device: torch.device) -> MLPs:
+    """What takes the slowest rank less time for one token. All ranks see the same times and decide alike."""
+    if config.intermediate_size % group.size:
+        return MLPs.REPLICATED
+
+    def time_over(shared_by: Group) -> float:
+        ctx = BuildContext(shared_by, dtype=dtype, device=device, batch_invariant=spec.batch_invariant)
+        return _time_mlps(config, group, ctx)
+
+    own = [time_over(SoloGroup()), time_over(group)]
+    replicated_s, split_s = group.all_gather(torch.tensor(own, device=device)).amax(dim=0).tolist()
+    return MLPs.TENSOR_PARALLEL if split_s < replicated_s else MLPs.REPLICATED
+
+
+def _time_mlps(config: ModelConfig, group: Group, ctx: BuildContext) -> float:
+    """Seconds of a token through some MLPs of the model's shape, split as `ctx` says, on all ranks together."""
+    bytes_each = 3 * config.hidden_size * config.intermediate_size * ctx.dtype.itemsize
+    num_layers = max(1, min(config.num_layers, SCRATCH_BYTES // bytes_each))
+    mlps = [MLP(f"scratch.{layer}", config=config, ctx=ctx) for layer in range(num_layers)]
+    with torch.inference_mode():
+        for part in ctx.slices:
+            part.target.fill_(1e-3)
+        ctx.pack()
+        x = torch.ones(1, config.hidden_size, dtype=ctx.dtype, device=ctx.device)
+        return statistics.median(_time(mlps, x, group) for _ in range(1 + TIMED_RUNS))
+
+
+def _time(mlps: list[MLP], x: torch.Tensor, group: Group) -> float:
+    group.all_gather(x).flatten()[0].item()  # all start together, with nothing left to do on the device
+    started_s = time.perf_counter()
+    for mlp in mlps:
+        x = mlp(x)
+    x.flatten()[0].item()
+    return time.perf_counter() - started_s

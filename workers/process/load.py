@@ -1,0 +1,234 @@
+"""From the spec of a worker to engines that are ready for rounds."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+
+from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
+from echelon.pb.worker_pb2 import EngineInfo, EngineRole, LayerGroup
+from kernels.attention.paged_attention_probe import probe_paged_attention
+from kernels.kv.block_copy import cache_addresses
+from kernels.layers.linear import probe_linear_batch_invariant
+from workers.collectives import Group
+from workers.engine.draft_engine import DraftEngine
+from workers.engine.engine import Engine, ModelRunner
+from workers.engine.kv_cache import KVLayout, activation_bytes, check_num_blocks
+from workers.engine.seq_state import Limits, SeqTable
+from workers.engine.target_engine import TargetEngine
+from workers.models import CausalLM, LayerParallelLM, LayerParallelPlan, load_layer_parallel_model, load_model
+from workers.models.checkpoint import Progress
+from workers.models.decoder import MLP, Attention
+from workers.process.child import SpecError
+from workers.process.cohort import Cohort
+from workers.process.draft_layout import is_layer_parallel, num_ranks, resolve_plan
+from workers.sampling.sampler import Sampler
+from workers.trace import Tracer
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ROLE_NAMES = {EngineRole.ENGINE_ROLE_TARGET: "target", EngineRole.ENGINE_ROLE_DRAFT: "draft"}
+
+OnProgress = Callable[[str, int, int], None]  # stage, done, total
+Engines = dict[EngineRole.ValueType, Engine]
+
+
+class _LoadOptions(TypedDict):
+    """What loading a model is told, however its ranks share it."""
+
+    dtype: torch.dtype
+    device: torch.device
+    group: Group
+    max_model_len: int
+    batch_invariant: bool
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Loaded:
+    """A model whose KV cache is not sized yet."""
+
+    spec: EngineSpec
+    model: CausalLM | LayerParallelLM
+    group: Group
+    layout: KVLayout
+    load_s: float
+
+
+def load_engines(spec: WorkerSpec, cohort: Cohort, on_progress: OnProgress) -> Engines:
+    """The engines of this rank. All ranks call it; those beyond an engine's ranks do not have it.
+
+    Raises:
+        LoadError: A model folder that cannot be served as asked; names tensor, shape or bytes.
+        KVCacheError: Too little memory for one sequence.
+        SpecError: A field of the spec is wrong.
+    """
+    device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
+    loaded = [_load(engine, cohort, device, on_progress) for engine in spec.engines]
+    present = [entry for entry in loaded if entry is not None]
+    own_blocks = _own_num_blocks(present, device)
+    engines: Engines = {}
+    for index, (engine, entry) in enumerate(zip(spec.engines, loaded, strict=True)):
+        own = str(own_blocks[engine.role]) if entry else ""
+        everyone = cohort.gather(f"num_blocks/{index}", own)
+        if entry is not None:
+            num_blocks = min(int(number) for number in everyone if number)
+            engines[engine.role] = _build(entry, num_blocks, device, cohort.tracer)
+    return engines
+
+
+def _load(spec: EngineSpec, cohort: Cohort, device: torch.device, on_progress: OnProgress) -> _Loaded | None:
+    if spec.role not in ROLE_NAMES:
+        raise SpecError(f"engines: role {spec.role} is none that a worker can host")
+    if spec.dtype not in DTYPES:
+        raise SpecError(f"engines: dtype {spec.dtype!r} must be one of {', '.join(DTYPES)}")
+    if not 1 <= spec.tp_size <= cohort.world_size:
+        raise SpecError(f"engines: tp_size {spec.tp_size} must be 1 to the group's world_size {cohort.world_size}")
+    num_members = num_ranks(spec, cohort.world_size)
+    group = cohort.group(num_members, ordered_sum=spec.batch_invariant)
+    if group is None:
+        return None
+    started_s = time.monotonic()
+    model = _load_model(spec, group, cohort, device, on_progress)
+    if spec.batch_invariant:
+        on_progress("probing batch invariance", 0, 0)
+        _probe(model, dtype=DTYPES[spec.dtype], device=device)
+    layout = KVLayout(
+        num_layers=model.num_kv_layers,
+        block_size=spec.block_size,
+        num_kv_heads=model.kv_heads_per_rank,
+        head_dim=model.config.head_dim,
+        dtype=DTYPES[spec.dtype],
+    )
+    return _Loaded(spec=spec, model=model, group=group, layout=layout, load_s=time.monotonic() - started_s)
+
+
+def _load_model(
+    spec: EngineSpec, group: Group, cohort: Cohort, device: torch.device, on_progress: OnProgress
+) -> CausalLM | LayerParallelLM:
+    stage = f"loading {ROLE_NAMES[spec.role]} weights"
+    options: _LoadOptions = {
+        "dtype": DTYPES[spec.dtype],
+        "device": device,
+        "group": group,
+        "max_model_len": spec.max_model_len,
+        "batch_invariant": spec.batch_invariant,
+        "progress": lambda done, total: on_progress(stage, done, total),
+    }
+    if not is_layer_parallel(spec):
+        return load_model(Path(spec.model), **options)
+    plan = resolve_plan(spec, group, cohort, device, on_progress)
+    return load_layer_parallel_model(Path(spec.model), plan, **options)
+
+
+def _probe(model: CausalLM | LayerParallelLM, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Batch invariance rests on the machine's matrix products: one weight of each shape is tried, and attention."""
+    attention, mlp = _sublayers(model)
+    with torch.inference_mode():
+        for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj, model.head):
+            _require(probe_linear_batch_invariant(linear.weight))
+        heads = (attention.qkv_proj.num_q_heads, attention.qkv_proj.num_kv_heads, model.config.head_dim)
+        _require(probe_paged_attention(*heads, dtype=dtype, device=device))
+
+
+def _sublayers(model: CausalLM | LayerParallelLM) -> tuple[Attention, MLP]:
+    """One of each on this rank: those of all layers have the same shapes."""
+    if isinstance(model, LayerParallelLM):
+        return next(iter(model.attention_layers.values())).attention, model.mlp_layers[0].mlp
+    return model.layers[0].attention, model.layers[0].mlp
+
+
+def _require(finding: str | None) -> None:
+    if finding is not None:
+        raise SpecError(f"batch_invariant: {finding}; set batch_invariant: false")
+
+
+def _own_num_blocks(loaded: Sequence[_Loaded], device: torch.device) -> dict[EngineRole.ValueType, int]:
+    """How many blocks this rank has memory for, by role. Engines that share what is left of a GPU get equally many:
+    a seq has as many tokens on the draft as on the target."""
+    sharing = [entry for entry in loaded if entry.spec.kv_cache_bytes == 0]
+    left = _bytes_left(sharing, device) if sharing else 0
+    shared_blocks = left // sum(entry.layout.block_bytes for entry in sharing) if sharing else 0
+    return {
+        entry.spec.role: entry.spec.kv_cache_bytes // entry.layout.block_bytes
+        if entry.spec.kv_cache_bytes
+        else shared_blocks
+        for entry in loaded
+    }
+
+
+def _bytes_left(sharing: Sequence[_Loaded], device: torch.device) -> int:
+    """What gpu_memory_utilization leaves beside weights and activations."""
+    if device.type != "cuda":
+        raise SpecError("engines: kv_cache_bytes must be set on cpu (kv_cache.device_bytes in the deployment file)")
+    activations = max(
+        activation_bytes(
+            entry.model,
+            entry.layout,
+            num_tokens=entry.spec.max_num_batched_tokens,
+            max_model_len=entry.spec.max_model_len,
+            num_logit_rows=2 * entry.spec.max_num_seqs,
+            device=device,
+        )
+        for entry in sharing
+    )
+    free, total = torch.cuda.mem_get_info(device)
+    utilization = min(entry.spec.gpu_memory_utilization for entry in sharing)
+    return max(0, int(total * utilization) - (total - free) - activations)
+
+
+def _build(entry: _Loaded, num_blocks: int, device: torch.device, tracer: Tracer) -> Engine:
+    spec, model, layout = entry.spec, entry.model, entry.layout
+    check_num_blocks(num_blocks, layout, max_model_len=spec.max_model_len, device=device)
+    vocab_size = model.config.vocab_size
+    limits = Limits(
+        num_slots=spec.max_num_seqs,
+        max_model_len=spec.max_model_len,
+        vocab_size=vocab_size,
+        block_size=spec.block_size,
+        num_blocks=num_blocks,
+    )
+    kv_caches = layout.allocate(num_blocks, device)
+    runner = ModelRunner(
+        model=model,
+        kv_caches=kv_caches,
+        kv_addresses=cache_addresses(kv_caches),
+        sampler=Sampler(entry.group, vocab_size),
+        num_ranks=entry.group.size,
+        device=device,
+        is_approximate=isinstance(model, LayerParallelLM) and model.plan.is_approximate,
+        tracer=tracer,
+    )
+    info = EngineInfo(
+        role=spec.role,
+        model=spec.model,
+        dtype=spec.dtype,
+        tp_size=spec.tp_size,
+        lp_size=1,
+        vocab_size=vocab_size,
+        num_blocks=num_blocks,
+        block_size=spec.block_size,
+        num_slots=spec.max_num_seqs,
+        max_model_len=spec.max_model_len,
+        max_num_batched_tokens=spec.max_num_batched_tokens,
+        weight_bytes=model.weight_bytes,
+        kv_cache_bytes=num_blocks * layout.block_bytes,
+        load_s=entry.load_s,
+    )
+    if isinstance(model, LayerParallelLM):
+        _describe_layers(model.plan, info)
+    if spec.role == EngineRole.ENGINE_ROLE_TARGET:
+        return TargetEngine(runner, SeqTable(limits), info, forced_acceptance=spec.forced_acceptance)
+    return DraftEngine(runner, SeqTable(limits), info)
+
+
+def _describe_layers(plan: LayerParallelPlan, info: EngineInfo) -> None:
+    info.lp_size = plan.lp_size
+    info.layer_groups.extend(LayerGroup(layers=group) for group in plan.groups)
+    info.layer_parallel_weights = plan.weights
+    info.layer_parallel_mlp = plan.mlps

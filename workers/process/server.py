@@ -1,0 +1,221 @@
+"""The leader's gRPC server: streams of rounds in, results out, on an event loop in a thread of its own."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from echelon.pb.worker_pb2 import EngineRole, GetWorkerInfoRequest, Hello, Round, RoundRequest, RoundResult, WorkerInfo
+from echelon.pb.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
+from workers.process.run_loop import Arrived, Opened, Work
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 64 << 20  # a history of 128k tokens is 0.5 MB, a round may start many
+OPTIONS = [
+    ("grpc.so_reuseport", 0),  # a taken port is an error
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+]
+FAIL_GRACE_S = 1.0
+SERVICE_NAME = "echelon.v1.Worker"
+HEALTH_NAMES = {EngineRole.ENGINE_ROLE_TARGET: "target", EngineRole.ENGINE_ROLE_DRAFT: "draft"}
+
+T = TypeVar("T")
+if TYPE_CHECKING:
+    RoundsContext = grpc.aio.ServicerContext[RoundRequest, RoundResult]
+    InfoContext = grpc.aio.ServicerContext[GetWorkerInfoRequest, WorkerInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a stream ends before the scheduler ends it."""
+
+    code: grpc.StatusCode
+    message: str
+
+
+class RoundStream:
+    """See workers.run_loop.Session. What is not thread-safe belongs to the event loop."""
+
+    def __init__(self, hello: Hello) -> None:
+        self.role: EngineRole.ValueType = hello.role
+        self.incarnation = hello.incarnation
+        self.is_open = True
+        self._loop = asyncio.get_running_loop()
+        self._answers: asyncio.Queue[RoundResult | Ending | None] = asyncio.Queue()
+        self._last_round_id = -1
+        self._num_pending = 0
+        self._half_closed = False
+
+    def deliver(self, result: RoundResult) -> None:
+        self._loop.call_soon_threadsafe(self._on_result, result)
+
+    def reject(self, error: str) -> None:
+        self.end(Ending(grpc.StatusCode.INVALID_ARGUMENT, error))
+
+    def end(self, ending: Ending) -> None:
+        """Thread-safe. Answers that are on their way still go first."""
+        self.is_open = False
+        self._loop.call_soon_threadsafe(self._answers.put_nowait, ending)
+
+    def accept(self, round_: Round) -> bool:
+        """Whether a round that came in may be queued; if not the stream ends."""
+        if not self.is_open:
+            return False
+        where = f"round {round_.round_id}:"
+        if round_.incarnation != self.incarnation:
+            error = f"{where} incarnation: {round_.incarnation}, but the stream's hello said {self.incarnation}"
+        elif round_.round_id <= self._last_round_id:
+            error = f"{where} round_id: must be above {self._last_round_id}"
+        else:
+            self._last_round_id = round_.round_id
+            self._num_pending += 1
+            return True
+        self.reject(error)
+        return False
+
+    def half_close(self) -> None:
+        """No more rounds will come; the stream ends behind the last answer."""
+        self._half_closed = True
+        if self._num_pending == 0:
+            self._answers.put_nowait(None)
+
+    async def next_answer(self) -> RoundResult | Ending | None:
+        return await self._answers.get()
+
+    def _on_result(self, result: RoundResult) -> None:
+        self._num_pending -= 1
+        self._answers.put_nowait(result)
+        if self._half_closed and self._num_pending == 0:
+            self._answers.put_nowait(None)
+
+
+class Servicer(WorkerServicer):
+    """Translates between streams and the run loop."""
+
+    def __init__(self, info: WorkerInfo, submit: Callable[[Work], None]) -> None:
+        self._info = info
+        self._submit = submit
+        self._streams: dict[EngineRole.ValueType, RoundStream] = {}
+
+    async def Rounds(
+        self, request_iterator: AsyncIterator[RoundRequest], context: "RoundsContext"
+    ) -> AsyncIterator[RoundResult]:
+        stream = await self._open(request_iterator, context)
+        reader = asyncio.create_task(self._read(request_iterator, stream))
+        try:
+            while (answer := await stream.next_answer()) is not None:
+                if isinstance(answer, Ending):
+                    await context.abort(answer.code, answer.message)
+                yield answer
+        finally:
+            stream.is_open = False
+            reader.cancel()
+
+    async def GetWorkerInfo(self, request: GetWorkerInfoRequest, context: "InfoContext") -> WorkerInfo:
+        return self._info
+
+    def end_all(self, ending: Ending) -> None:
+        for stream in self._streams.values():
+            stream.end(ending)
+
+    async def _open(self, requests: AsyncIterator[RoundRequest], context: "RoundsContext") -> RoundStream:
+        """The stream that the first message asks for."""
+        first = await anext(aiter(requests), None)
+        if first is None or not first.HasField("hello"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "hello: must be the first message of a stream")
+        assert first is not None, "abort has raised"
+        if error := self._objection(first.hello):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error)
+        stream = RoundStream(first.hello)
+        previous = self._streams.get(stream.role)
+        if previous is not None and previous.is_open:
+            previous.end(Ending(grpc.StatusCode.ABORTED, "a newer stream took over this engine"))
+        self._streams[stream.role] = stream
+        self._submit(Opened(stream))
+        return stream
+
+    def _objection(self, hello: Hello) -> str:
+        if hello.version != self._info.version:
+            return f"version: the scheduler runs Echelon {hello.version}, the worker {self._info.version}"
+        if hello.incarnation != self._info.incarnation:
+            return (
+                f"incarnation: the scheduler expects {hello.incarnation}, the worker group is {self._info.incarnation}"
+            )
+        roles = [engine.role for engine in self._info.engines]
+        if hello.role not in roles:
+            return f"role: {hello.role} is not hosted here, only {', '.join(map(EngineRole.Name, roles))}"
+        return ""
+
+    async def _read(self, requests: AsyncIterator[RoundRequest], stream: RoundStream) -> None:
+        async for request in requests:
+            if not request.HasField("round"):
+                stream.reject("round: only rounds may follow the hello")
+                return
+            if not stream.accept(request.round):
+                return
+            self._submit(Arrived(stream, request.round, time.monotonic_ns()))
+        stream.half_close()
+
+
+class ServerThread:
+    """Serves from `start` to `stop`. Methods are for other threads than its own, and block."""
+
+    def __init__(self, info: WorkerInfo, submit: Callable[[Work], None]) -> None:
+        self._info = info
+        self._servicer = Servicer(info, submit)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # made when the package is imported
+        self._loop = asyncio.new_event_loop()
+        self._server: grpc.aio.Server | None = None
+
+    def start(self, host: str) -> str:
+        """Serves on a free port of `host`; returns host:port."""
+        threading.Thread(target=self._loop.run_forever, name="grpc", daemon=True).start()
+        return self._call(self._start(host)).result()
+
+    def fail(self, error: str) -> None:
+        """The group is broken: tells everybody who listens, then stops. Raises nothing: worse has happened."""
+        try:
+            self._call(self._fail(error)).result(timeout=2 * FAIL_GRACE_S)
+        except Exception:  # as the docstring says
+            logger.exception("could not tell the streams that the group is broken")
+
+    def stop(self, grace_s: float) -> None:
+        self._call(self._stop(grace_s)).result()
+
+    def _call(self, coroutine: Coroutine[object, object, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    async def _start(self, host: str) -> str:
+        self._server = grpc.aio.server(options=OPTIONS)
+        add_WorkerServicer_to_server(self._servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        port = self._server.add_insecure_port(f"{host}:0")
+        await self._server.start()
+        for service in self._health_services():
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        return f"{host}:{port}"
+
+    async def _fail(self, error: str) -> None:
+        if self._server is None:
+            return
+        await self._health.enter_graceful_shutdown()  # NOT_SERVING everywhere
+        self._servicer.end_all(Ending(grpc.StatusCode.UNAVAILABLE, error))
+        await self._server.stop(FAIL_GRACE_S)
+
+    async def _stop(self, grace_s: float) -> None:
+        assert self._server is not None, "started"
+        await self._health.enter_graceful_shutdown()
+        self._servicer.end_all(Ending(grpc.StatusCode.UNAVAILABLE, "the worker group is stopping"))
+        await self._server.stop(grace_s)
+
+    def _health_services(self) -> Iterable[str]:
+        return ["", SERVICE_NAME, *(HEALTH_NAMES[engine.role] for engine in self._info.engines)]

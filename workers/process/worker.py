@@ -1,0 +1,137 @@
+"""One rank of a worker group, from its spec to its end."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import torch
+
+from echelon import __version__
+from echelon.pb.process_pb2 import WorkerSpec
+from echelon.pb.worker_pb2 import WorkerInfo
+from workers.process import round_channel
+from workers.process.child import EventWriter, configure_logging, exit_with_parent, read_spec
+from workers.process.cohort import Cohort
+from workers.process.load import Engines, OnProgress, load_engines
+from workers.process.run_loop import RunLoop, Stop, follow
+from workers.process.server import ServerThread
+from workers.trace import Tracer
+
+logger = logging.getLogger(__name__)
+
+STOP_GRACE_S = 5.0
+BuildEngines = Callable[[WorkerSpec, Cohort, OnProgress], Engines]
+Fail = Callable[[str], None]
+
+
+def main(build_engines: BuildEngines = load_engines) -> None:
+    """Runs the worker that standard input describes; ends the process.
+
+    Args:
+        build_engines: makes the engines of this rank. A benchmark of rounds passes one that makes instant engines.
+    """
+    events = EventWriter.on_stdout()
+    signal.signal(signal.SIGTERM, _exit_at_once)
+    try:
+        spec = read_spec(sys.stdin.buffer)
+        configure_logging(spec.name)
+        exit_with_parent(sys.stdin.buffer)
+        _work(spec, events, build_engines)
+    except ValueError as err:  # SpecError, LoadError, KVCacheError and their like: written for the user
+        events.fail(str(err))
+    except Exception as err:  # noqa: BLE001  # the edge of the process: the parent gets the traceback
+        events.fail(f"{type(err).__name__}: {err}")
+    os._exit(0)  # not sys.exit: threads of gloo and gRPC have nothing left to do and must not delay the end
+
+
+def _exit_at_once(signum: int, frame: FrameType | None) -> None:
+    os._exit(0)
+
+
+def _work(spec: WorkerSpec, events: EventWriter, build_engines: BuildEngines) -> None:
+    _bind_to_device(spec)
+    cohort = Cohort.open(spec)
+    if cohort.store_address and spec.rank == 0:
+        events.store_opened(cohort.store_address)
+    cohort.join(spec)
+    if spec.rank == 0:
+        leader = round_channel.Leader.accept(cohort, spec.host, spec.collective_timeout_s)
+        engines = build_engines(spec, cohort, events.progress)
+        _lead(spec, leader, engines, events, tracer=cohort.tracer)
+    else:
+        follower = round_channel.Follower.connect(cohort, spec.collective_timeout_s)
+        engines = build_engines(spec, cohort, events.progress)
+        _follow(spec, follower, engines, events, tracer=cohort.tracer)
+
+
+def _bind_to_device(spec: WorkerSpec) -> None:
+    if spec.cpu_ids:
+        os.sched_setaffinity(0, spec.cpu_ids)  # before torch starts its threads: they inherit it
+    if spec.threads:
+        torch.set_num_threads(spec.threads)
+    if spec.device == "cuda":
+        torch.cuda.set_device(0)
+
+
+def _lead(
+    spec: WorkerSpec, channel: round_channel.Leader, engines: Engines, events: EventWriter, *, tracer: Tracer
+) -> None:
+    info = _info(spec, engines)
+    loop = RunLoop(engines, channel, tracer)
+    server = ServerThread(info, loop.submit)
+    failing = threading.Lock()
+
+    def fail(error: str) -> None:
+        """From any thread, once: streams and health learn it, then the parent, then the process ends."""
+        failing.acquire()  # never released: whoever comes second waits for the end
+        server.fail(error)
+        events.fail(error)
+
+    address = server.start(spec.host)
+    signal.signal(signal.SIGTERM, lambda signum, frame: loop.submit(Stop()))
+    channel.watch(fail)
+    events.ready(address, info)
+    logger.info("serving on %s", address)
+    try:
+        loop.run()
+    except round_channel.LostRank as err:
+        fail(str(err))
+    except Exception as err:  # noqa: BLE001  # whatever it is, the ranks no longer agree: the incarnation ends
+        fail(f"a round failed on rank 0: {type(err).__name__}: {err}")
+    channel.stop()
+    server.stop(STOP_GRACE_S)
+
+
+def _follow(
+    spec: WorkerSpec, channel: round_channel.Follower, engines: Engines, events: EventWriter, *, tracer: Tracer
+) -> None:
+    signal.signal(signal.SIGTERM, _exit_after_leader)
+    channel.watch(events.fail)
+    events.ready("", _info(spec, engines))
+    try:
+        follow(engines, channel, tracer)
+    except round_channel.LostRank as err:
+        events.fail(str(err))
+    except Exception as err:  # noqa: BLE001  # as in _lead
+        events.fail(f"a round failed on rank {spec.rank}: {type(err).__name__}: {err}")
+
+
+def _exit_after_leader(signum: int, frame: FrameType | None) -> None:
+    """A group is stopped by signalling all its ranks; the leader ends its round and says stop. Leave it that time."""
+    timer = threading.Timer(STOP_GRACE_S, os._exit, args=(0,))
+    timer.daemon = True
+    timer.start()
+
+
+def _info(spec: WorkerSpec, engines: Engines) -> WorkerInfo:
+    return WorkerInfo(
+        version=__version__,
+        incarnation=spec.incarnation,
+        world_size=spec.world_size,
+        device=spec.device,
+        engines=[engine.info for engine in engines.values()],
+    )

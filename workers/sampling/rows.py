@@ -1,0 +1,154 @@
+"""A batch of positions for which a token is to be chosen, as tensors."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.sampling.noise_keys import NoiseKeys
+from kernels.sampling.penalties import apply_bias, apply_mask, apply_penalties
+from kernels.sampling.truncation import Truncation
+from workers.sampling.state import SeqSamplingState
+from workers.upload import upload
+
+
+@dataclass(frozen=True, slots=True)
+class RowEntry:
+    """One row of logits: the token to be chosen at `position` of a seq."""
+
+    state: SeqSamplingState
+    position: int  # absolute
+    hypothetical: Sequence[int]  # drafted tokens between the history in `state` and the position
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEntries:
+    """Single logits of a batch: the tokens `token_ids` of the rows `rows`, with a number or more each."""
+
+    rows: Tensor  # int64 [num_entries]
+    token_ids: Tensor  # int64 [num_entries], of the whole vocabulary
+    values: tuple[Tensor, ...] = ()  # [num_entries] each
+
+    @staticmethod
+    def collect(parts: Sequence[tuple[int, tuple[NDArray[Any], ...]]], device: torch.device) -> "TokenEntries | None":
+        """From (row, (token_ids, *values)) of the rows that have any."""
+        parts = [(row, columns) for row, columns in parts if len(columns[0])]
+        if not parts:
+            return None
+        rows = np.repeat([row for row, _ in parts], [len(columns[0]) for _, columns in parts])
+        joined = [np.concatenate(column) for column in zip(*(columns for _, columns in parts), strict=True)]
+        there = [torch.from_numpy(array).to(device, non_blocking=True) for array in (rows, *joined)]
+        return TokenEntries(there[0], there[1], tuple(there[2:]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitEdits:
+    """Penalties, bias and masks of a batch, in the order in which they apply."""
+
+    penalised: TokenEntries | None  # values: seen, output_counts
+    penalty_settings: Tensor  # fp32 [num_rows, 3]
+    biased: TokenEntries | None  # values: bias
+    masked: TokenEntries | None
+
+    def apply(self, logits: Tensor, first_token_id: int) -> None:
+        """Changes logits [num_rows, num_tokens] of the tokens from first_token_id on in place."""
+        if self.penalised is not None:
+            seen, counts = self.penalised.values
+            apply_penalties(
+                logits,
+                self.penalised.rows,
+                self.penalised.token_ids,
+                first_token_id=first_token_id,
+                seen=seen,
+                output_counts=counts,
+                settings=self.penalty_settings,
+            )
+        if self.biased is not None:
+            (bias,) = self.biased.values
+            apply_bias(logits, self.biased.rows, self.biased.token_ids, bias, first_token_id=first_token_id)
+        if self.masked is not None:
+            apply_mask(logits, self.masked.rows, self.masked.token_ids, first_token_id=first_token_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingRows:
+    """Everything but the logits; the same on every rank."""
+
+    temperature: Tensor  # fp32 [num_rows], 0 is greedy
+    keys: NoiseKeys
+    all_greedy: bool
+    edits: LogitEdits | None
+    truncated_rows: Tensor | None  # int64 [num_truncated]
+    truncation: Truncation | None  # of these
+    logprob_rows: tuple[int, ...]  # ascending
+    num_logprobs: tuple[int, ...]  # of these: top-n beside the chosen token
+
+    @staticmethod
+    def build(entries: Sequence[RowEntry], device: torch.device) -> "SamplingRows":
+        """Python runs a few steps a row, and more only for rows that need more."""
+        states = [entry.state for entry in entries]
+        keys = _integers(
+            device,
+            (state.seed for state in states),
+            (state.sample_index for state in states),
+            (entry.position for entry in entries),
+        )
+        truncated = [row for row, state in enumerate(states) if state.truncates]
+        asking = [(row, state.logprobs) for row, state in enumerate(states) if state.logprobs is not None]
+        edits_logits = any(entry.state.edits_logits_at(entry.position) for entry in entries)
+        return SamplingRows(
+            temperature=upload([state.temperature for state in states], torch.float32, device),
+            keys=NoiseKeys(seeds=keys[0], sample_indices=keys[1], positions=keys[2]),
+            all_greedy=all(state.temperature == 0 for state in states),
+            edits=_logit_edits(entries, device) if edits_logits else None,
+            truncated_rows=upload(truncated, torch.int64, device) if truncated else None,
+            truncation=_truncation([states[row] for row in truncated], device) if truncated else None,
+            logprob_rows=tuple(row for row, _ in asking),
+            num_logprobs=tuple(num_top for _, num_top in asking),
+        )
+
+
+def _integers(device: torch.device, *columns: Iterable[int]) -> Tensor:
+    rows = [list(column) for column in columns]
+    num_rows = len(rows[0])
+    padding = [0] * (num_rows % 2)  # each column begins at 16 bytes: a kernel is compiled anew for one that does not
+    return upload([row + padding for row in rows], torch.int64, device)[:, :num_rows]
+
+
+def _truncation(states: Sequence[SeqSamplingState], device: torch.device) -> Truncation:
+    def tensor(get: Callable[[SeqSamplingState], float], dtype: torch.dtype) -> Tensor:
+        return upload([get(state) for state in states], dtype, device)
+
+    return Truncation(
+        log_min_p=tensor(lambda state: state.log_min_p, torch.float32),
+        top_k=tensor(lambda state: state.top_k, torch.int64),
+        top_p=tensor(lambda state: state.top_p, torch.float64),
+        max_top_k=max(state.top_k for state in states),
+        has_top_p=any(state.top_p < 1 for state in states),
+    )
+
+
+def _logit_edits(entries: Sequence[RowEntry], device: torch.device) -> LogitEdits:
+    editing = [(row, entry) for row, entry in enumerate(entries) if entry.state.edits_logits_at(entry.position)]
+    penalised: list[tuple[int, tuple[NDArray[Any], ...]]] = []
+    for row, entry in editing:
+        counts = entry.state.counts_behind(entry.hypothetical)
+        if counts is not None:
+            assert entry.state.length + len(entry.hypothetical) == entry.position, (
+                f"penalties at position {entry.position} need the {entry.position} tokens before it, got "
+                f"{entry.state.length} and {len(entry.hypothetical)} drafts"
+            )
+            penalised.append((row, (counts.token_ids, counts.seen, counts.output_counts.astype(np.float32))))
+    biased = [(row, entry.state.bias) for row, entry in editing]
+    masked = [(row, (entry.state.suppressed_at(entry.position),)) for row, entry in editing]
+    settings = [entry.state.penalties for entry in entries]
+    return LogitEdits(
+        penalised=TokenEntries.collect(penalised, device),
+        penalty_settings=upload(settings, torch.float32, device),
+        biased=TokenEntries.collect(biased, device),
+        masked=TokenEntries.collect(masked, device),
+    )
