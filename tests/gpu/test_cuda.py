@@ -32,12 +32,12 @@ SETTINGS = {
 
 # Of each of these, one kernel at least is launched in every round.
 EXPECTED = [
-    ("paged_attention_split", "prefill_attention"),
-    ("rms_norm",),
-    ("silu_and_mul",),
-    ("reshape_and_cache",),
-    ("sample",),
-    ("verify_chain",),
+    ("attention.paged_attention_split", "attention.prefill_attention"),
+    ("layers.rms_norm",),
+    ("layers.silu_and_mul",),
+    ("kv.reshape_and_cache",),
+    ("sampling.sample",),
+    ("sampling.verify_chain",),
 ]
 
 
