@@ -1,5 +1,8 @@
 # Everything runs in .venv, which the first target that needs it makes.
 PYTHON ?= python3
+# Where torch comes from; empty: the default index, whose build for Linux brings CUDA. The small build for CPUs alone:
+#   make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo
+TORCH_INDEX ?=
 BIN := .venv/bin
 READY := .venv/.ready
 PARALLEL := -q -n auto --dist worksteal
@@ -39,8 +42,16 @@ proto:  ## regenerate echelon/pb after editing protos/
 clean:
 	rm -rf .venv .venv-proto build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+# The version range that pyproject.toml gives for torch: another version would be replaced right after.
+TORCH_REQUIREMENT = $(PYTHON) -c 'import tomllib; \
+	extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	print(next(line for line in extras["worker"] if line.startswith("torch")))'
+
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 13) else f"Echelon needs Python 3.11 or 3.12, found {sys.version.split()[0]}: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
+ifneq ($(TORCH_INDEX),)
+	$(BIN)/pip install --disable-pip-version-check --index-url $(TORCH_INDEX) "$$($(TORCH_REQUIREMENT))"
+endif
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
