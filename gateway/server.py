@@ -10,7 +10,6 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-import echelon
 from echelon.pb import control_pb2, inference_pb2, process_pb2
 from gateway.doors.control_servicer import ControlServicer
 from gateway.doors.health import READINESS, Health
@@ -35,14 +34,14 @@ DEFAULT_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 _NOTICE_S = 3.0  # for clients and load balancers to hear that the gateway stops
 
 
-class StartupError(RuntimeError):
+class StartupError(ValueError):
     """The gateway cannot start; the message says what to change."""
 
 
 class Gateway:
     """One gateway. `start` within a running event loop, then `drain`; both once.
 
-    Raises StartupError or ValueError, naming the file or the YAML key, when it cannot be built or started.
+    Raises StartupError, or another ValueError, naming the file or the YAML key, when it cannot be built or started.
     """
 
     def __init__(self, spec: process_pb2.GatewaySpec) -> None:
@@ -130,10 +129,6 @@ class Gateway:
 
 
 def _check_spec(spec: process_pb2.GatewaySpec) -> None:
-    if spec.version != echelon.__version__:
-        raise StartupError(
-            f"version: the controller is {spec.version!r}, this gateway {echelon.__version__!r}; install one version"
-        )
     if not spec.scheduler_addresses:
         raise StartupError("scheduler_addresses: is empty; a gateway needs a scheduler")
     if not Path(spec.model_dir).is_dir():

@@ -10,6 +10,8 @@ import pytest
 from google.protobuf import json_format
 from tokenizers import Tokenizer, decoders, models
 
+from childproc.edge import EXIT_PARENT_DIED
+from echelon import __version__
 from echelon.pb import process_pb2
 from tests.helpers.fake_group import FakeEngine
 from tests.helpers.fake_group_server import FakeGroupServer
@@ -46,7 +48,7 @@ def spec(tmp_path: Path) -> process_pb2.SchedulerSpec:
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     return process_pb2.SchedulerSpec(
         host="127.0.0.1",
-        version="test",
+        version=__version__,
         model_name="fake",
         tokenizer_dir=str(tmp_path),
         max_num_seqs=8,
@@ -59,7 +61,7 @@ def spec(tmp_path: Path) -> process_pb2.SchedulerSpec:
 
 @pytest.mark.parametrize("end", ["terminated", "orphaned"])
 async def test_it_says_where_it_listens_and_ends_with_its_parent(spec: process_pb2.SchedulerSpec, end: str) -> None:
-    group = FakeGroupServer(FakeEngine())
+    group = FakeGroupServer(FakeEngine(), version=__version__)
     spec.target.address = await group.start()
     process = await start(json_format.MessageToJson(spec, indent=None))
     event = await next_event(process)
@@ -69,7 +71,7 @@ async def test_it_says_where_it_listens_and_ends_with_its_parent(spec: process_p
     else:
         assert process.stdin is not None
         process.stdin.close()
-    assert await asyncio.wait_for(process.wait(), 60) == 0
+    assert await asyncio.wait_for(process.wait(), 60) == (0 if end == "terminated" else EXIT_PARENT_DIED)
     await group.stop()
 
 

@@ -9,6 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from childproc.edge import EXIT_PARENT_DIED
 from echelon import __version__
 from echelon.pb.sampling_pb2 import SeqSampling
 from echelon.pb.worker_pb2 import EngineRole, GetWorkerInfoRequest, Row
@@ -255,4 +256,4 @@ def test_no_rank_outlives_its_parent(tiny: Path, tmp_path: Path) -> None:
         group.spawn().wait_ready()
         for rank in group.ranks:
             rank.close_stdin()
-        assert all(rank.popen.wait() != 0 for rank in group.ranks)
+        assert [rank.popen.wait() for rank in group.ranks] == [EXIT_PARENT_DIED] * 2

@@ -17,6 +17,7 @@ from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from childproc.edge import EXIT_PARENT_DIED
 from cluster.local import LocalDeployment, local_settings
 from echelon import AsyncClient, Client, __version__
 from echelon.cli.app import main
@@ -374,7 +375,7 @@ def test_it_dies_with_its_parent() -> None:
         assert next_event(process).progress.stage == "waiting for the scheduler"
         assert process.stdin is not None
         process.stdin.close()
-        process.wait(30)
+        assert process.wait(30) == EXIT_PARENT_DIED
 
 
 def test_sigterm_ends_it_in_order() -> None:

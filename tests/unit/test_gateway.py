@@ -337,7 +337,6 @@ async def test_a_taken_port_is_named(house: House) -> None:
     ("fields", "message"),
     [
         ({"host": "192.0.2.1"}, r"cannot listen on 192\.0\.2\.1:0 .*server\.host"),  # an address of documentation
-        ({"version": "0.0.0"}, "version: the controller is '0.0.0'"),
         ({"model_dir": "/nowhere"}, "model_dir: /nowhere is no folder"),
     ],
 )

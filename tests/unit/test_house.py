@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("echelon", "gateway", "cluster", "scheduler", "workers", "kernels")
+FOLDERS = ("echelon", "gateway", "cluster", "scheduler", "workers", "kernels", "childproc")
 MAY_IMPORT = {
     "echelon": {"echelon", "cluster"},  # the CLI starts the controller; it does so lazily (below)
     "cluster": {"cluster", "echelon"},
-    "gateway": {"gateway", "echelon"},
-    "scheduler": {"scheduler", "echelon"},
-    "workers": {"workers", "kernels", "echelon"},
+    "gateway": {"gateway", "childproc", "echelon"},
+    "scheduler": {"scheduler", "childproc", "echelon"},
+    "workers": {"workers", "kernels", "childproc", "echelon"},
     "kernels": {"kernels"},
+    "childproc": {"childproc", "echelon"},
 }
 TORCH = {"torch", "transformers", "triton"}
 FORBIDDEN = {
@@ -25,6 +26,7 @@ FORBIDDEN = {
     "scheduler": TORCH | {"ray", "pydantic"},
     "workers": {"ray", "pydantic", "transformers"},
     "kernels": {"ray", "pydantic", "transformers"},
+    "childproc": TORCH | {"ray", "pydantic"},
 }
 
 
@@ -53,7 +55,7 @@ def test_arrows(folder: str) -> None:
             assert top not in FORBIDDEN[folder], f"{path.relative_to(ROOT)} must not import {name}"
 
 
-@pytest.mark.parametrize("folder", ["scheduler", "workers"])
+@pytest.mark.parametrize("folder", ["scheduler", "workers", "childproc"])
 def test_only_the_stubs_are_shared(folder: str) -> None:
     for path in sources(folder):
         for name in imports_of(path):

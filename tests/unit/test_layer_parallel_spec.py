@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from childproc.spec import SpecError
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.worker_pb2 import LayerGroup
 from tests.helpers.engines import DRAFT, TARGET, drive, engine_spec, make_engine
@@ -15,7 +16,6 @@ from workers.engine.engine import Engine
 from workers.layers.context import BuildContext
 from workers.models import ModelConfig
 from workers.models.layer_groups import LayerParallelPlan, MLPs, Weights
-from workers.process.child import SpecError
 from workers.process.cohort import Cohort
 from workers.process.draft_layout import num_ranks, resolve_plan
 from workers.process.load import load_engines

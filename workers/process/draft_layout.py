@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from childproc.spec import SpecError
 from echelon.pb.process_pb2 import EngineSpec
 from echelon.pb.worker_pb2 import EngineRole
 from workers.collectives import Group, SoloGroup
@@ -16,7 +17,6 @@ from workers.models import LayerParallelPlan, ModelConfig, load_model_config
 from workers.models.decoder import MLP
 from workers.models.layer_groups import LayerGroups, MLPs, Weights, check_groups, choose_groups
 from workers.models.layer_similarity import layer_input_similarity
-from workers.process.child import SpecError
 from workers.process.cohort import Cohort
 
 # Between the stream that enters a group and the one that each of its layers would see. EasySpec finds 0.8 and more in

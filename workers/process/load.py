@@ -9,6 +9,7 @@ from typing import TypedDict
 
 import torch
 
+from childproc.spec import SpecError
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.worker_pb2 import EngineInfo, EngineRole, LayerGroup
 from kernels.attention.paged_attention_probe import probe_paged_attention
@@ -23,7 +24,6 @@ from workers.engine.target_engine import TargetEngine
 from workers.models import CausalLM, LayerParallelLM, LayerParallelPlan, load_layer_parallel_model, load_model
 from workers.models.checkpoint import Progress
 from workers.models.decoder import MLP, Attention
-from workers.process.child import SpecError
 from workers.process.cohort import Cohort
 from workers.process.draft_layout import is_layer_parallel, num_ranks, resolve_plan
 from workers.sampling.sampler import Sampler

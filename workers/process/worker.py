@@ -3,18 +3,19 @@
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
 
 import torch
 
+from childproc import edge
+from childproc.events import EventWriter
+from childproc.spec import SpecError
 from echelon import __version__
 from echelon.pb.process_pb2 import WorkerSpec
 from echelon.pb.worker_pb2 import WorkerInfo
 from workers.process import round_channel
-from workers.process.child import EventWriter, configure_logging, exit_with_parent, read_spec
 from workers.process.cohort import Cohort
 from workers.process.load import Engines, OnProgress, load_engines
 from workers.process.run_loop import RunLoop, Stop, follow
@@ -24,6 +25,7 @@ from workers.trace import Tracer
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 5.0
+DEFAULT_COLLECTIVE_TIMEOUT_S = 30.0
 BuildEngines = Callable[[WorkerSpec, Cohort, OnProgress], Engines]
 Fail = Callable[[str], None]
 
@@ -34,22 +36,16 @@ def main(build_engines: BuildEngines = load_engines) -> None:
     Args:
         build_engines: makes the engines of this rank. A benchmark of rounds passes one that makes instant engines.
     """
-    events = EventWriter.on_stdout()
-    signal.signal(signal.SIGTERM, _exit_at_once)
-    try:
-        spec = read_spec(sys.stdin.buffer)
-        configure_logging(spec.name)
-        exit_with_parent(sys.stdin.buffer)
-        _work(spec, events, build_engines)
-    except ValueError as err:  # SpecError, LoadError, KVCacheError and their like: written for the user
-        events.fail(str(err))
-    except Exception as err:  # noqa: BLE001  # the edge of the process: the parent gets the traceback
-        events.fail(f"{type(err).__name__}: {err}")
-    os._exit(0)  # not sys.exit: threads of gloo and gRPC have nothing left to do and must not delay the end
+    edge.run(WorkerSpec, lambda spec, events: _work(_checked(spec), events, build_engines))
 
 
-def _exit_at_once(signum: int, frame: FrameType | None) -> None:
-    os._exit(0)
+def _checked(spec: WorkerSpec) -> WorkerSpec:
+    if not spec.engines:
+        raise SpecError("engines: is empty, a worker runs one or more")
+    if spec.rank >= max(1, spec.world_size):
+        raise SpecError(f"rank: {spec.rank}, must be below world_size {spec.world_size}")
+    spec.collective_timeout_s = spec.collective_timeout_s or DEFAULT_COLLECTIVE_TIMEOUT_S
+    return spec
 
 
 def _work(spec: WorkerSpec, events: EventWriter, build_engines: BuildEngines) -> None:

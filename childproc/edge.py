@@ -1,0 +1,75 @@
+"""The edge of a child process: where it begins, and the few ways in which it ends."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from childproc.events import EventWriter
+from childproc.spec import S, read_spec
+
+logger = logging.getLogger(__name__)
+
+EXIT_PARENT_DIED = 3
+
+
+def run(kind: type[S], serve: Callable[[S, EventWriter], None]) -> NoReturn:
+    """Runs `serve` with the spec that standard input holds, then ends the process.
+
+    Args:
+        kind: the message that the spec is.
+        serve: returns when the process has served. A ValueError that it raises is written for the user and reported
+            as it stands; any other exception is reported with its type.
+    """
+    events = EventWriter.on_stdout()
+    signal.signal(signal.SIGTERM, _exit_at_once)
+    try:
+        spec = read_spec(sys.stdin.buffer, kind)
+        _configure_logging(spec.name)
+        _exit_with_parent(sys.stdin.fileno())
+        serve(spec, events)
+    except ValueError as err:
+        events.fail(str(err))
+    except Exception as err:
+        logger.exception("this process failed")
+        events.fail(f"{type(err).__name__}: {err}")
+    sys.stderr.flush()
+    os._exit(0)  # not sys.exit: threads of gloo and gRPC have nothing left to do and must not delay the end
+
+
+def stop_signal() -> asyncio.Event:
+    """An event of the running loop that SIGTERM and SIGINT set; they no longer end the process by themselves."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    return stopped
+
+
+def _exit_at_once(signum: int, frame: FrameType | None) -> None:
+    os._exit(0)
+
+
+def _exit_with_parent(stdin: int) -> None:
+    """From now on, the end of standard input ends this process at once: nothing may outlive its parent."""
+
+    def watch() -> None:
+        # Not sys.stdin: a daemon thread that holds its lock aborts the interpreter's own shutdown.
+        while os.read(stdin, 4096):
+            pass
+        logger.warning("standard input ended: the parent died")
+        os._exit(EXIT_PARENT_DIED)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+def _configure_logging(name: str) -> None:
+    """Logs go to standard error, with the name of the process."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format=f"%(asctime)s %(levelname).1s {name} %(name)s: %(message)s"
+    )
