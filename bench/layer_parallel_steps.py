@@ -48,7 +48,9 @@ class DraftGroup:
     def __init__(self, variant: Variant, prompt_len: int, log_dir: Path) -> None:
         self.variant = variant
         self._log_dir = log_dir
-        group, self._processes = start_worker_group(_worker_specs(variant), self._spawn, timeout_s=START_TIMEOUT_S)
+        group, self._processes = start_worker_group(
+            _worker_specs(variant), self._spawn, role="draft", timeout_s=START_TIMEOUT_S
+        )
         self.info = group.info.engines[0]
         self._requests: queue.SimpleQueue[RoundRequest | None] = queue.SimpleQueue()
         self._channel, self._results = self._connect(group)
@@ -90,7 +92,7 @@ class DraftGroup:
         return next(self._results)
 
     def _spawn(self, launch: Launch) -> Child:
-        path = self._log_dir / f"{launch.name}.log"
+        path = self._log_dir / f"{launch.spec.name}.log"
         return ChildProcess(launch.module, launch.spec, name=launch.name, log_path=path, env=launch.env)
 
 

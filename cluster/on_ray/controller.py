@@ -21,7 +21,7 @@ from cluster.on_ray.cluster import NAMESPACE, actor_name, group_name, reserve
 from cluster.on_ray.host import RayChild, host_in_bundle, host_on_node
 from cluster.planning.plan import Plan
 from cluster.processes.child import Child
-from cluster.processes.rollout import check_port, process_names, roll_out, stop_order
+from cluster.processes.rollout import check_port, process_ids, roll_out, stop_order
 from cluster.processes.startup import Launch, ProcessSet
 from cluster.processes.status import DeploymentStatus, State
 from cluster.processes.supervision import Board
@@ -62,7 +62,7 @@ class Controller:
         self._failure: StartError | None = None
         self._endpoint = ""
         self._processes = ProcessSet(self._spawn)
-        self._processes.expect(process_names(desired.plan))
+        self._processes.expect(process_ids(desired.plan))
         self._starter = threading.Thread(target=self._start, name="start", daemon=True)
         self._starter.start()
 

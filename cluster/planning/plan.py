@@ -4,10 +4,11 @@ Devices are counted, not numbered: which of a node's GPUs a bundle gets is Ray's
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.deployment.settings import Role
 from cluster.errors import PlanError
+from cluster.process_id import ProcessId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,7 @@ class Bundle:
     """One worker process and its device."""
 
     group: Role
+    replica: int = 0
     rank: int
     engines: tuple[Role, ...]
     node_id: str
@@ -61,17 +63,25 @@ class Bundle:
     memory: MemoryEstimate
 
     @property
+    def id(self) -> ProcessId:
+        return ProcessId(role=self.group, replica=self.replica, rank=self.rank)
+
+    @property
     def name(self) -> str:
-        return f"{self.group}-0.{self.rank}"
+        return self.id.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlProcess:
     """A process without a device; it asks Ray for no CPU."""
 
-    name: str
+    id: ProcessId
+    name: str = field(init=False)  # of the id; a field, so that it is shown
     node_id: str
     address: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.id.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from cluster.deployment.settings import ModelSettings, Role, Settings
 from cluster.errors import PlanError
 from cluster.planning.plan import Bundle, ControlProcess, Inventory, MemoryEstimate, Node, Plan
+from cluster.process_id import ProcessId
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -51,8 +52,8 @@ def make_plan(settings: Settings, inventory: Inventory) -> Plan:
         deployment=settings.name,
         device=settings.device,
         bundles=bundles,
-        scheduler=ControlProcess(name="scheduler-0", node_id=leader.node_id, address=leader.address),
-        gateway=ControlProcess(name="gateway-0", node_id=head.node_id, address=head.address),
+        scheduler=ControlProcess(id=ProcessId(role="scheduler"), node_id=leader.node_id, address=leader.address),
+        gateway=ControlProcess(id=ProcessId(role="gateway"), node_id=head.node_id, address=head.address),
         notes=tuple(notes),
     )
     return _loopback_if_alone(plan)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cluster.deployment.settings import Settings
 from cluster.errors import StartError
 from cluster.planning.plan import Plan
+from cluster.process_id import ProcessId
 from cluster.processes.specs import gateway_spec, scheduler_spec, worker_specs
 from cluster.processes.startup import Launch, ProcessSet
 from cluster.processes.worker_group import GroupLaunch, RunningGroup, start_groups
@@ -27,10 +28,10 @@ class RunningDeployment:
     gateway_address: str  # empty: started without a gateway
 
 
-def process_names(plan: Plan, *, gateway: bool = True) -> list[str]:
-    """Every process of a plan in the order in which they start."""
-    names = [bundle.name for bundle in plan.bundles] + [plan.scheduler.name]
-    return names + [plan.gateway.name] if gateway else names
+def process_ids(plan: Plan, *, gateway: bool = True) -> list[ProcessId]:
+    """Every process of a plan, in the order in which they start."""
+    workers_and_scheduler = [bundle.id for bundle in plan.bundles] + [plan.scheduler.id]
+    return workers_and_scheduler + [plan.gateway.id] if gateway else workers_and_scheduler
 
 
 def stop_order(plan: Plan) -> list[str]:
@@ -43,9 +44,14 @@ def roll_out(
 ) -> RunningDeployment:
     """Start everything and block until it serves. Raises StartError; the caller then stops `processes`."""
     deadline = time.monotonic() + timeout_s
-    processes.expect(process_names(plan, gateway=gateway))
+    processes.expect(process_ids(plan, gateway=gateway))
     groups = [
-        GroupLaunch(specs=worker_specs(settings, bundles, FIRST_INCARNATION), bundles=bundles)
+        GroupLaunch(
+            role=bundles[0].group,
+            replica=bundles[0].replica,
+            specs=worker_specs(settings, bundles, FIRST_INCARNATION),
+            bundles=bundles,
+        )
         for bundles in (plan.group("target"), plan.group("draft"))
         if bundles
     ]
@@ -85,12 +91,12 @@ def _start_scheduler(
     draft_group = target if settings.colocated else draft
     spec = scheduler_spec(
         settings,
-        host=plan.scheduler.address,
+        process=plan.scheduler,
         target=target.endpoint,
         draft=None if draft_group is None else draft_group.endpoint,
     )
     name = plan.scheduler.name
-    processes.launch(Launch(name=name, module=SCHEDULER_MODULE, spec=spec, node=plan.scheduler.address))
+    processes.launch(Launch(id=plan.scheduler.id, module=SCHEDULER_MODULE, spec=spec, node=plan.scheduler.address))
     processes.wait_ready([name], deadline)
     return processes.read(lambda board: board.process(name).address)
 
@@ -99,7 +105,7 @@ def _start_gateway(
     settings: Settings, plan: Plan, processes: ProcessSet, scheduler_address: str, deadline: float
 ) -> str:
     name = plan.gateway.name
-    spec = gateway_spec(settings, scheduler_addresses=[scheduler_address])
-    processes.launch(Launch(name=name, module=GATEWAY_MODULE, spec=spec, node=plan.gateway.address))
+    spec = gateway_spec(settings, plan.gateway, scheduler_addresses=[scheduler_address])
+    processes.launch(Launch(id=plan.gateway.id, module=GATEWAY_MODULE, spec=spec, node=plan.gateway.address))
     processes.wait_ready([name], deadline)
     return processes.read(lambda board: board.process(name).address)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from cluster.deployment.settings import Role, Settings
 from cluster.layer_parallel import LayerParallel
-from cluster.planning.plan import Bundle
+from cluster.planning.plan import Bundle, ControlProcess
 from echelon import __version__
 from echelon.pb import process_pb2, worker_pb2
 
@@ -73,13 +73,13 @@ def _kv_cache_bytes(settings: Settings, role: Role, bundle: Bundle) -> int:
 def scheduler_spec(
     settings: Settings,
     *,
-    host: str,
+    process: ControlProcess,
     target: process_pb2.GroupEndpoint,
     draft: process_pb2.GroupEndpoint | None,
 ) -> process_pb2.SchedulerSpec:
     return process_pb2.SchedulerSpec(
-        name="scheduler-0",
-        host=host,
+        name=process.name,
+        host=process.address,
         port=0,
         version=__version__,
         model_name=settings.model_name,
@@ -105,9 +105,11 @@ def scheduler_spec(
     )
 
 
-def gateway_spec(settings: Settings, *, scheduler_addresses: Sequence[str]) -> process_pb2.GatewaySpec:
+def gateway_spec(
+    settings: Settings, process: ControlProcess, *, scheduler_addresses: Sequence[str]
+) -> process_pb2.GatewaySpec:
     return process_pb2.GatewaySpec(
-        name="gateway-0",
+        name=process.name,
         host=settings.host,
         grpc_port=settings.grpc_port,
         http_port=settings.http_port,

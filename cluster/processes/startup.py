@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 
 from cluster.errors import StartError
 from cluster.planning.plan import Bundle
+from cluster.process_id import ProcessId
 from cluster.processes.child import Child
 from cluster.processes.status import ProcessStatus
 from cluster.processes.supervision import Board
@@ -26,12 +27,16 @@ _LATE_GRACE_S = 1.0
 class Launch:
     """A process to be started."""
 
-    name: str
+    id: ProcessId
     module: str
     spec: Message
     node: str = ""  # address
     bundle: Bundle | None = None  # of a worker; None for a control process
     env: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.id.name
 
 
 T = TypeVar("T")
@@ -53,16 +58,16 @@ class ProcessSet:
         self._watchers: list[threading.Thread] = []
         self._stopped = False
 
-    def expect(self, names: Iterable[str]) -> None:
+    def expect(self, processes: Iterable[ProcessId]) -> None:
         """Show these processes as pending until they are launched."""
         with self._changed:
-            self._board = Board(names)
+            self._board = Board(processes)
 
     def launch(self, launch: Launch) -> None:
         with self._changed:
             if self._stopped:
                 raise StartError(f"{launch.name}: not started, the deployment is being taken down")
-            self._board.on_launch(launch.name, launch.node)
+            self._board.on_launch(launch.id, launch.node)
         child = self._spawn(launch)
         if not self._take(child):
             child.stop(_LATE_GRACE_S)

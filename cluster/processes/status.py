@@ -1,9 +1,10 @@
 """How a deployment and its processes fare: what the controller reports and the CLI shows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from cluster.planning.plan import Plan
+from cluster.process_id import ProcessId
 
 
 class State(StrEnum):
@@ -18,7 +19,8 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessStatus:
-    name: str  # "target-0.1", "draft-0.0", "scheduler-0", "gateway-0"
+    id: ProcessId
+    name: str = field(init=False)  # of the id; a field, so that it is shown
     state: State = State.PENDING
     node: str = ""  # address of its node
     devices: str = ""  # "cuda:3", "cores 0-1", "shared cores"
@@ -28,6 +30,9 @@ class ProcessStatus:
     done: int = 0
     total: int = 0  # 0: not known
     error: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.id.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterable
 from dataclasses import replace
 
+from cluster.process_id import ProcessId
 from cluster.processes.status import ProcessStatus, State
 from echelon.pb.process_pb2 import ProcessEvent
 from echelon.pb.worker_pb2 import WorkerInfo
@@ -12,8 +13,8 @@ from echelon.pb.worker_pb2 import WorkerInfo
 class Board:
     """The state of each process, driven by its events and its end. Not thread-safe."""
 
-    def __init__(self, names: Iterable[str] = ()) -> None:
-        self._processes = {name: ProcessStatus(name=name) for name in names}
+    def __init__(self, processes: Iterable[ProcessId] = ()) -> None:
+        self._processes = {process.name: ProcessStatus(id=process) for process in processes}
         self._stores: dict[str, str] = {}
         self._workers: dict[str, WorkerInfo] = {}
         self._details: dict[str, str] = {}
@@ -46,9 +47,9 @@ class Board:
     def first_failure(self) -> ProcessStatus | None:
         return self._processes[self._failed[0]] if self._failed else None
 
-    def on_launch(self, name: str, node: str) -> None:
-        self._processes.setdefault(name, ProcessStatus(name=name))
-        self._change(name, state=State.STARTING, node=node)
+    def on_launch(self, process: ProcessId, node: str) -> None:
+        self._processes.setdefault(process.name, ProcessStatus(id=process))
+        self._change(process.name, state=State.STARTING, node=node)
 
     def on_place(self, name: str, *, pid: int | None, devices: str) -> None:
         """The process is alive on its node; devices are what it was really given."""
@@ -94,7 +95,7 @@ class Board:
         failed = [self._processes[name] for name in self._failed]
         if failed:
             reason = "; ".join(f"{process.name}: {process.error}" for process in failed)
-            only_drafts = all(process.name.startswith("draft-") for process in failed)
+            only_drafts = all(process.id.role == "draft" for process in failed)
             return (State.DEGRADED if only_drafts and self._was_ready else State.FAILED), reason
         if self._was_ready:
             return State.READY, ""

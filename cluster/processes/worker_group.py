@@ -4,8 +4,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from cluster.deployment.settings import Role
 from cluster.errors import StartError
 from cluster.planning.plan import Bundle
+from cluster.process_id import ProcessId
 from cluster.processes.startup import Launch, ProcessSet, Spawn
 from cluster.processes.status import ProcessStatus
 from echelon.pb.process_pb2 import GroupEndpoint, WorkerSpec
@@ -31,8 +33,19 @@ class RunningGroup:
 class GroupLaunch:
     """A group to be started: a spec for each rank, the leader's first, and the bundle of each."""
 
+    role: Role
+    replica: int = 0
     specs: Sequence[WorkerSpec]
     bundles: Sequence[Bundle | None]
+
+    @property
+    def ids(self) -> list[ProcessId]:
+        """By rank."""
+        return [ProcessId(role=self.role, replica=self.replica, rank=rank) for rank in range(len(self.specs))]
+
+    @property
+    def leader(self) -> str:
+        return self.ids[0].name
 
 
 def start_groups(processes: ProcessSet, groups: Sequence[GroupLaunch], deadline: float) -> list[RunningGroup]:
@@ -45,10 +58,10 @@ def start_groups(processes: ProcessSet, groups: Sequence[GroupLaunch], deadline:
     for group in groups:
         if len(group.specs) > 1:
             # Stores open within moments of the process start, before any weights are read.
-            store_address = processes.wait_store(group.specs[0].name, deadline)
+            store_address = processes.wait_store(group.leader, deadline)
             for rank in range(1, len(group.specs)):
                 processes.launch(_launch(group, rank, store_address=store_address))
-    processes.wait_ready([spec.name for group in groups for spec in group.specs], deadline)
+    processes.wait_ready([process.name for group in groups for process in group.ids], deadline)
     return [_running(processes, group) for group in groups]
 
 
@@ -56,6 +69,7 @@ def start_worker_group(
     specs: Sequence[WorkerSpec],
     spawn: Spawn,
     *,
+    role: Role = "target",
     on_progress: Callable[[ProcessStatus], None] = lambda _: None,
     timeout_s: float = 120.0,
 ) -> tuple[RunningGroup, ProcessSet]:
@@ -64,7 +78,7 @@ def start_worker_group(
     Raises StartError, after everything was stopped again.
     """
     processes = ProcessSet(spawn, on_change=on_progress)
-    group = GroupLaunch(specs=specs, bundles=[None] * len(specs))
+    group = GroupLaunch(role=role, specs=specs, bundles=[None] * len(specs))
     try:
         (running,) = start_groups(processes, [group], time.monotonic() + timeout_s)
     except StartError:
@@ -82,13 +96,14 @@ def _launch(group: GroupLaunch, rank: int, *, store_address: str) -> Launch:
     if not spec.cpu_ids:
         # Cores that others use too: a thread that spins at a barrier keeps the one it waits for from running.
         env["OMP_WAIT_POLICY"] = "passive"
-    return Launch(name=spec.name, module=WORKER_MODULE, spec=spec, node=spec.host, bundle=group.bundles[rank], env=env)
+    return Launch(
+        id=group.ids[rank], module=WORKER_MODULE, spec=spec, node=spec.host, bundle=group.bundles[rank], env=env
+    )
 
 
 def _running(processes: ProcessSet, group: GroupLaunch) -> RunningGroup:
-    leader = group.specs[0]
     return RunningGroup(
-        address=processes.read(lambda board: board.process(leader.name).address),
-        incarnation=leader.incarnation,
-        info=processes.read(lambda board: board.worker_info(leader.name)),
+        address=processes.read(lambda board: board.process(group.leader).address),
+        incarnation=group.specs[0].incarnation,
+        info=processes.read(lambda board: board.worker_info(group.leader)),
     )

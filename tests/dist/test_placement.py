@@ -10,16 +10,16 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
+from cluster.deployment.settings import Settings
 from cluster.errors import PlanError
-from cluster.processes.worker_group import GroupLaunch, start_groups
 from cluster.local import local_settings
-from cluster.planning.plan import Plan
-from cluster.processes.child import Child
 from cluster.on_ray.cluster import NAMESPACE, plan_now, remnants, remove_groups, reserve
 from cluster.on_ray.host import RayChild, host_in_bundle
-from cluster.deployment.settings import Settings
+from cluster.planning.plan import Plan
+from cluster.processes.child import Child
 from cluster.processes.specs import worker_specs
 from cluster.processes.startup import Launch, ProcessSet
+from cluster.processes.worker_group import GroupLaunch, start_groups
 from tests.helpers.model_folders import write_model_folder
 
 FAKE = "tests.helpers.fake_child"
@@ -77,13 +77,13 @@ def test_hosts_run_where_the_plan_says_on_devices_of_their_own(
     def spawn(launch: Launch) -> Child:
         assert launch.bundle is not None
         host = host_in_bundle(f"echelon-{launch.name}:local", launch.bundle, groups[launch.bundle.group])
-        fake = Launch(name=launch.name, module=FAKE, spec=launch.spec, bundle=launch.bundle, env=launch.env)
+        fake = Launch(id=launch.id, module=FAKE, spec=launch.spec, bundle=launch.bundle, env=launch.env)
         children[launch.name] = RayChild(fake, host, tmp_path)
         return children[launch.name]
 
     processes = ProcessSet(spawn)
     launches = [
-        GroupLaunch(specs=worker_specs(settings, plan.group(role), 1), bundles=plan.group(role))
+        GroupLaunch(role=role, specs=worker_specs(settings, plan.group(role), 1), bundles=plan.group(role))
         for role in ("target", "draft")
     ]
     start_groups(processes, launches, time.monotonic() + START_S)

@@ -16,6 +16,7 @@ from cluster import lifecycle
 from cluster.errors import ConfigError, DeploymentNotFoundError, PlanError, Problem, StartError
 from cluster.lifecycle import PlanMade, ProcessChanged, RayConnected
 from cluster.planning.plan import Bundle, ControlProcess, MemoryEstimate, Plan
+from cluster.process_id import ProcessId
 from cluster.processes.status import DeploymentStatus, ProcessStatus, State
 from echelon import __version__
 from echelon.cli import watch
@@ -24,6 +25,7 @@ from echelon.cli.watching import ReplicaView
 from echelon.pb import control_pb2, inference_pb2, scheduler_pb2, worker_pb2
 from tests.helpers.fake_gateway import FakeGateway, refuse, serving
 
+RANK_0 = ProcessId(role="target", rank=0)
 PLAN = Plan(
     deployment="demo",
     device="cpu",
@@ -40,8 +42,8 @@ PLAN = Plan(
             memory=MemoryEstimate(weight_bytes=3 << 30, kv_cache_bytes=5 << 20, activation_bytes=1 << 20),
         ),
     ),
-    scheduler=ControlProcess(name="scheduler-0", node_id="n", address="127.0.0.1"),
-    gateway=ControlProcess(name="gateway-0", node_id="n", address="127.0.0.1"),
+    scheduler=ControlProcess(id=ProcessId(role="scheduler"), node_id="n", address="127.0.0.1"),
+    gateway=ControlProcess(id=ProcessId(role="gateway"), node_id="n", address="127.0.0.1"),
     notes=("cores are shared",),
 )
 STATUS = DeploymentStatus(
@@ -51,7 +53,7 @@ STATUS = DeploymentStatus(
     model="demo-target",
     ray_address="127.0.0.1:6379",
     private_ray=True,
-    processes=(ProcessStatus(name="target-0.0", state=State.READY, pid=7, address="127.0.0.1:9"),),
+    processes=(ProcessStatus(id=RANK_0, state=State.READY, pid=7, address="127.0.0.1:9"),),
 )
 BAD_KEY = ConfigError("d.yaml", [Problem(path="targt", message="is unknown", remedy="did you mean target?", line=3)])
 
@@ -376,7 +378,9 @@ def test_plan_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     stub(monkeypatch, "plan", PLAN)
     code, out, _ = run("plan", "d.yaml", "--json")
     assert code == 0
-    assert json.loads(out)["bundles"][0]["memory"]["weight_bytes"] == 3 << 30
+    shown = json.loads(out)
+    assert shown["bundles"][0]["memory"]["weight_bytes"] == 3 << 30
+    assert shown["scheduler"]["name"] == "scheduler-0"
 
 
 @pytest.mark.parametrize(
@@ -403,8 +407,8 @@ def test_up_reports_progress_and_the_endpoint(run: Run, monkeypatch: pytest.Monk
         assert (timeout_s, ray_address) == (90, "10.0.0.1:6379")
         on_event(RayConnected(address="10.0.0.1:6379", private=False))
         on_event(PlanMade(plan=PLAN))
-        loading = ProcessStatus(name="target-0.0", state=State.STARTING, stage="loading", done=1, total=4)
-        on_event(ProcessChanged(process=ProcessStatus(name="target-0.0")))
+        loading = ProcessStatus(id=RANK_0, state=State.STARTING, stage="loading", done=1, total=4)
+        on_event(ProcessChanged(process=ProcessStatus(id=RANK_0)))
         for done in (1, 2, 3):
             on_event(ProcessChanged(process=dataclasses.replace(loading, done=done)))
         on_event(ProcessChanged(process=STATUS.processes[0]))
@@ -430,7 +434,10 @@ def test_status(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [("demo",)]
     assert "demo is READY" in out
     assert "target-0.0" in out
-    assert json.loads(run("status", "demo", "--json")[1])["state"] == "READY"
+    shown = json.loads(run("status", "demo", "--json")[1])
+    assert shown["state"] == "READY"
+    assert shown["processes"][0]["name"] == "target-0.0"
+    assert shown["processes"][0]["id"] == {"role": "target", "replica": 0, "rank": 0}
 
 
 @pytest.mark.parametrize(

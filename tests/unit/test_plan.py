@@ -10,11 +10,14 @@ from cluster.deployment.settings import ModelSettings, Settings
 from cluster.errors import PlanError
 from cluster.local import local_settings
 from cluster.planning.inventory import visible_gpus
-from cluster.planning.plan import Inventory, Node, Plan, check_followed
+from cluster.planning.plan import ControlProcess, Inventory, Node, Plan, check_followed
 from cluster.planning.planner import GIB, make_plan
+from cluster.process_id import ProcessId
 from cluster.processes.specs import scheduler_spec, worker_specs
 from echelon.pb import process_pb2
 from tests.helpers.model_folders import write_model_folder
+
+SCHEDULER = ControlProcess(id=ProcessId(role="scheduler"), node_id="n", address="127.0.0.1")
 
 
 @pytest.fixture
@@ -252,7 +255,9 @@ def test_branches_of_the_verdict_cache_get_slots_of_the_draft(pair: tuple[Path, 
 
 def test_the_scheduler_is_told_how_to_speculate(pair: tuple[Path, Path]) -> None:
     def told(**options: Any) -> process_pb2.SpeculationSpec:
-        return scheduler_spec(layered(pair, 1, **options), host="", target=endpoint, draft=endpoint).speculation
+        return scheduler_spec(
+            layered(pair, 1, **options), process=SCHEDULER, target=endpoint, draft=endpoint
+        ).speculation
 
     endpoint = process_pb2.GroupEndpoint(address="127.0.0.1:1", incarnation=1)
     assert told(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import StartError
+from cluster.process_id import ProcessId
 from cluster.processes.child import Child, ChildProcess
 from cluster.processes.startup import Launch, ProcessSet
 from cluster.processes.status import ProcessStatus, State
@@ -81,6 +82,7 @@ def test_what_a_child_started_ends_with_it(tmp_path: Path) -> None:
 PARENT_THAT_DIES = """
 import os, sys
 from pathlib import Path
+from cluster.process_id import ProcessId
 from cluster.processes.child import ChildProcess
 from echelon.pb.process_pb2 import WorkerSpec
 child = ChildProcess(sys.argv[1], WorkerSpec(name="fake"), name="fake", log_path=Path(sys.argv[2]))
@@ -162,7 +164,7 @@ def test_a_child_that_comes_up_during_the_stop_is_stopped_too(tmp_path: Path) ->
 
     processes = ProcessSet(spawn)
     with pytest.raises(StartError, match=r"target-0\.0: ended again, the deployment is being taken down"):
-        processes.launch(Launch(name="target-0.0", module=FAKE, spec=spec()))
+        processes.launch(Launch(id=ProcessId(role="target", rank=0), module=FAKE, spec=spec()))
     assert spawner.children[0].poll() is not None
 
 

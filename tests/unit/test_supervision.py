@@ -4,32 +4,40 @@ import signal
 
 import pytest
 
+from cluster.deployment.settings import Role
+from cluster.process_id import ProcessId
 from cluster.processes.status import State
 from cluster.processes.supervision import Board
 from echelon.pb.process_pb2 import Failed, ProcessEvent, Progress, Ready
 
-NAMES = ["target-0.0", "target-0.1", "draft-0.0", "scheduler-0", "gateway-0"]
+PROCESSES = [
+    ProcessId(role="target", rank=0),
+    ProcessId(role="target", rank=1),
+    ProcessId(role="draft", rank=0),
+    ProcessId(role="scheduler"),
+    ProcessId(role="gateway"),
+]
 READY = ProcessEvent(ready=Ready(address="127.0.0.1:1"))
 
 
 @pytest.fixture
 def board() -> Board:
-    return Board(NAMES)
+    return Board(PROCESSES)
 
 
 def serving() -> Board:
-    board = Board(NAMES)
-    for name in NAMES:
-        board.on_launch(name, "10.0.0.1")
-        board.on_event(name, READY)
+    board = Board(PROCESSES)
+    for process in PROCESSES:
+        board.on_launch(process, "10.0.0.1")
+        board.on_event(process.name, READY)
     board.on_all_ready()
     return board
 
 
 def test_a_start_waits_for_everybody(board: Board) -> None:
-    board.on_launch("target-0.0", "10.0.0.1")
+    board.on_launch(PROCESSES[0], "10.0.0.1")
     board.on_event("target-0.0", ProcessEvent(progress=Progress(stage="loading target weights", done=3, total=9)))
-    board.on_launch("target-0.1", "10.0.0.1")
+    board.on_launch(PROCESSES[1], "10.0.0.1")
     assert board.deployment()[0] is State.STARTING
     assert board.laggards().startswith(
         "target-0.0: loading target weights 3/9; target-0.1: started, has reported nothing; draft-0.0: not started"
@@ -53,6 +61,17 @@ def test_a_draft_that_never_came_up_fails_the_start(board: Board) -> None:
     board.on_event("draft-0.0", ProcessEvent(failed=Failed(error="no such file", detail="Traceback")))
     assert board.deployment() == (State.FAILED, "draft-0.0: no such file")
     assert board.detail("draft-0.0") == "Traceback"
+
+
+@pytest.mark.parametrize(("role", "expected"), [("draft", State.DEGRADED), ("target", State.FAILED)])
+def test_the_role_decides_what_a_lost_group_means(role: Role, expected: State) -> None:
+    board = serving()
+    of_another_replica = ProcessId(role=role, replica=1, rank=0)
+    board.on_launch(of_another_replica, "10.0.0.2")
+    board.on_exit(of_another_replica.name, 1, "")
+    state, reason = board.deployment()
+    assert state is expected
+    assert reason.startswith(f"{role}-1.0: ")
 
 
 def test_the_first_failure_is_the_cause(board: Board) -> None:
