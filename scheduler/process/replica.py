@@ -26,18 +26,15 @@ class Outbox:
 
     def __init__(self) -> None:
         self.request_ids: set[str] = set()  # of requests that run for this gateway
-        self._pending: OrderedDict[tuple[str, int], Output] = OrderedDict()
+        self._pending: OrderedDict[tuple[str, int], list[Output]] = OrderedDict()  # of a sample: chunks to be merged
         self._filled = asyncio.Event()
 
     def put(self, output: Output) -> None:
         key = (output.request_id, output.index if isinstance(output, Chunk) else -1)
-        waiting = self._pending.get(key)
-        if isinstance(waiting, Chunk) and isinstance(output, Chunk):
-            waiting.token_ids += output.token_ids
-            waiting.text += output.text
-            waiting.logprobs += output.logprobs
-            return
-        self._pending[key] = output
+        if isinstance(output, Chunk):
+            self._pending.setdefault(key, []).append(output)
+        else:
+            self._pending[key] = [output]
         self._filled.set()
 
     async def take_all(self) -> scheduler_pb2.SchedulerReplies:
@@ -45,9 +42,25 @@ class Outbox:
         while not self._pending:
             self._filled.clear()
             await self._filled.wait()
-        replies = scheduler_pb2.SchedulerReplies(replies=map(_reply, self._pending.values()))
+        replies = scheduler_pb2.SchedulerReplies(replies=map(_reply, map(_merged, self._pending.values())))
         self._pending.clear()
         return replies
+
+
+def _merged(outputs: list[Output]) -> Output:
+    """The chunks of a sample as one. Joined once: a long wait would make adding each to those before it quadratic."""
+    first = outputs[0]
+    if len(outputs) == 1 or not isinstance(first, Chunk):
+        return first
+    chunks = [output for output in outputs if isinstance(output, Chunk)]
+    return Chunk(
+        request_id=first.request_id,
+        index=first.index,
+        offset=first.offset,
+        token_ids=[token_id for chunk in chunks for token_id in chunk.token_ids],
+        text="".join(chunk.text for chunk in chunks),
+        logprobs=[entry for chunk in chunks for entry in chunk.logprobs],
+    )
 
 
 def _reply(output: Output) -> scheduler_pb2.SchedulerReply:
@@ -229,27 +242,25 @@ class Replica:
             self._soon(self._pump)
 
     def _pump(self) -> None:
+        """The whole loop of a scheduler: every round that the core wants to send now, then what it puts out."""
         self._pump_is_due = False
         is_going = True
         while is_going:
             now = self._now()
-            is_going = self._pump_draft(now) | self._pump_target(now)
+            drafting = self._core.plan_draft(now) if self.draft is not None else None
+            self._send(self.draft, _DRAFT, drafting)
+            verifying = self._core.plan_target(now)
+            self._send(self.target, _TARGET, verifying)
+            is_going = drafting is not None or verifying is not None
         self._arm_release()
-        self._soon(self._deliver)  # behind the tasks that write the rounds
+        self._soon(self._deliver)  # after the tasks that write the rounds
 
-    def _pump_draft(self, now: float) -> bool:
-        message = self._core.plan_draft(now) if self.draft is not None else None
-        if self.draft is not None and message is not None:
-            self.recorder.sent(_DRAFT, message)
-            self.draft.send(message)
-        return message is not None
-
-    def _pump_target(self, now: float) -> bool:
-        message = self._core.plan_target(now)
-        if message is not None:
-            self.recorder.sent(_TARGET, message)
-            self.target.send(message)
-        return message is not None
+    def _send(
+        self, group: GroupClient | None, role: "worker_pb2.EngineRole.ValueType", message: worker_pb2.Round | None
+    ) -> None:
+        if group is not None and message is not None:
+            self.recorder.sent(role, message)
+            group.send(message)
 
     def _deliver(self) -> None:
         for output in self._core.take_outputs():

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from echelon.pb import inference_pb2, process_pb2, scheduler_pb2, scheduler_pb2_grpc, worker_pb2
 from scheduler.config import ConfigError
+from scheduler.core import SchedulerCore
 from scheduler.process.replica import Outbox
 from scheduler.process.server import SchedulerServer
 from scheduler.requests.request import Chunk, Failed
@@ -372,10 +373,10 @@ async def test_an_error_of_its_own_is_fatal(house: House, monkeypatch: pytest.Mo
     """A scheduler that has lost its state must end, not go on answering."""
     gateway = house.gateway()
 
-    def broken(now: float) -> None:
+    def broken(core: SchedulerCore, now: float) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(house.server.replica, "_pump_draft", broken)
+    monkeypatch.setattr(SchedulerCore, "plan_target", broken)
     await gateway.submit(submit("r", PROMPT))
     with pytest.raises(RuntimeError, match="a bug"):
         await asyncio.wait_for(house.server.failure, 30)
