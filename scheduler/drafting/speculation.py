@@ -4,12 +4,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from echelon.pb import inference_pb2, scheduler_pb2, worker_pb2
-from scheduler.config import SpeculationConfig
+from scheduler.config import Pipeline, SpeculationConfig
+from scheduler.drafting.continuous import Continuous
 from scheduler.drafting.drafter import Drafter
+from scheduler.drafting.serial import Serial
 from scheduler.drafting.suffix import Proposal, SuffixDrafts, SuffixIndex, prefers_lookup
 from scheduler.engines.engine import Engine
 from scheduler.policy.acceptance import Acceptance, AcceptancePrior, expected_tokens
-from scheduler.policy.policy import Drafts, SpeculationPolicy
+from scheduler.policy.policy import Drafts
 from scheduler.requests.request import Request, max_drafts
 from scheduler.requests.seq import Seq
 
@@ -35,14 +37,8 @@ class Speculation:
 
     def __init__(self, config: SpeculationConfig) -> None:
         self._config = config
-        self._policy = SpeculationPolicy(
-            max_drafts=config.num_speculative_tokens,
-            adaptive=config.adaptive,
-            pipeline=config.pipeline.value,
-            window=config.window,
-            has_branches=config.verdict_cache_rows > 0,
-        )
-        self.drafter = Drafter(config, self._policy)
+        self.drafter: Drafter = Serial(config) if config.pipeline is Pipeline.SERIAL else Continuous(config)
+        self._policy = self.drafter.policy
         self._suffixes = SuffixIndex() if config.uses_lookup else None
         if not config.uses_draft_model:
             self._policy.observe_draft(num_seqs=1, num_steps=1, num_chunk_tokens=1, run_s=_LOOKUP_S)

@@ -2,41 +2,42 @@
 
 A pure class: it is told how long rounds took, and answers from what it has learned. Acceptance comes from the verdicts
 of each seq (`acceptance.py`), times from the rounds (`round_times.py`), the best numbers from both (`goodput.py`), and
-what falls asleep is probed now and then (`probing.py`).
+a seq whose drafts do not pay is probed now and then (`probing.py`). This file holds what both pipelines share; what
+they plan and how long they wait is in `serial.py` and `continuous.py`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, floor, isinf
+from math import floor, isinf
 from typing import NamedTuple
 
 from scheduler.policy.acceptance import AcceptancePrior, expected_tokens
-from scheduler.policy.goodput import Row, SteadyState, pick_drafts, plan_serial, rate_of_alike, steady_state
+from scheduler.policy.goodput import Row, pick_drafts, rate_of_alike
 from scheduler.policy.probing import Probes, Switch
 from scheduler.policy.round_times import RoundTimes
 from scheduler.policy.step_times import VerifyTimes
 
-__all__ = ["Choice", "Drafts", "SpeculationPolicy"]
+__all__ = ["PLAIN_ROW", "Choice", "Drafts", "SpeculationPolicy", "Tuning"]
 
-_NUM_UNMEASURED = 4  # drafts while nothing is known of the times ...
-_MAX_UNMEASURED = 8  # ... of so many seqs at most, 1 of more
-_EXPLORE_EVERY = 48  # target rounds: one with another number of drafts, to learn what it takes
-_NUM_WAITED = 4  # draft rounds that the target waits for, to learn how fast the draft is alone; later one now and then
-_NUM_TIMED = 4.0  # observations of plain decoding that average out the noise
-_MAX_FINE = 8  # seqs up to which every number of steps to wait for is tried; more take longer to think about
-_MAX_HELD = 64  # seqs; more hardly ever lack drafts all at once, and to think about it takes longer than it gives
-_MAX_UNVERIFIED = 4  # target rounds that decode plainly while drafts come
-_CHANGE_FOR = 1.02  # what running ahead must gain over waiting to be taken up
-_DECENT = 0.7  # acceptance
-_MIN_SURVIVAL = 0.05  # a draft that is less likely to be verified and accepted is not worth its power
-_RESTART_STEPS = 0.5  # from a verdict to the first step of a new chain: half a step is still running
-_HOLD_MARGIN = 2.0  # by how much drafts may come later than expected
-_REST_ROUNDS = 8  # target rounds after which it is thought about anew whether to speculate
-_PROBE_SHARE = 0.25  # of a target step: most that the drafts of a probe take
-_HOPED = 0.5  # what drafts that are all accepted must gain for probes to be worth all that is saved up for them ...
-_LEAST_WORTH = 0.05  # ... of which they get so much in any case, because times change as well
-_NEVER_WRONG = 0.99  # acceptance
-_PLAIN_ROW = Row(0.0, 0)  # a seq that decodes without drafts
+PLAIN_ROW = Row(0.0, 0)  # a seq that decodes without drafts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Of both pipelines. "Simulated": the thresholds of tests/unit/test_policy.py hold with it."""
+
+    num_unmeasured: int = 4  # drafts while the times are not known; not measured
+    max_unmeasured: int = 8  # seqs that draft so much then, each of more drafts 1; not measured
+    explore_every: int = 48  # target rounds: one with another number of drafts, to learn what it takes; simulated
+    num_timed: float = 4.0  # observations of plain decoding that average out the noise; simulated
+    rest_rounds: int = 8  # target rounds after which a policy that found no use for drafts asks again; not measured
+    decent_acceptance: float = 0.7  # of drafts for which a seq is caught up at least; not measured
+    min_survival: float = 0.05  # a less likely draft is not worth the power it takes; not measured
+    probe_share: float = 0.25  # of a target step: most that the drafts of a probe take; simulated
+    hoped_gain: float = 0.5  # of drafts all accepted, from which probes get all that is saved up for them; simulated
+    least_worth: float = 0.05  # share of it that probes get in any case, because times change as well; simulated
+    never_wrong: float = 0.99  # acceptance that a probe may hope for; not measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,28 +55,22 @@ class Drafts:
 
 class Choice(NamedTuple):
     num_verify: int  # drafts to verify now; 0: plain decoding
-    hold_s: float = 0.0  # > 0: do not take this seq now, but when more drafts came, at the latest after so long
+    hold_s: float = 0.0  # > 0: do not take this seq now, but when more drafts have come, at the latest after so long
 
 
-class SpeculationPolicy:
-    """One a scheduler.
+class SpeculationPolicy(ABC):
+    """One a scheduler; `SerialPolicy` or `ContinuousPolicy`.
 
     `adaptive` False: every seq drafts and verifies as much as its limit allows; only whether a continuous pipeline
-    waits for drafts is still chosen. Continuous: `window`: most drafts ahead of the last commit, 0: chosen;
-    `has_branches`: the draft is never idle while the target verifies, since it drafts for several verdicts.
+    waits for drafts is still chosen.
     """
 
-    def __init__(
-        self, *, max_drafts: int, adaptive: bool, pipeline: str, window: int = 0, has_branches: bool = False
-    ) -> None:
+    def __init__(self, times: RoundTimes, *, max_drafts: int, adaptive: bool, tuning: Tuning | None = None) -> None:
         self.prior = AcceptancePrior()  # of the draft model's drafts
+        self.times = times
+        self._tuning = tuning or Tuning()
         self._max_drafts = max_drafts
         self._adaptive = adaptive
-        self.is_serial = pipeline == "serial"
-        self._window = window
-        self._has_branches = has_branches
-        self._runs_ahead = not self.is_serial  # the draft goes on while the target verifies
-        self.times = RoundTimes(is_serial=self.is_serial)
         self._switch = Switch()
         self._probes = Probes(self.prior)
         self._num_rounds = 0
@@ -83,11 +78,23 @@ class SpeculationPolicy:
         self._has_ordered = False  # drafts, when last asked for lengths
         self._rests_until = 0  # target round
         self._step_cost: float | None = None  # None: to be computed anew
-        self._num_unverified = 0  # target rounds in a row without drafts
         self._num_waiting = 0
         self._price = 0.0  # tokens that a second was last expected to bring; 0: not known
         self._saving: tuple[tuple[int, int], float] | None = None  # with what it depends on
-        self._steady: tuple[tuple[int, int], SteadyState] | None = None  # with what it depends on
+
+    # -- what the pipelines differ in -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _hold_s(self, seqs: Sequence[Drafts], verify_s: VerifyTimes, num_other_tokens: int) -> float:
+        """How long the target had better wait for drafts; it waits for all or none, so that no seq misses a round."""
+
+    @abstractmethod
+    def _lengths(self, seqs: Sequence[Drafts], rows: list[Row], num_rows: int) -> list[int]:
+        """Drafts to verify for each of these rows, of `num_rows` that decode, where drafts may pay."""
+
+    @abstractmethod
+    def _window_of(self, num_drafts: int, row: Row) -> int:
+        """How far a chain may run so that `num_drafts` are at hand when the target is free."""
 
     # -- what happened ------------------------------------------------------------------------------------------------
 
@@ -98,7 +105,7 @@ class SpeculationPolicy:
         self._step_cost = None
         self._switch.on_round()
         self._probes.on_round(run_s)
-        self.times.observe_target(num_tokens, num_context, run_s, runs_ahead=self._runs_ahead)
+        self.times.observe_target(num_tokens, num_context, run_s)
 
     def observe_draft(
         self, *, num_seqs: int, num_steps: int, num_chunk_tokens: int, run_s: float, beside_target: bool = False
@@ -130,25 +137,24 @@ class SpeculationPolicy:
             return [Choice(min(seq.num_ready, seq.limit)) for seq in seqs]
         num_fixed = sum(seq.limit for seq in seqs if seq.is_fixed or not self._adaptive)
         verify_s = self.times.verify_times(len(seqs), num_other_tokens=num_other_tokens, num_fixed=num_fixed)
-        may_hold = not self.is_serial and num_other_tokens == 0 and all(seq.may_hold for seq in seqs)
-        if may_hold:
-            hold_s = self._hold_for_fixed_s(seqs) or self._hold_s(seqs, self._slowed(verify_s))
-            if hold_s > 0.0:
-                return [Choice(0, hold_s)] * len(seqs)
+        hold_s = self._hold_s(seqs, verify_s, num_other_tokens)
+        if hold_s > 0.0:
+            return [Choice(0, hold_s)] * len(seqs)
         counts = self._worth_verifying(seqs, verify_s)
-        self._num_unverified = 0 if any(counts) else self._num_unverified + 1
         return [Choice(count) for count in counts]
-
-    def _slowed(self, verify_s: VerifyTimes) -> VerifyTimes:
-        return verify_s.slowed(self.times.slowdown) if self._runs_ahead else verify_s
 
     def _worth_verifying(self, seqs: Sequence[Drafts], verify_s: VerifyTimes) -> list[int]:
         rows = [self._row_now(seq) for seq in seqs]
         counts, _ = pick_drafts(rows, verify_s, self._price or self._price_of(rows, verify_s))
-        if (self.is_serial and self._has_ordered) or self._is_exploring:
+        if self._verifies_any:
             # Drafts that are never verified could not show that they are better than thought.
             counts = [max(count, min(1, row.most)) for count, row in zip(counts, rows, strict=True)]
         return counts
+
+    @property
+    def _verifies_any(self) -> bool:
+        """One draft a seq at least, whatever it seems worth."""
+        return self._is_exploring
 
     def _price_of(self, rows: Sequence[Row], verify_s: VerifyTimes) -> float:
         """Tokens a second if all that is at hand is verified, or none of it, where that is more than was ever seen."""
@@ -163,68 +169,6 @@ class SpeculationPolicy:
             return Row(seq.acceptance, 0, at_hand)
         return Row(seq.acceptance, min(at_hand, self._max_drafts))
 
-    def _hold_s(self, seqs: Sequence[Drafts], verify_s: VerifyTimes) -> float:
-        """How long the target had better wait for drafts; it waits for all or none, so that no seq misses a round."""
-        if (
-            not self.times.draft_is_known
-            or not all(seq.limit for seq in seqs)
-            or not any(seq.num_coming for seq in seqs)
-        ):
-            return 0.0
-        if len(seqs) > _MAX_HELD:
-            return 0.0
-        steady = self._steady_state(seqs, len(seqs))
-        price = steady.rate if self._runs_ahead else self._price
-        step_s = self.times.draft_step_s(len(seqs))
-        waited_s = self.times.waited_step_s(len(seqs))
-        restart_s = _RESTART_STEPS * step_s if self._runs_ahead else 0.0
-        best_gain, best_wait = float("-inf"), 0
-        most = max(seq.limit - seq.num_ready for seq in seqs)
-        step = 1 if len(seqs) <= _MAX_FINE else 2
-        for num_waited in range(0, most + 1, step):
-            rows = [self._row_now(seq, num_waited if seq.num_coming else 0) for seq in seqs]
-            counts, gain = pick_drafts(rows, verify_s, price)
-            if self._runs_ahead:
-                gain += self._value_of_going_on(rows, counts, steady, step_s)
-            if num_waited:
-                gain -= price * (num_waited * waited_s + restart_s)
-            if gain > best_gain:
-                best_gain, best_wait = gain, num_waited
-        if best_wait == 0 and self._is_curious(seqs):
-            best_wait = 2
-        if best_wait == 0 and self._num_unverified >= _MAX_UNVERIFIED and not any(seq.num_ready for seq in seqs):
-            best_wait = 1  # a draft that runs and is never verified could not show that it is worse than thought
-        return _HOLD_MARGIN * (best_wait + 1) * step_s if best_wait else 0.0
-
-    def _is_curious(self, seqs: Sequence[Drafts]) -> bool:
-        """Whether to wait for once, to learn how fast the draft is when the target does not run beside it."""
-        is_due = self.times.num_alone < _NUM_WAITED or self._is_exploring
-        return self._adaptive and is_due and not any(seq.num_ready for seq in seqs)
-
-    def _hold_for_fixed_s(self, seqs: Sequence[Drafts]) -> float:
-        """A request that asked for so many drafts a round gets them, if they are on their way. All wait for it, as in
-        the serial pipeline: one that is held alone misses the whole round of the others."""
-        missing = max((seq.limit - seq.num_ready for seq in seqs if seq.is_fixed and seq.num_coming), default=0)
-        if missing < 1:
-            return 0.0
-        step_s = self.times.draft_step_s(len(seqs)) if self.times.draft_is_known else self.times.target_s(1)
-        return _HOLD_MARGIN * (missing + 1) * step_s
-
-    def _value_of_going_on(
-        self, rows: Sequence[Row], counts: Sequence[int], steady: SteadyState, step_s: float
-    ) -> float:
-        """Tokens that the drafts made meanwhile are worth, where the verdict lets the chain go on."""
-        wait_s = steady.num_waited * self.times.waited_step_s(len(rows))
-        wait_s += _RESTART_STEPS * step_s if steady.num_waited else 0.0
-        saved = steady.rate * wait_s / len(rows)
-        value = 0.0
-        for row, count in zip(rows, counts, strict=True):
-            a = row.acceptance
-            more = expected_tokens(a, steady.num_at_hand) - expected_tokens(a, steady.num_waited)
-            more /= 1.0 - a ** (steady.num_at_hand + 1.0) + a ** (steady.num_waited + 1.0)
-            value += a ** (count + 1.0) * (max(0.0, more) + saved)
-        return value
-
     # -- what the draft writes ----------------------------------------------------------------------------------------
 
     def draft_lengths(self, seqs: Sequence[Drafts]) -> list[int]:
@@ -236,20 +180,18 @@ class SpeculationPolicy:
         if not any(row.limit for row in rows):
             return [self._window_of(row.num_fixed, row) for row in rows]
         if not self.times.is_measured:
-            most = _NUM_UNMEASURED if len(rows) <= _MAX_UNMEASURED else 1
+            most = self._tuning.num_unmeasured if len(rows) <= self._tuning.max_unmeasured else 1
             return [self._window_of(row.num_fixed or min(row.limit, most), row) for row in rows]
         num_rows = max(len(seqs), self._num_rows)
         times_plain = self._times_plain(num_rows)
         if times_plain:
             counts = [row.num_fixed for row in rows]
-        elif self.is_serial:
-            counts = self._serial_lengths(rows, num_rows)
         else:
-            counts = self._continuous_lengths(seqs, rows, num_rows)
+            counts = self._lengths(seqs, rows, num_rows)
         lengths = [self._window_of(count, row) for count, row in zip(counts, rows, strict=True)]
         self._add_probe(seqs, rows, lengths)
         self._has_ordered = any(lengths)
-        self._rests_until = 0 if self._has_ordered or times_plain else self._num_rounds + _REST_ROUNDS
+        self._rests_until = 0 if self._has_ordered or times_plain else self._num_rounds + self._tuning.rest_rounds
         return lengths
 
     @property
@@ -266,25 +208,13 @@ class SpeculationPolicy:
     def _times_plain(self, num_rows: int) -> bool:
         """Whether what speculation has to beat is to be measured: once at once, a few times more in due course."""
         num_timed = self.times.target_weight(num_rows)
-        return num_timed == 0.0 or (num_timed < _NUM_TIMED and self._is_exploring)
+        return num_timed == 0.0 or (num_timed < self._tuning.num_timed and self._is_exploring)
 
     @property
     def _is_exploring(self) -> bool:
-        return self._num_rounds % _EXPLORE_EVERY == _EXPLORE_EVERY - 1 and self._num_waiting == 0
-
-    def _serial_lengths(self, rows: list[Row], num_rows: int) -> list[int]:
-        others = [_PLAIN_ROW] * (num_rows - len(rows))
-        plan = plan_serial(
-            rows + others,
-            self._verify_times(rows, num_rows),
-            self.times.draft_further_s,
-            start_s=self.times.draft_start_s(len(rows)),
+        return (
+            self._num_rounds % self._tuning.explore_every == self._tuning.explore_every - 1 and self._num_waiting == 0
         )
-        is_on = self._is_on(plan.rate, plan.plain_rate, len(rows), num_rows)
-        self._price = plan.rate if is_on else plan.plain_rate
-        if not is_on:
-            return [row.num_fixed for row in rows]
-        return self._explored(rows, plan.lengths[: len(rows)])
 
     def _is_on(self, rate: float, plain_rate: float, num_drafting: int, num_rows: int) -> bool:
         """Whether to speculate. Only what most rows could gain says something of the load: where the draft has caught
@@ -294,63 +224,10 @@ class SpeculationPolicy:
             return rate > plain_rate
         return self._switch.update(rate / plain_rate)
 
-    def _explored(self, rows: Sequence[Row], lengths: list[int]) -> list[int]:
-        """Now and then a draft more or less, to learn what that takes."""
-        if not self._is_exploring:
-            return lengths
-        change = 1 if self._num_rounds // _EXPLORE_EVERY % 2 else -1
-        return [
-            max(1, min(row.limit, length + change)) if row.limit and length else length
-            for row, length in zip(rows, lengths, strict=True)
-        ]
-
-    def _continuous_lengths(self, seqs: Sequence[Drafts], rows: list[Row], num_rows: int) -> list[int]:
-        steady = self._steady_state(seqs, num_rows)
-        others = [_PLAIN_ROW] * (num_rows - len(rows))
-        verify_s = self._verify_times(rows, num_rows)
-        waiting = plan_serial(rows + others, verify_s, self.times.waited_step_s)
-        is_ahead = self._has_branches or steady.rate > waiting.rate * (1.0 if self._runs_ahead else _CHANGE_FOR)
-        rate = steady.rate if is_ahead else waiting.rate
-        is_on = self._is_on(rate, waiting.plain_rate, len(rows), num_rows)
-        self._price = rate if is_on else waiting.plain_rate
-        self._runs_ahead = is_ahead and is_on
-        if not is_on:
-            return [row.num_fixed for row in rows]
-        if not is_ahead:
-            return waiting.lengths[: len(rows)]
-        counts, _ = pick_drafts(rows, verify_s.slowed(self.times.slowdown), rate)
-        return counts
-
-    def _steady_state(self, seqs: Sequence[Drafts], num_rows: int) -> SteadyState:
-        """Computed anew when it may have changed, in a big batch not every round: that takes longer there."""
-        key = (num_rows, self._num_rounds // (1 + num_rows // 8))
-        if self._steady is None or self._steady[0] != key:
-            rows = [self._row(seq) for seq in seqs] + [_PLAIN_ROW] * (num_rows - len(seqs))
-            step_s = self.times.draft_step_s(len(seqs))
-            verify_s = self._verify_times(rows, num_rows).slowed(self.times.slowdown)
-            self._steady = (
-                key,
-                steady_state(
-                    rows,
-                    verify_s,
-                    step_s,
-                    waited_step_s=self.times.waited_step_s(len(seqs)),
-                    restart_s=_RESTART_STEPS * step_s,
-                ),
-            )
-        return self._steady[1]
-
     def _verify_times(self, rows: Sequence[Row], num_rows: int) -> VerifyTimes:
         return self.times.verify_times(num_rows, num_fixed=sum(row.num_fixed for row in rows))
 
-    def _window_of(self, num_drafts: int, row: Row) -> int:
-        """Those that are verified, and where the draft runs ahead those that are drafted meanwhile."""
-        if num_drafts == 0 or not self._runs_ahead:
-            return num_drafts
-        meanwhile = self._max_drafts
-        if self.times.target_is_known and self.times.draft_is_known:
-            meanwhile = ceil(self.times.target_s(1) / self.times.draft_step_s(1)) + 1
-        return max(1, min(num_drafts + meanwhile, self._window or 2 * max(self._max_drafts, num_drafts)))
+    # -- what is learned again ----------------------------------------------------------------------------------------
 
     def _add_probe(self, seqs: Sequence[Drafts], rows: Sequence[Row], lengths: list[int]) -> None:
         asleep = [index for index, row in enumerate(rows) if row.limit and not lengths[index]]
@@ -358,17 +235,30 @@ class SpeculationPolicy:
             return
         # The likeliest one: it stays so until its verdict, and after a bad one another is.
         index = max(asleep, key=lambda i: (rows[i].acceptance, -seqs[i].num_behind))
-        step_s = self.times.draft_step_s(1)
-        num_drafts = floor(_PROBE_SHARE * self.times.target_s(1) / step_s)
-        num_drafts = max(1, min(rows[index].limit, _NUM_UNMEASURED, num_drafts))
         num_rows = max(len(rows), self._num_rows)
-        verify_s = self.times.verify_times(num_rows)
-        cost_s = self.times.draft_chunk_s(1 + seqs[index].num_behind) + num_drafts * step_s
-        cost_s += verify_s(num_drafts) - verify_s(0)
-        best, plain = self._rates_if_all(num_rows, _NEVER_WRONG)
-        worth = max(_LEAST_WORTH, min(1.0, (best / plain - 1.0) / _HOPED))
-        if self._probes.may_run(cost_s, worth=worth, expected=rows[index].acceptance, is_busy=self._num_waiting > 0):
+        num_drafts = self._num_probed(rows[index])
+        may_run = self._probes.may_run(
+            self._probe_s(num_drafts, seqs[index].num_behind, num_rows),
+            worth=self._probe_worth(num_rows),
+            expected=rows[index].acceptance,
+            is_busy=self._num_waiting > 0,
+        )
+        if may_run:
             lengths[index] = num_drafts
+
+    def _num_probed(self, row: Row) -> int:
+        num_drafts = floor(self._tuning.probe_share * self.times.target_s(1) / self.times.draft_step_s(1))
+        return max(1, min(row.limit, self._tuning.num_unmeasured, num_drafts))
+
+    def _probe_s(self, num_drafts: int, num_behind: int, num_rows: int) -> float:
+        """Seconds that a probe costs."""
+        verify_s = self.times.verify_times(num_rows)
+        cost_s = self.times.draft_chunk_s(1 + num_behind) + num_drafts * self.times.draft_step_s(1)
+        return cost_s + (verify_s(num_drafts) - verify_s(0))
+
+    def _probe_worth(self, num_rows: int) -> float:
+        best, plain = self._rates_if_all(num_rows, self._tuning.never_wrong)
+        return max(self._tuning.least_worth, min(1.0, (best / plain - 1.0) / self._tuning.hoped_gain))
 
     def pays_to_catch_up(self, *, num_seqs: int, num_behind: int, num_left: int) -> bool:
         """Whether drafts would save more over the `num_left` tokens that a seq may still get than it takes the draft to
@@ -385,7 +275,7 @@ class SpeculationPolicy:
         """Seconds that drafts save for each token, where so many seqs run; computed anew with every target round."""
         key = (num_seqs, self._num_rounds)
         if self._saving is None or self._saving[0] != key:
-            rate, plain_rate = self._rates_if_all(num_seqs, max(self.prior.rate, _DECENT))
+            rate, plain_rate = self._rates_if_all(num_seqs, max(self.prior.rate, self._tuning.decent_acceptance))
             self._saving = key, 1.0 / plain_rate - 1.0 / rate
         return self._saving[1]
 
@@ -402,7 +292,7 @@ class SpeculationPolicy:
 
     def should_extend(self, survival: float, acceptance: float) -> bool:
         """Whether a chain should get another draft, which counts only if all before it are accepted: `survival`."""
-        return survival * acceptance >= max(_MIN_SURVIVAL, self.draft_step_cost)
+        return survival * acceptance >= max(self._tuning.min_survival, self.draft_step_cost)
 
     @property
     def draft_step_cost(self) -> float:

@@ -1,49 +1,40 @@
 """What rounds take: of the target, of the draft beside it and alone, and how much one slows the other.
 
-A pure class that learns from the rounds it is told of; single forwards are `scheduler/policy/step_times.py`'s.
+Pure classes that learn from the rounds they are told of; single forwards are `scheduler/policy/step_times.py`'s.
 """
+
+from dataclasses import dataclass
 
 from scheduler.policy.step_times import DraftTimes, StepTimes, VerifyTimes
 
-__all__ = ["RoundTimes"]
+__all__ = ["OverlappedTimes", "RoundTimes", "Tuning"]
 
-_NUM_MEASURED = 3  # draft rounds: before so many were seen, their times are not known
-_NUM_TRUSTED = 4  # target rounds of a size, from which on it can tell a slowdown
-_FIRST_SLOWDOWN, _MAX_SLOWDOWN = 1.03, 1.5
-_LEARNED = 0.02  # of a slowdown that was seen
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Of `RoundTimes`. "Simulated": the thresholds of tests/unit/test_policy.py hold with it."""
+
+    num_measured: int = 3  # draft rounds: before so many were seen, their times are not known; not measured
+    num_trusted: float = 4.0  # target rounds of a size, from which on it can tell a slowdown; not measured
+    first_slowdown: float = 1.03  # of a target round beside a draft round, until it is seen; not measured
+    max_slowdown: float = 1.5  # what is seen beyond that had another cause; not measured
+    learned: float = 0.02  # share of a slowdown seen that is believed; simulated
 
 
 class RoundTimes:
-    """`is_serial`: draft and target never run at the same time."""
+    """Where draft and target never run at the same time."""
 
-    def __init__(self, *, is_serial: bool) -> None:
-        self.is_serial = is_serial
-        self.slowdown = 1.0 if is_serial else _FIRST_SLOWDOWN  # of a target round while the draft runs
-        self.num_alone = 0  # draft rounds that the target waited for
+    def __init__(self, tuning: Tuning | None = None) -> None:
+        self._tuning = tuning or Tuning()
         self._target = StepTimes()
-        self._draft = DraftTimes()  # of draft rounds beside a target round, and of all where nothing runs beside them
-        self._draft_alone = DraftTimes()  # of those that the target waited for: it may share memory with the draft
+        self._draft = DraftTimes()
         self._num_draft_rounds = 0
-        self._has_drafted = False  # since the last target round
 
     # -- what happened ------------------------------------------------------------------------------------------------
 
-    def observe_target(self, num_tokens: int, num_context: int, run_s: float, *, runs_ahead: bool) -> None:
-        """A target round over `num_tokens` tokens that attend to `num_context` cached ones took `run_s`. `runs_ahead`:
-        the draft goes on while the target verifies; where it did so since the last round, it has slowed this one down.
-        """
-        if self._has_drafted and runs_ahead:
-            self._learn_slowdown(num_tokens, num_context, run_s)
-            run_s /= self.slowdown
-        self._has_drafted = False
+    def observe_target(self, num_tokens: int, num_context: int, run_s: float) -> None:
+        """A target round over `num_tokens` tokens that attend to `num_context` cached ones took `run_s`."""
         self._target.observe(num_tokens, run_s, num_context=num_context)
-
-    def _learn_slowdown(self, num_tokens: int, num_context: int, run_s: float) -> None:
-        if self._target.weight(num_tokens) < _NUM_TRUSTED:
-            return
-        ratio = run_s / self._target.predict(num_tokens, num_context=num_context)
-        slowdown = self.slowdown + _LEARNED * (min(ratio, _MAX_SLOWDOWN) - self.slowdown)
-        self.slowdown = min(_MAX_SLOWDOWN, max(1.0, slowdown))
 
     def observe_draft(
         self, *, num_seqs: int, num_steps: int, num_chunk_tokens: int, run_s: float, beside_target: bool
@@ -52,14 +43,12 @@ class RoundTimes:
         last ones the first drafts were chosen, then one for each further draft of `num_seqs` seqs (`num_steps` in all).
         `beside_target`: a target round ran meanwhile.
         """
-        self._has_drafted = True
         self._num_draft_rounds += 1
-        self.num_alone += not beside_target
-        times = [self._draft] if beside_target else [self._draft_alone]
-        if self.is_serial or not self._draft.is_known:
-            times = [self._draft, self._draft_alone]
-        for each in times:
-            each.observe(num_seqs=num_seqs, num_steps=num_steps, num_chunk_tokens=num_chunk_tokens, run_s=run_s)
+        for times in self._times_of(beside_target=beside_target):
+            times.observe(num_seqs=num_seqs, num_steps=num_steps, num_chunk_tokens=num_chunk_tokens, run_s=run_s)
+
+    def _times_of(self, *, beside_target: bool) -> list[DraftTimes]:
+        return [self._draft]
 
     # -- the target ---------------------------------------------------------------------------------------------------
 
@@ -89,20 +78,16 @@ class RoundTimes:
     @property
     def is_measured(self) -> bool:
         """Both sides, often enough to reckon with."""
-        return self._target.is_known and self._num_draft_rounds >= _NUM_MEASURED
+        return self._target.is_known and self._num_draft_rounds >= self._tuning.num_measured
 
     @property
     def draft_share(self) -> float:
-        """Seconds that the target loses by a second of the draft's: serial, it waits; else it is slowed down."""
-        return 1.0 if self.is_serial else self.slowdown - 1.0
+        """Seconds that the target loses by a second of the draft's: it waits."""
+        return 1.0
 
     def draft_step_s(self, num_seqs: int) -> float:
         """Seconds of a draft step for so many seqs; a guess until one was seen."""
         return self._draft.step_s(num_seqs) if self._draft.is_known else 1e-3 * (1.0 + 0.1 * num_seqs)
-
-    def waited_step_s(self, num_seqs: int) -> float:
-        """Seconds of a draft step that the target waits for."""
-        return min(self._draft_alone.step_s(num_seqs), self._draft.step_s(num_seqs))
 
     def draft_start_s(self, num_seqs: int) -> float:
         """Seconds that a draft round takes however many drafts it brings."""
@@ -115,3 +100,58 @@ class RoundTimes:
     def draft_chunk_s(self, num_tokens: int) -> float:
         """Seconds of a draft forward that only catches up."""
         return self._draft.chunk_s(num_tokens)
+
+
+class OverlappedTimes(RoundTimes):
+    """Where the draft may go on while the target verifies."""
+
+    def __init__(self, tuning: Tuning | None = None) -> None:
+        super().__init__(tuning)
+        self.runs_ahead = True  # the draft goes on while the target verifies: the policy says so
+        self.slowdown = self._tuning.first_slowdown  # of a target round while the draft runs
+        self.num_alone = 0  # draft rounds that the target waited for
+        self._draft_alone = DraftTimes()  # of those: the target may share memory with the draft
+        self._has_drafted = False  # since the last target round
+
+    def observe_target(self, num_tokens: int, num_context: int, run_s: float) -> None:
+        """Where the draft has run since the last round, it has slowed this one down."""
+        if self._has_drafted and self.runs_ahead:
+            self._learn_slowdown(num_tokens, num_context, run_s)
+            run_s /= self.slowdown
+        self._has_drafted = False
+        super().observe_target(num_tokens, num_context, run_s)
+
+    def _learn_slowdown(self, num_tokens: int, num_context: int, run_s: float) -> None:
+        tuning = self._tuning
+        if self._target.weight(num_tokens) < tuning.num_trusted:
+            return
+        ratio = run_s / self._target.predict(num_tokens, num_context=num_context)
+        slowdown = self.slowdown + tuning.learned * (min(ratio, tuning.max_slowdown) - self.slowdown)
+        self.slowdown = min(tuning.max_slowdown, max(1.0, slowdown))
+
+    def observe_draft(
+        self, *, num_seqs: int, num_steps: int, num_chunk_tokens: int, run_s: float, beside_target: bool
+    ) -> None:
+        self._has_drafted = True
+        self.num_alone += not beside_target
+        super().observe_draft(
+            num_seqs=num_seqs,
+            num_steps=num_steps,
+            num_chunk_tokens=num_chunk_tokens,
+            run_s=run_s,
+            beside_target=beside_target,
+        )
+
+    def _times_of(self, *, beside_target: bool) -> list[DraftTimes]:
+        if not self._draft.is_known:
+            return [self._draft, self._draft_alone]
+        return [self._draft] if beside_target else [self._draft_alone]
+
+    @property
+    def draft_share(self) -> float:
+        """Seconds that the target loses by a second of the draft's: it is slowed down."""
+        return self.slowdown - 1.0
+
+    def waited_step_s(self, num_seqs: int) -> float:
+        """Seconds of a draft step that the target waits for."""
+        return min(self._draft_alone.step_s(num_seqs), self._draft.step_s(num_seqs))

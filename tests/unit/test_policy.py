@@ -6,7 +6,9 @@ from itertools import pairwise
 import pytest
 
 from scheduler.policy.acceptance import expected_tokens
+from scheduler.policy.continuous import ContinuousPolicy
 from scheduler.policy.policy import Drafts, SpeculationPolicy
+from scheduler.policy.serial import SerialPolicy
 from tests.helpers.policy_sim import Fixed, Outcome, Simulation, World
 
 MAX_DRAFTS = 8
@@ -45,7 +47,8 @@ def world(verify_s: Law, step_s: Law, acceptance: float, num_seqs: int = 1, slow
 
 
 def new_policy(pipeline: str, **options: bool) -> SpeculationPolicy:
-    return SpeculationPolicy(max_drafts=MAX_DRAFTS, **({"adaptive": True} | options), pipeline=pipeline)
+    kind = SerialPolicy if pipeline == "serial" else ContinuousPolicy
+    return kind(max_drafts=MAX_DRAFTS, **({"adaptive": True} | options))
 
 
 def best_serial_rate(given: World, num_seqs: int) -> tuple[float, int]:
@@ -111,7 +114,7 @@ def test_a_useless_draft_costs_little(pipeline: str, num_seqs: int) -> None:
 
 def run(given: World, policy: SpeculationPolicy, num_tokens: int) -> Outcome:
     simulation = Simulation(given, policy, num_tokens=num_tokens)
-    return simulation.serial() if policy.is_serial else simulation.continuous()
+    return simulation.serial() if isinstance(policy, SerialPolicy) else simulation.continuous()
 
 
 @pytest.mark.parametrize("pipeline", ["serial", "continuous"])
@@ -334,7 +337,7 @@ def test_a_few_of_many_speculate_only_while_that_pays() -> None:
 
 
 def test_a_window_is_bounded_as_configured() -> None:
-    policy = SpeculationPolicy(max_drafts=8, adaptive=True, pipeline="continuous", window=5)
+    policy = ContinuousPolicy(max_drafts=8, adaptive=True, window=5)
     assert policy.draft_lengths([drafts(0.9)]) == [5]
 
 

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scheduler.policy.continuous import ContinuousPolicy
 from scheduler.policy.policy import Drafts, SpeculationPolicy
+from scheduler.policy.serial import SerialPolicy
 
 MAX_DRAFTS = 6
 
@@ -43,9 +45,11 @@ def test_any_history_is_survived(
     window: int,
     events: list[tuple[Any, ...]],
 ) -> None:
-    policy = SpeculationPolicy(
-        max_drafts=MAX_DRAFTS, adaptive=adaptive, pipeline=pipeline, window=window, has_branches=has_branches
-    )
+    policy: SpeculationPolicy
+    if pipeline == "serial":
+        policy = SerialPolicy(max_drafts=MAX_DRAFTS, adaptive=adaptive)
+    else:
+        policy = ContinuousPolicy(max_drafts=MAX_DRAFTS, adaptive=adaptive, window=window, has_branches=has_branches)
     for event in events:
         if event[0] == "target":
             _, num_seqs, num_drafts, num_context, run_s = event

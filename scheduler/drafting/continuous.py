@@ -1,0 +1,94 @@
+"""The continuous pipeline: the draft engine never stops for verdicts.
+
+It keeps extending each chain up to a window ahead of the last commit while the target verifies, restarts from the
+commit on a mismatch, and drafts behind likely verdicts (verdict_cache.py) in extra rows of the same rounds. How long
+the target waits for it, if at all, is the policy's choice (`ContinuousPolicy`).
+"""
+
+from dataclasses import dataclass
+
+from scheduler.config import SpeculationConfig
+from scheduler.drafting.branching import BranchPlanner
+from scheduler.drafting.drafter import Drafter
+from scheduler.drafting.seats import DraftSeats
+from scheduler.engines.engine import InFlight, PlannedRow
+from scheduler.policy.continuous import ContinuousPolicy
+from scheduler.requests.seq import Seq
+
+__all__ = ["Continuous", "RoundTuning"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundTuning:
+    # The answer to a round tells the scheduler how to go on, so rounds are short ...
+    max_steps: int = 4  # of a round; not measured
+    round_s: float = 2e-3  # ... but long beside the time that a message takes; not measured
+    step_share: float = 0.1  # of a step's time that the mean takes over; not measured
+    max_growing: int = 2  # rounds in flight: the second one runs while the answer to the first travels; not measured
+    max_branching: int = 64  # seqs; of more, choosing branches takes longer than they save; not measured
+
+
+class Continuous(Drafter):
+    def __init__(self, config: SpeculationConfig, rounds: RoundTuning | None = None) -> None:
+        policy = ContinuousPolicy(
+            max_drafts=config.num_speculative_tokens,
+            adaptive=config.adaptive,
+            window=config.window,
+            has_branches=config.verdict_cache_rows > 0,
+        )
+        super().__init__(config, policy, asks_confidences=config.adaptive or config.verdict_cache_rows > 0)
+        self._rounds = rounds or RoundTuning()
+        self._step_s = self._rounds.round_s
+        self._num_steps = 1  # of a round, at most
+        self._branches = BranchPlanner(self.cache, policy)
+
+    @property
+    def target_waits(self) -> bool:
+        return False  # seqs are held, each until a time
+
+    def _on_landed(self, record: InFlight) -> None:
+        """Nobody waits for this round alone."""
+
+    def _observe_step(self, step_s: float) -> None:
+        self._step_s += self._rounds.step_share * (step_s - self._step_s)
+        self._num_steps = max(1, min(self._rounds.max_steps, round(self._rounds.round_s / self._step_s)))
+
+    def _plan_rows(self, seats: DraftSeats, speculating: list[Seq]) -> list[PlannedRow]:
+        num_in_flight = len(seats.engine.in_flight)
+        if num_in_flight > self._rounds.max_growing:
+            return []
+        seats.seat_newcomers(speculating)
+        drafting = [seq for seq in speculating if self._may_draft(seq)]
+        self._ask_policy(drafting)
+        rows: list[PlannedRow] = []
+        budget = seats.engine.info.max_num_batched_tokens
+        growing = [seq for seq in drafting if self._grows(seq)]
+        if num_in_flight == self._rounds.max_growing:
+            # Nothing is so urgent but to start again: the engine need not compute what that overtakes.
+            growing = [seq for seq in growing if seq.draft is not None and seq.draft.is_cut]
+        elif self._config.verdict_cache_rows and len(drafting) <= self._rounds.max_branching:
+            # First: a fork takes what the slot holds before the round.
+            rows += self._branches.rows(seats, drafting, growing, self._num_steps)
+        budget -= sum(row.chunk_len for row in rows)
+        for seq in growing:
+            budget -= self._add(seats, rows, seq, self._num_missing(seq), budget=budget)
+        if num_in_flight < self._rounds.max_growing:
+            others_draft = rows or num_in_flight
+            rows += self._catch_up_rows(
+                seats, speculating, budget // self._tuning.catch_up_share if others_draft else budget
+            )
+        return rows
+
+    def _may_draft(self, seq: Seq) -> bool:
+        seat = seq.draft
+        return (
+            seat is not None
+            and seq.is_decoding
+            and not seat.is_catching_up
+            and seat.lag(seq.token_ids) <= self._tuning.max_lag
+        )
+
+    def _num_missing(self, seq: Seq) -> int:
+        """Drafts that the next round is to bring."""
+        assert seq.draft is not None, "a seq that may draft has a seat"
+        return max(0, min(seq.window - seq.draft.num_ahead, self._num_steps))
