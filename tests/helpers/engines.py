@@ -1,22 +1,34 @@
 """Engines of tiny random models in this process, and drafts of every quality."""
 
 import random
+import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.worker_pb2 import EngineRole
+from kernels.kv.block_copy import cache_addresses
 from tests.helpers.rounds import Driver, Seq
-from workers.engine.engine import Engine
+from workers.collectives import SoloGroup
+from workers.engine.draft_engine import DraftEngine
+from workers.engine.engine import Engine, ModelRunner
+from workers.engine.kv_cache import KVLayout
+from workers.engine.seq_state import Limits, SeqTable
+from workers.models import load_model
 from workers.process.cohort import Cohort
 from workers.process.load import load_engines
+from workers.sampling.sampler import Sampler
 
 TARGET = EngineRole.ENGINE_ROLE_TARGET
 DRAFT = EngineRole.ENGINE_ROLE_DRAFT
 MAX_MODEL_LEN = 64
 KV_CACHE_BYTES = 1 << 20
+POISON = 100  # a token, see `poisoned_model`
 
 
 def engine_spec(folder: Path, role: EngineRole.ValueType, **changes: object) -> EngineSpec:
@@ -35,16 +47,61 @@ def engine_spec(folder: Path, role: EngineRole.ValueType, **changes: object) -> 
     return spec
 
 
-def make_engine(folder: Path, role: EngineRole.ValueType, **changes: object) -> Engine:
+def make_engine(folder: Path, role: EngineRole.ValueType, *, cohort: Cohort | None = None, **changes: object) -> Engine:
     spec = WorkerSpec(rank=0, world_size=1, device="cpu", engines=[engine_spec(folder, role, **changes)])
-    return load_engines(spec, Cohort(0, 1, None), lambda stage, done, total: None)[role]
+    return load_engines(spec, cohort or Cohort(0, 1, None), lambda stage, done, total: None)[role]
 
 
-def poison(engine: Engine) -> int:
-    """A token that breaks the model when it reads it: logits behind it are not finite."""
-    token_id = 100
-    engine._runner.model.embedding.weight[token_id] = torch.nan  # type: ignore[attr-defined]
-    return token_id
+@dataclass(frozen=True, slots=True)
+class DraftParts:
+    """A draft engine with the parts that it was made of."""
+
+    engine: DraftEngine
+    runner: ModelRunner
+    table: SeqTable
+
+
+def assemble_draft(folder: Path, runner_class: type[ModelRunner] = ModelRunner, **settings: Any) -> DraftParts:
+    """What `make_engine` loads, around a runner of the test's own class."""
+    device = torch.device("cpu")
+    info = make_engine(folder, DRAFT).info
+    model = load_model(folder, dtype=torch.float32, device=device, group=SoloGroup(), max_model_len=MAX_MODEL_LEN)
+    layout = KVLayout(
+        num_layers=model.num_kv_layers,
+        block_size=info.block_size,
+        num_kv_heads=model.kv_heads_per_rank,
+        head_dim=model.config.head_dim,
+        dtype=torch.float32,
+    )
+    kv_caches = layout.allocate(info.num_blocks, device)
+    runner = runner_class(
+        model=model,
+        kv_caches=kv_caches,
+        kv_addresses=cache_addresses(kv_caches),
+        sampler=Sampler(SoloGroup(), info.vocab_size),
+        num_ranks=1,
+        device=device,
+        **settings,
+    )
+    table = SeqTable(
+        Limits(
+            num_slots=info.num_slots,
+            max_model_len=info.max_model_len,
+            vocab_size=info.vocab_size,
+            block_size=info.block_size,
+            num_blocks=info.num_blocks,
+        )
+    )
+    return DraftParts(DraftEngine(runner, table, info), runner, table)
+
+
+def poisoned_model(folder: Path, copy: Path) -> Path:
+    """A copy of a model folder whose model breaks when it reads POISON: logits after it are not finite."""
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights["model.embed_tokens.weight"][POISON] = torch.nan
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
 
 
 def drive(engine: Engine) -> Driver:

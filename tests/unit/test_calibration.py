@@ -1,7 +1,7 @@
 """Approximate KV of drafts, as layer-parallel drafting leaves it, and the pass that replaces it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from echelon.pb.worker_pb2 import Row
-from tests.helpers.engines import DRAFT, drive, make_engine
+from tests.helpers.engines import DRAFT, assemble_draft, drive, make_engine
 from tests.helpers.rounds import Driver, Seq, greedy, seeded
 from tests.helpers.tiny_models import make_tiny_model
-from workers.engine.draft_engine import DraftEngine
 from workers.engine.engine import ModelRunner
+from workers.engine.seq_state import SeqTable
 from workers.models.batch import Batch
 
 PROMPT = [5, 99, 3, 14, 15, 92]
@@ -25,11 +25,6 @@ class BlurredRunner(ModelRunner):
     """Its drafting steps leave other KV and other hidden states than the model's. Writes down what goes through."""
 
     log: list[tuple[str, list[int]]] = field(default_factory=list)  # which forward, positions
-
-    @classmethod
-    def of(cls, runner: ModelRunner) -> "BlurredRunner":
-        settings = {each.name: getattr(runner, each.name) for each in fields(ModelRunner)}
-        return cls(**{**settings, "is_approximate": True})
 
     def forward(self, batch: Batch) -> Tensor:
         self.log.append(("exact", batch.positions.tolist()))
@@ -48,14 +43,14 @@ class BlurredRunner(ModelRunner):
 class Blurred:
     """A draft engine with a blurred runner."""
 
-    engine: DraftEngine
+    table: SeqTable
     runner: BlurredRunner
     driver: Driver
 
     def kv(self, slot: int, start: int, end: int) -> Tensor:
         """Of the positions start .. end - 1: [num_layers, 2, end - start, kv_size]."""
         block_size = self.driver.info.block_size
-        table = torch.from_numpy(self.engine._table.block_table[slot]).long()
+        table = torch.from_numpy(self.table.block_table[slot]).long()
         positions = torch.arange(start, end)
         places = table[positions // block_size] * block_size + positions % block_size
         return torch.stack(
@@ -84,11 +79,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_blurred(tiny: Path) -> Blurred:
-    engine = make_engine(tiny, DRAFT)
-    assert isinstance(engine, DraftEngine)
-    runner = BlurredRunner.of(engine._runner)
-    engine._runner = runner
-    return Blurred(engine, runner, drive(engine))
+    parts = assemble_draft(tiny, BlurredRunner, is_approximate=True)
+    assert isinstance(parts.runner, BlurredRunner)
+    return Blurred(parts.table, parts.runner, drive(parts.engine))
 
 
 @pytest.fixture

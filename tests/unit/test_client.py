@@ -1,4 +1,5 @@
 import dataclasses
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -149,16 +150,20 @@ def test_nobody_listens() -> None:
 def test_an_interrupt_while_a_call_starts_does_not_hang_close(
     gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What Ctrl-C does at the wrong moment: grpc has made the call, but nothing was started that reads its events."""
+    """What Ctrl-C does at the wrong moment: grpc has made the call, but the thread that reads its events never runs."""
+    caller, start = threading.current_thread(), threading.Thread.start
 
-    def interrupted(state: object) -> None:
-        raise KeyboardInterrupt
+    def interrupted(thread: threading.Thread) -> None:
+        if threading.current_thread() is caller:
+            raise KeyboardInterrupt
+        start(thread)  # the gateway's
 
-    monkeypatch.setattr(grpc._channel, "_run_channel_spin_thread", interrupted)
     monkeypatch.setattr(client_module, "CLOSE_TIMEOUT_S", 0.1)
     gateway.script = gateway.hang_after_one_chunk
-    with pytest.raises(KeyboardInterrupt), Client(gateway.address) as client:
-        client.stream("Hi")
+    with Client(gateway.address) as client, monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.stream("Hi")
 
 
 def test_a_stream_that_ends_without_completion_is_an_error(client: Client, gateway: FakeGateway) -> None:

@@ -17,11 +17,12 @@ from tests.helpers.engines import (
     DRAFT,
     KV_CACHE_BYTES,
     MAX_MODEL_LEN,
+    POISON,
     TARGET,
     drive,
     interleave,
     make_engine,
-    poison,
+    poisoned_model,
 )
 from tests.helpers.rounds import INCARNATION, Driver, Seq, greedy, seeded
 from tests.helpers.tiny_models import TinyModel, make_tiny_model
@@ -215,16 +216,13 @@ def test_prompt_logprobs_do_not_depend_on_the_chunks(target: Driver, tiny: TinyM
 
 # -- target: rows that go wrong -------------------------------------------------------------------------------------
 
-POISON = 100
 NEVER = {POISON: -100.0}  # logit bias with which the model does not choose it
 
 
 @pytest.fixture
-def poisoned(tiny: TinyModel) -> Driver:
-    """A model that goes mad when it reads token POISON."""
-    engine = make_engine(tiny.folder, TARGET)
-    assert poison(engine) == POISON
-    return drive(engine)
+def poisoned(tiny: TinyModel, tmp_path: Path) -> Driver:
+    """A target whose model breaks when it reads token POISON."""
+    return drive(make_engine(poisoned_model(tiny.folder, tmp_path / "poisoned"), TARGET))
 
 
 def test_a_row_that_is_not_finite_harms_no_other(poisoned: Driver, target: Driver) -> None:
@@ -408,11 +406,9 @@ def test_rounds_behind_the_end_of_a_context_draft_nothing(draft: Driver) -> None
 
 
 @pytest.fixture
-def sick_draft(tiny: TinyModel) -> Driver:
-    """An engine of which a seq that is biased to POISON breaks behind it."""
-    engine = make_engine(tiny.folder, DRAFT)
-    assert poison(engine) == POISON
-    return drive(engine)
+def sick_draft(tiny: TinyModel, tmp_path: Path) -> Driver:
+    """An engine whose model breaks when it reads token POISON."""
+    return drive(make_engine(poisoned_model(tiny.folder, tmp_path / "poisoned"), DRAFT))
 
 
 def test_a_draft_that_is_not_finite_ends_its_chain_only(sick_draft: Driver) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from echelon.pb.sampling_pb2 import SeqSampling
 from echelon.pb.worker_pb2 import Fork, Row, SeqInit
-from tests.helpers.engines import DRAFT, MAX_MODEL_LEN, TARGET, drive, make_engine, poison
+from tests.helpers.engines import DRAFT, MAX_MODEL_LEN, POISON, TARGET, drive, make_engine, poisoned_model
 from tests.helpers.rounds import Driver, Seq, greedy, seeded
 from tests.helpers.tiny_models import make_tiny_model
 from workers.engine.rounds import ProtocolError
@@ -119,15 +119,13 @@ def test_a_branch_that_is_freed_leaves_its_slot(draft: Driver) -> None:
 
 
 @pytest.fixture
-def short(tiny: Path) -> tuple[Driver, Seq]:
+def short(tiny: Path, tmp_path: Path) -> tuple[Driver, Seq]:
     """Of 4 drafts that were ordered one has come, behind which logits are not finite."""
-    engine = make_engine(tiny, DRAFT)
-    bad_token = poison(engine)
-    driver = drive(engine)
-    seq = driver.start(0, PROMPT, greedy(logit_bias={bad_token: 100.0}))
+    driver = drive(make_engine(poisoned_model(tiny, tmp_path / "poisoned"), DRAFT))
+    seq = driver.start(0, PROMPT, greedy(logit_bias={POISON: 100.0}))
     row = driver.draft_row(seq, 4)
     (result,) = driver.run((seq, row))
-    assert list(result.token_ids) == [bad_token]
+    assert list(result.token_ids) == [POISON]
     return driver, seq
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from echelon.pb.worker_pb2 import EngineInfo, EngineRole, Round, RoundResult, Row, Span
+from echelon.pb.worker_pb2 import EngineInfo, EngineRole, LayerGroup, Round, RoundResult, Row, Span
 from tests.helpers.engines import DRAFT, TARGET, drive, make_engine
 from tests.helpers.rounds import Driver, greedy
 from tests.helpers.tiny_models import make_tiny_model
 from workers.collectives import SoloGroup
-from workers.engine.draft_engine import DraftEngine
-from workers.engine.engine import ModelEngine
+from workers.process.cohort import Cohort
 from workers.process.round_channel import Follower, Leader
 from workers.process.run_loop import Arrived, Opened, RunLoop, Stop, follow
 from workers.trace import TracedGroup, Tracer
@@ -32,11 +31,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Traced:
     """An engine whose rounds are all traced."""
 
-    def __init__(self, folder: Path, role: EngineRole.ValueType) -> None:
-        engine = make_engine(folder, role)
-        assert isinstance(engine, ModelEngine)
-        self.tracer = engine._runner.tracer
-        self.driver: Driver = drive(engine)
+    def __init__(self, folder: Path, role: EngineRole.ValueType, **changes: object) -> None:
+        cohort = Cohort(0, 1, None)
+        self.tracer = cohort.tracer
+        self.driver: Driver = drive(make_engine(folder, role, cohort=cohort, **changes))
 
     def names(self, *rows: Row) -> list[str]:
         self.tracer.start()
@@ -66,17 +64,12 @@ def test_a_draft_says_what_its_forwards_are_for(tiny: Path) -> None:
     assert traced.names(Row(slot=1, append_token_ids=[7], chunk_len=1)) == ["transfer", "prefill"]
 
 
-def test_a_draft_that_calibrates_says_so(tiny: Path) -> None:
-    engine = make_engine(tiny, DRAFT)
-    assert isinstance(engine, DraftEngine)
-    driver = drive(engine)
+def test_a_layer_parallel_draft_says_when_it_calibrates(tiny: Path) -> None:
+    traced = Traced(tiny, DRAFT, lp_size=2, layer_groups=[LayerGroup(layers=[0, 1])])
+    driver = traced.driver
     seq = driver.start(0, PROMPT, greedy())
     driver.run((seq, driver.draft_row(seq, 4)))
-    engine._table.num_exact[0] = len(PROMPT)  # as if it were layer-parallel
-    tracer = engine._runner.tracer
-    tracer.start()
-    driver.run((seq, driver.draft_row(seq, 1, calibrate_len=1)))
-    assert [span.name for span in tracer.stop()] == ["calibrate", "draft", "sample"]
+    assert traced.names(driver.draft_row(seq, 1, calibrate_len=1)) == ["calibrate", "draft", "sample"]
 
 
 def test_spans_stand_in_each_other_on_the_clock_of_the_round() -> None:
