@@ -1,7 +1,7 @@
 """`make demo`: deploy the bundled pair on this machine, complete a prompt, show what speculation did, clean up.
 
-It uses what anybody would use: `cluster.lifecycle` (as `echelon up` and `echelon down` do) and `echelon.Client`. Ray,
-its state and the deployment's records live in a temporary folder, so that no other Ray or deployment is touched.
+It uses the public interfaces: `cluster.lifecycle` (as `echelon up` and `echelon down` do) and `echelon.Client`. Ray
+and the deployment keep their state in a temporary folder, so the demo touches no other Ray or deployment.
 """
 
 import os
@@ -62,17 +62,17 @@ def deployed(folder: Path, console: Console) -> Iterator[str]:
         status = lifecycle.up(with_free_port(folder), on_event=display.on_event)  # cleans up itself when it fails
     try:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # now: Ray had installed, and removed, its own
-        console.print(f"{status.model} serves at {status.endpoint}\n")
+        console.print(f"{status.model} is served at {status.endpoint}\n")
         yield status.endpoint
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running
-        with console.status("taking everything down"):
+        with console.status("stopping everything"):
             lifecycle.down(status.name)
-        console.print("\neverything is down again: no process is left")
+        console.print("\neverything is stopped; no process is left")
 
 
 def with_free_port(folder: Path) -> Path:
-    """demo.yaml, or a copy with another port where demo.yaml's is taken."""
+    """demo.yaml, or a copy with another port if the port in demo.yaml is in use."""
     content = yaml.safe_load(DEPLOYMENT.read_text())
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -113,24 +113,24 @@ def complete(client: Client, *, speculation: bool, max_tokens: int = MAX_TOKENS)
 
 
 def report(console: Console, with_draft: list[Completion], without: list[Completion]) -> None:
-    """What speculation did, and whether it changed anything."""
+    """Show what speculation did, and whether it changed the output."""
     table = Table("", "with the draft", "target alone", box=box.SIMPLE_HEAD)
     sides = (with_draft[-1], without[-1])
     speeds = [statistics.median(tokens_per_s(run) for run in runs) for runs in (with_draft[1:], without)]
     table.add_row("tokens", *(str(run.usage.completion_tokens) for run in sides))
     table.add_row("target steps", *(str(run.speculation.num_rounds) for run in sides))
     table.add_row("tokens per target step", *(f"{run.tokens_per_target_step or 0:.2f}" for run in sides))
-    table.add_row("drafts accepted a round", *(accepted_per_round(run) for run in sides))
+    table.add_row("drafts accepted per round", *(accepted_per_round(run) for run in sides))
     table.add_row(f"tokens/s (median of {NUM_TIMED_RUNS})", *(f"{speed:.0f}" for speed in speeds))
     console.print(table)
     reference = without[0].token_ids
     if all(run.token_ids == reference for run in (*with_draft, *without)):
-        console.print("The tokens are identical with and without the draft.", style="bold green")
+        console.print("The output is identical with and without the draft.", style="bold green")
     else:
         first = min(first_difference(run.token_ids, reference) for run in (*with_draft, *without))
         console.print(
-            f"The tokens differ from token {first} on: there two candidates are closer than bfloat16 can tell apart; "
-            "batch_invariant: true in deploy/demo.yaml excludes that.",
+            f"The outputs differ from token {first} on: two candidates are too close there for bfloat16. "
+            "Set batch_invariant: true in deploy/demo.yaml to exclude that.",
             style="yellow",
         )
     console.print(
@@ -140,7 +140,7 @@ def report(console: Console, with_draft: list[Completion], without: list[Complet
 
 
 def tokens_per_s(run: Completion) -> float:
-    """Of decoding: without the queue and the prompt."""
+    """Decoding speed, without the queue and the prompt."""
     return (run.usage.completion_tokens - 1) / (run.timings.total_s - run.timings.first_token_s)
 
 

@@ -1,4 +1,4 @@
-"""What the gateway measures of requests, under the names that dashboards and autoscalers for LLM servers know."""
+"""What the gateway measures of requests, under the names that dashboards and autoscalers of LLM servers use."""
 
 import time
 from collections.abc import Callable
@@ -30,35 +30,35 @@ class RequestMetrics:
         self.now = now
         self._model_name = model_name
         self.first_token = self._histogram(
-            "time_to_first_token_seconds", "From the arrival at the gateway to the first token.", _REQUEST_BUCKETS_S
+            "time_to_first_token_seconds", "Time from arrival at the gateway to the first token.", _REQUEST_BUCKETS_S
         )
         self.inter_token = self._histogram(
             "inter_token_latency_seconds",
-            "Between tokens of a sample; tokens that one round commits together share their time.",
+            "Time between two tokens of a sample. Tokens that one round commits share the time equally.",
             _TOKEN_BUCKETS_S,
         )
         self.per_output_token = self._histogram(
             "request_time_per_output_token_seconds",
-            "Of a request: time behind its first token by the number of tokens behind it.",
+            "Time after a request's first token, divided by the number of tokens after it.",
             _TOKEN_BUCKETS_S,
         )
         self.end_to_end = self._histogram(
-            "e2e_request_latency_seconds", "From the arrival at the gateway to the end.", _REQUEST_BUCKETS_S
+            "e2e_request_latency_seconds",
+            "Time from arrival at the gateway to the end of the request.",
+            _REQUEST_BUCKETS_S,
         )
-        self.queue = self._histogram(
-            "request_queue_time_seconds", "Waited in the scheduler's queue.", _REQUEST_BUCKETS_S
-        )
+        self.queue = self._histogram("request_queue_time_seconds", "Time in the scheduler's queue.", _REQUEST_BUCKETS_S)
         self.prefill = self._histogram(
-            "request_prefill_time_seconds", "From the queue's end to the first token.", _REQUEST_BUCKETS_S
+            "request_prefill_time_seconds", "Time from leaving the queue to the first token.", _REQUEST_BUCKETS_S
         )
         self.decode = self._histogram(
-            "request_decode_time_seconds", "From the first token to the end.", _REQUEST_BUCKETS_S
+            "request_decode_time_seconds", "Time from the first token to the end of the request.", _REQUEST_BUCKETS_S
         )
-        self._successes = self._counter("request_success", "Finished samples.", "finished_reason")
-        self._errors = self._counter("request_errors", "Requests that ended with a status.", "code")
+        self._successes = self._counter("request_success", "Samples that finished, by reason.", "finished_reason")
+        self._errors = self._counter("request_errors", "Requests that failed, by gRPC status code.", "code")
 
     def start(self) -> "RequestMeter":
-        """A request has arrived."""
+        """Start measuring a request that has just arrived."""
         return RequestMeter(self)
 
     def count_error(self, code: grpc.StatusCode) -> None:
@@ -77,7 +77,7 @@ class RequestMetrics:
 
 
 class RequestMeter:
-    """Follows one request: told of all that comes from its scheduler, whether its client reads or not."""
+    """Measures one request. It sees everything that the scheduler sends, even if the client does not read."""
 
     def __init__(self, metrics: RequestMetrics) -> None:
         self._metrics = metrics
@@ -89,7 +89,7 @@ class RequestMeter:
     def on_chunk(self, chunk: inference_pb2.GenerateChunk) -> None:
         num_tokens = len(chunk.token_ids)
         if not num_tokens:
-            return  # text that had waited for its end
+            return  # text without new tokens: it had been waiting for a whole character or stop string
         now = self._metrics.now()
         if self._first_token_s is None:
             self._first_token_s = now

@@ -287,9 +287,8 @@ def _pin(threads: int, places: list[Node]) -> tuple[list[tuple[int, ...]], list[
     notes = []
     for address, count in ranks_on.items():
         if len(cores[address]) < count * threads:
-            have = f"{len(cores[address])} idle" if cores[address] else "not all idle"
-            each = "1 thread" if threads == 1 else f"{threads} threads"
-            notes.append(f"cores are shared on {address}: {count} workers of {each}, cores {have}")
+            idle = f"{len(cores[address])} are idle" if cores[address] else "some are busy"
+            notes.append(f"cores are shared on {address}: {count} workers need {count * threads} cores, {idle}")
             cores[address] = []
     pins = []
     for node in places:

@@ -37,14 +37,18 @@ _STATE_STYLES = {"READY": "green", "DEGRADED": "yellow", "FAILED": "bold red", "
 FileArgument = Annotated[Path, typer.Argument(help="Deployment file.", show_default=False)]
 RayOption = Annotated[
     str | None,
-    typer.Option("--ray-address", envvar="RAY_ADDRESS", help="Ray cluster to use; without it, one is started here."),
+    typer.Option(
+        "--ray-address",
+        envvar="RAY_ADDRESS",
+        help="Address of the Ray cluster (host:port). By default, a private Ray is started here.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
 @exits
 def plan(file: FileArgument, ray_address: RayOption = None, json: JsonOption = False) -> None:
-    """Check a deployment file and show what would run where. Starts nothing."""
+    """Check a deployment file and show what would run where. This starts nothing."""
     with cluster_extra():
         from cluster import lifecycle
     made = lifecycle.plan(file, ray_address=ray_address)
@@ -59,11 +63,12 @@ def up(
     file: FileArgument,
     ray_address: RayOption = None,
     timeout: Annotated[
-        float | None, typer.Option(min=1, help="Seconds until start-up has failed. Default: the file's.")
+        float | None,
+        typer.Option(min=1, help="Give up after this many seconds. Default: startup_timeout_s of the file."),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Deploy and return when it serves. On failure or Ctrl-C everything is taken down again."""
+    """Start a deployment and return once it serves. A failure or Ctrl-C takes everything down again."""
     with cluster_extra():
         from cluster import lifecycle
     with StartupDisplay(stderr()) as display:
@@ -80,23 +85,25 @@ def up(
 
 @exits
 def status(
-    name: Annotated[str | None, typer.Argument(help="Deployment; not needed if there is only one.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Name of the deployment; needed only if there are several.")
+    ] = None,
     json: JsonOption = False,
     watching: Annotated[
-        bool, typer.Option("--watch", "-w", help="Show tokens/s and how speculation fares, until Ctrl-C.")
+        bool, typer.Option("--watch", "-w", help="Show tokens/s and speculation statistics until Ctrl-C.")
     ] = False,
     address: Annotated[
-        str | None, typer.Option(help="With --watch: host:port of a gateway, instead of a deployment's name.")
+        str | None, typer.Option(help="With --watch: host:port of a gateway, instead of a name.")
     ] = None,
-    interval: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between two looks.")] = 1.0,
-    count: Annotated[int | None, typer.Option(min=1, help="With --watch: stop after so many.")] = None,
+    interval: Annotated[float, typer.Option(min=0.1, help="With --watch: seconds between updates.")] = 1.0,
+    count: Annotated[int | None, typer.Option(min=1, help="With --watch: stop after this many updates.")] = None,
 ) -> None:
-    """Show a deployment and its processes. Exit code 0 only if it serves."""
+    """Show a deployment and its processes. The exit code is 0 only if it serves."""
     if watching:
         watch(address or _endpoint_of(name), interval_s=interval, count=count, json_lines=json)
         return
     if address or count:
-        raise UsageProblem("--address and --count belong to --watch")
+        raise UsageProblem("--address and --count need --watch")
     with cluster_extra():
         from cluster import lifecycle
     found = lifecycle.status(name or _the_only_deployment(lifecycle.list_deployments))
@@ -110,9 +117,11 @@ def status(
 
 @exits
 def down(
-    name: Annotated[str | None, typer.Argument(help="Deployment; not needed if there is only one.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Name of the deployment; needed only if there are several.")
+    ] = None,
 ) -> None:
-    """End every process of a deployment, and the Ray that was started for it."""
+    """Stop every process of a deployment, and the Ray that was started for it."""
     with cluster_extra():
         from cluster import lifecycle
     name = name or _the_only_deployment(lifecycle.list_deployments)
@@ -144,12 +153,12 @@ def _the_only_deployment(list_deployments: Callable[[], list[str]]) -> str:
     if not names:
         raise DeploymentNotFoundError("no deployment was started from this machine")
     if len(names) > 1:
-        raise UsageProblem(f"there are several deployments, name one of them: {', '.join(names)}")
+        raise UsageProblem(f"there are several deployments; name one of them: {', '.join(names)}")
     return names[0]
 
 
 def plan_table(made: "Plan") -> Table:
-    """Where everything runs, and what it takes of each device."""
+    """Where each process runs, and how much memory it takes."""
     table = plain_table()
     table.title, table.title_justify = f"plan of {made.deployment} on {made.device}", "left"
     table.caption, table.caption_justify = "\n".join(f"note: {note}" for note in made.notes) or None, "left"
@@ -201,7 +210,7 @@ def process_table(processes: "tuple[ProcessStatus, ...]") -> Table:
 
 
 def _doing(process: "ProcessStatus") -> RenderableType:
-    """What a process is busy with: its error, else the stage it reported, with a bar where the end is known."""
+    """What a process is doing: its error, or the stage that it reported, with a bar if the total is known."""
     if process.error:
         return Text(process.error, style="red")
     if process.state in SERVING or not process.stage:

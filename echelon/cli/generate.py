@@ -1,4 +1,4 @@
-"""generate and chat: what talks to a running server."""
+"""generate and chat: the commands that talk to a running server."""
 
 import sys
 from typing import Annotated
@@ -14,21 +14,26 @@ from echelon.results import Completion
 
 AddressOption = Annotated[str, typer.Option("--address", envvar="ECHELON_ADDRESS", help="host:port of the gateway.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Default: up to max_model_len.")]
-Temperature = Annotated[float | None, typer.Option("--temperature", "-t", min=0, help="0 is greedy.")]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", "-t", min=0, help="0 is greedy. Default: the model's.")
+]
 TopP = Annotated[float | None, typer.Option("--top-p")]
 TopK = Annotated[int | None, typer.Option("--top-k")]
 MinP = Annotated[float | None, typer.Option("--min-p")]
 RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty")]
 PresencePenalty = Annotated[float | None, typer.Option("--presence-penalty")]
 FrequencyPenalty = Annotated[float | None, typer.Option("--frequency-penalty")]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Replays a request.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="Stop string; may be given several times.")]
-NoSpeculation = Annotated[bool, typer.Option("--no-speculation", help="Plain decoding for this request.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="The same seed gives the same output.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="Stop string; can be repeated.")]
+NoSpeculation = Annotated[bool, typer.Option("--no-speculation", help="Decode this request without drafts.")]
 NumDrafts = Annotated[
-    int | None, typer.Option("--num-speculative-tokens", min=0, help="Fixed number of drafts a round.")
+    int | None,
+    typer.Option("--num-speculative-tokens", min=0, help="Verify this fixed number of drafts in each round."),
 ]
-Timeout = Annotated[float | None, typer.Option("--timeout", min=0, help="Seconds, the queue included.")]
-Stats = Annotated[bool, typer.Option("--stats", help="Show on standard error what the request cost.")]
+Timeout = Annotated[
+    float | None, typer.Option("--timeout", min=0, help="Deadline in seconds, including time in the queue.")
+]
+Stats = Annotated[bool, typer.Option("--stats", help="Print statistics of the request to standard error.")]
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
@@ -36,7 +41,7 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 @exits
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="Text to continue; '-' or nothing reads standard input.", show_default=False)
+        str | None, typer.Argument(help="Text to continue. '-' or no prompt reads standard input.", show_default=False)
     ] = None,
     address: AddressOption = DEFAULT_ADDRESS,
     max_tokens: MaxTokens = None,
@@ -50,20 +55,23 @@ def generate(
     seed: Seed = None,
     stop: Stop = None,
     n: Annotated[
-        int | None, typer.Option("--n", "-n", min=1, help="Samples; more than one implies --no-stream.")
+        int | None, typer.Option("--n", "-n", min=1, help="Number of samples; more than one implies --no-stream.")
     ] = None,
-    logprobs: Annotated[int | None, typer.Option("--logprobs", min=0, help="Top candidates; see --json.")] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option("--logprobs", min=0, help="Number of likeliest tokens to report for each position, with --json."),
+    ] = None,
     min_tokens: Annotated[int | None, typer.Option("--min-tokens", min=0)] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos")] = False,
     model: Annotated[str | None, typer.Option("--model", help="Fail unless this model is served.")] = None,
     timeout: Timeout = None,
     no_speculation: NoSpeculation = False,
     num_speculative_tokens: NumDrafts = None,
-    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print when everything is there.")] = False,
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the text once it is complete.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the completion as one JSON document.")] = False,
     stats: Stats = False,
 ) -> None:
-    """Continue a text, shown as it comes."""
+    """Continue a text and print it while it is generated."""
     options = GenerateOptions(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -110,7 +118,7 @@ def chat(
     no_speculation: NoSpeculation = False,
     stats: Stats = False,
 ) -> None:
-    """Talk to the model: a line is a message. /reset forgets, /quit or Ctrl-D leaves, Ctrl-C stops an answer."""
+    """Talk to the model; a line is a message. /reset starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer."""
     options = GenerateOptions(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -127,12 +135,12 @@ def chat(
         info = client.model_info()
         if not info.has_chat_template:
             raise UsageProblem(f"model {info.model!r} has no chat template; use `echelon generate`")
-        stderr().print(f"{info.model} at {address}. /reset forgets, /quit leaves.", markup=False)
+        stderr().print(f"{info.model} at {address}. /reset starts over, /quit leaves.", markup=False)
         _Conversation(client, options, system=system, show_stats=stats).run()
 
 
 class _Conversation:
-    """The loop of `chat`: history, commands, and answers that can be interrupted."""
+    """The loop of `chat`: it keeps the history, runs commands, and lets answers be interrupted."""
 
     def __init__(self, client: Client, options: GenerateOptions, *, system: str | None, show_stats: bool) -> None:
         self._client = client
@@ -148,12 +156,12 @@ class _Conversation:
             if line == "/reset":
                 self._history = list(self._beginning)
             elif line.startswith("/"):
-                report_error(f"unknown command {line}; there are /reset and /quit")
+                report_error(f"unknown command {line}; the commands are /reset and /quit")
             elif line:
                 self._answer(line)
 
     def _answer(self, line: str) -> None:
-        """Asks with the history; only a message that got an answer joins it."""
+        """Send the message with the history. Only a message that got an answer joins the history."""
         messages = [*self._history, ChatMessage(role="user", content=line)]
         parts: list[str] = []
         try:
@@ -173,7 +181,7 @@ class _Conversation:
 
 
 def _read_line() -> str | None:
-    """The next message; None at the end of the input."""
+    """The next message, or None at the end of the input."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
@@ -186,7 +194,7 @@ def _read_prompt(argument: str | None) -> str:
     if argument is not None and argument != "-":
         return argument
     if argument is None and sys.stdin.isatty():
-        raise UsageProblem("PROMPT is missing: give a text, or pipe one in")
+        raise UsageProblem("PROMPT is missing: give a text or pipe one in")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as err:
@@ -202,7 +210,7 @@ def _start(client: Client, prompt: Prompt, options: GenerateOptions) -> Stream:
 
 def _speculation(disabled: bool, num_tokens: int | None) -> SpeculationOptions | None:
     if disabled and num_tokens:
-        raise UsageProblem("--no-speculation and --num-speculative-tokens exclude each other")
+        raise UsageProblem("--no-speculation and --num-speculative-tokens cannot be combined")
     if disabled:
         return SpeculationOptions(enabled=False)
     return None if num_tokens is None else SpeculationOptions(num_speculative_tokens=num_tokens)
@@ -225,7 +233,7 @@ def _print_samples(completion: Completion) -> None:
 
 
 def stats_table(completion: Completion) -> Table:
-    """What a request cost and what speculation did for it."""
+    """The statistics of a request, including speculation."""
     usage, speculation, timings = completion.usage, completion.speculation, completion.timings
     table = Table(show_header=False, box=None)
     table.add_column(justify="right")

@@ -1,4 +1,4 @@
-"""What the commands have in common: where output goes, how errors become exit codes."""
+"""What all commands share: where output goes, and how errors become exit codes."""
 
 import contextlib
 import dataclasses
@@ -21,8 +21,8 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_CODES_HELP = (
-    "Exit codes: 0 success; 1 failed while running (nobody answers, a process died, not ready); "
-    "2 what was asked for is wrong (an option, the deployment file, the request), so trying again will not help; "
+    "Exit codes: 0 success; 1 failure at run time (no answer, a process died, not ready); "
+    "2 wrong input (an option, the deployment file, the request), so trying again will not help; "
     "130 interrupted. Errors and progress go to standard error, results to standard output."
 )
 
@@ -30,11 +30,11 @@ P = ParamSpec("P")
 
 
 class UsageProblem(Exception):
-    """What was asked for is wrong. The message says what to change."""
+    """The user's input is wrong. The message says what to change."""
 
 
 def stdout() -> Console:
-    """For results. Made when needed: the stream may have been replaced since import."""
+    """For results. Created on each call, because the stream may have been replaced since import."""
     return Console(file=sys.stdout, highlight=False)
 
 
@@ -44,20 +44,20 @@ def stderr() -> Console:
 
 
 def write(text: str) -> None:
-    """Text as it is: no markup, no wrapping, shown at once."""
+    """Write text as it is, without markup or wrapping, and flush it."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def write_json(value: Any) -> None:
-    """One JSON document; dataclasses become objects."""
+    """Write one JSON document. Dataclasses become objects."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     write(json.dumps(value, indent=2, default=str) + "\n")
 
 
 def plain_table(*headings: str) -> Table:
-    """A table with no lines but the one below its headings."""
+    """A table whose only line is below its headings."""
     return Table(*headings, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
@@ -68,7 +68,7 @@ def report_error(message: str) -> None:
 
 
 def exits(command: Callable[P, None]) -> Callable[P, None]:
-    """Turns what a command may raise into a message and an exit code; what is not expected keeps its traceback."""
+    """Turn the expected errors of a command into a message and an exit code. Unexpected errors keep their traceback."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -92,7 +92,7 @@ def exits(command: Callable[P, None]) -> Callable[P, None]:
 
 @contextlib.contextmanager
 def cluster_extra() -> Iterator[None]:
-    """Around imports of what only `pip install 'echelon[cluster]'` brings."""
+    """Wraps imports that need `pip install 'echelon[cluster]'`."""
     try:
         yield
     except ModuleNotFoundError as err:

@@ -1,4 +1,4 @@
-"""trace: what the engines of a running deployment do."""
+"""trace: record what the engines of a running deployment do."""
 
 import json
 from collections import Counter
@@ -21,16 +21,17 @@ DEFAULT_TRACE_S = 5.0
 @exits
 def trace(
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("trace.json"),
-    rounds: Annotated[int | None, typer.Option(min=1, help="Stop after so many rounds of the target.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Stop after this many rounds of the target.")] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0.001, help=f"Stop after so long. Default without --rounds: {DEFAULT_TRACE_S:g}")
+        float | None,
+        typer.Option(min=0.001, help=f"Stop after this many seconds. Default without --rounds: {DEFAULT_TRACE_S:g}."),
     ] = None,
     replica: Annotated[int, typer.Option(min=0, help="Replica to record.")] = 0,
     address: AddressOption = DEFAULT_ADDRESS,
 ) -> None:
-    """Record what every rank does, as a trace for https://ui.perfetto.dev or chrome://tracing.
+    """Record what every rank does, for https://ui.perfetto.dev or chrome://tracing.
 
-    Ctrl-C ends the recording and keeps what there is.
+    Ctrl-C ends the recording and keeps what was recorded.
     """
     duration_s = seconds if seconds is not None else (0.0 if rounds else DEFAULT_TRACE_S)
     _check_writable(out)
@@ -38,7 +39,7 @@ def trace(
         events = _record(control.trace(num_rounds=rounds or 0, duration_s=duration_s, replica=replica))
     counts = Counter(event.round.group for event in events if event.HasField("round"))
     if not counts:
-        report_error("no round ran; send requests while it records")
+        report_error("no round ran; send requests during the recording")
         raise typer.Exit(EXIT_FAILED)
     out.write_text(json.dumps(chrome_trace(events)))
     found = ", ".join(f"{count} rounds of the {group} group" for group, count in sorted(counts.items(), reverse=True))
@@ -46,7 +47,7 @@ def trace(
 
 
 def _check_writable(out: Path) -> None:
-    """Before the recording: it should not be lost for want of a file."""
+    """Check before the recording, so that it is not lost because the file cannot be written."""
     try:
         out.open("a").close()
     except OSError as err:
@@ -62,7 +63,7 @@ def _record(stream: Iterable[scheduler_pb2.TraceEvent]) -> list[scheduler_pb2.Tr
     except EchelonError as err:
         if not events:
             raise
-        report_error(f"the recording broke off: {err}")
+        report_error(f"the recording ended early: {err}")
     except KeyboardInterrupt:
         stderr().print("stopped", style="dim")
     return events

@@ -1,4 +1,4 @@
-"""status --watch: how replicas fare, again and again."""
+"""status --watch: the state of all replicas, refreshed."""
 
 import contextlib
 import dataclasses
@@ -47,7 +47,7 @@ def watch(address: str, *, interval_s: float, count: int | None, json_lines: boo
 
 @contextlib.contextmanager
 def _display(json_lines: bool) -> Iterator[Show]:
-    """A table that changes on a terminal, lines elsewhere."""
+    """A table that refreshes on a terminal, or lines elsewhere."""
     console = stdout()
     if json_lines or not console.is_terminal:
         yield _write_json_line if json_lines else _write_lines

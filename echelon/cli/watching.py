@@ -1,4 +1,4 @@
-"""How replicas fare between two looks at their counters."""
+"""What happened in a replica between two readings of its counters."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from echelon.pb.control_pb2 import ReplicaStatus
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaView:
-    """One replica over the last moment. None: nothing happened that could be measured, or it does not answer."""
+    """One replica over the last interval. None: there was nothing to measure, or the replica does not answer."""
 
     replica: int
     ready: bool
@@ -17,22 +17,24 @@ class ReplicaView:
     num_requests_waiting: int = 0
     acceptance_rate: float | None = None  # of the drafts compared lately
     drafts_per_verification: float | None = None  # k, lately
-    draft_idle_share: float | None = None  # of the time, in which the draft had nothing to do though a seq speculated
-    verify_wait_share: float | None = None  # of the time, in which the target waited for drafts
+    draft_idle_share: float | None = (
+        None  # share of time in which the draft had nothing to do although a seq speculated
+    )
+    verify_wait_share: float | None = None  # share of time in which the target waited for drafts
     verdict_cache_hit_rate: float | None = None  # of the mismatches
     window_occupancy: float | None = None
     kv_cache_usage: float | None = None  # of the target's blocks
 
 
 def view(before: ReplicaStatus, after: ReplicaStatus, elapsed_s: float) -> ReplicaView:
-    """What `after` says, and what has grown since `before`."""
+    """The state in `after`, and how much the counters grew since `before`."""
     if not after.HasField("status"):
         return ReplicaView(replica=after.replica, ready=False, reason=after.error)
     old, new = before.status, after.status
     has_drafted = new.speculation_total.num_drafts > 0
     hits = new.verdict_cache_hits_total - old.verdict_cache_hits_total
     misses = new.verdict_cache_misses_total - old.verdict_cache_misses_total
-    # Counters that went back, or came from nowhere, are those of another life of the scheduler.
+    # Counters that went down, or were not there before, belong to a scheduler that was restarted.
     is_same_life = before.HasField("status") and new.target_rounds_total >= old.target_rounds_total
     return ReplicaView(
         replica=after.replica,
@@ -58,5 +60,5 @@ def view(before: ReplicaStatus, after: ReplicaStatus, elapsed_s: float) -> Repli
 
 
 def _share(part_s: float, whole_s: float) -> float:
-    """A wait counts when it ends, so more than the time between two looks may come at once."""
+    """A wait is counted when it ends, so it can be longer than the interval."""
     return min(1.0, part_s / whole_s)

@@ -1,4 +1,4 @@
-"""What schedulers count, as Prometheus metrics, read when somebody scrapes."""
+"""The schedulers' counters as Prometheus metrics, read at each scrape."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,41 +19,59 @@ class _Series:
 
 
 _GAUGES = (
-    _Series("num_requests_running", "Requests that run.", lambda s: s.num_requests_running),
-    _Series("num_requests_waiting", "Requests in the queue.", lambda s: s.num_requests_waiting),
+    _Series("num_requests_running", "Requests that are running.", lambda s: s.num_requests_running),
+    _Series("num_requests_waiting", "Requests that wait in the queue.", lambda s: s.num_requests_waiting),
     _Series(
         "kv_cache_usage_perc",
-        "Share of the target's KV blocks that are in use; 1 is all.",
+        "Share of the target's KV blocks in use, 0 to 1.",
         lambda s: _used(s.num_blocks, s.num_free_blocks),
     ),
     _Series(
         "draft_kv_cache_usage_perc",
-        "Share of the draft's KV blocks that are in use; 1 is all.",
+        "Share of the draft's KV blocks in use, 0 to 1.",
         lambda s: _used(s.num_draft_blocks, s.num_free_draft_blocks),
     ),
-    _Series("draft_ready", "Whether the draft group answers.", lambda s: s.draft_ready),
-    _Series("acceptance_rate", "Accepted drafts of those compared lately.", lambda s: s.acceptance_rate),
-    _Series("drafts_per_verification", "Drafts of a verification lately.", lambda s: s.drafts_per_verification),
+    _Series(
+        "draft_ready", "1 if the draft group answers. Without it, requests decode plainly.", lambda s: s.draft_ready
+    ),
+    _Series(
+        "acceptance_rate", "Share of recently compared drafts that were accepted, 0 to 1.", lambda s: s.acceptance_rate
+    ),
+    _Series(
+        "drafts_per_verification", "Mean number of drafts in recent verifications.", lambda s: s.drafts_per_verification
+    ),
     _Series(
         "window_occupancy",
-        "Drafts ahead of the last commits by what the policy allows; 1 is all.",
+        "Drafts ahead of the last commit, divided by the number that the policy allows.",
         lambda s: s.window_occupancy,
     ),
 )
 _COUNTERS = (
     _Series("prompt_tokens", "Prompt tokens of accepted requests.", lambda s: s.prompt_tokens_total),
-    _Series("generation_tokens", "Tokens that were committed.", lambda s: s.generation_tokens_total),
+    _Series("generation_tokens", "Tokens committed to the output of requests.", lambda s: s.generation_tokens_total),
     _Series("prefix_cache_queries", "Tokens looked up in the prefix cache.", lambda s: s.prefix_cache_queries),
     _Series("prefix_cache_hits", "Tokens found in the prefix cache.", lambda s: s.prefix_cache_hits),
-    _Series("num_preemptions", "Seqs that had to give their blocks back.", lambda s: s.num_preemptions_total),
-    _Series("target_rounds", "Rounds of the target.", lambda s: s.target_rounds_total),
-    _Series("draft_rounds", "Rounds of the draft.", lambda s: s.draft_rounds_total),
-    _Series("draft_tokens", "Tokens that the draft model wrote.", lambda s: s.draft_tokens_total),
-    _Series("wasted_drafts", "Drafts of the model that nobody needed.", lambda s: s.wasted_draft_tokens_total),
-    _Series("spec_decode_num_drafts", "Verifications that had drafts.", lambda s: s.speculation_total.num_drafts),
+    _Series(
+        "num_preemptions", "Sequences that were preempted for lack of KV blocks.", lambda s: s.num_preemptions_total
+    ),
+    _Series("target_rounds", "Rounds sent to the target.", lambda s: s.target_rounds_total),
+    _Series("draft_rounds", "Rounds sent to the draft.", lambda s: s.draft_rounds_total),
+    _Series(
+        "draft_tokens",
+        "Tokens drafted by the draft model, including branches of the verdict cache.",
+        lambda s: s.draft_tokens_total,
+    ),
+    _Series(
+        "wasted_drafts",
+        "Tokens of the draft model that were not accepted and can no longer be.",
+        lambda s: s.wasted_draft_tokens_total,
+    ),
+    _Series(
+        "spec_decode_num_drafts", "Verifications with at least one draft.", lambda s: s.speculation_total.num_drafts
+    ),
     _Series(
         "spec_decode_num_draft_tokens",
-        "Drafts that the target compared.",
+        "Drafts that the target verified.",
         lambda s: s.speculation_total.num_draft_tokens,
     ),
     _Series(
@@ -61,25 +79,37 @@ _COUNTERS = (
         "Drafts that the target accepted.",
         lambda s: s.speculation_total.num_accepted_tokens,
     ),
-    _Series("lookup_tokens", "Compared drafts that suffix lookup had found.", lambda s: s.lookup_tokens_total),
-    _Series("verdict_cache_hits", "Mismatches that had been foreseen.", lambda s: s.verdict_cache_hits_total),
-    _Series("verdict_cache_misses", "Mismatches that had not.", lambda s: s.verdict_cache_misses_total),
+    _Series("lookup_tokens", "Verified drafts that came from suffix lookup.", lambda s: s.lookup_tokens_total),
+    _Series(
+        "verdict_cache_hits",
+        "Mismatches whose continuation had been drafted in advance.",
+        lambda s: s.verdict_cache_hits_total,
+    ),
+    _Series(
+        "verdict_cache_misses",
+        "Mismatches whose continuation had not been drafted in advance.",
+        lambda s: s.verdict_cache_misses_total,
+    ),
     _Series(
         "draft_idle_seconds",
-        "The draft had no round while a seq speculated.",
+        "Time in which the draft had no round although a sequence speculated.",
         lambda s: s.draft_idle_seconds_total,
     ),
     _Series(
         "verify_wait_seconds",
-        "The target had no round while a seq waited for drafts.",
+        "Time in which the target had no round because a sequence waited for drafts.",
         lambda s: s.verify_wait_seconds_total,
     ),
-    _Series("non_finite_rows", "Rows with NaN or infinite logits.", lambda s: s.non_finite_rows_total),
+    _Series(
+        "non_finite_rows",
+        "Rows with NaN or infinite logits; each ended its request.",
+        lambda s: s.non_finite_rows_total,
+    ),
 )
 
 
 class ReplicaCollector(Collector):
-    """Asks every replica at each scrape. One that does not answer has no series but `replica_ready` 0."""
+    """Asks every replica at each scrape. One that does not answer only has `replica_ready` with value 0."""
 
     def __init__(self, model_name: str, read: Callable[[], Sequence[ReplicaStatus]]) -> None:
         self._model_name = model_name
@@ -87,7 +117,7 @@ class ReplicaCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         replicas = self._read()
-        ready = self._family(GaugeMetricFamily, "replica_ready", "Whether a request would be served.")
+        ready = self._family(GaugeMetricFamily, "replica_ready", "1 if the replica would serve a request.")
         for replica in replicas:
             ready.add_metric(self._labels(replica), float(replica.status.ready))
         yield ready
@@ -103,7 +133,7 @@ class ReplicaCollector(Collector):
     def _accepted_by_position(self, replicas: Sequence[ReplicaStatus]) -> Metric:
         family = CounterMetricFamily(
             PREFIX + "spec_decode_num_accepted_tokens_per_pos",
-            "Accepted drafts by their place in the round.",
+            "Accepted drafts by their position in the round, 0 first.",
             labels=["model_name", "replica", "position"],
         )
         for replica in replicas:

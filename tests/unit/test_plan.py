@@ -144,7 +144,7 @@ def test_ranks_share_cores_where_there_are_too_few(pair: tuple[Path, Path]) -> N
     plan = make_plan(settings, cpu_nodes(2))
     assert [bundle.cpu_ids for bundle in plan.bundles] == [()] * 3
     assert sum(bundle.num_cpus for bundle in plan.bundles) <= 2.0
-    assert plan.notes == ("cores are shared on 10.0.0.0: 3 workers of 1 thread, cores 2 idle",)
+    assert plan.notes == ("cores are shared on 10.0.0.0: 3 workers need 3 cores, 2 are idle",)
     spread = make_plan(settings, cpu_nodes(1, 1))
     assert [bundle.node_id for bundle in spread.bundles] == ["node-0", "node-0", "node-1"]
 
