@@ -16,10 +16,11 @@ from scheduler.config import SchedulerConfig
 from scheduler.drafting.speculation import Speculation
 from scheduler.engines.engine import Engine, PlannedRow
 from scheduler.engines.idle_meter import IdleMeter
+from scheduler.requests.admission import InvalidRequestError, build_request
 from scheduler.requests.detokenizer import TokenTable
 from scheduler.requests.draft_tally import DraftTally
-from scheduler.requests.request import Chunk, Failed, InvalidRequestError, Output, Request, build_request
-from scheduler.requests.seq import Seq, SeqStatus
+from scheduler.requests.outputs import Chunk, Failed, Output
+from scheduler.requests.request import Request, Seq, SeqStatus
 from scheduler.requests.stopping import Finish
 from scheduler.target.planner import TargetPlanner
 

@@ -7,7 +7,7 @@ from scheduler.drafting.seats import DraftSeats
 from scheduler.drafting.verdict_cache import Branch, Outcome, VerdictCache
 from scheduler.engines.engine import PlannedRow
 from scheduler.policy.policy import SpeculationPolicy
-from scheduler.requests.seq import Seq
+from scheduler.requests.request import Seq
 
 __all__ = ["BranchPlanner"]
 

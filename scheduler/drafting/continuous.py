@@ -13,7 +13,7 @@ from scheduler.drafting.drafter import Drafter
 from scheduler.drafting.seats import DraftSeats
 from scheduler.engines.engine import InFlight, PlannedRow
 from scheduler.policy.continuous import ContinuousPolicy
-from scheduler.requests.seq import Seq
+from scheduler.requests.request import Seq
 
 __all__ = ["Continuous", "RoundTuning"]
 

@@ -17,7 +17,7 @@ from scheduler.drafting.verdict_cache import VerdictCache
 from scheduler.engines.engine import Engine, InFlight, PlannedRow
 from scheduler.policy.confidence import Calibration
 from scheduler.policy.policy import Drafts, SpeculationPolicy
-from scheduler.requests.seq import Seq
+from scheduler.requests.request import Seq
 
 __all__ = ["Drafter", "Tuning"]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from echelon.pb import worker_pb2
 from scheduler.drafting.chain import Drafted, DraftSeat
 from scheduler.engines.engine import Engine, ForkFrom, InFlight, PlannedRow
-from scheduler.requests.seq import Seq
+from scheduler.requests.request import Seq
 
 __all__ = ["DraftSeats", "is_complete"]
 

@@ -9,7 +9,7 @@ from scheduler.drafting.seats import DraftSeats
 from scheduler.engines.engine import InFlight, PlannedRow
 from scheduler.engines.seat import Seat
 from scheduler.policy.serial import SerialPolicy
-from scheduler.requests.seq import Seq
+from scheduler.requests.request import Seq
 
 __all__ = ["Serial"]
 

@@ -12,8 +12,8 @@ from scheduler.drafting.suffix import Proposal, SuffixDrafts, SuffixIndex, prefe
 from scheduler.engines.engine import Engine
 from scheduler.policy.acceptance import Acceptance, AcceptancePrior, expected_tokens
 from scheduler.policy.policy import Drafts
-from scheduler.requests.request import Request, max_drafts
-from scheduler.requests.seq import Seq
+from scheduler.requests.admission import max_drafts
+from scheduler.requests.request import Request, Seq
 
 __all__ = ["Speculation"]
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from scheduler.drafting.chain import Drafted, DraftSeat
 from scheduler.engines.seat import Seat
-from scheduler.requests.seq import Seq
+from scheduler.requests.request import Seq
 
 __all__ = ["Branch", "Outcome", "VerdictCache"]
 

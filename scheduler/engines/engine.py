@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from echelon.pb import sampling_pb2, worker_pb2
 from scheduler.engines.blocks import BlockManager
 from scheduler.engines.seat import Seat
-from scheduler.requests.seq import Seq
+from scheduler.requests.request import Seq
 
 __all__ = ["Engine", "ForkFrom", "InFlight", "PlannedRow", "ProtocolError"]
 

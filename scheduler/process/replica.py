@@ -12,7 +12,7 @@ from scheduler.config import Method
 from scheduler.core import SchedulerCore
 from scheduler.process.group_client import GroupClient, GroupEvents
 from scheduler.process.recorder import RoundRecorder
-from scheduler.requests.request import Chunk, Completed, Failed, Output
+from scheduler.requests.outputs import Chunk, Completed, Failed, Output
 
 __all__ = ["Outbox", "Replica"]
 

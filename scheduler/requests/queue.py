@@ -3,7 +3,7 @@
 from bisect import insort
 from operator import attrgetter
 
-from scheduler.requests.seq import Seq, SeqStatus
+from scheduler.requests.request import Seq, SeqStatus
 
 __all__ = ["WaitingQueue"]
 

@@ -1,49 +1,19 @@
-"""A request from admission to its last message."""
+"""A request from admission to its last message, and its samples: a history, its place in each engine and its output."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
-from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2
-from scheduler.config import SchedulerConfig, SpeculationConfig
-from scheduler.engines.digests import DigestChain, root_digest
-from scheduler.requests.detokenizer import Detokenizer, TokenTable
+from echelon.pb import inference_pb2, sampling_pb2
+from scheduler.drafting.chain import DraftSeat
+from scheduler.drafting.suffix import Proposal, SuffixDrafts
+from scheduler.engines.digests import DigestChain
+from scheduler.engines.seat import Seat
+from scheduler.policy.acceptance import Acceptance, AcceptancePrior
 from scheduler.requests.draft_tally import DraftTally
-from scheduler.requests.seq import Seq
-from scheduler.requests.stopping import OutputText, StopRules, StopStrings
+from scheduler.requests.outputs import Completed
+from scheduler.requests.stopping import Finish, OutputText
 
-__all__ = ["Chunk", "Completed", "Failed", "InvalidRequestError", "Output", "Request", "build_request", "max_drafts"]
-
-
-class InvalidRequestError(ValueError):
-    """A request that can never be served; the message names the field."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Chunk:
-    """Tokens of one sample, with the text that became certain."""
-
-    request_id: str
-    index: int
-    offset: int  # output tokens before this chunk
-    token_ids: list[int]
-    text: str
-    logprobs: list[sampling_pb2.PositionLogprobs]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completed:
-    request_id: str
-    message: inference_pb2.GenerateComplete
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failed:
-    request_id: str
-    code: int  # canonical gRPC status code
-    message: str
-
-
-Output = Chunk | Completed | Failed
+__all__ = ["Request", "Seq", "SeqStatus"]
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
@@ -53,7 +23,7 @@ class Request:
     arrived_s: float
     deadline_s: float | None
     seed: int
-    seqs: list[Seq] = field(default_factory=list)
+    seqs: "list[Seq]" = field(default_factory=list)
     speculation: DraftTally = field(default_factory=DraftTally)
     admitted_s: float | None = None
     first_token_s: float | None = None
@@ -93,6 +63,103 @@ class Request:
         )
 
 
+def _unknown() -> Acceptance:
+    return Acceptance.start(AcceptancePrior())
+
+
+class SeqStatus(Enum):
+    HELD = auto()  # waits until the first sample of its request has computed the prompt
+    WAITING = auto()  # for a slot and blocks
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class Seq:
+    """One sample of a request."""
+
+    request: Request
+    index: int  # which of n
+    order: tuple[int, int]  # arrival; smaller is older
+    token_ids: list[int]  # prompt, then committed output
+    max_len: int  # tokens, prompt included, at which it ends
+    sampling: sampling_pb2.SeqSampling
+    output: OutputText
+    digests: DigestChain
+    status: SeqStatus = SeqStatus.HELD
+    finish: Finish | None = None
+
+    target: Seat | None = None
+    num_reused: int = 0  # tokens that the prefix cache gave the seat
+    num_rows_in_flight: int = 0  # at the target, of this seat or an earlier one
+    num_pending: int = 0  # tokens that those rows will certainly commit
+    num_verifying: int = 0  # drafts of one of them: nobody knows how many tokens it will commit
+    verifies_chain: bool = False  # those drafts are the first of the draft engine's chain
+
+    max_drafts: int = 0  # a round; 0: no speculation
+    is_draft_fixed: bool = False  # the request chose the number: the policy has no say
+    acceptance: Acceptance = field(default_factory=_unknown)  # of the draft model's drafts
+    suffixes: SuffixDrafts | None = None  # where lookup finds drafts
+    looked_up: Proposal | None = None  # what it finds behind the history as it is
+    skips_draft: bool = False  # it promises more than the draft model
+    held_until: float | None = None  # the target's next row waits for drafts, but no longer
+
+    draft: DraftSeat | None = None
+    has_draft_model: bool = True  # False: the draft engine cannot follow this seq
+    window: int = 0  # drafts that its chain may run ahead, as the policy said last; 0: the draft pauses
+    window_chosen_at: int = -1  # length of the history when it said so
+    num_drafted_at: int = 0  # serial: length of the history when the last drafts were ordered
+    num_free_at_refusal: int = -1  # free draft blocks when they were too few for this seq
+
+    def forget_window(self) -> None:
+        """The chain that it was chosen for is gone."""
+        self.window = 0
+        self.window_chosen_at = -1
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.token_ids) - self.request.num_prompt_tokens
+
+    @property
+    def num_tokens_ahead(self) -> int:
+        """Length of the history when the rounds in flight have run (unless one verifies drafts)."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens of the history that the target has yet to compute; 1 is a decode step."""
+        assert self.target is not None, "a seq without a seat has nothing to compute"
+        return self.num_tokens_ahead - self.target.num_computed
+
+    @property
+    def is_verifying(self) -> bool:
+        return self.num_verifying > 0
+
+    @property
+    def is_decoding(self) -> bool:
+        """The prompt is computed, and all but the last token of the history."""
+        return self.target is not None and self.num_outputs > 0 and (self.is_verifying or self.num_uncomputed <= 1)
+
+    @property
+    def wants_draft_model(self) -> bool:
+        return self.max_drafts > 0 and self.has_draft_model
+
+    @property
+    def num_drafts_ahead(self) -> int:
+        """Drafts of the model ahead of the last commit, those on their way included."""
+        return self.draft.num_ahead if self.draft is not None else 0
+
+    @property
+    def draft_limit(self) -> int:
+        """Most drafts that the next target row may verify; it adds a token of its own."""
+        return max(0, min(self.max_drafts, self.max_len - len(self.token_ids) - 1))
+
+    @property
+    def may_step(self) -> bool:
+        """Whether a further target row makes sense before the rounds in flight are back."""
+        return not self.is_verifying and self.num_tokens_ahead < self.max_len
+
+
 def _finished(seq: Seq) -> inference_pb2.Finished:
     assert seq.finish is not None, "a completed request has finished seqs only"
     message = inference_pb2.Finished(
@@ -101,112 +168,3 @@ def _finished(seq: Seq) -> inference_pb2.Finished:
     if seq.finish.stop_token_id is not None:
         message.stop_token_id = seq.finish.stop_token_id
     return message
-
-
-def build_request(
-    submit: scheduler_pb2.Submit,
-    *,
-    config: SchedulerConfig,
-    max_model_len: int,
-    table: TokenTable,
-    block_size: int,
-    number: int,
-    now: float,
-) -> Request:
-    """A request with its seqs, none of them started. `number` is its place in the order of arrival."""
-    sampling = submit.sampling
-    prompt = list(submit.prompt_token_ids)
-    max_len = _max_len(submit, max_model_len)
-    request = Request(
-        request_id=submit.request_id,
-        num_prompt_tokens=len(prompt),
-        arrived_s=now,
-        deadline_s=now + submit.timeout_s if submit.HasField("timeout_s") else None,
-        seed=sampling.seed,
-    )
-    if sampling.HasField("prompt_logprobs"):
-        request.prompt_logprobs = [None] * (len(prompt) - 1)
-    rules = StopRules(
-        stop_token_ids=_stop_token_ids(sampling, config),
-        strings=StopStrings(sampling.stop),
-        include_stop_str=sampling.include_stop_str_in_output,
-        min_tokens=sampling.min_tokens,
-        max_tokens=max_len - len(prompt),
-    )
-    root = root_digest(config.model_name, block_size)
-    follows_text = not table.special_ids.issuperset(prompt)
-    for index in range(max(1, sampling.n)):
-        detokenizer = Detokenizer(
-            table,
-            skip_special_tokens=sampling.skip_special_tokens or not sampling.HasField("skip_special_tokens"),
-            follows_text=follows_text,
-        )
-        request.seqs.append(
-            Seq(
-                request=request,
-                index=index,
-                order=(number, index),
-                token_ids=prompt.copy(),
-                max_len=max_len,
-                sampling=_seq_sampling(sampling, rules.stop_token_ids, index),
-                output=OutputText(rules, detokenizer),
-                digests=DigestChain(root, block_size),
-                max_drafts=max_drafts(submit.speculation, config.speculation),
-                is_draft_fixed=submit.speculation.HasField("num_speculative_tokens"),
-            )
-        )
-    return request
-
-
-def _max_len(submit: scheduler_pb2.Submit, max_model_len: int) -> int:
-    num_prompt = len(submit.prompt_token_ids)
-    sampling = submit.sampling
-    if num_prompt == 0:
-        raise InvalidRequestError("prompt_token_ids is empty: a prompt needs at least one token")
-    if num_prompt >= max_model_len:
-        raise InvalidRequestError(
-            f"prompt_token_ids has {num_prompt} tokens, which leaves no room to generate within max_model_len "
-            f"{max_model_len}: shorten the prompt"
-        )
-    if sampling.HasField("max_tokens") and sampling.max_tokens < 1:
-        raise InvalidRequestError(f"sampling.max_tokens must be >= 1, got {sampling.max_tokens}")
-    room = max_model_len - num_prompt
-    return num_prompt + (min(sampling.max_tokens, room) if sampling.HasField("max_tokens") else room)
-
-
-def _stop_token_ids(sampling: sampling_pb2.SamplingParams, config: SchedulerConfig) -> frozenset[int]:
-    own: Iterable[int] = sampling.stop_token_ids
-    return frozenset(own) if sampling.ignore_eos else config.eos_token_ids.union(own)
-
-
-def max_drafts(wish: inference_pb2.Speculation, config: SpeculationConfig) -> int:
-    """Most drafts that a request's rows may verify, by its own wish; 0: no speculation."""
-    if wish.HasField("enabled") and not wish.enabled:
-        return 0
-    if wish.HasField("num_speculative_tokens"):
-        return min(wish.num_speculative_tokens, config.num_speculative_tokens)
-    return config.num_speculative_tokens
-
-
-def _seq_sampling(
-    sampling: sampling_pb2.SamplingParams, stop_token_ids: frozenset[int], index: int
-) -> sampling_pb2.SeqSampling:
-    resolved = sampling_pb2.SeqSampling(
-        seed=sampling.seed,
-        sample_index=index,
-        temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
-        top_k=max(0, sampling.top_k),
-        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        logit_bias=dict(sampling.logit_bias),
-        min_tokens=sampling.min_tokens,
-        suppressed_token_ids=sorted(stop_token_ids),
-    )
-    if sampling.HasField("logprobs"):
-        resolved.logprobs = sampling.logprobs
-    if sampling.HasField("prompt_logprobs") and index == 0:
-        resolved.prompt_logprobs = sampling.prompt_logprobs
-    return resolved

@@ -11,8 +11,7 @@ from scheduler.drafting.speculation import Speculation
 from scheduler.engines.engine import Engine, InFlight, PlannedRow, ProtocolError
 from scheduler.engines.seat import Seat
 from scheduler.requests.queue import WaitingQueue
-from scheduler.requests.request import Request
-from scheduler.requests.seq import Seq, SeqStatus
+from scheduler.requests.request import Request, Seq, SeqStatus
 from scheduler.target.prefill import Arrivals, Prompt, RoundCost, share_prefill
 
 __all__ = ["TargetPlanner"]

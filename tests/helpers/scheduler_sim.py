@@ -11,7 +11,7 @@ from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2, worker_pb2
 from scheduler.config import Method, SchedulerConfig, SpeculationConfig
 from scheduler.core import SchedulerCore
 from scheduler.requests.detokenizer import TokenTable
-from scheduler.requests.request import Chunk, Completed, Failed, Output
+from scheduler.requests.outputs import Chunk, Completed, Failed, Output
 from tests.helpers.fake_group import FakeEngine, FakeModel, plain_tokens
 
 __all__ = ["Simulation", "letters", "seq_sampling", "submit", "token_table"]

@@ -63,6 +63,23 @@ def test_only_the_stubs_are_shared(folder: str) -> None:
                 assert name.startswith("echelon.pb"), f"{path.relative_to(ROOT)} imports {name}"
 
 
+def files_of_ours() -> dict[str, set[str]]:
+    """Each module of ours -> the modules of ours that it imports."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for f in FOLDERS for path in sources(f)}
+    return {
+        name: {other for found in imports_of(path) for other in (found, found.rpartition(".")[0]) if other in names}
+        for name, path in names.items()
+    }
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    left = files_of_ours()
+    while ready := [name for name, others in left.items() if not others & left.keys()]:
+        for name in ready:
+            del left[name]
+    assert not left, f"these import each other, or such modules: {sorted(left)}"
+
+
 def modules_loaded_by(code: str) -> set[str]:
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"],

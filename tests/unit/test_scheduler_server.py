@@ -18,7 +18,7 @@ from scheduler.config import ConfigError
 from scheduler.core import SchedulerCore
 from scheduler.process.replica import Outbox
 from scheduler.process.server import SchedulerServer
-from scheduler.requests.request import Chunk, Failed
+from scheduler.requests.outputs import Chunk, Failed
 from tests.helpers.fake_group import FakeEngine, FakeModel, plain_tokens
 from tests.helpers.fake_group_server import FakeGroupServer
 from tests.helpers.scheduler_sim import letters, seq_sampling, submit

@@ -1,0 +1,125 @@
+"""What a client asks for becomes a request, or an error that names the field."""
+
+from collections.abc import Iterable
+
+from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2
+from scheduler.config import SchedulerConfig, SpeculationConfig
+from scheduler.engines.digests import DigestChain, root_digest
+from scheduler.requests.detokenizer import Detokenizer, TokenTable
+from scheduler.requests.request import Request, Seq
+from scheduler.requests.stopping import OutputText, StopRules, StopStrings
+
+__all__ = ["InvalidRequestError", "build_request", "max_drafts"]
+
+
+class InvalidRequestError(ValueError):
+    """A request that can never be served; the message names the field."""
+
+
+def build_request(
+    submit: scheduler_pb2.Submit,
+    *,
+    config: SchedulerConfig,
+    max_model_len: int,
+    table: TokenTable,
+    block_size: int,
+    number: int,
+    now: float,
+) -> Request:
+    """A request with its seqs, none of them started. `number` is its place in the order of arrival."""
+    sampling = submit.sampling
+    prompt = list(submit.prompt_token_ids)
+    max_len = _max_len(submit, max_model_len)
+    request = Request(
+        request_id=submit.request_id,
+        num_prompt_tokens=len(prompt),
+        arrived_s=now,
+        deadline_s=now + submit.timeout_s if submit.HasField("timeout_s") else None,
+        seed=sampling.seed,
+    )
+    if sampling.HasField("prompt_logprobs"):
+        request.prompt_logprobs = [None] * (len(prompt) - 1)
+    rules = StopRules(
+        stop_token_ids=_stop_token_ids(sampling, config),
+        strings=StopStrings(sampling.stop),
+        include_stop_str=sampling.include_stop_str_in_output,
+        min_tokens=sampling.min_tokens,
+        max_tokens=max_len - len(prompt),
+    )
+    root = root_digest(config.model_name, block_size)
+    follows_text = not table.special_ids.issuperset(prompt)
+    for index in range(max(1, sampling.n)):
+        detokenizer = Detokenizer(
+            table,
+            skip_special_tokens=sampling.skip_special_tokens or not sampling.HasField("skip_special_tokens"),
+            follows_text=follows_text,
+        )
+        request.seqs.append(
+            Seq(
+                request=request,
+                index=index,
+                order=(number, index),
+                token_ids=prompt.copy(),
+                max_len=max_len,
+                sampling=_seq_sampling(sampling, rules.stop_token_ids, index),
+                output=OutputText(rules, detokenizer),
+                digests=DigestChain(root, block_size),
+                max_drafts=max_drafts(submit.speculation, config.speculation),
+                is_draft_fixed=submit.speculation.HasField("num_speculative_tokens"),
+            )
+        )
+    return request
+
+
+def _max_len(submit: scheduler_pb2.Submit, max_model_len: int) -> int:
+    num_prompt = len(submit.prompt_token_ids)
+    sampling = submit.sampling
+    if num_prompt == 0:
+        raise InvalidRequestError("prompt_token_ids is empty: a prompt needs at least one token")
+    if num_prompt >= max_model_len:
+        raise InvalidRequestError(
+            f"prompt_token_ids has {num_prompt} tokens, which leaves no room to generate within max_model_len "
+            f"{max_model_len}: shorten the prompt"
+        )
+    if sampling.HasField("max_tokens") and sampling.max_tokens < 1:
+        raise InvalidRequestError(f"sampling.max_tokens must be >= 1, got {sampling.max_tokens}")
+    room = max_model_len - num_prompt
+    return num_prompt + (min(sampling.max_tokens, room) if sampling.HasField("max_tokens") else room)
+
+
+def _stop_token_ids(sampling: sampling_pb2.SamplingParams, config: SchedulerConfig) -> frozenset[int]:
+    own: Iterable[int] = sampling.stop_token_ids
+    return frozenset(own) if sampling.ignore_eos else config.eos_token_ids.union(own)
+
+
+def max_drafts(wish: inference_pb2.Speculation, config: SpeculationConfig) -> int:
+    """Most drafts that a request's rows may verify, by its own wish; 0: no speculation."""
+    if wish.HasField("enabled") and not wish.enabled:
+        return 0
+    if wish.HasField("num_speculative_tokens"):
+        return min(wish.num_speculative_tokens, config.num_speculative_tokens)
+    return config.num_speculative_tokens
+
+
+def _seq_sampling(
+    sampling: sampling_pb2.SamplingParams, stop_token_ids: frozenset[int], index: int
+) -> sampling_pb2.SeqSampling:
+    resolved = sampling_pb2.SeqSampling(
+        seed=sampling.seed,
+        sample_index=index,
+        temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
+        top_k=max(0, sampling.top_k),
+        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        min_tokens=sampling.min_tokens,
+        suppressed_token_ids=sorted(stop_token_ids),
+    )
+    if sampling.HasField("logprobs"):
+        resolved.logprobs = sampling.logprobs
+    if sampling.HasField("prompt_logprobs") and index == 0:
+        resolved.prompt_logprobs = sampling.prompt_logprobs
+    return resolved

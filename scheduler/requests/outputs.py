@@ -1,0 +1,35 @@
+"""What the scheduler delivers of a request."""
+
+from dataclasses import dataclass
+
+from echelon.pb import inference_pb2, sampling_pb2
+
+__all__ = ["Chunk", "Completed", "Failed", "Output"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Chunk:
+    """Tokens of one sample, with the text that became certain."""
+
+    request_id: str
+    index: int
+    offset: int  # output tokens before this chunk
+    token_ids: list[int]
+    text: str
+    logprobs: list[sampling_pb2.PositionLogprobs]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed:
+    request_id: str
+    message: inference_pb2.GenerateComplete
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    request_id: str
+    code: int  # canonical gRPC status code
+    message: str
+
+
+Output = Chunk | Completed | Failed
