@@ -17,10 +17,19 @@ from scheduler.requests.request import Request, Seq
 
 __all__ = ["Speculation"]
 
-_LOOKUP_S = 1e-6  # what a draft from lookup costs the policy
-_MAX_TRUST_LEN = 16  # contexts of so many tokens and more are trusted alike
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """How lookup is weighed."""
+
+    lookup_s: float = 1e-6  # what a draft from lookup costs the policy; not measured
+    max_trust_len: int = 16  # contexts of so many tokens and more are trusted alike; not measured
+    recent_share: float = 0.05  # of a verdict in the means that status reports; not measured
+    context: int = 64  # tokens kept before a finished request's output, to find its beginning by; not measured
+
+
+_TUNING = Tuning()
 _NOTHING = Proposal([], [], 0)
-_CONTEXT = 64  # tokens before a finished request's output that are kept with it, to find its beginning by
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +50,9 @@ class Speculation:
         self._policy = self.drafter.policy
         self._suffixes = SuffixIndex() if config.uses_lookup else None
         if not config.uses_draft_model:
-            self._policy.observe_draft(num_seqs=1, num_steps=1, num_chunk_tokens=1, run_s=_LOOKUP_S)
+            self._policy.observe_draft(num_seqs=1, num_steps=1, num_chunk_tokens=1, run_s=_TUNING.lookup_s)
         # How drafts from lookup fared, by the length of the context that was found: short ones are found by chance.
-        self._lookup_odds = [AcceptancePrior() for _ in range(_MAX_TRUST_LEN.bit_length())]
+        self._lookup_odds = [AcceptancePrior() for _ in range(_TUNING.max_trust_len.bit_length())]
         self._num_looked_up = 0
         self._recent_drafts = 0.0  # of a row that had any
         self._recent_accepted = 0.0  # of them
@@ -67,7 +76,7 @@ class Speculation:
             return
         seq.suffixes.close()
         if seq.num_outputs:
-            self._suffixes.add(seq.token_ids[max(0, seq.request.num_prompt_tokens - _CONTEXT) :])
+            self._suffixes.add(seq.token_ids[max(0, seq.request.num_prompt_tokens - _TUNING.context) :])
 
     def adjust(self, seq: Seq, wish: inference_pb2.Speculation) -> None:
         """The request wants to speculate in another way from now on."""
@@ -164,7 +173,7 @@ class Speculation:
         return prefers_lookup(found, reliability=self._trust(found).rate, expected_by_model=expected)
 
     def _trust(self, found: Proposal) -> AcceptancePrior:
-        return self._lookup_odds[min(found.match_len, _MAX_TRUST_LEN).bit_length() - 1]
+        return self._lookup_odds[min(found.match_len, _TUNING.max_trust_len).bit_length() - 1]
 
     def sent(self, seq: Seq, num_drafts: int) -> None:
         """A target row of the seq is on its way, with that many drafts."""
@@ -174,7 +183,7 @@ class Speculation:
     def on_verdict(self, seq: Seq, num_accepted: int, num_verified: int) -> None:
         self._num_looked_up += 0 if seq.verifies_chain else num_verified
         if num_verified:
-            share = 0.05 if self._recent_drafts else 1.0
+            share = _TUNING.recent_share if self._recent_drafts else 1.0
             self._recent_drafts += share * (num_verified - self._recent_drafts)
             self._recent_accepted += share * (num_accepted - self._recent_accepted)
         if seq.verifies_chain:

@@ -7,19 +7,28 @@ indexed at once, so every call indexes a slice of what waits.
 from array import array
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from scheduler.drafting.suffix_automaton import SEPARATOR, Match, SuffixAutomaton
 
 __all__ = ["Proposal", "SuffixDrafts", "SuffixIndex", "prefers_lookup"]
 
-_MAX_PROMPT = 32_768  # latest tokens of a prompt that are indexed
-_PROMPT_SLICE = 1024  # tokens of prompts that are indexed in a round, of all seqs together: some milliseconds
-_MIN_SLICE = 64
-_REQUEST_SLICE = 4  # tokens of finished requests for each committed one: faster than they come
-_MAX_CONTEXT = 64  # latest tokens that are matched with finished requests
-_MAX_CONTEXTS = 6  # contexts of different lengths that are tried
-_MIN_PROBABILITY = 0.1  # of a draft and all before it
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Bounds of what lookup costs and proposes."""
+
+    max_prompt: int = 32_768  # latest tokens of a prompt that are indexed; not measured
+    prompt_slice: int = 1024  # tokens of prompts, of all seqs, indexed in a round: some milliseconds; not measured
+    min_slice: int = 64  # tokens of each prompt; not measured
+    request_slice: int = 4  # tokens of finished requests for each committed one: faster than they come; not measured
+    max_context: int = 64  # latest tokens that are matched with finished requests; not measured
+    max_contexts: int = 6  # contexts of different lengths that are tried; not measured
+    min_probability: float = 0.1  # of a draft and all before it; not measured
+
+
+_TUNING = Tuning()
 
 
 class Proposal(NamedTuple):
@@ -117,9 +126,9 @@ class SuffixDrafts:
     def __init__(self, shared: SuffixIndex, prompt_token_ids: Sequence[int]) -> None:
         self._shared = shared
         self._local = SuffixAutomaton()
-        self._waiting = array("i", prompt_token_ids[-_MAX_PROMPT:])  # not yet indexed, if any
+        self._waiting = array("i", prompt_token_ids[-_TUNING.max_prompt :])  # not yet indexed, if any
         self.num_indexed = 0  # tokens of the prompt
-        self._recent: deque[int] = deque(prompt_token_ids[-_MAX_CONTEXT:], maxlen=_MAX_CONTEXT)
+        self._recent: deque[int] = deque(prompt_token_ids[-_TUNING.max_context :], maxlen=_TUNING.max_context)
         self._pointers: list[_Pointer] = []
         shared.num_waiting_prompts += 1
 
@@ -143,13 +152,13 @@ class SuffixDrafts:
             self._waiting.extend(token_ids)
         else:
             self._local.extend(token_ids)
-        self._shared.index(_REQUEST_SLICE * len(token_ids))
+        self._shared.index(_TUNING.request_slice * len(token_ids))
 
     def index(self) -> None:
         """Index a slice of the prompt, shorter the more prompts wait. `propose` does it too."""
         if not self._waiting:
             return
-        size = max(_MIN_SLICE, _PROMPT_SLICE // self._shared.num_waiting_prompts)
+        size = max(_TUNING.min_slice, _TUNING.prompt_slice // self._shared.num_waiting_prompts)
         self._local.extend(self._waiting[self.num_indexed : self.num_indexed + size])
         self.num_indexed += size
         if self.num_indexed >= len(self._waiting):
@@ -180,7 +189,7 @@ class SuffixDrafts:
 def _best_continuation(automaton: SuffixAutomaton, match: Match, max_tokens: int) -> Proposal:
     """Of the continuations of contexts of several lengths that with the best score; longer contexts win ties."""
     best = Proposal([], [], 0)
-    for _ in range(_MAX_CONTEXTS):
+    for _ in range(_TUNING.max_contexts):
         if match.length == 0:
             break
         # A context of n tokens is trusted for as many.
@@ -202,7 +211,7 @@ def _continuation(automaton: SuffixAutomaton, match: Match, max_tokens: int) -> 
         if following is None or following.token_id == SEPARATOR:
             break
         probability *= following.probability
-        if probability < _MIN_PROBABILITY:
+        if probability < _TUNING.min_probability:
             break
         token_ids.append(following.token_id)
         probabilities.append(probability)

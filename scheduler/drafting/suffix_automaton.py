@@ -10,14 +10,24 @@ vLLM, and the automata on PyPI are built once.
 
 from array import array
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 __all__ = ["SEPARATOR", "Continuation", "Match", "SuffixAutomaton"]
 
 SEPARATOR = -1  # between texts that have nothing to do with one another
 _NONE, _MANY = -2, -3  # in the place of a transition's token
-_MAX_COUNTED = 64  # contexts that a token is counted for, longest first: bounds the work in texts like "a a a a"
-_MAX_BRANCHES = 64  # a context that so many different tokens followed predicts none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Bounds of the work that a token costs."""
+
+    max_counted: int = 64  # contexts that a token is counted for, longest first, in texts like "a a a a"; not measured
+    max_branches: int = 64  # a context that so many different tokens followed predicts none; not measured
+
+
+_TUNING = Tuning()
 
 
 class Continuation(NamedTuple):
@@ -97,7 +107,7 @@ class SuffixAutomaton:
     def _count_up(self, state: int) -> None:
         """All suffixes of the text end here once more."""
         count, last_end, link, position = self._count, self._last_end, self._link, self.num_tokens
-        for _ in range(_MAX_COUNTED):
+        for _ in range(_TUNING.max_counted):
             if state <= 0:
                 return
             count[state] += 1
@@ -162,7 +172,7 @@ class SuffixAutomaton:
         if only != _MANY:
             return Continuation(only, 1.0, self._only_next[state])
         branches = self._branches[state]
-        if len(branches) > _MAX_BRANCHES:
+        if len(branches) > _TUNING.max_branches:
             return None
         count, last_end = self._count, self._last_end
         best, total = -1, 0

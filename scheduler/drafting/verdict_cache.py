@@ -17,8 +17,19 @@ from scheduler.requests.request import Seq
 
 __all__ = ["Branch", "Outcome", "VerdictCache"]
 
-_MIN_PROBABILITY = 0.01  # of an outcome for which a branch is drafted
-_DECAY = 0.99
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Which outcomes get branches."""
+
+    min_probability: float = 0.01  # of an outcome for which a branch is drafted; not measured
+    # How often the target's token is the draft's 2nd, 3rd, 4th choice where it is not the 1st; not measured.
+    rank_odds: tuple[float, ...] = (0.4, 0.15, 0.08)
+    prior_trials: float = 10.0  # weight of that guess; not measured
+    decay: float = 0.99  # of what is known of the ranks, with each verdict; not measured
+
+
+_TUNING = Tuning()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +52,8 @@ class _RankOdds:
     """How often the target's token, where it was not the draft's first choice, was the second, the third, ..."""
 
     def __init__(self, first_guess: Sequence[float]) -> None:
-        self._hits = [10.0 * odds for odds in first_guess]
-        self._num_seen = 10.0
+        self._hits = [_TUNING.prior_trials * odds for odds in first_guess]
+        self._num_seen = _TUNING.prior_trials
 
     def __getitem__(self, rank: int) -> float:
         return self._hits[rank] / self._num_seen
@@ -51,8 +62,8 @@ class _RankOdds:
         return len(self._hits)
 
     def observe(self, rank: int | None) -> None:
-        self._num_seen = _DECAY * self._num_seen + 1.0
-        self._hits = [_DECAY * hits + (1.0 if i == rank else 0.0) for i, hits in enumerate(self._hits)]
+        self._num_seen = _TUNING.decay * self._num_seen + 1.0
+        self._hits = [_TUNING.decay * hits + (1.0 if i == rank else 0.0) for i, hits in enumerate(self._hits)]
 
 
 class VerdictCache:
@@ -63,7 +74,7 @@ class VerdictCache:
     def __init__(self, max_branches: int) -> None:
         self._max_branches = max_branches  # of a seq; 0: none
         self._branches: dict[Seq, list[Branch]] = {}
-        self._odds = _RankOdds([0.4, 0.15, 0.08])
+        self._odds = _RankOdds(_TUNING.rank_odds)
         self.num_hits = 0
         self.num_misses = 0
 
@@ -98,7 +109,7 @@ class VerdictCache:
             stops_here = all_before * (1.0 - drafted.odds)
             all_before *= drafted.odds
             for token_id, odd in zip(drafted.alternatives, rank_odds, strict=False):
-                if stops_here * odd >= _MIN_PROBABILITY:
+                if stops_here * odd >= _TUNING.min_probability:
                     start, probability = seat.num_agreed + i, stops_here * odd
                     outcomes.append(Outcome(start=start, token_id=token_id, probability=probability))
         return sorted(outcomes, key=lambda outcome: -outcome.probability)

@@ -5,14 +5,24 @@ from typing import Self
 
 __all__ = ["Acceptance", "AcceptancePrior", "expected_tokens"]
 
-_PRIOR_MEAN = 0.7  # what a trained draft of the same family reaches, until verdicts say otherwise
-_PRIOR_TRIALS = 2.0  # how much that guess weighs: a handful of verdicts overrule it
-_PRIOR_MEMORY = 400.0  # trials
-_SEQ_PRIOR_TRIALS = 16.0  # how much the prior weighs in a seq's own estimate: texts differ by 0.1 or so ...
-_CHANGED_PRIOR_TRIALS = 3.0  # ... but one that has changed went its own way
-_MEMORIES = (300.0, 60.0, 12.0)  # trials: long ones are steady, short ones notice that the text has changed
-_MIN_TRIALS = 6.0  # below that a memory says nothing of a change
-_CHANGE_SIGMAS = 3.5  # how far a shorter memory must stray from a longer one to replace it
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """How acceptance is estimated. Together they reach what tests/unit/test_policy.py demands."""
+
+    # What a trained draft of the same family reaches, until verdicts say otherwise; not measured.
+    prior_mean: float = 0.7
+    prior_trials: float = 2.0  # weight of that guess: a handful of verdicts overrule it; not measured
+    prior_memory: float = 400.0  # trials; not measured
+    seq_prior_trials: float = 16.0  # weight of the prior in a seq's estimate: texts differ by 0.1 or so; not measured
+    changed_prior_trials: float = 3.0  # its weight in one whose text has changed; not measured
+    # Trials: long ones are steady, short ones notice a change; not measured.
+    memories: tuple[float, ...] = (300.0, 60.0, 12.0)
+    min_trials: float = 6.0  # below that a memory says nothing of a change; not measured
+    change_sigmas: float = 3.5  # how far a shorter memory must stray from a longer one to replace it; not measured
+
+
+_TUNING = Tuning()
 
 
 def expected_tokens(acceptance: float, num_drafts: float) -> float:
@@ -40,11 +50,11 @@ class _Tally:
 
     def contradicts(self, longer: "_Tally") -> bool:
         """Whether chance does not explain how far this one strays from a longer memory."""
-        if self.num_trials < _MIN_TRIALS or longer.num_trials < 2 * self.num_trials:
+        if self.num_trials < _TUNING.min_trials or longer.num_trials < 2 * self.num_trials:
             return False
         before = longer.rate(0.5, 1.0)
         strayed = self.num_accepted / self.num_trials - before
-        return strayed**2 > _CHANGE_SIGMAS**2 * before * (1.0 - before) / self.num_trials
+        return strayed**2 > _TUNING.change_sigmas**2 * before * (1.0 - before) / self.num_trials
 
     def copy_from(self, other: "_Tally") -> None:
         self.num_accepted, self.num_trials = other.num_accepted, other.num_trials
@@ -57,7 +67,7 @@ class AcceptancePrior:
     """What the verdicts of all seqs say of one that has none yet. One a scheduler and draft source."""
 
     def __init__(self) -> None:
-        self._tally = _Tally(_PRIOR_MEMORY)
+        self._tally = _Tally(_TUNING.prior_memory)
         self.num_accepted = 0  # since the start
         self.num_trials = 0
 
@@ -68,7 +78,7 @@ class AcceptancePrior:
 
     @property
     def rate(self) -> float:
-        return self._tally.rate(_PRIOR_MEAN, _PRIOR_TRIALS)
+        return self._tally.rate(_TUNING.prior_mean, _TUNING.prior_trials)
 
 
 @dataclass(slots=True)
@@ -80,8 +90,8 @@ class Acceptance:
     """
 
     prior: AcceptancePrior
-    _prior_trials: float = _SEQ_PRIOR_TRIALS
-    _tallies: list[_Tally] = field(default_factory=lambda: [_Tally(memory) for memory in _MEMORIES])
+    _prior_trials: float = _TUNING.seq_prior_trials
+    _tallies: list[_Tally] = field(default_factory=lambda: [_Tally(memory) for memory in _TUNING.memories])
 
     @classmethod
     def start(cls, prior: AcceptancePrior) -> Self:
@@ -103,7 +113,7 @@ class Acceptance:
         """The text has changed: longer memories know no more than this one."""
         for longer in self._tallies[:index]:
             longer.copy_from(self._tallies[index])
-        self._prior_trials = _CHANGED_PRIOR_TRIALS
+        self._prior_trials = _TUNING.changed_prior_trials
 
     @property
     def rate(self) -> float:

@@ -1,12 +1,22 @@
 """How likely a draft is accepted, from the probability that the draft itself gave it."""
 
 from bisect import bisect_right
+from dataclasses import dataclass
 
 __all__ = ["Calibration"]
 
-_BOUNDS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.995)  # of confidences that are counted together
-_PRIOR_TRIALS = 8.0  # how much the confidence itself weighs, which is a fair guess (arXiv 2406.16858)
-_MEMORY = 400.0  # trials
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """How confidences are calibrated."""
+
+    # Between confidences that are counted apart; not measured.
+    bounds: tuple[float, ...] = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.995)
+    prior_trials: float = 8.0  # weight of the confidence itself, a fair guess (arXiv 2406.16858); not measured
+    memory: float = 400.0  # trials; not measured
+
+
+_TUNING = Tuning()
 
 
 class Calibration:
@@ -14,14 +24,14 @@ class Calibration:
     verdicts say; older ones are forgotten."""
 
     def __init__(self) -> None:
-        num_buckets = len(_BOUNDS) + 1
+        num_buckets = len(_TUNING.bounds) + 1
         self._num_accepted = [0.0] * num_buckets
         self._num_trials = [0.0] * num_buckets
 
     def observe(self, confidence: float, *, accepted: bool) -> None:
         """A draft behind accepted ones was compared."""
-        index = bisect_right(_BOUNDS, confidence)
-        keep = 1.0 - 1.0 / _MEMORY
+        index = bisect_right(_TUNING.bounds, confidence)
+        keep = 1.0 - 1.0 / _TUNING.memory
         self._num_accepted[index] = self._num_accepted[index] * keep + accepted
         self._num_trials[index] = self._num_trials[index] * keep + 1.0
 
@@ -30,9 +40,9 @@ class Calibration:
 
         `acceptance`: of the drafts of this seq, `usual`: of all, each above 0 and below 1; they move the odds.
         """
-        index = bisect_right(_BOUNDS, confidence)
-        accepted = self._num_accepted[index] + _PRIOR_TRIALS * confidence
-        rejected = self._num_trials[index] - self._num_accepted[index] + _PRIOR_TRIALS * (1.0 - confidence)
+        index = bisect_right(_TUNING.bounds, confidence)
+        accepted = self._num_accepted[index] + _TUNING.prior_trials * confidence
+        rejected = self._num_trials[index] - self._num_accepted[index] + _TUNING.prior_trials * (1.0 - confidence)
         if rejected <= 0.0:
             return 1.0
         odds = accepted / rejected * (acceptance / (1.0 - acceptance)) * ((1.0 - usual) / usual)

@@ -15,14 +15,14 @@ __all__ = ["ContinuousPolicy", "HoldTuning"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HoldTuning:
-    """When the target waits for drafts. "Simulated": the thresholds of tests/unit/test_policy.py hold with it."""
+    """When the target waits for drafts. Together they reach what tests/unit/test_policy.py demands."""
 
-    num_waited: int = 4  # draft rounds to wait for at first, to learn how fast the draft is alone; simulated
+    num_waited: int = 4  # draft rounds to wait for at first, to learn how fast the draft is alone; not measured
     max_fine: int = 8  # seqs up to which every number of steps is tried; more take longer to try; not measured
     max_held: int = 64  # seqs; more hardly ever all lack drafts, and trying takes longer than it gives; not measured
-    max_unverified: int = 4  # target rounds that decode plainly while drafts come; simulated
-    change_for: float = 1.02  # what running ahead must gain over waiting to be taken up; simulated
-    restart_steps: float = 0.5  # from a verdict to a new chain's first step: on average half a step is still running
+    max_unverified: int = 4  # target rounds that decode plainly while drafts come; not measured
+    change_for: float = 1.02  # what running ahead must gain over waiting to be taken up; not measured
+    restart_steps: float = 0.5  # until a new chain's first step: half a step still runs on average; not measured
     margin: float = 2.0  # by how much drafts may come later than expected; not measured
 
 

@@ -6,13 +6,22 @@ verifying add up, and continuous, where the draft runs on meanwhile and only wai
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from scheduler.policy.acceptance import expected_tokens
 
 __all__ = ["Row", "SerialPlan", "SteadyState", "pick_drafts", "plan_serial", "rate_of_alike", "steady_state"]
 
-_MAX_CUTS = 24  # batch sizes of which the time is looked up, of the many that a big batch could have
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """What the search leaves out."""
+
+    max_cuts: int = 24  # batch sizes whose time is looked up, of the many that a big batch could have; not measured
+
+
+_TUNING = Tuning()
 
 
 class Row(NamedTuple):
@@ -49,7 +58,7 @@ def _slots(rows: Sequence[Row]) -> list[_Slot]:
 
 
 def _cuts(num_slots: int) -> list[int]:
-    step = max(1, -(-num_slots // _MAX_CUTS))
+    step = max(1, -(-num_slots // _TUNING.max_cuts))
     return [*range(step, num_slots, step), num_slots] if num_slots else []
 
 

@@ -25,18 +25,18 @@ PLAIN_ROW = Row(0.0, 0)  # a seq that decodes without drafts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """Of both pipelines. "Simulated": the thresholds of tests/unit/test_policy.py hold with it."""
+    """Of both pipelines. Together they reach what tests/unit/test_policy.py demands."""
 
     num_unmeasured: int = 4  # drafts while the times are not known; not measured
     max_unmeasured: int = 8  # seqs that draft so much then, each of more drafts 1; not measured
-    explore_every: int = 48  # target rounds: one with another number of drafts, to learn what it takes; simulated
-    num_timed: float = 4.0  # observations of plain decoding that average out the noise; simulated
+    explore_every: int = 48  # target rounds: one with another number of drafts, to learn what it takes; not measured
+    num_timed: float = 4.0  # observations of plain decoding that average out the noise; not measured
     rest_rounds: int = 8  # target rounds after which a policy that found no use for drafts asks again; not measured
     decent_acceptance: float = 0.7  # of drafts for which a seq is caught up at least; not measured
     min_survival: float = 0.05  # a less likely draft is not worth the power it takes; not measured
-    probe_share: float = 0.25  # of a target step: most that the drafts of a probe take; simulated
-    hoped_gain: float = 0.5  # of drafts all accepted, from which probes get all that is saved up for them; simulated
-    least_worth: float = 0.05  # share of it that probes get in any case, because times change as well; simulated
+    probe_share: float = 0.25  # of a target step: most that the drafts of a probe take; not measured
+    hoped_gain: float = 0.5  # of drafts all accepted, from which probes get all that is saved up for them; not measured
+    least_worth: float = 0.05  # share of it that probes get in any case, because times change as well; not measured
     never_wrong: float = 0.99  # acceptance that a probe may hope for; not measured
 
 

@@ -1,17 +1,26 @@
 """When to speculate again after it did not pay. Plain state machines that count target rounds and their seconds."""
 
+from dataclasses import dataclass
+
 from scheduler.policy.acceptance import AcceptancePrior
 
 __all__ = ["Probes", "Switch"]
 
-_ON = 1.01  # speculation must promise so much more than plain decoding to start ...
-# ... and promise so little, for so many target rounds in a row, to end: the worse, the sooner.
-_OFF = ((0.995, 32), (0.95, 12), (0.8, 0))
 
-_FIRST_SHARE = 0.016  # of the time that probes may take
-_LAST_SHARE = 0.002  # after many in vain
-_MAX_PROBE_ROUNDS = 12  # target rounds after which a probe without a verdict counts as failed
-_PROMISING = 0.5  # acceptance in a probe from which another one follows at once, if less was expected
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """When speculation ends and is tried again. Together they reach what tests/unit/test_policy.py demands."""
+
+    start: float = 1.01  # times plain decoding that speculation must promise to start; not measured
+    # To end: it promises less than this for so many target rounds in a row, the worse the sooner; not measured.
+    end: tuple[tuple[float, int], ...] = ((0.995, 32), (0.95, 12), (0.8, 0))
+    first_share: float = 0.016  # of the time that probes may take; not measured
+    last_share: float = 0.002  # after many in vain; not measured
+    max_probe_rounds: int = 12  # target rounds after which a probe without a verdict has failed; not measured
+    promising: float = 0.5  # acceptance from which another probe follows at once, if less was expected; not measured
+
+
+_TUNING = Tuning()
 
 
 class Switch:
@@ -19,22 +28,22 @@ class Switch:
 
     def __init__(self) -> None:
         self.is_on = True
-        self._num_below = [0] * len(_OFF)  # target rounds in a row
+        self._num_below = [0] * len(_TUNING.end)  # target rounds in a row
 
     def on_round(self) -> None:
         self._num_below = [count + 1 for count in self._num_below]
 
     def on_gap(self) -> None:
         """This round the gain is not known: whether it was low for long is to be seen anew."""
-        self._num_below = [0] * len(_OFF)
+        self._num_below = [0] * len(_TUNING.end)
 
     def update(self, gain: float) -> bool:
         """`gain`: expected goodput with speculation by that without."""
         if not self.is_on:
-            self.is_on = gain > _ON
+            self.is_on = gain > _TUNING.start
             self.on_gap()
             return self.is_on
-        for index, (limit, num_rounds) in enumerate(_OFF):
+        for index, (limit, num_rounds) in enumerate(_TUNING.end):
             if gain >= limit:
                 self._num_below[index] = 0
             elif self._num_below[index] >= num_rounds:
@@ -52,7 +61,7 @@ class Probes:
     def __init__(self, prior: AcceptancePrior) -> None:
         self._prior = prior
         self._saved_s = 0.0
-        self._share = _FIRST_SHARE
+        self._share = _TUNING.first_share
         self._num_rounds = 0  # of the probe that runs
         self._expected = 0.0  # acceptance, by the estimate before it
         self._begun_at: tuple[int, int] | None = None  # (accepted, trials) of the prior; None: no probe runs
@@ -67,14 +76,14 @@ class Probes:
             self._prior.num_accepted - self._begun_at[0],
             self._prior.num_trials - self._begun_at[1],
         )
-        if num_trials == 0 and self._num_rounds < _MAX_PROBE_ROUNDS:
+        if num_trials == 0 and self._num_rounds < _TUNING.max_probe_rounds:
             return
         self._begun_at = None
-        if num_trials and num_accepted >= _PROMISING * num_trials and self._expected < _PROMISING:
-            self._share = _FIRST_SHARE
+        if num_trials and num_accepted >= _TUNING.promising * num_trials and self._expected < _TUNING.promising:
+            self._share = _TUNING.first_share
             self._begin(self._expected)
         else:
-            self._share = max(_LAST_SHARE, self._share / 2)
+            self._share = max(_TUNING.last_share, self._share / 2)
 
     def may_run(self, cost_s: float, *, worth: float, expected: float, is_busy: bool) -> bool:
         """Whether a probe that costs `cost_s` runs or may begin now. `worth`: what there is to be won, up to 1: the

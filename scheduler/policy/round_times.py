@@ -12,13 +12,13 @@ __all__ = ["OverlappedTimes", "RoundTimes", "Tuning"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """Of `RoundTimes`. "Simulated": the thresholds of tests/unit/test_policy.py hold with it."""
+    """Of `RoundTimes`. Together they reach what tests/unit/test_policy.py demands."""
 
     num_measured: int = 3  # draft rounds: before so many were seen, their times are not known; not measured
     num_trusted: float = 4.0  # target rounds of a size, from which on it can tell a slowdown; not measured
     first_slowdown: float = 1.03  # of a target round beside a draft round, until it is seen; not measured
     max_slowdown: float = 1.5  # what is seen beyond that had another cause; not measured
-    learned: float = 0.02  # share of a slowdown seen that is believed; simulated
+    learned: float = 0.02  # share of a slowdown seen that is believed; not measured
 
 
 class RoundTimes:

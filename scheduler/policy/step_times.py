@@ -16,25 +16,33 @@ from scheduler.policy.recent_line import RecentLine
 
 __all__ = ["DraftTimes", "StepTimes", "VerifyTimes"]
 
-_MAX_EXACT = 64  # tokens
-_PER_OCTAVE = 6
-_MEMORY = 24.0  # observations of a size that its mean is of
-_NEAR = 1.3  # sizes that lie closer leave no room for a surprise between them
-_FORGET_EVERY = 1000  # observations, after which the old ones count half and those of rare sizes are dropped
-_TRUSTED = 4.0  # observations of a size, or of sizes alike, that are enough
-_ALIKE = 1.15  # sizes that differ by no more than this factor support each other
-_NUM_FIRST = 3  # observations of a size that may be far too long: kernels are compiled on the way, caches filled
-_KEEP = 0.98  # of what is known of a round's fixed part, when another is seen
-_LEAST_SPREAD = 0.25  # variance of the number of steps, below which there is no line to draw
-_LEAST_PER_STEP = 0.5  # of the mean step: what a further one costs at least
-_LEAST_S = 1e-6  # no forward is faster; a clock may say 0
-_MAX_SURPRISE = 3.0  # an observation counts for at most so many times its size's mean: hiccups are no news
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """How times are learned. Together they reach what tests/unit/test_policy.py demands."""
+
+    max_exact: int = 64  # tokens of a forward that are told apart exactly; not measured
+    per_octave: int = 6  # groups of sizes above that; not measured
+    memory: float = 24.0  # observations of a size that its mean is of; not measured
+    near: float = 1.3  # sizes closer than this factor leave no room for a surprise between them; not measured
+    forget_every: int = 1000  # observations, after which old ones count half and rare sizes are dropped; not measured
+    trusted: float = 4.0  # observations of a size, or of sizes alike, that are enough; not measured
+    alike: float = 1.15  # sizes that differ by no more than this factor support each other; not measured
+    num_first: int = 3  # first ones of a size may be far too long: kernels compile, caches fill; not measured
+    keep: float = 0.98  # of what is known of a round's fixed part, when another is seen; not measured
+    least_spread: float = 0.25  # variance of the number of steps, below which there is no line; not measured
+    least_per_step: float = 0.5  # of the mean step: least that a further one costs; not measured
+    least_s: float = 1e-6  # no forward is faster; a clock may say 0; not measured
+    max_surprise: float = 3.0  # times a size's mean: an observation counts for no more; not measured
+
+
+_TUNING = Tuning()
 
 
 def _bucket(num_tokens: int) -> int:
-    if num_tokens <= _MAX_EXACT:
+    if num_tokens <= _TUNING.max_exact:
         return num_tokens
-    return _MAX_EXACT + 1 + int(_PER_OCTAVE * log2(num_tokens / _MAX_EXACT))
+    return _TUNING.max_exact + 1 + int(_TUNING.per_octave * log2(num_tokens / _TUNING.max_exact))
 
 
 @dataclass(slots=True)
@@ -42,7 +50,7 @@ class _Bucket:
     num_tokens: float  # means
     num_context: float
     run_s: float
-    weight: float = 1.0  # observations, at most _MEMORY
+    weight: float = 1.0  # observations, at most `Tuning.memory`
 
 
 class StepTimes:
@@ -74,11 +82,11 @@ class StepTimes:
 
     def observe(self, num_tokens: int, run_s: float, *, num_context: float = 0.0) -> None:
         """A forward over `num_tokens` tokens that attend to `num_context` cached ones took `run_s`."""
-        run_s = max(run_s, _LEAST_S)
+        run_s = max(run_s, _TUNING.least_s)
         self._is_stale = True
         self._num_context = num_context
         self._num_observed += 1
-        if self._num_observed % _FORGET_EVERY == 0:
+        if self._num_observed % _TUNING.forget_every == 0:
             self._forget()
         bucket = self._buckets.get(_bucket(num_tokens))
         if bucket is None:
@@ -86,12 +94,12 @@ class StepTimes:
             self._update_per_context()
             return
         expected_s = self._at_context(bucket.run_s, num_context - bucket.num_context)
-        if bucket.weight >= _NUM_FIRST:
-            run_s = min(run_s, _MAX_SURPRISE * expected_s)
+        if bucket.weight >= _TUNING.num_first:
+            run_s = min(run_s, _TUNING.max_surprise * expected_s)
             self._learn_context(bucket, num_context, run_s)
         elif run_s < 0.5 * expected_s:
             bucket.run_s *= run_s / expected_s
-        bucket.weight = min(_MEMORY, bucket.weight + 1.0)
+        bucket.weight = min(_TUNING.memory, bucket.weight + 1.0)
         share = 1.0 / bucket.weight
         bucket.num_tokens += share * (num_tokens - bucket.num_tokens)
         bucket.num_context += share * (num_context - bucket.num_context)
@@ -144,7 +152,7 @@ class StepTimes:
             for _, bucket in sorted(self._buckets.items())
         ]
         support = _support(means)
-        often = _rising([mean for mean, weight in zip(means, support, strict=True) if weight >= _TRUSTED])
+        often = _rising([mean for mean, weight in zip(means, support, strict=True) if weight >= _TUNING.trusted])
         if not often:
             return _rising(means)
         return _rising(
@@ -159,11 +167,14 @@ def _support(means: list[tuple[float, float, float]]) -> list[float]:
     """Of each size, the observations of it and of sizes near it."""
     sizes = [tokens for tokens, _, _ in means]
     sums = [0.0, *accumulate(weight for _, _, weight in means)]
-    return [sums[bisect_right(sizes, size * _ALIKE)] - sums[bisect_left(sizes, size / _ALIKE)] for size in sizes]
+    return [
+        sums[bisect_right(sizes, size * _TUNING.alike)] - sums[bisect_left(sizes, size / _TUNING.alike)]
+        for size in sizes
+    ]
 
 
 def _shrunk(run_s: float, expected_s: float, weight: float) -> float:
-    share = min(1.0, weight / _TRUSTED)
+    share = min(1.0, weight / _TUNING.trusted)
     return min(run_s, expected_s + share * (run_s - expected_s))
 
 
@@ -188,7 +199,7 @@ def _on(curve: list[tuple[float, float]], num_tokens: float) -> float:
         return curve[0][1]
     if index < len(curve):
         (x0, y0), (x1, y1) = curve[index - 1], curve[index]
-        bend = 1 if x1 <= _NEAR * x0 else 2
+        bend = 1 if x1 <= _TUNING.near * x0 else 2
         return y0 + (y1 - y0) * ((num_tokens - x0) / (x1 - x0)) ** bend
     last_x, last_y = curve[-1]
     x, y = curve[min(bisect_left(curve, (last_x / 2, 0.0)), max(0, len(curve) - 2))]
@@ -200,22 +211,22 @@ class _RoundStart:
     Until rounds of different lengths were seen, nothing is fixed."""
 
     def __init__(self) -> None:
-        self._line = RecentLine(_KEEP)
+        self._line = RecentLine(_TUNING.keep)
 
     def observe(self, num_steps: int, num_means: float) -> None:
         """A round of so many steps took as long as so many steps of the mean length."""
-        self._line.add(float(num_steps), min(num_means, _MAX_SURPRISE * num_steps))
+        self._line.add(float(num_steps), min(num_means, _TUNING.max_surprise * num_steps))
 
     @property
     def per_step(self) -> float:
         line = self._line
-        if line.weight == 0.0 or line.variance <= _LEAST_SPREAD:
+        if line.weight == 0.0 or line.variance <= _TUNING.least_spread:
             return 1.0
-        return max(_LEAST_PER_STEP, min(1.0, line.slope))
+        return max(_TUNING.least_per_step, min(1.0, line.slope))
 
     @property
     def fixed(self) -> float:
-        return max(0.0, self._line.intercept(self.per_step)) if self._line.weight >= _NUM_FIRST else 0.0
+        return max(0.0, self._line.intercept(self.per_step)) if self._line.weight >= _TUNING.num_first else 0.0
 
 
 class DraftTimes:

@@ -15,22 +15,33 @@ would take alone.
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from scheduler.policy.recent_line import RecentLine
 
 __all__ = ["Arrivals", "Prompt", "RoundCost", "share_prefill"]
 
-_RECENT_S = 10.0
-_LONG = 2  # times the shortest recent prompt
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """How long prompts are told from short ones. The module's docstring says what follows from it."""
+
+    recent_s: float = 10.0  # how long an arrival counts; not measured
+    first_knee: float = 64.0  # tokens that take as long as the fixed part of a round, until seen; not measured
+    keep: float = 0.99  # of what is known of a round's time, when another is seen; not measured
+    long_ratio: int = 2  # times the shortest recent prompt; not measured
+
+
+_TUNING = Tuning()
 
 
 class RoundCost:
     """Fits round time = fixed + per_token * tokens to the rounds seen; older ones count less and less."""
 
-    def __init__(self, *, knee: float = 64.0) -> None:
+    def __init__(self, *, knee: float = _TUNING.first_knee) -> None:
         self._knee = knee
-        self._line = RecentLine(keep=0.99)
+        self._line = RecentLine(keep=_TUNING.keep)
 
     def observe(self, num_tokens: int, run_ns: int) -> None:
         self._line.add(float(num_tokens), run_ns * 1e-9)
@@ -60,7 +71,7 @@ class Arrivals:
 
     def shortest(self, now: float) -> int | None:
         """The shortest prompt of the last seconds, if any."""
-        while self._recent and self._recent[0][0] < now - _RECENT_S:
+        while self._recent and self._recent[0][0] < now - _TUNING.recent_s:
             self._recent.popleft()
         return min((length for _, length in self._recent), default=None)
 
@@ -75,9 +86,9 @@ def share_prefill(prompts: Sequence[Prompt], budget: int, *, shortest: int | Non
 
     prompts: oldest first. shortest, knee: see Arrivals and RoundCost.
     """
-    limit = _LONG * shortest if shortest is not None else max(prompt.length for prompt in prompts)
+    limit = _TUNING.long_ratio * shortest if shortest is not None else max(prompt.length for prompt in prompts)
     long = [i for i, prompt in enumerate(prompts) if prompt.length > limit]
-    chunk = max(2 * knee, limit // (4 * _LONG))
+    chunk = max(2 * knee, limit // (4 * _TUNING.long_ratio))
     reserved = min(sum(prompts[i].remaining for i in long), max(chunk, budget // 3), budget // 2)
     shares = [0] * len(prompts)
     left = budget - reserved
