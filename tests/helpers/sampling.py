@@ -8,7 +8,9 @@ from torch import Tensor
 
 from echelon.pb.sampling_pb2 import SeqSampling
 from workers.collectives import Group, SoloGroup
-from workers.sampling.sampler import RowEntry, SampledRows, Sampler, SamplingRows, SeqSamplingState
+from workers.sampling.rows import RowEntry, SamplingRows
+from workers.sampling.sampler import SampledRows, Sampler
+from workers.sampling.state import SeqSamplingState
 
 CPU = torch.device("cpu")
 PROMPT = (3, 1, 4, 1, 5)

@@ -19,7 +19,9 @@ from kernels.sampling.verify_chain import verify_chain
 from tests.helpers.sampling import CPU, seq_sampling, shard_of
 from tests.helpers.thread_group import run_ranks
 from workers.collectives import Group, SoloGroup
-from workers.sampling.sampler import RowEntry, Sampler, SamplingRows, SeqSamplingState
+from workers.sampling.rows import RowEntry, SamplingRows
+from workers.sampling.sampler import Sampler
+from workers.sampling.state import SeqSamplingState
 
 VOCAB_SIZE = 8
 Settings = dict[str, Any]  # of one seq; what is left out is neutral

@@ -12,7 +12,9 @@ from kernels.sampling.truncation_threshold import truncation_threshold_reference
 from tests.helpers.sampling import SETTINGS, sample_sharded, state
 from tests.helpers.thread_group import ThreadGroup, run_ranks
 from workers.collectives import SoloGroup
-from workers.sampling.sampler import RowEntry, SampledRows, Sampler, SamplingRows, SeqSamplingState
+from workers.sampling.rows import RowEntry, SamplingRows
+from workers.sampling.sampler import SampledRows, Sampler
+from workers.sampling.state import SeqSamplingState
 
 VOCAB_SIZE = 131
 BAD_ROW = 6  # which asks for logprobs

@@ -22,7 +22,9 @@ from tests.helpers.sampling import (
 )
 from tests.helpers.thread_group import run_ranks
 from workers.collectives import SoloGroup
-from workers.sampling.sampler import RowEntry, SampledRows, Sampler, SamplingRows, SeqSamplingState
+from workers.sampling.rows import RowEntry, SamplingRows
+from workers.sampling.sampler import SampledRows, Sampler
+from workers.sampling.state import SeqSamplingState
 
 VOCAB_SIZE = 131
 

@@ -51,7 +51,7 @@ def test_tokens_join_several_histories_at_once(table: SeqTable) -> None:
 def test_drafts_behind_the_history_are_read_but_do_not_join_it(table: SeqTable) -> None:
     table.put_behind(0, [50, 51])
     assert table.pack([0], [3], CPU).input_ids.tolist() == [4, 50, 51]
-    assert table.sizes(0)[0] == 5
+    assert table.lengths[0] == 5
 
 
 def test_a_crop_makes_kv_stale_and_takes_tokens_out_of_the_counts(table: SeqTable) -> None:
@@ -59,7 +59,7 @@ def test_a_crop_makes_kv_stale_and_takes_tokens_out_of_the_counts(table: SeqTabl
     table.num_computed[0] = 7
     table.crop(0, 5)
     table.append([0], [[62]])
-    assert table.sizes(0)[:2] == (6, 5)
+    assert (table.lengths[0], table.num_computed[0]) == (6, 5)
     assert table.pack([0], [1], CPU).input_ids.tolist() == [62]
     counts = table.sampling(0).counts_behind([])
     assert counts is not None
@@ -82,7 +82,8 @@ def test_a_freed_slot_takes_another_seq(table: SeqTable) -> None:
     table.free(2)
     assert not table.holds(2)
     table.init(init(2, 2, num_computed=0, blocks=[3]))
-    assert table.sizes(2) == (2, 0, 1, 1)
+    state = table.state(2)
+    assert (state.length, state.num_computed, state.num_blocks, state.num_prompt) == (2, 0, 1, 1)
 
 
 def test_a_branch_counts_tokens_of_its_own() -> None:

@@ -12,7 +12,8 @@ from workers.engine.engine import NO_TOKEN, ActiveRow, ModelEngine, ModelRunner,
 from workers.engine.overtaken import drop_overtaken
 from workers.engine.rounds import plan_draft
 from workers.engine.seq_state import SeqTable
-from workers.sampling.sampler import RowEntry, SampledRows
+from workers.sampling.rows import RowEntry
+from workers.sampling.sampler import SampledRows
 from workers.upload import upload
 
 

@@ -17,7 +17,8 @@ from workers.engine.rounds import RowPlan
 from workers.engine.seq_state import SeqTable
 from workers.models import CausalLM, LayerParallelLM
 from workers.models.batch import Batch
-from workers.sampling.sampler import RowEntry, SampledRows, Sampler, SamplingRows
+from workers.sampling.rows import RowEntry, SamplingRows
+from workers.sampling.sampler import SampledRows, Sampler
 from workers.trace import Tracer
 from workers.upload import upload
 

@@ -1,4 +1,4 @@
-"""What a group remembers of each seq that holds a slot, laid out so that a batch is built by indexing."""
+"""What a worker group remembers of each seq in a slot, laid out so that indexing builds a batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 
 from echelon.pb.worker_pb2 import Fork, SeqInit
 from kernels.attention.paged_kv import SeqLengths
+from workers.engine.slot import SlotState
 from workers.models.batch import Batch
-from workers.sampling.sampler import SeqSamplingState
+from workers.sampling.state import SeqSamplingState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How much an engine can hold; a round that asks for more is a protocol error."""
+    """How much an engine can hold. A round that asks for more is a protocol error."""
 
     num_slots: int
     max_model_len: int  # tokens of one seq, prompt and output
@@ -34,18 +35,19 @@ class SeqTable:
 
     A seq has a history `token_ids[slot, :lengths[slot]]` (on a draft engine followed by the chain of its own drafts),
     of which the first `num_computed[slot]` tokens have KV, in the blocks `block_table[slot, :num_blocks[slot]]`.
-    A draft engine knows two things more. The first `num_given[slot]` tokens came from the scheduler, those behind them
-    it drafted itself. And the KV of the first `num_exact[slot]` tokens is that of the exact model, KV behind it may be
-    approximate.
+    A draft engine knows two more things. The first `num_given[slot]` tokens came from the scheduler, and it drafted the
+    rest itself. The exact model computed the KV of the first `num_exact[slot]` tokens. Later KV may be approximate.
 
-    Everything is a row of one array, so that no Python runs per token and little per seq. Not thread-safe; methods
-    trust their arguments, which workers/engine/rounds.py has checked.
+    Each property of all slots is one array, so that no Python runs per token and little per seq. SlotState knows how
+    the changes of a round move them. Not thread-safe. Methods trust their arguments, which rounds.py has checked.
     """
 
     def __init__(self, limits: Limits) -> None:
         slots = limits.num_slots
         self.limits = limits
-        self.token_ids: NDArray[np.int32] = np.zeros((slots, limits.max_model_len), np.int32)  # pages come when used
+        self.token_ids: NDArray[np.int32] = np.zeros(
+            (slots, limits.max_model_len), np.int32
+        )  # no page is touched before use
         self.block_table: NDArray[np.int32] = np.zeros((slots, limits.max_blocks), np.int32)
         self.lengths: NDArray[np.int64] = np.zeros(slots, np.int64)
         self.num_prompt: NDArray[np.int64] = np.zeros(slots, np.int64)
@@ -53,8 +55,8 @@ class SeqTable:
         self.num_exact: NDArray[np.int64] = np.zeros(slots, np.int64)
         self.num_given: NDArray[np.int64] = np.zeros(slots, np.int64)
         self.num_blocks: NDArray[np.int64] = np.zeros(slots, np.int64)
-        self.fell_short: NDArray[np.bool_] = np.zeros(slots, np.bool_)  # the chain ended before all that was ordered
-        self.is_void: NDArray[np.bool_] = np.zeros(slots, np.bool_)  # a branch of tokens that never came to be
+        self.fell_short: NDArray[np.bool_] = np.zeros(slots, np.bool_)  # the chain ended before all tokens asked for
+        self.is_void: NDArray[np.bool_] = np.zeros(slots, np.bool_)  # a branch of tokens that were never drafted
         self.num_prompt_logprobs: list[int | None] = [None] * slots  # top-n wanted, None: not asked for
         self._sampling: list[SeqSamplingState | None] = [None] * slots
 
@@ -66,26 +68,35 @@ class SeqTable:
         assert state is not None, f"slot {slot} holds no seq"
         return state
 
-    def sizes(self, slot: int) -> tuple[int, int, int, int]:
-        """Tokens, tokens with KV, blocks and prompt tokens of a seq."""
-        return (
-            int(self.lengths[slot]),
-            int(self.num_computed[slot]),
-            int(self.num_blocks[slot]),
-            int(self.num_prompt[slot]),
+    def state(self, slot: int) -> SlotState:
+        """A copy of the counters of a slot."""
+        return SlotState(
+            length=int(self.lengths[slot]),
+            num_computed=int(self.num_computed[slot]),
+            num_exact=int(self.num_exact[slot]),
+            num_given=int(self.num_given[slot]),
+            num_blocks=int(self.num_blocks[slot]),
+            num_prompt=int(self.num_prompt[slot]),
+            fell_short=bool(self.fell_short[slot]),
+            is_void=bool(self.is_void[slot]),
         )
 
+    def _store(self, slot: int, state: SlotState) -> None:
+        self.lengths[slot] = state.length
+        self.num_computed[slot] = state.num_computed
+        self.num_exact[slot] = state.num_exact
+        self.num_given[slot] = state.num_given
+        self.num_blocks[slot] = state.num_blocks
+        self.num_prompt[slot] = state.num_prompt
+        self.fell_short[slot] = state.fell_short
+        self.is_void[slot] = state.is_void
+
     def init(self, seq: SeqInit) -> None:
-        """A seq takes a free slot with its history; the output part of it counts for penalties."""
-        slot, num_tokens, num_blocks = seq.slot, len(seq.token_ids), len(seq.block_table)
-        self.token_ids[slot, :num_tokens] = seq.token_ids
-        self.lengths[slot] = num_tokens
-        self.num_prompt[slot] = seq.num_prompt_tokens
-        self.num_computed[slot] = self.num_exact[slot] = seq.num_computed_tokens
-        self.num_given[slot] = num_tokens
-        self.fell_short[slot] = self.is_void[slot] = False
-        self.block_table[slot, :num_blocks] = seq.block_table
-        self.num_blocks[slot] = num_blocks
+        """Put a seq with its history into a free slot. The output part of the history counts for penalties."""
+        slot = seq.slot
+        self._store(slot, SlotState.of_init(seq))
+        self.token_ids[slot, : len(seq.token_ids)] = seq.token_ids
+        self.block_table[slot, : len(seq.block_table)] = seq.block_table
         wants_prompt_logprobs = seq.sampling.HasField("prompt_logprobs")
         self.num_prompt_logprobs[slot] = seq.sampling.prompt_logprobs if wants_prompt_logprobs else None
         state = SeqSamplingState(seq.sampling, seq.token_ids[: seq.num_prompt_tokens], self.limits.vocab_size)
@@ -93,30 +104,25 @@ class SeqTable:
         self._sampling[slot] = state
 
     def fork(self, fork: Fork) -> tuple[int, int] | None:
-        """A branch takes a free slot: settings and first tokens of its parent, and the blocks that are full of them.
+        """Put a branch into a free slot, with its parent's settings and first tokens and the blocks these fill.
 
         Returns:
-            A block of the parent with KV that the branch needs in a block of its own, and that block; None if none is.
-            A parent that does not have so many tokens leaves a void: a slot that is taken and does nothing.
+            The parent's block that must be copied and the branch's own block that it goes to, or None if there is no
+            such block. If the parent has fewer tokens, the branch is void: its slot is taken and does nothing.
         """
         slot, parent, length = fork.slot, fork.parent_slot, fork.length
         sampling = self.sampling(parent)
-        self.is_void[slot] = self.is_void[parent] or length > self.lengths[parent]
-        self._sampling[slot] = sampling if self.is_void[slot] else sampling.branch(length)
-        if self.is_void[slot]:
+        branch = self.state(parent).fork(length, self.limits.block_size)
+        self._store(slot, branch)
+        self._sampling[slot] = sampling if branch.is_void else sampling.branch(length)
+        if branch.is_void:
             return None
         self.token_ids[slot, :length] = self.token_ids[parent, :length]
-        self.lengths[slot] = length
-        for counts in (self.num_computed, self.num_exact, self.num_given):
-            counts[slot] = min(counts[parent], length)
-        self.num_prompt[slot] = self.num_prompt[parent]
         self.num_prompt_logprobs[slot] = self.num_prompt_logprobs[parent]
-        self.fell_short[slot] = False
-        num_shared = length // self.limits.block_size
+        num_shared = branch.num_blocks
         self.block_table[slot, :num_shared] = self.block_table[parent, :num_shared]
-        self.num_blocks[slot] = num_shared
         self.add_blocks(slot, fork.new_block_ids)
-        if self.num_computed[slot] <= num_shared * self.limits.block_size:
+        if branch.num_computed <= num_shared * self.limits.block_size:
             return None
         return int(self.block_table[parent, num_shared]), int(self.block_table[slot, num_shared])
 
@@ -127,21 +133,23 @@ class SeqTable:
         self._sampling = [None] * len(self._sampling)
 
     def crop(self, slot: int, length: int) -> None:
-        """Cut the history to `length` tokens; KV beyond is stale."""
-        self.lengths[slot] = length
-        for counts in (self.num_computed, self.num_exact, self.num_given):
-            counts[slot] = min(counts[slot], length)
-        self.fell_short[slot] = False
+        """Cut the history to `length` tokens. KV beyond them is stale."""
+        state = self.state(slot)
+        state.crop(length)
+        self._store(slot, state)
         self.sampling(slot).truncate(length)
 
     def give(self, slot: int, token_ids: Sequence[int]) -> None:
-        """The scheduler's own tokens join the history, without KV."""
-        self.append([slot], [token_ids])
-        self.num_given[slot] = self.lengths[slot]
-        self.fell_short[slot] = False
+        """Add the scheduler's own tokens to the history, without KV."""
+        state = self.state(slot)
+        start = state.length
+        state.give(len(token_ids))
+        self._store(slot, state)
+        self.token_ids[slot, start : state.length] = token_ids
+        self.sampling(slot).extend(token_ids)
 
     def append(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> None:
-        """`token_ids[i]` join the history of `slots[i]`, without KV. A slot is named once at most."""
+        """Add `token_ids[i]` to the history of `slots[i]`, without KV. No slot is named twice."""
         slot = np.array(slots, np.int64)  # [num_seqs]
         count = np.fromiter(map(len, token_ids), np.int64, len(slot))
         positions = _ranges(self.lengths[slot], count)
@@ -153,42 +161,46 @@ class SeqTable:
     def compute(
         self, slots: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: torch.device
     ) -> Batch:
-        """counts[i] tokens of slots[i] from starts[i] on, some of which may have KV already: packed for the exact model
-        and counted as computed by it."""
+        """Pack counts[i] tokens of slots[i] from starts[i] on for the exact model, and count them as computed by it.
+
+        Some of them may have KV already.
+        """
         slot, start = np.array(slots, np.int64), np.array(starts, np.int64)
         end = start + np.array(counts, np.int64)
         held, exact = self.num_computed[slot], self.num_exact[slot]
         self.num_computed[slot] = start
         batch = self.pack(slots, counts, device)
         self.num_computed[slot] = np.maximum(held, end)
-        # Computed by the exact model behind approximate KV is approximate all the same.
+        # What the exact model computes from approximate KV is approximate all the same.
         self.num_exact[slot] = np.where(start <= exact, np.maximum(exact, end), exact)
         return batch
 
     def forget_last(self, slot: int) -> None:
-        """The last token counts as one without KV."""
+        """Count the last token as one without KV."""
         self.num_computed[slot] = min(self.num_computed[slot], self.lengths[slot] - 1)
         self.num_exact[slot] = min(self.num_exact[slot], self.num_computed[slot])
 
     def put_behind(self, slot: int, draft_token_ids: Sequence[int]) -> None:
-        """Tokens are written behind the history without joining it: input of a verify step."""
+        """Write tokens after the history without adding them to it, as the input of a verify step."""
         start = int(self.lengths[slot])
         self.token_ids[slot, start : start + len(draft_token_ids)] = draft_token_ids
 
     def behind(self, slot: int, num_tokens: int) -> list[int]:
-        """What `put_behind` has written."""
+        """The tokens that `put_behind` wrote."""
         start = int(self.lengths[slot])
         return self.token_ids[slot, start : start + num_tokens].tolist() if num_tokens else []
 
     def add_blocks(self, slot: int, block_ids: Sequence[int]) -> None:
-        start = int(self.num_blocks[slot])
-        self.block_table[slot, start : start + len(block_ids)] = block_ids
-        self.num_blocks[slot] = start + len(block_ids)
+        state = self.state(slot)
+        start = state.num_blocks
+        state.add_blocks(len(block_ids))
+        self._store(slot, state)
+        self.block_table[slot, start : state.num_blocks] = block_ids
 
     def pack(self, slots: Sequence[int], counts: Sequence[int], device: torch.device) -> Batch:
-        """The next `counts[i]` tokens without KV of each `slots[i]`, packed behind each other.
+        """Pack the next `counts[i]` tokens without KV of each `slots[i]`, one seq after another.
 
-        Tokens that stand in `token_ids` behind the history (drafts to be verified) are taken as well.
+        The count may run past the history, into tokens that `put_behind` wrote.
         """
         slot = np.array(slots, np.int64)  # [num_seqs]
         count = np.array(counts, np.int64)
@@ -217,7 +229,7 @@ class SeqTable:
 
 
 def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """starts[i], starts[i] + 1, ... counts[i] numbers for each i, behind each other."""
+    """For each i the counts[i] numbers starts[i], starts[i] + 1, ..., in one row."""
     ends = counts.cumsum()
     total = int(ends[-1]) if len(ends) else 0
     numbers: NDArray[np.int64] = np.arange(total, dtype=np.int64) + np.repeat(starts - ends + counts, counts)

@@ -14,7 +14,8 @@ from kernels.sampling.verify_chain import verify_chain
 from workers.engine.engine import NO_TOKEN, ActiveRow, ModelEngine, ModelRunner, chosen_token_ids
 from workers.engine.rounds import RowPlan, plan_target
 from workers.engine.seq_state import SeqTable
-from workers.sampling.sampler import RowEntry, SampledRows
+from workers.sampling.rows import RowEntry
+from workers.sampling.sampler import SampledRows
 from workers.upload import upload
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""A batch of positions for which a token is to be chosen, as tensors."""
+"""The positions of a batch that need a token, as tensors."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from workers.upload import upload
 
 @dataclass(frozen=True, slots=True)
 class RowEntry:
-    """One row of logits: the token to be chosen at `position` of a seq."""
+    """One row of logits, which decides the token at `position` of a seq."""
 
     state: SeqSamplingState
     position: int  # absolute
@@ -27,7 +27,7 @@ class RowEntry:
 
 @dataclass(frozen=True, slots=True)
 class TokenEntries:
-    """Single logits of a batch: the tokens `token_ids` of the rows `rows`, with a number or more each."""
+    """Single logits of a batch, named by row and token, each with one or more numbers."""
 
     rows: Tensor  # int64 [num_entries]
     token_ids: Tensor  # int64 [num_entries], of the whole vocabulary
@@ -35,7 +35,7 @@ class TokenEntries:
 
     @staticmethod
     def collect(parts: Sequence[tuple[int, tuple[NDArray[Any], ...]]], device: torch.device) -> "TokenEntries | None":
-        """From (row, (token_ids, *values)) of the rows that have any."""
+        """Join (row, (token_ids, *values)) of the rows that have any."""
         parts = [(row, columns) for row, columns in parts if len(columns[0])]
         if not parts:
             return None
@@ -47,7 +47,7 @@ class TokenEntries:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitEdits:
-    """Penalties, bias and masks of a batch, in the order in which they apply."""
+    """Penalties, bias and masks of a batch, in the order they apply."""
 
     penalised: TokenEntries | None  # values: seen, output_counts
     penalty_settings: Tensor  # fp32 [num_rows, 3]
@@ -55,7 +55,7 @@ class LogitEdits:
     masked: TokenEntries | None
 
     def apply(self, logits: Tensor, first_token_id: int) -> None:
-        """Changes logits [num_rows, num_tokens] of the tokens from first_token_id on in place."""
+        """Edit logits [num_rows, num_tokens] in place. The first column is token first_token_id."""
         if self.penalised is not None:
             seen, counts = self.penalised.values
             apply_penalties(
@@ -76,11 +76,10 @@ class LogitEdits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRows:
-    """Everything but the logits; the same on every rank."""
+    """What sampling needs besides the logits. The same on every rank."""
 
     temperature: Tensor  # fp32 [num_rows], 0 is greedy
     keys: NoiseKeys
-    all_greedy: bool
     edits: LogitEdits | None
     truncated_rows: Tensor | None  # int64 [num_truncated]
     truncation: Truncation | None  # of these
@@ -89,7 +88,7 @@ class SamplingRows:
 
     @staticmethod
     def build(entries: Sequence[RowEntry], device: torch.device) -> "SamplingRows":
-        """Python runs a few steps a row, and more only for rows that need more."""
+        """Takes a few Python steps per row, and more only for rows that need more."""
         states = [entry.state for entry in entries]
         keys = _integers(
             device,
@@ -103,7 +102,6 @@ class SamplingRows:
         return SamplingRows(
             temperature=upload([state.temperature for state in states], torch.float32, device),
             keys=NoiseKeys(seeds=keys[0], sample_indices=keys[1], positions=keys[2]),
-            all_greedy=all(state.temperature == 0 for state in states),
             edits=_logit_edits(entries, device) if edits_logits else None,
             truncated_rows=upload(truncated, torch.int64, device) if truncated else None,
             truncation=_truncation([states[row] for row in truncated], device) if truncated else None,
@@ -115,7 +113,7 @@ class SamplingRows:
 def _integers(device: torch.device, *columns: Iterable[int]) -> Tensor:
     rows = [list(column) for column in columns]
     num_rows = len(rows[0])
-    padding = [0] * (num_rows % 2)  # each column begins at 16 bytes: a kernel is compiled anew for one that does not
+    padding = [0] * (num_rows % 2)  # columns start at multiples of 16 bytes, else Triton compiles a kernel again
     return upload([row + padding for row in rows], torch.int64, device)[:, :num_rows]
 
 

@@ -23,11 +23,8 @@ from kernels.sampling.truncation_threshold import truncation_threshold
 from workers.collectives import Group
 from workers.sampling.confidence import confidence_words, confidences
 from workers.sampling.logprobs import LogprobRows, position_logprobs
-from workers.sampling.rows import RowEntry, SamplingRows
-from workers.sampling.state import SeqSamplingState
+from workers.sampling.rows import SamplingRows
 from workers.upload import upload
-
-__all__ = ["RowEntry", "SampledRows", "Sampler", "SamplingRows", "SeqSamplingState"]
 
 NON_FINITE_KEY = torch.iinfo(torch.int64).max  # above the key of every number
 TOP_P_CANDIDATES = 512  # of each shard; a nucleus is rarely larger, and if it is the whole row is gathered
