@@ -8,6 +8,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from bench.load import run_side_by_side
 from bench.random_model import write_random_llama
 from bench.report import Spread, add_report_options, publish, table
-from cluster.local import LocalDeployment, local_settings
+from cluster.deployment.settings import CpuSettings
+from cluster.local import LOCAL_SCHEDULER, LocalDeployment, local_settings
 
 PROMPT_LEN = 32
 
@@ -86,7 +88,11 @@ def main() -> None:
             folder, num_layers=args.layers, hidden_size=args.hidden, intermediate_size=args.intermediate
         )
         theirs = transformers_side(folder, args.threads, args.tokens)
-        settings = local_settings(folder, threads_per_worker=args.threads, max_num_seqs=8, max_model_len=1024)
+        settings = local_settings(
+            folder,
+            cpu=CpuSettings(threads_per_worker=args.threads),
+            scheduler=replace(LOCAL_SCHEDULER, max_num_seqs=8, max_model_len=1024),
+        )
         with LocalDeployment(settings, gateway=True) as deployment:
             ours = echelon_side(deployment.running.gateway_address, args.tokens)
             results = measure(

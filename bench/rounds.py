@@ -21,7 +21,14 @@ from cluster.processes.child import Child, ChildProcess
 from cluster.processes.startup import Launch
 from cluster.processes.worker_group import start_worker_group
 from echelon import __version__
-from echelon.pb.process_pb2 import EngineSpec, GroupEndpoint, SchedulerSpec, SpeculationSpec, WorkerSpec
+from echelon.pb.process_pb2 import (
+    EngineSpec,
+    GroupEndpoint,
+    SchedulerSection,
+    SchedulerSpec,
+    SpeculationSpec,
+    WorkerSpec,
+)
 from echelon.pb.sampling_pb2 import SamplingParams
 from echelon.pb.scheduler_pb2 import SchedulerRequest, Submit
 from echelon.pb.scheduler_pb2_grpc import SchedulerStub
@@ -70,10 +77,9 @@ def scheduler_spec(leader_address: str) -> SchedulerSpec:
         eos_token_ids=[0],
         target=GroupEndpoint(address=leader_address, incarnation=1),
         speculation=SpeculationSpec(method="none", pipeline="serial"),
-        max_num_seqs=MAX_SEQS,
-        max_num_batched_tokens=8192,
-        max_model_len=MAX_MODEL_LEN,
-        max_queue=1024,
+        scheduler=SchedulerSection(
+            max_num_seqs=MAX_SEQS, max_num_batched_tokens=8192, max_model_len=MAX_MODEL_LEN, max_queue=1024
+        ),
         round_timeout_s=60.0,
         max_rounds_in_flight=1,
     )

@@ -4,12 +4,12 @@ A variant is written into the specs of the processes themselves (protos/process.
 that what only a benchmark may ask for (forced acceptance) can be asked for here, and nowhere else.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.deployment.settings import Settings
+from cluster.deployment.settings import CpuSettings, Settings, SpeculationSettings
 from cluster.errors import PlanError, StartError
-from cluster.local import LocalDeployment, local_settings
+from cluster.local import LOCAL_SCHEDULER, LocalDeployment, LocalDraft, local_settings
 from cluster.processes.child import Child
 from cluster.processes.startup import Launch
 from echelon.pb.process_pb2 import SchedulerSpec, SpeculationSpec, WorkerSpec
@@ -149,12 +149,14 @@ def _settings(pair: Pair, variant: Variant) -> Settings:
     return local_settings(
         pair.target,
         tp_size=pair.tp_size,
-        draft=pair.draft if variant.uses_draft_model else None,
-        colocated=pair.colocated and variant.uses_draft_model,
+        draft=LocalDraft(folder=pair.draft, colocated=pair.colocated) if variant.uses_draft_model else None,
         dtype=pair.dtype,
-        threads_per_worker=pair.threads,
-        max_num_seqs=pair.max_num_seqs,
-        enable_prefix_caching=False,  # prompts repeat from run to run
-        num_speculative_tokens=variant.num_drafts or MOST_DRAFTS,
+        cpu=CpuSettings(threads_per_worker=pair.threads),
+        scheduler=replace(
+            LOCAL_SCHEDULER,
+            max_num_seqs=pair.max_num_seqs,
+            enable_prefix_caching=False,  # prompts repeat from run to run
+        ),
+        speculation=SpeculationSettings(num_speculative_tokens=variant.num_drafts or MOST_DRAFTS),
         startup_timeout_s=START_TIMEOUT_S,
     )

@@ -5,21 +5,24 @@ What benchmarks and tests use, and what runs where Ray is not installed.
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
 
 from cluster.deployment.settings import (
-    DEFAULT_DEVICE_BYTES,
-    Method,
+    DRAFT_MODEL_METHODS,
+    CpuSettings,
+    KvCacheSettings,
     ModelSettings,
-    Pipeline,
     Role,
+    SchedulerSettings,
+    ServerSettings,
     Settings,
-    default_max_model_len,
+    SpeculationSettings,
+    resolve_scheduler,
     resolve_speculation,
 )
-from cluster.layer_parallel import Mlps, Weights, layer_parallel
+from cluster.layer_parallel import LayerParallel, Mlps, Weights, layer_parallel
 from cluster.model_folder import read_model_folder
 from cluster.planning.inventory import inventory_of, machine_facts
 from cluster.planning.plan import Plan, describe_devices
@@ -30,47 +33,56 @@ from cluster.processes.startup import Launch, ProcessSet
 from cluster.processes.status import ProcessStatus
 
 STOP_GRACE_S = 5.0
+LOCAL_CPU = CpuSettings()
+LOCAL_KV_CACHE = KvCacheSettings()
+LOCAL_SCHEDULER = SchedulerSettings(max_num_seqs=64, max_num_batched_tokens=2048)
+LOCAL_SPECULATION = SpeculationSettings()
+LOCAL_SERVER = ServerSettings(grpc_port=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalDraft:
+    """The section `draft`; the keys mean the same."""
+
+    folder: Path
+    tp_size: int = 1
+    layer_parallel_size: int = 1
+    layer_groups: Sequence[Sequence[int]] | None = None  # None: auto
+    layer_parallel_weights: Weights = "replicated"
+    layer_parallel_mlp: Mlps = "auto"
+    colocated: bool = False
+
+    def layer_parallel(self, *, target_tp_size: int) -> LayerParallel | None:
+        return layer_parallel(
+            self.layer_parallel_size,
+            target_tp_size=target_tp_size,
+            colocated=self.colocated,
+            groups=self.layer_groups,
+            weights=self.layer_parallel_weights,
+            mlps=self.layer_parallel_mlp,
+        )
 
 
 def local_settings(
     target: Path,
     *,
     tp_size: int = 1,
-    draft: Path | None = None,
-    draft_tp_size: int = 1,
-    layer_parallel_size: int = 1,
-    layer_groups: Sequence[Sequence[int]] | None = None,
-    layer_parallel_weights: Weights = "replicated",
-    layer_parallel_mlp: Mlps = "auto",
-    colocated: bool = False,
+    draft: LocalDraft | None = None,
     dtype: str | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
-    threads_per_worker: int = 1,
-    block_size: int = 16,
-    kv_cache_bytes: int = DEFAULT_DEVICE_BYTES,
-    gpu_memory_utilization: float = 0.9,
-    max_num_seqs: int = 64,
-    max_num_batched_tokens: int = 2048,
-    max_model_len: int | None = None,
-    max_queue: int = 1024,
-    enable_prefix_caching: bool = True,
-    method: Method | None = None,
-    pipeline: Pipeline | None = None,
-    num_speculative_tokens: int | Literal["auto"] = "auto",
-    window: int | Literal["auto"] = "auto",
-    verdict_cache: int | Literal["auto", "off"] = "auto",
+    cpu: CpuSettings = LOCAL_CPU,
+    kv_cache: KvCacheSettings = LOCAL_KV_CACHE,
+    scheduler: SchedulerSettings = LOCAL_SCHEDULER,
+    speculation: SpeculationSettings = LOCAL_SPECULATION,
+    server: ServerSettings = LOCAL_SERVER,
     forced_acceptance: float = 0.0,
     batch_invariant: bool = False,
-    grpc_port: int = 0,
-    http_port: int = 0,
     startup_timeout_s: float = 120.0,
     collective_timeout_s: float = 60.0,
 ) -> Settings:
-    """Settings from keyword arguments, which mean what the deployment file's keys of the same name mean.
+    """Settings from the sections of a deployment file.
 
-    `dtype` is that of both models (default: each checkpoint's own), `kv_cache_bytes` is that of one cpu device,
-    `layer_groups` None is auto, `forced_acceptance` is for benchmarks only, `grpc_port` 0 takes any
-    free port and `http_port` 0 serves no metrics.
+    `dtype` is that of both models (default: each checkpoint's own); `forced_acceptance` is for benchmarks only.
     Values are not checked against one another. Raises ModelFolderError.
     """
 
@@ -80,46 +92,24 @@ def local_settings(
 
     target_model = model("target", target, tp_size)
     draft_model = None
-    if draft is not None and method not in ("none", "suffix"):
-        layers = layer_parallel(
-            layer_parallel_size,
-            target_tp_size=tp_size,
-            colocated=colocated,
-            groups=layer_groups,
-            weights=layer_parallel_weights,
-            mlps=layer_parallel_mlp,
-        )
-        draft_model = replace(model("draft", draft, draft_tp_size), layer_parallel=layers)
-    default_len = default_max_model_len(target_model.folder, None if draft_model is None else draft_model.folder)
+    if draft is not None and speculation.method in (None, *DRAFT_MODEL_METHODS):
+        layers = draft.layer_parallel(target_tp_size=tp_size)
+        draft_model = replace(model("draft", draft.folder, draft.tp_size), layer_parallel=layers)
+    colocated = draft is not None and draft.colocated
     return Settings(
         name="local",
         model_name=target_model.folder.path.name,
         target=target_model,
         draft=draft_model,
-        speculation=resolve_speculation(
-            method=method,
-            has_draft=draft_model is not None,
-            colocated=colocated,
-            pipeline=pipeline,
-            num_speculative_tokens=num_speculative_tokens,
-            window=window,
-            verdict_cache=verdict_cache,
-        ),
+        speculation=resolve_speculation(speculation, has_draft=draft_model is not None, colocated=colocated),
         colocated=colocated and draft_model is not None,
         device=device,
-        threads_per_worker=threads_per_worker,
-        block_size=block_size,
-        device_bytes=kv_cache_bytes,
-        gpu_memory_utilization=gpu_memory_utilization,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_model_len=max_model_len or default_len,
-        max_queue=max_queue,
-        enable_prefix_caching=enable_prefix_caching,
+        cpu=cpu,
+        kv_cache=kv_cache,
+        scheduler=resolve_scheduler(scheduler, target_model, draft_model),
+        server=server,
         forced_acceptance=forced_acceptance,
         batch_invariant=batch_invariant,
-        grpc_port=grpc_port,
-        http_port=http_port,
         startup_timeout_s=startup_timeout_s,
         collective_timeout_s=collective_timeout_s,
     )

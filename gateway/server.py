@@ -71,7 +71,7 @@ class Gateway:
         if self._http is not None:
             self._http.start()
         self._link_tasks = [asyncio.create_task(link.run()) for link in self._links]
-        return join(self._spec.host, port)
+        return join(self._spec.server.host, port)
 
     async def wait_until_ready(self) -> None:
         """Returns once a scheduler would serve a request."""
@@ -95,7 +95,7 @@ class Gateway:
         await asyncio.gather(*self._link_tasks, return_exceptions=True)
 
     def _bind(self) -> int:
-        host, port = self._spec.host, self._spec.grpc_port
+        host, port = self._spec.server.host, self._spec.server.grpc_port
         try:
             bound = self._server.add_insecure_port(join(host, port))
         except RuntimeError:
@@ -105,7 +105,7 @@ class Gateway:
         return bound
 
     def _bind_http(self) -> HttpServer | None:
-        host, port = self._spec.host, self._spec.http_port
+        host, port = self._spec.server.host, self._spec.server.http_port
         if not port:
             return None
         loop = asyncio.get_running_loop()

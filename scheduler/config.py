@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
 
 from echelon.pb import process_pb2
 
@@ -56,14 +58,13 @@ class SpeculationConfig:
         method = _known(Method, spec.method or "none", "speculation.method")
         if method is Method.NONE:
             return cls()
-        return cls(
-            method=method,
-            pipeline=_known(Pipeline, spec.pipeline or "serial", "speculation.pipeline"),
-            num_speculative_tokens=spec.num_speculative_tokens,
-            adaptive=spec.adaptive,
-            window=spec.window,
-            verdict_cache_rows=spec.verdict_cache_rows,
-        )
+        pipeline = _known(Pipeline, spec.pipeline or "serial", "speculation.pipeline")
+        return cls(**_fields_of(spec) | {"method": method, "pipeline": pipeline})
+
+
+def _fields_of(section: Message) -> dict[str, Any]:
+    """All of them, unset ones too: a section's fields are named as those of the config that it becomes."""
+    return {field.name: getattr(section, field.name) for field in section.DESCRIPTOR.fields}
 
 
 def _known(kind: type[_Name], value: str, where: str) -> _Name:
@@ -98,11 +99,7 @@ class SchedulerConfig:
         return cls(
             model_name=spec.model_name,
             eos_token_ids=frozenset(spec.eos_token_ids),
-            max_num_seqs=spec.max_num_seqs,
-            max_num_batched_tokens=spec.max_num_batched_tokens,
-            max_model_len=spec.max_model_len,
-            max_queue=spec.max_queue,
-            enable_prefix_caching=spec.enable_prefix_caching,
+            **_fields_of(spec.scheduler),
             max_rounds_in_flight=spec.max_rounds_in_flight,
             speculation=SpeculationConfig.from_spec(spec.speculation),
         )

@@ -2,26 +2,33 @@
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from cluster.deployment.schema import DeploymentFile, Draft, Target
+from cluster.deployment.schema import DeploymentFile, Draft, Section, Target
 from cluster.deployment.settings import (
-    DEFAULT_DEVICE_BYTES,
     DRAFT_MODEL_METHODS,
+    CpuSettings,
+    KvCacheSettings,
     ModelSettings,
     Role,
+    SchedulerSettings,
+    ServerSettings,
     Settings,
-    default_max_model_len,
+    SpeculationSettings,
+    resolve_scheduler,
     resolve_speculation,
 )
 from cluster.deployment.yaml_lines import read_document
 from cluster.errors import ConfigError, Problem
 from cluster.layer_parallel import LayerParallel, layer_parallel, layer_parallel_problems
 from cluster.model_folder import ModelFolder, ModelFolderError, compare_tokenizers, find_model, read_model_folder
+
+T = TypeVar("T")
 
 
 def load_deployment(path: Path) -> Settings:
@@ -157,33 +164,24 @@ def _settings(file: DeploymentFile, target: ModelSettings, draft: ModelSettings 
         target=target,
         draft=draft,
         speculation=resolve_speculation(
-            method=file.speculation.method,
-            has_draft=draft is not None,
-            colocated=colocated,
-            pipeline=file.speculation.pipeline,
-            num_speculative_tokens=file.speculation.num_speculative_tokens,
-            window=file.speculation.window,
-            verdict_cache=file.speculation.verdict_cache,
+            _section(SpeculationSettings, file.speculation), has_draft=draft is not None, colocated=colocated
         ),
         colocated=colocated,
         device=file.device,
-        threads_per_worker=file.cpu.threads_per_worker,
-        block_size=file.kv_cache.block_size,
-        device_bytes=file.kv_cache.device_bytes or DEFAULT_DEVICE_BYTES,
-        gpu_memory_utilization=file.kv_cache.gpu_memory_utilization,
-        max_num_seqs=file.scheduler.max_num_seqs,
-        max_num_batched_tokens=file.scheduler.max_num_batched_tokens,
-        max_model_len=file.scheduler.max_model_len
-        or default_max_model_len(target.folder, None if draft is None else draft.folder),
-        max_queue=file.scheduler.max_queue,
-        enable_prefix_caching=file.scheduler.enable_prefix_caching,
+        cpu=_section(CpuSettings, file.cpu),
+        kv_cache=_section(KvCacheSettings, file.kv_cache),
+        scheduler=resolve_scheduler(_section(SchedulerSettings, file.scheduler), target, draft),
+        server=_section(ServerSettings, file.server),
         batch_invariant=file.batch_invariant,
-        host=file.server.host,
-        grpc_port=file.server.grpc_port,
-        http_port=file.server.http_port or 0,
         startup_timeout_s=file.startup_timeout_s,
         collective_timeout_s=file.collective_timeout_s,
     )
+
+
+def _section(kind: type[T], section: Section) -> T:
+    """A section of the file as settings: keys of the same name, defaults for those that are left open."""
+    values = {field.name: getattr(section, field.name) for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in values.items() if value is not None})
 
 
 def _served_name(model: str, folder: ModelFolder) -> str:
@@ -195,7 +193,8 @@ def _served_name(model: str, folder: ModelFolder) -> str:
 def _cap_max_model_len(settings: Settings) -> Settings:
     """A default must work: no longer than what the KV cache of one device holds."""
     num_tokens = settings.kv_cache_bytes("target") // settings.target.kv_bytes_per_token
-    return replace(settings, max_model_len=max(1, min(settings.max_model_len, num_tokens)))
+    max_model_len = max(1, min(settings.max_model_len, num_tokens))
+    return replace(settings, scheduler=replace(settings.scheduler, max_model_len=max_model_len))
 
 
 def _pair_problems(file: DeploymentFile, settings: Settings) -> Iterator[Problem]:
@@ -228,9 +227,9 @@ def _limit_problems(settings: Settings) -> Iterator[Problem]:
             limit = model.folder.max_position_embeddings
             message = f"the {model.role} model's own limit is {limit} tokens"
             yield _limit_problem("max_model_len", max_model_len, message, f"use at most {limit}")
-    if settings.max_num_batched_tokens < settings.max_num_seqs:
-        message = f"is less than max_num_seqs ({settings.max_num_seqs}): a round could not decode all seqs"
-        yield _limit_problem("max_num_batched_tokens", settings.max_num_batched_tokens, message, "raise it")
+    if settings.scheduler.max_num_batched_tokens < settings.scheduler.max_num_seqs:
+        message = f"is less than max_num_seqs ({settings.scheduler.max_num_seqs}): a round could not decode all seqs"
+        yield _limit_problem("max_num_batched_tokens", settings.scheduler.max_num_batched_tokens, message, "raise it")
     yield from _kv_problems(settings)
 
 
@@ -242,15 +241,15 @@ def _kv_problems(settings: Settings) -> Iterator[Problem]:
     """On cpu the KV cache's size is given, so whether it holds one longest seq is known before anything starts."""
     if settings.device != "cpu":
         return
-    num_blocks_needed = -(-settings.max_model_len // settings.block_size)
+    num_blocks_needed = -(-settings.max_model_len // settings.kv_cache.block_size)
     per_token = settings.target.kv_bytes_per_token
     if settings.colocated and settings.draft is not None:
         per_token += settings.draft.kv_bytes_per_token
-    needed = num_blocks_needed * settings.block_size * per_token
-    if needed > settings.device_bytes:
+    needed = num_blocks_needed * settings.kv_cache.block_size * per_token
+    if needed > settings.kv_cache.device_bytes:
         message = (
             f"one seq of max_model_len {settings.max_model_len} takes {needed} bytes a rank "
-            f"({per_token} a token), device_bytes is {settings.device_bytes}"
+            f"({per_token} a token), device_bytes is {settings.kv_cache.device_bytes}"
         )
         remedy = "raise kv_cache.device_bytes or lower scheduler.max_model_len"
         yield Problem(path="kv_cache.device_bytes", message=message, remedy=remedy)

@@ -4,7 +4,7 @@ Plain dataclasses: the YAML file is one way to make them (`cluster.deployment.sc
 (`cluster.local`), and neither pydantic nor Ray is needed to use them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cluster.layer_parallel import LayerParallel
@@ -68,18 +68,21 @@ class Speculation:
         return self.method in DRAFT_MODEL_METHODS
 
 
-def resolve_speculation(
-    *,
-    method: Method | None,
-    has_draft: bool,
-    colocated: bool,
-    pipeline: Pipeline | None,
-    num_speculative_tokens: int | Literal["auto"],
-    window: int | Literal["auto"],
-    verdict_cache: int | Literal["auto", "off"],
-) -> Speculation:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationSettings:
+    """The section `speculation`, as written."""
+
+    method: Method | None = None  # None: draft_model if there is a draft, else none
+    num_speculative_tokens: int | Literal["auto"] = "auto"
+    pipeline: Pipeline | None = None
+    window: int | Literal["auto"] = "auto"
+    verdict_cache: int | Literal["auto", "off"] = "auto"
+
+
+def resolve_speculation(wanted: SpeculationSettings, *, has_draft: bool, colocated: bool) -> Speculation:
     """Fill in what is left open (None, "auto")."""
-    method = method or ("draft_model" if has_draft else "none")
+    pipeline, verdict_cache = wanted.pipeline, wanted.verdict_cache
+    method = wanted.method or ("draft_model" if has_draft else "none")
     if method == "none":
         return Speculation()
     if method not in DRAFT_MODEL_METHODS:
@@ -92,17 +95,45 @@ def resolve_speculation(
         method=method,
         pipeline=pipeline,
         num_speculative_tokens=(
-            AUTO_NUM_SPECULATIVE_TOKENS if num_speculative_tokens == "auto" else num_speculative_tokens
+            AUTO_NUM_SPECULATIVE_TOKENS if wanted.num_speculative_tokens == "auto" else wanted.num_speculative_tokens
         ),
-        adaptive=num_speculative_tokens == "auto",
-        window=window if is_continuous and window != "auto" else 0,
+        adaptive=wanted.num_speculative_tokens == "auto",
+        window=wanted.window if is_continuous and wanted.window != "auto" else 0,
         verdict_cache_rows=verdict_cache if is_continuous and verdict_cache != "off" else 0,
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvCacheSettings:
+    block_size: int = 16
+    device_bytes: int = DEFAULT_DEVICE_BYTES  # cpu: of one device, shared by the engines on it
+    gpu_memory_utilization: float = 0.9  # cuda
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSettings:
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    max_model_len: int | None = None  # None: not resolved yet
+    max_queue: int = 1024
+    enable_prefix_caching: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuSettings:
+    threads_per_worker: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    host: str = "127.0.0.1"
+    grpc_port: int = 50051  # 0: any free one
+    http_port: int = 0  # 0: no HTTP server
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """A deployment, resolved."""
+    """A deployment, resolved. Its sections are those of the deployment file and travel whole (protos/process.proto)."""
 
     name: str
     model_name: str  # as clients see it
@@ -111,23 +142,19 @@ class Settings:
     speculation: Speculation = Speculation()
     colocated: bool = False  # the draft's ranks live in the target's processes
     device: Literal["cpu", "cuda"] = "cpu"
-    threads_per_worker: int = 1
-    block_size: int = 16
-    device_bytes: int = DEFAULT_DEVICE_BYTES  # cpu: KV cache of one device, shared by the engines on it
-    gpu_memory_utilization: float = 0.9  # cuda
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
-    max_model_len: int = DEFAULT_MAX_MODEL_LEN
-    max_queue: int = 1024
-    enable_prefix_caching: bool = True
+    cpu: CpuSettings = CpuSettings()
+    kv_cache: KvCacheSettings = KvCacheSettings()
+    scheduler: SchedulerSettings
+    server: ServerSettings = ServerSettings()
     forced_acceptance: float = 0.0  # benchmarks only: drafts are right so often, whatever they are; 0: they are checked
     batch_invariant: bool = False
-    host: str = "127.0.0.1"
-    grpc_port: int = 50051
-    http_port: int = 0  # 0: no HTTP server
-    max_message_bytes: int = 16 << 20
     startup_timeout_s: float = 120.0
     collective_timeout_s: float = 60.0
+
+    @property
+    def max_model_len(self) -> int:
+        assert self.scheduler.max_model_len is not None, "settings are resolved"
+        return self.scheduler.max_model_len
 
     @property
     def round_timeout_s(self) -> float:
@@ -137,8 +164,9 @@ class Settings:
     @property
     def metrics_url(self) -> str:
         """Where Prometheus finds the gateway's metrics; empty: nowhere."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.http_port}/metrics" if self.http_port else ""
+        host, port = self.server.host, self.server.http_port
+        host = f"[{host}]" if ":" in host else host
+        return f"http://{host}:{port}/metrics" if port else ""
 
     @property
     def method(self) -> Method:
@@ -155,9 +183,9 @@ class Settings:
     def max_seqs_of(self, role: Role) -> int:
         """Slots of an engine: the draft's also hold the branches of the verdict cache."""
         if role == "target":
-            return self.max_num_seqs
-        branches = self.speculation.verdict_cache_rows * self.max_num_seqs
-        return self.max_num_seqs + min(MAX_BRANCHES, branches)
+            return self.scheduler.max_num_seqs
+        branches = self.speculation.verdict_cache_rows * self.scheduler.max_num_seqs
+        return self.scheduler.max_num_seqs + min(MAX_BRANCHES, branches)
 
     @property
     def max_rounds_in_flight(self) -> int:
@@ -179,15 +207,17 @@ class Settings:
         target = self.target.kv_bytes_per_token
         draft = 0 if self.draft is None else self.draft.kv_bytes_per_token
         per_token = target + draft if self.colocated else target
-        num_tokens = self.device_bytes // (per_token * self.block_size) * self.block_size
+        num_tokens = self.kv_cache.device_bytes // (per_token * self.kv_cache.block_size) * self.kv_cache.block_size
         if role == "target":
             return num_tokens * target
-        return num_tokens * draft if self.colocated else min(self.device_bytes, num_tokens * draft)
+        return num_tokens * draft if self.colocated else min(self.kv_cache.device_bytes, num_tokens * draft)
 
 
-def default_max_model_len(target: ModelFolder, draft: ModelFolder | None) -> int:
-    """The model's own limit (the shorter one of a pair), at most DEFAULT_MAX_MODEL_LEN."""
-    limits = [target.max_position_embeddings, DEFAULT_MAX_MODEL_LEN]
-    if draft is not None:
-        limits.append(draft.max_position_embeddings)
-    return min(limits)
+def resolve_scheduler(
+    wanted: SchedulerSettings, target: ModelSettings, draft: ModelSettings | None
+) -> SchedulerSettings:
+    """A max_model_len that is left open becomes the models' own limit, at most DEFAULT_MAX_MODEL_LEN."""
+    if wanted.max_model_len is not None:
+        return wanted
+    limits = [model.folder.max_position_embeddings for model in (target, draft) if model is not None]
+    return replace(wanted, max_model_len=min(*limits, DEFAULT_MAX_MODEL_LEN))

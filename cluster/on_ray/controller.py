@@ -84,9 +84,9 @@ class Controller:
         settings, plan = self._desired.settings, self._desired.plan
         deadline = time.monotonic() + self._desired.timeout_s
         try:
-            check_port(settings.host, settings.grpc_port, "server.grpc_port")
-            if settings.http_port:
-                check_port(settings.host, settings.http_port, "server.http_port")
+            check_port(settings.server.host, settings.server.grpc_port, "server.grpc_port")
+            if settings.server.http_port:
+                check_port(settings.server.host, settings.server.http_port, "server.http_port")
             for role in ("target", "draft"):
                 bundles = plan.group(role)
                 if bundles:
@@ -160,9 +160,9 @@ def shown_settings(settings: Settings) -> dict[str, str | int | float | bool]:
         "device": settings.device,
         "dtype": settings.target.dtype,
         "max_model_len": settings.max_model_len,
-        "max_num_seqs": settings.max_num_seqs,
-        "max_num_batched_tokens": settings.max_num_batched_tokens,
-        "block_size": settings.block_size,
+        "max_num_seqs": settings.scheduler.max_num_seqs,
+        "max_num_batched_tokens": settings.scheduler.max_num_batched_tokens,
+        "block_size": settings.kv_cache.block_size,
         "batch_invariant": settings.batch_invariant,
     }
 

@@ -105,8 +105,8 @@ def _kv_cache_bytes(model: ModelSettings, settings: Settings) -> int:
     """On cpu what the settings give; on cuda the least that works, one seq of max_model_len."""
     if settings.device == "cpu":
         return settings.kv_cache_bytes(model.role)
-    num_blocks = -(-settings.max_model_len // settings.block_size)
-    return num_blocks * settings.block_size * model.kv_bytes_per_token
+    num_blocks = -(-settings.max_model_len // settings.kv_cache.block_size)
+    return num_blocks * settings.kv_cache.block_size * model.kv_bytes_per_token
 
 
 def _activation_bytes(model: ModelSettings, settings: Settings) -> int:
@@ -114,8 +114,8 @@ def _activation_bytes(model: ModelSettings, settings: Settings) -> int:
     return model.folder.activation_bytes(
         model.tp_size,
         model.dtype,
-        num_tokens=settings.max_num_batched_tokens,
-        num_logit_rows=min(settings.max_seqs_of(model.role) * rows_per_seq, settings.max_num_batched_tokens),
+        num_tokens=settings.scheduler.max_num_batched_tokens,
+        num_logit_rows=min(settings.max_seqs_of(model.role) * rows_per_seq, settings.scheduler.max_num_batched_tokens),
     )
 
 
@@ -128,7 +128,7 @@ def _place_on_gpus(settings: Settings, inventory: Inventory, ranks: list[_Rank])
         usable = {
             node_id: count
             for node_id, count in free.items()
-            if _fits_gpu(group[0], nodes[node_id], settings.gpu_memory_utilization)
+            if _fits_gpu(group[0], nodes[node_id], settings.kv_cache.gpu_memory_utilization)
         }
         chosen = _choose_nodes(len(group), usable, near=placed[0][1].node_id if placed else None, reserve=len(ranks))
         if len(chosen) < len(group):
@@ -177,7 +177,7 @@ def _choose_nodes(count: int, free: Mapping[str, int], *, near: str | None, rese
 def _gpu_bundle(rank: _Rank, node: Node, settings: Settings) -> Bundle:
     memory = rank.memory
     if node.gpu_memory_bytes is not None:
-        budget = int(node.gpu_memory_bytes * settings.gpu_memory_utilization)
+        budget = int(node.gpu_memory_bytes * settings.kv_cache.gpu_memory_utilization)
         memory = replace(memory, kv_cache_bytes=budget - memory.weight_bytes - memory.activation_bytes)
     return Bundle(
         group=rank.group,
@@ -200,8 +200,8 @@ def _no_gpu(
     for node in inventory.nodes:
         if not node.num_gpus:
             reasons.append(f"node {node.label}: no free GPU")
-        elif not _fits_gpu(rank, node, settings.gpu_memory_utilization):
-            have = (node.gpu_memory_bytes or 0) * settings.gpu_memory_utilization
+        elif not _fits_gpu(rank, node, settings.kv_cache.gpu_memory_utilization):
+            have = (node.gpu_memory_bytes or 0) * settings.kv_cache.gpu_memory_utilization
             reasons.append(f"node {node.label}: {_size(have)} a GPU at this gpu_memory_utilization")
         else:
             reasons.append(f"node {node.label}: {node.num_gpus} free, {taken[node.node_id]} of them planned already")
@@ -225,7 +225,7 @@ def _place_on_cpus(
     settings: Settings, inventory: Inventory, ranks: list[_Rank]
 ) -> tuple[tuple[Bundle, ...], list[str]]:
     """Whole cores for every rank if the cluster has them, else an equal share of each node for its ranks."""
-    threads = settings.threads_per_worker
+    threads = settings.cpu.threads_per_worker
     free = {node.node_id: int(node.num_cpus / threads) for node in inventory.nodes}
     if sum(free.values()) >= len(ranks):
         places: list[str] = []
@@ -259,11 +259,11 @@ def _cpu_bundles(
 ) -> tuple[tuple[Bundle, ...], list[str]]:
     nodes = {node.node_id: node for node in inventory.nodes}
     ranks_on = Counter(places)
-    pins, notes = _pin(settings.threads_per_worker, [nodes[node_id] for node_id in places])
+    pins, notes = _pin(settings.cpu.threads_per_worker, [nodes[node_id] for node_id in places])
     bundles = []
     for rank, node_id, cpu_ids in zip(ranks, places, pins, strict=True):
         node = nodes[node_id]
-        share = min(float(settings.threads_per_worker), int(node.num_cpus / ranks_on[node_id] * 100) / 100)
+        share = min(float(settings.cpu.threads_per_worker), int(node.num_cpus / ranks_on[node_id] * 100) / 100)
         bundles.append(
             Bundle(
                 group=rank.group,

@@ -1,6 +1,7 @@
 """The specs of the processes of a deployment, from its settings and where each runs. Pure."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from cluster.deployment.settings import Role, Settings
 from cluster.layer_parallel import LayerParallel
@@ -20,7 +21,7 @@ def worker_specs(settings: Settings, bundles: Sequence[Bundle], incarnation: int
             world_size=len(bundles),
             host=bundle.address,
             device=settings.device,
-            threads=settings.threads_per_worker,
+            threads=settings.cpu.threads_per_worker,
             cpu_ids=bundle.cpu_ids,
             incarnation=incarnation,
             version=__version__,
@@ -39,11 +40,11 @@ def _engine_spec(settings: Settings, role: Role, bundle: Bundle) -> process_pb2.
         model=str(model.folder.path),
         dtype=model.dtype,
         tp_size=model.tp_size,
-        block_size=settings.block_size,
+        block_size=settings.kv_cache.block_size,
         kv_cache_bytes=_kv_cache_bytes(settings, role, bundle),
-        gpu_memory_utilization=settings.gpu_memory_utilization,
+        gpu_memory_utilization=settings.kv_cache.gpu_memory_utilization,
         max_num_seqs=settings.max_seqs_of(role),
-        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_batched_tokens=settings.scheduler.max_num_batched_tokens,
         max_model_len=settings.max_model_len,
         batch_invariant=settings.batch_invariant,
         forced_acceptance=settings.forced_acceptance if role == "target" else 0.0,
@@ -66,8 +67,8 @@ def _kv_cache_bytes(settings: Settings, role: Role, bundle: Bundle) -> int:
         return settings.kv_cache_bytes(role)
     # Engines that share a GPU get blocks for the same number of tokens.
     per_token = {engine: settings.model(engine).kv_bytes_per_token for engine in bundle.engines}
-    block_bytes = settings.block_size * sum(per_token.values())
-    return bundle.memory.kv_cache_bytes // block_bytes * settings.block_size * per_token[role]
+    block_bytes = settings.kv_cache.block_size * sum(per_token.values())
+    return bundle.memory.kv_cache_bytes // block_bytes * settings.kv_cache.block_size * per_token[role]
 
 
 def scheduler_spec(
@@ -87,19 +88,8 @@ def scheduler_spec(
         eos_token_ids=settings.target.folder.eos_token_ids,
         target=target,
         draft=draft,
-        speculation=process_pb2.SpeculationSpec(
-            method=settings.speculation.method,
-            pipeline=settings.speculation.pipeline,
-            num_speculative_tokens=settings.speculation.num_speculative_tokens,
-            adaptive=settings.speculation.adaptive,
-            window=settings.speculation.window,
-            verdict_cache_rows=settings.speculation.verdict_cache_rows,
-        ),
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_model_len=settings.max_model_len,
-        max_queue=settings.max_queue,
-        enable_prefix_caching=settings.enable_prefix_caching,
+        speculation=process_pb2.SpeculationSpec(**asdict(settings.speculation)),
+        scheduler=process_pb2.SchedulerSection(**asdict(settings.scheduler)),
         round_timeout_s=settings.round_timeout_s,
         max_rounds_in_flight=settings.max_rounds_in_flight,
     )
@@ -110,14 +100,11 @@ def gateway_spec(
 ) -> process_pb2.GatewaySpec:
     return process_pb2.GatewaySpec(
         name=process.name,
-        host=settings.host,
-        grpc_port=settings.grpc_port,
-        http_port=settings.http_port,
+        server=process_pb2.ServerSection(**asdict(settings.server)),
         version=__version__,
         model_name=settings.model_name,
         model_dir=str(settings.target.folder.path),
         scheduler_addresses=scheduler_addresses,
         max_model_len=settings.max_model_len,
-        max_message_bytes=settings.max_message_bytes,
         vocab_size=settings.target.folder.vocab_size,
     )

@@ -283,11 +283,7 @@ class SchedulerSpec(google.protobuf.message.Message):
     TARGET_FIELD_NUMBER: builtins.int
     DRAFT_FIELD_NUMBER: builtins.int
     SPECULATION_FIELD_NUMBER: builtins.int
-    MAX_NUM_SEQS_FIELD_NUMBER: builtins.int
-    MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: builtins.int
-    MAX_MODEL_LEN_FIELD_NUMBER: builtins.int
-    MAX_QUEUE_FIELD_NUMBER: builtins.int
-    ENABLE_PREFIX_CACHING_FIELD_NUMBER: builtins.int
+    SCHEDULER_FIELD_NUMBER: builtins.int
     ROUND_TIMEOUT_S_FIELD_NUMBER: builtins.int
     MAX_ROUNDS_IN_FLIGHT_FIELD_NUMBER: builtins.int
     name: builtins.str
@@ -299,11 +295,6 @@ class SchedulerSpec(google.protobuf.message.Message):
     """as clients see it"""
     tokenizer_dir: builtins.str
     """folder with tokenizer.json"""
-    max_num_seqs: builtins.int
-    max_num_batched_tokens: builtins.int
-    max_model_len: builtins.int
-    max_queue: builtins.int
-    enable_prefix_caching: builtins.bool
     round_timeout_s: builtins.float
     max_rounds_in_flight: builtins.int
     """1 or 2"""
@@ -317,6 +308,8 @@ class SchedulerSpec(google.protobuf.message.Message):
 
     @property
     def speculation(self) -> global___SpeculationSpec: ...
+    @property
+    def scheduler(self) -> global___SchedulerSection: ...
     def __init__(
         self,
         *,
@@ -330,18 +323,68 @@ class SchedulerSpec(google.protobuf.message.Message):
         target: global___GroupEndpoint | None = ...,
         draft: global___GroupEndpoint | None = ...,
         speculation: global___SpeculationSpec | None = ...,
+        scheduler: global___SchedulerSection | None = ...,
+        round_timeout_s: builtins.float = ...,
+        max_rounds_in_flight: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["draft", b"draft", "scheduler", b"scheduler", "speculation", b"speculation", "target", b"target"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["draft", b"draft", "eos_token_ids", b"eos_token_ids", "host", b"host", "max_rounds_in_flight", b"max_rounds_in_flight", "model_name", b"model_name", "name", b"name", "port", b"port", "round_timeout_s", b"round_timeout_s", "scheduler", b"scheduler", "speculation", b"speculation", "target", b"target", "tokenizer_dir", b"tokenizer_dir", "version", b"version"]) -> None: ...
+
+global___SchedulerSpec = SchedulerSpec
+
+@typing.final
+class SchedulerSection(google.protobuf.message.Message):
+    """Sections of the deployment file travel whole: their keys have the same names there, in cluster/deployment/settings.py
+    and here.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAX_NUM_SEQS_FIELD_NUMBER: builtins.int
+    MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: builtins.int
+    MAX_MODEL_LEN_FIELD_NUMBER: builtins.int
+    MAX_QUEUE_FIELD_NUMBER: builtins.int
+    ENABLE_PREFIX_CACHING_FIELD_NUMBER: builtins.int
+    max_num_seqs: builtins.int
+    max_num_batched_tokens: builtins.int
+    max_model_len: builtins.int
+    max_queue: builtins.int
+    enable_prefix_caching: builtins.bool
+    def __init__(
+        self,
+        *,
         max_num_seqs: builtins.int = ...,
         max_num_batched_tokens: builtins.int = ...,
         max_model_len: builtins.int = ...,
         max_queue: builtins.int = ...,
         enable_prefix_caching: builtins.bool = ...,
-        round_timeout_s: builtins.float = ...,
-        max_rounds_in_flight: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["draft", b"draft", "speculation", b"speculation", "target", b"target"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["draft", b"draft", "enable_prefix_caching", b"enable_prefix_caching", "eos_token_ids", b"eos_token_ids", "host", b"host", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "max_queue", b"max_queue", "max_rounds_in_flight", b"max_rounds_in_flight", "model_name", b"model_name", "name", b"name", "port", b"port", "round_timeout_s", b"round_timeout_s", "speculation", b"speculation", "target", b"target", "tokenizer_dir", b"tokenizer_dir", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["enable_prefix_caching", b"enable_prefix_caching", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "max_queue", b"max_queue"]) -> None: ...
 
-global___SchedulerSpec = SchedulerSpec
+global___SchedulerSection = SchedulerSection
+
+@typing.final
+class ServerSection(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: builtins.int
+    GRPC_PORT_FIELD_NUMBER: builtins.int
+    HTTP_PORT_FIELD_NUMBER: builtins.int
+    host: builtins.str
+    grpc_port: builtins.int
+    """0: any free one"""
+    http_port: builtins.int
+    """of the HTTP server, for metrics; 0: none"""
+    def __init__(
+        self,
+        *,
+        host: builtins.str = ...,
+        grpc_port: builtins.int = ...,
+        http_port: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["grpc_port", b"grpc_port", "host", b"host", "http_port", b"http_port"]) -> None: ...
+
+global___ServerSection = ServerSection
 
 @typing.final
 class GroupEndpoint(google.protobuf.message.Message):
@@ -403,8 +446,7 @@ class GatewaySpec(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     NAME_FIELD_NUMBER: builtins.int
-    HOST_FIELD_NUMBER: builtins.int
-    GRPC_PORT_FIELD_NUMBER: builtins.int
+    SERVER_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     MODEL_NAME_FIELD_NUMBER: builtins.int
     MODEL_DIR_FIELD_NUMBER: builtins.int
@@ -412,27 +454,24 @@ class GatewaySpec(google.protobuf.message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
     VOCAB_SIZE_FIELD_NUMBER: builtins.int
-    HTTP_PORT_FIELD_NUMBER: builtins.int
     name: builtins.str
-    host: builtins.str
-    grpc_port: builtins.int
     version: builtins.str
     model_name: builtins.str
     model_dir: builtins.str
     """tokenizer, chat template and generation_config.json"""
     max_model_len: builtins.int
     max_message_bytes: builtins.int
+    """of a request; 0: 16 MiB"""
     vocab_size: builtins.int
-    http_port: builtins.int
-    """of the HTTP server, for metrics; 0: none"""
+    @property
+    def server(self) -> global___ServerSection: ...
     @property
     def scheduler_addresses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     def __init__(
         self,
         *,
         name: builtins.str = ...,
-        host: builtins.str = ...,
-        grpc_port: builtins.int = ...,
+        server: global___ServerSection | None = ...,
         version: builtins.str = ...,
         model_name: builtins.str = ...,
         model_dir: builtins.str = ...,
@@ -440,8 +479,8 @@ class GatewaySpec(google.protobuf.message.Message):
         max_model_len: builtins.int = ...,
         max_message_bytes: builtins.int = ...,
         vocab_size: builtins.int = ...,
-        http_port: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["grpc_port", b"grpc_port", "host", b"host", "http_port", b"http_port", "max_message_bytes", b"max_message_bytes", "max_model_len", b"max_model_len", "model_dir", b"model_dir", "model_name", b"model_name", "name", b"name", "scheduler_addresses", b"scheduler_addresses", "version", b"version", "vocab_size", b"vocab_size"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["server", b"server"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["max_message_bytes", b"max_message_bytes", "max_model_len", b"max_model_len", "model_dir", b"model_dir", "model_name", b"model_name", "name", b"name", "scheduler_addresses", b"scheduler_addresses", "server", b"server", "version", b"version", "vocab_size", b"vocab_size"]) -> None: ...
 
 global___GatewaySpec = GatewaySpec

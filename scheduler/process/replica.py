@@ -8,7 +8,7 @@ from collections.abc import Callable
 from grpc import StatusCode
 
 from echelon.pb import inference_pb2, process_pb2, scheduler_pb2, worker_pb2
-from scheduler.config import Method
+from scheduler.config import SpeculationConfig
 from scheduler.core import SchedulerCore
 from scheduler.process.group_client import GroupClient, GroupEvents
 from scheduler.process.recorder import RoundRecorder
@@ -114,7 +114,7 @@ class Replica:
             events=GroupEvents(connected=self._target_up, result=self._target_result, lost=self._target_lost),
         )
         self.draft: GroupClient | None = None
-        if spec.HasField("draft") and spec.speculation.method in (Method.DRAFT_MODEL, Method.HYBRID):
+        if spec.HasField("draft") and SpeculationConfig.from_spec(spec.speculation).uses_draft_model:
             self.draft = GroupClient(
                 "draft group",
                 spec.draft,

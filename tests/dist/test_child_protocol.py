@@ -21,16 +21,18 @@ LIMIT_S = 60.0
 
 # Enough for each to wait: for a scheduler, for a target, for the other rank.
 WAITING = {
-    "gateway": {"host": "127.0.0.1", "modelDir": str(DEMO), "schedulerAddresses": [NOBODY], "maxModelLen": 64},
+    "gateway": {
+        "server": {"host": "127.0.0.1"},
+        "modelDir": str(DEMO),
+        "schedulerAddresses": [NOBODY],
+        "maxModelLen": 64,
+    },
     "scheduler": {
         "host": "127.0.0.1",
         "tokenizerDir": str(DEMO),
         "modelName": "demo",
         "target": {"address": NOBODY},
-        "maxNumSeqs": 8,
-        "maxNumBatchedTokens": 64,
-        "maxModelLen": 64,
-        "maxQueue": 4,
+        "scheduler": {"maxNumSeqs": 8, "maxNumBatchedTokens": 64, "maxModelLen": 64, "maxQueue": 4},
         "maxRoundsInFlight": 2,
         "roundTimeoutS": LIMIT_S,
     },

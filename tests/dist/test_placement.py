@@ -12,7 +12,7 @@ from ray.util.placement_group import placement_group_table
 
 from cluster.deployment.settings import Settings
 from cluster.errors import PlanError
-from cluster.local import local_settings
+from cluster.local import LocalDraft, local_settings
 from cluster.on_ray.cluster import NAMESPACE, plan_now, remnants, remove_groups, reserve
 from cluster.on_ray.host import RayChild, host_in_bundle
 from cluster.planning.plan import Plan
@@ -44,7 +44,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def settings_for(folders: tuple[Path, Path], tp_size: int) -> Settings:
-    return local_settings(folders[0], tp_size=tp_size, draft=folders[1], device="cuda")
+    return local_settings(folders[0], tp_size=tp_size, draft=LocalDraft(folder=folders[1]), device="cuda")
 
 
 def reserved(plan: Plan, node_ids: dict[str, str]) -> list[str]:

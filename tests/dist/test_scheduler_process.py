@@ -51,10 +51,9 @@ def spec(tmp_path: Path) -> process_pb2.SchedulerSpec:
         version=__version__,
         model_name="fake",
         tokenizer_dir=str(tmp_path),
-        max_num_seqs=8,
-        max_num_batched_tokens=64,
-        max_model_len=128,
-        max_queue=4,
+        scheduler=process_pb2.SchedulerSection(
+            max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128, max_queue=4
+        ),
         max_rounds_in_flight=2,
     )
 

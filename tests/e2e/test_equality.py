@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.deployment.settings import SpeculationSettings
+from cluster.local import LocalDraft
 from echelon.pb import inference_pb2
 from tests.helpers.deployment_streams import (
     DRAFT,
@@ -31,6 +33,8 @@ from tests.helpers.token_rule import TokenRule
 from workers.collectives import SoloGroup
 from workers.models import load_model
 
+SMALL = LocalDraft(folder=DRAFT)
+SERIAL = SpeculationSettings(pipeline="serial")
 TIE = 1e-4
 MOST_TIES = 2  # of all comparisons with one deployment
 
@@ -60,7 +64,7 @@ def fp32(cases: dict[str, Case]) -> Callable[[int], Streams]:
     def get(tp_size: int) -> Streams:
         if tp_size not in made:
             made[tp_size] = generate(
-                cases, NUM_DRAFTS, target=TARGET, draft=DRAFT, tp_size=tp_size, dtype="float32", pipeline="serial"
+                cases, NUM_DRAFTS, target=TARGET, draft=SMALL, tp_size=tp_size, dtype="float32", speculation=SERIAL
             )
         return made[tp_size]
 
@@ -177,11 +181,11 @@ def test_batch_invariance_leaves_no_difference(cases: dict[str, Case], tp_size: 
         cases,
         (0, 1, 4),
         target=TARGET,
-        draft=DRAFT,
+        draft=SMALL,
         tp_size=tp_size,
         dtype="bfloat16",
         batch_invariant=True,
-        pipeline="serial",
+        speculation=SERIAL,
     )
     assert_really_speculated(streams)
     for (name, k), stream in streams.items():
@@ -191,7 +195,9 @@ def test_batch_invariance_leaves_no_difference(cases: dict[str, Case], tp_size: 
 
 def test_a_draft_that_is_the_target_is_never_rejected(cases: dict[str, Case]) -> None:
     """It has the target's logits to the last bit, and must have its noise, penalties and candidates too."""
-    streams = generate(cases, [4], target=DRAFT, draft=DRAFT, dtype="bfloat16", batch_invariant=True, pipeline="serial")
+    streams = generate(
+        cases, [4], target=DRAFT, draft=SMALL, dtype="bfloat16", batch_invariant=True, speculation=SERIAL
+    )
     for (name, _), stream in streams.items():
         assert stream.speculation.num_draft_tokens > NUM_TOKENS // 2
         assert stream.speculation.num_accepted_tokens == stream.speculation.num_draft_tokens, name

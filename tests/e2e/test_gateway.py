@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from childproc.edge import EXIT_PARENT_DIED
-from cluster.local import LocalDeployment, local_settings
+from cluster.deployment.settings import KvCacheSettings, SchedulerSettings
+from cluster.local import LOCAL_SERVER, LocalDeployment, LocalDraft, local_settings
 from echelon import AsyncClient, Client, __version__
 from echelon.cli.app import main
 from echelon.errors import (
@@ -43,13 +45,11 @@ READY = health_pb2.HealthCheckRequest(service="echelon.v1.Inference")
 def deployment() -> Iterator[LocalDeployment]:
     settings = local_settings(
         TARGET,
-        draft=DRAFT,
+        draft=LocalDraft(folder=DRAFT),
         dtype="float32",  # a prefix hit must not change a token
-        kv_cache_bytes=32 << 20,
-        max_num_seqs=8,
-        max_num_batched_tokens=256,
-        max_model_len=MAX_MODEL_LEN,
-        http_port=free_port(),
+        kv_cache=KvCacheSettings(device_bytes=32 << 20),
+        scheduler=SchedulerSettings(max_num_seqs=8, max_num_batched_tokens=256, max_model_len=MAX_MODEL_LEN),
+        server=replace(LOCAL_SERVER, http_port=free_port()),
     )
     with LocalDeployment(settings, gateway=True) as deployment:
         yield deployment
@@ -215,7 +215,7 @@ def endless(client: Client, **options: Any) -> Any:
 
 def test_metrics_count_what_happens(deployment: LocalDeployment, client: Client) -> None:
     def read() -> dict[tuple[str, ...], float]:
-        return scrape(deployment.settings.http_port, model_name="demo-target")
+        return scrape(deployment.settings.server.http_port, model_name="demo-target")
 
     before = read()
     completion = client.generate(PROMPT, max_tokens=16, ignore_eos=True, temperature=0)
@@ -328,7 +328,7 @@ def test_watch_sees_a_scheduler_that_hangs_and_comes_back(
 def start_gateway(**fields: Any) -> "subprocess.Popen[bytes]":
     spec = process_pb2.GatewaySpec(
         name="gateway-0",
-        host="127.0.0.1",
+        server=process_pb2.ServerSection(host="127.0.0.1"),
         version=__version__,
         model_name="demo",
         model_dir=str(TARGET),
@@ -357,7 +357,7 @@ def test_a_taken_port_is_the_last_word(key: str) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with start_gateway(**{key: port}) as process:
+        with start_gateway(server={key: port}) as process:
             error = next_event(process).failed.error
             assert f"127.0.0.1:{port} is taken" in error
             assert f"server.{key}" in error

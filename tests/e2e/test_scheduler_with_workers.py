@@ -1,6 +1,7 @@
 """Scheduler and workers as real processes: a stream does not depend on how it was computed."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import grpc
 import pytest
 from tokenizers import Tokenizer
 
-from cluster.local import LocalDeployment, local_settings
+from cluster.deployment.settings import KvCacheSettings, SpeculationSettings
+from cluster.local import LOCAL_SCHEDULER, LocalDeployment, LocalDraft, local_settings
 from echelon.pb import inference_pb2, scheduler_pb2, scheduler_pb2_grpc
 from tests.helpers.scheduler_client import SchedulerClient
 
@@ -27,12 +29,12 @@ def stub() -> Iterator[scheduler_pb2_grpc.SchedulerStub]:
     """One deployment with a draft; requests switch speculation on and off. Sums are the same in every batch."""
     settings = local_settings(
         MODELS / "demo-target",
-        draft=MODELS / "demo-draft",
+        draft=LocalDraft(folder=MODELS / "demo-draft"),
         dtype="bfloat16",
         batch_invariant=True,
-        kv_cache_bytes=64 << 20,
-        max_num_batched_tokens=128,
-        num_speculative_tokens=4,
+        kv_cache=KvCacheSettings(device_bytes=64 << 20),
+        scheduler=replace(LOCAL_SCHEDULER, max_num_batched_tokens=128),
+        speculation=SpeculationSettings(num_speculative_tokens=4),
     )
     with (
         LocalDeployment(settings) as deployment,

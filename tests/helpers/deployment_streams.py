@@ -2,14 +2,15 @@
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 from tokenizers import Tokenizer
 
-from cluster.local import LocalDeployment, local_settings
+from cluster.deployment.settings import KvCacheSettings, SchedulerSettings, SpeculationSettings
+from cluster.local import LocalDeployment, LocalDraft, local_settings
 from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2_grpc
 from tests.helpers.scheduler_client import SchedulerClient
 
@@ -70,17 +71,24 @@ def make_cases() -> dict[str, Case]:
     return cases | {"long": Case(prompt=long, settings={"temperature": 1.0, "seed": 5, "logprobs": 1})}
 
 
-def generate(cases: dict[str, Case], num_drafts: Iterable[int], **settings: Any) -> Streams:
+def generate(
+    cases: dict[str, Case],
+    num_drafts: Iterable[int],
+    *,
+    draft: LocalDraft | None,
+    speculation: SpeculationSettings,
+    **settings: Any,
+) -> Streams:
     """One deployment, all requests at once."""
     streams = list(itertools.product(cases, num_drafts))
-    options = {
-        "kv_cache_bytes": 128 << 20,
-        "max_num_seqs": len(streams),
-        "max_num_batched_tokens": 192,
-        "max_model_len": MAX_MODEL_LEN,
-        "num_speculative_tokens": max(NUM_DRAFTS),
-    }
-    deployment = LocalDeployment(local_settings(**options | settings))
+    wanted = local_settings(
+        draft=draft,
+        kv_cache=KvCacheSettings(device_bytes=128 << 20),
+        scheduler=SchedulerSettings(max_num_seqs=len(streams), max_num_batched_tokens=192, max_model_len=MAX_MODEL_LEN),
+        speculation=replace(speculation, num_speculative_tokens=max(NUM_DRAFTS)),
+        **settings,
+    )
+    deployment = LocalDeployment(wanted)
     with deployment, grpc.insecure_channel(deployment.running.scheduler_address) as channel:
         stub = scheduler_pb2_grpc.SchedulerStub(channel)
         client = SchedulerClient(stub, max_tokens=NUM_TOKENS, ignore_eos=True)

@@ -1,12 +1,14 @@
 """A whole deployment whose workers run nothing but Triton kernels writes what one writes that runs none."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
-from cluster.local import LocalDeployment, local_settings
+from cluster.deployment.settings import KvCacheSettings, SpeculationSettings
+from cluster.local import LOCAL_SCHEDULER, LocalDeployment, LocalDraft, local_settings
 from echelon.pb import scheduler_pb2_grpc
 from kernels.dispatch import INTERPRETED
 from tests.helpers.scheduler_client import SchedulerClient
@@ -24,12 +26,11 @@ def generate(**environment: str) -> tuple[dict[str, list[int]], int]:
     """The streams by request, and how many drafts were accepted."""
     settings = local_settings(
         MODELS / "demo-target",
-        draft=MODELS / "demo-draft",
+        draft=LocalDraft(folder=MODELS / "demo-draft"),
         dtype="float32",
-        kv_cache_bytes=8 << 20,
-        max_model_len=64,
-        num_speculative_tokens=3,
-        pipeline="serial",
+        kv_cache=KvCacheSettings(device_bytes=8 << 20),
+        scheduler=replace(LOCAL_SCHEDULER, max_model_len=64),
+        speculation=SpeculationSettings(num_speculative_tokens=3, pipeline="serial"),
         collective_timeout_s=300.0,
         startup_timeout_s=300.0,
     )

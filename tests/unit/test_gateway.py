@@ -52,7 +52,7 @@ def gateway_spec(scheduler_address: str, **fields: Any) -> process_pb2.GatewaySp
     spec = process_pb2.GatewaySpec(
         name="test",
         version=__version__,
-        host="127.0.0.1",
+        server=process_pb2.ServerSection(host="127.0.0.1"),
         model_name="demo",
         model_dir=str(MODEL_DIR),
         scheduler_addresses=[scheduler_address],
@@ -328,7 +328,7 @@ async def test_another_model_is_not_found(house: House) -> None:
 
 async def test_a_taken_port_is_named(house: House) -> None:
     port = int(house.address.split(":")[1])
-    second = Gateway(gateway_spec(house.scheduler_address, grpc_port=port))
+    second = Gateway(gateway_spec(house.scheduler_address, server={"grpc_port": port}))
     with pytest.raises(StartupError, match=rf"127\.0\.0\.1:{port} is taken.*server\.grpc_port"):
         await second.start()
 
@@ -336,17 +336,20 @@ async def test_a_taken_port_is_named(house: House) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"host": "192.0.2.1"}, r"cannot listen on 192\.0\.2\.1:0 .*server\.host"),  # an address of documentation
+        (
+            {"server": {"host": "192.0.2.1"}},
+            r"cannot listen on 192\.0\.2\.1:0 .*server\.host",
+        ),  # an address of documentation
         ({"model_dir": "/nowhere"}, "model_dir: /nowhere is no folder"),
     ],
 )
-async def test_a_spec_that_cannot_work(fields: dict[str, str], message: str) -> None:
+async def test_a_spec_that_cannot_work(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(StartupError, match=message):
         await Gateway(gateway_spec("127.0.0.1:1", **fields)).start()
 
 
 async def test_listens_on_ipv6() -> None:
-    gateway = Gateway(gateway_spec("127.0.0.1:1", host="::1"))
+    gateway = Gateway(gateway_spec("127.0.0.1:1", server={"host": "::1"}))
     try:
         address = await gateway.start()
     except StartupError:

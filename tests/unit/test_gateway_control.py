@@ -41,7 +41,7 @@ async def house() -> AsyncIterator[House]:
     spec = process_pb2.GatewaySpec(
         name="test",
         version=__version__,
-        host="127.0.0.1",
+        server=process_pb2.ServerSection(host="127.0.0.1"),
         model_name="demo",
         model_dir=str(MODEL_DIR),
         scheduler_addresses=[scheduler_address, "127.0.0.1:1"],

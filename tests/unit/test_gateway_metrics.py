@@ -97,8 +97,7 @@ def gateway_spec(scheduler_address: str, http_port: int) -> process_pb2.GatewayS
     return process_pb2.GatewaySpec(
         name="test",
         version=__version__,
-        host="127.0.0.1",
-        http_port=http_port,
+        server=process_pb2.ServerSection(host="127.0.0.1", http_port=http_port),
         model_name="demo",
         model_dir=str(MODEL_DIR),
         scheduler_addresses=[scheduler_address],

@@ -6,9 +6,16 @@ from typing import Any
 
 import pytest
 
-from cluster.deployment.settings import ModelSettings, Settings
+from cluster.deployment.settings import (
+    CpuSettings,
+    ModelSettings,
+    Pipeline,
+    SchedulerSettings,
+    Settings,
+    SpeculationSettings,
+)
 from cluster.errors import PlanError
-from cluster.local import local_settings
+from cluster.local import LOCAL_SCHEDULER, LocalDraft, local_settings
 from cluster.planning.inventory import visible_gpus
 from cluster.planning.plan import ControlProcess, Inventory, Node, Plan, check_followed
 from cluster.planning.planner import GIB, make_plan
@@ -29,7 +36,9 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 def gpu_settings(pair: tuple[Path, Path], tp_size: int, *, draft: bool = True, colocated: bool = False) -> Settings:
     target, small = pair
-    return local_settings(target, tp_size=tp_size, draft=small if draft else None, colocated=colocated, device="cuda")
+    return local_settings(
+        target, tp_size=tp_size, draft=LocalDraft(folder=small, colocated=colocated) if draft else None, device="cuda"
+    )
 
 
 def gpu_nodes(*num_gpus: int, memory_gib: int | None = 80) -> Inventory:
@@ -132,7 +141,7 @@ def test_memory_of_a_rank(pair: tuple[Path, Path]) -> None:
 
 
 def test_every_rank_gets_cores_of_its_own(pair: tuple[Path, Path]) -> None:
-    settings = replace(gpu_settings(pair, 2), device="cpu", threads_per_worker=2)
+    settings = replace(gpu_settings(pair, 2), device="cpu", cpu=CpuSettings(threads_per_worker=2))
     plan = make_plan(settings, cpu_nodes(8))
     assert [bundle.cpu_ids for bundle in plan.bundles] == [(0, 1), (2, 3), (4, 5)]
     assert [bundle.num_cpus for bundle in plan.bundles] == [2.0] * 3
@@ -196,14 +205,25 @@ def test_visible_gpus_are_those_that_cuda_shows() -> None:
 
 
 def layered(
-    pair: tuple[Path, Path], size: int, *, colocated: bool = False, tp_size: int = 2, **options: Any
+    pair: tuple[Path, Path],
+    size: int,
+    *,
+    tp_size: int = 2,
+    scheduler: SchedulerSettings = LOCAL_SCHEDULER,
+    speculation: SpeculationSettings = SpeculationSettings(),
+    **draft: Any,
 ) -> Settings:
     target, _ = pair
-    draft = target.parent / "layered"
-    if not draft.exists():
-        write_model_folder(draft, num_hidden_layers=8, hidden_size=1024, intermediate_size=4096)
+    folder = target.parent / "layered"
+    if not folder.exists():
+        write_model_folder(folder, num_hidden_layers=8, hidden_size=1024, intermediate_size=4096)
     return local_settings(
-        target, tp_size=tp_size, draft=draft, layer_parallel_size=size, colocated=colocated, device="cuda", **options
+        target,
+        tp_size=tp_size,
+        draft=LocalDraft(folder=folder, layer_parallel_size=size, **draft),
+        device="cuda",
+        scheduler=scheduler,
+        speculation=speculation,
     )
 
 
@@ -241,22 +261,27 @@ def test_sharded_layers_take_a_share_of_the_memory(pair: tuple[Path, Path]) -> N
 
 
 def test_branches_of_the_verdict_cache_get_slots_of_the_draft(pair: tuple[Path, Path]) -> None:
-    def slots(**options: Any) -> tuple[int, int]:
-        settings = layered(pair, 1, **options)
+    def slots(pipeline: Pipeline, max_num_seqs: int) -> tuple[int, int]:
+        speculation = SpeculationSettings(pipeline=pipeline, verdict_cache=3)
+        scheduler = SchedulerSettings(max_num_seqs=max_num_seqs)
+        settings = layered(pair, 1, speculation=speculation, scheduler=scheduler)
         plan = make_plan(settings, gpu_nodes(3))
         (target,) = worker_specs(settings, plan.group("target"), 1)[0].engines
         (draft,) = worker_specs(settings, plan.group("draft"), 1)[0].engines
         return target.max_num_seqs, draft.max_num_seqs
 
-    assert slots(pipeline="continuous", verdict_cache=3, max_num_seqs=4) == (4, 16)
-    assert slots(pipeline="continuous", verdict_cache=3, max_num_seqs=100) == (100, 164), "64 branches at most"
-    assert slots(pipeline="serial", verdict_cache=3, max_num_seqs=4) == (4, 4)
+    assert slots("continuous", 4) == (4, 16)
+    assert slots("continuous", 100) == (100, 164), "64 branches at most"
+    assert slots("serial", 4) == (4, 4)
 
 
 def test_the_scheduler_is_told_how_to_speculate(pair: tuple[Path, Path]) -> None:
     def told(**options: Any) -> process_pb2.SpeculationSpec:
         return scheduler_spec(
-            layered(pair, 1, **options), process=SCHEDULER, target=endpoint, draft=endpoint
+            layered(pair, 1, speculation=SpeculationSettings(**options)),
+            process=SCHEDULER,
+            target=endpoint,
+            draft=endpoint,
         ).speculation
 
     endpoint = process_pb2.GroupEndpoint(address="127.0.0.1:1", incarnation=1)

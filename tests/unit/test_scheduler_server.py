@@ -86,11 +86,9 @@ class House:
             model_name="fake",
             tokenizer_dir=str(tokenizer_dir),
             speculation=process_pb2.SpeculationSpec(method="draft_model", pipeline="serial", num_speculative_tokens=3),
-            max_num_seqs=8,
-            max_num_batched_tokens=64,
-            max_model_len=128,
-            max_queue=4,
-            enable_prefix_caching=True,
+            scheduler=process_pb2.SchedulerSection(
+                max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128, max_queue=4, enable_prefix_caching=True
+            ),
             round_timeout_s=60.0,
             max_rounds_in_flight=2,
         )

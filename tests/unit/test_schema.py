@@ -1,20 +1,30 @@
 """Deployment files: what they resolve to, and errors that a person can act on."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
+from google.protobuf.message import Message
 
+from cluster.deployment import schema
 from cluster.deployment.deployment_file import load_deployment
 from cluster.deployment.schema import json_schema, parse_size
 from cluster.deployment.settings import (
     AUTO_NUM_SPECULATIVE_TOKENS,
     AUTO_VERDICT_CACHE_ROWS,
     SEPARATE_PIPELINE,
+    CpuSettings,
+    KvCacheSettings,
+    SchedulerSettings,
+    ServerSettings,
     Settings,
     Speculation,
+    SpeculationSettings,
 )
 from cluster.errors import ConfigError
 from cluster.layer_parallel import LayerParallel
+from echelon.pb import process_pb2
 from tests.helpers.model_folders import TOKENS, write_model_folder
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +63,7 @@ def test_the_demo_file() -> None:
     assert settings.method == "draft_model"
     assert settings.num_speculative_tokens == AUTO_NUM_SPECULATIVE_TOKENS
     assert settings.target.folder.path == ROOT / "models" / "demo-target", "relative to the file"
-    assert (settings.host, settings.grpc_port, settings.http_port) == ("127.0.0.1", 50051, 0)
+    assert (settings.server.host, settings.server.grpc_port, settings.server.http_port) == ("127.0.0.1", 50051, 0)
 
 
 def test_defaults(folder: Path) -> None:
@@ -236,7 +246,7 @@ def test_an_http_port_is_for_metrics(folder: Path) -> None:
 
 def test_whoever_insists_listens_to_the_world(folder: Path) -> None:
     text = HEAD + TARGET + CPU + "server: {host: 0.0.0.0, insecure: true}\n"
-    assert load_deployment(write(folder, text)).host == "0.0.0.0"
+    assert load_deployment(write(folder, text)).server.host == "0.0.0.0"
 
 
 def test_yaml_errors(folder: Path) -> None:
@@ -319,3 +329,36 @@ def test_any_device_may_be_asked_for_batch_invariance(folder: Path) -> None:
     """Whether it can keep it is found out by a probe where the model is."""
     for device in (CPU, "device: cuda\n"):
         assert load_deployment(write(folder, HEAD + TARGET + device + "batch_invariant: true\n")).batch_invariant
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "message"),
+    [
+        (schema.Scheduler, SchedulerSettings, process_pb2.SchedulerSection),
+        (schema.Server, ServerSettings, process_pb2.ServerSection),
+        (schema.KvCache, KvCacheSettings, None),
+        (schema.Cpu, CpuSettings, None),
+        (schema.Speculation, SpeculationSettings, None),
+        (None, Speculation, process_pb2.SpeculationSpec),
+    ],
+)
+def test_a_section_has_the_same_keys_all_the_way(
+    section: type[schema.Section] | None, settings: Any, message: type[Message] | None
+) -> None:
+    """A key that is added to the schema alone would be accepted and ignored."""
+    keys = {field.name for field in dataclasses.fields(settings)}
+    if section is not None:
+        read_by_the_schema = {"insecure"}  # a permission, which the schema itself checks
+        built = {key for key, field in section.model_fields.items() if field.annotation is not Any}
+        assert keys == built - read_by_the_schema
+    if message is not None:
+        assert keys == {field.name for field in message.DESCRIPTOR.fields}
+
+
+def test_what_is_left_open_gets_the_settings_defaults_and_what_is_given_arrives(folder: Path) -> None:
+    settings = load_deployment(write(folder, HEAD + TARGET + CPU))
+    assert (settings.kv_cache, settings.server, settings.cpu) == (KvCacheSettings(), ServerSettings(), CpuSettings())
+    given = "server: {grpc_port: 7, http_port: 8}\nscheduler: {max_queue: 9, enable_prefix_caching: false}\n"
+    settings = load_deployment(write(folder, HEAD + TARGET + CPU + given))
+    assert settings.server == ServerSettings(grpc_port=7, http_port=8)
+    assert settings.scheduler == SchedulerSettings(max_model_len=512, max_queue=9, enable_prefix_caching=False)
