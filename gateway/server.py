@@ -10,12 +10,13 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from childproc.ports import try_bind
 from echelon.pb import control_pb2, inference_pb2, process_pb2
 from gateway.doors.control_servicer import ControlServicer
 from gateway.doors.health import READINESS, Health
 from gateway.doors.http_server import HttpServer
 from gateway.doors.inference_servicer import InferenceServicer
-from gateway.doors.listening import bind_problem, join, try_bind
+from gateway.doors.listening import bind_problem, join
 from gateway.doors.service_handlers import service_handlers
 from gateway.metrics import RequestMetrics
 from gateway.model_files import read_eos_token_ids

@@ -1,10 +1,10 @@
 """Bring a planned deployment up in order: worker groups, then the scheduler, then the gateway."""
 
 import logging
-import socket
 import time
 from dataclasses import dataclass
 
+from childproc.ports import try_bind
 from cluster.deployment.settings import Settings
 from cluster.errors import StartError
 from cluster.planning.plan import Plan
@@ -68,10 +68,7 @@ def roll_out(
 def check_port(host: str, port: int, key: str) -> None:
     """Raise StartError if nobody could listen there: better now than after ten minutes of loading."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
-            probe.bind(address)
+        try_bind(host, port)
     except OSError as err:
         reason = err.strerror or str(err)
         raise StartError(

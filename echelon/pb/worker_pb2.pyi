@@ -37,6 +37,24 @@ ENGINE_ROLE_TARGET: EngineRole.ValueType  # 1
 ENGINE_ROLE_DRAFT: EngineRole.ValueType  # 2
 global___EngineRole = EngineRole
 
+class _WireLimit:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _WireLimitEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_WireLimit.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    WIRE_LIMIT_UNSPECIFIED: _WireLimit.ValueType  # 0
+    WIRE_LIMIT_MESSAGE_BYTES: _WireLimit.ValueType  # 67108864
+    """64 MiB: a history of 128k tokens is 0.5 MB, a round may start many"""
+
+class WireLimit(_WireLimit, metaclass=_WireLimitEnumTypeWrapper):
+    """What both ends of a stream of rounds keep to."""
+
+WIRE_LIMIT_UNSPECIFIED: WireLimit.ValueType  # 0
+WIRE_LIMIT_MESSAGE_BYTES: WireLimit.ValueType  # 67108864
+"""64 MiB: a history of 128k tokens is 0.5 MB, a round may start many"""
+global___WireLimit = WireLimit
+
 @typing.final
 class RoundRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor

@@ -16,7 +16,11 @@ __all__ = ["GroupClient", "GroupEvents"]
 
 logger = logging.getLogger(__name__)
 
-_CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+_MAX_MESSAGE_BYTES = worker_pb2.WIRE_LIMIT_MESSAGE_BYTES
+_CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+]
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
 _INFO_TIMEOUT_S = 5.0
@@ -177,5 +181,8 @@ class GroupClient:
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, grpc.aio.AioRpcError):
+        if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in (error.details() or ""):
+            limit = f"a message of a round has at most {_MAX_MESSAGE_BYTES >> 20} MiB"
+            return f"{limit} ({error.details()}); lower scheduler.max_num_seqs or scheduler.max_model_len"
         return f"{error.code().name}: {error.details()}"
     return str(error) or type(error).__name__

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("echelon", "gateway", "cluster", "scheduler", "workers", "kernels", "childproc")
 MAY_IMPORT = {
     "echelon": {"echelon", "cluster"},  # the CLI starts the controller; it does so lazily (below)
-    "cluster": {"cluster", "echelon"},
+    "cluster": {"cluster", "childproc", "echelon"},
     "gateway": {"gateway", "childproc", "echelon"},
     "scheduler": {"scheduler", "childproc", "echelon"},
     "workers": {"workers", "kernels", "childproc", "echelon"},

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models
 from echelon.pb import inference_pb2, process_pb2, scheduler_pb2, scheduler_pb2_grpc, worker_pb2
 from scheduler.config import ConfigError
 from scheduler.core import SchedulerCore
+from scheduler.process.group_client import GroupClient, GroupEvents
 from scheduler.process.replica import Outbox
 from scheduler.process.server import SchedulerServer
 from scheduler.requests.outputs import Chunk, Failed
@@ -270,6 +271,31 @@ async def test_a_round_without_answer_counts_as_a_lost_group(tokenizer_dir: Path
     end = await gateway.end_of("first of the next stream")
     assert "did not answer a round within 0.1 s" in end.error.message
     await house.stop()
+
+
+async def test_a_round_beyond_the_limit_of_the_wire_is_refused_before_it_is_sent(house: House) -> None:
+    lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    connected = asyncio.Event()
+    client = GroupClient(
+        "target group",
+        house.spec.target,
+        worker_pb2.ENGINE_ROLE_TARGET,
+        version="test",
+        round_timeout_s=0.0,
+        events=GroupEvents(
+            connected=lambda *_: connected.set(), result=lambda _: None, lost=lambda reason: lost.set_result(reason)
+        ),
+    )
+    running = asyncio.create_task(client.run())
+    await connected.wait()
+    largest = 2**32 - 1  # five bytes on the wire
+    num_tokens = worker_pb2.WIRE_LIMIT_MESSAGE_BYTES // 5 + 1
+    client.send(worker_pb2.Round(init_seqs=[worker_pb2.SeqInit(token_ids=[largest] * num_tokens)]))
+    reason = await lost
+    assert reason.startswith("a message of a round has at most 64 MiB (")
+    assert "Sent message larger than max" in reason
+    assert "scheduler.max_num_seqs" in reason
+    running.cancel()
 
 
 async def test_draining_finishes_what_runs_and_takes_nothing_new(house: House) -> None:

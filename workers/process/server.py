@@ -12,17 +12,25 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from echelon.pb.worker_pb2 import EngineRole, GetWorkerInfoRequest, Hello, Round, RoundRequest, RoundResult, WorkerInfo
+from echelon.pb.worker_pb2 import (
+    EngineRole,
+    GetWorkerInfoRequest,
+    Hello,
+    Round,
+    RoundRequest,
+    RoundResult,
+    WireLimit,
+    WorkerInfo,
+)
 from echelon.pb.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 from workers.process.run_loop import Arrived, Opened, Work
 
 logger = logging.getLogger(__name__)
 
-MAX_MESSAGE_BYTES = 64 << 20  # a history of 128k tokens is 0.5 MB, a round may start many
 OPTIONS = [
     ("grpc.so_reuseport", 0),  # a taken port is an error
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", WireLimit.WIRE_LIMIT_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", WireLimit.WIRE_LIMIT_MESSAGE_BYTES),
 ]
 FAIL_GRACE_S = 1.0
 SERVICE_NAME = "echelon.v1.Worker"
