@@ -19,13 +19,14 @@ from tokenizers import Tokenizer
 from bench.layer_parallel_steps import add_step_options, measure_steps
 from bench.prompts import load_prompts
 from bench.report import add_report_options, publish, table
+from checkpoint.layer_groups import LayerGroups
 from echelon.pb.sampling_pb2 import SeqSampling
 from echelon.pb.worker_pb2 import SeqInit
 from workers.collectives import SoloGroup
 from workers.engine.kv_cache import KVLayout
 from workers.engine.seq_state import Limits, SeqTable
 from workers.models import LayerParallelLM, LayerParallelPlan, load_layer_parallel_model, load_model_config
-from workers.models.layer_groups import LayerGroups, MLPs, Weights, choose_groups, one_by_one
+from workers.models.layer_groups import MLPs, Weights, choose_groups, one_by_one
 from workers.models.layer_similarity import layer_input_similarity
 from workers.process.draft_layout import LEAST_SIMILARITY
 

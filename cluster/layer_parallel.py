@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from checkpoint.config import ModelConfig
+from checkpoint.folder import DTYPE_BYTES, ModelFolder
+from checkpoint.layer_groups import LayerGroups, layer_groups_problem
 from cluster.errors import Problem
-from cluster.model_folder import DTYPE_BYTES, ModelFolder
 
-LayerGroups = tuple[tuple[int, ...], ...]
 Weights = Literal["replicated", "sharded"]
 Mlps = Literal["auto", "replicated", "tensor_parallel"]
 
@@ -28,8 +29,8 @@ class LayerParallel:
         attention = share if self.weights == "sharded" else 1.0
         mlps = share if self.mlps == "tensor_parallel" else 1.0
         num_elements = sum(
-            tensor.num_elements * _share_of(tensor.name, attention=attention, mlps=mlps, head=share)
-            for tensor in folder.held_tensors
+            tensor.num_elements * _share_of(name, attention=attention, mlps=mlps, head=share)
+            for name, tensor in folder.held_tensors
         )
         return int(num_elements) * DTYPE_BYTES[dtype]
 
@@ -38,7 +39,7 @@ class LayerParallel:
         whole = folder.kv_bytes_per_token(1, dtype)
         if self.weights == "replicated":
             return whole
-        return whole // folder.num_layers * -(-folder.num_layers // self.num_ranks)
+        return whole // folder.config.num_layers * -(-folder.config.num_layers // self.num_ranks)
 
 
 def _share_of(name: str, *, attention: float, mlps: float, head: float) -> float:
@@ -72,7 +73,7 @@ def layer_parallel(
 
 
 def layer_parallel_problems(
-    size: int, folder: ModelFolder, *, tp_size: int, groups: Sequence[Sequence[int]] | None, mlps: Mlps
+    size: int, config: ModelConfig, *, tp_size: int, groups: Sequence[Sequence[int]] | None, mlps: Mlps
 ) -> Iterator[Problem]:
     """What of these keys of the draft section does not fit together or the model."""
     if size == 1:
@@ -83,34 +84,16 @@ def layer_parallel_problems(
     if tp_size > 1:
         message = f"does not go together with draft.tensor_parallel_size {tp_size}"
         yield Problem(path="draft.layer_parallel_size", value=str(size), message=message, remedy="set one of them to 1")
-    if size > folder.num_layers:
-        message = f"is more than the draft's {folder.num_layers} layers"
-        remedy = f"use at most {folder.num_layers}"
+    if size > config.num_layers:
+        message = f"is more than the draft's {config.num_layers} layers"
+        remedy = f"use at most {config.num_layers}"
         yield Problem(path="draft.layer_parallel_size", value=str(size), message=message, remedy=remedy)
-    if mlps == "tensor_parallel" and folder.intermediate_size % size:
-        message = f"layer_parallel_size {size} does not divide the draft's intermediate size {folder.intermediate_size}"
+    if mlps == "tensor_parallel" and config.intermediate_size % size:
+        message = f"layer_parallel_size {size} does not divide the draft's intermediate size {config.intermediate_size}"
         remedy = "use replicated or auto"
         yield Problem(path="draft.layer_parallel_mlp", value=f"'{mlps}'", message=message, remedy=remedy)
     if groups is not None:
-        yield from _group_problems(size, folder.num_layers, groups)
-
-
-def _group_problems(size: int, num_layers: int, groups: Sequence[Sequence[int]]) -> Iterator[Problem]:
-    """The first group that is wrong: those behind it would only repeat it."""
-    due = 0
-    remedy = f"name the layers 0 to {num_layers - 1} once and in order, or use auto"
-    for index, group in enumerate(groups):
-        path, shown = f"draft.layer_groups.{index}", str(list(group))
-        if not 1 <= len(group) <= size:
-            message = f"has {len(group)} layers, a group has 1 to {size} (draft.layer_parallel_size)"
-            yield Problem(path=path, value=shown, message=message, remedy="split it or raise draft.layer_parallel_size")
-            return
-        for layer in group:
-            if layer != due:
-                message = f"names layer {layer} where layer {due} is due"
-                yield Problem(path=path, value=shown, message=message, remedy=remedy)
-                return
-            due += 1
-    if due != num_layers:
-        message = f"names {due} layers, the draft has {num_layers}"
-        yield Problem(path="draft.layer_groups", message=message, remedy=remedy)
+        wrong = layer_groups_problem(groups, num_layers=config.num_layers, size=size)
+        if wrong is not None:
+            value = None if wrong.index is None else str(list(groups[wrong.index]))
+            yield Problem(path=wrong.path, value=value, message=wrong.message, remedy=wrong.remedy)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
 
+from checkpoint.folder import read_model_folder
 from cluster.deployment.settings import (
     DRAFT_MODEL_METHODS,
     CpuSettings,
@@ -23,7 +24,6 @@ from cluster.deployment.settings import (
     resolve_speculation,
 )
 from cluster.layer_parallel import LayerParallel, Mlps, Weights, layer_parallel
-from cluster.model_folder import read_model_folder
 from cluster.planning.inventory import inventory_of, machine_facts
 from cluster.planning.plan import Plan, describe_devices
 from cluster.planning.planner import make_plan
@@ -83,7 +83,7 @@ def local_settings(
     """Settings from the sections of a deployment file.
 
     `dtype` is that of both models (default: each checkpoint's own); `forced_acceptance` is for benchmarks only.
-    Values are not checked against one another. Raises ModelFolderError.
+    Values are not checked against one another. Raises LoadError.
     """
 
     def model(role: Role, folder: Path, size: int) -> ModelSettings:

@@ -10,6 +10,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from checkpoint.json_files import read_eos_token_ids
 from childproc.ports import try_bind
 from echelon.pb import control_pb2, inference_pb2, process_pb2
 from gateway.doors.control_servicer import ControlServicer
@@ -19,7 +20,6 @@ from gateway.doors.inference_servicer import InferenceServicer
 from gateway.doors.listening import bind_problem, join
 from gateway.doors.service_handlers import service_handlers
 from gateway.metrics import RequestMetrics
-from gateway.model_files import read_eos_token_ids
 from gateway.replicas.metrics import ReplicaCollector
 from gateway.replicas.replicas import read_replicas
 from gateway.replicas.scheduler_link import STATUS_TIMEOUT_S, SchedulerLink

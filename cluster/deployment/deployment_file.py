@@ -9,6 +9,9 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from checkpoint.errors import LoadError
+from checkpoint.folder import ModelFolder, find_model, read_model_folder
+from checkpoint.tokenizer import compare_tokenizers
 from cluster.deployment.schema import DeploymentFile, Draft, Section, Target
 from cluster.deployment.settings import (
     DRAFT_MODEL_METHODS,
@@ -26,7 +29,6 @@ from cluster.deployment.settings import (
 from cluster.deployment.yaml_lines import read_document
 from cluster.errors import ConfigError, Problem
 from cluster.layer_parallel import LayerParallel, layer_parallel, layer_parallel_problems
-from cluster.model_folder import ModelFolder, ModelFolderError, compare_tokenizers, find_model, read_model_folder
 
 T = TypeVar("T")
 
@@ -122,16 +124,15 @@ def _resolve(file: DeploymentFile, base: Path) -> tuple[Settings | None, list[Pr
 def _model(role: Role, section: Target | Draft, base: Path, problems: list[Problem]) -> ModelSettings | None:
     try:
         folder = read_model_folder(find_model(section.model, base))
-    except ModelFolderError as err:
+    except LoadError as err:
         value = repr(section.model)
         problems.append(Problem(path=f"{role}.model", value=value, message=err.message, remedy=err.remedy))
         return None
     tp_size = section.tensor_parallel_size
-    uneven = folder.tensor_parallel_problem(tp_size)
+    uneven = folder.config.tensor_parallel_problem(tp_size)
     if uneven is not None:
-        sizes = ", ".join(str(size) for size in folder.possible_tp_sizes())
-        path = f"{role}.tensor_parallel_size"
-        problems.append(Problem(path=path, value=str(tp_size), message=uneven, remedy=f"use one of {sizes}"))
+        path, remedy = f"{role}.tensor_parallel_size", folder.config.tensor_parallel_remedy()
+        problems.append(Problem(path=path, value=str(tp_size), message=uneven, remedy=remedy))
     return ModelSettings(role=role, folder=folder, dtype=section.dtype or folder.dtype, tp_size=tp_size)
 
 
@@ -149,7 +150,7 @@ def _layer_parallel(section: Draft, target: ModelSettings) -> LayerParallel | No
 def _layer_parallel_problems(section: Draft, draft: ModelSettings) -> Iterator[Problem]:
     return layer_parallel_problems(
         section.layer_parallel_size,
-        draft.folder,
+        draft.folder.config,
         tp_size=draft.tp_size,
         groups=None if section.layer_groups == "auto" else section.layer_groups,
         mlps=section.layer_parallel_mlp,
@@ -223,8 +224,8 @@ def _pair_problems(file: DeploymentFile, settings: Settings) -> Iterator[Problem
 def _limit_problems(settings: Settings) -> Iterator[Problem]:
     max_model_len = settings.max_model_len
     for model in (settings.target, settings.draft):
-        if model is not None and max_model_len > model.folder.max_position_embeddings:
-            limit = model.folder.max_position_embeddings
+        if model is not None and max_model_len > model.folder.config.max_position_embeddings:
+            limit = model.folder.config.max_position_embeddings
             message = f"the {model.role} model's own limit is {limit} tokens"
             yield _limit_problem("max_model_len", max_model_len, message, f"use at most {limit}")
     if settings.scheduler.max_num_batched_tokens < settings.scheduler.max_num_seqs:

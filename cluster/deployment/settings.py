@@ -7,8 +7,8 @@ Plain dataclasses: the YAML file is one way to make them (`cluster.deployment.sc
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from checkpoint.folder import ModelFolder
 from cluster.layer_parallel import LayerParallel
-from cluster.model_folder import ModelFolder
 
 Role = Literal["target", "draft"]
 Method = Literal["none", "draft_model", "suffix", "hybrid"]
@@ -219,5 +219,5 @@ def resolve_scheduler(
     """A max_model_len that is left open becomes the models' own limit, at most DEFAULT_MAX_MODEL_LEN."""
     if wanted.max_model_len is not None:
         return wanted
-    limits = [model.folder.max_position_embeddings for model in (target, draft) if model is not None]
+    limits = [model.folder.config.max_position_embeddings for model in (target, draft) if model is not None]
     return replace(wanted, max_model_len=min(*limits, DEFAULT_MAX_MODEL_LEN))

@@ -106,5 +106,5 @@ def gateway_spec(
         model_dir=str(settings.target.folder.path),
         scheduler_addresses=scheduler_addresses,
         max_model_len=settings.max_model_len,
-        vocab_size=settings.target.folder.vocab_size,
+        vocab_size=settings.target.folder.config.vocab_size,
     )

@@ -13,7 +13,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from gateway.model_files import read_json_object
+from checkpoint.json_files import read_optional_json_object
 
 
 class ChatError(ValueError):
@@ -71,7 +71,7 @@ class ChatTemplate:
 def load_chat_template(model_dir: Path) -> ChatTemplate | None:
     """The template of a Hugging Face folder: chat_template.jinja, else tokenizer_config.json's `chat_template`, a
     string or a list of named templates of which "default" is taken; None without one."""
-    config = read_json_object(model_dir / "tokenizer_config.json")
+    config = read_optional_json_object(model_dir / "tokenizer_config.json")
     source = config.get("chat_template")
     if isinstance(source, list):
         source = {entry["name"]: entry["template"] for entry in source}.get("default")
@@ -85,7 +85,7 @@ def load_chat_template(model_dir: Path) -> ChatTemplate | None:
 
 def _special_tokens(model_dir: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """name -> text; a token is written as a string or as an object with `content`."""
-    declared = {**read_json_object(model_dir / "special_tokens_map.json"), **config}
+    declared = {**read_optional_json_object(model_dir / "special_tokens_map.json"), **config}
     tokens = {}
     for name, value in declared.items():
         content = value.get("content") if isinstance(value, dict) else value

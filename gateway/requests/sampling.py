@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoint.json_files import read_optional_json_object
 from echelon.pb.sampling_pb2 import SamplingParams
-from gateway.model_files import read_json_object
 from gateway.requests.refusal import Refusal, invalid
 
 _FROM_GENERATION_CONFIG = {  # generation_config.json's name -> ours
@@ -70,7 +70,7 @@ def load_sampling_defaults(model_dir: Path) -> SamplingParams:
         include_stop_str_in_output=False,
     )
     path = model_dir / "generation_config.json"
-    config = read_json_object(path)
+    config = read_optional_json_object(path)
     for theirs, ours in _FROM_GENERATION_CONFIG.items():
         if config.get(theirs) is not None:
             try:

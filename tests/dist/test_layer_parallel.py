@@ -138,4 +138,4 @@ def refusal(folder: Path, spec: EngineSpec, tmp_path: Path) -> str:
 
 def test_a_worker_says_why_it_refuses_groups(folder: Path, tmp_path: Path) -> None:
     spec = engine_spec(folder, DRAFT, lp_size=2, layer_groups=[LayerGroup(layers=[0, 1, 2])])
-    assert "has 3 layers, but layer_parallel_size 2" in refusal(folder, spec, tmp_path)
+    assert "has 3 layers, a group has 1 to 2" in refusal(folder, spec, tmp_path)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from checkpoint.layer_groups import LayerGroups
 from kernels.layers.rms_norm import rms_norm
 from tests.helpers.paged import BLOCK_SIZE, PagedRunner
 from workers.collectives import Group, SoloGroup, TorchGroup
@@ -18,7 +19,7 @@ from workers.engine.kv_cache import KVLayout
 from workers.models import CausalLM, LayerParallelLM, load_layer_parallel_model, load_model
 from workers.models.batch import Batch
 from workers.models.decoder import KVCache, make_step
-from workers.models.layer_groups import LayerGroups, LayerParallelPlan, MLPs, Weights
+from workers.models.layer_groups import LayerParallelPlan, MLPs, Weights
 
 MAX_MODEL_LEN = 48
 NUM_LAYERS = 7

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoint.config_json import load_model_config
 from childproc.spec import SpecError
 from echelon.pb.sampling_pb2 import SeqSampling
 from echelon.pb.worker_pb2 import Round, Row, SeqInit
@@ -30,7 +31,6 @@ from workers.engine.kv_cache import KVCacheError
 from workers.engine.rounds import ProtocolError
 from workers.engine.target_engine import TargetEngine
 from workers.models import LoadError
-from workers.models.hf_config import load_model_config
 from workers.process import load
 
 PROMPTS = [[5, 99, 3, 14, 15, 92, 6, 53, 58, 9, 79], [31, 41], [7] * 17]

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("echelon", "gateway", "cluster", "scheduler", "workers", "kernels", "childproc")
+FOLDERS = ("echelon", "gateway", "cluster", "scheduler", "workers", "kernels", "checkpoint", "childproc")
 MAY_IMPORT = {
     "echelon": {"echelon", "cluster"},  # the CLI starts the controller; it does so lazily (below)
-    "cluster": {"cluster", "childproc", "echelon"},
-    "gateway": {"gateway", "childproc", "echelon"},
+    "cluster": {"cluster", "checkpoint", "childproc", "echelon"},
+    "gateway": {"gateway", "checkpoint", "childproc", "echelon"},
     "scheduler": {"scheduler", "childproc", "echelon"},
-    "workers": {"workers", "kernels", "childproc", "echelon"},
+    "workers": {"workers", "kernels", "checkpoint", "childproc", "echelon"},
     "kernels": {"kernels"},
+    "checkpoint": {"checkpoint"},
     "childproc": {"childproc", "echelon"},
 }
 TORCH = {"torch", "transformers", "triton"}
@@ -26,6 +27,7 @@ FORBIDDEN = {
     "scheduler": TORCH | {"ray", "pydantic"},
     "workers": {"ray", "pydantic", "transformers"},
     "kernels": {"ray", "pydantic", "transformers"},
+    "checkpoint": TORCH | {"ray", "pydantic"},
     "childproc": TORCH | {"ray", "pydantic"},
 }
 

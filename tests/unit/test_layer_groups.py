@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoint.layer_groups import LayerGroups
 from workers.models import LoadError
 from workers.models.layer_groups import (
-    LayerGroups,
     LayerParallelPlan,
     MLPs,
     Weights,
@@ -35,13 +35,13 @@ def test_good_groups_are_taken_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ([[0], [], [1, 2, 3]], r"layer_groups\[1\] \[\]: is empty"),
-        ([[0, 1, 2], [3]], r"layer_groups\[0\] \[0, 1, 2\]: has 3 layers, but layer_parallel_size 2"),
-        ([[0], [1, 3], [2]], r"layer_groups\[1\] \[1, 3\]: layer 3 stands where layer 2 is due"),
-        ([[0], [1, 1], [2, 3]], r"layer 1 stands where layer 2 is due"),
-        ([[1, 0], [2, 3]], r"layer 1 stands where layer 0 is due"),
-        ([[0], [1, 2]], r"name the layers 0 to 2, but the model has 4"),
-        ([[0], [1, 2], [3, 4]], r"name the layers 0 to 4, but the model has 4"),
+        ([[0], [], [1, 2, 3]], r"layer_groups\.1: \[\]: has 0 layers, a group has 1 to 2"),
+        ([[0, 1, 2], [3]], r"layer_groups\.0: \[0, 1, 2\]: has 3 layers, a group has 1 to 2"),
+        ([[0], [1, 3], [2]], r"layer_groups\.1: \[1, 3\]: names layer 3 where layer 2 is due"),
+        ([[0], [1, 1], [2, 3]], r"layer 1 where layer 2 is due"),
+        ([[1, 0], [2, 3]], r"layer 1 where layer 0 is due"),
+        ([[0], [1, 2]], r"names 3 layers, the draft has 4"),
+        ([[0], [1, 2], [3, 4]], r"names 5 layers, the draft has 4"),
     ],
 )
 def test_bad_groups_are_refused_with_the_reason(groups: list[list[int]], message: str) -> None:

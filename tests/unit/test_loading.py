@@ -239,7 +239,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 
 def test_sizes_that_do_not_split_and_lengths_out_of_range(tmp_path: Path) -> None:
     write(tmp_path, random_tensors())
-    with pytest.raises(LoadError, match=r"tensor_parallel_size 3 .* sizes that do: 1, 2, 4"):
+    with pytest.raises(LoadError, match=r"tensor_parallel_size: 3: .*; use one of 1, 2, 4"):
         load(tmp_path, size=3)
     with pytest.raises(LoadError, match="max_model_len 33"):
         load_model(tmp_path, dtype=torch.float32, device=torch.device("cpu"), group=SoloGroup(), max_model_len=33)

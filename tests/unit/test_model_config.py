@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from workers.layers.rope import DefaultRope, DynamicRope
+from checkpoint.config_json import parse_config
+from checkpoint.rope import DynamicRope, Rope
 from workers.models import LoadError, load_model_config
-from workers.models.hf_config import parse_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -31,7 +31,7 @@ def test_llama_2_as_transformers_4_wrote_it() -> None:
     raw = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
     config = parse_config(raw | {"rope_theta": 5e5, "pretraining_tp": 1, "torch_dtype": "float16", "use_mrope": False})
     assert (config.num_q_heads, config.num_kv_heads, config.head_dim) == (12, 12, 8)
-    assert config.rope == DefaultRope(theta=5e5)
+    assert config.rope == Rope(theta=5e5)
     assert config.sliding_windows == (None,) * 4
     features = (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm, config.tie_word_embeddings)
     assert not any(features)
@@ -123,12 +123,12 @@ def test_tp_sizes_that_split() -> None:
 
 @pytest.mark.parametrize("tp_size", [3, 5, 6, 8])
 def test_tp_sizes_that_do_not_split_are_refused_with_those_that_do(tp_size: int) -> None:
-    with pytest.raises(LoadError, match=rf"tensor_parallel_size {tp_size} .*sizes that do: 1, 2, 4, 12$"):
+    with pytest.raises(LoadError, match=rf"tensor_parallel_size: {tp_size}: .*; use one of 1, 2, 4, 12$"):
         parse_config(LLAMA).check_tp_size(tp_size)
 
 
 def test_a_rank_without_vocabulary_is_refused() -> None:
-    with pytest.raises(LoadError, match="vocabulary 5"):
+    with pytest.raises(LoadError, match="vocabulary of 5"):
         parse_config(LLAMA | {"vocab_size": 5}).check_tp_size(4)
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.model_folder import ModelFolderError, compare_tokenizers, find_model, read_model_folder
+from checkpoint.errors import LoadError
+from checkpoint.folder import find_model, read_model_folder
+from checkpoint.tokenizer import compare_tokenizers
 from tests.helpers.model_folders import TOKENS, tensors_of, write_model_folder, write_safetensors
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -13,7 +15,8 @@ MODELS = Path(__file__).parents[2] / "models"
 
 def test_the_bundled_target() -> None:
     model = read_model_folder(MODELS / "demo-target")
-    assert (model.num_layers, model.num_q_heads, model.num_kv_heads, model.vocab_size) == (8, 8, 4, 4096)
+    config = model.config
+    assert (config.num_layers, config.num_q_heads, config.num_kv_heads, config.vocab_size) == (8, 8, 4, 4096)
     assert model.eos_token_ids == (0,)
     # 2 (keys and values) x 8 layers x 4 heads x 32 x 2 bytes; half of the heads on each of two ranks.
     assert model.kv_bytes_per_token(1, "bfloat16") == 4096
@@ -55,8 +58,8 @@ def test_sharded_weights_are_read_through_their_index(tmp_path: Path) -> None:
 
 def test_tensor_parallel_sizes(tmp_path: Path) -> None:
     model = read_model_folder(write_model_folder(tmp_path / "model"))
-    assert model.possible_tp_sizes() == [1, 2, 4, 8]
-    assert model.tensor_parallel_problem(3) == "does not divide the model's 8 attention heads"
+    assert model.config.tensor_parallel_remedy() == "use one of 1, 2, 4, 8"
+    assert model.config.tensor_parallel_problem(3) == "does not divide the model's 8 attention heads"
 
 
 def test_generation_config_names_the_tokens_that_end_a_turn(tmp_path: Path) -> None:
@@ -73,30 +76,30 @@ def test_an_older_file_says_torch_dtype(tmp_path: Path) -> None:
 
 def test_broken_folders_say_what_to_do(tmp_path: Path) -> None:
     quantised = write_model_folder(tmp_path / "q", quantization_config={"quant_method": "awq"})
-    with pytest.raises(ModelFolderError, match=r"quantised \(awq\); use unquantised weights"):
+    with pytest.raises(LoadError, match=r"quantised \(awq\); use unquantised weights"):
         read_model_folder(quantised)
-    assert read_model_folder(write_model_folder(tmp_path / "null", quantization_config=None)).num_layers == 2
+    assert read_model_folder(write_model_folder(tmp_path / "null", quantization_config=None)).config.num_layers == 2
     broken = write_model_folder(tmp_path / "b", max_position_embeddings=8.5)
-    with pytest.raises(ModelFolderError, match=r"max_position_embeddings is 8\.5; it must be a positive integer"):
+    with pytest.raises(LoadError, match=r"max_position_embeddings must be an integer, got 8\.5"):
         read_model_folder(broken)
     cut = write_model_folder(tmp_path / "cut")
     with (cut / "model.safetensors").open("rb+") as stream:
         stream.truncate(5000)
-    with pytest.raises(ModelFolderError, match=r"has 5000 bytes, its header promises \d+; copy it again"):
+    with pytest.raises(LoadError, match=r"is truncated: \d+ bytes expected, 5000 found: download it again"):
         read_model_folder(cut)
     lfs = write_model_folder(tmp_path / "lfs")
     (lfs / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(ModelFolderError, match="no readable safetensors file"):
+    with pytest.raises(LoadError, match="is not a safetensors file"):
         read_model_folder(lfs)
     (lfs / "model.safetensors").unlink()
-    with pytest.raises(ModelFolderError, match=r"no \*\.safetensors"):
+    with pytest.raises(LoadError, match=r"has neither"):
         read_model_folder(lfs)
 
 
 def test_hub_ids_are_looked_up_in_the_cache_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    with pytest.raises(ModelFolderError, match="run: hf download org/name"):
+    with pytest.raises(LoadError, match="run: hf download org/name"):
         find_model("org/name", tmp_path)
     repository = tmp_path / "hub" / "models--org--name"
     snapshot = write_model_folder(repository / "snapshots" / "abc")
@@ -108,7 +111,7 @@ def test_hub_ids_are_looked_up_in_the_cache_only(tmp_path: Path, monkeypatch: py
 def test_relative_paths_start_at_the_file(tmp_path: Path) -> None:
     folder = write_model_folder(tmp_path / "models" / "one")
     assert find_model("../models/one", tmp_path / "models") == folder
-    with pytest.raises(ModelFolderError, match=r"no such folder: .*/models/two"):
+    with pytest.raises(LoadError, match=r"no such folder: .*/models/two"):
         find_model("../models/two", tmp_path / "models")
 
 

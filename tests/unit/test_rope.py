@@ -7,9 +7,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from checkpoint.rope_json import parse_rope
 from workers.layers.rope import cos_sin_cache
 from workers.models import LoadError
-from workers.models.hf_rope import parse_rope
 
 HEAD_DIM = 32
 NUM_POSITIONS = 300

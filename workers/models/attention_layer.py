@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from checkpoint.config import ModelConfig
 from kernels.kv.reshape_and_cache import reshape_and_cache
 from kernels.layers.rms_norm import rms_norm
 from workers.layers.context import BuildContext
-from workers.models.config import ModelConfig
 from workers.models.decoder import Attention, KVCache, Step
 
 

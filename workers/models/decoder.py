@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from checkpoint.config import ModelConfig
 from kernels.attention.paged_attention import AttentionPlan, paged_attention, plan_attention
 from kernels.kv.reshape_and_cache import gather_rotary, reshape_and_cache
 from kernels.layers.rms_norm import fused_add_rms_norm, rms_norm
@@ -14,7 +15,6 @@ from workers.layers.linear import MergedColumnParallelLinear, QKVParallelLinear,
 from workers.layers.rope import cos_sin_cache
 from workers.layers.vocab import ParallelLMHead, VocabParallelEmbedding
 from workers.models.batch import Batch
-from workers.models.config import ModelConfig
 
 KVCache = tuple[Tensor, Tensor]  # keys and values of a layer: [num_blocks, block_size, kv_heads_per_rank, head_dim]
 

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from workers.models.errors import LoadError
-
-LayerGroups = tuple[tuple[int, ...], ...]  # every layer once, in order; attention within a group runs at once
+from checkpoint.errors import LoadError
+from checkpoint.layer_groups import LayerGroups, layer_groups_problem
 
 
 class Weights(StrEnum):
@@ -64,28 +63,10 @@ def check_groups(groups: Sequence[Sequence[int]], *, num_layers: int, lp_size: i
     Raises:
         LoadError: They do not; names the first wrong group.
     """
-    expected = 0
-    for index, group in enumerate(groups):
-        where = f"draft.layer_groups[{index}] {list(group)}"
-        if not group:
-            raise LoadError(f"{where}: is empty, a group has 1 to {lp_size} layers")
-        if len(group) > lp_size:
-            raise LoadError(
-                f"{where}: has {len(group)} layers, but layer_parallel_size {lp_size} runs that many at once: split "
-                f"the group or raise draft.layer_parallel_size"
-            )
-        for layer in group:
-            if layer != expected:
-                raise LoadError(
-                    f"{where}: layer {layer} stands where layer {expected} is due: the groups must name every layer, "
-                    f"0 to {num_layers - 1}, once and in order"
-                )
-            expected += 1
-    if expected != num_layers:
-        raise LoadError(
-            f"draft.layer_groups: name the layers 0 to {expected - 1}, but the model has {num_layers}: add groups for "
-            f"the others, or leave layer_groups out to have them chosen"
-        )
+    problem = layer_groups_problem(groups, num_layers=num_layers, size=lp_size)
+    if problem is not None:
+        value = "" if problem.index is None else f"{list(groups[problem.index])}: "
+        raise LoadError(f"{problem.path}: {value}{problem.message}", problem.remedy)
     return tuple(tuple(group) for group in groups)
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from checkpoint.config import ModelConfig
+from checkpoint.layer_groups import LayerGroups
 from kernels.layers.rms_norm import fused_add_rms_norm, rms_norm
 from workers.collectives import SoloGroup
 from workers.layers.context import BuildContext
@@ -24,10 +26,9 @@ from workers.layers.rope import cos_sin_cache
 from workers.layers.vocab import ParallelLMHead, VocabParallelEmbedding, vocab_range
 from workers.models.attention_layer import AttentionLayer, write_kv
 from workers.models.batch import Batch
-from workers.models.config import ModelConfig
 from workers.models.decoder import MLP, KVCache
 from workers.models.layer_batch import StackedWeights, Steps, attend_at_once
-from workers.models.layer_groups import LayerGroups, LayerParallelPlan, MLPs, Weights, one_by_one
+from workers.models.layer_groups import LayerParallelPlan, MLPs, Weights, one_by_one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from checkpoint.config import ModelConfig
+from checkpoint.config_json import load_model_config
+from checkpoint.errors import LoadError
 from kernels.attention.paged_kv import SeqLengths
 from workers.collectives import SoloGroup
 from workers.layers.context import BuildContext
@@ -17,10 +20,7 @@ from workers.layers.rope import cos_sin_cache
 from workers.layers.vocab import VocabParallelEmbedding
 from workers.models.batch import Batch
 from workers.models.checkpoint import Checkpoint, Progress
-from workers.models.config import ModelConfig
 from workers.models.decoder import DecoderLayer, KVCache, Step, make_step
-from workers.models.errors import LoadError
-from workers.models.hf_config import load_model_config
 
 MAX_TOKENS = 256
 TOKENIZER = "tokenizer.json"

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.config_json import load_model_config
+from checkpoint.errors import LoadError
 from workers.collectives import Group
 from workers.layers.context import BuildContext
 from workers.layers.vocab import ParallelLMHead
 from workers.models.checkpoint import Checkpoint, Progress
 from workers.models.decoder import CausalLM
-from workers.models.errors import LoadError
-from workers.models.hf_config import load_model_config
 from workers.models.layer_groups import LayerParallelPlan, MLPs
 from workers.models.layer_parallel_decoder import LayerParallelLM
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.layer_groups import LayerGroups
 from childproc.spec import SpecError
 from echelon.pb.process_pb2 import EngineSpec
 from echelon.pb.worker_pb2 import EngineRole
@@ -15,7 +16,7 @@ from workers.collectives import Group, SoloGroup
 from workers.layers.context import BuildContext
 from workers.models import LayerParallelPlan, ModelConfig, load_model_config
 from workers.models.decoder import MLP
-from workers.models.layer_groups import LayerGroups, MLPs, Weights, check_groups, choose_groups
+from workers.models.layer_groups import MLPs, Weights, check_groups, choose_groups
 from workers.models.layer_similarity import layer_input_similarity
 from workers.process.cohort import Cohort
 

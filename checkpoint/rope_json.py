@@ -4,8 +4,8 @@ transformers 5 (`rope_parameters`)."""
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from workers.layers.rope import DefaultRope, DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope, yarn_magnitude
-from workers.models.errors import LoadError
+from checkpoint.errors import LoadError
+from checkpoint.rope import DynamicRope, LinearRope, Llama3Rope, Rope, YarnRope, yarn_magnitude
 
 _DEFAULT_THETA = 10_000.0
 _COMMON_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
@@ -77,7 +77,7 @@ def parse_rope(raw: Mapping[str, Any]) -> Rope:
 
 
 def _default(settings: RopeSettings) -> Rope:
-    return DefaultRope(theta=settings.theta)
+    return Rope(theta=settings.theta)
 
 
 def _linear(settings: RopeSettings) -> Rope:

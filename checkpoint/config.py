@@ -1,11 +1,21 @@
-"""What the decoder needs to know of a model, whatever family it is from."""
+"""What planner and decoder need to know of a model, whatever family it is from."""
 
 from dataclasses import dataclass
 
-from workers.layers.rope import Rope
-from workers.models.errors import LoadError
+from checkpoint.errors import LoadError
+from checkpoint.rope import Rope
 
-_MAX_TP_SIZE = 64  # for the list of sizes in an error message
+_MAX_TP_SIZE = 64  # of those that an error message lists
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_q_heads",
+    "num_kv_heads",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +41,7 @@ class ModelConfig:
     tie_word_embeddings: bool
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_q_heads", "num_kv_heads"):
+        for field in _POSITIVE:
             value = getattr(self, field)
             if value < 1:
                 raise LoadError(f"{field} must be at least 1, got {value}")
@@ -58,16 +68,30 @@ class ModelConfig:
                 f"lower scheduler.max_model_len, or configure a RoPE scaling that reaches further (linear, yarn)"
             )
 
+    def kv_heads_per_rank(self, tp_size: int) -> int:
+        return max(1, self.num_kv_heads // tp_size)  # replicated where there are fewer heads than ranks
+
+    def tensor_parallel_problem(self, tp_size: int) -> str | None:
+        """Why heads, MLP or vocabulary cannot be cut into `tp_size` ranks, or None."""
+        if self.num_q_heads % tp_size:
+            return f"does not divide the model's {self.num_q_heads} attention heads"
+        if self.num_kv_heads % tp_size and tp_size % self.num_kv_heads:
+            return f"neither divides the model's {self.num_kv_heads} key-value heads nor is a multiple of them"
+        if self.intermediate_size % tp_size:
+            return f"does not divide the model's intermediate size {self.intermediate_size}"
+        if (tp_size - 1) * -(-self.vocab_size // tp_size) >= self.vocab_size:
+            return f"leaves a rank without any of the model's vocabulary of {self.vocab_size}"
+        return None
+
+    def tensor_parallel_remedy(self) -> str:
+        sizes = [size for size in range(1, _MAX_TP_SIZE + 1) if self.tensor_parallel_problem(size) is None]
+        return f"use one of {', '.join(map(str, sizes))}"
+
     def check_tp_size(self, tp_size: int) -> None:
-        """Raises LoadError where heads, MLP or vocabulary cannot be split over that many ranks."""
-        if self._splits_over(tp_size):
-            return
-        sizes = [size for size in range(1, _MAX_TP_SIZE + 1) if self._splits_over(size)]
-        raise LoadError(
-            f"tensor_parallel_size {tp_size} does not split this model: {self.num_q_heads} query heads, "
-            f"{self.num_kv_heads} KV heads, intermediate size {self.intermediate_size}, vocabulary {self.vocab_size}; "
-            f"sizes that do: {', '.join(map(str, sizes))}"
-        )
+        """Raises LoadError where the model cannot be cut into that many ranks."""
+        problem = self.tensor_parallel_problem(tp_size)
+        if problem is not None:
+            raise LoadError(f"tensor_parallel_size: {tp_size}: {problem}", self.tensor_parallel_remedy())
 
     def check_layer_parallel(self, num_ranks: int, *, splits_mlps: bool) -> None:
         """Raises LoadError where so many ranks cannot share the layers, the vocabulary or (splits_mlps) each MLP."""
@@ -81,13 +105,3 @@ class ModelConfig:
                 f"layer_parallel_mlp: tensor_parallel: intermediate size {self.intermediate_size} is not a multiple "
                 f"of layer_parallel_size {num_ranks}: use replicated or auto"
             )
-
-    def _splits_over(self, tp_size: int) -> bool:
-        kv_heads_fit = self.num_kv_heads % tp_size == 0 or tp_size % self.num_kv_heads == 0
-        last_vocab_start = (tp_size - 1) * -(-self.vocab_size // tp_size)
-        return (
-            kv_heads_fit
-            and self.num_q_heads % tp_size == 0
-            and self.intermediate_size % tp_size == 0
-            and last_vocab_start < self.vocab_size
-        )

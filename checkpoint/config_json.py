@@ -2,14 +2,14 @@
 implemented is refused by name. Keys that no implementation of these architectures reads (training settings, version
 stamps) are left alone."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from workers.models.config import ModelConfig
-from workers.models.errors import LoadError
-from workers.models.hf_rope import parse_rope
+from checkpoint.config import ModelConfig
+from checkpoint.errors import LoadError
+from checkpoint.json_files import read_json_object
+from checkpoint.rope_json import parse_rope
 
 Raw = Mapping[str, Any]
 
@@ -32,41 +32,31 @@ _FOREIGN = (
 
 def load_model_config(folder: Path) -> ModelConfig:
     """Configuration of the model in `folder`; LoadError where it is missing, damaged or of a kind not supported."""
-    path = folder / "config.json"
-    raw = _read_json(folder, path)
+    raw = read_config_json(folder)
     try:
         return parse_config(raw)
     except LoadError as error:
-        raise LoadError(f"{folder}: {error}") from error
+        raise LoadError(f"{folder}: {error.message}", error.remedy) from error
+
+
+def read_config_json(folder: Path) -> Raw:
+    """config.json as it stands. Raises LoadError."""
+    if not folder.is_dir():
+        raise LoadError(
+            f"{folder} is not a folder: give the path of a model in Hugging Face layout "
+            f"(a hub id must be downloaded first: hf download <id> --local-dir <folder>)"
+        )
+    return read_json_object(folder / "config.json")
 
 
 def parse_config(raw: Raw) -> ModelConfig:
     """ModelConfig of a parsed config.json."""
     if quantization := raw.get("quantization_config") or raw.get("compression_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-        raise LoadError(
-            f"the checkpoint is quantised ({method}), which is not supported yet: use one in bf16, fp16 or fp32"
-        )
+        raise LoadError(f"the checkpoint is quantised ({method})", "use unquantised weights: not built yet")
     architecture = _architecture(raw)
     _refuse_foreign_features(raw)
     return _ARCHITECTURES[architecture](architecture, raw)
-
-
-def _read_json(folder: Path, path: Path) -> Raw:
-    if not folder.is_dir():
-        raise LoadError(
-            f"{folder} is not a folder: give the path of a model in Hugging Face layout "
-            f"(a hub id must be downloaded first: hf download <id> --local-dir <folder>)"
-        )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LoadError(f"{folder} has no config.json: is it a model in Hugging Face layout?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LoadError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise LoadError(f"{path} holds a {type(raw).__name__}, not an object")
-    return raw
 
 
 def _architecture(raw: Raw) -> str:
