@@ -56,18 +56,13 @@ class ModelFolder:
             * DTYPE_BYTES[dtype]
         )
 
-    def activation_bytes(self, tp_size: int, dtype: str, *, num_tokens: int, num_logit_rows: int) -> int:
-        """Estimate of the largest working set of one forward: the MLP of one layer, then the logits.
-
-        A layer holds hidden states and residual, the fused query-key-value or gate-up product and its result; logits
-        are fp32 shards, held twice while a token is chosen.
-        """
+    def activation_bytes(self, tp_size: int, dtype: str, *, num_tokens: int) -> int:
+        """Estimate of the largest working set of one forward, that of one layer: hidden states and residual, the fused
+        query-key-value or gate-up product and its result."""
         config = self.config
         qkv = (config.num_q_heads // tp_size + 2 * config.kv_heads_per_rank(tp_size)) * config.head_dim
         mlp = 3 * config.intermediate_size // tp_size
-        layer = num_tokens * (3 * config.hidden_size + max(2 * qkv, mlp)) * DTYPE_BYTES[dtype]
-        logits = 2 * num_logit_rows * -(-config.vocab_size // tp_size) * 4
-        return layer + logits
+        return num_tokens * (3 * config.hidden_size + max(2 * qkv, mlp)) * DTYPE_BYTES[dtype]
 
     def _elements_per_rank(self, name: str, tensor: TensorInfo, tp_size: int) -> int:
         module = name.split(".")[-2] if "." in name else ""

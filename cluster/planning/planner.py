@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from checkpoint.memory import num_sampled_rows, sampling_bytes
 from cluster.deployment.settings import ModelSettings, Role, Settings
 from cluster.errors import PlanError
 from cluster.planning.plan import Bundle, ControlProcess, Inventory, MemoryEstimate, Node, Plan
@@ -110,13 +111,21 @@ def _kv_cache_bytes(model: ModelSettings, settings: Settings) -> int:
 
 
 def _activation_bytes(model: ModelSettings, settings: Settings) -> int:
-    rows_per_seq = 1 if model.role == "draft" else settings.num_speculative_tokens + 1
-    return model.folder.activation_bytes(
-        model.tp_size,
-        model.dtype,
-        num_tokens=settings.scheduler.max_num_batched_tokens,
-        num_logit_rows=min(settings.max_seqs_of(model.role) * rows_per_seq, settings.scheduler.max_num_batched_tokens),
+    forward = model.folder.activation_bytes(
+        model.tp_size, model.dtype, num_tokens=settings.scheduler.max_num_batched_tokens
     )
+    return forward + expected_sampling_bytes(model, settings)
+
+
+def expected_sampling_bytes(model: ModelSettings, settings: Settings) -> int:
+    """What a rank of the model reserves for choosing tokens."""
+    num_rows = num_sampled_rows(
+        verifies=model.role == "target",
+        max_num_seqs=settings.max_seqs_of(model.role),
+        max_num_batched_tokens=settings.scheduler.max_num_batched_tokens,
+    )
+    vocab_size = model.folder.config.vocab_size
+    return sampling_bytes(vocab_size=vocab_size, num_ranks=model.num_ranks, num_rows=num_rows)
 
 
 def _place_on_gpus(settings: Settings, inventory: Inventory, ranks: list[_Rank]) -> tuple[Bundle, ...]:

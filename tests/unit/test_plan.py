@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from checkpoint.memory import SAMPLING_TILE_ROWS
 from cluster.deployment.settings import (
     CpuSettings,
     ModelSettings,
@@ -18,11 +19,12 @@ from cluster.errors import PlanError
 from cluster.local import LOCAL_SCHEDULER, LocalDraft, local_settings
 from cluster.planning.inventory import visible_gpus
 from cluster.planning.plan import ControlProcess, Inventory, Node, Plan, check_followed
-from cluster.planning.planner import GIB, make_plan
+from cluster.planning.planner import GIB, expected_sampling_bytes, make_plan
 from cluster.process_id import ProcessId
 from cluster.processes.specs import scheduler_spec, worker_specs
 from echelon.pb import process_pb2
 from tests.helpers.model_folders import write_model_folder
+from workers.process.load import reserved_sampling_bytes
 
 SCHEDULER = ControlProcess(id=ProcessId(role="scheduler"), node_id="n", address="127.0.0.1")
 
@@ -292,3 +294,28 @@ def test_the_scheduler_is_told_how_to_speculate(pair: tuple[Path, Path]) -> None
     )
     assert told().adaptive
     assert told(method="none") == process_pb2.SpeculationSpec(method="none", pipeline="serial")
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 8, 256, 1000])
+@pytest.mark.parametrize("layer_parallel_size", [1, 2])
+def test_plan_and_worker_reserve_the_same_for_choosing_tokens(
+    pair: tuple[Path, Path], max_num_seqs: int, layer_parallel_size: int
+) -> None:
+    target, draft = pair
+    settings = local_settings(
+        target,
+        tp_size=2,
+        draft=LocalDraft(folder=draft, layer_parallel_size=layer_parallel_size),
+        device="cuda",
+        scheduler=SchedulerSettings(max_num_seqs=max_num_seqs, max_num_batched_tokens=2048),
+    )
+    bundles = make_plan(settings, gpu_nodes(8)).bundles
+    models = [settings.target, settings.draft]
+    for model in models:
+        assert model is not None
+        of_model = [bundle for bundle in bundles if model.role in bundle.engines]
+        spec = worker_specs(settings, of_model, 1)[0].engines[0]
+        vocab_size = model.folder.config.vocab_size
+        reserved = reserved_sampling_bytes(spec, vocab_size=vocab_size, num_ranks=model.num_ranks)
+        assert reserved == expected_sampling_bytes(model, settings)
+        assert reserved <= SAMPLING_TILE_ROWS * vocab_size * 4 * 6 // model.num_ranks

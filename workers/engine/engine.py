@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from checkpoint.memory import SAMPLING_TILE_ROWS
 from echelon.pb.sampling_pb2 import PositionLogprobs
 from echelon.pb.worker_pb2 import EngineInfo, Round, RoundResult, Row, RowResult
 from kernels.kv.block_copy import CacheAddresses, copy_blocks
@@ -58,6 +59,9 @@ class ModelRunner:
     device: torch.device
     is_approximate: bool = False  # draft_forward differs from forward: the model is layer-parallel
     tracer: Tracer = field(default_factory=Tracer)
+    # Most rows whose logits are held at a time. Of more rows the last tile is padded to as many: a product of fewer
+    # rows may round differently.
+    tile_rows: int = SAMPLING_TILE_ROWS
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states [num_tokens, hidden_size]; K and V of the batch's tokens are in the cache afterwards."""
@@ -81,14 +85,22 @@ class ModelRunner:
     def choose(
         self, hidden: Tensor, entries: Sequence[RowEntry], *, num_alternatives: int = 0, with_confidence: bool = False
     ) -> SampledRows:
-        """A token for each row of hidden [num_rows, hidden_size]; see Sampler.sample."""
+        """A token for each row of hidden [num_rows, hidden_size], a tile of rows at a time; see Sampler.sample."""
+        size, num_rows = self.tile_rows, len(entries)
         with torch.inference_mode(), self.tracer.span("sample"):
-            return self.sampler.sample(
-                self._logits(hidden),
-                self.model.vocab_range[0],
-                SamplingRows.build(entries, self.device),
-                num_alternatives=num_alternatives,
-                with_confidence=with_confidence,
+            if num_rows > size:
+                hidden = F.pad(hidden, (0, 0, 0, -num_rows % size))
+            return SampledRows.join(
+                [
+                    self.sampler.sample(
+                        self._logits(hidden[start : start + size])[: num_rows - start],
+                        self.model.vocab_range[0],
+                        SamplingRows.build(entries[start : start + size], self.device),
+                        num_alternatives=num_alternatives,
+                        with_confidence=with_confidence,
+                    )
+                    for start in range(0, num_rows, size)
+                ]
             )
 
     def prompt_logprobs(self, hidden: Tensor, next_token_ids: Tensor, num_top: int) -> list[PositionLogprobs]:

@@ -10,7 +10,6 @@ from workers.models import CausalLM, LayerParallelLM
 from workers.models.batch import Batch
 
 KVCaches = list[tuple[Tensor, Tensor]]  # of each layer: k, v [num_blocks, block_size, num_kv_heads, head_dim]
-LOGIT_COPIES = 6  # fp32 temporaries of sampling with truncation, per logit
 
 
 class KVCacheError(ValueError):
@@ -68,10 +67,9 @@ def activation_bytes(
     *,
     num_tokens: int,
     max_model_len: int,
-    num_logit_rows: int,
     device: torch.device,
 ) -> int:
-    """What the largest round takes on a GPU beside weights and KV: a forward of `num_tokens` is run to see it."""
+    """What the largest forward takes on a GPU beside weights and KV: one of `num_tokens` is run to see it."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -83,8 +81,7 @@ def activation_bytes(
     peak = torch.cuda.max_memory_allocated(device) - before
     del kv_caches
     torch.cuda.empty_cache()
-    start, end = model.vocab_range
-    return peak + num_logit_rows * (end - start) * torch.float32.itemsize * LOGIT_COPIES
+    return peak
 
 
 def _dummy_batch(num_tokens: int, max_model_len: int, block_size: int, device: torch.device) -> Batch:

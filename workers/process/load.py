@@ -9,6 +9,7 @@ from typing import TypedDict
 
 import torch
 
+from checkpoint.memory import num_sampled_rows, sampling_bytes
 from childproc.spec import SpecError
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.worker_pb2 import EngineInfo, EngineRole, LayerGroup
@@ -172,14 +173,24 @@ def _bytes_left(sharing: Sequence[_Loaded], device: torch.device) -> int:
             entry.layout,
             num_tokens=entry.spec.max_num_batched_tokens,
             max_model_len=entry.spec.max_model_len,
-            num_logit_rows=2 * entry.spec.max_num_seqs,
             device=device,
         )
+        + reserved_sampling_bytes(entry.spec, vocab_size=entry.model.config.vocab_size, num_ranks=entry.group.size)
         for entry in sharing
     )
     free, total = torch.cuda.mem_get_info(device)
     utilization = min(entry.spec.gpu_memory_utilization for entry in sharing)
     return max(0, int(total * utilization) - (total - free) - activations)
+
+
+def reserved_sampling_bytes(spec: EngineSpec, *, vocab_size: int, num_ranks: int) -> int:
+    """What choosing tokens takes on one rank."""
+    num_rows = num_sampled_rows(
+        verifies=spec.role == EngineRole.ENGINE_ROLE_TARGET,
+        max_num_seqs=spec.max_num_seqs,
+        max_num_batched_tokens=spec.max_num_batched_tokens,
+    )
+    return sampling_bytes(vocab_size=vocab_size, num_ranks=num_ranks, num_rows=num_rows)
 
 
 def _build(entry: _Loaded, num_blocks: int, device: torch.device, tracer: Tracer) -> Engine:

@@ -45,6 +45,30 @@ class SampledRows:
     # penalties, bias and masks, before min-p, top-k and top-p; void where non_finite.
     confidences: Tensor | None
 
+    @staticmethod
+    def join(parts: Sequence["SampledRows"]) -> "SampledRows":
+        """The rows of all parts, which were sampled with the same wishes."""
+        if len(parts) == 1:
+            return parts[0]
+        return SampledRows(
+            token_ids=torch.cat([part.token_ids for part in parts]),
+            non_finite=torch.cat([part.non_finite for part in parts]),
+            logprobs=_join_logprobs(parts),
+            alternatives=_join_optional([part.alternatives for part in parts]),
+            confidences=_join_optional([part.confidences for part in parts]),
+        )
+
+
+def _join_logprobs(parts: Sequence[SampledRows]) -> list[PositionLogprobs | None] | None:
+    if all(part.logprobs is None for part in parts):
+        return None
+    return [entry for part in parts for entry in part.logprobs or [None] * len(part.token_ids)]
+
+
+def _join_optional(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    there = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(there) if there else None
+
 
 class Sampler:
     """Stateless but for the group and the vocabulary."""

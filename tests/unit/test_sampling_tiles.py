@@ -1,0 +1,91 @@
+"""Many rows are sampled in tiles, and the result is that of one tile."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.sampling import mixed_states
+from tests.helpers.thread_group import ThreadGroup, run_ranks
+from workers.collectives import SoloGroup
+from workers.engine.engine import ModelRunner
+from workers.sampling.rows import RowEntry
+from workers.sampling.sampler import SampledRows, Sampler
+
+VOCAB_SIZE = 131
+HIDDEN_SIZE = 16
+STATES = mixed_states(VOCAB_SIZE)  # penalties, truncation, bias, masks and logprobs, in an order that repeats
+WEIGHT = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=torch.Generator().manual_seed(1))
+
+
+class Head:
+    """An output head that notes how many rows it was given. It computes row by row, so that products do not round
+    differently with the number of rows and everything else must be equal bit for bit."""
+
+    def __init__(self, rank: int, num_ranks: int) -> None:
+        shard_size = -(-VOCAB_SIZE // num_ranks)
+        self.vocab_range = rank * shard_size, min((rank + 1) * shard_size, VOCAB_SIZE)
+        self.config = SimpleNamespace(vocab_size=VOCAB_SIZE)
+        self.num_rows: list[int] = []
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        self.num_rows.append(len(hidden))
+        start, end = self.vocab_range
+        return torch.stack([WEIGHT[start:end] @ row for row in hidden])
+
+
+def runner(group: SoloGroup | ThreadGroup, tile_rows: int) -> tuple[ModelRunner, Head]:
+    head: Any = Head(group.rank, group.size)
+    made: Any = ModelRunner(
+        model=head,
+        kv_caches=[],
+        kv_addresses=None,  # type: ignore[arg-type]  # nothing is copied
+        sampler=Sampler(group, VOCAB_SIZE),
+        num_ranks=group.size,
+        device=torch.device("cpu"),
+        tile_rows=tile_rows,
+    )
+    return made, head
+
+
+def choose(group: SoloGroup | ThreadGroup, tile_rows: int, num_rows: int = len(STATES)) -> tuple[SampledRows, Head]:
+    made, head = runner(group, tile_rows)
+    hidden = torch.randn(num_rows, HIDDEN_SIZE, generator=torch.Generator().manual_seed(2))
+    hidden[num_rows // 2] = torch.nan
+    entries = [RowEntry(state, state.length + 1, (7,)) for state in STATES[:num_rows]]
+    return made.choose(hidden, entries, num_alternatives=2, with_confidence=True), head
+
+
+def as_lists(sampled: SampledRows) -> list[Any]:
+    assert sampled.alternatives is not None
+    assert sampled.confidences is not None
+    assert sampled.logprobs is not None
+    sound = ~sampled.non_finite  # alternatives and confidences of the others are void
+    logprobs = [None if entry is None else entry.SerializeToString() for entry in sampled.logprobs]
+    numbers = sampled.alternatives[sound].tolist(), sampled.confidences[sound].tolist()
+    return [sampled.token_ids.tolist(), sampled.non_finite.tolist(), logprobs, *numbers]
+
+
+@pytest.mark.parametrize("tile_rows", [1, 4, 7, 25])
+def test_tiles_give_what_one_large_tile_gives(tile_rows: int) -> None:
+    whole, _ = choose(SoloGroup(), len(STATES))
+    tiled, head = choose(SoloGroup(), tile_rows)
+    assert as_lists(tiled) == as_lists(whole)
+    assert any(whole.non_finite)
+    assert set(head.num_rows) == {tile_rows}, "a remainder is padded"
+    assert len(head.num_rows) == -(-len(STATES) // tile_rows)
+
+
+def test_ranks_that_share_the_vocabulary_agree_tile_by_tile() -> None:
+    whole = run_ranks(2, lambda group: choose(group, len(STATES)))
+    tiled = run_ranks(2, lambda group: choose(group, 7))
+    for (ours, _), (theirs, _) in zip(tiled, whole, strict=True):
+        assert as_lists(ours) == as_lists(theirs) == as_lists(whole[0][0])
+
+
+@pytest.mark.parametrize("num_rows", [13, 26])
+def test_a_batch_within_one_tile_is_not_padded(num_rows: int) -> None:
+    _, head = choose(SoloGroup(), 26, num_rows)
+    assert head.num_rows == [num_rows]
