@@ -31,14 +31,14 @@ class ControlServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def GetReplicas(self, request, context):
-        """How every replica fares now.
+        """The current state of every replica.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Trace(self, request, context):
-        """Records what one replica does from now on: Scheduler.Trace of its scheduler.
+        """Records what one replica does from now on. See Scheduler.Trace.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

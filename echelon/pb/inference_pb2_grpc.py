@@ -45,8 +45,8 @@ class InferenceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Chunks as tokens are committed, then one GenerateComplete. Errors are gRPC statuses. Dropping the
-        stream cancels the request; a gRPC deadline includes the time in the queue.
+        """Streams chunks as tokens are committed, then one GenerateComplete. Errors are gRPC statuses. Dropping
+        the stream cancels the request. A gRPC deadline includes the time in the queue.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -59,7 +59,7 @@ class InferenceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SetSpeculation(self, request, context):
-        """Changes how a running request speculates, from its next round on; its tokens stay the same.
+        """Changes how a running request speculates, from its next round on. Its tokens stay the same.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -54,12 +54,12 @@ class Submit(google.protobuf.message.Message):
     TIMEOUT_S_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     timeout_s: builtins.float
-    """remaining time, queue included"""
+    """remaining time, including the queue"""
     @property
     def prompt_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
     def sampling(self) -> echelon.pb.sampling_pb2.SamplingParams:
-        """every field set but logprobs that were not asked for; seed drawn"""
+        """all fields set, except logprobs that were not requested; the seed is drawn"""
 
     @property
     def speculation(self) -> echelon.pb.inference_pb2.Speculation: ...
@@ -95,7 +95,7 @@ global___Cancel = Cancel
 
 @typing.final
 class Adjust(google.protobuf.message.Message):
-    """Replaces a running request's wish; unknown ids are ignored."""
+    """Replaces the speculation settings of a running request. Unknown ids are ignored."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -117,8 +117,8 @@ global___Adjust = Adjust
 
 @typing.final
 class SchedulerReplies(google.protobuf.message.Message):
-    """What was ready at the same moment: a round has something to say to every request, and a message costs more
-    than what is in it.
+    """All replies that were ready at the same moment. A round has a reply for every request, and sending a message
+    costs more than its content.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -148,7 +148,7 @@ class SchedulerReply(google.protobuf.message.Message):
     def chunk(self) -> echelon.pb.inference_pb2.GenerateChunk: ...
     @property
     def complete(self) -> echelon.pb.inference_pb2.GenerateComplete:
-        """the last message of a request ..."""
+        """the last message of a request is this ..."""
 
     @property
     def error(self) -> global___RequestError:
@@ -230,7 +230,7 @@ class SchedulerStatus(google.protobuf.message.Message):
     DRAFTS_PER_VERIFICATION_FIELD_NUMBER: builtins.int
     NON_FINITE_ROWS_TOTAL_FIELD_NUMBER: builtins.int
     ready: builtins.bool
-    """the target group answers (the draft group is not needed)"""
+    """the target group answers; the draft group need not"""
     not_ready_reason: builtins.str
     draft_ready: builtins.bool
     num_requests_running: builtins.int
@@ -250,27 +250,27 @@ class SchedulerStatus(google.protobuf.message.Message):
     target_rounds_total: builtins.int
     draft_rounds_total: builtins.int
     lookup_tokens_total: builtins.int
-    """compared drafts that suffix lookup had found"""
+    """compared drafts that came from suffix lookup"""
     wasted_draft_tokens_total: builtins.int
-    """of the draft model: can no more be accepted, and were not"""
+    """of the draft model: not accepted, and no longer able to be"""
     verdict_cache_hits_total: builtins.int
-    """mismatches for which a branch had been drafted ahead"""
+    """mismatches for which a branch had been drafted in advance"""
     verdict_cache_misses_total: builtins.int
     draft_idle_seconds_total: builtins.float
-    """the draft engine had no round while a seq speculated"""
+    """the draft engine had no round although a seq speculated"""
     verify_wait_seconds_total: builtins.float
-    """the target had no round while a seq waited for drafts"""
+    """the target had no round because a seq waited for drafts"""
     window_occupancy: builtins.float
-    """drafts ahead of the last commits by what the policy allows, now; 0 to 1"""
+    """drafts ahead of the last commit, divided by the number that the policy allows; 0 to 1"""
     acceptance_rate: builtins.float
-    """of the drafts compared lately"""
+    """of the recently compared drafts"""
     drafts_per_verification: builtins.float
-    """of the target's rows lately that had drafts"""
+    """mean over the recent target rows that had drafts"""
     non_finite_rows_total: builtins.int
     """target rows with NaN or Inf logits; each ended its request"""
     @property
     def speculation_total(self) -> echelon.pb.inference_pb2.SpeculationStats:
-        """of all requests, those that still run included"""
+        """of all requests, including running ones"""
 
     def __init__(
         self,
@@ -311,14 +311,14 @@ global___SchedulerStatus = SchedulerStatus
 
 @typing.final
 class TraceRequest(google.protobuf.message.Message):
-    """The limit that is reached first counts."""
+    """The first limit that is reached ends the recording."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     NUM_ROUNDS_FIELD_NUMBER: builtins.int
     DURATION_S_FIELD_NUMBER: builtins.int
     num_rounds: builtins.int
-    """of the target; rounds of the draft come on top. 0: no limit"""
+    """of the target, not counting rounds of the draft. 0: no limit"""
     duration_s: builtins.float
     """0: no limit"""
     def __init__(
@@ -333,7 +333,7 @@ global___TraceRequest = TraceRequest
 
 @typing.final
 class TraceEvent(google.protobuf.message.Message):
-    """Times count from the beginning of the recording, on the scheduler's monotonic clock, unless said otherwise."""
+    """Times count from the start of the recording, on the scheduler's monotonic clock, unless noted otherwise."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -371,12 +371,12 @@ class TracedRound(google.protobuf.message.Message):
     SPANS_FIELD_NUMBER: builtins.int
     engine: echelon.pb.worker_pb2.EngineRole.ValueType
     group: builtins.str
-    """whose ranks ran it: "target" or "draft"; a colocated draft lives in the target's"""
+    """whose ranks ran it: "target" or "draft"; a colocated draft is in the target's group"""
     round_id: builtins.int
     sent_ns: builtins.int
     received_ns: builtins.int
     queue_ns: builtins.int
-    """these, and the spans, as in RoundResult: durations on the group's clock"""
+    """this, run_ns and the spans: durations on the group's clock, as in RoundResult"""
     run_ns: builtins.int
     num_rows: builtins.int
     num_steps: builtins.int
@@ -402,7 +402,7 @@ global___TracedRound = TracedRound
 
 @typing.final
 class TracedWait(google.protobuf.message.Message):
-    """An engine had no round although it was wanted: the target waited for drafts, or the draft had none to write."""
+    """An engine was wanted but had no round: the target waited for drafts, or the draft had none to write."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -47,8 +47,8 @@ class SchedulerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Trace(self, request, context):
-        """Records rounds from now on, until a limit is reached and the rounds on their way are back. Costs speed meanwhile:
-        ranks wait for their devices around each span. FAILED_PRECONDITION while another recording runs.
+        """Records rounds from now on, until a limit is reached and the rounds in flight have returned. Recording costs speed,
+        because ranks wait for their devices around each span. FAILED_PRECONDITION if another recording runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

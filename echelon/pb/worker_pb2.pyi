@@ -79,7 +79,7 @@ global___RoundRequest = RoundRequest
 
 @typing.final
 class Hello(google.protobuf.message.Message):
-    """Binds the stream to an engine. Refused (FAILED_PRECONDITION) for another incarnation or version."""
+    """Binds the stream to an engine. Another incarnation or version is refused with FAILED_PRECONDITION."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -102,7 +102,7 @@ global___Hello = Hello
 
 @typing.final
 class Round(google.protobuf.message.Message):
-    """Everything the group does in one go. Fields take effect in the order in which they stand here."""
+    """Everything that the group does in one go. Fields take effect in the order of their declaration here."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -119,11 +119,11 @@ class Round(google.protobuf.message.Message):
     """ascending on a stream"""
     incarnation: builtins.int
     num_alternatives: builtins.int
-    """draft: how many runners-up are reported for each drafted token"""
+    """draft: number of runners-up to report for each drafted token"""
     trace: builtins.bool
-    """spans are reported"""
+    """report spans"""
     confidences: builtins.bool
-    """draft: the probability of each drafted token is reported"""
+    """draft: report the probability of each drafted token"""
     @property
     def free_slots(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
@@ -151,7 +151,7 @@ global___Round = Round
 
 @typing.final
 class SeqInit(google.protobuf.message.Message):
-    """A seq takes a slot: its whole history and settings, whatever the prefix cache holds."""
+    """A seq takes a slot. It brings its whole history and settings, whatever the prefix cache holds."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -190,15 +190,15 @@ global___SeqInit = SeqInit
 
 @typing.final
 class Fork(google.protobuf.message.Message):
-    """Draft engine: a slot becomes a branch of another one, with its settings and its first tokens, whatever is done to the
-    parent afterwards; it may even be freed. Afterwards it is a slot like any other. KV blocks full of those tokens are
-    shared (the scheduler keeps them held); KV in the block in which the branch parts from its parent is copied. Of the
-    branch's tokens those have KV, and exact KV, that have it in the parent. (If the last of them fills a shared block and
-    has no KV yet, both sides compute it there: it is the same token behind the same tokens.)
+    """Draft engine: a slot becomes a branch of another one, the parent. It gets the parent's settings and first tokens.
+    What happens to the parent afterwards does not matter; it can even be freed. The branch is then a slot like any other.
+    Blocks that are full of the common tokens are shared; the scheduler keeps them in use. The block in which the branch
+    differs from its parent is copied. A token of the branch has KV, and exact KV, if it has it in the parent. (If the last
+    common token fills a shared block and has no KV yet, both sides compute it there, with the same result.)
 
-    Refused: a slot that is taken, a parent that holds no seq, a length below its prompt or above its tokens, too few
-    blocks for the KV. But a parent whose chain ended early (see Row) may be shorter than thought: then the branch takes
-    its slot and is void. Rows for it are not looked at any closer and answered empty, until the slot is freed; branches
+    Refused are: a slot that is taken, a parent that holds no seq, a length below the parent's prompt or above its tokens,
+    and too few blocks for the KV. A parent whose chain ended early (see Row) can be shorter than expected. Then the branch
+    takes its slot and is void: its rows are answered empty without further checks until the slot is freed, and branches
     of it are void too.
     """
 
@@ -214,7 +214,7 @@ class Fork(google.protobuf.message.Message):
     """tokens of the parent's history and chain that the branch begins with"""
     @property
     def new_block_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """of its own, behind the length / block_size blocks that are shared"""
+        """its own, after the length / block_size shared ones"""
 
     def __init__(
         self,
@@ -230,19 +230,19 @@ global___Fork = Fork
 
 @typing.final
 class Row(google.protobuf.message.Message):
-    """What one seq does in a round. The slot holds `token_ids` (its history, on a draft engine followed
-    by the chain of its own drafts), `num_computed_tokens` and a block table.
+    """What one seq does in a round. The slot holds `token_ids` (its history; on a draft engine also the chain of its own
+    drafts after it), `num_computed_tokens` and a block table.
 
-    Draft engine: a chain may end early, at max_model_len or where logits are not finite; the row that it ends in brings
-    fewer drafts than it ordered, and leaves the slot as if it had ordered those (non_finite: none, the chunk has its KV).
-    Rows behind it that were sent before this was known are harmless: one that wants to go on (chunk_len 1) goes on from
-    where the chain really ends or, if no token is left to compute, is answered empty; one that crops and appends finds
-    what it expects, since crop_len can only name tokens that the scheduler has seen, and all of these are there.
+    Draft engine, early end: a chain ends early at max_model_len, or where logits are not finite. The row in which it ends
+    brings fewer drafts than ordered and leaves the slot as if it had ordered only those (non_finite: none; the chunk has
+    its KV). Later rows that were sent before this was known are harmless. A row that continues the chain (chunk_len 1)
+    continues from its real end, or is answered empty if no token is left to compute. A row that crops and appends finds
+    what it expects, because crop_len can only name tokens that the scheduler has seen, and all of these are there.
 
-    Draft engine: a row may be overtaken. Where a round that has arrived before the row's own one runs frees its slot, or
-    crops it to tokens that have KV by then, a row that calibrates nothing changes the slot (steps 1 to 3), computes
-    nothing and is answered empty. Rounds between the two find a chain that has not grown: their rows for the slot are
-    overtaken as well, or go on from where it really ends; their forks of it can only name tokens that were answered.
+    Draft engine, overtaken rows: a row is overtaken if, before its round runs, another round has arrived that frees its
+    slot or crops it to tokens that have KV by then. An overtaken row that calibrates nothing changes the slot (steps 1 to
+    3), computes nothing and is answered empty. Rounds between the two find a chain that has not grown. Their rows for the
+    slot are overtaken as well, or continue from its real end. Their forks of it can only name tokens that were answered.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -258,20 +258,20 @@ class Row(google.protobuf.message.Message):
     NUM_DRAFT_TOKENS_FIELD_NUMBER: builtins.int
     slot: builtins.int
     crop_len: builtins.int
-    """1. The history is cut to this many tokens (KV beyond is stale). Not below the prompt, not beyond the history ..."""
+    """1. The history is cut to this many tokens, and KV after them is stale. Not below the prompt or above the history ..."""
     calibrate_len: builtins.int
-    """4. Draft engine, layer-parallel: KV of the first num_exact tokens is exact, behind them it may be approximate. The
-       next calibrate_len tokens (as many of them as have KV) go through the exact model again; num_exact grows by that.
-       Before any chunk: in the same forward where the chunk follows directly.
+    """4. Draft engine, layer-parallel: KV of the first num_exact tokens is exact; after them it can be approximate. The
+       next calibrate_len tokens (as many of them as have KV) go through the exact model again, and num_exact grows by
+       that number. This comes before any chunk; if the chunk follows directly, both share a forward.
     """
     chunk_len: builtins.int
-    """5. The next chunk_len tokens of the history without KV go through the model. A decode row has 1,
-       which stands for "the last token you committed" when an earlier round is still in flight.
+    """5. The next chunk_len tokens of the history without KV go through the model. A decode row has 1. It stands
+       for "the last token that you committed" if an earlier round is still in flight.
     """
     draft_base_len: builtins.int
     num_draft_tokens: builtins.int
-    """   draft: the chain grows by this many tokens, a step each. With chunk_len 1 and nothing appended a chain of
-              earlier rounds goes on, also of one that is still in flight: the chunk is its last draft.
+    """   draft: the chain grows by this many tokens, a step each. With chunk_len 1 and nothing appended, a chain of
+              earlier rounds continues, even of a round in flight: the chunk is its last draft.
     """
     @property
     def append_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
@@ -283,14 +283,14 @@ class Row(google.protobuf.message.Message):
 
     @property
     def draft_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """   Draft engine: they go through the exact model, with one exception: where a chain goes on, that is a chunk of 1
-           whose token the engine has drafted (nothing was appended) in a row that drafts. This token is computed
-           approximately, as is every draft of a row but the last, which gets no KV. A round does all that is exact first,
-           then steps of one token for the chains that grow. num_exact becomes the end of an exact chunk if, behind 4, it
-           was its start; drafts do not move it. Not layer-parallel: num_exact is num_computed_tokens, always.
+        """   Draft engine: they go through the exact model, unless a chain continues: a chunk of 1 whose token the engine
+           has drafted (nothing was appended), in a row that drafts. This token is computed approximately, and so is every
+           draft of a row except the last, which gets no KV. A round first does everything exact, then steps of one token
+           for the chains that grow. If num_exact, after step 4, is the start of an exact chunk, it becomes the chunk's end.
+           Drafts do not move it. If not layer-parallel, num_exact always equals num_computed_tokens.
         6. If the chunk reached the end of the history, a token is chosen there:
-           target: drafts are verified behind it, accepted ones and the next token join the history.
-                   Drafts count only if the history's length is draft_base_len, else they are dropped.
+           target: the drafts are verified; accepted ones and the next token join the history. Drafts are dropped
+                   unless the length of the history is draft_base_len.
         """
 
     def __init__(
@@ -326,9 +326,9 @@ class RoundResult(google.protobuf.message.Message):
     round_id: builtins.int
     incarnation: builtins.int
     queue_ns: builtins.int
-    """waited in the group before it ran"""
+    """time in the group before it ran"""
     run_ns: builtins.int
-    """ran, monotonic clock of the leader"""
+    """time of running, on the leader's monotonic clock"""
     num_steps: builtins.int
     """forwards"""
     @property
@@ -337,7 +337,7 @@ class RoundResult(google.protobuf.message.Message):
 
     @property
     def spans(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Span]:
-        """if the round asked for a trace"""
+        """if the round requested a trace"""
 
     def __init__(
         self,
@@ -356,7 +356,7 @@ global___RoundResult = RoundResult
 
 @typing.final
 class Span(google.protobuf.message.Message):
-    """What a rank did for a while. Times count from when the rank began the round, on its own monotonic clock."""
+    """What a rank did. Times count from the start of the round on this rank, on its own monotonic clock."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -398,15 +398,15 @@ class RowResult(google.protobuf.message.Message):
     slot: builtins.int
     num_accepted_tokens: builtins.int
     num_verified_tokens: builtins.int
-    """drafts that were really compared (0 when dropped)"""
+    """drafts that were compared; 0 if they were dropped"""
     prompt_logprobs_start: builtins.int
     """absolute position of the first of them"""
     non_finite: builtins.bool
     """NaN or Inf logits: nothing was committed; draft: nothing was drafted"""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """target: committed in this round (accepted drafts, then the target's own token); empty in
-        the middle of a prompt. draft: drafted in this round.
+        """target: committed in this round: accepted drafts, then the target's own token; empty in the middle of
+        a prompt. draft: drafted in this round.
         """
 
     @property
@@ -419,14 +419,14 @@ class RowResult(google.protobuf.message.Message):
 
     @property
     def alternative_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """draft: for each of token_ids the round's num_alternatives tokens that came next in the draft's own choice (its
-        logits with the noise of the position), best first; fewer where the vocabulary left fewer are repeated.
+        """draft: for each of token_ids the num_alternatives runners-up of the draft's own choice (its logits with the noise
+        of the position), best first. If the vocabulary has fewer, they are repeated.
         """
 
     @property
     def confidences(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """draft, if the round asks for it: for each of token_ids the probability that the draft gives it, at the temperature
-        of the request (at temperature 0: at 1).
+        """draft, if the round requests it: for each of token_ids the probability that the draft gives it, at the temperature
+        of the request, or at 1 if that is 0.
         """
 
     def __init__(
@@ -512,7 +512,7 @@ class EngineInfo(google.protobuf.message.Message):
     tp_size: builtins.int
     vocab_size: builtins.int
     num_blocks: builtins.int
-    """the smallest of the group's ranks"""
+    """the lowest of the group's ranks"""
     block_size: builtins.int
     num_slots: builtins.int
     """slots are 0 .. num_slots-1"""
@@ -524,14 +524,14 @@ class EngineInfo(google.protobuf.message.Message):
     """on this rank"""
     load_s: builtins.float
     lp_size: builtins.int
-    """draft: ranks that run attention of consecutive layers at once; 1: none"""
+    """draft: layers whose attention runs at once; 1: not layer-parallel"""
     layer_parallel_weights: builtins.str
     """as in EngineSpec"""
     layer_parallel_mlp: builtins.str
     """as used"""
     @property
     def layer_groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LayerGroup]:
-        """draft, as used: every layer, in order"""
+        """draft, as chosen: every layer, in order"""
 
     def __init__(
         self,
@@ -560,7 +560,7 @@ global___EngineInfo = EngineInfo
 
 @typing.final
 class LayerGroup(google.protobuf.message.Message):
-    """Consecutive layers whose attention runs at once, on the group's input. One layer: exact."""
+    """Consecutive layers whose attention runs at once, on the group's input. A group of one layer is exact."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -6,8 +6,8 @@ from echelon.pb import worker_pb2 as echelon_dot_pb_dot_worker__pb2
 
 
 class WorkerStub(object):
-    """A worker group hosts one engine of each role at most. Each engine has a stream of rounds of its
-    own; a group that hosts two takes their rounds in turn, in the order of arrival.
+    """A worker group hosts at most one engine of each role. Each engine has its own stream of rounds. A group
+    with two engines runs their rounds in order of arrival.
     """
 
     def __init__(self, channel):
@@ -29,13 +29,13 @@ class WorkerStub(object):
 
 
 class WorkerServicer(object):
-    """A worker group hosts one engine of each role at most. Each engine has a stream of rounds of its
-    own; a group that hosts two takes their rounds in turn, in the order of arrival.
+    """A worker group hosts at most one engine of each role. Each engine has its own stream of rounds. A group
+    with two engines runs their rounds in order of arrival.
     """
 
     def Rounds(self, request_iterator, context):
-        """First message down: hello. Then one message down and one up a round, in order; further rounds
-        may be sent before the answer to the first has come.
+        """The first message down is a hello. Then each round is one message down and one up, in order. Further
+        rounds can be sent before the first is answered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -68,8 +68,8 @@ def add_WorkerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Worker(object):
-    """A worker group hosts one engine of each role at most. Each engine has a stream of rounds of its
-    own; a group that hosts two takes their rounds in turn, in the order of arrival.
+    """A worker group hosts at most one engine of each role. Each engine has its own stream of rounds. A group
+    with two engines runs their rounds in order of arrival.
     """
 
     @staticmethod

@@ -18,8 +18,8 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
     ...
 
 class WorkerStub:
-    """A worker group hosts one engine of each role at most. Each engine has a stream of rounds of its
-    own; a group that hosts two takes their rounds in turn, in the order of arrival.
+    """A worker group hosts at most one engine of each role. Each engine has its own stream of rounds. A group
+    with two engines runs their rounds in order of arrival.
     """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
@@ -27,8 +27,8 @@ class WorkerStub:
         echelon.pb.worker_pb2.RoundRequest,
         echelon.pb.worker_pb2.RoundResult,
     ]
-    """First message down: hello. Then one message down and one up a round, in order; further rounds
-    may be sent before the answer to the first has come.
+    """The first message down is a hello. Then each round is one message down and one up, in order. Further
+    rounds can be sent before the first is answered.
     """
 
     GetWorkerInfo: grpc.UnaryUnaryMultiCallable[
@@ -37,16 +37,16 @@ class WorkerStub:
     ]
 
 class WorkerAsyncStub:
-    """A worker group hosts one engine of each role at most. Each engine has a stream of rounds of its
-    own; a group that hosts two takes their rounds in turn, in the order of arrival.
+    """A worker group hosts at most one engine of each role. Each engine has its own stream of rounds. A group
+    with two engines runs their rounds in order of arrival.
     """
 
     Rounds: grpc.aio.StreamStreamMultiCallable[
         echelon.pb.worker_pb2.RoundRequest,
         echelon.pb.worker_pb2.RoundResult,
     ]
-    """First message down: hello. Then one message down and one up a round, in order; further rounds
-    may be sent before the answer to the first has come.
+    """The first message down is a hello. Then each round is one message down and one up, in order. Further
+    rounds can be sent before the first is answered.
     """
 
     GetWorkerInfo: grpc.aio.UnaryUnaryMultiCallable[
@@ -55,8 +55,8 @@ class WorkerAsyncStub:
     ]
 
 class WorkerServicer(metaclass=abc.ABCMeta):
-    """A worker group hosts one engine of each role at most. Each engine has a stream of rounds of its
-    own; a group that hosts two takes their rounds in turn, in the order of arrival.
+    """A worker group hosts at most one engine of each role. Each engine has its own stream of rounds. A group
+    with two engines runs their rounds in order of arrival.
     """
 
     @abc.abstractmethod
@@ -65,8 +65,8 @@ class WorkerServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[echelon.pb.worker_pb2.RoundRequest],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[echelon.pb.worker_pb2.RoundResult], collections.abc.AsyncIterator[echelon.pb.worker_pb2.RoundResult]]:
-        """First message down: hello. Then one message down and one up a round, in order; further rounds
-        may be sent before the answer to the first has come.
+        """The first message down is a hello. Then each round is one message down and one up, in order. Further
+        rounds can be sent before the first is answered.
         """
 
     @abc.abstractmethod
