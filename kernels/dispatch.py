@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs, decided in one place for the whole folder.
+"""Decides for the whole folder which implementation of an operator runs.
 
 CUDA tensors take the Triton kernel. CPU tensors take the CPU path, or, in a process started with TRITON_INTERPRET=1,
 the kernel through the interpreter of Triton (for tests: it is slow, and Triton reads the variable at decoration).

@@ -1,7 +1,7 @@
 """Lets Triton's interpreter run loops with computed bounds where numpy is 2.4 or newer.
 
 The interpreter holds scalars as arrays of one element, and numpy 2.4 no longer turns those into Python integers
-(github.com/triton-lang/triton/issues/9171, in Triton 3.6). Nothing is touched without TRITON_INTERPRET.
+(github.com/triton-lang/triton/issues/9171, in Triton 3.6). Without TRITON_INTERPRET it changes nothing.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from kernels.dispatch import INTERPRETED
 
 
 def accept_loop_bounds() -> None:
-    """Afterwards `range(begin, end)` in an interpreted kernel takes scalars. May be called again."""
+    """Make `range(begin, end)` in interpreted kernels accept scalars. May be called again."""
     original = interpreter._patch_lang_tensor
     if not INTERPRETED or original.__module__ == __name__:
         return

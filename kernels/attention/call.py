@@ -33,7 +33,7 @@ class AttentionCall:
 
 
 def check_arguments(call: AttentionCall) -> None:
-    """Shapes, layouts and dtypes. What the tensors hold is checked by SeqLengths, as far as the host knows it.
+    """Check shapes, layouts and dtypes. SeqLengths checks what the tensors hold, as far as the host knows it.
 
     Raises ValueError naming the argument that does not fit.
     """

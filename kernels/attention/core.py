@@ -2,7 +2,7 @@
 
 A *query tile* is some consecutive new tokens of one seq and the query heads of one KV head, row = token * GROUP + head,
 padded to ROWS. A *key tile* is the KEYS positions [i * KEYS, (i + 1) * KEYS) of a seq: tile borders stand at fixed
-positions, so a row meets the same tiles in the same order whatever is computed beside it. For each key tile
+positions, so a row meets the same tiles in the same order whatever else is computed. For each key tile
 
     scores  = q k^T * scale                 hidden keys get -inf
     peak'   = max(peak, max(scores))        decay = 2^(peak - peak')
@@ -26,7 +26,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def popcount(words):
-    """Bits that are set in int64 words. Shifts are arithmetic: the masks also remove the copies of the sign."""
+    """Number of bits set in int64 words. Shifts are arithmetic, and the masks also remove the copies of the sign."""
     words = words - ((words >> 1) & 0x5555555555555555)
     words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
     words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
@@ -75,11 +75,8 @@ def query_positions(
 def open_query_tile(
     query_tile_ptr,  # int32 [2]: seq, first of its new tokens in the tile
     kv_head,
-    q_ptr,  # [num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM]
-    q_token_stride,
-    q_head_stride,
-    seq_lens_ptr,
-    cu_seqlens_q_ptr,
+    queries,  # (pointer to [num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM], token stride, head stride)
+    lengths,  # (seq_lens_ptr, cu_seqlens_q_ptr)
     ancestors_ptr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -87,8 +84,13 @@ def open_query_tile(
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """(q [ROWS, DIM], 0 in padded rows and features; of each row its token in the batch, query head, whether it is one,
-    position and word of ancestors; of the seq its number, first new token, prefix and length; key_range)"""
+    """(q [ROWS, DIM], rows, seq, keys) of a query tile. q is 0 in padded rows and features.
+
+    rows: (token in the batch, query head, whether it is a row at all, position, word of ancestors), [ROWS] each.
+    seq: (its number, its first token in the batch, length of its prefix, its length). keys: what key_range gives.
+    """
+    q_ptr, q_token_stride, q_head_stride = queries
+    seq_lens_ptr, cu_seqlens_q_ptr = lengths
     seq = tl.load(query_tile_ptr)
     first_new = tl.load(query_tile_ptr + 1)
     first_token = tl.load(cu_seqlens_q_ptr + seq)
@@ -104,8 +106,8 @@ def open_query_tile(
     q_mask = valid[:, None] & (feature < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + q_offsets[:, None] + feature[None, :], mask=q_mask, other=0.0)
     positions, words = query_positions(ancestors_ptr, token, valid, num_prefix, new_token)
-    key_begin, key_end = key_range(seq_len, num_new, first_new, WINDOW, ancestors_ptr is not None, ROWS // GROUP)
-    return q, token, head, valid, positions, words, seq, first_token, num_prefix, seq_len, key_begin, key_end
+    keys = key_range(seq_len, num_new, first_new, WINDOW, ancestors_ptr is not None, ROWS // GROUP)
+    return q, (token, head, valid, positions, words), (seq, first_token, num_prefix, seq_len), keys
 
 
 @triton.jit
@@ -140,23 +142,14 @@ def visible_keys(
 @triton.jit
 def attend_keys(
     q,  # [ROWS, DIM]
-    peak,  # [ROWS]
-    total,  # [ROWS]
-    acc,  # [ROWS, DIM]
-    k_ptr,  # [num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM], as v_ptr
-    v_ptr,
-    blocks_ptr,  # the seq's row of the block table
+    softmax,  # (peak [ROWS], total [ROWS], acc [ROWS, DIM])
+    cache,  # (k_ptr, v_ptr: [num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM]; the seq's row of the block table)
     kv_head,
-    tile_begin,
-    tile_end,
-    key_begin,  # no row sees a key outside [key_begin, key_end), and none is read
-    key_end,
+    tiles,  # (first key tile, end)
+    rows,  # these three from open_query_tile; no row sees a key outside `keys`, and none is read
+    seq,
+    keys,
     ancestors_ptr,
-    first_token,
-    num_prefix,
-    seq_len,
-    positions,  # [ROWS]
-    words,  # [ROWS]
     scale,  # softmax_scale / ln 2
     BLOCK_SIZE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -166,10 +159,16 @@ def attend_keys(
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,  # False: every row sees all keys of all these tiles
 ):
-    """(peak, total, acc) after the key tiles [tile_begin, tile_end).
+    """`softmax` after the key tiles `tiles`.
 
-    Slots that no row sees are not even read: what they hold, NaN included, has no influence.
+    Slots that no row sees are not even read, so what they hold, NaN included, has no influence.
     """
+    peak, total, acc = softmax
+    k_ptr, v_ptr, blocks_ptr = cache
+    tile_begin, tile_end = tiles
+    _, _, _, positions, words = rows
+    _, first_token, num_prefix, seq_len = seq
+    key_begin, key_end = keys
     feature = tl.arange(0, DIM)
     has_feature = feature < HEAD_DIM
     for tile in range(tile_begin, tile_end):
@@ -199,17 +198,15 @@ def attend_keys(
 def store_rows(
     out_ptr,  # [num_tokens, num_q_heads, HEAD_DIM], contiguous
     lse_ptr,  # fp32 [num_tokens, num_q_heads], or None
-    token,  # [ROWS]
-    head,  # [ROWS]
-    valid,  # [ROWS]
-    peak,  # [ROWS]
-    total,  # [ROWS]
-    acc,  # [ROWS, DIM]
+    rows,  # from open_query_tile
+    softmax,  # (peak [ROWS], total [ROWS], acc [ROWS, DIM])
     NUM_Q_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
 ):
     """Write results, and the logarithms of their softmax sums: 0 and -inf for a row that has seen nothing."""
+    token, head, valid, _, _ = rows
+    peak, total, acc = softmax
     feature = tl.arange(0, DIM)
     row = token.to(tl.int64) * NUM_Q_HEADS + head
     total = tl.where(total == 0.0, 1.0, total)  # acc is 0 and peak -inf there

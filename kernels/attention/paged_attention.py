@@ -1,15 +1,15 @@
 """Attention of packed query tokens over a paged KV cache: the launcher and its reference.
 
 Query token t belongs to seq b iff cu_seqlens_q[b] <= t < cu_seqlens_q[b + 1]. The new tokens of a seq are its last
-ones, their keys and values already stand in the cache, and each attends to all positions up to its own:
+ones. Their keys and values are already in the cache, and each attends to all positions up to its own:
 
     seq_lens[b] = 7, three new tokens        key position   0 1 2 3 4 5 6
                                              new token 4    x x x x x . .
                                              new token 5    x x x x x x .
                                              new token 6    x x x x x x x
 
-so prefill chunks, verify rows and decode rows are one operator, and differ only in how many tokens are new. Which
-kernel computes a seq is decided in attention_schedule.py; on CPU, in paged_attention_cpu.py.
+So prefill chunks, verify rows and decode rows are one operator and differ only in how many tokens are new. Which
+kernel computes a seq is decided in schedule.py; on CPU, in paged_attention_cpu.py.
 
 Where the new tokens are a tree of drafts, each sees the prefix and those of its word of `ancestors`: bit j stands for
 new token j of its seq. Slots are in the order of tokens, positions follow the depth, which counts for sliding windows.
@@ -34,7 +34,7 @@ MAX_TREE_TOKENS = 64  # bits of a word
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What can be worked out once for all layers of a step, which run one after another on one stream."""
+    """What all layers of a step can share. They run one after another on one stream."""
 
     lengths: SeqLengths
     seqs: list[AlikeSeqs] | None  # None: on a device that runs the kernels
@@ -53,8 +53,8 @@ def plan_attention(
 ) -> AttentionPlan:
     """The plan of all calls of paged_attention with these lengths and blocks, in caches of one shape.
 
-    lengths: what seq_lens and cu_seqlens_q hold; without them they are read, which waits for the device. Raises
-    ValueError for lengths that cannot be, and where the CPU computes for blocks that cannot be.
+    lengths: what seq_lens and cu_seqlens_q hold. Without it they are read, which waits for the device. Raises
+    ValueError for impossible lengths and, where the CPU computes, for impossible blocks.
     """
     if lengths is None:
         lengths = SeqLengths.read(seq_lens, cu_seqlens_q)

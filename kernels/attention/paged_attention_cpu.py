@@ -1,10 +1,10 @@
-"""Paged attention on CPU: which of three ways each seq goes.
+"""Paged attention on CPU, which computes each seq in one of three ways.
 
-*SDPA*, torch's own: one call, one parallel region. A row is a query head of a new token; a lone one is computed twice,
-since SDPA takes half as long for two. *SDPA side by side* for several seqs that are alike and short: an operator costs
-what copying half a megabyte costs, so their keys and values are gathered for one call. *Tiles* (tiles.py)
-with `batch_invariant`, because SDPA rounds a row differently with the number of rows beside it, and where the sums are
-wanted, which SDPA keeps to itself.
+*SDPA* is torch's own: one call, one parallel region. A row is a query head of a new token. A lone row is computed
+twice, since SDPA takes half as long for two. *SDPA side by side* serves several similar, short seqs. Calling an
+operator costs as much as copying half a megabyte, so their keys and values are gathered for one call. *Tiles*
+(tiles.py) serve `batch_invariant`, because SDPA's rounding of a row depends on the number of other rows. They also
+serve calls that want the softmax sums, which SDPA does not return.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from kernels.attention.call import AttentionCall
 from kernels.attention.paged_kv import AlikeSeqs, SeqBatch, SeqRows
 from kernels.attention.tiles import attend_rows, attend_rows_invariant, first_key, hidden_keys, queries_of_rows
 
-# Query tokens in one call of SDPA: bounds the mask, and skips the keys that none of them sees. All of a tree.
+# Query tokens per call of SDPA. Bounds the mask, and skips keys that none of them sees. A tree always fits.
 SDPA_TOKENS = 64
-# Of a seq, keys and values together: with more, gathering takes longer than a call of its own.
+# Keys and values of one seq. Gathering more takes longer than a separate call.
 MAX_GATHERED_BYTES = 1 << 19
 
 
@@ -75,9 +75,9 @@ def _attend_side_by_side(call: AttentionCall, batch: SeqBatch) -> None:
 def _attend_sdpa(call: AttentionCall, seq: SeqRows) -> None:
     """SDPA_TOKENS new tokens at a time, against the keys up to the last of them.
 
-    For a prefill chunk that is a third faster than one call with is_causal, which does not skip the keys above the
-    diagonal (and aligns it to the first key: wrong behind a prefix). The query heads of a KV head are rows of one
-    product: enable_gqa would read the keys once for each.
+    For a prefill chunk this is a third faster than one call with is_causal, which does not skip the keys above the
+    diagonal (and aligns it to the first key, which is wrong after a prefix). The query heads of a KV head are rows of
+    one product, since enable_gqa would read the keys once for each.
     """
     base, end = first_key(call, seq.first_position), seq.num_keys
     k = seq.read(call.k_cache, base, end).transpose(0, 1).unsqueeze(0)  # [1, num_kv_heads, keys, head_dim]

@@ -1,10 +1,10 @@
 """Attention of few new tokens a seq over many keys: equal stretches of key tiles for all programs, in one launch.
 
 Stream-K, LeanAttention (arXiv 2405.10480): the key tiles of all query tiles of all KV heads stand in one row, and
-program p of P takes the tiles [p * N / P, (p + 1) * N / P). A query tile whose keys end up in several stretches is
-*split*: each of its programs leaves its part in scratch memory and counts itself; whoever finds the count complete
-merges the parts in order of position, whatever the order in which they came. No program waits for another, so they may
-run in any order and number at a time.
+program p of P takes the tiles [p * N / P, (p + 1) * N / P). A query tile whose keys fall into several stretches is
+*split*: each of its programs leaves its part in scratch memory and counts itself. The program that completes the count
+merges the parts in order of position, whatever the order of their arrival. No program waits for another, so they may
+run in any order and any number at a time.
 """
 
 import math
@@ -18,8 +18,9 @@ from kernels.attention.schedule import SplitWork, padded
 
 
 @triton.jit
-def _leave_part(part_ptr, stats_ptr, slot, valid, peak, total, acc, ROWS: tl.constexpr, DIM: tl.constexpr):
+def _leave_part(part_ptr, stats_ptr, slot, valid, softmax, ROWS: tl.constexpr, DIM: tl.constexpr):
     """Write a part of a split query tile to scratch: [slot, ROWS, DIM] and [slot, 2, ROWS]."""
+    peak, total, acc = softmax
     row, feature = tl.arange(0, ROWS), tl.arange(0, DIM)
     stats = stats_ptr + slot * 2 * ROWS + row
     tl.store(stats, peak, mask=valid)
@@ -39,7 +40,7 @@ def _merge_parts(
     acc = tl.zeros([ROWS, DIM], tl.float32)
     for program in range(first_program, last_program + 1):
         slot = tl.where(program == first_program, first_slot, 2 * program)
-        # .cg: from the cache that all multiprocessors share, where the parts of others are.
+        # .cg reads the cache that all multiprocessors share, which holds the parts of other programs.
         stats = stats_ptr + slot * 2 * ROWS + row
         part_peak = tl.load(stats, mask=valid, other=float("-inf"), cache_modifier=".cg")
         part_total = tl.load(stats + ROWS, mask=valid, other=0.0, cache_modifier=".cg")
@@ -95,47 +96,40 @@ def _paged_attention_kernel(
     query_tile = tl.load(first_query_tiles_ptr + program)
     position = start
     while position < stop:
-        q, token, head, valid, positions, words, seq, first_token, num_prefix, seq_len, key_begin, key_end = (
-            open_query_tile(
-                query_tiles_ptr + 2 * query_tile,
-                kv_head,
-                q_ptr,
-                q_token_stride,
-                q_head_stride,
-                seq_lens_ptr,
-                cu_seqlens_q_ptr,
-                ancestors_ptr,
-                GROUP,
-                HEAD_DIM,
-                DIM,
-                WINDOW,
-                ROWS,
-            )
+        q, rows, seq, keys = open_query_tile(
+            query_tiles_ptr + 2 * query_tile,
+            kv_head,
+            (q_ptr, q_token_stride, q_head_stride),
+            (seq_lens_ptr, cu_seqlens_q_ptr),
+            ancestors_ptr,
+            GROUP,
+            HEAD_DIM,
+            DIM,
+            WINDOW,
+            ROWS,
         )
         # Its key tiles are [own_start, own_stop) of the row of all; this program has [position, part_stop).
         own_start = kv_head * tiles_of_head.to(tl.int64) + tl.load(tile_starts_ptr + query_tile)
         own_stop = kv_head * tiles_of_head.to(tl.int64) + tl.load(tile_starts_ptr + query_tile + 1)
         part_stop = tl.minimum(own_stop, stop)
-        first_key_tile = key_begin // KEYS
-        peak, total, acc = attend_keys(
+        first_key_tile = keys[0] // KEYS
+        softmax = attend_keys(
             q,
-            tl.full([ROWS], float("-inf"), tl.float32),
-            tl.zeros([ROWS], tl.float32),
-            tl.zeros([ROWS, DIM], tl.float32),
-            k_ptr,
-            v_ptr,
-            table_ptr + seq.to(tl.int64) * table_stride,
+            (
+                tl.full([ROWS], float("-inf"), tl.float32),
+                tl.zeros([ROWS], tl.float32),
+                tl.zeros([ROWS, DIM], tl.float32),
+            ),
+            (k_ptr, v_ptr, table_ptr + seq[0].to(tl.int64) * table_stride),
             kv_head,
-            first_key_tile + (position - own_start).to(tl.int32),
-            first_key_tile + (part_stop - own_start).to(tl.int32),
-            key_begin,
-            key_end,
+            (
+                first_key_tile + (position - own_start).to(tl.int32),
+                first_key_tile + (part_stop - own_start).to(tl.int32),
+            ),
+            rows,
+            seq,
+            keys,
             ancestors_ptr,
-            first_token,
-            num_prefix,
-            seq_len,
-            positions,
-            words,
             scale,
             BLOCK_SIZE,
             NUM_KV_HEADS,
@@ -150,7 +144,7 @@ def _paged_attention_kernel(
         is_complete = True
         if first_program < last_program:
             slot = 2 * program + (position > start).to(tl.int32)
-            _leave_part(parts_ptr, part_stats_ptr, slot, valid, peak, total, acc, ROWS, DIM)
+            _leave_part(parts_ptr, part_stats_ptr, slot, rows[2], softmax, ROWS, DIM)
             tl.debug_barrier()  # all threads of the program have written before one of them counts it
             counter = counters_ptr + kv_head * num_query_tiles + query_tile
             num_before = tl.atomic_add(counter, 1, sem="acq_rel")
@@ -158,11 +152,11 @@ def _paged_attention_kernel(
             if is_complete:
                 tl.store(counter, 0)  # as the next launch expects it
                 first_slot = 2 * first_program + (own_start > first_program * num_tiles // num_programs).to(tl.int32)
-                peak, total, acc = _merge_parts(
-                    parts_ptr, part_stats_ptr, first_slot, first_program, last_program, valid, ROWS, DIM
+                softmax = _merge_parts(
+                    parts_ptr, part_stats_ptr, first_slot, first_program, last_program, rows[2], ROWS, DIM
                 )
         if is_complete:
-            store_rows(out_ptr, lse_ptr, token, head, valid, peak, total, acc, NUM_KV_HEADS * GROUP, HEAD_DIM, DIM)
+            store_rows(out_ptr, lse_ptr, rows, softmax, NUM_KV_HEADS * GROUP, HEAD_DIM, DIM)
         position = part_stop
         query_tile += 1
         if query_tile == num_query_tiles:
@@ -204,5 +198,5 @@ def launch_split(call: AttentionCall, work: SplitWork) -> None:
         KEYS=work.tiling.keys,
         num_warps=work.tiling.num_warps,
         num_stages=work.tiling.num_stages,
-        enable_fp_fusion=True,  # said, because its default changes in Triton 3.10
+        enable_fp_fusion=True,  # explicit, because its default changes in Triton 3.10
     )

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# New tokens and keys of a seq: beyond them it is worth a call of its own, and its keys are not gathered.
+# New tokens and keys of a seq. A larger seq gets its own call, and its keys are not gathered.
 MAX_GATHERED_TOKENS = 16
 MAX_GATHERED_KEYS = 4096
 
@@ -40,8 +40,10 @@ class SeqRows:
 
 @dataclass(frozen=True, slots=True)
 class SeqBatch:
-    """Several seqs with equally many new tokens, none with twice as many keys as another, side by side. Where a seq has
-    fewer keys than the longest its last one stands in."""
+    """Several seqs with equally many new tokens, none with twice as many keys as another, side by side.
+
+    A seq with fewer keys than the longest is padded with its last key.
+    """
 
     num_seqs: int
     num_new: int  # tokens of each
@@ -81,7 +83,7 @@ class AlikeSeqs:
 
 
 def alike_seqs(seqs: Sequence[SeqRows], block_size: int) -> list[AlikeSeqs]:
-    """Seqs by what a SeqBatch asks of its own."""
+    """Group seqs that a SeqBatch can hold together."""
     by_kind: dict[tuple[int, int], list[SeqRows]] = {}
     for seq in seqs:
         by_kind.setdefault((seq.num_tokens, seq.num_keys.bit_length()), []).append(seq)
@@ -92,7 +94,7 @@ def alike_seqs(seqs: Sequence[SeqRows], block_size: int) -> list[AlikeSeqs]:
 
 
 def _are_short(seqs: Sequence[SeqRows]) -> bool:
-    """Several, and of a kind that may be worth gathering; whether it is depends on the size of a key, too."""
+    """Whether these are several seqs that may be worth gathering. The size of a key decides as well."""
     return len(seqs) > 1 and seqs[0].num_tokens <= MAX_GATHERED_TOKENS and seqs[0].num_keys <= MAX_GATHERED_KEYS
 
 
@@ -105,7 +107,7 @@ class SeqLengths:
 
     @classmethod
     def read(cls, seq_lens: Tensor, cu_seqlens_q: Tensor) -> "SeqLengths":
-        """Of tensors, wherever they are: waits for a device."""
+        """Read the lengths from tensors. Waits if they are on a device."""
         return cls(seq_lens.cpu().numpy(), cu_seqlens_q.cpu().numpy())
 
     @property
@@ -113,8 +115,8 @@ class SeqLengths:
         return (self.cu_seqlens_q[1:] - self.cu_seqlens_q[:-1]).astype(np.int64)
 
     def check(self, *, num_tokens: int, max_blocks: int, block_size: int) -> None:
-        """Raises ValueError for lengths that cannot be with so many new tokens, and so many blocks a seq at most."""
-        bounds = self.cu_seqlens_q.tolist()  # Python's numbers: a few seqs take numpy ten times as long
+        """Raises ValueError for lengths that do not fit this many new tokens and this many blocks per seq."""
+        bounds = self.cu_seqlens_q.tolist()  # Python numbers: for a few seqs, numpy takes ten times as long
         if bounds[0] != 0 or bounds[-1] != num_tokens:
             raise ValueError(f"cu_seqlens_q: expected to run from 0 to {num_tokens}, got {bounds[0]} to {bounds[-1]}")
         for seq, seq_len in enumerate(self.seq_lens.tolist()):
@@ -128,9 +130,9 @@ class SeqLengths:
 
 
 def rows_of_seqs(block_table: Tensor, lengths: SeqLengths, *, num_blocks: int, block_size: int) -> list[SeqRows]:
-    """One entry for each seq that has new tokens, of lengths that were checked.
+    """One entry for each seq with new tokens. The lengths must have been checked.
 
-    Raises ValueError for blocks that cannot be.
+    Raises ValueError for impossible blocks.
     """
     bounds, lens, table = lengths.cu_seqlens_q.tolist(), lengths.seq_lens.tolist(), block_table.tolist()
     seqs = []

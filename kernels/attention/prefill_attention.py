@@ -1,4 +1,4 @@
-"""Attention of many new tokens a seq over prefix and chunk: a program takes one query tile through all of its keys.
+"""Attention of many new tokens per seq over prefix and chunk: a program takes one query tile through all of its keys.
 
 With `batch_invariant` it takes every seq, decode and verify rows too: one shape of tile for a model, key tiles at fixed
 positions, one program from a row's first key to its last. Then a row's bits follow from its own query and keys.
@@ -42,60 +42,54 @@ def _prefill_attention_kernel(
 ):
     query_tile = tl.program_id(0) // NUM_KV_HEADS
     kv_head = tl.program_id(0) % NUM_KV_HEADS
-    q, token, head, valid, positions, words, seq, first_token, num_prefix, seq_len, key_begin, key_end = (
-        open_query_tile(
-            query_tiles_ptr + 2 * query_tile,
-            kv_head,
-            q_ptr,
-            q_token_stride,
-            q_head_stride,
-            seq_lens_ptr,
-            cu_seqlens_q_ptr,
-            ancestors_ptr,
-            GROUP,
-            HEAD_DIM,
-            DIM,
-            WINDOW,
-            ROWS,
-        )
+    q, rows, seq, keys = open_query_tile(
+        query_tiles_ptr + 2 * query_tile,
+        kv_head,
+        (q_ptr, q_token_stride, q_head_stride),
+        (seq_lens_ptr, cu_seqlens_q_ptr),
+        ancestors_ptr,
+        GROUP,
+        HEAD_DIM,
+        DIM,
+        WINDOW,
+        ROWS,
     )
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DIM], tl.float32)
-    blocks_ptr = table_ptr + seq.to(tl.int64) * table_stride
-    # Key tiles [begin, bulk_begin) reach out of a row's window, [bulk_begin, bulk_end) are seen whole by all rows.
-    begin = key_begin // KEYS
-    end = tl.cdiv(key_end, KEYS)
+    softmax = (
+        tl.full([ROWS], float("-inf"), tl.float32),
+        tl.zeros([ROWS], tl.float32),
+        tl.zeros([ROWS, DIM], tl.float32),
+    )
+    cache = (k_ptr, v_ptr, table_ptr + seq[0].to(tl.int64) * table_stride)
+    # Key tiles [begin, bulk_begin) reach beyond a row's window. All rows see all of [bulk_begin, bulk_end).
+    begin = keys[0] // KEYS
+    end = tl.cdiv(keys[1], KEYS)
     bulk_begin = begin
     bulk_end = begin
     if not ONE_PASS:
-        bulk_end = (num_prefix + tl.load(query_tiles_ptr + 2 * query_tile + 1) + 1) // KEYS
+        bulk_end = (seq[2] + tl.load(query_tiles_ptr + 2 * query_tile + 1) + 1) // KEYS
         if WINDOW is not None:
-            bulk_begin = tl.minimum(tl.cdiv(tl.maximum(key_end - WINDOW, 0), KEYS), end)
+            bulk_begin = tl.minimum(tl.cdiv(tl.maximum(keys[1] - WINDOW, 0), KEYS), end)
             bulk_end = tl.maximum(bulk_begin, bulk_end)
-            peak, total, acc = attend_keys(
-                q, peak, total, acc, k_ptr, v_ptr, blocks_ptr, kv_head, begin, bulk_begin, key_begin, key_end,
-                ancestors_ptr, first_token, num_prefix, seq_len, positions, words, scale,
+            softmax = attend_keys(
+                q, softmax, cache, kv_head, (begin, bulk_begin), rows, seq, keys, ancestors_ptr, scale,
                 BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, DIM, WINDOW, KEYS, True,
             )  # fmt: skip
-        peak, total, acc = attend_keys(
-            q, peak, total, acc, k_ptr, v_ptr, blocks_ptr, kv_head, bulk_begin, bulk_end, key_begin, key_end,
-            ancestors_ptr, first_token, num_prefix, seq_len, positions, words, scale,
+        softmax = attend_keys(
+            q, softmax, cache, kv_head, (bulk_begin, bulk_end), rows, seq, keys, ancestors_ptr, scale,
             BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, DIM, WINDOW, KEYS, False,
         )  # fmt: skip
-    peak, total, acc = attend_keys(
-        q, peak, total, acc, k_ptr, v_ptr, blocks_ptr, kv_head, bulk_end, end, key_begin, key_end,
-        ancestors_ptr, first_token, num_prefix, seq_len, positions, words, scale,
+    softmax = attend_keys(
+        q, softmax, cache, kv_head, (bulk_end, end), rows, seq, keys, ancestors_ptr, scale,
         BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, DIM, WINDOW, KEYS, True,
     )  # fmt: skip
-    store_rows(out_ptr, lse_ptr, token, head, valid, peak, total, acc, NUM_KV_HEADS * GROUP, HEAD_DIM, DIM)
+    store_rows(out_ptr, lse_ptr, rows, softmax, NUM_KV_HEADS * GROUP, HEAD_DIM, DIM)
 
 
 def launch_whole(call: AttentionCall, work: WholeWork, *, one_pass: bool) -> None:
     """Write the results of the seqs in `work` to call.out and call.lse.
 
-    one_pass: masked and unmasked key tiles go through the same instructions, as batch_invariant needs: a compiler may
-    round them differently.
+    one_pass: masked and unmasked key tiles go through the same instructions. batch_invariant needs that, since a
+    compiler may round them differently.
     """
     head_dim = call.q.shape[2]
     _prefill_attention_kernel[(len(work.query_tiles) * call.num_kv_heads,)](
@@ -124,5 +118,5 @@ def launch_whole(call: AttentionCall, work: WholeWork, *, one_pass: bool) -> Non
         ONE_PASS=one_pass,
         num_warps=work.tiling.num_warps,
         num_stages=work.tiling.num_stages,
-        enable_fp_fusion=True,  # said, because its default changes in Triton 3.10
+        enable_fp_fusion=True,  # explicit, because its default changes in Triton 3.10
     )

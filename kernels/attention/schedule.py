@@ -1,14 +1,14 @@
-"""Who computes what in the attention kernels, worked out on the host from lengths alone: no device is asked.
+"""Decides on the host, from lengths alone, which program of the attention kernels computes what.
 
-Two kernels share the work (attention_core.py says what a query tile and a key tile are):
+Two kernels share the work (core.py says what a query tile and a key tile are):
 
 *split* (paged_attention_split.py): few new tokens of a seq against many keys, as in decoding and verifying. All pairs
 of query tile and key tile stand in one row, and each program takes an equal stretch of it, across the borders of seqs
 and heads: stream-K, LeanAttention (arXiv 2405.10480). So unequal lengths make equal work.
 
 *whole* (prefill_attention.py): a program takes one query tile through all of its keys. For chunks of prompts, whose
-many query tiles fill the device by themselves, and for everything where `batch_invariant` is asked for: with one shape
-of tile and no split, a row's bits follow from its own query and keys.
+many query tiles fill the device by themselves, and for everything with `batch_invariant`: with one tile shape and no
+split, a row's bits follow from its own query and keys.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ ALIGNED_NUMBERS = 4  # int32 in 16 bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Of a call: what besides the lengths decides about its schedule."""
+    """What decides the schedule of a call, besides the lengths."""
 
     head_dim: int
     element_size: int  # bytes
@@ -65,7 +65,7 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WholeWork:
-    """For a program each, times KV heads: one query tile and all its keys."""
+    """One program for each query tile and KV head, with all keys of the tile."""
 
     tiling: Tiling
     query_tiles: Tensor  # int32 [num_query_tiles, 2]: seq, first of its new tokens
@@ -75,7 +75,7 @@ class WholeWork:
 class SplitWork:
     """Equal stretches of key tiles for num_programs programs, and where they leave the parts of split query tiles.
 
-    `counters` says how many programs have left their part of a query tile. The one that finds it complete sets it back
+    `counters` says how many programs have left their part of a query tile. The program that completes a count resets it
     to zero, so all layers of a step, which run one after another, share one schedule without clearing it in between.
     """
 
@@ -96,12 +96,12 @@ class Schedule:
 
 
 def padded(head_dim: int) -> int:
-    """The power of two that a tile takes for the features of a head."""
+    """The power of two that a tile uses for the features of a head."""
     return max(MIN_ROWS, 1 << (head_dim - 1).bit_length())
 
 
 def make_schedule(settings: Settings, lengths: SeqLengths, *, device: torch.device) -> Schedule:
-    """Decides for each seq which kernel takes it, and uploads the work lists without waiting for the device."""
+    """Choose the kernel of each seq, and upload the work lists without waiting for the device."""
     num_new = lengths.num_new
     some = np.flatnonzero(num_new)
     whole_tiling = _whole_tiling(settings)
@@ -109,7 +109,7 @@ def make_schedule(settings: Settings, lengths: SeqLengths, *, device: torch.devi
         return Schedule(split=None, whole=_whole_work(settings, lengths, some, whole_tiling, device))
     num_programs = resident_programs(device)
     long = some[(num_new[some] * settings.group > MAX_SPLIT_ROWS) & (not settings.tree)]
-    # Too few query tiles leave multiprocessors idle: a short chunk behind a long prefix is split as well.
+    # Too few query tiles leave multiprocessors idle, so a short chunk after a long prefix is split as well.
     num_long_tiles = int(np.sum(-(-num_new[long] // whole_tiling.tokens(settings.group))))
     if num_long_tiles * settings.num_kv_heads * PROGRAMS_PER_MULTIPROCESSOR < num_programs:
         long = long[:0]
@@ -128,10 +128,10 @@ def resident_programs(device: torch.device) -> int:
 
 
 def _tiling(settings: Settings, num_rows: int) -> Tiling:
-    """Rows: the power of two from num_rows up that holds all heads of a token, less in fp32.
+    """Rows: the least power of two from num_rows up that holds all heads of a token, fewer in fp32.
 
-    Stages: Triton 3.6 keeps two key tiles on their way with 3 where rows are enough for warp-group products, else only
-    with 5, since the block table has to be read before.
+    Stages: Triton 3.6 keeps two key tiles in flight with 3 stages if there are enough rows for warp-group products.
+    Otherwise it needs 5, since the block table has to be read first.
     """
     is_fp32 = settings.element_size > 2
     wanted = max(min(num_rows, FP32_ROWS) if is_fp32 else num_rows, settings.group)
@@ -141,7 +141,7 @@ def _tiling(settings: Settings, num_rows: int) -> Tiling:
 
 
 def _whole_tiling(settings: Settings) -> Tiling:
-    """With batch_invariant from the model alone; else wide where the results of a tile still fit into registers."""
+    """With batch_invariant it follows from the model alone. Else it is wide if a tile's results fit in registers."""
     wide = padded(settings.head_dim) <= 128 and not settings.batch_invariant
     return _tiling(settings, WHOLE_ROWS if wide else INVARIANT_ROWS)
 
@@ -203,7 +203,7 @@ def _query_tiles(
 
 
 def _upload(device: torch.device, *arrays: NDArray[np.int64]) -> list[Tensor]:
-    """The arrays as int32, in one copy. Each begins at 16 bytes: a kernel is compiled anew for one that does not."""
+    """Upload arrays as int32 in one copy. Each starts at a multiple of 16 bytes, else Triton recompiles a kernel."""
     starts = np.cumsum([0, *(-(-array.size // ALIGNED_NUMBERS) * ALIGNED_NUMBERS for array in arrays)]).tolist()
     joined = np.zeros(starts[-1], np.int32)
     for start, array in zip(starts, arrays, strict=False):

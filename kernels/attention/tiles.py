@@ -10,11 +10,11 @@ For each tile of keys (positions 0..511, 512..1023, ...) and some query rows of 
 
 and result / total at the end: the online softmax of FlashAttention (arXiv 2205.14135), merged in order of position.
 
-`attend_rows` does this for all new rows of a seq at once. `attend_rows_invariant` gives a row the same bits whatever is
-computed beside it, by showing every matrix product one shape: the rows of a fixed number of tokens and FIXED_KEYS keys,
-both padded.
-On one machine with one number of threads a row of a GEMM of fixed shape has the same bits in every position and
-company, and a hidden or padded key adds exactly 0.0; so what is left is the row's own query and keys.
+`attend_rows` does this for all new rows of a seq at once. `attend_rows_invariant` gives a row the same bits whatever
+else is computed. It gives every matrix product one shape: the rows of a fixed number of tokens and FIXED_KEYS keys,
+both padded. On one machine with a fixed number of threads, a row of a GEMM of fixed shape has the same bits at every
+position and beside any other rows, and a hidden or padded key adds exactly 0.0. So only the row's own query and keys
+matter.
 """
 
 from collections.abc import Iterable, Iterator
@@ -40,8 +40,10 @@ HIDDEN = -1e30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queries:
-    """Some consecutive new tokens of a seq, as rows. The two tensors have one shape, that of their scores but for the
-    last dimension, which is 1; or broadcast to it."""
+    """Some consecutive new tokens of a seq, as rows.
+
+    Both tensors have, or broadcast to, the shape of their scores with a last dimension of 1.
+    """
 
     first: int  # position of the first token, in order of slots
     end: int
@@ -116,7 +118,7 @@ def queries_of_rows(call: AttentionCall, seq: SeqRows, first: int, end: int) -> 
 
 
 def attend_rows_invariant(call: AttentionCall, seq: SeqRows) -> None:
-    """The same with bits that depend on neither the other tokens of this call nor its other seqs."""
+    """As attend_rows, with bits that depend neither on the other tokens of this call nor on its other seqs."""
     tokens_per_tile = max(1, FIXED_ROWS // call.group)
     step = tokens_per_tile * MAX_QUERY_TILES
     for start in range(0, seq.num_tokens, step):
@@ -146,7 +148,7 @@ def _tile_tokens(call: AttentionCall, x: Tensor, tokens_per_tile: int) -> Tensor
 def _tile_rows(x: Tensor, tokens_per_tile: int) -> Tensor:
     """[num_tokens, heads, group, d] to [tiles, heads, tokens_per_tile * group, d].
 
-    The last tile is filled up with zeros: queries at position 0, whose results nobody reads.
+    The last tile is padded with zeros. They act as queries at position 0, whose results are never read.
     """
     num_tokens, heads, group, d = x.shape
     x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -num_tokens % tokens_per_tile))
@@ -155,7 +157,7 @@ def _tile_rows(x: Tensor, tokens_per_tile: int) -> Tensor:
 
 
 def _untile(tiles: Tensor, out: Tensor, tokens_per_tile: int) -> None:
-    """Write [tiles, heads, rows, d] to [num_tokens, query heads, d], dropping what filled the last tile up."""
+    """Write [tiles, heads, rows, d] to [num_tokens, query heads, d], without the padding of the last tile."""
     rows = tiles.view(*tiles.shape[:2], tokens_per_tile, -1, tiles.shape[-1]).transpose(1, 2)
     out.copy_(rows.reshape(-1, *out.shape[1:])[: len(out)])
 
@@ -164,7 +166,7 @@ def _key_tiles(call: AttentionCall, seq: SeqRows, queries: Queries, *, fixed: bo
     """The tiles that the queries see, in order; `fixed` pads the last with zeros."""
     tile_keys = FIXED_KEYS if fixed else TILE_KEYS
     first, end = queries.first, queries.end
-    if queries.words is not None:  # a tree's nodes see any of them, and stand at the first one's position or behind
+    if queries.words is not None:  # a tree's nodes see any of them, and none stands before the first one's position
         first, end = seq.first_position, seq.num_keys
     for start in range(first_key(call, first) // tile_keys * tile_keys, end, tile_keys):
         num_keys = min(tile_keys, end - start)

@@ -1,8 +1,8 @@
 """Copies of KV in all layers at once: blocks to a staging buffer and back, block to block, and slot to slot.
 
-The caches of the layers are tensors of their own, so a kernel finds them through a table of their addresses, keys and
-values of layer 0 first. One launch then does what would be two small launches a layer. Everything is copied as 32-bit
-words: bits stay as they are, NaN and all, whatever the dtype.
+Each layer's caches are separate tensors, so a kernel finds them through a table of their addresses, keys and values of
+layer 0 first. One launch replaces two small launches per layer. Everything is copied as 32-bit words, so bits stay as
+they are, NaN included, whatever the dtype.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ MOVE_TILE_WORDS = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheAddresses:
-    """Where the caches of all layers lie: worked out and checked once, valid while the tensors live."""
+    """The checked addresses of the caches of all layers. Valid as long as the tensors live."""
 
     table: Tensor  # int64 [2 * num_layers], on the device of the caches: k of layer 0, v of layer 0, k of layer 1, ...
     block_words: int
@@ -34,7 +34,7 @@ class CacheAddresses:
 
 
 def cache_addresses(kv_caches: KVCaches) -> CacheAddresses:
-    """The addresses for calls with these caches. Raises ValueError where the caches are not of one shape and kind."""
+    """The addresses for calls with these caches. Raises ValueError if the caches differ in shape or kind."""
     k_cache = _check_caches(kv_caches)
     addresses = [cache.data_ptr() for cache in chain.from_iterable(kv_caches)]
     slot_bytes = k_cache.shape[2] * k_cache.shape[3] * k_cache.element_size()
@@ -136,7 +136,7 @@ def move_slots(
 
     src_slots, dst_slots: int64 [num_moves] on the device of the caches; slot = block_id * block_size + offset, and -1
     as a source is no move. A destination occurs once, and no later move reads it. Tree nodes that are numbered level by
-    level keep this by themselves, since each moves to its own place or further to the front. addresses: as for
+    level always obey this, since each stays or moves towards the front. addresses: as for
     copy_blocks. Raises ValueError naming the argument that does not fit.
     """
     _check_pairs("src_slots", src_slots, "dst_slots", dst_slots)
@@ -188,7 +188,7 @@ def copy_blocks_reference(kv_caches: KVCaches, src_blocks: Tensor, dst_blocks: T
 
 
 def move_slots_reference(kv_caches: KVCaches, src_slots: Tensor, dst_slots: Tensor) -> None:
-    """The definition. All is read before anything is written, which is the same for moves that keep the rule."""
+    """The definition. Reads everything before it writes, which makes no difference for moves that obey the rule."""
     moved = (src_slots >= 0).nonzero().squeeze(1)
     src, dst = src_slots[moved], dst_slots[moved]
     for cache in chain.from_iterable(kv_caches):

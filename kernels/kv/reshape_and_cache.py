@@ -108,7 +108,7 @@ def _reshape_and_cache_kernel(
 
 
 def gather_rotary(cos_sin_cache: Tensor, positions: Tensor) -> Tensor:
-    """The factors by which tokens at these positions rotate, once a step for all layers.
+    """The rotation factors of tokens at these positions, once a step for all layers.
 
     cos_sin_cache: fp32 [max_position, rotary_dim], cosines in its first half, sines in its second. positions: int64
     [num_tokens]. Returns fp32 [2, num_tokens, 1, rotary_dim]: (cos, cos) and (-sin, sin), so that a head x rotates as
@@ -133,7 +133,7 @@ def gather_rotary(cos_sin_cache: Tensor, positions: Tensor) -> Tensor:
 
 
 def gather_rotary_reference(cos_sin_cache: Tensor, positions: Tensor) -> Tensor:
-    """The definition, and in few enough calls for the CPU."""
+    """The definition. It takes so few calls that the CPU uses it too."""
     cos, sin = cos_sin_cache.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
     return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
 

@@ -1,8 +1,8 @@
 """RMSNorm and QKV projection of several layers on one shared input, as one batch (arXiv 2502.02493).
 
-Layers that attend in parallel are given the same hidden states. Their norms then share the root mean square, only the
-weights differ, and the projections are one launch with as many tiles as all the layers have together: enough to read
-the weights at full speed, where a single layer's would leave multiprocessors idle.
+Layers that attend in parallel get the same hidden states. Their norms share the root mean square and differ only in
+their weights. The projections are one launch with the tiles of all layers, which are enough to read the weights at full
+speed. The tiles of a single layer would leave multiprocessors idle.
 """
 
 import torch
@@ -33,7 +33,7 @@ def _layer_parallel_qkv_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """A tile of one layer. Each program sums the squares of its rows anew: they are few, and in the L2 cache."""
+    """A tile of one layer. Each program sums the squares of its rows itself: the rows are few and in the L2 cache."""
     layer = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     feature = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)

@@ -1,24 +1,26 @@
 """Matrix products: fast ones, and ones whose rows do not depend on the batch.
 
-A few rows against a large weight are bound by reading it, and a CPU reads fastest what lies in the order in which it is
-used. `pack_weight` brings a weight into that order once, `linear` takes either: 43 GB/s instead of 29 for 1 to 4 bf16
-rows with two threads, 37 instead of 26 for 8, a tenth faster for 512 (torch 2.13, AVX512-bf16, nothing else running).
-Fewer than four rows run as four: oneDNN's kernels for 1, 2 and 3 rows keep a core too busy to read at full speed (16.5,
-14.5 and 18.8 GB/s on one thread where 4 to 6 rows reach 20), which shows where the clock is low.
+Reading the weight bounds a product with few rows, and a CPU reads memory fastest in the order of its addresses.
+`pack_weight` puts a weight into the order of use once, and `linear` takes both forms. Packed, it reads 43 GB/s instead
+of 29 for 1 to 4 bf16 rows with two threads, 37 instead of 26 for 8, and is a tenth faster for 512 (torch 2.13,
+AVX512-bf16, nothing else running). Fewer than four rows run as four: oneDNN's kernels for 1, 2 and 3 rows keep a core
+too busy to read at full speed (16.5, 14.5 and 18.8 GB/s on one thread, where 4 to 6 rows reach 20). This shows at a low
+clock.
 
 `linear_batch_invariant` is what `batch_invariant: true` runs instead.
 
-A GEMM library picks its blocking, and with it the order in which a row's products are added, by the shape of the call.
-On CUDA `linear_batch_invariant` is a Triton kernel whose tiles and order of addition are the same for any number of
-rows: each tile adds the products of SPLIT_FEATURES inputs after another, from zero, and then these partial sums in
-order. Where few rows give few tiles the partial sums are computed side by side and added by a second launch: the same
-additions in the same order, so the same bits, with enough programs to read the weight at full speed.
+A GEMM library picks its blocking, and so the order in which a row's products are added, by the shape of the call. On
+CUDA `linear_batch_invariant` is a Triton kernel whose tiles and order of addition are the same for any number of rows.
+Each tile adds the products of SPLIT_FEATURES inputs one after another, from zero, and then adds these partial sums in
+order. If few rows give few tiles, the partial sums are computed side by side and added by a second launch. The
+additions and their order are the same, so the bits are too, and there are enough programs to read the weight at full
+speed.
 
-On CPU the remedy is to show the library few shapes. Measured with torch 2.13 on AVX512-bf16 (every row compared):
+On CPU it calls the library with few shapes only. Measured with torch 2.13 on AVX512-bf16 (every row compared):
 
-- bf16 on CPU gives a row the same bits in any batch of 2 to 256 rows, but other bits when it comes alone (from 1536
-  inputs up). So a lone row runs as two, and larger batches run in tiles of at most 256 rows.
-- fp32 changes with almost every row count, but within calls of one shape a row gets the same bits in every position.
+- bf16 on CPU gives a row the same bits in any batch of 2 to 256 rows, but other bits if it is alone (from 1536 inputs
+  up). So a lone row runs as two, and larger batches run in tiles of at most 256 rows.
+- fp32 changes with almost every row count, but within calls of one shape a row gets the same bits at every position.
   So rows run in tiles of exactly 16, the last one padded.
 
 Both are properties of the machine, not promises of the library: call probe_linear_batch_invariant before relying on it.
@@ -114,8 +116,8 @@ def _add_partial_sums_kernel(
 def pack_weight(weight: Tensor) -> Tensor:
     """The same weight in the layout that `linear` reads fastest; the caller drops the original.
 
-    weight: [out_features, in_features]. Packed are bf16 weights on a CPU with bf16 instructions, by oneDNN; any other
-    weight is returned as it is.
+    weight: [out_features, in_features]. oneDNN packs bf16 weights on a CPU with bf16 instructions. Any other weight is
+    returned as it is.
     """
     if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _onednn_multiplies_bf16():
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS)
@@ -189,7 +191,7 @@ def probe_linear_batch_invariant(weight: Tensor, bias: Tensor | None = None) -> 
 
 
 def tile_options(dtype: torch.dtype) -> dict[str, int | str]:
-    """Tile sizes and launch options of a dtype: of nothing else, so that bits depend on no number of rows."""
+    """Tile sizes and launch options. They follow from the dtype alone, so bits do not depend on the number of rows."""
     if dtype == torch.float32:  # no tensor cores: multiplies and adds in fp32
         tile = {"BLOCK_ROWS": 32, "BLOCK_OUT": 64, "BLOCK_IN": 32, "num_stages": 3}
         return {**tile, "num_warps": 4, "PRECISION": "ieee"}
@@ -234,7 +236,7 @@ def add_partial_sums(sums: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
 
 
 def _rows_that_need_no_splits(weight: Tensor) -> int:
-    """The fewest rows whose tiles are enough by themselves."""
+    """The fewest rows that need no split."""
     options = tile_options(weight.dtype)
     num_feature_tiles = triton.cdiv(weight.shape[0], options["BLOCK_OUT"])
     num_row_tiles: int = triton.cdiv(ENOUGH_TILES, num_feature_tiles)

@@ -1,8 +1,8 @@
-"""Choosing one token for each row of logits with noise that depends on (seed, sample, position, token) alone.
+"""Chooses one token for each row of logits, with noise that depends only on (seed, sample, position, token).
 
 The token is argmax_v(logits_v / temperature + noise_v), the lowest id among equals, with Gumbel noise
-(kernels/sampling/gumbel.py): an exact draw from softmax(logits / temperature), and the same token for the same
-logits whoever asks, in whatever batch. At temperature 0 it is the plain argmax.
+(kernels/sampling/gumbel.py). This is an exact draw from softmax(logits / temperature), and equal logits give the same
+token in every model and batch. At temperature 0 it is the plain argmax.
 """
 
 import torch

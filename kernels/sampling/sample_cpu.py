@@ -1,8 +1,8 @@
 """The best tokens of rows of logits on CPU, with noise only where it could matter.
 
-Noise never exceeds NOISE_MAX, so whole tiles of tokens fall short of the best and are not looked at. Where this is not
-enough, random words are: a large word means small noise, and comparing words is cheaper than two logarithms for each.
-The result is that of noise for every token, bit for bit.
+Noise never exceeds NOISE_MAX, so whole tiles of tokens fall short of the best and are skipped. In the other tiles the
+random words decide first: a large word means small noise, and comparing words is cheaper than two logarithms for each.
+The result has the same bits as with noise for every token.
 """
 
 import math
@@ -30,7 +30,7 @@ Candidates = tuple[Tensor, Tensor, Tensor]  # int64 [num_candidates] each: row, 
 def sample_cpu(
     logits: Tensor, temperature: Tensor, keys: NoiseKeys, *, first_token_id: int, thresholds: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See kernels.sample.sample."""
+    """See kernels.sampling.sample.sample."""
     if thresholds is None and not (temperature > 0).any():
         return _best_logits(logits, first_token_id)
     best = top_keys_cpu(logits, temperature, keys, num=1, first_token_id=first_token_id, thresholds=thresholds)
@@ -58,7 +58,7 @@ def top_keys_cpu(
 ) -> Tensor:
     """Sort keys of the `num` best tokens of each row, best first: int64 [num_rows, num]; EXCLUDED_KEY behind the last.
 
-    Looks for the tokens that reach a goal, which `num` of them nearly always do, and otherwise again with a goal that
+    Looks for the tokens that reach a goal. `num` of them nearly always do. Otherwise it looks again with a goal that
     `num` of them must reach.
     """
     noisy = temperature > 0

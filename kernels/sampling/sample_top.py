@@ -1,4 +1,4 @@
-"""The best few tokens of each row in the order in which `sample` would choose them, were the better ones not there."""
+"""The best few tokens of each row, in the order in which `sample` would choose them if the better ones were missing."""
 
 import torch
 from torch import Tensor

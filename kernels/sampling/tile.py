@@ -1,4 +1,4 @@
-"""What the kernels over rows of logits share: how a row is cut into tiles, and how a tile is read.
+"""How the kernels over rows of logits cut a row into tiles and read a tile.
 
 A tile starts at a multiple of four tokens, since one call of Philox serves four. Its tokens are held as four blocks:
 token 4g + j of the groups g in block j.
@@ -25,7 +25,7 @@ def num_tiles_of(num_tokens: int, first_token_id: int, tile: int) -> int:
 
 
 def check_logits(logits: Tensor) -> None:
-    """Raises TypeError or ValueError where logits [num_rows, num_tokens] are not what the kernels read."""
+    """Raises TypeError or ValueError if the kernels cannot read logits [num_rows, num_tokens]."""
     if logits.dtype != torch.float32:
         raise TypeError(f"logits must be float32, got {logits.dtype}")
     if logits.ndim != 2 or logits.shape[1] == 0:
@@ -61,5 +61,5 @@ def scaled_jit(row_ptr, columns, num_tokens, divisor, threshold):
 
 @triton.jit
 def token_ids_jit(columns, num_tokens, first_token_id):
-    """Token ids of columns; of columns beyond the row, that of its nearest."""
+    """Token ids of columns. Columns beyond the row get the id of the nearest column."""
     return tl.minimum(tl.maximum(columns, 0), num_tokens - 1) + first_token_id

@@ -1,8 +1,8 @@
 """Min-p, top-k and top-p as one threshold a row: a token stays if its scaled logit is not below it.
 
 Ties at a threshold stay, so the set depends neither on how a sort orders equals nor on how the vocabulary is sharded.
-The functions work on the largest logits of a vocabulary and say whether these were enough, so that the shards of a
-vocabulary need to exchange a few candidates only.
+The functions work on the largest logits of a vocabulary and say whether these were enough, so the shards of a
+vocabulary need to exchange only a few candidates.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,9 @@
 """The threshold that min-p, top-k and top-p set together on each row of a whole vocabulary.
 
-A threshold is the largest value above which enough tokens lie, by number or by mass: no sort finds it but a bisection
-over the bits of the value. Counts and masses are integers, so the answer is the same in every order. The kernels first
-find a lower bound of the threshold, then collect the tokens above it, usually a few hundred, and bisect among these.
+A threshold is the largest value above which enough tokens lie, by number or by mass. Bisection over the bits of the
+value finds it, without a sort. Counts and masses are integers, so the answer is the same in every order. The kernels
+first find a lower bound of the threshold, then collect the tokens above it, usually a few hundred, and bisect among
+these.
 """
 
 import torch
@@ -252,7 +253,7 @@ def truncation_threshold(logits: Tensor, temperature: Tensor, truncation: Trunca
 
 
 def _threshold_cpu(scaled: Tensor, truncation: Truncation) -> Tensor:
-    """From the largest logits, and for the rows that these do not settle from all."""
+    """Uses the largest logits, and all logits for rows that these do not settle."""
     num_candidates = max(truncation.max_top_k, CPU_CANDIDATES if truncation.has_top_p else 1)
     num_candidates = min(num_candidates, MAX_CPU_CANDIDATES, scaled.shape[1])
     thresholds, covered = _threshold_from(scaled, truncation, num_candidates)

@@ -37,9 +37,9 @@ def _verify_chain_kernel(
 def verify_chain(target_token_ids: Tensor, draft_token_ids: Tensor, cu_rows: Tensor) -> tuple[Tensor, Tensor]:
     """Accepts each chain while the drafts equal the target's own tokens.
 
-    A seq with k drafts has k + 1 rows. In its row j stands the token that the target chose behind j drafts, and draft
-    j; the last row has no draft. The first target token that differs from the draft beside it *is* the next token: it
-    was chosen by the target behind accepted tokens only (drawing again would change the law of the output).
+    A seq with k drafts has k + 1 rows. Row j holds draft j and the token that the target chose after j drafts. The last
+    row has no draft. The first target token that differs from the draft in its row *is* the next token: the target
+    chose it after accepted tokens only (drawing again would change the distribution of the output).
     Source: arXiv 2408.07978.
 
     Args:

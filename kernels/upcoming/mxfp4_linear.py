@@ -1,4 +1,4 @@
-"""Products of a few rows with an MXFP4 weight: what counts is to read the 4.25 bits a weight once, at full speed.
+"""Products of a few rows with an MXFP4 weight, made to read its 4.25 bits per element once, at full speed.
 
 The kernel takes 8 codes at a time, as the 32-bit word they lie in, and never moves them between threads: shifts and
 masks make four words of it that hold two 16-bit floats each, elements j and j + 4, whose exponent is too small by a

@@ -1,4 +1,4 @@
-"""Which seqs of a batch read the keys of a common prefix together, decided from block tables and lengths alone.
+"""Decides from block tables and lengths which seqs of a batch read the keys of a common prefix together.
 
 Worth it where B readings of a prefix saved outweigh the merge of two results for each query token (shared_prefix.py).
 """
@@ -33,9 +33,9 @@ class KVShape:
 
 
 def prefix_saving_bytes(num_prefix_tokens: int, num_new: Sequence[int], shape: KVShape) -> int:
-    """Bytes a layer that are moved less if seqs with `num_new` query tokens share the reading of a prefix.
+    """Bytes saved per layer if seqs with `num_new` query tokens share the reading of a prefix.
 
-    Against the keys and values that are read less stand the results of the parts, written and read once more.
+    The keys and values saved, minus the results of the parts, which are written and read once more.
     """
     group = shape.num_q_heads // shape.num_kv_heads
     kv_bytes = 2 * num_prefix_tokens * shape.num_kv_heads * shape.head_dim * shape.element_size

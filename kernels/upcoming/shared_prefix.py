@@ -3,7 +3,7 @@
 Seqs share a prefix where their block tables begin with the same blocks. All their query tokens then attend to it as one
 seq, each seq's own tokens to what follows, and the two results are merged (cascade_merge.py): exact but for rounding,
 with one more rounding of each part to the dtype of q. KV read: S_p + sum of S_s, where alone it is B S_p + sum of S_s.
-Whether that pays is worked out in prefix_groups.py.
+prefix_groups.py decides whether that pays.
 
 The part of the prefix is paged_attention too. The last keys of the prefix pass for those of its query tokens, and these
 for a tree in which each sees all, so each sees exactly the prefix.
@@ -36,7 +36,7 @@ class AttentionInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedPrefixPlan:
-    """What can be worked out once for all layers of a step."""
+    """What all layers of a step can share."""
 
     tokens: list[slice]  # of the groups, in the batch
     prefix: AttentionInputs  # a "seq" is a chunk of the query tokens of a group
