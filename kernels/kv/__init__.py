@@ -1,0 +1,1 @@
+"""Writes to the KV cache and copies of its blocks."""

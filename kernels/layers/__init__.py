@@ -1,0 +1,1 @@
+"""What a decoder layer computes besides attention: norms, the MLP's gate and matrix products."""

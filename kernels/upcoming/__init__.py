@@ -1,0 +1,1 @@
+"""Kernels that are complete and tested but that no worker calls yet."""
