@@ -9,7 +9,7 @@ ones. Their keys and values are already in the cache, and each attends to all po
                                              new token 6    x x x x x x x
 
 So prefill chunks, verify rows and decode rows are one operator and differ only in how many tokens are new. Which
-kernel computes a seq is decided in schedule.py; on CPU, in paged_attention_cpu.py.
+kernel computes a seq is decided in schedule.py; on CPU, in cpu.py.
 
 Where the new tokens are a tree of drafts, each sees the prefix and those of its word of `ancestors`: bit j stands for
 new token j of its seq. Slots are in the order of tokens, positions follow the depth, which counts for sliding windows.
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from kernels.attention.call import AttentionCall, check_arguments
-from kernels.attention.paged_attention_cpu import paged_attention_cpu
-from kernels.attention.paged_attention_split import launch_split
+from kernels.attention.cpu import paged_attention_cpu
 from kernels.attention.paged_kv import AlikeSeqs, SeqLengths, alike_seqs, rows_of_seqs
-from kernels.attention.prefill_attention import launch_whole
 from kernels.attention.schedule import Schedule, Settings, make_schedule
+from kernels.attention.split import launch_split
+from kernels.attention.whole import launch_whole
 from kernels.dispatch import runs_triton
 
 MAX_TREE_TOKENS = 64  # bits of a word
@@ -126,7 +126,7 @@ def paged_attention(
     ancestors: int64 [num_tokens]; bit j of a token's word is set iff new token j of its seq is its ancestor or itself,
     and replaces causality among the new tokens, of which a seq may then have 64. batch_invariant: the bits of a token's
     result depend neither on the batch around it nor on how many tokens of its seq are computed together; needs a probe
-    of the machine (paged_attention_probe.py). plan: from plan_attention for the same lengths and blocks; without it
+    of the machine (probe.py). plan: from plan_attention for the same lengths and blocks; without it
     every call makes its own, and waits for the device.
 
     Returns [num_tokens, num_q_heads, head_dim] in q's dtype; with return_lse also the natural logarithm of each

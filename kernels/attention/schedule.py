@@ -2,11 +2,11 @@
 
 Two kernels share the work (core.py says what a query tile and a key tile are):
 
-*split* (paged_attention_split.py): few new tokens of a seq against many keys, as in decoding and verifying. All pairs
+*split* (split.py): few new tokens of a seq against many keys, as in decoding and verifying. All pairs
 of query tile and key tile stand in one row, and each program takes an equal stretch of it, across the borders of seqs
 and heads: stream-K, LeanAttention (arXiv 2405.10480). So unequal lengths make equal work.
 
-*whole* (prefill_attention.py): a program takes one query tile through all of its keys. For chunks of prompts, whose
+*whole* (whole.py): a program takes one query tile through all of its keys. For chunks of prompts, whose
 many query tiles fill the device by themselves, and for everything with `batch_invariant`: with one tile shape and no
 split, a row's bits follow from its own query and keys.
 """

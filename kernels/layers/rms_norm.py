@@ -1,7 +1,7 @@
 """RMSNorm, alone and fused with the residual addition (arXiv 1910.07467).
 
-Each row is reduced on its own and in one fixed order, so the bits of a row never depend on the batch around it: what a
-program of the kernel looks like follows from the length of a row alone.
+Each row is reduced on its own and in one fixed order, so the bits of a row never depend on the rest of the batch. The
+shape of a program follows from the length of a row alone.
 """
 
 import torch
@@ -70,7 +70,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Add x to residual IN PLACE and return (rms_norm(residual), residual).
 
-    The sum is rounded to the model dtype before it is normalised, as in a model that adds and norms in two steps.
+    The sum is rounded to the model dtype before it is normalised, as if the two steps were separate.
     """
     _check(x, weight)
     if residual.shape != x.shape or residual.dtype != x.dtype:
@@ -91,7 +91,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def tile_shape(hidden: int) -> tuple[int, int, int]:
-    """(rows a program, columns of its tile, warps): from the length of a row alone, so that bits depend on no batch.
+    """(rows per program, columns of its tile, warps). Follows from the row length alone, so the batch changes no bits.
 
     The columns are a power of two, at least `hidden`.
     """

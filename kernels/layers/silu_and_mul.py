@@ -54,10 +54,10 @@ def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
 
 
 def silu_and_mul_cpu(gate_up: Tensor) -> Tensor:
-    """The fewest torch calls whose vectorised body and scalar tail round alike.
+    """Uses the fewest torch calls whose vectorised body and scalar tail round alike.
 
     Where a tail begins depends on the number of rows and threads. In 16-bit types F.silu rounds every input the same in
-    both (tests try all 65,536), in fp32 it does not: there the quotient is spelled out in operators that do.
+    both (tests try all 65,536). In fp32 it does not, so the quotient is written in operators that do.
     """
     gate, up = gate_up.chunk(2, dim=-1)
     if gate_up.dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""Gumbel noise that is the same bits on every device: one number for each (seed, sample, position, token).
+"""Gumbel noise with the same bits on every device: one number for each (seed, sample, position, token).
 
 The logarithm is our own, since libraries differ in the last bits and the noise decides which token is chosen. It uses
 only +, -, *, / on fp32 (each correctly rounded by IEEE 754) and integer operations, one torch operator each, so no
@@ -155,7 +155,7 @@ def noise_from_words_jit(words):
 
 @triton.jit
 def noise_bounds_jit(words):
-    """Two numbers between which the noise of a word lies, for a tenth of its price; close where the noise is large.
+    """Lower and upper bound of the noise of a word, at a tenth of its cost. They are close where the noise is large.
 
     The bits of a float, read as an integer, are a logarithm: log2(w) lies up to 0.0861 above bits / 2^23 - 127.
     Up to w = 1/2, w <= -log1p(-w) <= w * e^w, so the noise lies between -log(w) - w and -log(w); behind it, never more

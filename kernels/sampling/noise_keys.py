@@ -1,4 +1,4 @@
-"""What the choice of a row depends on besides its logits: the keys of its noise, and its temperature."""
+"""The inputs of a row's choice besides its logits: the keys of its noise and its temperature."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Rows of logits that hold NaN or Inf, which no model should give and one row must not cost the others."""
+"""Finds rows of logits with NaN or Inf. No model should produce them, but one such row must not harm the others."""
 
 import torch
 import triton
@@ -45,5 +45,5 @@ def _non_finite_triton(logits: Tensor) -> Tensor:
 
 
 def non_finite_reference(logits: Tensor) -> Tensor:
-    """bool [num_rows]. NaN spreads in both extremes, which are much faster than a look at each logit."""
+    """bool [num_rows]. NaN shows in the extremes, which are much faster to find than to test each logit."""
     return ~(logits.amin(dim=1).isfinite() & logits.amax(dim=1).isfinite())

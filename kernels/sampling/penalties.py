@@ -1,6 +1,6 @@
 """Logit processors that touch few tokens: penalties, bias, masks. All change `logits` in place.
 
-An entry i stands for the logit of token token_ids[i] in row rows[i]; no pair occurs twice in one call. `logits`, fp32
+Entry i means the logit of token token_ids[i] in row rows[i]. No pair occurs twice in one call. `logits`, fp32
 [num_rows, num_tokens], may be a shard of the vocabulary with first_token_id in column 0: entries of other tokens have
 no effect.
 """
@@ -118,7 +118,7 @@ def apply_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, bias: Tensor, *,
 
 
 def apply_mask(logits: Tensor, rows: Tensor, token_ids: Tensor, *, first_token_id: int = 0) -> None:
-    """Excludes tokens; here a pair may occur more than once."""
+    """Excludes tokens. Here a pair may occur more than once."""
     if runs_triton(logits):
         _edit(logits, rows, token_ids, first_token_id, edit=MASK)
         return

@@ -109,7 +109,7 @@ def _mass_and_rank_triton(logits: Tensor, largest: Tensor, values: Tensor, thres
 
 
 def mass_and_rank(logits: Tensor, largest: Tensor, values: Tensor) -> Tensor:
-    """What the logarithm of a row's softmax at one token takes: integers, which add up over the shards of a vocabulary.
+    """The integers behind the log-softmax of one token per row. They add up over the shards of a vocabulary.
 
     Args:
         logits: fp32 [num_rows, num_tokens], rows without gaps; -Inf has mass 0; a row with NaN gets a void answer.
@@ -142,7 +142,7 @@ def total_mass(logits: Tensor, largest: Tensor, threshold: Tensor | None = None)
 
 
 def total_mass_reference(logits: Tensor, largest: Tensor, threshold: Tensor | None = None) -> Tensor:
-    """`total_mass`, on CPU so many logits at a time that the temporaries stay in the cache."""
+    """`total_mass`. On CPU it takes few enough logits at a time that the temporaries stay in the cache."""
     num_rows, num_tokens = logits.shape
     width = max(1, CACHED_LOGITS // max(1, num_rows)) if logits.device.type == "cpu" else num_tokens
     total = torch.zeros(num_rows, dtype=torch.int64, device=logits.device)

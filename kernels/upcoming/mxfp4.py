@@ -105,7 +105,7 @@ def quantize_mxfp4_reference(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_mxfp4(packed: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights that codes and scales stand for: [out_features, in_features] in `dtype`.
+    """The weights that codes and scales represent: [out_features, in_features] in `dtype`.
 
     bf16 holds all of them exactly, up to products beyond its range, which are infinite as the format says; fp32 gets
     the same numbers, fp16 rounds them. Looks up four elements at once: 0.4 ns a weight on a core with AVX-512.
@@ -128,7 +128,7 @@ def scale_values(scales: Tensor) -> Tensor:
 
 
 def check_mxfp4(packed: Tensor, scales: Tensor) -> None:
-    """Raises ValueError unless they are codes and scales of one weight."""
+    """Raises ValueError unless these are the codes and scales of one weight."""
     for name, x in (("packed", packed), ("scales", scales)):
         if x.ndim != 2 or x.dtype != torch.uint8 or not x.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous uint8 matrix, got {x.dtype} {list(x.shape)}")

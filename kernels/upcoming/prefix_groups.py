@@ -1,6 +1,6 @@
 """Decides from block tables and lengths which seqs of a batch read the keys of a common prefix together.
 
-Worth it where B readings of a prefix saved outweigh the merge of two results for each query token (shared_prefix.py).
+It pays if the saved readings of the prefix outweigh the merge of two results per query token (shared_prefix.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ class PrefixGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVShape:
-    """What the bytes of an attention call follow from, besides lengths."""
+    """What decides the bytes of an attention call, besides lengths."""
 
     num_q_heads: int
     num_kv_heads: int

@@ -32,7 +32,7 @@ SETTINGS = {
 
 # Of each of these, one kernel at least is launched in every round.
 EXPECTED = [
-    ("attention.paged_attention_split", "attention.prefill_attention"),
+    ("attention.split", "attention.whole"),
     ("layers.rms_norm",),
     ("layers.silu_and_mul",),
     ("kv.reshape_and_cache",),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import tiles as attention_tiles
-from kernels.attention.paged_attention_probe import probe_paged_attention
+from kernels.attention.probe import probe_paged_attention
 from tests.helpers.attention_pieces import Seqs
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import paged_attention_cpu
+from kernels.attention import cpu as attention_cpu
 from kernels.attention.paged_attention import paged_attention
 from tests.helpers.attention import Case, tree_words
 
@@ -72,13 +72,13 @@ def test_seqs_side_by_side(heads: tuple[int, int], neighbours: bool, dtype: torc
 
 def test_short_seqs_of_a_kind_share_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    original = paged_attention_cpu.F.scaled_dot_product_attention
+    original = attention_cpu.F.scaled_dot_product_attention
 
     def count(*args: Tensor, **settings: object) -> Tensor:
         calls.append(args[0].shape[0])  # seqs
         return original(*args, **settings)
 
-    monkeypatch.setattr(paged_attention_cpu.F, "scaled_dot_product_attention", count)
+    monkeypatch.setattr(attention_cpu.F, "scaled_dot_product_attention", count)
     Case(seqs=ALIKE, heads=(8, 8), head_dim=64).run()
     assert sorted(calls) == [1, 1, 1, 2, 3, 3], "the long ones on their own, and (8, 1), which has too few keys to join"
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.attention.paged_attention_split import _paged_attention_kernel
-from kernels.attention.prefill_attention import _prefill_attention_kernel
 from kernels.attention.schedule import Settings, Tiling, _tiling, _whole_tiling, padded
+from kernels.attention.split import _paged_attention_kernel
+from kernels.attention.whole import _prefill_attention_kernel
 from tests.helpers.compile_sm90 import compile_for_sm90
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from kernels.attention import paged_attention_probe
+from kernels.attention import probe
 from kernels.attention.paged_attention import paged_attention
 from kernels.dispatch import INTERPRETED
 from tests.helpers.attention_pieces import Seqs
@@ -75,7 +75,7 @@ def test_with_a_sliding_window(sliding_window: int, device: torch.device) -> Non
 
 
 def test_the_probe_agrees_with_this_machine(dtype: torch.dtype, device: torch.device) -> None:
-    assert paged_attention_probe.probe_paged_attention(2, 1, 64, dtype=dtype, device=device) is None
+    assert probe.probe_paged_attention(2, 1, 64, dtype=dtype, device=device) is None
 
 
 def test_the_probe_notices_splits(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
@@ -85,7 +85,7 @@ def test_the_probe_notices_splits(monkeypatch: pytest.MonkeyPatch, device: torch
         assert batch_invariant
         return paged_attention(*tensors, softmax_scale=softmax_scale)
 
-    monkeypatch.setattr(paged_attention_probe, "paged_attention", careless)
-    finding = paged_attention_probe.probe_paged_attention(2, 1, 64, device=device)
+    monkeypatch.setattr(probe, "paged_attention", careless)
+    finding = probe.probe_paged_attention(2, 1, 64, device=device)
     assert finding is not None
     assert "2 query heads, 1 KV heads and head_dim 64" in finding

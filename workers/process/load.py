@@ -13,7 +13,7 @@ from checkpoint.memory import num_sampled_rows, sampling_bytes
 from childproc.spec import SpecError
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.worker_pb2 import EngineInfo, EngineRole, LayerGroup
-from kernels.attention.paged_attention_probe import probe_paged_attention
+from kernels.attention.probe import probe_paged_attention
 from kernels.kv.block_copy import cache_addresses
 from kernels.layers.linear import probe_linear_batch_invariant
 from workers.collectives import Group
