@@ -6,7 +6,7 @@ then.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from echelon.pb import worker_pb2
@@ -53,6 +53,7 @@ class Drafter(ABC):
         self.cache = VerdictCache(config.verdict_cache_rows)
         self._calibration = Calibration()
         self._asks_confidences = asks_confidences
+        self._served: Collection[Seq] = ()  # by another source, when last asked for a round
         self.num_drafted = 0
         self._num_of_use = 0  # drafts that the target wrote too
 
@@ -177,8 +178,10 @@ class Drafter(ABC):
 
     # -- rounds -------------------------------------------------------------------------------------------------------
 
-    def plan(self, running: Iterable[Seq], now: float) -> worker_pb2.Round | None:
-        """The next round for the draft engine, if it has one to run. `running`: oldest first."""
+    def plan(self, running: Iterable[Seq], now: float, *, served: Collection[Seq] = ()) -> worker_pb2.Round | None:
+        """The next round for the draft engine, if it has one to run. `running`: oldest first; `served`: those for
+        which another source promises more."""
+        self._served = served
         if self.seats is None:
             return None
         speculating = [seq for seq in running if seq.wants_draft_model and self._may_follow(self.seats, seq)]

@@ -1,6 +1,6 @@
 """The serial pipeline: the draft engine drafts for every seq that is about to be verified, and the target waits."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from echelon.pb import worker_pb2
 from scheduler.config import SpeculationConfig
@@ -34,9 +34,9 @@ class Serial(Drafter):
             self._drafting.discard(seq.draft)
         super().release(seq)
 
-    def plan(self, running: Iterable[Seq], now: float) -> worker_pb2.Round | None:
+    def plan(self, running: Iterable[Seq], now: float, *, served: Collection[Seq] = ()) -> worker_pb2.Round | None:
         self._is_gathering = False
-        return super().plan(running, now)
+        return super().plan(running, now, served=served)
 
     def _on_landed(self, record: InFlight) -> None:
         self._drafting.difference_update(row.seat for row in record.rows)
@@ -75,7 +75,7 @@ class Serial(Drafter):
         return (
             seq.num_rows_in_flight == 0
             and seq.is_decoding
-            and not seq.skips_draft
+            and seq not in self._served
             and seq.num_drafted_at != len(seq.token_ids)
             and seq.draft is not None
             and seq.draft.lag(seq.token_ids) <= self._tuning.max_lag

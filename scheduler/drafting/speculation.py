@@ -7,10 +7,10 @@ from echelon.pb import inference_pb2, scheduler_pb2, worker_pb2
 from scheduler.config import Pipeline, SpeculationConfig
 from scheduler.drafting.continuous import Continuous
 from scheduler.drafting.drafter import Drafter
+from scheduler.drafting.lookup import Lookup
 from scheduler.drafting.serial import Serial
-from scheduler.drafting.suffix import Proposal, SuffixDrafts, SuffixIndex, prefers_lookup
 from scheduler.engines.engine import Engine
-from scheduler.policy.acceptance import Acceptance, AcceptancePrior, expected_tokens
+from scheduler.policy.acceptance import Acceptance
 from scheduler.policy.policy import Drafts
 from scheduler.requests.admission import max_drafts
 from scheduler.requests.request import Request, Seq
@@ -20,16 +20,13 @@ __all__ = ["Speculation"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """How lookup is weighed."""
+    """Of what is common to all sources."""
 
     lookup_s: float = 1e-6  # what a draft from lookup costs the policy; not measured
-    max_trust_len: int = 16  # contexts of so many tokens and more are trusted alike; not measured
     recent_share: float = 0.05  # of a verdict in the means that status reports; not measured
-    context: int = 64  # tokens kept before a finished request's output, to find its beginning by; not measured
 
 
 _TUNING = Tuning()
-_NOTHING = Proposal([], [], 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +45,9 @@ class Speculation:
         self._config = config
         self.drafter: Drafter = Serial(config) if config.pipeline is Pipeline.SERIAL else Continuous(config)
         self._policy = self.drafter.policy
-        self._suffixes = SuffixIndex() if config.uses_lookup else None
+        self._lookup = Lookup() if config.uses_lookup else None
         if not config.uses_draft_model:
             self._policy.observe_draft(num_seqs=1, num_steps=1, num_chunk_tokens=1, run_s=_TUNING.lookup_s)
-        # How drafts from lookup fared, by the length of the context that was found: short ones are found by chance.
-        self._lookup_odds = [AcceptancePrior() for _ in range(_TUNING.max_trust_len.bit_length())]
         self._num_looked_up = 0
         self._recent_drafts = 0.0  # of a row that had any
         self._recent_accepted = 0.0  # of them
@@ -62,8 +57,8 @@ class Speculation:
         for seq in request.seqs:
             seq.acceptance = Acceptance.start(self._policy.prior)
             seq.has_draft_model = self._config.uses_draft_model
-            if self._suffixes is not None:
-                seq.suffixes = SuffixDrafts(self._suffixes, seq.token_ids)
+            if self._lookup is not None:
+                self._lookup.welcome(seq)
 
     def release(self, seq: Seq) -> None:
         """The seq needs no drafts any more, or not before it runs again."""
@@ -72,11 +67,8 @@ class Speculation:
 
     def finish(self, seq: Seq) -> None:
         """The seq has ended; what it has produced may help others."""
-        if self._suffixes is None or seq.suffixes is None:
-            return
-        seq.suffixes.close()
-        if seq.num_outputs:
-            self._suffixes.add(seq.token_ids[max(0, seq.request.num_prompt_tokens - _TUNING.context) :])
+        if self._lookup is not None:
+            self._lookup.finish(seq)
 
     def adjust(self, seq: Seq, wish: inference_pb2.Speculation) -> None:
         """The request wants to speculate in another way from now on."""
@@ -112,11 +104,11 @@ class Speculation:
 
     def speculates(self, running: Iterable[Seq]) -> bool:
         """Somebody is to have drafts, if they pay."""
-        return any(seq.max_drafts > 0 and (seq.suffixes is not None or seq.draft is not None) for seq in running)
+        return any(seq.max_drafts > 0 and (self._looks_up(seq) or seq.draft is not None) for seq in running)
 
     def expects_drafts(self, running: Iterable[Seq]) -> bool:
         """Somebody may have drafts to verify when the round on its way is back."""
-        return any(seq.max_drafts > 0 and (seq.suffixes is not None or self.drafter.may_bring(seq)) for seq in running)
+        return any(seq.max_drafts > 0 and (self._looks_up(seq) or self.drafter.may_bring(seq)) for seq in running)
 
     def choose(
         self, seqs: Sequence[Seq], now: float, *, num_other_tokens: int, num_waiting: int
@@ -144,36 +136,15 @@ class Speculation:
     def _offer(self, seq: Seq, now: float) -> _Offer:
         drafts = self.drafter.drafts_of(seq, may_hold=seq.held_until is None or now < seq.held_until)
         chain = [drafted.token_id for drafted in seq.draft.chain] if seq.draft is not None and drafts.num_ready else []
-        found = self._lookup(seq)
-        if not found.token_ids or not self._prefers_lookup(seq):
+        if self._lookup is None or not self._prefers_lookup(self._lookup, seq):
             return _Offer(drafts, chain, is_chain=True)
-        looked_up = Drafts(
-            acceptance=self._trust(found).rate * found.probabilities[-1] ** (1 / len(found.token_ids)),
-            num_ready=len(found.token_ids),
-            num_coming=0,
-            limit=drafts.limit,
-            is_fixed=drafts.is_fixed,
-        )
-        return _Offer(looked_up, found.token_ids, is_chain=False)
+        return _Offer(self._lookup.drafts_of(seq, drafts), self._lookup.find(seq).token_ids, is_chain=False)
 
-    def _lookup(self, seq: Seq) -> Proposal:
-        """What lookup finds behind the history."""
-        if seq.suffixes is None or seq.draft_limit == 0:
-            return _NOTHING
-        if seq.looked_up is None:
-            seq.looked_up = seq.suffixes.propose(seq.draft_limit)
-        return seq.looked_up
+    def _prefers_lookup(self, lookup: Lookup, seq: Seq) -> bool:
+        return bool(lookup.find(seq).token_ids) and lookup.is_better(seq, self.drafter.drafts_of(seq))
 
-    def _prefers_lookup(self, seq: Seq) -> bool:
-        """Whether what lookup finds promises more than the draft model, if there is one."""
-        drafts = self.drafter.drafts_of(seq)
-        num_drafts = max(drafts.num_ready, drafts.num_coming)
-        expected = expected_tokens(drafts.acceptance, num_drafts) - 1.0 if num_drafts else 0.0
-        found = self._lookup(seq)
-        return prefers_lookup(found, reliability=self._trust(found).rate, expected_by_model=expected)
-
-    def _trust(self, found: Proposal) -> AcceptancePrior:
-        return self._lookup_odds[min(found.match_len, _TUNING.max_trust_len).bit_length() - 1]
+    def _looks_up(self, seq: Seq) -> bool:
+        return self._lookup is not None and self._lookup.serves(seq)
 
     def sent(self, seq: Seq, num_drafts: int) -> None:
         """A target row of the seq is on its way, with that many drafts."""
@@ -188,14 +159,13 @@ class Speculation:
             self._recent_accepted += share * (num_accepted - self._recent_accepted)
         if seq.verifies_chain:
             seq.acceptance.observe(num_accepted, num_verified)
-        elif seq.looked_up is not None:
-            self._trust(seq.looked_up).observe(num_accepted, min(num_accepted + 1, num_verified))
+        elif self._lookup is not None:
+            self._lookup.on_verdict(seq, num_accepted, num_verified)
 
     def on_commit(self, seq: Seq, token_ids: Sequence[int]) -> None:
         """The history has grown by these tokens."""
-        if seq.suffixes is not None:
-            seq.suffixes.extend(token_ids)
-            seq.looked_up = None
+        if self._lookup is not None:
+            self._lookup.on_commit(seq, token_ids)
         self.drafter.on_commit(seq, token_ids)
 
     def observe_target(self, *, num_seqs: int, num_tokens: int, num_context: int, run_s: float) -> None:
@@ -211,9 +181,10 @@ class Speculation:
 
     def plan_draft(self, running: Iterable[Seq], now: float) -> worker_pb2.Round | None:
         running = list(running)
-        for seq in running:
-            seq.skips_draft = seq.suffixes is not None and seq.is_decoding and self._prefers_lookup(seq)
-        return self.drafter.plan(running, now)
+        served: set[Seq] = set()
+        if self._lookup is not None:
+            served = {seq for seq in running if seq.is_decoding and self._prefers_lookup(self._lookup, seq)}
+        return self.drafter.plan(running, now, served=served)
 
     def on_draft_result(self, result: worker_pb2.RoundResult, now: float, *, target_idle_since: float | None) -> None:
         self.drafter.on_result(result, now, target_idle_since=target_idle_since)

@@ -5,7 +5,6 @@ from enum import Enum, auto
 
 from echelon.pb import inference_pb2, sampling_pb2
 from scheduler.drafting.chain import DraftSeat
-from scheduler.drafting.suffix import Proposal, SuffixDrafts
 from scheduler.engines.digests import DigestChain
 from scheduler.engines.seat import Seat
 from scheduler.policy.acceptance import Acceptance, AcceptancePrior
@@ -99,9 +98,6 @@ class Seq:
     max_drafts: int = 0  # a round; 0: no speculation
     is_draft_fixed: bool = False  # the request chose the number: the policy has no say
     acceptance: Acceptance = field(default_factory=_unknown)  # of the draft model's drafts
-    suffixes: SuffixDrafts | None = None  # where lookup finds drafts
-    looked_up: Proposal | None = None  # what it finds behind the history as it is
-    skips_draft: bool = False  # it promises more than the draft model
     held_until: float | None = None  # the target's next row waits for drafts, but no longer
 
     draft: DraftSeat | None = None

@@ -1,0 +1,99 @@
+"""Lookup as a source of drafts: what it has found for each seq, and how far that may be trusted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scheduler.drafting.suffix import Proposal, SuffixDrafts, SuffixIndex, prefers_lookup
+from scheduler.policy.acceptance import AcceptancePrior, expected_tokens
+from scheduler.policy.policy import Drafts
+from scheduler.requests.request import Seq
+
+__all__ = ["Lookup"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """How lookup is weighed."""
+
+    max_trust_len: int = 16  # contexts of so many tokens and more are trusted alike; not measured
+    context: int = 64  # tokens kept before a finished request's output, to find its beginning by; not measured
+
+
+_TUNING = Tuning()
+_NOTHING = Proposal([], [], 0)
+
+
+@dataclass(slots=True, eq=False)
+class _LookupState:
+    """Of one seq."""
+
+    suffixes: SuffixDrafts
+    found: Proposal | None = None  # after the history as it is; None: not looked up yet
+
+
+class Lookup:
+    """Serves every seq that it was told of (`welcome`) until that has ended (`finish`)."""
+
+    def __init__(self) -> None:
+        self._index = SuffixIndex()
+        self._states: dict[Seq, _LookupState] = {}
+        # How drafts fared, by the length of the context that was found: short ones are found by chance.
+        self._odds = [AcceptancePrior() for _ in range(_TUNING.max_trust_len.bit_length())]
+
+    def welcome(self, seq: Seq) -> None:
+        self._states[seq] = _LookupState(SuffixDrafts(self._index, seq.token_ids))
+
+    def finish(self, seq: Seq) -> None:
+        """The seq has ended; what it has produced may help others."""
+        state = self._states.pop(seq, None)
+        if state is None:
+            return
+        state.suffixes.close()
+        if seq.num_outputs:
+            self._index.add(seq.token_ids[max(0, seq.request.num_prompt_tokens - _TUNING.context) :])
+
+    def serves(self, seq: Seq) -> bool:
+        return seq in self._states
+
+    def find(self, seq: Seq) -> Proposal:
+        """What followed the end of the history before."""
+        state = self._states.get(seq)
+        if state is None or seq.draft_limit == 0:
+            return _NOTHING
+        if state.found is None:
+            state.found = state.suffixes.propose(seq.draft_limit)
+        return state.found
+
+    def drafts_of(self, seq: Seq, model: Drafts) -> Drafts:
+        """What the policy has to know of the drafts found, in place of the draft model's."""
+        found = self.find(seq)
+        return Drafts(
+            acceptance=self._trust(found).rate * found.probabilities[-1] ** (1 / len(found.token_ids)),
+            num_ready=len(found.token_ids),
+            num_coming=0,
+            limit=model.limit,
+            is_fixed=model.is_fixed,
+        )
+
+    def is_better(self, seq: Seq, model: Drafts) -> bool:
+        """Whether what is found promises more than the draft model, if there is one."""
+        num_drafts = max(model.num_ready, model.num_coming)
+        expected = expected_tokens(model.acceptance, num_drafts) - 1.0 if num_drafts else 0.0
+        found = self.find(seq)
+        return prefers_lookup(found, reliability=self._trust(found).rate, expected_by_model=expected)
+
+    def on_verdict(self, seq: Seq, num_accepted: int, num_verified: int) -> None:
+        """Of drafts that were found here."""
+        state = self._states.get(seq)
+        if state is not None and state.found is not None:
+            self._trust(state.found).observe(num_accepted, min(num_accepted + 1, num_verified))
+
+    def on_commit(self, seq: Seq, token_ids: Sequence[int]) -> None:
+        """The history has grown by these tokens."""
+        state = self._states.get(seq)
+        if state is not None:
+            state.suffixes.extend(token_ids)
+            state.found = None
+
+    def _trust(self, found: Proposal) -> AcceptancePrior:
+        return self._odds[min(found.match_len, _TUNING.max_trust_len).bit_length() - 1]
