@@ -7,19 +7,19 @@ delivered (`take_outputs`). Times are seconds of one monotonic clock.
 
 import logging
 from heapq import heappop, heappush
-from typing import NamedTuple
 
 from grpc import StatusCode
 
-from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2, worker_pb2
+from echelon.pb import inference_pb2, scheduler_pb2, worker_pb2
 from scheduler.config import SchedulerConfig
 from scheduler.drafting.speculation import Speculation
 from scheduler.engines.engine import Engine, PlannedRow
 from scheduler.engines.idle_meter import IdleMeter
 from scheduler.requests.admission import InvalidRequestError, build_request
+from scheduler.requests.delivery import Delivery, Fresh
 from scheduler.requests.detokenizer import TokenTable
 from scheduler.requests.draft_tally import DraftTally
-from scheduler.requests.outputs import Chunk, Failed, Output
+from scheduler.requests.outputs import Failed, Output
 from scheduler.requests.request import Request, Seq, SeqStatus
 from scheduler.requests.stopping import Finish
 from scheduler.target.planner import TargetPlanner
@@ -35,15 +35,6 @@ def _failed(request_id: str, code: StatusCode, message: str) -> Failed:
     return Failed(request_id=request_id, code=code.value[0], message=message)
 
 
-class _Fresh(NamedTuple):
-    """Tokens that were committed and are not yet a chunk."""
-
-    seq: Seq
-    offset: int  # output tokens before them
-    token_ids: list[int]
-    answer: worker_pb2.RowResult | None  # with their log-probabilities, and perhaps those of tokens behind the end
-
-
 class SchedulerCore:
     """Continuous batching over one target engine and, if there is one, a draft engine."""
 
@@ -55,7 +46,7 @@ class SchedulerCore:
         self._requests: dict[str, Request] = {}
         self._num_arrived = 0
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap; finished requests stay until they surface
-        self._outputs: list[Output | _Fresh] = []
+        self._delivery = Delivery(table)
         self._num_generated = 0
         self._speculated = DraftTally()
         self._totals = scheduler_pb2.SchedulerStatus()
@@ -130,7 +121,7 @@ class SchedulerCore:
         for seq in request.seqs:
             if seq.status is not SeqStatus.FINISHED:
                 seq.output.end()
-                self._finish(seq, _ABORT, now, _Fresh(seq, seq.num_outputs, [], None))
+                self._finish(seq, _ABORT, now, Fresh(seq, seq.num_outputs, [], None))
 
     def adjust(self, request_id: str, wish: inference_pb2.Speculation) -> None:
         """Change how a running request speculates, from its next rows on. Unknown ids are ignored, as in `cancel`."""
@@ -213,7 +204,7 @@ class SchedulerCore:
             self._on_non_finite(row)
             return
         if seq.request.prompt_logprobs:
-            self._take_prompt_logprobs(seq.request.prompt_logprobs, answer)
+            self._delivery.take_prompt_logprobs(seq.request.prompt_logprobs, answer)
         num_accepted = answer.num_accepted_tokens if row.drafts else 0
         num_computed = row.start + row.chunk_len + num_accepted
         if num_accepted and seq.target is row.seat:
@@ -229,9 +220,9 @@ class SchedulerCore:
         self._count(row, answer, len(token_ids), now)
         self._speculation.on_commit(seq, token_ids)
         self._publish(row, min(num_computed, len(seq.token_ids)))
-        fresh = _Fresh(seq, offset, token_ids, answer)
+        fresh = Fresh(seq, offset, token_ids, answer)
         if finish is None:
-            self._outputs.append(fresh)
+            self._delivery.put(fresh)
         else:
             self._finish(seq, finish, now, fresh)
 
@@ -263,18 +254,6 @@ class SchedulerCore:
         if engine is not None and row.seq.target is row.seat:
             engine.publish(row.seq, row.seat, num_tokens)
 
-    def _take_prompt_logprobs(
-        self, entries: list[sampling_pb2.PositionLogprobs | None], answer: worker_pb2.RowResult
-    ) -> None:
-        for position, entry in enumerate(answer.prompt_logprobs, start=answer.prompt_logprobs_start):
-            if 1 <= position <= len(entries):
-                self._add_text(entry)
-                entries[position - 1] = entry
-
-    def _add_text(self, entry: sampling_pb2.PositionLogprobs) -> None:
-        for candidate in (entry.chosen, *entry.top):
-            candidate.text = self._table.text_of(candidate.token_id)
-
     def _start_siblings(self, request: Request) -> None:
         """The first sample has computed the prompt: the others find it in the cache."""
         for seq in request.seqs[1:]:
@@ -283,16 +262,16 @@ class SchedulerCore:
 
     # -- ends ---------------------------------------------------------------------------------------------------------
 
-    def _finish(self, seq: Seq, finish: Finish, now: float, last: _Fresh) -> None:
+    def _finish(self, seq: Seq, finish: Finish, now: float, last: Fresh) -> None:
         request = seq.request
         self._target.release(seq)
         self._speculation.finish(seq)
         seq.finish = finish
         self._start_siblings(request)
-        self._outputs.append(last)
+        self._delivery.put(last)
         if all(s.status is SeqStatus.FINISHED for s in request.seqs):
             self._forget(request)
-            self._outputs.append(request.completion(now))
+            self._delivery.put(request.completion(now))
 
     def _fail(self, request: Request, code: StatusCode, message: str) -> None:
         for seq in request.seqs:
@@ -300,7 +279,7 @@ class SchedulerCore:
                 self._target.release(seq)
                 self._speculation.finish(seq)
         self._forget(request)
-        self._outputs.append(_failed(request.request_id, code, message))
+        self._delivery.put(_failed(request.request_id, code, message))
 
     def _on_non_finite(self, row: PlannedRow) -> None:
         seq = row.seq
@@ -320,29 +299,7 @@ class SchedulerCore:
 
     def take_outputs(self) -> list[Output]:
         """What is to be delivered since the last call, in order."""
-        outputs: list[Output] = []
-        for output in self._outputs:
-            if not isinstance(output, _Fresh):
-                outputs.append(output)
-                continue
-            chunk = self._chunk(output)
-            if chunk.token_ids or chunk.text:
-                outputs.append(chunk)
-        self._outputs.clear()
-        return outputs
-
-    def _chunk(self, fresh: _Fresh) -> Chunk:
-        logprobs = [] if fresh.answer is None else list(fresh.answer.logprobs)[: len(fresh.token_ids)]
-        for entry in logprobs:
-            self._add_text(entry)
-        return Chunk(
-            request_id=fresh.seq.request.request_id,
-            index=fresh.seq.index,
-            offset=fresh.offset,
-            token_ids=fresh.token_ids,
-            text=fresh.seq.output.take_text(),
-            logprobs=logprobs,
-        )
+        return self._delivery.take()
 
     # -- status -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,69 @@
+"""What waits to be delivered: tokens become chunks only when they are taken, while the engines work."""
+
+from typing import NamedTuple
+
+from echelon.pb import sampling_pb2, worker_pb2
+from scheduler.requests.detokenizer import TokenTable
+from scheduler.requests.outputs import Chunk, Output
+from scheduler.requests.request import Seq
+
+__all__ = ["Delivery", "Fresh"]
+
+
+class Fresh(NamedTuple):
+    """Tokens that were committed and are not yet a chunk."""
+
+    seq: Seq
+    offset: int  # output tokens before them
+    token_ids: list[int]
+    answer: worker_pb2.RowResult | None  # with their log-probabilities, and perhaps those of tokens after the end
+
+
+class Delivery:
+    """In the order in which it was put."""
+
+    def __init__(self, table: TokenTable) -> None:
+        self._table = table
+        self._waiting: list[Output | Fresh] = []
+
+    def put(self, output: Output | Fresh) -> None:
+        self._waiting.append(output)
+
+    def take(self) -> list[Output]:
+        """All that was put since the last call, without chunks that say nothing."""
+        outputs: list[Output] = []
+        for output in self._waiting:
+            if not isinstance(output, Fresh):
+                outputs.append(output)
+                continue
+            chunk = self._chunk(output)
+            if chunk.token_ids or chunk.text:
+                outputs.append(chunk)
+        self._waiting.clear()
+        return outputs
+
+    def _chunk(self, fresh: Fresh) -> Chunk:
+        logprobs = [] if fresh.answer is None else list(fresh.answer.logprobs)[: len(fresh.token_ids)]
+        for entry in logprobs:
+            self._add_text(entry)
+        return Chunk(
+            request_id=fresh.seq.request.request_id,
+            index=fresh.seq.index,
+            offset=fresh.offset,
+            token_ids=fresh.token_ids,
+            text=fresh.seq.output.take_text(),
+            logprobs=logprobs,
+        )
+
+    def take_prompt_logprobs(
+        self, entries: list[sampling_pb2.PositionLogprobs | None], answer: worker_pb2.RowResult
+    ) -> None:
+        """Enter those of a row's answer among a request's. `entries` changes."""
+        for position, entry in enumerate(answer.prompt_logprobs, start=answer.prompt_logprobs_start):
+            if 1 <= position <= len(entries):
+                self._add_text(entry)
+                entries[position - 1] = entry
+
+    def _add_text(self, entry: sampling_pb2.PositionLogprobs) -> None:
+        for candidate in (entry.chosen, *entry.top):
+            candidate.text = self._table.text_of(candidate.token_id)
