@@ -81,6 +81,13 @@ def _reply(output: Output) -> scheduler_pb2.SchedulerReply:
             return scheduler_pb2.SchedulerReply(request_id=output.request_id, error=error)
 
 
+def _group_client(
+    spec: process_pb2.SchedulerSpec, role: "worker_pb2.EngineRole.ValueType", events: GroupEvents
+) -> GroupClient:
+    name, endpoint = ("target group", spec.target) if role == _TARGET else ("draft group", spec.draft)
+    return GroupClient(name, endpoint, role, version=spec.version, round_timeout_s=spec.round_timeout_s, events=events)
+
+
 class Replica:
     """The running scheduler of one replica. Lives on one event loop; nothing here blocks."""
 
@@ -105,24 +112,12 @@ class Replica:
         self.ready = False
         self.draft_ready = False
         self.recorder = RoundRecorder(core.status, is_colocated=spec.draft.address == spec.target.address)
-        self.target = GroupClient(
-            "target group",
-            spec.target,
-            _TARGET,
-            version=spec.version,
-            round_timeout_s=spec.round_timeout_s,
-            events=GroupEvents(connected=self._target_up, result=self._target_result, lost=self._target_lost),
-        )
+        events = GroupEvents(connected=self._target_up, result=self._target_result, lost=self._target_lost)
+        self.target = _group_client(spec, _TARGET, events)
         self.draft: GroupClient | None = None
         if spec.HasField("draft") and SpeculationConfig.from_spec(spec.speculation).uses_draft_model:
-            self.draft = GroupClient(
-                "draft group",
-                spec.draft,
-                _DRAFT,
-                version=spec.version,
-                round_timeout_s=spec.round_timeout_s,
-                events=GroupEvents(connected=self._draft_up, result=self._draft_result, lost=self._draft_lost),
-            )
+            events = GroupEvents(connected=self._draft_up, result=self._draft_result, lost=self._draft_lost)
+            self.draft = _group_client(spec, _DRAFT, events)
 
     # -- from gateways ------------------------------------------------------------------------------------------------
 

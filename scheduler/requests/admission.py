@@ -30,45 +30,56 @@ def build_request(
     sampling = submit.sampling
     prompt = list(submit.prompt_token_ids)
     max_len = _max_len(submit, max_model_len)
-    request = Request(
+    request = _new_request(submit, now)
+    rules = _stop_rules(sampling, config, max_tokens=max_len - len(prompt))
+    root = root_digest(config.model_name, block_size)
+    request.seqs += [
+        Seq(
+            request=request,
+            index=index,
+            order=(number, index),
+            token_ids=prompt.copy(),
+            max_len=max_len,
+            sampling=_seq_sampling(sampling, rules.stop_token_ids, index),
+            output=OutputText(rules, _detokenizer(submit, table)),
+            digests=DigestChain(root, block_size),
+            max_drafts=max_drafts(submit.speculation, config.speculation),
+            is_draft_fixed=submit.speculation.HasField("num_speculative_tokens"),
+        )
+        for index in range(max(1, sampling.n))
+    ]
+    return request
+
+
+def _new_request(submit: scheduler_pb2.Submit, now: float) -> Request:
+    num_prompt = len(submit.prompt_token_ids)
+    return Request(
         request_id=submit.request_id,
-        num_prompt_tokens=len(prompt),
+        num_prompt_tokens=num_prompt,
         arrived_s=now,
         deadline_s=now + submit.timeout_s if submit.HasField("timeout_s") else None,
-        seed=sampling.seed,
+        seed=submit.sampling.seed,
+        prompt_logprobs=[None] * (num_prompt - 1) if submit.sampling.HasField("prompt_logprobs") else None,
     )
-    if sampling.HasField("prompt_logprobs"):
-        request.prompt_logprobs = [None] * (len(prompt) - 1)
-    rules = StopRules(
+
+
+def _stop_rules(sampling: sampling_pb2.SamplingParams, config: SchedulerConfig, *, max_tokens: int) -> StopRules:
+    return StopRules(
         stop_token_ids=_stop_token_ids(sampling, config),
         strings=StopStrings(sampling.stop),
         include_stop_str=sampling.include_stop_str_in_output,
         min_tokens=sampling.min_tokens,
-        max_tokens=max_len - len(prompt),
+        max_tokens=max_tokens,
     )
-    root = root_digest(config.model_name, block_size)
-    follows_text = not table.special_ids.issuperset(prompt)
-    for index in range(max(1, sampling.n)):
-        detokenizer = Detokenizer(
-            table,
-            skip_special_tokens=sampling.skip_special_tokens or not sampling.HasField("skip_special_tokens"),
-            follows_text=follows_text,
-        )
-        request.seqs.append(
-            Seq(
-                request=request,
-                index=index,
-                order=(number, index),
-                token_ids=prompt.copy(),
-                max_len=max_len,
-                sampling=_seq_sampling(sampling, rules.stop_token_ids, index),
-                output=OutputText(rules, detokenizer),
-                digests=DigestChain(root, block_size),
-                max_drafts=max_drafts(submit.speculation, config.speculation),
-                is_draft_fixed=submit.speculation.HasField("num_speculative_tokens"),
-            )
-        )
-    return request
+
+
+def _detokenizer(submit: scheduler_pb2.Submit, table: TokenTable) -> Detokenizer:
+    sampling = submit.sampling
+    return Detokenizer(
+        table,
+        skip_special_tokens=sampling.skip_special_tokens or not sampling.HasField("skip_special_tokens"),
+        follows_text=not table.special_ids.issuperset(submit.prompt_token_ids),
+    )
 
 
 def _max_len(submit: scheduler_pb2.Submit, max_model_len: int) -> int:
