@@ -11,10 +11,8 @@ decoding's token by token. A variant that this build refuses is listed with the 
 
 import argparse
 import shlex
-import statistics
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -25,6 +23,7 @@ from bench.load import run_side_by_side
 from bench.plots import plot_bars
 from bench.prompts import load_prompts
 from bench.report import Spread, add_report_options, publish, table
+from bench.speculate_results import Cell, Prompts, Results, Run, share
 from bench.variants import METHODS, PIPELINES, PLAIN, NotAvailableError, Pair, Variant, VariantDeployment, all_variants
 from echelon.pb.scheduler_pb2 import GetSchedulerStatusRequest, SchedulerStatus
 from echelon.pb.scheduler_pb2_grpc import SchedulerStub
@@ -36,85 +35,14 @@ WARM_UP_TOKENS = 32
 MOST_GAPS = 16  # differences that are looked into
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A load."""
-
-    temperature: float
-    concurrency: int
-
-    @property
-    def name(self) -> str:
-        return f"temperature {self.temperature:g}, concurrency {self.concurrency}"
-
-
-Prompts = Mapping[Cell, Sequence[list[int]]]  # token ids
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """All prompts once."""
-
-    tokens_per_s: float
-    token_s: float  # of a request, between its first token and its last: seconds a token, prefill left out
-    tokens_per_round: float  # of a request: accepted drafts and the target's own
-    acceptance: float  # accepted / compared drafts
-    draft_idle: float  # share of the time in which the draft could have drafted and had no round
-    target_idle: float  # share of the time in which the target had no round, since it waited for drafts
-    drafts_per_draft_round: float  # of all rows; a round of the continuous pipeline has few steps, mostly one
-    cache_hits: float  # share of the mismatches for which a branch was ready
-    outputs: list[tuple[int, ...]]
-
-
-@dataclass(slots=True)
-class Results:
-    """Everything measured so far."""
-
-    runs: dict[Cell, dict[Variant, list[Run]]] = field(default_factory=dict)
-    refusals: dict[Variant, str] = field(default_factory=dict)
-
-    def add(self, variant: Variant, cell: Cell, run: Run) -> None:
-        self.runs.setdefault(cell, {}).setdefault(variant, []).append(run)
-
-    def ratios(self, cell: Cell, variant: Variant, base: Variant) -> list[float]:
-        """Speed against that of another variant's run of the same turn, prefill included."""
-        pairs = zip(self.runs[cell][variant], self.runs[cell][base], strict=False)
-        return [run.tokens_per_s / other.tokens_per_s for run, other in pairs]
-
-    def decoding_ratios(self, cell: Cell, variant: Variant, base: Variant) -> list[float]:
-        """The same between the first token of a request and its last."""
-        pairs = zip(self.runs[cell][variant], self.runs[cell][base], strict=False)
-        return [share(other.token_s, run.token_s) for run, other in pairs]
-
-    def best_serial(self, cell: Cell, source: str) -> Variant | None:
-        """What the other pipelines of a source are measured against."""
-        serial = [v for v in self.runs[cell] if (v.pipeline, v.source) == ("serial", source) and v.num_drafts]
-        return max(serial, key=lambda v: _median_speed(self.runs[cell][v]), default=None)
-
-    def best_without_policy(self, cell: Cell, variant: Variant) -> Variant:
-        """What the policy's choices are measured against: no drafts, or the best fixed number."""
-        fixed = [
-            v for v in self.runs[cell] if (v.pipeline, v.source) == (variant.pipeline, variant.source) and v.num_drafts
-        ]
-        return max([PLAIN, *fixed], key=lambda v: _median_speed(self.runs[cell][v]))
-
-
-def _median_speed(runs: Sequence[Run]) -> float:
-    return statistics.median(run.tokens_per_s for run in runs)
-
-
 def status_of(deployment: VariantDeployment) -> SchedulerStatus:
     with grpc.insecure_channel(deployment.running.scheduler_address) as channel:
         return SchedulerStub(channel).GetSchedulerStatus(GetSchedulerStatusRequest(), timeout=10.0)
 
 
-def share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
-
-
 def run_cell(deployment: VariantDeployment, prompts: Sequence[list[int]], cell: Cell, num_tokens: int) -> Run:
-    """One run over all prompts, behind a few requests of the same kind with other tokens: prompts as long, because how
-    a prompt is computed depends on how long others lately were."""
+    """One run over all prompts, after a few requests of the same kind with other tokens. Their prompts are as
+    long, because how a prompt is computed depends on the length of recent ones."""
     address = deployment.running.gateway_address
     options: GenerateOptions = {
         "max_tokens": num_tokens,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bench.differences import first_difference
-from bench.speculate import Cell, Results, Run
+from bench.speculate_results import Cell, Results, Run
 from bench.variants import PLAIN, Pair, Variant, adjust_scheduler, adjust_worker, all_variants
 from echelon.pb.process_pb2 import EngineSpec, SchedulerSpec, SpeculationSpec, WorkerSpec
 from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET

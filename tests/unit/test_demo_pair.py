@@ -1,8 +1,8 @@
-"""The bundled demo pair loads, fits and speaks Python; the training script's pure parts do what they say."""
+"""The bundled demo pair loads, fits and speaks Python; the pure parts of its training do what they say."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,15 +41,21 @@ class LineCounter:
 
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("train_demo", MODELS / "train_demo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_demo"] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["train_demo"]
+def beside_the_script() -> Iterator[None]:
+    """Modules are found as they are when the script runs."""
+    sys.path.insert(0, str(MODELS))
+    yield
+    sys.path.remove(str(MODELS))
+
+
+@pytest.fixture(scope="module")
+def script(beside_the_script: None) -> ModuleType:
+    return importlib.import_module("train_demo")
+
+
+@pytest.fixture(scope="module")
+def text(beside_the_script: None) -> ModuleType:
+    return importlib.import_module("demo_text")
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +154,7 @@ def test_draft_agrees_with_most_of_the_targets_greedy_tokens(
 # ---------------------------------------------------------------------------------------------------- script
 
 
-def test_python_files_skips_what_is_not_the_library(script: ModuleType, tmp_path: Path) -> None:
+def test_python_files_skips_what_is_not_the_library(text: ModuleType, tmp_path: Path) -> None:
     contents = {
         "a.py": b"a = 1\n",
         "pkg/b.py": b"# -*- coding: latin-1 -*-\nb = '\xe9'\n",
@@ -156,43 +162,43 @@ def test_python_files_skips_what_is_not_the_library(script: ModuleType, tmp_path
         "_sysconfigdata_linux.py": b"d = 1\n",
         "broken.py": b"\xff\xfe",
         "empty.py": b"",
-        "table.py": b"#" * (script.MAX_FILE_CHARS + 1),
+        "table.py": b"#" * (text.MAX_FILE_CHARS + 1),
     }
     for path, content in contents.items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(content)
-    files = dict(script.python_files(tmp_path))
+    files = dict(text.python_files(tmp_path))
     assert files == {"a.py": "a = 1\n", "pkg/b.py": "# -*- coding: latin-1 -*-\nb = '\u00e9'\n"}
 
 
-def test_deduplicate_keeps_the_first_of_each_path_and_content(script: ModuleType) -> None:
+def test_deduplicate_keeps_the_first_of_each_path_and_content(text: ModuleType) -> None:
     files = [("a.py", "one"), ("b.py", "two"), ("a.py", "newer"), ("moved/b.py", "two"), ("c.py", "three")]
-    assert script.deduplicate(files) == {"a.py": "one", "b.py": "two", "c.py": "three"}
+    assert text.deduplicate(files) == {"a.py": "one", "b.py": "two", "c.py": "three"}
 
 
-def test_split_follows_the_name_and_not_the_folder(script: ModuleType) -> None:
+def test_split_follows_the_name_and_not_the_folder(text: ModuleType) -> None:
     names = [f"module{i}.py" for i in range(2000)]
-    held_out = [name for name in names if script.is_held_out(name)]
+    held_out = [name for name in names if text.is_held_out(name)]
     assert 0.02 < len(held_out) / len(names) < 0.06
-    assert all(script.is_held_out(f"some/folder/{name}") for name in held_out)
+    assert all(text.is_held_out(f"some/folder/{name}") for name in held_out)
 
 
-def test_packages_are_split_one_by_one(script: ModuleType) -> None:
-    assert {script.is_held_out(f"package{i}/__init__.py") for i in range(500)} == {True, False}
+def test_packages_are_split_one_by_one(text: ModuleType) -> None:
+    assert {text.is_held_out(f"package{i}/__init__.py") for i in range(500)} == {True, False}
 
 
-def test_load_corpus_holds_out_files_of_the_first_source_only(script: ModuleType, tmp_path: Path) -> None:
-    held = [name for name in (f"m{i}.py" for i in range(300)) if script.is_held_out(name)]
+def test_load_corpus_holds_out_files_of_the_first_source_only(text: ModuleType, tmp_path: Path) -> None:
+    held = [name for name in (f"m{i}.py" for i in range(300)) if text.is_held_out(name)]
     for source, path in [("first", held[0]), ("first", "m0.py"), ("second", held[1]), ("second", f"moved/{held[0]}")]:
         file = tmp_path / source / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{source} {path}")
-    corpus = script.load_corpus([tmp_path / "first", tmp_path / "second"])
+    corpus = text.load_corpus([tmp_path / "first", tmp_path / "second"])
     assert (set(corpus.held_out), set(corpus.train)) == ({held[0]}, {"m0.py"} - set(held))
 
 
-def test_pack_marks_each_files_start(script: ModuleType, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-    ids = script.pack(["import os\n", "x = 1\n"], tokenizer.backend_tokenizer).tolist()
+def test_pack_marks_each_files_start(text: ModuleType, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    ids = text.pack(["import os\n", "x = 1\n"], tokenizer.backend_tokenizer).tolist()
     assert ids[0] == 0
     assert ids.count(0) == 2
     assert tokenizer.decode(ids) == "<|endoftext|>import os\n<|endoftext|>x = 1\n"

@@ -1,23 +1,59 @@
-"""The rules of the house: who may import whom, and what the light processes must not load."""
+"""The rules of the house: who may import whom, what the light processes must not load, and how long things may be.
+
+A new folder needs a line in ARROWS and in FORBIDDEN, a new wing a line in WING_ARROWS. Both tables say what is there,
+no more: the tests print the arrows that are missing from them and those that have become stale.
+"""
 
 import ast
+import functools
+import graphlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("echelon", "gateway", "cluster", "scheduler", "workers", "kernels", "checkpoint", "childproc")
-MAY_IMPORT = {
-    "echelon": {"echelon", "cluster"},  # the CLI starts the controller; it does so lazily (below)
-    "cluster": {"cluster", "checkpoint", "childproc", "echelon"},
-    "gateway": {"gateway", "checkpoint", "childproc", "echelon"},
-    "scheduler": {"scheduler", "childproc", "echelon"},
-    "workers": {"workers", "kernels", "checkpoint", "childproc", "echelon"},
-    "kernels": {"kernels"},
-    "checkpoint": {"checkpoint"},
-    "childproc": {"childproc", "echelon"},
+# Whom a folder imports, beside itself. The CLI alone imports cluster from echelon, when a command needs it.
+ARROWS = {
+    "echelon": "cluster",
+    "cluster": "checkpoint childproc echelon",
+    "gateway": "checkpoint childproc echelon",
+    "scheduler": "childproc echelon",
+    "workers": "checkpoint childproc echelon kernels",
+    "kernels": "",
+    "checkpoint": "",
+    "childproc": "echelon",
+}
+# The same between the wings of a folder. The folder's own name stands for the files beside its wings.
+WING_ARROWS = {
+    "cluster": "cluster.deployment cluster.on_ray cluster.planning cluster.processes",
+    "cluster.deployment": "cluster",
+    "cluster.on_ray": "cluster cluster.deployment cluster.planning cluster.processes",
+    "cluster.planning": "cluster cluster.deployment",
+    "cluster.processes": "cluster cluster.deployment cluster.planning",
+    "echelon.cli": "echelon",
+    "gateway": "gateway.doors gateway.replicas gateway.requests",
+    "gateway.doors": "gateway gateway.replicas gateway.requests",
+    "gateway.replicas": "gateway gateway.requests",
+    "kernels.attention": "kernels",
+    "kernels.kv": "kernels",
+    "kernels.layers": "kernels",
+    "kernels.sampling": "kernels",
+    "kernels.upcoming": "kernels kernels.attention kernels.layers",
+    "scheduler": "scheduler.drafting scheduler.engines scheduler.process scheduler.requests scheduler.target",
+    "scheduler.drafting": "scheduler scheduler.engines scheduler.policy scheduler.requests",
+    "scheduler.engines": "scheduler.requests",
+    "scheduler.process": "scheduler scheduler.engines scheduler.requests",
+    "scheduler.requests": "scheduler scheduler.drafting scheduler.engines scheduler.policy",
+    "scheduler.target": "scheduler scheduler.drafting scheduler.engines scheduler.policy scheduler.requests",
+    "workers": "workers.process",
+    "workers.engine": "workers workers.models workers.sampling",
+    "workers.layers": "workers",
+    "workers.models": "workers workers.layers",
+    "workers.process": "workers workers.engine workers.layers workers.models workers.sampling",
+    "workers.sampling": "workers",
 }
 TORCH = {"torch", "transformers", "triton"}
 FORBIDDEN = {
@@ -30,56 +66,129 @@ FORBIDDEN = {
     "checkpoint": TORCH | {"ray", "pydantic"},
     "childproc": TORCH | {"ray", "pydantic"},
 }
+ONLY_CLI = "echelon.cli"
+MAX_FILE_LINES = 350
+KNOWN_LONG_FILES = {"scheduler/core.py"}
+P95_FUNCTION_LINES = 26
 
 
-def imports_of(path: Path) -> set[str]:
-    """Dotted names of all modules that a file imports, function bodies included."""
+@functools.cache
+def sources(folder: str) -> tuple[Path, ...]:
+    return tuple(path for path in sorted((ROOT / folder).rglob("*.py")) if "pb" not in path.parts)
+
+
+@functools.cache
+def imports_of(path: Path) -> frozenset[str]:
+    """Dotted names of all that a file imports, in function bodies and for type checkers alone too."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
-def sources(folder: str) -> list[Path]:
-    return [p for p in (ROOT / folder).rglob("*.py") if "pb" not in p.parts]
+def top(name: str) -> str:
+    return name.split(".")[0]
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_arrows(folder: str) -> None:
+def wing(module: str) -> str:
+    """scheduler.policy for scheduler.policy.goodput, scheduler for scheduler.core."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if (ROOT / parts[0] / parts[1]).is_dir() else parts[0]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@functools.cache
+def module_imports() -> dict[str, set[str]]:
+    """Whom each of our modules imports among them."""
+    modules = {module_of(path): path for folder in ARROWS for path in sources(folder)}
+    return {
+        module: {name if name in modules else name.rpartition(".")[0] for name in imports_of(path)} & modules.keys()
+        for module, path in modules.items()
+    }
+
+
+def as_text(arrows: Iterator[tuple[str, str]]) -> list[str]:
+    return sorted({f"{start} -> {end}" for start, end in arrows if start != end})
+
+
+def allowed(table: dict[str, str]) -> list[str]:
+    return as_text((start, end) for start, ends in table.items() for end in ends.split())
+
+
+def test_arrows_between_folders() -> None:
+    found = as_text(
+        (folder, top(name))
+        for folder in ARROWS
+        for path in sources(folder)
+        for name in imports_of(path)
+        if top(name) in ARROWS
+    )
+    assert found == allowed(ARROWS)
+
+
+def test_arrows_between_wings() -> None:
+    found = as_text(
+        (wing(module), wing(name))
+        for module, names in module_imports().items()
+        for name in names
+        if "." in module and "." in name and top(module) == top(name)
+    )
+    assert found == allowed(WING_ARROWS)
+
+
+@pytest.mark.parametrize("folder", ARROWS)
+def test_a_folder_stays_clear_of_what_it_must_not_load(folder: str) -> None:
     for path in sources(folder):
         for name in imports_of(path):
-            top = name.split(".")[0]
-            if top in FOLDERS:
-                assert top in MAY_IMPORT[folder], f"{path.relative_to(ROOT)} must not import {name}"
-            assert top not in FORBIDDEN[folder], f"{path.relative_to(ROOT)} must not import {name}"
+            assert top(name) not in FORBIDDEN[folder], f"{path.relative_to(ROOT)} must not import {name}"
 
 
 @pytest.mark.parametrize("folder", ["scheduler", "workers", "childproc"])
 def test_only_the_stubs_are_shared(folder: str) -> None:
     for path in sources(folder):
         for name in imports_of(path):
-            if name.split(".")[0] == "echelon" and name != "echelon.__version__":
+            if top(name) == "echelon" and name != "echelon.__version__":
                 assert name.startswith("echelon.pb"), f"{path.relative_to(ROOT)} imports {name}"
 
 
-def files_of_ours() -> dict[str, set[str]]:
-    """Each module of ours -> the modules of ours that it imports."""
-    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for f in FOLDERS for path in sources(f)}
-    return {
-        name: {other for found in imports_of(path) for other in (found, found.rpartition(".")[0]) if other in names}
-        for name, path in names.items()
-    }
+def test_only_the_command_line_reaches_down_to_the_cluster() -> None:
+    for path in sources("echelon"):
+        if not module_of(path).startswith(ONLY_CLI):
+            assert "cluster" not in map(top, imports_of(path)), f"{path.relative_to(ROOT)} imports cluster"
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
-    left = files_of_ours()
-    while ready := [name for name, others in left.items() if not others & left.keys()]:
-        for name in ready:
-            del left[name]
-    assert not left, f"these import each other, or such modules: {sorted(left)}"
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    graph = {module: set(names) - {module} for module, names in module_imports().items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as err:
+        pytest.fail(f"import circle: {' <- '.join(err.args[1])}")
+
+
+def test_no_file_is_too_long() -> None:
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = {name for name in listed.split() if not name.startswith(("tests/", "echelon/pb/"))}
+    too_long = {name for name in files if len((ROOT / name).read_text().splitlines()) > MAX_FILE_LINES}
+    assert too_long <= KNOWN_LONG_FILES
+
+
+def function_lines(folder: str) -> Iterator[int]:
+    for path in sources(folder):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+                yield node.end_lineno - node.lineno + 1
+
+
+def test_most_functions_are_short() -> None:
+    lengths = sorted(length for folder in ARROWS for length in function_lines(folder))
+    p95 = lengths[-(-len(lengths) * 95 // 100) - 1]
+    assert p95 <= P95_FUNCTION_LINES, f"19 of 20 functions have up to {p95} lines"
 
 
 def modules_loaded_by(code: str) -> set[str]:

@@ -55,16 +55,17 @@ def test_a_failed_start_says_why_although_somebody_took_it_down(monkeypatch: pyt
 def test_a_failure_to_clean_up_does_not_hide_why_the_start_failed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(log_path: Path) -> NoReturn:
+    def fail(*args: object, **callbacks: object) -> NoReturn:
         raise StartError("Ray is out of cheese")
 
-    def fail_too(record: state_dir.Record, *, grace_s: float) -> NoReturn:
+    def fail_too(record: state_dir.Record, grace_s: float) -> NoReturn:
         raise StartError("Ray still has a gateway")
 
-    monkeypatch.setattr(lifecycle, "start_private_ray", fail)
-    monkeypatch.setattr(lifecycle, "_take_down", fail_too)
+    monkeypatch.setattr(lifecycle, "is_listening", lambda address: True)
+    monkeypatch.setattr(ray_lifecycle, "deploy", fail)
+    monkeypatch.setattr(ray_lifecycle, "end", fail_too)
     with pytest.raises(StartError, match="Ray is out of cheese"):
-        lifecycle.up(DEMO)
+        lifecycle.up(DEMO, ray_address="10.0.0.1:6379")
     assert "demo is not wholly gone: Ray still has a gateway; run: echelon down demo" in caplog.text
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kernels.sampling.sample import sample
+from kernels.sampling.truncation_threshold import truncation_threshold
 from tests.helpers.sampling import (
     CPU,
     LOGITS,
@@ -271,13 +272,14 @@ def test_logits_are_left_as_they_are() -> None:
 
 
 def best_by_removal(logits: torch.Tensor, item: SeqSamplingState, num: int) -> list[int]:
-    """The tokens in order of choice: each time the chosen one is masked, behind truncation as before."""
+    """The tokens in order of choice: each time the chosen one is masked, after the same truncation."""
     rows = rows_of([item])
-    sampler = Sampler(SoloGroup(), VOCAB_SIZE)
     processed = logits.clone()
     if rows.edits is not None:
         rows.edits.apply(processed, 0)
-    thresholds = sampler._thresholds(processed, rows)
+    thresholds = None
+    if rows.truncation is not None:
+        thresholds = truncation_threshold(processed, rows.temperature, rows.truncation)
     chosen: list[int] = []
     for _ in range(num):
         values, token_ids = sample(processed, rows.temperature, rows.keys, thresholds=thresholds)
