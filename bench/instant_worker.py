@@ -1,4 +1,4 @@
-"""A worker whose engine answers at once: real process, real gRPC, real control channel, no model.
+"""A worker whose engine answers at once: real process, real gRPC, real round channel, no model.
 
 What is left between two rounds is what scheduler and wires add. `bench.rounds` starts it as `python -m workers` is
 started. The leader writes a line "<rows> <nanoseconds since the last round ended>" for each round to the file that the

@@ -195,7 +195,7 @@ def measure_steps(options: argparse.Namespace) -> None:
         f"{options.steps} steps.\n\n" + table(["", "ms a step", "against sequential"], rows)
     )
     command = (
-        f"python -m bench.layer_parallel --step-times --layers {options.layers} --hidden {options.hidden} "
+        f"python -m bench.layer_parallel_drafts --step-times --layers {options.layers} --hidden {options.hidden} "
         f"--intermediate {options.intermediate} --context {options.context}"
     )
     publish("layer-parallel-steps", body, command=command, save=options.save)

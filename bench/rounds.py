@@ -1,6 +1,6 @@
 """What scheduler and wires add to a round: the time a device would idle between two rounds, one round in flight.
 
-Scheduler, leader and the other ranks are real processes that talk over real gRPC and the real control channel; only
+Scheduler, leader and the other ranks are real processes that talk over real gRPC and the real round channel; only
 the engine is replaced by one that answers at once (bench.instant_worker). With two rounds in flight, which is how
 Echelon runs, a device does not see this time at all while a step takes longer.
 """
@@ -152,7 +152,7 @@ def main() -> None:
     rows = [row for ranks in args.ranks for row in measure(ranks, args.seqs, args.tokens)]
     body = (
         "Time between the end of a round on the leader and the start of the next, when all seqs decode: result over "
-        "gRPC, scheduler, round over gRPC, control channel. All processes share this machine's cores.\n\n"
+        "gRPC, scheduler, round over gRPC, round channel. All processes share this machine's cores.\n\n"
         + table(["ranks", "seqs", "p50 ms", "p95 ms", "rounds"], rows)
     )
     publish("rounds", body, command="python -m bench.rounds", save=args.save)

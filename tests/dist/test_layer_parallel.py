@@ -8,7 +8,7 @@ import torch
 from echelon.pb.process_pb2 import EngineSpec
 from echelon.pb.worker_pb2 import LayerGroup
 from tests.helpers.engines import DRAFT, TARGET, drive, engine_spec, make_engine
-from tests.helpers.layer_parallel import GROUPS, Case, Outcome, reference, run_on_rank, write_deep_model
+from tests.helpers.layer_parallel_cases import GROUPS, Case, Outcome, reference, run_on_rank, write_deep_model
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.rounds import Driver, greedy, seeded
 from tests.helpers.worker_client import RoundStream, WorkerGroup

@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 
 from echelon.pb import sampling_pb2, worker_pb2
 
-__all__ = ["FakeEngine", "FakeModel", "ProtocolError", "plain_tokens"]
-
 _MASK = (1 << 64) - 1
 
 
-class ProtocolError(AssertionError):
+class SchedulerFaultError(AssertionError):
     """The scheduler sent what no correct scheduler sends."""
 
 
@@ -385,4 +383,4 @@ def _logprobs(token_id: int, position: int) -> sampling_pb2.PositionLogprobs:
 
 def _require(condition: bool, what: str) -> None:
     if not condition:
-        raise ProtocolError(f"violated: {what}")
+        raise SchedulerFaultError(f"violated: {what}")

@@ -10,8 +10,6 @@ import grpc.aio
 from echelon.pb import worker_pb2, worker_pb2_grpc
 from tests.helpers.fake_group import FakeEngine
 
-__all__ = ["FakeGroupServer"]
-
 
 class FakeGroupServer(worker_pb2_grpc.WorkerServicer):
     """One group of one or two engines. `pause` keeps rounds unanswered; `drop_streams` breaks every stream."""

@@ -14,8 +14,6 @@ from scheduler.requests.detokenizer import TokenTable
 from scheduler.requests.outputs import Chunk, Completed, Failed, Output
 from tests.helpers.fake_group import FakeEngine, FakeModel, plain_tokens
 
-__all__ = ["Simulation", "letters", "seq_sampling", "submit", "token_table"]
-
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN"
 
 

@@ -5,8 +5,6 @@ import urllib.request
 
 from prometheus_client.parser import text_string_to_metric_families
 
-__all__ = ["free_port", "parse", "scrape"]
-
 Samples = dict[tuple[str, ...], float]  # (name, label value, ...) without the model's name
 
 

@@ -16,8 +16,6 @@ from echelon.pb import worker_pb2
 from tests.helpers.fake_group import FakeEngine
 from tests.helpers.scheduler_sim import Simulation
 
-__all__ = ["TimedSimulation"]
-
 OnResult = Callable[[worker_pb2.RoundResult], None]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.layer_parallel import (
+from tests.helpers.layer_parallel_cases import (
     CONFIGS,
     GROUPS,
     PROMPTS,

@@ -9,7 +9,7 @@ from childproc.spec import SpecError
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.worker_pb2 import LayerGroup
 from tests.helpers.engines import DRAFT, TARGET, drive, engine_spec, make_engine
-from tests.helpers.layer_parallel import GROUPS, write_deep_model
+from tests.helpers.layer_parallel_cases import GROUPS, write_deep_model
 from tests.helpers.rounds import greedy
 from tests.helpers.thread_group import ThreadGroup, run_ranks
 from workers.engine.engine import Engine

@@ -99,7 +99,7 @@ def test_nothing_is_recorded_unless_asked_for() -> None:
     assert tracer.stop() == []
 
 
-# -- over the control channel ---------------------------------------------------------------------------------------
+# -- over the round channel ---------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The control channel: the leader repeats each round to the other ranks and all watch each other.
+"""The round channel: the leader repeats each round to the other ranks and all watch each other.
 
 Plain TCP, not a collective: on two busy cores a send to one rank and its answer took 14 us, to three 45 us, where a
 gloo broadcast with its answer took 164 us and 555 us (p90 2 and 4 ms: gloo has threads of its own to be scheduled).
@@ -73,7 +73,7 @@ class Leader:
                 connection, peer = listener.accept()
                 rank, channel = _greeting(connection, token, timeout_s)
                 if rank is None:
-                    logger.warning("control channel: closed a stray connection from %s", peer)
+                    logger.warning("round channel: closed a stray connection from %s", peer)
                     connection.close()
                     continue
                 connections[rank, channel] = connection

@@ -237,7 +237,7 @@ def measure_acceptance(options: argparse.Namespace) -> None:
         f"accepted a round (k = {options.k})",
     ]
     dataset = f" --dataset {options.dataset.name}" if options.dataset else ""
-    command = f"python -m bench.layer_parallel{dataset} --prompts {options.prompts} --tokens {options.tokens}"
+    command = f"python -m bench.layer_parallel_drafts{dataset} --prompts {options.prompts} --tokens {options.tokens}"
     publish("layer-parallel-acceptance", table(header, rows), command=command, save=options.save)
     if options.save:
         plot(results, PLOT)
