@@ -16,7 +16,7 @@ from echelon.pb.worker_pb2 import WorkerInfo
 logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
-MIN_PROGRESS_INTERVAL_S = 0.2
+_MIN_PROGRESS_INTERVAL_S = 0.2
 
 
 class EventWriter:
@@ -42,7 +42,7 @@ class EventWriter:
         """Writes at most five a second, but always the first and the last of a stage."""
         now = time.monotonic()
         with self._lock:
-            if stage == self._stage and done < total and now - self._progress_at < MIN_PROGRESS_INTERVAL_S:
+            if stage == self._stage and done < total and now - self._progress_at < _MIN_PROGRESS_INTERVAL_S:
                 return
             self._stage, self._progress_at = stage, now
         self._write(ProcessEvent(progress=Progress(stage=stage, done=done, total=total)))

@@ -10,7 +10,7 @@ from echelon.errors import error_from_status
 from echelon.pb import control_pb2, control_pb2_grpc, scheduler_pb2
 
 _CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1),)  # a traced round of many layers has many spans
-REPLY_TIMEOUT_S = 10.0
+_REPLY_TIMEOUT_S = 10.0
 
 
 class ControlClient:
@@ -23,7 +23,7 @@ class ControlClient:
     def replicas(self) -> control_pb2.GetReplicasResponse:
         """How every replica fares now."""
         try:
-            return self._stub.GetReplicas(control_pb2.GetReplicasRequest(), timeout=REPLY_TIMEOUT_S)
+            return self._stub.GetReplicas(control_pb2.GetReplicasRequest(), timeout=_REPLY_TIMEOUT_S)
         except grpc.RpcError as err:
             raise _error(err) from err
 

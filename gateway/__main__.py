@@ -7,7 +7,7 @@ from childproc.events import EventWriter
 from echelon.pb.process_pb2 import GatewaySpec
 from gateway.server import Gateway
 
-DRAIN_GRACE_S = 30.0
+_DRAIN_GRACE_S = 30.0
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ async def _serve(spec: GatewaySpec, events: EventWriter) -> None:
     if ready.done():
         events.ready(address)
     await stopped
-    await gateway.drain(DRAIN_GRACE_S)
+    await gateway.drain(_DRAIN_GRACE_S)
     ready.cancel()
 
 

@@ -29,9 +29,9 @@ from gateway.requests.validation import RequestValidator
 
 logger = logging.getLogger(__name__)
 
-INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
-CONTROL = control_pb2.DESCRIPTOR.services_by_name["Control"]
-DEFAULT_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+_INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
+_CONTROL = control_pb2.DESCRIPTOR.services_by_name["Control"]
+_DEFAULT_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 _NOTICE_S = 3.0  # for clients and load balancers to hear that the gateway stops
 
 
@@ -55,13 +55,13 @@ class Gateway:
         self._metrics = RequestMetrics(spec.model_name)
         self._http: HttpServer | None = None
         self._servicer = _build_servicer(spec, self._links, self._metrics)
-        self._server = grpc.aio.server(options=_server_options(spec.max_message_bytes or DEFAULT_MAX_MESSAGE_BYTES))
+        self._server = grpc.aio.server(options=_server_options(spec.max_message_bytes or _DEFAULT_MAX_MESSAGE_BYTES))
         self._control = ControlServicer(self._links, model_name=spec.model_name)
         self._server.add_generic_rpc_handlers(
-            (service_handlers(INFERENCE, self._servicer), service_handlers(CONTROL, self._control))
+            (service_handlers(_INFERENCE, self._servicer), service_handlers(_CONTROL, self._control))
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        services = (INFERENCE.full_name, CONTROL.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        services = (_INFERENCE.full_name, _CONTROL.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(services, self._server)
 
     async def start(self) -> str:

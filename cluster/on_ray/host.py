@@ -20,7 +20,7 @@ from echelon.pb.process_pb2 import ProcessEvent
 
 logger = logging.getLogger(__name__)
 
-LOST_HOST_STATUS = 255  # exit status of a process whose host died, as ssh reports a lost connection
+_LOST_HOST_STATUS = 255  # exit status of a process whose host died, as ssh reports a lost connection
 _CALL_TIMEOUT_S = 30.0
 
 
@@ -88,7 +88,7 @@ class RayChild:
             self._exit_status, event = ray.get(self._host.watch.remote(timeout_s), timeout=timeout_s + _CALL_TIMEOUT_S)
         except RayError as err:
             self._lost = f"its host is lost: {_first_line(err)}"
-            self._exit_status = LOST_HOST_STATUS
+            self._exit_status = _LOST_HOST_STATUS
             return None
         assert event is None or isinstance(event, ProcessEvent), "a host relays events"
         return event

@@ -22,7 +22,7 @@ from cluster.processes.child import REPOSITORY
 
 logger = logging.getLogger(__name__)
 
-TOKEN_VARIABLE = "ECHELON_PRIVATE_RAY"
+_TOKEN_VARIABLE = "ECHELON_PRIVATE_RAY"
 START_TIMEOUT_S = 60.0
 _POLL_S = 0.05
 _OBJECT_STORE_BYTES = 100 << 20  # nothing of ours goes through it
@@ -76,7 +76,7 @@ def is_listening(address: str) -> bool:
 
 def processes_with(token: str) -> list[int]:
     """Process ids that carry the token, this process excepted; none where there is no /proc (macOS)."""
-    wanted = f"{TOKEN_VARIABLE}={token}".encode()
+    wanted = f"{_TOKEN_VARIABLE}={token}".encode()
     found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
         try:
@@ -117,7 +117,7 @@ def _environment(token: str) -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_TMPDIR")}
     return {
         **inherited,
-        TOKEN_VARIABLE: token,
+        _TOKEN_VARIABLE: token,
         # Ray listens on every interface and runs the code of whoever connects, unless it asks for a token.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,

@@ -23,7 +23,7 @@ from echelon.pb.process_pb2 import ProcessEvent
 logger = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TAIL_LINES = 30
+_TAIL_LINES = 30
 _TAIL_BYTES = 16 << 10
 
 
@@ -139,7 +139,7 @@ class ChildProcess:
                 text = log.read().decode(errors="replace")
         except OSError as err:
             return f"(log {self.log_path} cannot be read: {err})"
-        return "\n".join(text.splitlines()[-TAIL_LINES:])
+        return "\n".join(text.splitlines()[-_TAIL_LINES:])
 
     def _send(self, line: str) -> None:
         assert self._process.stdin is not None, "stdin is a pipe"

@@ -15,9 +15,9 @@ from cluster.processes.worker_group import GroupLaunch, RunningGroup, start_grou
 
 logger = logging.getLogger(__name__)
 
-SCHEDULER_MODULE = "scheduler"
-GATEWAY_MODULE = "gateway"
-FIRST_INCARNATION = 1
+_SCHEDULER_MODULE = "scheduler"
+_GATEWAY_MODULE = "gateway"
+_FIRST_INCARNATION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ def roll_out(
         GroupLaunch(
             role=bundles[0].group,
             replica=bundles[0].replica,
-            specs=worker_specs(settings, bundles, FIRST_INCARNATION),
+            specs=worker_specs(settings, bundles, _FIRST_INCARNATION),
             bundles=bundles,
         )
         for bundles in (plan.group("target"), plan.group("draft"))
@@ -93,7 +93,7 @@ def _start_scheduler(
         draft=None if draft_group is None else draft_group.endpoint,
     )
     name = plan.scheduler.name
-    processes.launch(Launch(id=plan.scheduler.id, module=SCHEDULER_MODULE, spec=spec, node=plan.scheduler.address))
+    processes.launch(Launch(id=plan.scheduler.id, module=_SCHEDULER_MODULE, spec=spec, node=plan.scheduler.address))
     processes.wait_ready([name], deadline)
     return processes.read(lambda board: board.process(name).address)
 
@@ -103,6 +103,6 @@ def _start_gateway(
 ) -> str:
     name = plan.gateway.name
     spec = gateway_spec(settings, plan.gateway, scheduler_addresses=[scheduler_address])
-    processes.launch(Launch(id=plan.gateway.id, module=GATEWAY_MODULE, spec=spec, node=plan.gateway.address))
+    processes.launch(Launch(id=plan.gateway.id, module=_GATEWAY_MODULE, spec=spec, node=plan.gateway.address))
     processes.wait_ready([name], deadline)
     return processes.read(lambda board: board.process(name).address)

@@ -19,7 +19,7 @@ from cluster.processes.supervision import Board
 
 logger = logging.getLogger(__name__)
 
-WATCH_INTERVAL_S = 1.0
+_WATCH_INTERVAL_S = 1.0
 _LATE_GRACE_S = 1.0
 
 
@@ -119,7 +119,7 @@ class ProcessSet:
             with ThreadPoolExecutor(max_workers=len(children)) as pool:
                 list(pool.map(lambda child: child.stop(grace_s), children.values()))
         for watcher in self._watchers:
-            watcher.join(timeout=10 * WATCH_INTERVAL_S)
+            watcher.join(timeout=10 * _WATCH_INTERVAL_S)
 
     def _take(self, child: Child) -> bool:
         """Watch a child; False where stop() came while it was spawned, and so knows nothing of it."""
@@ -157,7 +157,7 @@ class ProcessSet:
         while True:
             # Asked before the events: what a process said before its end is in the queue by then.
             exit_status = child.poll()
-            event = child.next_event(WATCH_INTERVAL_S)
+            event = child.next_event(_WATCH_INTERVAL_S)
             has_ended = event is None and exit_status is not None
             stderr_tail = child.stderr_tail() if has_ended else ""
             with self._changed:

@@ -13,7 +13,7 @@ from cluster.processes.status import ProcessStatus
 from echelon.pb.process_pb2 import GroupEndpoint, WorkerSpec
 from echelon.pb.worker_pb2 import WorkerInfo
 
-WORKER_MODULE = "workers"
+_WORKER_MODULE = "workers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ def _launch(group: GroupLaunch, rank: int, *, store_address: str) -> Launch:
         # Cores that others use too: a thread that spins at a barrier keeps the one it waits for from running.
         env["OMP_WAIT_POLICY"] = "passive"
     return Launch(
-        id=group.ids[rank], module=WORKER_MODULE, spec=spec, node=spec.host, bundle=group.bundles[rank], env=env
+        id=group.ids[rank], module=_WORKER_MODULE, spec=spec, node=spec.host, bundle=group.bundles[rank], env=env
     )
 
 

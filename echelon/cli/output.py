@@ -18,8 +18,8 @@ from cluster.errors import ConfigError, DeploymentNotFoundError, PlanError, Star
 from echelon.errors import EchelonError, InvalidRequestError, NotFoundError
 
 EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
+_EXIT_USAGE = 2
+_EXIT_INTERRUPTED = 130
 EXIT_CODES_HELP = (
     "Exit codes: 0 success; 1 failure at run time (no answer, a process died, not ready); "
     "2 wrong input (an option, the deployment file, the request), so trying again will not help; "
@@ -76,7 +76,7 @@ def exits(command: Callable[P, None]) -> Callable[P, None]:
             command(*args, **kwargs)
         except (UsageProblem, ConfigError, InvalidRequestError, NotFoundError) as err:
             report_error(str(err))
-            raise typer.Exit(EXIT_USAGE) from err
+            raise typer.Exit(_EXIT_USAGE) from err
         except (EchelonError, PlanError, StartError, DeploymentNotFoundError) as err:
             report_error(str(err))
             raise typer.Exit(EXIT_FAILED) from err
@@ -85,7 +85,7 @@ def exits(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(EXIT_FAILED) from err
         except KeyboardInterrupt as err:
             report_error("interrupted")
-            raise typer.Exit(EXIT_INTERRUPTED) from err
+            raise typer.Exit(_EXIT_INTERRUPTED) from err
 
     return run
 

@@ -15,7 +15,7 @@ from echelon.control import ControlClient
 from echelon.errors import EchelonError
 from echelon.pb import scheduler_pb2
 
-DEFAULT_TRACE_S = 5.0
+_DEFAULT_TRACE_S = 5.0
 
 
 @exits
@@ -24,7 +24,7 @@ def trace(
     rounds: Annotated[int | None, typer.Option(min=1, help="Stop after this many rounds of the target.")] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(min=0.001, help=f"Stop after this many seconds. Default without --rounds: {DEFAULT_TRACE_S:g}."),
+        typer.Option(min=0.001, help=f"Stop after this many seconds. Default without --rounds: {_DEFAULT_TRACE_S:g}."),
     ] = None,
     replica: Annotated[int, typer.Option(min=0, help="Replica to record.")] = 0,
     address: AddressOption = DEFAULT_ADDRESS,
@@ -33,7 +33,7 @@ def trace(
 
     Ctrl-C ends the recording and keeps what was recorded.
     """
-    duration_s = seconds if seconds is not None else (0.0 if rounds else DEFAULT_TRACE_S)
+    duration_s = seconds if seconds is not None else (0.0 if rounds else _DEFAULT_TRACE_S)
     _check_writable(out)
     with ControlClient(address) as control:
         events = _record(control.trace(num_rounds=rounds or 0, duration_s=duration_s, replica=replica))

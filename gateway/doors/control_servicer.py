@@ -13,8 +13,8 @@ from gateway.replicas.scheduler_link import SchedulerLink
 
 _TraceCall = grpc.aio.UnaryStreamCall[scheduler_pb2.TraceRequest, scheduler_pb2.TraceEvent]
 
-MAX_TRACE_S = 600.0
-MAX_TRACE_ROUNDS = 1_000_000
+_MAX_TRACE_S = 600.0
+_MAX_TRACE_ROUNDS = 1_000_000
 _SHUTTING_DOWN = "this gateway is shutting down"
 
 
@@ -71,8 +71,8 @@ class ControlServicer:
         trace = request.trace
         if request.replica >= len(self._links):
             return f"replica: there is no {request.replica}; the last one is {len(self._links) - 1}"
-        if trace.num_rounds > MAX_TRACE_ROUNDS:
-            return f"trace.num_rounds: must be at most {MAX_TRACE_ROUNDS}, got {trace.num_rounds}"
-        if not (math.isfinite(trace.duration_s) and 0 <= trace.duration_s <= MAX_TRACE_S):
-            return f"trace.duration_s: must be in [0, {MAX_TRACE_S:g}], got {trace.duration_s:g}"
+        if trace.num_rounds > _MAX_TRACE_ROUNDS:
+            return f"trace.num_rounds: must be at most {_MAX_TRACE_ROUNDS}, got {trace.num_rounds}"
+        if not (math.isfinite(trace.duration_s) and 0 <= trace.duration_s <= _MAX_TRACE_S):
+            return f"trace.duration_s: must be in [0, {_MAX_TRACE_S:g}], got {trace.duration_s:g}"
         return ""

@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-LIVENESS = ""
+_LIVENESS = ""
 READINESS = "echelon.v1.Inference"
 
 
@@ -21,7 +21,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """
 
     def __init__(self) -> None:
-        self._serving = {LIVENESS: True, READINESS: False}
+        self._serving = {_LIVENESS: True, READINESS: False}
         self._changed = asyncio.Event()
         self._closed = False
 

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
 
-IDLE_TIMEOUT_S = 10.0
+_IDLE_TIMEOUT_S = 10.0
 
 
 class HttpServer:
@@ -62,7 +62,7 @@ class _Server6(_Server):
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = IDLE_TIMEOUT_S
+    timeout = _IDLE_TIMEOUT_S
 
     def log_message(self, format: str, *args: object) -> None:
         """A line for every scrape would drown the log."""

@@ -16,7 +16,7 @@ from gateway.requests.refusal import Refusal, status_code
 
 logger = logging.getLogger(__name__)
 
-STATUS_INTERVAL_S = 0.5
+_STATUS_INTERVAL_S = 0.5
 STATUS_TIMEOUT_S = 2.0  # with the interval: a scheduler that hangs is seen within 2.5 s
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
 _CHANNEL_OPTIONS = (
@@ -167,7 +167,7 @@ class SchedulerLink:
                 self._set_ready(status.ready and connected, status.not_ready_reason or "not ready")
             except grpc.aio.AioRpcError as err:
                 self._set_ready(False, f"{err.code().name}: {err.details()}")
-            await asyncio.sleep(STATUS_INTERVAL_S)
+            await asyncio.sleep(_STATUS_INTERVAL_S)
 
     def _set_ready(self, ready: bool, reason: str) -> None:
         self.not_ready_reason = "" if ready else reason

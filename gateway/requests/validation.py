@@ -12,7 +12,7 @@ from gateway.requests.refusal import Refusal, invalid
 from gateway.requests.sampling import resolve_sampling
 from gateway.requests.tokenization import PromptTokenizer
 
-MAX_REQUEST_ID_CHARS = 128
+_MAX_REQUEST_ID_CHARS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +44,9 @@ class RequestValidator:
         )
 
     def _check_names(self, request: inference_pb2.GenerateRequest) -> None:
-        if len(request.request_id) > MAX_REQUEST_ID_CHARS:
+        if len(request.request_id) > _MAX_REQUEST_ID_CHARS:
             raise invalid(
-                f"request_id: at most {MAX_REQUEST_ID_CHARS} characters are allowed, got {len(request.request_id)}"
+                f"request_id: at most {_MAX_REQUEST_ID_CHARS} characters are allowed, got {len(request.request_id)}"
             )
         if request.model and request.model != self.model_name:
             raise Refusal(
