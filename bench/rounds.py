@@ -33,6 +33,7 @@ from echelon.pb.sampling_pb2 import SamplingParams
 from echelon.pb.scheduler_pb2 import SchedulerRequest, Submit
 from echelon.pb.scheduler_pb2_grpc import SchedulerStub
 from echelon.pb.worker_pb2 import ENGINE_ROLE_TARGET
+from gateway.requests.sampling import built_in_defaults
 
 HOST = "127.0.0.1"
 MAX_MODEL_LEN = 4096
@@ -90,7 +91,8 @@ async def decode(scheduler_address: str, num_seqs: int, num_tokens: int, first_i
     async with grpc.aio.insecure_channel(scheduler_address) as channel:
         call = SchedulerStub(channel).Connect()
         for index in range(num_seqs):
-            sampling = SamplingParams(seed=1, temperature=0.0, max_tokens=num_tokens, ignore_eos=True, n=1)
+            sampling = built_in_defaults()
+            sampling.MergeFrom(SamplingParams(seed=1, temperature=0.0, max_tokens=num_tokens, ignore_eos=True))
             submit = Submit(
                 request_id=str(first_id + index), prompt_token_ids=[1 + index] * PROMPT_LEN, sampling=sampling
             )

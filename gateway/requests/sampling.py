@@ -47,15 +47,9 @@ _RULES = (
 )
 
 
-def load_sampling_defaults(model_dir: Path) -> SamplingParams:
-    """The settings of a request that says nothing, all set but seed, max_tokens, logprobs and prompt_logprobs.
-
-    A value comes from the model's generation_config.json where that file has it (temperature, top_p, top_k, min_p,
-    repetition_penalty, and max_new_tokens as the default of max_tokens), else it is the default that
-    protos/sampling.proto states. `do_sample` is ignored, as vLLM does: a request that wants greedy decoding says
-    temperature 0. Raises ValueError naming the file and the value when a default is out of range.
-    """
-    defaults = SamplingParams(
+def built_in_defaults() -> SamplingParams:
+    """The defaults that protos/sampling.proto states, for every field that has one."""
+    return SamplingParams(
         temperature=1.0,
         top_p=1.0,
         top_k=0,
@@ -69,6 +63,17 @@ def load_sampling_defaults(model_dir: Path) -> SamplingParams:
         skip_special_tokens=True,
         include_stop_str_in_output=False,
     )
+
+
+def load_sampling_defaults(model_dir: Path) -> SamplingParams:
+    """The settings of a request that says nothing, all set but seed, max_tokens, logprobs and prompt_logprobs.
+
+    A value comes from the model's generation_config.json where that file has it (temperature, top_p, top_k, min_p,
+    repetition_penalty, and max_new_tokens as the default of max_tokens), else it is the built-in one. `do_sample` is
+    ignored, as vLLM does: a request that wants greedy decoding says temperature 0. Raises ValueError naming the file
+    and the value when a default is out of range.
+    """
+    defaults = built_in_defaults()
     path = model_dir / "generation_config.json"
     config = read_optional_json_object(path)
     for theirs, ours in _FROM_GENERATION_CONFIG.items():

@@ -1,6 +1,7 @@
 """What a client asks for becomes a request, or an error that names the field."""
 
 from collections.abc import Iterable
+from typing import Literal
 
 from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2
 from scheduler.config import SchedulerConfig, SpeculationConfig
@@ -10,6 +11,15 @@ from scheduler.requests.request import Request, Seq
 from scheduler.requests.stopping import OutputText, StopRules, StopStrings
 
 __all__ = ["InvalidRequestError", "build_request", "max_drafts"]
+
+# Sampling settings whose zero is not their default: a Submit without them would mean something else.
+_RESOLVED: tuple[Literal["temperature", "top_p", "repetition_penalty", "n", "skip_special_tokens"], ...] = (
+    "temperature",
+    "top_p",
+    "repetition_penalty",
+    "n",
+    "skip_special_tokens",
+)
 
 
 class InvalidRequestError(ValueError):
@@ -46,7 +56,7 @@ def build_request(
             max_drafts=max_drafts(submit.speculation, config.speculation),
             is_draft_fixed=submit.speculation.HasField("num_speculative_tokens"),
         )
-        for index in range(max(1, sampling.n))
+        for index in range(sampling.n)
     ]
     return request
 
@@ -77,7 +87,7 @@ def _detokenizer(submit: scheduler_pb2.Submit, table: TokenTable) -> Detokenizer
     sampling = submit.sampling
     return Detokenizer(
         table,
-        skip_special_tokens=sampling.skip_special_tokens or not sampling.HasField("skip_special_tokens"),
+        skip_special_tokens=sampling.skip_special_tokens,
         follows_text=not table.special_ids.issuperset(submit.prompt_token_ids),
     )
 
@@ -85,6 +95,9 @@ def _detokenizer(submit: scheduler_pb2.Submit, table: TokenTable) -> Detokenizer
 def _max_len(submit: scheduler_pb2.Submit, max_model_len: int) -> int:
     num_prompt = len(submit.prompt_token_ids)
     sampling = submit.sampling
+    for field in _RESOLVED:
+        if not sampling.HasField(field):
+            raise InvalidRequestError(f"sampling.{field} is not set: the gateway fills in every default")
     if num_prompt == 0:
         raise InvalidRequestError("prompt_token_ids is empty: a prompt needs at least one token")
     if num_prompt >= max_model_len:
@@ -118,11 +131,11 @@ def _seq_sampling(
     resolved = sampling_pb2.SeqSampling(
         seed=sampling.seed,
         sample_index=index,
-        temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
-        top_k=max(0, sampling.top_k),
-        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
         min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0,
+        repetition_penalty=sampling.repetition_penalty,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         logit_bias=dict(sampling.logit_bias),

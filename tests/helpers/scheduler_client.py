@@ -4,6 +4,7 @@ import queue
 from typing import Any
 
 from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2, scheduler_pb2_grpc
+from tests.helpers.sampling_params import resolved_sampling
 
 Sample = tuple[str, int]  # request_id, index of the sample
 
@@ -30,7 +31,7 @@ class SchedulerClient:
         message = scheduler_pb2.Submit(
             request_id=request_id,
             prompt_token_ids=prompt,
-            sampling=sampling_pb2.SamplingParams(**self._defaults | sampling),
+            sampling=resolved_sampling(**self._defaults | sampling),
             speculation=speculation,
         )
         self._requests.put(scheduler_pb2.SchedulerRequest(submit=message))

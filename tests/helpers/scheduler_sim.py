@@ -13,6 +13,7 @@ from scheduler.core import SchedulerCore
 from scheduler.requests.detokenizer import TokenTable
 from scheduler.requests.outputs import Chunk, Completed, Failed, Output
 from tests.helpers.fake_group import FakeEngine, FakeModel, plain_tokens
+from tests.helpers.sampling_params import resolved_sampling
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN"
 
@@ -34,7 +35,7 @@ def submit(request_id: str, prompt: list[int], *, timeout_s: float | None = None
     return scheduler_pb2.Submit(
         request_id=request_id,
         prompt_token_ids=prompt,
-        sampling=sampling_pb2.SamplingParams(**{"seed": 1, "max_tokens": 16} | fields),
+        sampling=resolved_sampling(**{"seed": 1, "max_tokens": 16} | fields),
         speculation=inference_pb2.Speculation(**speculation),
         timeout_s=timeout_s,
     )

@@ -419,6 +419,14 @@ def test_what_can_never_run_is_refused(message: Any, words: str) -> None:
     assert words in sim.failed["r"].message
 
 
+def test_the_scheduler_has_no_sampling_defaults_of_its_own() -> None:
+    message = submit("r", [1])
+    message.sampling.ClearField("temperature")
+    sim = Simulation()
+    sim.submit(message)
+    assert sim.failed["r"].message == "sampling.temperature is not set: the gateway fills in every default"
+
+
 def test_a_request_id_is_unique_among_running_requests() -> None:
     sim = Simulation()
     sim.submit(submit("r", prompt(1, 4)))
