@@ -3,7 +3,7 @@
 Echelon draws draft and target with the same noise and accepts while the tokens are equal (arXiv 2408.07978), so that
 the output does not depend on the drafter. Rejection sampling from draft probabilities (maximal coupling) accepts a
 token with probability 1 - TV, where TV is the distance of the two distributions. This program prints what the
-difference costs, on text that the target writes behind each prompt.
+difference costs, on text that the target writes after each prompt.
 """
 
 import argparse
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--draft", type=Path, default=MODELS / "demo-draft")
     parser.add_argument("--dataset", type=Path, help="JSON lines with 'prompt'; default: a few bundled ones")
     parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=128, help="written behind each prompt")
+    parser.add_argument("--tokens", type=int, default=128, help="written after each prompt")
     parser.add_argument("--seeds", type=int, default=16, help="draws at each position")
     add_report_options(parser)
     options = parser.parse_args()

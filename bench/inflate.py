@@ -10,7 +10,7 @@ what writes them by zeros, so the new columns stay 0 and whatever is computed fr
 - RMSNorm divides by the mean over more columns: its weights shrink by sqrt(old / new), its epsilon by old / new. The
   weights are kept in fp32, where that is exact enough for 1e-4 in the logits; a model run in bf16 rounds them again.
 - New heads attend with random queries to random keys, and the output projection has zeros for them.
-- New layers, behind the old ones, write nothing.
+- New layers, after the old ones, write nothing.
 """
 
 import argparse

@@ -121,7 +121,7 @@ class Writer:
 
 
 def target_texts(folder: Path, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
-    """Each prompt with what the target writes behind it."""
+    """Each prompt with the continuation that the target writes."""
     writer = Writer(folder, None, prompts)
     texts = [list(prompt) for prompt in prompts]
     for _ in range(num_tokens):
@@ -133,10 +133,10 @@ def target_texts(folder: Path, prompts: Sequence[Sequence[int]], num_tokens: int
 def acceptance(
     folder: Path, way: Way, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], k: int
 ) -> Acceptance:
-    """Rounds of k drafts behind each text so far, until none has room for another round.
+    """Rounds of k drafts after each text so far, until none has room for another round.
 
     With calibration a round begins with an exact pass over all that is new, whose logits give its first draft. Without
-    it nothing behind the prompt is computed exactly, and KV of drafts that were right stays as it is.
+    it nothing after the prompt is computed exactly, and KV of drafts that were right stays as it is.
     """
     writer = Writer(folder, way.groups, prompts)
     lengths = [len(prompt) for prompt in prompts]
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--draft", type=Path, default=ROOT / "models" / "demo-draft")
     parser.add_argument("--dataset", type=Path, help="JSON lines with 'prompt'; default: a few bundled ones")
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=96, help="written behind each prompt")
+    parser.add_argument("--tokens", type=int, default=96, help="written after each prompt")
     parser.add_argument("--k", type=int, default=4, help="drafts a round")
     parser.add_argument("--step-times", action="store_true", help="measure steps instead of acceptance")
     add_step_options(parser)

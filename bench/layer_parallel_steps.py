@@ -68,7 +68,7 @@ class DraftGroup:
         )
 
     def step_ms(self, num_tokens: int) -> float:
-        """Of a chain of `num_tokens` drafts behind the prompt and another token."""
+        """Of a chain of `num_tokens` drafts after the prompt and another token."""
         row = Row(slot=0, crop_len=self._prompt_len, append_token_ids=[7], chunk_len=1, num_draft_tokens=num_tokens)
         result = self._run(row)
         assert result.num_steps == num_tokens, f"{num_tokens} drafts took {result.num_steps} forwards"

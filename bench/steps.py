@@ -75,7 +75,7 @@ class Seqs:
         self._send([Row(slot=slot, chunk_len=context) for slot in self._slots], inits)
 
     def verify(self, num_rows: int) -> None:
-        """The last token and drafts behind it."""
+        """The last token and the drafts after it."""
         drafts = range(1, num_rows)
         self._send(
             [
@@ -92,7 +92,7 @@ class Seqs:
         )
 
     def draft(self, num_tokens: int) -> None:
-        """Catches up with a verdict of two tokens and drafts behind them."""
+        """Catches up with a verdict of two tokens and the drafts after them."""
         self._send(
             [
                 Row(

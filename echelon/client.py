@@ -6,7 +6,7 @@
             print(chunk.text, end="", flush=True)
 
 Both clients take the same arguments and raise the same errors (`echelon.errors`); one client serves any number of
-calls at once. A stream that is closed, left behind by an exception or garbage-collected cancels its request.
+calls at once. A stream that is closed, abandoned after an exception or garbage-collected cancels its request.
 """
 
 import threading
@@ -62,7 +62,7 @@ class Stream:
 
     def __next__(self) -> Chunk:
         chunk = None
-        while chunk is None:  # behind the completion comes StopIteration, with the status
+        while chunk is None:  # StopIteration, with the status, follows the completion
             try:
                 chunk = self._builder.add(next(self._call))
             except grpc.RpcError as err:

@@ -1,4 +1,4 @@
-"""What those who run a deployment ask its gateway: how replicas fare, and a trace of what they do."""
+"""Queries for operators: the status of replicas, and a trace of their work."""
 
 from collections.abc import Iterator
 from types import TracebackType

@@ -1,4 +1,4 @@
-"""A gateway put together: its gRPC server, its links to schedulers, its health."""
+"""Assembles a gateway: its gRPC server, its links to schedulers, its health."""
 
 import asyncio
 import contextlib

@@ -11,7 +11,7 @@ from bench.report import Spread, hardware
 
 Step = Callable[[], object]
 CPU_CACHE_BYTES = 32 << 20
-CACHES_TO_EXCEED = 4  # what is read anew in each call has to be larger than that many caches
+CACHES_TO_EXCEED = 4  # what is read again in each call has to be larger than that many caches
 SLEEP_CYCLES = 2_000_000  # 1 ms, in which the host gets ahead: a call is then timed without its launch
 
 

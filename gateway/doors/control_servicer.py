@@ -1,4 +1,4 @@
-"""The Control service: how the replicas fare, and what they do."""
+"""The Control service: the status of the replicas, and traces of their work."""
 
 import asyncio
 import math
@@ -28,7 +28,7 @@ class ControlServicer:
         self._draining = False
 
     def end_recordings(self) -> None:
-        """The gateway is about to stop: nobody waits for a recording."""
+        """The gateway is about to stop and does not wait for a recording."""
         self._draining = True
         for call in self._recordings:
             call.cancel()

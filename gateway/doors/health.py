@@ -1,4 +1,4 @@
-"""grpc.health.v1 whose Watch streams every change and whose watchers cannot hold anybody up."""
+"""grpc.health.v1: Watch streams every change, and a slow watcher holds nobody up."""
 
 import asyncio
 from collections.abc import AsyncIterator

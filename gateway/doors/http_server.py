@@ -16,7 +16,7 @@ _IDLE_TIMEOUT_S = 10.0
 
 
 class HttpServer:
-    """Listens from its making on, serves from `start` on, in threads of its own. Raises OSError where the port cannot
+    """Listens once constructed and serves after `start`, in threads of its own. Raises OSError where the port cannot
     be had."""
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:

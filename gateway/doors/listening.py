@@ -1,4 +1,4 @@
-"""Addresses to listen on, and what to say where that fails."""
+"""Addresses to listen on, and error messages for when that fails."""
 
 import errno
 

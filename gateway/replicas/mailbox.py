@@ -1,4 +1,4 @@
-"""Where the replies to one request wait for their client."""
+"""Holds the replies to one request until its client takes them."""
 
 import asyncio
 from dataclasses import dataclass, field

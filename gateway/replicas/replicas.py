@@ -1,4 +1,4 @@
-"""What the replicas say of themselves, asked when somebody wants to know."""
+"""The status of the replicas, fetched on demand."""
 
 import asyncio
 from collections.abc import Sequence

@@ -159,7 +159,7 @@ class SchedulerLink:
 
     async def _follow_status(self) -> None:
         """Asks for the status again and again rather than watching the scheduler's health: a scheduler that hangs
-        streams nothing, and the reason why it is not ready belongs into the client's error."""
+        streams nothing, and the reason why it is not ready belongs in the client's error."""
         while True:
             try:
                 status = await self.read_status()

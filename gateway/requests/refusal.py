@@ -1,4 +1,4 @@
-"""How a request is turned down with a status of its own."""
+"""A refused request and its gRPC status."""
 
 import grpc
 
@@ -21,5 +21,5 @@ def status_code(number: int) -> grpc.StatusCode:
 
 
 def invalid(message: str) -> Refusal:
-    """The refusal of a request that is wrong whatever the state of the server."""
+    """Refuses a request that no state of the server could make valid."""
     return Refusal(grpc.StatusCode.INVALID_ARGUMENT, message)

@@ -1,4 +1,4 @@
-"""What a request's sampling settings come to: defaults filled in, every value checked."""
+"""Fills in the defaults of a request's sampling settings and checks every value."""
 
 import secrets
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""From what a client sent to what a scheduler accepts: a request is refused here or is well-formed from here on."""
+"""Turns client requests into scheduler requests. A request is refused here or is well-formed from here on."""
 
 import secrets
 from dataclasses import dataclass
