@@ -13,7 +13,7 @@ from grpc import StatusCode
 from echelon.pb import inference_pb2, scheduler_pb2, worker_pb2
 from scheduler.config import SchedulerConfig
 from scheduler.drafting.speculation import Speculation
-from scheduler.engines.engine import Engine, PlannedRow
+from scheduler.engines.engine import EngineView, PlannedRow
 from scheduler.engines.idle_meter import IdleMeter
 from scheduler.requests.admission import InvalidRequestError, build_request
 from scheduler.requests.delivery import Delivery, Fresh
@@ -72,8 +72,8 @@ class SchedulerCore:
         """The draft engine is gone: requests go on without drafts."""
         self._speculation.detach(self._target.running)
 
-    def _new_engine(self, info: worker_pb2.EngineInfo, incarnation: int) -> Engine:
-        return Engine(info, incarnation, enable_prefix_caching=self._config.enable_prefix_caching)
+    def _new_engine(self, info: worker_pb2.EngineInfo, incarnation: int) -> EngineView:
+        return EngineView(info, incarnation, enable_prefix_caching=self._config.enable_prefix_caching)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from scheduler.config import SpeculationConfig
 from scheduler.drafting.chain import DraftSeat
 from scheduler.drafting.seats import DraftSeats, is_complete
 from scheduler.drafting.verdict_cache import VerdictCache
-from scheduler.engines.engine import Engine, InFlight, PlannedRow
+from scheduler.engines.engine import EngineView, InFlight, PlannedRow
 from scheduler.policy.confidence import Calibration
 from scheduler.policy.policy import Drafts, SpeculationPolicy
 from scheduler.requests.request import Seq
@@ -80,10 +80,10 @@ class Drafter(ABC):
     # -- seqs ---------------------------------------------------------------------------------------------------------
 
     @property
-    def engine(self) -> Engine | None:
+    def engine(self) -> EngineView | None:
         return self.seats.engine if self.seats else None
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: EngineView) -> None:
         self.seats = DraftSeats(engine)
 
     def detach(self, seqs: Iterable[Seq]) -> None:
@@ -198,7 +198,7 @@ class Drafter(ABC):
         )
 
     def on_result(self, result: worker_pb2.RoundResult, now: float, *, target_idle_since: float | None) -> None:
-        """Take in a round's drafts. `target_idle_since`: None while it is at work. Raises ProtocolError."""
+        """Take in a round's drafts. `target_idle_since`: None while it is at work. Raises UnexpectedAnswerError."""
         assert self.seats is not None, "a result of an engine that is not connected"
         record = self.seats.engine.land(result, now)
         self._on_landed(record)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from echelon.pb import worker_pb2
 from scheduler.drafting.chain import Drafted, DraftSeat
-from scheduler.engines.engine import Engine, ForkFrom, InFlight, PlannedRow
+from scheduler.engines.engine import EngineView, ForkFrom, InFlight, PlannedRow
 from scheduler.requests.request import Seq
 
 __all__ = ["DraftSeats", "is_complete"]
@@ -17,7 +17,7 @@ __all__ = ["DraftSeats", "is_complete"]
 class DraftSeats:
     """Seats of one draft engine; made anew when the engine connects again."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineView) -> None:
         self.engine = engine
         self._is_approximate = engine.info.lp_size > 1  # drafts leave KV that has to be calibrated
 

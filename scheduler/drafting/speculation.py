@@ -9,7 +9,7 @@ from scheduler.drafting.continuous import Continuous
 from scheduler.drafting.drafter import Drafter
 from scheduler.drafting.lookup import Lookup
 from scheduler.drafting.serial import Serial
-from scheduler.engines.engine import Engine
+from scheduler.engines.engine import EngineView
 from scheduler.policy.acceptance import Acceptance
 from scheduler.policy.policy import Drafts
 from scheduler.requests.admission import max_drafts
@@ -173,7 +173,7 @@ class Speculation:
 
     # -- the draft engine ---------------------------------------------------------------------------------------------
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: EngineView) -> None:
         self.drafter.attach(engine)
 
     def detach(self, seqs: Iterable[Seq]) -> None:

@@ -9,10 +9,10 @@ from scheduler.engines.blocks import BlockManager
 from scheduler.engines.seat import Seat
 from scheduler.requests.request import Seq
 
-__all__ = ["Engine", "ForkFrom", "InFlight", "PlannedRow", "ProtocolError"]
+__all__ = ["EngineView", "ForkFrom", "InFlight", "PlannedRow", "UnexpectedAnswerError"]
 
 
-class ProtocolError(RuntimeError):
+class UnexpectedAnswerError(RuntimeError):
     """A worker group answered something that no round asked for."""
 
 
@@ -54,7 +54,7 @@ class InFlight:
     wall_s: float = 0.0  # from when the engine could have begun to when its answer came: what it took for us
 
 
-class Engine:
+class EngineView:
     """Slots and blocks of a connected engine.
 
     Rounds run in the order in which they are sent, so what a seq gives back may be given out again at once: the
@@ -154,10 +154,11 @@ class Engine:
         """The round that this result answers, which is no longer in flight."""
         if not self.in_flight or self.in_flight[0].round_id != result.round_id:
             expected = self.in_flight[0].round_id if self.in_flight else "none"
-            raise ProtocolError(f"result of round {result.round_id} came, expected was {expected}")
+            raise UnexpectedAnswerError(f"result of round {result.round_id} came, expected was {expected}")
         record = self.in_flight.popleft()
         if len(result.rows) != len(record.rows):
-            raise ProtocolError(f"round {result.round_id} has {len(record.rows)} rows, its result {len(result.rows)}")
+            num_asked, num_came = len(record.rows), len(result.rows)
+            raise UnexpectedAnswerError(f"round {result.round_id} has {num_asked} rows, its result {num_came}")
         # Where both engines are in one process it may have waited for a round of the other: no time of its own.
         began_s = max(record.sent_s + result.queue_ns * 1e-9, self._landed_s)
         record.wall_s = max(result.run_ns * 1e-9, now - began_s)

@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from echelon.pb import process_pb2, worker_pb2, worker_pb2_grpc
-from scheduler.engines.engine import ProtocolError
+from scheduler.engines.engine import UnexpectedAnswerError
 
 __all__ = ["GroupClient", "GroupEvents"]
 
@@ -155,7 +155,7 @@ class GroupClient:
                 self._arm(call)
                 self._events.result(result)
             raise GroupError(f"ended the stream: {await call.details() or 'no reason given'}")
-        except (grpc.aio.AioRpcError, asyncio.CancelledError, GroupError, ProtocolError) as error:
+        except (grpc.aio.AioRpcError, asyncio.CancelledError, GroupError, UnexpectedAnswerError) as error:
             self._events.lost(self._loss(error))
             if isinstance(error, asyncio.CancelledError) and not self._timed_out:
                 raise

@@ -9,10 +9,10 @@ __all__ = ["DraftTally"]
 
 @dataclass(slots=True)
 class DraftTally:
-    """Fields as in SpeculationStats (inference.proto); numbers of Python, which are faster to count in."""
+    """The fields of SpeculationStats (inference.proto) as Python numbers, which are faster to count in."""
 
     num_rounds: int = 0
-    num_drafts: int = 0
+    num_rounds_with_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     accepted_per_position: list[int] = field(default_factory=list)
@@ -22,7 +22,7 @@ class DraftTally:
         self.num_rounds += 1
         if num_verified == 0:
             return
-        self.num_drafts += 1
+        self.num_rounds_with_drafts += 1
         self.num_draft_tokens += num_verified
         self.num_accepted_tokens += num_accepted
         self.accepted_per_position += [0] * (num_verified - len(self.accepted_per_position))
@@ -32,7 +32,7 @@ class DraftTally:
     def message(self) -> inference_pb2.SpeculationStats:
         return inference_pb2.SpeculationStats(
             num_rounds=self.num_rounds,
-            num_drafts=self.num_drafts,
+            num_drafts=self.num_rounds_with_drafts,
             num_draft_tokens=self.num_draft_tokens,
             num_accepted_tokens=self.num_accepted_tokens,
             accepted_per_position=self.accepted_per_position,

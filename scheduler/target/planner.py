@@ -8,7 +8,7 @@ from operator import attrgetter
 from echelon.pb import worker_pb2
 from scheduler.config import SchedulerConfig
 from scheduler.drafting.speculation import Speculation
-from scheduler.engines.engine import Engine, InFlight, PlannedRow, ProtocolError
+from scheduler.engines.engine import EngineView, InFlight, PlannedRow, UnexpectedAnswerError
 from scheduler.engines.seat import Seat
 from scheduler.requests.queue import WaitingQueue
 from scheduler.requests.request import Request, Seq, SeqStatus
@@ -36,7 +36,7 @@ class TargetPlanner:
     def __init__(self, config: SchedulerConfig, speculation: Speculation) -> None:
         self._config = config
         self._speculation = speculation
-        self.engine: Engine | None = None
+        self.engine: EngineView | None = None
         self.running: list[Seq] = []  # oldest first
         self._waiting = WaitingQueue()
         self._arrivals = Arrivals()
@@ -47,7 +47,7 @@ class TargetPlanner:
         self.num_tokens_looked_up = 0  # in the prefix cache
         self.num_tokens_found = 0
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: EngineView) -> None:
         self.engine = engine
         self._cost = RoundCost()
 
@@ -83,9 +83,9 @@ class TargetPlanner:
         seq.status = SeqStatus.FINISHED
 
     def land(self, result: worker_pb2.RoundResult, now: float) -> InFlight:
-        """The round that this result answers. Raises ProtocolError."""
+        """The round that this result answers. Raises UnexpectedAnswerError."""
         if self.engine is None:
-            raise ProtocolError("a result came from an engine that is not connected")
+            raise UnexpectedAnswerError("a result came from an engine that is not connected")
         record = self.engine.land(result, now)
         self._cost.observe(record.num_tokens, result.run_ns)
         if not record.is_prefill:
@@ -118,7 +118,7 @@ class TargetPlanner:
             self._mark_in_flight(row)
         return engine.launch(list(rows.values()), now)
 
-    def _may_queue(self, engine: Engine) -> bool:
+    def _may_queue(self, engine: EngineView) -> bool:
         if self._speculation.target_waits:
             return False
         if not engine.in_flight:
@@ -137,13 +137,13 @@ class TargetPlanner:
         num_prefilling = sum(seq.num_uncomputed for seq in self.running if seq.may_step) - len(decoding)
         return self._speculation.choose(decoding, now, num_other_tokens=num_prefilling, num_waiting=self.num_queued)
 
-    def _plan_decodes(self, engine: Engine, rows: dict[Seq, PlannedRow], seqs: Iterable[Seq]) -> None:
+    def _plan_decodes(self, engine: EngineView, rows: dict[Seq, PlannedRow], seqs: Iterable[Seq]) -> None:
         for seq in seqs:
             seat = seq.target
             if seat is not None and self._make_room(engine, seq, seat, rows):
                 rows[seq] = PlannedRow(seq=seq, seat=seat, start=seat.num_computed, chunk_len=1)
 
-    def _make_room(self, engine: Engine, seq: Seq, seat: Seat, rows: dict[Seq, PlannedRow]) -> bool:
+    def _make_room(self, engine: EngineView, seq: Seq, seat: Seat, rows: dict[Seq, PlannedRow]) -> bool:
         """A block for the seq's next token, taken from the youngest seq if need be (possibly itself)."""
         while not engine.grow(seat, seat.num_computed + 1):
             victim = self.running[-1]
@@ -153,7 +153,7 @@ class TargetPlanner:
                 return False
         return True
 
-    def _preempt(self, engine: Engine, seq: Seq) -> None:
+    def _preempt(self, engine: EngineView, seq: Seq) -> None:
         assert seq.target is not None, "a running seq has a seat"
         engine.release(seq.target)
         seq.target = None
@@ -162,7 +162,7 @@ class TargetPlanner:
         self._waiting.push(seq)
         self.num_preemptions += 1
 
-    def _admit(self, engine: Engine, now: float) -> bool:
+    def _admit(self, engine: EngineView, now: float) -> bool:
         """Seqs that wait begin to run, as many as there is room for; whether any did."""
         num_running = len(self.running)
         limit = min(self._config.max_num_seqs, self._budget(engine))
@@ -183,7 +183,7 @@ class TargetPlanner:
                 self.num_queued -= 1
         return len(self.running) > num_running
 
-    def _seat(self, engine: Engine, seq: Seq) -> bool:
+    def _seat(self, engine: EngineView, seq: Seq) -> bool:
         """A slot and the blocks of its known prefix, if there is room for the first chunk behind it too."""
         blocks = engine.blocks
         reuse = not (seq.sampling.HasField("prompt_logprobs") and seq.request.wants_prompt_logprobs)
@@ -205,7 +205,7 @@ class TargetPlanner:
             self.num_tokens_found += num_cached
         return True
 
-    def _plan_prefills(self, engine: Engine, rows: dict[Seq, PlannedRow], now: float, num_drafts: int) -> None:
+    def _plan_prefills(self, engine: EngineView, rows: dict[Seq, PlannedRow], now: float, num_drafts: int) -> None:
         prefilling = [seq for seq in self.running if seq not in rows and seq.may_step and seq.held_until is None]
         if not prefilling:
             return
@@ -224,7 +224,9 @@ class TargetPlanner:
             engine.grow(seat, seat.num_computed + chunk_len)
             rows[seq] = PlannedRow(seq=seq, seat=seat, start=seat.num_computed, chunk_len=chunk_len)
 
-    def _plan_drafts(self, engine: Engine, rows: dict[Seq, PlannedRow], chosen: Mapping[Seq, Sequence[int]]) -> None:
+    def _plan_drafts(
+        self, engine: EngineView, rows: dict[Seq, PlannedRow], chosen: Mapping[Seq, Sequence[int]]
+    ) -> None:
         """Add the chosen drafts to decode rows, as far as tokens and free blocks go: they preempt nobody."""
         budget = self._budget(engine) - sum(row.chunk_len for row in rows.values())
         for seq, row in rows.items():
@@ -249,5 +251,5 @@ class TargetPlanner:
             row.num_pending = 1
             seq.num_pending += 1
 
-    def _budget(self, engine: Engine) -> int:
+    def _budget(self, engine: EngineView) -> int:
         return min(self._config.max_num_batched_tokens, engine.info.max_num_batched_tokens)

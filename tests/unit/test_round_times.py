@@ -3,7 +3,7 @@
 import pytest
 
 from echelon.pb.worker_pb2 import EngineInfo, RoundResult
-from scheduler.engines.engine import Engine
+from scheduler.engines.engine import EngineView
 
 
 class Rounds:
@@ -11,7 +11,7 @@ class Rounds:
 
     def __init__(self) -> None:
         info = EngineInfo(num_slots=1, num_blocks=4, block_size=4, max_model_len=16, max_num_batched_tokens=16)
-        self._engine = Engine(info, 1, enable_prefix_caching=False)
+        self._engine = EngineView(info, 1, enable_prefix_caching=False)
         self._ids: list[int] = []
 
     def send(self, at_s: float) -> None:
