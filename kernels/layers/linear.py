@@ -18,12 +18,14 @@ speed.
 
 On CPU it calls the library with few shapes only. Measured with torch 2.13 on AVX512-bf16 (every row compared):
 
-- bf16 on CPU gives a row the same bits in any batch of 2 to 256 rows, but other bits if it is alone (from 1536 inputs
-  up). So a lone row runs as two, and larger batches run in tiles of at most 256 rows.
+- bf16 on an AMD EPYC gives a row the same bits in any batch of 2 to 256 rows, but other bits if it is alone (from
+  1536 inputs up). With AMX (an Intel Xeon) the bits are the same for 1 to 32 rows and may change above. So a lone row
+  runs as two, and larger batches run in tiles of at most 256 rows, or 32 where the CPU has AMX.
 - fp32 changes with almost every row count, but within calls of one shape a row gets the same bits at every position.
   So rows run in tiles of exactly 16, the last one padded.
 
-Both are properties of the machine, not promises of the library: call probe_linear_batch_invariant before relying on it.
+These are properties of the machine, not promises of the library: call probe_linear_batch_invariant before relying on
+them.
 """
 
 import torch
@@ -41,6 +43,7 @@ SPLIT_FEATURES = 1024  # inputs whose products one partial sum adds
 ENOUGH_TILES = 264  # two for each multiprocessor of an H100 or H200: then nothing is gained by splitting sums
 MERGE_ELEMENTS = 1024
 MAX_TILE_ROWS = 256
+MAX_TILE_ROWS_AMX = 32
 PADDED_TILE_ROWS = 16
 _PACKED_FOR_ROWS = 8  # a hint: the layout is as good for 1 row and for 512
 _MIN_PACKED_ROWS = 4  # fewer take longer
@@ -252,14 +255,15 @@ def _onednn_multiplies_bf16() -> bool:
 
 
 def _linear_in_bounded_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Tiles of 2 to MAX_TILE_ROWS rows."""
+    """Tiles of 2 rows to as many as the CPU rounds alike."""
     num_rows = rows.shape[0]
     if num_rows == 1:
         return F.linear(rows.expand(2, -1), weight, bias)[:1]
-    if num_rows <= MAX_TILE_ROWS:
+    max_tile_rows = MAX_TILE_ROWS_AMX if torch.cpu._is_amx_tile_supported() else MAX_TILE_ROWS
+    if num_rows <= max_tile_rows:
         return F.linear(rows, weight, bias)
     # tensor_split balances the tiles, so that none is a lone row.
-    num_tiles = -(-num_rows // MAX_TILE_ROWS)
+    num_tiles = -(-num_rows // max_tile_rows)
     return torch.cat([F.linear(tile, weight, bias) for tile in rows.tensor_split(num_tiles)])
 
 

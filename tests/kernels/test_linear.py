@@ -85,12 +85,12 @@ def test_fp32_can_be_kept_here() -> None:
 
 
 def test_the_probe_notices_a_product_that_depends_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    careful = kernels.linear._linear_in_padded_tiles
+    careful = kernels.layers.linear._linear_in_padded_tiles
 
     def careless(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return careful(rows, weight, bias) * (1.001 if rows.shape[0] == 17 else 1)
 
-    monkeypatch.setattr(kernels.linear, "_linear_in_padded_tiles", careless)
+    monkeypatch.setattr(kernels.layers.linear, "_linear_in_padded_tiles", careless)
     _, weight, _ = inputs(1, (24, 16), torch.float32)
     finding = probe_linear_batch_invariant(weight)
     assert finding is not None
@@ -118,9 +118,11 @@ def test_the_probe_sees_sums_that_are_split_and_sums_that_are_not(
         splits.append(APART)
         tensors[3].zero_()
 
-    monkeypatch.setattr(kernels.linear, "runs_triton", lambda x: True)
-    monkeypatch.setattr(kernels.linear, "_linear_kernel", _Kernel(launch))
-    monkeypatch.setattr(kernels.linear, "_add_partial_sums_kernel", _Kernel(lambda *tensors, **_: tensors[2].zero_()))
+    monkeypatch.setattr(kernels.layers.linear, "runs_triton", lambda x: True)
+    monkeypatch.setattr(kernels.layers.linear, "_linear_kernel", _Kernel(launch))
+    monkeypatch.setattr(
+        kernels.layers.linear, "_add_partial_sums_kernel", _Kernel(lambda *tensors, **_: tensors[2].zero_())
+    )
     assert probe_linear_batch_invariant(torch.empty(shape, dtype=torch.bfloat16)) is None
     assert not splits[0]
     assert all(splits[1:3])  # a lone row

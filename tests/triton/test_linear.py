@@ -67,7 +67,7 @@ def test_sums_computed_apart_have_the_same_bits(
 ) -> None:
     x, weight, bias = inputs(5, (150, 2 * SPLIT_FEATURES + 70), dtype, device)
     apart = linear_batch_invariant(x, weight, bias)
-    monkeypatch.setattr(kernels.linear, "ENOUGH_TILES", 0)
+    monkeypatch.setattr(kernels.layers.linear, "ENOUGH_TILES", 0)
     assert torch.equal(linear_batch_invariant(x, weight, bias), apart)
 
 

@@ -132,6 +132,6 @@ def test_more_splits_change_rounding_only(
 ) -> None:
     packed, scales = quantize_mxfp4(weights(20, 640, torch.float32, device))
     x = torch.randn(3, 640).to(device, dtype)
-    monkeypatch.setattr(kernels.mxfp4_linear, "MIN_SPLIT_FEATURES", 128)
+    monkeypatch.setattr(kernels.upcoming.mxfp4_linear, "MIN_SPLIT_FEATURES", 128)
     assert_product(x, packed, scales)
     assert torch.equal(mxfp4_linear(x, packed, scales), mxfp4_linear(x, packed, scales))
