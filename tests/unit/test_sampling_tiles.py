@@ -1,5 +1,7 @@
 """Many rows are sampled in tiles, and the result is that of one tile."""
 
+from collections.abc import Callable
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,12 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from checkpoint.memory import SAMPLING_TILE_ROWS, sampling_bytes
+from tests.helpers.rounds import seeded
 from tests.helpers.sampling import mixed_states
 from tests.helpers.thread_group import ThreadGroup, run_ranks
 from workers.collectives import SoloGroup
 from workers.engine.engine import ModelRunner
 from workers.sampling.rows import RowEntry
 from workers.sampling.sampler import SampledRows, Sampler
+from workers.sampling.state import SeqSamplingState
 
 VOCAB_SIZE = 131
 HIDDEN_SIZE = 16
@@ -89,3 +94,37 @@ def test_ranks_that_share_the_vocabulary_agree_tile_by_tile() -> None:
 def test_a_batch_within_one_tile_is_not_padded(num_rows: int) -> None:
     _, head = choose(SoloGroup(), 26, num_rows)
     assert head.num_rows == [num_rows]
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most that tensors take at once during the call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    assert profile.profiler is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held)
+
+
+def test_a_round_of_any_size_stays_within_what_is_reserved() -> None:
+    """Truncation, penalties and log-probabilities in every row, which takes the most."""
+    vocab_size, num_rows = 4096, 2304  # 256 seqs with 8 drafts each
+    weight = torch.randn(vocab_size, HIDDEN_SIZE)
+    head: Any = SimpleNamespace(
+        vocab_range=(0, vocab_size),
+        config=SimpleNamespace(vocab_size=vocab_size),
+        compute_logits=lambda hidden: hidden @ weight.T,
+    )
+    made = ModelRunner(
+        model=head,
+        kv_caches=[],
+        kv_addresses=None,  # type: ignore[arg-type]  # nothing is copied
+        sampler=Sampler(SoloGroup(), vocab_size),
+        num_ranks=1,
+        device=torch.device("cpu"),
+    )
+    state = SeqSamplingState(seeded(top_k=20, top_p=0.9, repetition_penalty=1.2, logprobs=1), [1, 2], vocab_size)
+    entries = [RowEntry(state, state.length, ()) for _ in range(num_rows)]
+    hidden = torch.randn(num_rows, HIDDEN_SIZE)
+    reserved = sampling_bytes(vocab_size=vocab_size, num_ranks=1, num_rows=SAMPLING_TILE_ROWS)
+    assert reserved / 2 < peak_bytes(lambda: made.choose(hidden, entries)) <= reserved
