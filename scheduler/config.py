@@ -8,9 +8,6 @@ from google.protobuf.message import Message
 
 from echelon.pb import process_pb2
 
-__all__ = ["ConfigError", "Method", "Pipeline", "SchedulerConfig", "SpeculationConfig"]
-
-
 _Name = TypeVar("_Name", bound=StrEnum)
 
 

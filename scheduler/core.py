@@ -24,8 +24,6 @@ from scheduler.requests.request import Request, Seq, SeqStatus
 from scheduler.requests.stopping import Finish
 from scheduler.target.planner import TargetPlanner
 
-__all__ = ["SchedulerCore"]
-
 logger = logging.getLogger(__name__)
 
 _ABORT = Finish(reason=inference_pb2.FINISH_REASON_ABORT)

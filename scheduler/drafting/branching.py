@@ -9,8 +9,6 @@ from scheduler.engines.engine import PlannedRow
 from scheduler.policy.policy import SpeculationPolicy
 from scheduler.requests.request import Seq
 
-__all__ = ["BranchPlanner"]
-
 
 def _worth_of_next(seq: Seq) -> float:
     """How likely the next draft of the seq's chain is accepted."""

@@ -13,8 +13,6 @@ from math import prod
 
 from scheduler.engines.seat import Seat
 
-__all__ = ["DraftSeat", "Drafted"]
-
 
 @dataclass(frozen=True, slots=True)
 class Drafted:

@@ -15,8 +15,6 @@ from scheduler.engines.engine import InFlight, PlannedRow
 from scheduler.policy.continuous import ContinuousPolicy
 from scheduler.requests.request import Seq
 
-__all__ = ["Continuous", "RoundTuning"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundTuning:

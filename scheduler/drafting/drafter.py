@@ -19,8 +19,6 @@ from scheduler.policy.confidence import Calibration
 from scheduler.policy.policy import Drafts, SpeculationPolicy
 from scheduler.requests.request import Seq
 
-__all__ = ["Drafter", "Tuning"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -8,8 +8,6 @@ from scheduler.policy.acceptance import AcceptancePrior, expected_tokens
 from scheduler.policy.policy import Drafts
 from scheduler.requests.request import Seq
 
-__all__ = ["Lookup"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:

@@ -11,8 +11,6 @@ from scheduler.drafting.chain import Drafted, DraftSeat
 from scheduler.engines.engine import EngineView, ForkFrom, InFlight, PlannedRow
 from scheduler.requests.request import Seq
 
-__all__ = ["DraftSeats", "is_complete"]
-
 
 class DraftSeats:
     """Seats of one draft engine; made anew when the engine connects again."""

@@ -11,8 +11,6 @@ from scheduler.engines.seat import Seat
 from scheduler.policy.serial import SerialPolicy
 from scheduler.requests.request import Seq
 
-__all__ = ["Serial"]
-
 
 class Serial(Drafter):
     def __init__(self, config: SpeculationConfig) -> None:

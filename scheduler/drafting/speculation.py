@@ -15,8 +15,6 @@ from scheduler.policy.policy import Drafts
 from scheduler.requests.admission import max_drafts
 from scheduler.requests.request import Request, Seq
 
-__all__ = ["Speculation"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:

@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 from scheduler.drafting.suffix_automaton import SEPARATOR, Match, SuffixAutomaton
 
-__all__ = ["Proposal", "SuffixDrafts", "SuffixIndex", "prefers_lookup"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:

@@ -13,8 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["SEPARATOR", "Continuation", "Match", "SuffixAutomaton"]
-
 SEPARATOR = -1  # between texts that have nothing to do with one another
 _NONE, _MANY = -2, -3  # in the place of a transition's token
 

@@ -15,8 +15,6 @@ from scheduler.drafting.chain import Drafted, DraftSeat
 from scheduler.engines.seat import Seat
 from scheduler.requests.request import Seq
 
-__all__ = ["Branch", "Outcome", "VerdictCache"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:

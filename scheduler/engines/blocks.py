@@ -11,8 +11,6 @@ from heapq import heapify, heappop, heappush
 
 from scheduler.engines.digests import Digest
 
-__all__ = ["BlockManager", "FreeRuns"]
-
 
 class FreeRuns:
     """Free block ids as maximal runs of consecutive ids.

@@ -4,8 +4,6 @@ from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 
-__all__ = ["Digest", "DigestChain", "root_digest"]
-
 Digest = bytes  # 128 bits: no two different prefixes are ever taken for each other
 
 

@@ -9,8 +9,6 @@ from scheduler.engines.blocks import BlockManager
 from scheduler.engines.seat import Seat
 from scheduler.requests.request import Seq
 
-__all__ = ["EngineView", "ForkFrom", "InFlight", "PlannedRow", "UnexpectedAnswerError"]
-
 
 class UnexpectedAnswerError(RuntimeError):
     """A worker group answered something that no round asked for."""

@@ -1,7 +1,5 @@
 """How long an engine had nothing to do although somebody could have used it."""
 
-__all__ = ["IdleMeter"]
-
 
 class IdleMeter:
     """Told of every change, it adds up the time in which the engine was idle and wanted. Seconds of one clock."""

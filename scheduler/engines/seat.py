@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-__all__ = ["Seat"]
-
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Seat:

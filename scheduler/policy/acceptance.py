@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Self
 
-__all__ = ["Acceptance", "AcceptancePrior", "expected_tokens"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:

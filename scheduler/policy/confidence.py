@@ -3,8 +3,6 @@
 from bisect import bisect_right
 from dataclasses import dataclass
 
-__all__ = ["Calibration"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:

@@ -10,8 +10,6 @@ from scheduler.policy.policy import PLAIN_ROW, Drafts, SpeculationPolicy, Tuning
 from scheduler.policy.round_times import OverlappedTimes
 from scheduler.policy.step_times import VerifyTimes
 
-__all__ = ["ContinuousPolicy", "HoldTuning"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HoldTuning:

@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 from scheduler.policy.acceptance import expected_tokens
 
-__all__ = ["Row", "SerialPlan", "SteadyState", "pick_drafts", "plan_serial", "rate_of_alike", "steady_state"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:

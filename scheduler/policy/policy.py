@@ -18,8 +18,6 @@ from scheduler.policy.probing import Probes, Switch
 from scheduler.policy.round_times import RoundTimes
 from scheduler.policy.step_times import VerifyTimes
 
-__all__ = ["PLAIN_ROW", "Choice", "Drafts", "SpeculationPolicy", "Tuning"]
-
 PLAIN_ROW = Row(0.0, 0)  # a seq that decodes without drafts
 
 

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from scheduler.policy.acceptance import AcceptancePrior
 
-__all__ = ["Probes", "Switch"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:

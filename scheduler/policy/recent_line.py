@@ -1,7 +1,5 @@
 """A straight line through points of which older ones count less and less."""
 
-__all__ = ["RecentLine"]
-
 
 class RecentLine:
     """y = intercept + slope * x by least squares. `keep`: what every point counts of its former weight when the next

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from scheduler.policy.step_times import DraftTimes, StepTimes, VerifyTimes
 
-__all__ = ["OverlappedTimes", "RoundTimes", "Tuning"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:

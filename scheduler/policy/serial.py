@@ -7,8 +7,6 @@ from scheduler.policy.policy import PLAIN_ROW, Drafts, SpeculationPolicy, Tuning
 from scheduler.policy.round_times import RoundTimes
 from scheduler.policy.step_times import VerifyTimes
 
-__all__ = ["SerialPolicy"]
-
 
 class SerialPolicy(SpeculationPolicy):
     def __init__(self, *, max_drafts: int, adaptive: bool, tuning: Tuning | None = None) -> None:

@@ -14,8 +14,6 @@ from math import inf, log2
 
 from scheduler.policy.recent_line import RecentLine
 
-__all__ = ["DraftTimes", "StepTimes", "VerifyTimes"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:

@@ -12,8 +12,6 @@ import grpc.aio
 from echelon.pb import process_pb2, worker_pb2, worker_pb2_grpc
 from scheduler.engines.engine import UnexpectedAnswerError
 
-__all__ = ["GroupClient", "GroupEvents"]
-
 logger = logging.getLogger(__name__)
 
 _MAX_MESSAGE_BYTES = worker_pb2.WIRE_LIMIT_MESSAGE_BYTES

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from echelon.pb import scheduler_pb2, worker_pb2
 from echelon.pb.worker_pb2 import ENGINE_ROLE_TARGET, EngineRole
 
-__all__ = ["RecorderBusyError", "Recording", "RoundRecorder"]
-
 ReadStatus = Callable[[], scheduler_pb2.SchedulerStatus]
 
 

@@ -14,8 +14,6 @@ from scheduler.process.group_client import GroupClient, GroupEvents
 from scheduler.process.recorder import RoundRecorder
 from scheduler.requests.outputs import Chunk, Completed, Failed, Output
 
-__all__ = ["Outbox", "Replica"]
-
 logger = logging.getLogger(__name__)
 
 _TARGET, _DRAFT = worker_pb2.ENGINE_ROLE_TARGET, worker_pb2.ENGINE_ROLE_DRAFT

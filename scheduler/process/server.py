@@ -20,8 +20,6 @@ from scheduler.process.recorder import RecorderBusyError
 from scheduler.process.replica import Outbox, Replica
 from scheduler.requests.detokenizer import TokenTable
 
-__all__ = ["SchedulerServer", "SchedulerService"]
-
 logger = logging.getLogger(__name__)
 
 _OPTIONS = [

@@ -10,8 +10,6 @@ from scheduler.requests.detokenizer import Detokenizer, TokenTable
 from scheduler.requests.request import Request, Seq
 from scheduler.requests.stopping import OutputText, StopRules, StopStrings
 
-__all__ = ["InvalidRequestError", "build_request", "max_drafts"]
-
 # Sampling settings whose zero is not their default: a Submit without them would mean something else.
 _RESOLVED: tuple[Literal["temperature", "top_p", "repetition_penalty", "n", "skip_special_tokens"], ...] = (
     "temperature",

@@ -7,8 +7,6 @@ from scheduler.requests.detokenizer import TokenTable
 from scheduler.requests.outputs import Chunk, Output
 from scheduler.requests.request import Seq
 
-__all__ = ["Delivery", "Fresh"]
-
 
 class Fresh(NamedTuple):
     """Tokens that were committed and are not yet a chunk."""

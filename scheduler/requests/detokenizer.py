@@ -13,8 +13,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-__all__ = ["Detokenizer", "TokenTable", "UnsupportedTokenizerError"]
-
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _new_utf8_decoder = codecs.getincrementaldecoder("utf-8")
 

@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 
 from echelon.pb import inference_pb2
 
-__all__ = ["DraftTally"]
-
 
 @dataclass(slots=True)
 class DraftTally:

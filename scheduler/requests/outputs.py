@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from echelon.pb import inference_pb2, sampling_pb2
 
-__all__ = ["Chunk", "Completed", "Failed", "Output"]
-
 
 @dataclass(slots=True, kw_only=True)
 class Chunk:

@@ -5,8 +5,6 @@ from operator import attrgetter
 
 from scheduler.requests.request import Seq, SeqStatus
 
-__all__ = ["WaitingQueue"]
-
 _by_order = attrgetter("order")
 
 

@@ -12,8 +12,6 @@ from scheduler.requests.draft_tally import DraftTally
 from scheduler.requests.outputs import Completed
 from scheduler.requests.stopping import Finish, OutputText
 
-__all__ = ["Request", "Seq", "SeqStatus"]
-
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Request:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from echelon.pb import inference_pb2
 from scheduler.requests.detokenizer import Detokenizer
 
-__all__ = ["Finish", "OutputText", "StopRules", "StopStrings"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:

@@ -14,8 +14,6 @@ from scheduler.requests.queue import WaitingQueue
 from scheduler.requests.request import Request, Seq, SeqStatus
 from scheduler.target.prefill import Arrivals, Prompt, RoundCost, share_prefill
 
-__all__ = ["TargetPlanner"]
-
 _by_order = attrgetter("order")
 
 

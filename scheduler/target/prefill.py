@@ -20,8 +20,6 @@ from typing import NamedTuple
 
 from scheduler.policy.recent_line import RecentLine
 
-__all__ = ["Arrivals", "Prompt", "RoundCost", "share_prefill"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
