@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush
 
-from scheduler.engines.digests import Digest
+from scheduler.requests.digests import Digest
 
 
 class FreeRuns:

@@ -5,8 +5,8 @@ from typing import Literal
 
 from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2
 from scheduler.config import SchedulerConfig, SpeculationConfig
-from scheduler.engines.digests import DigestChain, root_digest
 from scheduler.requests.detokenizer import Detokenizer, TokenTable
+from scheduler.requests.digests import DigestChain, root_digest
 from scheduler.requests.request import Request, Seq
 from scheduler.requests.stopping import OutputText, StopRules, StopStrings
 

@@ -5,9 +5,9 @@ from enum import Enum, auto
 
 from echelon.pb import inference_pb2, sampling_pb2
 from scheduler.drafting.chain import DraftSeat
-from scheduler.engines.digests import DigestChain
 from scheduler.engines.seat import Seat
 from scheduler.policy.acceptance import Acceptance, AcceptancePrior
+from scheduler.requests.digests import DigestChain
 from scheduler.requests.draft_tally import DraftTally
 from scheduler.requests.outputs import Completed
 from scheduler.requests.stopping import Finish, OutputText

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from scheduler.engines.blocks import BlockManager, FreeRuns
-from scheduler.engines.digests import DigestChain, root_digest
+from scheduler.requests.digests import DigestChain, root_digest
 
 
 def chain(token_ids: list[int], block_size: int = 4, model: str = "m") -> list[bytes]:
