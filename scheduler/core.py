@@ -205,7 +205,7 @@ class SchedulerCore:
             self._delivery.take_prompt_logprobs(seq.request.prompt_logprobs, answer)
         num_accepted = answer.num_accepted_tokens if row.drafts else 0
         num_computed = row.start + row.chunk_len + num_accepted
-        if num_accepted and seq.target is row.seat:
+        if num_accepted and not row.seat.is_released:
             row.seat.num_computed += num_accepted
         token_ids = list(answer.token_ids)
         if not token_ids:
@@ -249,7 +249,7 @@ class SchedulerCore:
 
     def _publish(self, row: PlannedRow, num_tokens: int) -> None:
         engine = self._target.engine
-        if engine is not None and row.seq.target is row.seat:
+        if engine is not None and not row.seat.is_released:
             engine.publish(row.seq, row.seat, num_tokens)
 
     def _start_siblings(self, request: Request) -> None:
@@ -281,7 +281,7 @@ class SchedulerCore:
 
     def _on_non_finite(self, row: PlannedRow) -> None:
         seq = row.seq
-        if self._target.engine is not None and seq.target is row.seat:
+        if self._target.engine is not None and not row.seat.is_released:
             self._target.engine.blocks.forget(row.seat.block_ids[: row.seat.num_published])
         self._totals.non_finite_rows_total += 1
         position = len(seq.token_ids)

@@ -41,7 +41,6 @@ class DraftSeat(Seat):
     epoch: int = 0
     is_cut: bool = False  # what the engine holds behind num_agreed is wrong
     is_catching_up: bool = False  # a round that computes history only is on its way
-    is_released: bool = False  # nobody waits for what rounds on their way bring
 
     @property
     def num_ahead(self) -> int:

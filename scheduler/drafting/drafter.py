@@ -124,16 +124,16 @@ class Drafter(ABC):
                 self._calibration.observe(drafted.confidence, accepted=index < num_accepted)
         if contradicted is None:
             for dropped in self.cache.drop(seq, before=len(history)):
-                self.seats.release_seat(dropped)
+                self.seats.engine.release(dropped)
             return
         start = seat.num_agreed
         foreseen = self.cache.resolve(seq, contradicted, start, history[start])
         self._release_branches(seq)
         if foreseen is not None and len(history) == start + 1:
-            self.seats.release_seat(seat)
+            self.seats.engine.release(seat)
             seq.draft = foreseen
         elif foreseen is not None:
-            self.seats.release_seat(foreseen)
+            self.seats.engine.release(foreseen)
 
     def num_wasted(self, running: Iterable[Seq]) -> int:
         """Drafts that can no more be accepted, and were not."""
@@ -212,7 +212,7 @@ class Drafter(ABC):
     def _on_missing_drafts(self, seats: DraftSeats, row: PlannedRow, *, is_non_finite: bool) -> None:
         seq = row.seq
         if row.seat is not seq.draft:
-            seats.release_seat(self.cache.take(seq, row.seat))
+            seats.engine.release(self.cache.take(seq, row.seat))
             return
         reason = "non-finite draft logits" if is_non_finite else "the draft engine gave fewer drafts than ordered"
         logger.warning("request %s: %s, going on without drafts", seq.request.request_id, reason)
@@ -304,9 +304,9 @@ class Drafter(ABC):
     def _release_branches(self, seq: Seq) -> None:
         assert self.seats is not None, "branches live on an engine"
         for seat in self.cache.drop(seq):
-            self.seats.release_seat(seat)
+            self.seats.engine.release(seat)
 
 
 def _may_be_overtaken(row: PlannedRow) -> bool:
     """A row that brings nothing does not show whether it was computed."""
-    return not row.num_draft_tokens and isinstance(row.seat, DraftSeat) and row.seat.is_released
+    return not row.num_draft_tokens and row.seat.is_released

@@ -39,12 +39,8 @@ class DraftSeats:
 
     def release(self, seq: Seq) -> None:
         if seq.draft is not None:
-            self.release_seat(seq.draft)
+            self.engine.release(seq.draft)
             seq.draft = None
-
-    def release_seat(self, seat: DraftSeat) -> None:
-        seat.is_released = True
-        self.engine.release(seat)
 
     def _seat(self, seq: Seq) -> bool:
         """Blocks for the whole history at once: catching up never gets stuck half way."""

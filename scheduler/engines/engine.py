@@ -88,6 +88,7 @@ class EngineView:
 
     def release(self, seat: Seat) -> None:
         """The seq of this seat needs it no more, whatever rounds still name it."""
+        seat.is_released = True
         self.blocks.release(seat.block_ids)
         self._free_slots.append(seat.slot)
         if seat.introduced:

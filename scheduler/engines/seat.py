@@ -13,3 +13,4 @@ class Seat:
     num_published: int  # leading blocks that need no publishing any more
     num_sent_blocks: int = 0
     introduced: bool = False  # the engine has been sent the seq
+    is_released: bool = False  # nobody waits for what rounds on their way bring
