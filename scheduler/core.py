@@ -10,6 +10,7 @@ from heapq import heappop, heappush
 
 from grpc import StatusCode
 
+from checkpoint.token_table import TokenTable
 from echelon.pb import inference_pb2, scheduler_pb2, worker_pb2
 from scheduler.config import SchedulerConfig
 from scheduler.drafting.speculation import Speculation
@@ -17,7 +18,6 @@ from scheduler.engines.engine import EngineView, PlannedRow
 from scheduler.engines.idle_meter import IdleMeter
 from scheduler.requests.admission import InvalidRequestError, build_request
 from scheduler.requests.delivery import Delivery, Fresh
-from scheduler.requests.detokenizer import TokenTable
 from scheduler.requests.draft_tally import DraftTally
 from scheduler.requests.outputs import Failed, Output
 from scheduler.requests.request import Request, Seq, SeqStatus

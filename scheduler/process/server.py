@@ -13,12 +13,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]
 from tokenizers import Tokenizer
 
+from checkpoint.token_table import TokenTable
 from echelon.pb import process_pb2, scheduler_pb2, scheduler_pb2_grpc
 from scheduler.config import ConfigError, SchedulerConfig
 from scheduler.core import SchedulerCore
 from scheduler.process.recorder import RecorderBusyError
 from scheduler.process.replica import Outbox, Replica
-from scheduler.requests.detokenizer import TokenTable
 
 logger = logging.getLogger(__name__)
 

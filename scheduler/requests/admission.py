@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from typing import Literal
 
+from checkpoint.token_table import TokenTable
 from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2
 from scheduler.config import SchedulerConfig, SpeculationConfig
-from scheduler.requests.detokenizer import Detokenizer, TokenTable
+from scheduler.requests.detokenizer import Detokenizer
 from scheduler.requests.digests import DigestChain, root_digest
 from scheduler.requests.request import Request, Seq
 from scheduler.requests.stopping import OutputText, StopRules, StopStrings
@@ -82,12 +83,9 @@ def _stop_rules(sampling: sampling_pb2.SamplingParams, config: SchedulerConfig, 
 
 
 def _detokenizer(submit: scheduler_pb2.Submit, table: TokenTable) -> Detokenizer:
-    sampling = submit.sampling
-    return Detokenizer(
-        table,
-        skip_special_tokens=sampling.skip_special_tokens,
-        follows_text=not table.special_ids.issuperset(submit.prompt_token_ids),
-    )
+    skips = submit.sampling.skip_special_tokens
+    follows_text = table.has_start_rule and table.shows(submit.prompt_token_ids, skip_special_tokens=skips)
+    return Detokenizer(table, skip_special_tokens=skips, follows_text=follows_text)
 
 
 def _max_len(submit: scheduler_pb2.Submit, max_model_len: int) -> int:

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
+from checkpoint.token_table import TokenTable
 from echelon.pb import sampling_pb2, worker_pb2
-from scheduler.requests.detokenizer import TokenTable
 from scheduler.requests.outputs import Chunk, Output
 from scheduler.requests.request import Seq
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models
 
+from checkpoint.token_table import TokenTable
 from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2, worker_pb2
 from scheduler.config import Method, SchedulerConfig, SpeculationConfig
 from scheduler.core import SchedulerCore
-from scheduler.requests.detokenizer import TokenTable
 from scheduler.requests.outputs import Chunk, Completed, Failed, Output
 from tests.helpers.fake_group import FakeEngine, FakeModel, plain_tokens
 from tests.helpers.sampling_params import resolved_sampling

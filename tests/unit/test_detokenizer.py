@@ -3,54 +3,17 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models
 
-from scheduler.requests.detokenizer import Detokenizer, TokenTable, UnsupportedTokenizerError
+from checkpoint.errors import LoadError
+from checkpoint.token_table import TokenTable
+from scheduler.requests.detokenizer import Detokenizer
+from tests.helpers.tiny_tokenizers import KINDS, SPACE
 
-TEXT = [
-    "na\u00efve caf\u00e9, \u6771\u4eac\u3067 \U0001f642\U0001f643 \u2014 ok?",
-    "def f(x):\n    return x  # \u00fcn\u00efc\u00f6d\u00e9 \u00bd \u20ac",
-    "\U0001f1e9\U0001f1ea \U0001f469\u200d\U0001f469\u200d\U0001f467 flags and families",
-]
-
-
-def byte_level() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<s>", "</s>"]
-    )
-    tokenizer.train_from_iterator(TEXT * 3, trainer)
-    tokenizer.add_tokens([AddedToken("<tool call>", special=False)])
-    return tokenizer
-
-
-def sentencepiece_like() -> Tokenizer:
-    """What Llama 2 and Mistral have: words with a visible space, bytes for what has no token."""
-    pieces = [
-        "<s>",
-        "</s>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        "\u2581",
-        "\u2581Hello",
-        "\u2581wor",
-        "ld",
-        "\u00e9",
-        "\u6771",
-        "\u2581\u2581\u2581",
-        "a",
-    ]
-    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    return tokenizer
-
-
-BYTE_LEVEL, SENTENCEPIECE = byte_level(), sentencepiece_like()
-BYTE_TABLE, SENTENCEPIECE_TABLE = TokenTable(BYTE_LEVEL), TokenTable(SENTENCEPIECE)
+TOKENIZERS = {kind: build() for kind, build in KINDS.items()}
+TABLES = {kind: TokenTable(tokenizer) for kind, tokenizer in TOKENIZERS.items()}
+SENTENCEPIECE, SENTENCEPIECE_TABLE = TOKENIZERS["sentencepiece"], TABLES["sentencepiece"]
+BYTE_LEVEL, BYTE_TABLE = TOKENIZERS["byte_level"], TABLES["byte_level"]
 
 
 def pieces(table: TokenTable, token_ids: list[int], *, skip: bool = True, follows_text: bool = False) -> list[str]:
@@ -58,12 +21,52 @@ def pieces(table: TokenTable, token_ids: list[int], *, skip: bool = True, follow
     return [*(detokenizer.push(token_id) for token_id in token_ids), detokenizer.flush()]
 
 
-@given(st.lists(st.integers(0, BYTE_LEVEL.get_vocab_size() - 1), max_size=30), st.booleans())
-@settings(max_examples=400, deadline=None)
-def test_byte_level_pieces_join_to_the_whole(token_ids: list[int], skip: bool) -> None:
+def streamed(table: TokenTable, prompt: list[int], output: list[int], *, skip: bool) -> str:
+    """The text of an output behind a prompt."""
+    follows_text = table.shows(prompt, skip_special_tokens=skip)
+    return "".join(pieces(table, output, skip=skip, follows_text=follows_text))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.data(), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_pieces_join_to_the_whole(kind: str, data: st.DataObject, skip: bool) -> None:
     """Any tokens, most of which are no valid UTF-8 together."""
-    whole = BYTE_LEVEL.decode(token_ids, skip_special_tokens=skip)
-    assert "".join(pieces(BYTE_TABLE, token_ids, skip=skip)) == whole
+    tokenizer, table = TOKENIZERS[kind], TABLES[kind]
+    token_ids = data.draw(st.lists(st.integers(0, len(table.bytes_of) - 1), max_size=20))
+    whole = tokenizer.decode(token_ids, skip_special_tokens=skip)
+    joined = streamed(table, [], token_ids, skip=skip)
+    if "\ufffd" in joined and kind != "byte_level":
+        # In an invalid run of byte tokens the tokenizer gives up the valid characters too; we do not.
+        assert "\ufffd" in whole
+    else:
+        assert joined == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.data(), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_an_output_goes_on_where_the_prompt_ends(kind: str, data: st.DataObject, skip: bool) -> None:
+    tokenizer, table = TOKENIZERS[kind], TABLES[kind]
+    some_ids = st.lists(st.integers(0, len(table.bytes_of) - 1), max_size=5)
+    prompt, output = data.draw(some_ids), data.draw(some_ids)
+    start, whole = (tokenizer.decode(ids, skip_special_tokens=skip) for ids in (prompt, prompt + output))
+    if "\ufffd" not in start + whole:
+        assert start + streamed(table, prompt, output, skip=skip) == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", ["a <tool>b", "a<tool> b", "a <tool call> b", "a <left>b<right> a", "<|start|> a b"])
+def test_added_tokens_keep_the_spaces_around_them(kind: str, text: str) -> None:
+    """The name of an added token with "normalized": true holds the space before it."""
+    tokenizer = TOKENIZERS[kind]
+    token_ids = tokenizer.encode(text).ids
+    assert streamed(TABLES[kind], [], token_ids, skip=True) == tokenizer.decode(token_ids)
+
+
+def test_a_space_before_a_normalised_token_is_text() -> None:
+    token_ids = SENTENCEPIECE.encode("a <tool>b").ids
+    assert streamed(SENTENCEPIECE_TABLE, [], token_ids, skip=True) == "a <tool>b"
 
 
 @given(st.text(alphabet="a\u00e9\u6771\U0001f642\U0001f469 \n", max_size=20))
@@ -75,18 +78,6 @@ def test_no_piece_of_valid_text_holds_half_a_character(text: str) -> None:
     assert "".join(parts) == text
 
 
-@given(st.lists(st.integers(0, SENTENCEPIECE.get_vocab_size() - 1), max_size=20).map(tuple), st.booleans())
-@settings(max_examples=400, deadline=None)
-def test_sentencepiece_pieces_join_to_the_whole(token_ids: tuple[int, ...], skip: bool) -> None:
-    whole = SENTENCEPIECE.decode(list(token_ids), skip_special_tokens=skip)
-    joined = "".join(pieces(SENTENCEPIECE_TABLE, list(token_ids), skip=skip))
-    if "\ufffd" in joined:
-        # In an invalid run of byte tokens the tokenizer gives up the valid characters too; we do not.
-        assert "\ufffd" in whole
-    else:
-        assert joined == whole
-
-
 @given(st.text(alphabet="a\u00e9\u6771\U0001f642\u00df ", max_size=12))
 @settings(max_examples=200, deadline=None)
 def test_byte_fallback_text_is_whole(text: str) -> None:
@@ -96,9 +87,15 @@ def test_byte_fallback_text_is_whole(text: str) -> None:
 
 
 def test_the_first_space_is_dropped_only_where_a_text_starts() -> None:
-    hello = SENTENCEPIECE.token_to_id("\u2581Hello")
+    hello = SENTENCEPIECE.token_to_id(f"{SPACE}Hello")
     assert "".join(pieces(SENTENCEPIECE_TABLE, [hello, hello])) == "Hello Hello"
     assert "".join(pieces(SENTENCEPIECE_TABLE, [hello, hello], follows_text=True)) == " Hello Hello"
+
+
+def test_a_special_token_that_is_shown_starts_the_text() -> None:
+    bos, hello = SENTENCEPIECE.token_to_id("<s>"), SENTENCEPIECE.token_to_id(f"{SPACE}Hello")
+    assert streamed(SENTENCEPIECE_TABLE, [bos], [hello], skip=True) == "Hello"
+    assert streamed(SENTENCEPIECE_TABLE, [bos], [hello], skip=False) == " Hello"
 
 
 def test_a_character_waits_for_its_last_byte() -> None:
@@ -119,8 +116,18 @@ def test_special_tokens_are_shown_on_request() -> None:
     assert BYTE_TABLE.text_of(end) == "</s>"
 
 
-def test_a_decoder_that_needs_the_whole_text_is_refused_by_name() -> None:
-    tokenizer = Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
-    tokenizer.decoder = decoders.WordPiece()
-    with pytest.raises(UnsupportedTokenizerError, match="WordPiece"):
+@pytest.mark.parametrize(
+    ("decoder", "named"),
+    [
+        (decoders.CTC(), "CTC"),
+        (decoders.BPEDecoder(), "BPEDecoder"),
+        (decoders.Strip(" ", 1, 0), "Strip"),  # of each token, where nothing has joined them
+        (decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "c")]), "Replace"),  # across tokens
+        (None, "no decoder"),
+    ],
+)
+def test_a_decoder_that_needs_the_whole_text_is_refused_by_name(decoder: object, named: str) -> None:
+    tokenizer = Tokenizer(models.BPE({"a": 0}, []))
+    tokenizer.decoder = decoder
+    with pytest.raises(LoadError, match=named):
         TokenTable(tokenizer)

@@ -20,7 +20,7 @@ ARROWS = {
     "echelon": "cluster",
     "cluster": "checkpoint childproc echelon",
     "gateway": "checkpoint childproc echelon",
-    "scheduler": "childproc echelon",
+    "scheduler": "checkpoint childproc echelon",
     "workers": "checkpoint childproc echelon kernels",
     "kernels": "",
     "checkpoint": "",
