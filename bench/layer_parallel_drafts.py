@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from bench.layer_parallel_steps import add_step_options, measure_steps
 from bench.prompts import load_prompts
 from bench.report import add_report_options, publish, table
-from checkpoint.layer_groups import LayerGroups
+from checkpoint.layer_parallel import LayerGroups
 from echelon.pb.sampling_pb2 import SeqSampling
 from echelon.pb.worker_pb2 import SeqInit
 from workers.collectives import SoloGroup

@@ -92,16 +92,3 @@ class ModelConfig:
         problem = self.tensor_parallel_problem(tp_size)
         if problem is not None:
             raise LoadError(f"tensor_parallel_size: {tp_size}: {problem}", self.tensor_parallel_remedy())
-
-    def check_layer_parallel(self, num_ranks: int, *, splits_mlps: bool) -> None:
-        """Raises LoadError where so many ranks cannot share the layers, the vocabulary or (splits_mlps) each MLP."""
-        if num_ranks > min(self.num_layers, self.vocab_size):
-            raise LoadError(
-                f"layer_parallel_size {num_ranks}: the model has {self.num_layers} layers and a vocabulary of "
-                f"{self.vocab_size}, some ranks would have nothing: lower draft.layer_parallel_size"
-            )
-        if splits_mlps and self.intermediate_size % num_ranks:
-            raise LoadError(
-                f"layer_parallel_mlp: tensor_parallel: intermediate size {self.intermediate_size} is not a multiple "
-                f"of layer_parallel_size {num_ranks}: use replicated or auto"
-            )

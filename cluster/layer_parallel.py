@@ -6,7 +6,12 @@ from typing import Literal
 
 from checkpoint.config import ModelConfig
 from checkpoint.folder import DTYPE_BYTES, ModelFolder
-from checkpoint.layer_groups import LayerGroups, layer_groups_problem
+from checkpoint.layer_parallel import (
+    LayerGroups,
+    layer_groups_problem,
+    layer_parallel_problems,
+    tensor_parallel_too_problem,
+)
 from cluster.errors import Problem
 
 Weights = Literal["replicated", "sharded"]
@@ -72,7 +77,7 @@ def layer_parallel(
     )
 
 
-def layer_parallel_problems(
+def layer_parallel_key_problems(
     size: int, config: ModelConfig, *, tp_size: int, groups: Sequence[Sequence[int]] | None, mlps: Mlps
 ) -> Iterator[Problem]:
     """What of these keys of the draft section does not fit together or the model."""
@@ -81,19 +86,10 @@ def layer_parallel_problems(
             remedy = "set draft.layer_parallel_size, or leave it out"
             yield Problem(path="draft.layer_groups", message="needs a draft.layer_parallel_size over 1", remedy=remedy)
         return
-    if tp_size > 1:
-        message = f"does not go together with draft.tensor_parallel_size {tp_size}"
-        yield Problem(path="draft.layer_parallel_size", value=str(size), message=message, remedy="set one of them to 1")
-    if size > config.num_layers:
-        message = f"is more than the draft's {config.num_layers} layers"
-        remedy = f"use at most {config.num_layers}"
-        yield Problem(path="draft.layer_parallel_size", value=str(size), message=message, remedy=remedy)
-    if mlps == "tensor_parallel" and config.intermediate_size % size:
-        message = f"layer_parallel_size {size} does not divide the draft's intermediate size {config.intermediate_size}"
-        remedy = "use replicated or auto"
-        yield Problem(path="draft.layer_parallel_mlp", value=f"'{mlps}'", message=message, remedy=remedy)
+    found = [tensor_parallel_too_problem(size, tp_size=tp_size)]
+    found += layer_parallel_problems(config, size=size, splits_mlps=mlps == "tensor_parallel")
     if groups is not None:
-        wrong = layer_groups_problem(groups, num_layers=config.num_layers, size=size)
+        found.append(layer_groups_problem(groups, num_layers=config.num_layers, size=size))
+    for wrong in found:
         if wrong is not None:
-            value = None if wrong.index is None else str(list(groups[wrong.index]))
-            yield Problem(path=wrong.path, value=value, message=wrong.message, remedy=wrong.remedy)
+            yield Problem(path=wrong.path, value=wrong.value, message=wrong.message, remedy=wrong.remedy)

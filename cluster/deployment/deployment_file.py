@@ -28,7 +28,7 @@ from cluster.deployment.settings import (
 )
 from cluster.deployment.yaml_lines import read_document
 from cluster.errors import ConfigError, Problem
-from cluster.layer_parallel import LayerParallel, layer_parallel, layer_parallel_problems
+from cluster.layer_parallel import LayerParallel, layer_parallel, layer_parallel_key_problems
 
 T = TypeVar("T")
 
@@ -148,7 +148,7 @@ def _layer_parallel(section: Draft, target: ModelSettings) -> LayerParallel | No
 
 
 def _layer_parallel_problems(section: Draft, draft: ModelSettings) -> Iterator[Problem]:
-    return layer_parallel_problems(
+    return layer_parallel_key_problems(
         section.layer_parallel_size,
         draft.folder.config,
         tp_size=draft.tp_size,

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from checkpoint.layer_groups import LayerGroups
+from checkpoint.layer_parallel import LayerGroups
 from kernels.layers.rms_norm import rms_norm
 from tests.helpers.paged import BLOCK_SIZE, PagedRunner
 from workers.collectives import Group, SoloGroup, TorchGroup

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint.layer_groups import LayerGroups
+from checkpoint.layer_parallel import LayerGroups
 from workers.models import LoadError
 from workers.models.layer_groups import (
     LayerParallelPlan,

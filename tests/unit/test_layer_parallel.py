@@ -232,8 +232,13 @@ def test_a_rank_reads_only_its_layers_and_still_finds_a_missing_tensor(tmp_path:
 @pytest.mark.parametrize(
     ("changes", "num_ranks", "mlps", "message"),
     [
-        ({"num_hidden_layers": 3}, 4, MLPs.REPLICATED, "layer_parallel_size 4: the model has 3 layers"),
-        ({"intermediate_size": 96}, 5, MLPs.TENSOR_PARALLEL, "intermediate size 96 is not a multiple"),
+        (
+            {"num_hidden_layers": 3},
+            4,
+            MLPs.REPLICATED,
+            "layer_parallel_size: 4: is more than the draft's 3 layers; use at most 3",
+        ),
+        ({"intermediate_size": 96}, 5, MLPs.TENSOR_PARALLEL, "5 does not divide the draft's intermediate size 96"),
     ],
 )
 def test_what_ranks_cannot_share_is_refused(

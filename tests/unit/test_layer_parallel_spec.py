@@ -58,7 +58,10 @@ def test_a_draft_runs_on_a_rank_for_each_layer_or_on_one(lp_size: int, world_siz
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (EngineSpec(role=DRAFT, tp_size=2, lp_size=2), "lp_size 2 and tp_size 2 do not go together"),
+        (
+            EngineSpec(role=DRAFT, tp_size=2, lp_size=2),
+            "layer_parallel_size: 2: does not go together with draft.tensor_parallel_size 2; set",
+        ),
         (EngineSpec(role=TARGET, tp_size=1, lp_size=2), "lp_size 2 is for a draft only"),
     ],
 )

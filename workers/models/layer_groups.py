@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from checkpoint.errors import LoadError
-from checkpoint.layer_groups import LayerGroups, layer_groups_problem
+from checkpoint.layer_parallel import LayerGroups, layer_groups_problem
 
 
 class Weights(StrEnum):
@@ -65,8 +65,7 @@ def check_groups(groups: Sequence[Sequence[int]], *, num_layers: int, lp_size: i
     """
     problem = layer_groups_problem(groups, num_layers=num_layers, size=lp_size)
     if problem is not None:
-        value = "" if problem.index is None else f"{list(groups[problem.index])}: "
-        raise LoadError(f"{problem.path}: {value}{problem.message}", problem.remedy)
+        raise LoadError(problem.finding, problem.remedy)
     return tuple(tuple(group) for group in groups)
 
 

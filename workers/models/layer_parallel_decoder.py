@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from checkpoint.config import ModelConfig
-from checkpoint.layer_groups import LayerGroups
+from checkpoint.layer_parallel import LayerGroups
 from kernels.layers.rms_norm import fused_add_rms_norm, rms_norm
 from workers.collectives import SoloGroup
 from workers.layers.context import BuildContext

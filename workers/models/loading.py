@@ -8,6 +8,7 @@ import torch
 
 from checkpoint.config_json import load_model_config
 from checkpoint.errors import LoadError
+from checkpoint.layer_parallel import layer_parallel_problems
 from workers.collectives import Group
 from workers.layers.context import BuildContext
 from workers.layers.vocab import ParallelLMHead
@@ -57,7 +58,9 @@ def load_layer_parallel_model(
 ) -> LayerParallelLM:
     """As load_model, for a draft whose ranks share it by layers. Raises LoadError."""
     config = load_model_config(folder)
-    config.check_layer_parallel(group.size, splits_mlps=plan.mlps is MLPs.TENSOR_PARALLEL)
+    splits_mlps = plan.mlps is MLPs.TENSOR_PARALLEL
+    for problem in layer_parallel_problems(config, size=group.size, splits_mlps=splits_mlps):
+        raise LoadError(problem.finding, problem.remedy)
     config.check_max_model_len(max_model_len)
     ctx = BuildContext(group, dtype=dtype, device=device, batch_invariant=batch_invariant)
     model = LayerParallelLM(config, plan, max_model_len=max_model_len, ctx=ctx)

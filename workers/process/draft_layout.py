@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.layer_groups import LayerGroups
+from checkpoint.layer_parallel import LayerGroups, tensor_parallel_too_problem
 from childproc.spec import SpecError
 from echelon.pb.process_pb2 import EngineSpec
 from echelon.pb.worker_pb2 import EngineRole
@@ -44,11 +44,9 @@ def num_ranks(spec: EngineSpec, world_size: int) -> int:
         return spec.tp_size
     if spec.role != EngineRole.ENGINE_ROLE_DRAFT:
         raise SpecError(f"engines: lp_size {spec.lp_size} is for a draft only: a target must compute its own model")
-    if spec.tp_size > 1:
-        raise SpecError(
-            f"engines: lp_size {spec.lp_size} and tp_size {spec.tp_size} do not go together: set one of "
-            f"draft.layer_parallel_size and draft.tensor_parallel_size"
-        )
+    problem = tensor_parallel_too_problem(spec.lp_size, tp_size=spec.tp_size)
+    if problem is not None:
+        raise SpecError(f"engines: {problem.finding}; {problem.remedy}")
     return spec.lp_size if spec.lp_size <= world_size else 1
 
 
