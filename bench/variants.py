@@ -7,6 +7,7 @@ that what only a benchmark may ask for (forced acceptance) can be asked for here
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from childproc.speculation import DRAFT_MODEL_METHODS
 from cluster.deployment.settings import CpuSettings, Settings, SpeculationSettings
 from cluster.errors import PlanError, StartError
 from cluster.local import LOCAL_SCHEDULER, LocalDeployment, LocalDraft, local_settings
@@ -64,7 +65,7 @@ class Variant:
 
     @property
     def uses_draft_model(self) -> bool:
-        return self.source not in ("none", "suffix")
+        return self.source in DRAFT_MODEL_METHODS
 
 
 PLAIN = Variant(source="none")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal, Self
 
 from checkpoint.folder import read_model_folder
+from childproc.speculation import DRAFT_MODEL_METHODS
 from cluster.deployment.settings import (
-    DRAFT_MODEL_METHODS,
     CpuSettings,
     KvCacheSettings,
     ModelSettings,

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
+from childproc.speculation import DRAFT_MODEL_METHODS
 from echelon.pb import process_pb2
 
 _Name = TypeVar("_Name", bound=StrEnum)
@@ -44,7 +45,7 @@ class SpeculationConfig:
 
     @property
     def uses_draft_model(self) -> bool:
-        return self.method in (Method.DRAFT_MODEL, Method.HYBRID)
+        return self.method in DRAFT_MODEL_METHODS
 
     @property
     def uses_lookup(self) -> bool:

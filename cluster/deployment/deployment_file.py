@@ -12,9 +12,9 @@ from pydantic_core import ErrorDetails
 from checkpoint.errors import LoadError
 from checkpoint.folder import ModelFolder, find_model, read_model_folder
 from checkpoint.tokenizer import compare_tokenizers
+from childproc.speculation import DRAFT_MODEL_METHODS
 from cluster.deployment.schema import DeploymentFile, Draft, Section, Target
 from cluster.deployment.settings import (
-    DRAFT_MODEL_METHODS,
     CpuSettings,
     KvCacheSettings,
     ModelSettings,

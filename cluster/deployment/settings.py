@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from checkpoint.folder import ModelFolder
+from childproc.speculation import DRAFT_MODEL_METHODS
 from cluster.layer_parallel import LayerParallel
 
 Role = Literal["target", "draft"]
 Method = Literal["none", "draft_model", "suffix", "hybrid"]
 Pipeline = Literal["serial", "continuous"]
-DRAFT_MODEL_METHODS = ("draft_model", "hybrid")
 SEPARATE_PIPELINE: Pipeline = "continuous"  # the default of a draft on devices of its own; a colocated one takes turns
 AUTO_NUM_SPECULATIVE_TOKENS = 8  # a limit: the policy chooses below it
 AUTO_VERDICT_CACHE_ROWS = 8
@@ -62,10 +62,6 @@ class Speculation:
     adaptive: bool = False  # the policy chooses how many, up to that; else always that many
     window: int = 0  # continuous: most drafts ahead of the last commit; 0: chosen
     verdict_cache_rows: int = 0  # continuous: most branches of a seq that are drafted ahead
-
-    @property
-    def uses_draft_model(self) -> bool:
-        return self.method in DRAFT_MODEL_METHODS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
