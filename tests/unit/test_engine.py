@@ -25,6 +25,7 @@ from tests.helpers.engines import (
     make_engine,
     poisoned_model,
 )
+from tests.helpers.layer_parallel_cases import write_deep_model
 from tests.helpers.rounds import INCARNATION, Driver, Seq, greedy, seeded
 from tests.helpers.tiny_models import TinyModel, make_tiny_model
 from workers.engine.kv_cache import KVCacheError
@@ -212,6 +213,28 @@ def test_prompt_logprobs_do_not_depend_on_the_chunks(target: Driver, tiny: TinyM
     for position, entry in found.items():
         assert entry.chosen.token_id == prompt[position]
         assert entry.chosen.logprob == pytest.approx(float(expected[position - 1, prompt[position]]), abs=1e-4)
+
+
+def test_prompt_logprobs_are_equal_bit_for_bit_however_the_prompt_is_cut(tmp_path: Path) -> None:
+    """With batch_invariant. A chunk longer than a tile of 256 rows leaves a remainder."""
+    folder = write_deep_model(tmp_path / "model", "llama", num_hidden_layers=1, max_position_embeddings=512)
+    prompt = [(7 * i * i + 3 * i) % 100 for i in range(300)]
+    changes = {"max_num_batched_tokens": 512, "max_model_len": 512, "batch_invariant": True}
+    target = drive(make_engine(folder, TARGET, **changes))
+
+    def logprobs(slot: int, first_chunks: list[int]) -> dict[int, bytes]:
+        seq = target.start(slot, prompt, greedy(prompt_logprobs=1))
+        found: dict[int, bytes] = {}
+        for chunk_len in [*first_chunks, len(prompt) - sum(first_chunks)]:
+            (result,) = target.run((seq, target.target_row(seq, chunk_len)))
+            entries = [entry.SerializeToString() for entry in result.prompt_logprobs]
+            found |= dict(enumerate(entries, start=result.prompt_logprobs_start))
+        return found
+
+    whole = logprobs(0, [])
+    assert sorted(whole) == list(range(1, len(prompt)))
+    for slot, first_chunks in enumerate([[256], [257], [1], [40, 257], [299]], start=1):
+        assert logprobs(slot, first_chunks) == whole, first_chunks
 
 
 # -- target: rows that go wrong -------------------------------------------------------------------------------------

@@ -90,6 +90,21 @@ def test_ranks_that_share_the_vocabulary_agree_tile_by_tile() -> None:
         assert as_lists(ours) == as_lists(theirs) == as_lists(whole[0][0])
 
 
+@pytest.mark.parametrize("tile_rows", [1, 4, 7, 25])
+def test_prompt_logprobs_take_the_same_tiles(tile_rows: int) -> None:
+    hidden = torch.randn(26, HIDDEN_SIZE, generator=torch.Generator().manual_seed(3))
+    hidden[25] = torch.nan  # in the last tile
+    next_token_ids = torch.arange(26) * 5
+
+    def serialized(tile_rows: int) -> tuple[list[bytes], list[int]]:
+        made, head = runner(SoloGroup(), tile_rows)
+        return [entry.SerializeToString() for entry in made.prompt_logprobs(hidden, next_token_ids, 2)], head.num_rows
+
+    tiled, sizes = serialized(tile_rows)
+    assert tiled == serialized(26)[0]
+    assert sizes == [tile_rows] * -(-26 // tile_rows), "a remainder is padded"
+
+
 @pytest.mark.parametrize("num_rows", [13, 26])
 def test_a_batch_within_one_tile_is_not_padded(num_rows: int) -> None:
     _, head = choose(SoloGroup(), 26, num_rows)

@@ -59,9 +59,7 @@ class ModelRunner:
     device: torch.device
     is_approximate: bool = False  # draft_forward differs from forward: the model is layer-parallel
     tracer: Tracer = field(default_factory=Tracer)
-    # Most rows whose logits are held at a time. Of more rows the last tile is padded to as many: a product of fewer
-    # rows may round differently.
-    tile_rows: int = SAMPLING_TILE_ROWS
+    tile_rows: int = SAMPLING_TILE_ROWS  # most rows whose logits are held at a time
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states [num_tokens, hidden_size]; K and V of the batch's tokens are in the cache afterwards."""
@@ -86,28 +84,43 @@ class ModelRunner:
         self, hidden: Tensor, entries: Sequence[RowEntry], *, num_alternatives: int = 0, with_confidence: bool = False
     ) -> SampledRows:
         """A token for each row of hidden [num_rows, hidden_size], a tile of rows at a time; see Sampler.sample."""
-        size, num_rows = self.tile_rows, len(entries)
         with torch.inference_mode(), self.tracer.span("sample"):
-            if num_rows > size:
-                hidden = F.pad(hidden, (0, 0, 0, -num_rows % size))
             return SampledRows.join(
                 [
                     self.sampler.sample(
-                        self._logits(hidden[start : start + size])[: num_rows - start],
+                        self._logits(tile)[: rows.stop - rows.start],
                         self.model.vocab_range[0],
-                        SamplingRows.build(entries[start : start + size], self.device),
+                        SamplingRows.build(entries[rows], self.device),
                         num_alternatives=num_alternatives,
                         with_confidence=with_confidence,
                     )
-                    for start in range(0, num_rows, size)
+                    for rows, tile in self._tiles(hidden)
                 ]
             )
 
     def prompt_logprobs(self, hidden: Tensor, next_token_ids: Tensor, num_top: int) -> list[PositionLogprobs]:
-        """Of the tokens int64 [num_rows] that follow rows of hidden [num_rows, hidden_size]."""
+        """Of the tokens int64 [num_rows] that follow rows of hidden [num_rows, hidden_size], in tiles as `choose`."""
+        result: list[PositionLogprobs] = []
         with torch.inference_mode():
-            logits = self._logits(hidden)
-            return self.sampler.prompt_logprobs(logits, self.model.vocab_range[0], next_token_ids, num_top)
+            for rows, tile in self._tiles(hidden):
+                result += self.sampler.prompt_logprobs(
+                    self._logits(tile)[: rows.stop - rows.start],
+                    self.model.vocab_range[0],
+                    next_token_ids[rows],
+                    num_top,
+                )
+        return result
+
+    def _tiles(self, hidden: Tensor) -> list[tuple[slice, Tensor]]:
+        """The rows of hidden [num_rows, hidden_size] that each tile holds, and the tile. Of several tiles the last is
+        padded to `tile_rows`: a product of fewer rows may round differently."""
+        size, num_rows = self.tile_rows, hidden.shape[0]
+        if num_rows > size:
+            hidden = F.pad(hidden, (0, 0, 0, -num_rows % size))
+        return [
+            (slice(start, min(start + size, num_rows)), hidden[start : start + size])
+            for start in range(0, num_rows, size)
+        ]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits [num_rows, shard_size] of this rank; the last shards of an uneven vocabulary are padded."""

@@ -21,7 +21,6 @@ from workers.upload import upload
 logger = logging.getLogger(__name__)
 
 NO_DRAFT = -1
-PROMPT_ROWS = 256  # prompt positions whose logits are held at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +149,7 @@ class TargetEngine(ModelEngine):
             return
         result.prompt_logprobs_start = start
         next_token_ids = torch.from_numpy(table.token_ids[slot, start:end]).to(self._runner.device, torch.int64)
-        for row in range(0, end - start, PROMPT_ROWS):
-            rows = slice(row, min(row + PROMPT_ROWS, end - start))
-            result.prompt_logprobs.extend(self._runner.prompt_logprobs(hidden[rows], next_token_ids[rows], num_top))
+        result.prompt_logprobs.extend(self._runner.prompt_logprobs(hidden[: end - start], next_token_ids, num_top))
 
 
 def force_acceptance(
