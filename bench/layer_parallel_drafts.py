@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 from bench.layer_parallel_steps import add_step_options, measure_steps
 from bench.prompts import load_prompts
 from bench.report import add_report_options, publish, table
 from checkpoint.layer_parallel import LayerGroups
+from checkpoint.tokenizer import load_tokenizer
 from echelon.pb.sampling_pb2 import SeqSampling
 from echelon.pb.worker_pb2 import SeqInit
 from workers.collectives import SoloGroup
@@ -210,7 +210,7 @@ def plot(results: Sequence[tuple[Way, Acceptance]], path: Path) -> None:
 
 
 def measure_acceptance(options: argparse.Namespace) -> None:
-    tokenizer = Tokenizer.from_file(str(options.target / "tokenizer.json"))
+    tokenizer = load_tokenizer(options.target)
     prompts = [tokenizer.encode(prompt).ids for prompt in load_prompts(options.dataset, options.prompts)]
     prompts = [prompt for prompt in prompts if len(prompt) + options.tokens <= MAX_MODEL_LEN]
     texts = target_texts(options.target, prompts, options.tokens)

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
-from tokenizers import Tokenizer
 
 from bench.differences import Difference, first_difference, gap_between
 from bench.load import run_side_by_side
@@ -25,6 +24,7 @@ from bench.prompts import load_prompts
 from bench.report import Spread, add_report_options, publish, table
 from bench.speculate_results import Cell, Prompts, Results, Run, share
 from bench.variants import METHODS, PIPELINES, PLAIN, NotAvailableError, Pair, Variant, VariantDeployment, all_variants
+from checkpoint.tokenizer import load_tokenizer
 from echelon.pb.scheduler_pb2 import GetSchedulerStatusRequest, SchedulerStatus
 from echelon.pb.scheduler_pb2_grpc import SchedulerStub
 from echelon.requests import GenerateOptions
@@ -237,7 +237,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    tokenizer = Tokenizer.from_file(str(args.target / "tokenizer.json"))
+    tokenizer = load_tokenizer(args.target)
     cells = [Cell(t, c) for t in args.temperatures for c in args.concurrency]
     texts = load_prompts(args.dataset, max(args.prompts, *args.concurrency))
     token_ids = [tokenizer.encode(text).ids for text in texts]

@@ -5,6 +5,7 @@ SentencePiece with byte fallback (Llama 2, Mistral), Metaspace and WordPiece. On
 leave out a space.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -119,8 +120,9 @@ def _spell(token: str, components: Iterable[Component], *, is_first: bool = Fals
                 token = _word_piece(token, component, is_first=is_first)
             case "ByteFallback" if byte := _BYTE_TOKEN.fullmatch(token):
                 return bytes.fromhex(byte[1])
-            case "ByteLevel" if all(char in _ALPHABET for char in token):
-                return bytes(_ALPHABET[char] for char in token)
+            case "ByteLevel":
+                with contextlib.suppress(UnicodeEncodeError):  # it is an added token, which stands for itself
+                    return token.translate(_BYTE_LEVEL).encode("latin-1")
     return token.encode()
 
 
@@ -135,13 +137,12 @@ def _word_piece(token: str, component: Component, *, is_first: bool) -> str:
     return token
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """The printable character that byte-level BPE writes for each byte (GPT-2)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    alphabet.update({chr(0x100 + i): byte for i, byte in enumerate(others)})
-    return alphabet
+def _byte_level_alphabet() -> dict[int, int]:
+    """From the character that byte-level BPE writes for a byte (GPT-2) to that byte, and from those below 256 that it
+    writes for none to what is no byte."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return dict.fromkeys(others, 256) | {0x100 + index: byte for index, byte in enumerate(others)}
 
 
-_ALPHABET = _byte_level_alphabet()
+_BYTE_LEVEL = _byte_level_alphabet()

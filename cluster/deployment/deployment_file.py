@@ -11,7 +11,6 @@ from pydantic_core import ErrorDetails
 
 from checkpoint.errors import LoadError
 from checkpoint.folder import ModelFolder, find_model, read_model_folder
-from checkpoint.tokenizer import compare_tokenizers
 from childproc.speculation import DRAFT_MODEL_METHODS
 from cluster.deployment.schema import DeploymentFile, Draft, Section, Target
 from cluster.deployment.settings import (
@@ -26,6 +25,7 @@ from cluster.deployment.settings import (
     resolve_scheduler,
     resolve_speculation,
 )
+from cluster.deployment.text import check_text
 from cluster.deployment.yaml_lines import read_document
 from cluster.errors import ConfigError, Problem
 from cluster.layer_parallel import LayerParallel, layer_parallel, layer_parallel_key_problems
@@ -118,6 +118,9 @@ def _resolve(file: DeploymentFile, base: Path) -> tuple[Settings | None, list[Pr
     settings = _settings(file, target, draft)
     if file.scheduler.max_model_len is None and settings.device == "cpu":
         settings = _cap_max_model_len(settings)
+    text = check_text(settings, {"target": file.target.model, "draft": file.draft.model if file.draft else ""})
+    settings = replace(settings, notes=text.notes)
+    problems += text.problems
     return settings, problems + list(_pair_problems(file, settings)) + list(_limit_problems(settings))
 
 
@@ -202,11 +205,6 @@ def _pair_problems(file: DeploymentFile, settings: Settings) -> Iterator[Problem
     target, draft = settings.target, settings.draft
     if draft is None or file.draft is None:
         return
-    difference = compare_tokenizers(target.folder.path, draft.folder.path)
-    if difference is not None:
-        message = f"its tokeniser is not the target's: {difference}"
-        remedy = "use a draft of the same model family"
-        yield Problem(path="draft.model", value=repr(file.draft.model), message=message, remedy=remedy)
     if settings.colocated and settings.pipeline == "continuous":
         message = "needs a draft on devices of its own: a colocated one takes turns with the target"
         remedy = "use serial or draft.placement: separate"

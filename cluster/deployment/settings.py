@@ -146,6 +146,7 @@ class Settings:
     batch_invariant: bool = False
     startup_timeout_s: float = 120.0
     collective_timeout_s: float = 60.0
+    notes: tuple[str, ...] = ()  # what a person should know of the models
 
     @property
     def max_model_len(self) -> int:

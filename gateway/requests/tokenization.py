@@ -6,21 +6,17 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from checkpoint.tokenizer import load_tokenizer
 from gateway.requests.chat import ChatTemplate, load_chat_template
 
 INLINE_CHARS = 4096  # below this, tokenising (about 1 us a character) costs less than a thread switch is worth
 
 
 class PromptTokenizer:
-    """tokenizer.json and chat template of one model folder. Raises ValueError when there is no usable tokenizer."""
+    """Tokeniser and chat template of one model folder. Raises LoadError where they cannot be used."""
 
     def __init__(self, model_dir: Path) -> None:
-        path = model_dir / "tokenizer.json"
-        if not path.is_file():
-            raise ValueError(f"model {model_dir}: tokenizer.json is missing; the gateway needs it to read prompts")
-        self._tokenizer = Tokenizer.from_file(str(path))
-        self._tokenizer.no_truncation()  # some folders keep what they were trained with
-        self._tokenizer.no_padding()
+        self._tokenizer: Tokenizer = load_tokenizer(model_dir)
         self.chat_template: ChatTemplate | None = load_chat_template(model_dir)
 
     async def encode_text(self, text: str) -> list[int]:

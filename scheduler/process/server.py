@@ -11,9 +11,9 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]
-from tokenizers import Tokenizer
 
 from checkpoint.token_table import TokenTable
+from checkpoint.tokenizer import load_tokenizer
 from echelon.pb import process_pb2, scheduler_pb2, scheduler_pb2_grpc
 from scheduler.config import ConfigError, SchedulerConfig
 from scheduler.core import SchedulerCore
@@ -87,17 +87,11 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
             recorder.stop(recording)
 
 
-def _load_tokenizer(path: Path) -> Tokenizer:
-    if not path.is_file():
-        raise ConfigError(f"tokenizer_dir: there is no file {path}")
-    return Tokenizer.from_file(str(path))
-
-
 class SchedulerServer:
     """A scheduler process's life: connect, serve, drain."""
 
     def __init__(self, spec: process_pb2.SchedulerSpec) -> None:
-        table = TokenTable(_load_tokenizer(Path(spec.tokenizer_dir) / "tokenizer.json"))
+        table = TokenTable(load_tokenizer(Path(spec.tokenizer_dir)))
         self._spec = spec
         self._health = health_aio.HealthServicer()
         self._server = grpc.aio.server(options=_OPTIONS)

@@ -5,6 +5,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer, decoders, models
+
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -62,11 +64,11 @@ def write_model_folder(path: Path, *, tokens: tuple[str, ...] = TOKENS, **config
     merged = {**CONFIG, **config}
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(merged))
-    tokenizer = {
-        "added_tokens": [{"id": index, "content": token} for index, token in enumerate(tokens[:3])],
-        "model": {"type": "BPE", "vocab": {token: index for index, token in enumerate(tokens)}, "merges": ["a b"]},
-    }
-    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")] if "ab" in vocab else []))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(tokens[:3]))
+    tokenizer.save(str(path / "tokenizer.json"))
     write_safetensors(path / "model.safetensors", tensors_of(merged))
     return path
 

@@ -7,8 +7,7 @@ import pytest
 
 from checkpoint.errors import LoadError
 from checkpoint.folder import find_model, read_model_folder
-from checkpoint.tokenizer import compare_tokenizers
-from tests.helpers.model_folders import TOKENS, tensors_of, write_model_folder, write_safetensors
+from tests.helpers.model_folders import tensors_of, write_model_folder, write_safetensors
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -113,18 +112,3 @@ def test_relative_paths_start_at_the_file(tmp_path: Path) -> None:
     assert find_model("../models/one", tmp_path / "models") == folder
     with pytest.raises(LoadError, match=r"no such folder: .*/models/two"):
         find_model("../models/two", tmp_path / "models")
-
-
-def test_tokenisers_are_compared_token_by_token(tmp_path: Path) -> None:
-    target = write_model_folder(tmp_path / "target")
-    padded = write_model_folder(tmp_path / "padded", vocab_size=128)
-    other = write_model_folder(tmp_path / "other", tokens=(*TOKENS[:4], "c", "ac"))
-    longer = write_model_folder(tmp_path / "longer", tokens=(*TOKENS, "aab"))
-    assert compare_tokenizers(target, padded) is None, "padding rows of the vocabulary are no difference"
-    assert compare_tokenizers(target, other) == "token 4 is 'b' in the target and 'c' in the draft"
-    assert compare_tokenizers(target, longer) == "token 6 is missing in the target and 'aab' in the draft"
-    merges = write_model_folder(tmp_path / "merges")
-    tokenizer = json.loads((merges / "tokenizer.json").read_text())
-    tokenizer["model"]["merges"] = []
-    (merges / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "differs in 'model'" in (compare_tokenizers(target, merges) or "")

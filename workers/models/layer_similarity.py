@@ -7,12 +7,12 @@ weights are in memory beside what the process holds.
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoint.config import ModelConfig
 from checkpoint.config_json import load_model_config
 from checkpoint.errors import LoadError
+from checkpoint.tokenizer import TOKENIZER_FILE, load_tokenizer
 from kernels.attention.paged_kv import SeqLengths
 from workers.collectives import SoloGroup
 from workers.layers.context import BuildContext
@@ -23,7 +23,6 @@ from workers.models.checkpoint import Checkpoint, Progress
 from workers.models.decoder import DecoderLayer, KVCache, Step, make_step
 
 MAX_TOKENS = 256
-TOKENIZER = "tokenizer.json"
 
 # Prose, dialogue and code, since layers differ more on some text than on other.
 TEXT = '''The harbour was quiet before sunrise. Two fishing boats lay side by side at the wooden pier, and between them
@@ -66,13 +65,12 @@ def layer_input_similarity(
 
 
 def _token_ids(folder: Path, max_tokens: int, vocab_size: int) -> Tensor:  # int64 [num_tokens]
-    path = folder / TOKENIZER
-    if not path.exists():
+    if not (folder / TOKENIZER_FILE).exists():
         raise LoadError(
-            f"draft.layer_groups: {folder} has no {TOKENIZER}, so the layers cannot be compared on a text: "
+            f"draft.layer_groups: {folder} has no {TOKENIZER_FILE}, so the layers cannot be compared on a text: "
             f"name the groups, for instance [[0], [1, 2], [3, 4], [5]]"
         )
-    token_ids = Tokenizer.from_file(str(path)).encode(TEXT).ids[:max_tokens]
+    token_ids = load_tokenizer(folder).encode(TEXT).ids[:max_tokens]
     return torch.tensor([token_id for token_id in token_ids if token_id < vocab_size] or [0])
 
 

@@ -1,0 +1,70 @@
+"""Whether the models can be used for text: gateway and scheduler will read the target's tokeniser, and the draft must
+write in the target's tokens. Checked before anything starts."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from checkpoint.errors import LoadError
+from checkpoint.token_table import TokenTable
+from checkpoint.tokenizer import load_tokenizer
+from checkpoint.tokenizer_pair import compare_tokenizers, tokens_from
+from cluster.deployment.settings import ModelSettings, Role, Settings
+from cluster.errors import Problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextReport:
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()  # what a person should know, though it works
+
+
+def check_text(settings: Settings, names: Mapping[Role, str]) -> TextReport:
+    """`names`: the models as they are written in the deployment file."""
+    try:
+        target = load_tokenizer(settings.target.folder.path)
+        TokenTable(target)
+    except LoadError as err:
+        return TextReport(problems=(_problem("target", names, err),))
+    notes = list(_target_notes(settings.target, target))
+    if settings.draft is None:
+        return TextReport(notes=tuple(notes))
+    try:
+        draft = load_tokenizer(settings.draft.folder.path)
+        report = compare_tokenizers(target, draft)
+        if report.problem is not None:
+            message = f"its tokeniser is not the target's: {report.problem}"
+            raise LoadError(message, "use a draft that was trained with the target's tokeniser")
+    except LoadError as err:
+        return TextReport(problems=(_problem("draft", names, err),))
+    notes += [*report.notes, *_draft_notes(settings.draft, target)]
+    return TextReport(notes=tuple(notes))
+
+
+def _problem(role: Role, names: Mapping[Role, str], error: LoadError) -> Problem:
+    return Problem(path=f"{role}.model", value=repr(names[role]), message=error.message, remedy=error.remedy)
+
+
+def _target_notes(model: ModelSettings, tokenizer: Tokenizer) -> Iterator[str]:
+    vocab_size = model.folder.config.vocab_size
+    beyond = tokens_from(tokenizer, vocab_size)
+    if beyond:
+        yield (
+            f"the target's tokeniser has {_counted(beyond)} beyond its vocab_size of {vocab_size}: a prompt that holds "
+            "one is refused"
+        )
+
+
+def _draft_notes(model: ModelSettings, target: Tokenizer) -> Iterator[str]:
+    vocab_size = model.folder.config.vocab_size
+    beyond = tokens_from(target, vocab_size)
+    if beyond:
+        yield (
+            f"the draft has no embedding for {_counted(beyond)} of the target (its vocab_size is {vocab_size}): a "
+            "stream that holds one gets no drafts from it"
+        )
+
+
+def _counted(tokens: list[str]) -> str:
+    return f"1 token ({tokens[0]!r})" if len(tokens) == 1 else f"{len(tokens)} tokens ({tokens[0]!r}, ...)"
