@@ -7,16 +7,6 @@ from checkpoint.rope import Rope
 
 _MAX_TP_SIZE = 64  # of those that an error message lists
 
-_POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_layers",
-    "num_q_heads",
-    "num_kv_heads",
-    "max_position_embeddings",
-)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
@@ -41,17 +31,6 @@ class ModelConfig:
     tie_word_embeddings: bool
 
     def __post_init__(self) -> None:
-        for field in _POSITIVE:
-            value = getattr(self, field)
-            if value < 1:
-                raise LoadError(f"{field} must be at least 1, got {value}")
-        if self.num_q_heads % self.num_kv_heads:
-            raise LoadError(
-                f"num_attention_heads ({self.num_q_heads}) is not a multiple of num_key_value_heads "
-                f"({self.num_kv_heads}): is config.json damaged?"
-            )
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise LoadError(f"head_dim must be even, got {self.head_dim}")
         assert len(self.sliding_windows) == self.num_layers, "one sliding window entry a layer"
 
     @property
@@ -64,8 +43,8 @@ class ModelConfig:
         if max_model_len > self.max_len:
             raise LoadError(
                 f"max_model_len {max_model_len} exceeds the {self.max_len} positions that this model's "
-                f"{type(self.rope).__name__} supports (max_position_embeddings {self.max_position_embeddings}): "
-                f"lower scheduler.max_model_len, or configure a RoPE scaling that reaches further (linear, yarn)"
+                f"{type(self.rope).__name__} supports (max_position_embeddings {self.max_position_embeddings})",
+                "lower scheduler.max_model_len, or configure a RoPE scaling that reaches further (linear, yarn)",
             )
 
     def kv_heads_per_rank(self, tp_size: int) -> int:

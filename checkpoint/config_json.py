@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.config import ModelConfig
-from checkpoint.errors import LoadError
+from checkpoint.errors import LoadError, shown
+from checkpoint.fields import Fields
 from checkpoint.json_files import read_json_object
 from checkpoint.rope_json import parse_rope
 
-Raw = Mapping[str, Any]
-
+_MAX_LAYERS = 4096  # of a config.json that means what it says
 _MISTRAL_DEFAULT_WINDOW = 4096  # of a config.json without the key; null switches it off
 _QWEN_DEFAULT_WINDOW = 4096
 _QWEN_DEFAULT_FULL_LAYERS = 28
+_QWEN3_DEFAULT_HEAD_DIM = 128
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 # Features of other families that forks add to these; anything but "off" (null, false, 0, []) would change the result.
 _FOREIGN = (
@@ -39,153 +40,184 @@ def load_model_config(folder: Path) -> ModelConfig:
         raise LoadError(f"{folder}: {error.message}", error.remedy) from error
 
 
-def read_config_json(folder: Path) -> Raw:
+def read_config_json(folder: Path) -> Mapping[str, Any]:
     """config.json as it stands. Raises LoadError."""
     if not folder.is_dir():
         raise LoadError(
-            f"{folder} is not a folder: give the path of a model in Hugging Face layout "
-            f"(a hub id must be downloaded first: hf download <id> --local-dir <folder>)"
+            f"{folder} is not a folder",
+            "give the path of a model in Hugging Face layout (a hub id must be downloaded first: "
+            "hf download <id> --local-dir <folder>)",
         )
     return read_json_object(folder / "config.json")
 
 
-def parse_config(raw: Raw) -> ModelConfig:
-    """ModelConfig of a parsed config.json."""
-    if quantization := raw.get("quantization_config") or raw.get("compression_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-        raise LoadError(f"the checkpoint is quantised ({method})", "use unquantised weights: not built yet")
-    architecture = _architecture(raw)
-    _refuse_foreign_features(raw)
-    return _ARCHITECTURES[architecture](architecture, raw)
+def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """ModelConfig of a parsed config.json. Raises LoadError."""
+    config = Fields("config.json", raw)
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            raise _quantised(config.get(key))
+    architecture = _architecture(config)
+    _refuse_foreign_features(config)
+    return _ARCHITECTURES[architecture](architecture, config)
 
 
-def _architecture(raw: Raw) -> str:
-    names = raw.get("architectures") or []
+def _quantised(settings: Any) -> LoadError:
+    method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
+    return LoadError(
+        f"config.json: the checkpoint is quantised ({method})", "use unquantised weights: others are not built yet"
+    )
+
+
+def _architecture(config: Fields) -> str:
+    names = config.texts("architectures")
     for name in names:
         if name in _ARCHITECTURES:
-            return str(name)
-    found = ", ".join(map(str, names)) or f"none (model_type {raw.get('model_type')!r})"
-    raise LoadError(f"config.json: architecture {found} is not supported; supported are {', '.join(_ARCHITECTURES)}")
+            return name
+    found = f"architectures {shown(names)} are" if names else "architectures is not set, and without it no model is"
+    model_type = f" (model_type {shown(config.get('model_type'))})"
+    raise LoadError(
+        f"config.json: {found} not supported{model_type}", f"use a model with one of {', '.join(_ARCHITECTURES)}"
+    )
 
 
-def _refuse_foreign_features(raw: Raw) -> None:
-    activation = raw.get("hidden_act", "silu")
-    if activation != "silu":
-        raise LoadError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'")
+def _refuse_foreign_features(config: Fields) -> None:
+    if config.has("hidden_act") and config.get("hidden_act") != "silu":
+        raise config.unsupported("hidden_act", "use a model with 'silu'")
     for key in _FOREIGN:
-        if raw.get(key):
-            raise LoadError(f"config.json: {key} = {raw[key]!r} is not supported")
+        if config.get(key):
+            raise config.unsupported(key, "use a model without it")
 
 
-def _integer(raw: Raw, key: str) -> int:
-    value = raw.get(key)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise LoadError(f"config.json: {key} must be an integer, got {value!r}")
-    return value
+def _num_layers(config: Fields) -> int:
+    return config.integer("num_hidden_layers", most=_MAX_LAYERS)
 
 
-def _window(raw: Raw, default: int) -> int | None:
-    if "sliding_window" not in raw:
-        return default
-    window = raw["sliding_window"]
-    return None if window is None else _integer(raw, "sliding_window")
+def _window(config: Fields, default: int) -> int | None:
+    if config.has("sliding_window") and config.get("sliding_window") is None:
+        return None
+    return config.integer("sliding_window", default=default)
+
+
+def _head_dim(config: Fields, default: int | None) -> int:
+    """Where neither file nor family gives one, the hidden size is cut into heads."""
+    if config.get("head_dim") is not None or default is not None:
+        head_dim = config.integer("head_dim", default=default)
+        if head_dim % 2:
+            raise config.wrong("head_dim", "even")
+        return head_dim
+    hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    head_dim = hidden_size // num_heads
+    if head_dim < 2 or head_dim % 2:
+        raise config.wrong("num_attention_heads", f"such that hidden_size {hidden_size} makes heads of an even size")
+    return head_dim
+
+
+def _num_kv_heads(config: Fields, num_q_heads: int, *, may_be_left_out: bool) -> int:
+    default = num_q_heads if may_be_left_out or config.has("num_key_value_heads") else None
+    num_kv_heads = config.integer("num_key_value_heads", default=default)
+    if num_q_heads % num_kv_heads:
+        raise config.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({num_q_heads})")
+    return num_kv_heads
 
 
 def _build(
     architecture: str,
-    raw: Raw,
+    config: Fields,
     *,
-    head_dim: int | None = None,
+    default_head_dim: int | None = None,
+    kv_heads_may_be_left_out: bool = False,
     sliding_windows: tuple[int | None, ...],
     qkv_bias: bool = False,
     o_bias: bool = False,
     mlp_bias: bool = False,
     qk_norm: bool = False,
 ) -> ModelConfig:
-    num_q_heads = _integer(raw, "num_attention_heads")
-    hidden_size = _integer(raw, "hidden_size")
-    if raw.get("head_dim") is not None:
-        head_dim = _integer(raw, "head_dim")
-    eps = raw.get("rms_norm_eps")
-    if not isinstance(eps, float) or eps <= 0:
-        raise LoadError(f"config.json: rms_norm_eps must be a positive number, got {eps!r}")
-    if "num_key_value_heads" in raw and raw["num_key_value_heads"] is None:
-        num_kv_heads = num_q_heads
-    else:
-        num_kv_heads = _integer(raw, "num_key_value_heads")
+    num_q_heads = config.integer("num_attention_heads")
     return ModelConfig(
         architecture=architecture,
-        vocab_size=_integer(raw, "vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=_integer(raw, "intermediate_size"),
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=config.integer("hidden_size"),
+        intermediate_size=config.integer("intermediate_size"),
         num_layers=len(sliding_windows),
         num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim or hidden_size // max(num_q_heads, 1),
-        max_position_embeddings=_integer(raw, "max_position_embeddings"),
-        rms_norm_eps=eps,
-        rope=parse_rope(raw),
+        num_kv_heads=_num_kv_heads(config, num_q_heads, may_be_left_out=kv_heads_may_be_left_out),
+        head_dim=_head_dim(config, default_head_dim),
+        max_position_embeddings=config.integer("max_position_embeddings"),
+        rms_norm_eps=config.number("rms_norm_eps"),
+        rope=parse_rope(config),
         sliding_windows=sliding_windows,
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,
         qk_norm=qk_norm,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_word_embeddings=config.flag("tie_word_embeddings"),
     )
 
 
-def _llama(architecture: str, raw: Raw) -> ModelConfig:
-    num_layers = _integer(raw, "num_hidden_layers")
-    if raw.get("sliding_window") is not None or _SLIDING in (raw.get("layer_types") or []):
-        raise LoadError("config.json: a sliding window is not part of LlamaForCausalLM: set sliding_window to null")
-    bias = bool(raw.get("attention_bias", False))
+def _llama(architecture: str, config: Fields) -> ModelConfig:
+    if config.get("sliding_window") is not None:
+        raise config.unsupported("sliding_window", f"set it to null: it is not part of {architecture}")
+    if _SLIDING in config.texts("layer_types"):
+        raise config.unsupported("layer_types", f"take it out: sliding windows are not part of {architecture}")
+    bias = config.flag("attention_bias")
     return _build(
         architecture,
-        {"num_key_value_heads": None, **raw},  # configs of Llama 1 and 2 may leave it out
-        sliding_windows=(None,) * num_layers,
+        config,
+        kv_heads_may_be_left_out=True,  # by configs of Llama 1 and 2
+        sliding_windows=(None,) * _num_layers(config),
         qkv_bias=bias,
         o_bias=bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)),
+        mlp_bias=config.flag("mlp_bias"),
     )
 
 
-def _mistral(architecture: str, raw: Raw) -> ModelConfig:
-    window = _window(raw, _MISTRAL_DEFAULT_WINDOW)
+def _mistral(architecture: str, config: Fields) -> ModelConfig:
+    window = _window(config, _MISTRAL_DEFAULT_WINDOW)
     expected = _FULL if window is None else _SLIDING
-    if set(raw.get("layer_types") or [expected]) != {expected}:
-        raise LoadError("config.json: layer_types that differ between layers are not supported for MistralForCausalLM")
-    return _build(architecture, raw, sliding_windows=(window,) * _integer(raw, "num_hidden_layers"))
+    if set(config.texts("layer_types")) - {expected}:
+        raise config.unsupported(
+            "layer_types", f"take it out: sliding_window {window} makes all layers of {architecture} {expected}"
+        )
+    return _build(architecture, config, sliding_windows=(window,) * _num_layers(config))
 
 
-def _qwen2(architecture: str, raw: Raw) -> ModelConfig:
-    return _build(architecture, raw, sliding_windows=_qwen_windows(raw), qkv_bias=True)
+def _qwen2(architecture: str, config: Fields) -> ModelConfig:
+    return _build(architecture, config, sliding_windows=_qwen_windows(config), qkv_bias=True)
 
 
-def _qwen3(architecture: str, raw: Raw) -> ModelConfig:
-    bias = bool(raw.get("attention_bias", False))
-    windows = _qwen_windows(raw)
-    return _build(architecture, raw, head_dim=128, sliding_windows=windows, qkv_bias=bias, o_bias=bias, qk_norm=True)
+def _qwen3(architecture: str, config: Fields) -> ModelConfig:
+    bias = config.flag("attention_bias")
+    return _build(
+        architecture,
+        config,
+        default_head_dim=_QWEN3_DEFAULT_HEAD_DIM,
+        sliding_windows=_qwen_windows(config),
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm=True,
+    )
 
 
-def _qwen_windows(raw: Raw) -> tuple[int | None, ...]:
+def _qwen_windows(config: Fields) -> tuple[int | None, ...]:
     """`layer_types` where given, else the first `max_window_layers` layers are full; all are without
     `use_sliding_window`."""
-    num_layers = _integer(raw, "num_hidden_layers")
-    window = _window(raw, _QWEN_DEFAULT_WINDOW) if raw.get("use_sliding_window", False) else None
-    num_full = raw.get("max_window_layers", _QWEN_DEFAULT_FULL_LAYERS)
+    num_layers = _num_layers(config)
+    window = _window(config, _QWEN_DEFAULT_WINDOW) if config.flag("use_sliding_window") else None
+    num_full = config.integer("max_window_layers", default=_QWEN_DEFAULT_FULL_LAYERS, least=0)
     by_depth = [_SLIDING if window is not None and i >= num_full else _FULL for i in range(num_layers)]
-    layer_types = raw.get("layer_types") or by_depth
+    layer_types = config.texts("layer_types") or by_depth
     if len(layer_types) != num_layers:
-        raise LoadError(f"config.json: layer_types has {len(layer_types)} entries for {num_layers} layers")
+        raise config.wrong("layer_types", f"a list with an entry for each of the {num_layers} layers")
     for layer_type in layer_types:
         if layer_type not in (_FULL, _SLIDING):
-            raise LoadError(f"config.json: layer type {layer_type!r} is not supported, only {_FULL} and {_SLIDING}")
+            raise config.wrong("layer_types", f"of {_FULL} and {_SLIDING}, not {shown(layer_type)}")
     if window is None and _SLIDING in layer_types:
-        raise LoadError("config.json: layer_types has sliding_attention, but there is no sliding_window in use")
+        raise config.wrong("layer_types", f"without {_SLIDING} where no sliding_window is in use")
     return tuple(window if layer_type == _SLIDING else None for layer_type in layer_types)
 
 
-_ARCHITECTURES: dict[str, Callable[[str, Raw], ModelConfig]] = {
+_ARCHITECTURES: dict[str, Callable[[str, Fields], ModelConfig]] = {
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
     "Qwen2ForCausalLM": _qwen2,

@@ -1,23 +1,20 @@
-"""What planning must know of a model: read from its folder without torch or transformers.
-
-Shapes come from the safetensors headers, so the memory plan counts the tensors that are there, not those that a
-formula expects.
-"""
+"""What planning must know of a model: read from its folder without torch or transformers."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from checkpoint.config import ModelConfig
 from checkpoint.config_json import parse_config, read_config_json
 from checkpoint.errors import LoadError
-from checkpoint.json_files import read_eos_token_ids
-from checkpoint.tensors import TensorInfo, read_tensors
+from checkpoint.fields import Fields
+from checkpoint.generation_config import read_eos_token_ids
+from checkpoint.tensors import TensorInfo
+from checkpoint.weights import EMBEDDING, WEIGHT_DTYPES, read_weights
 
 DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
-_SAFETENSORS_DTYPES: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 # Cut among tensor-parallel ranks; everything else (norms, biases of row-parallel layers) is held by each rank.
 _SHARDED_MODULES: Final = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
 _KV_MODULES: Final = ("k_proj", "v_proj")
@@ -29,22 +26,14 @@ class ModelFolder:
 
     path: Path
     config: ModelConfig
-    dtype: str  # "bfloat16" | "float16" | "float32"
+    dtype: str  # "bfloat16" | "float16" | "float32": the one asked for, else the checkpoint's own
     eos_token_ids: tuple[int, ...]
-    tensors: Mapping[str, TensorInfo]
+    weights: Mapping[str, TensorInfo]  # what is loaded, by name
 
     def weight_bytes(self, tp_size: int, dtype: str) -> int:
         """Bytes of weights on one of `tp_size` ranks once they are loaded as `dtype`."""
-        return (
-            sum(self._elements_per_rank(name, tensor, tp_size) for name, tensor in self.held_tensors)
-            * DTYPE_BYTES[dtype]
-        )
-
-    @property
-    def held_tensors(self) -> Iterator[tuple[str, TensorInfo]]:
-        """Those that are loaded, by name: a head that is the embedding is none of its own."""
-        tied = self.config.tie_word_embeddings
-        return ((name, info) for name, info in self.tensors.items() if not (tied and name.startswith("lm_head.")))
+        num_elements = sum(self._elements_per_rank(name, tensor, tp_size) for name, tensor in self.weights.items())
+        return num_elements * DTYPE_BYTES[dtype]
 
     def kv_bytes_per_token(self, tp_size: int, dtype: str) -> int:
         """Bytes of keys and values that one token takes on one rank."""
@@ -77,24 +66,35 @@ class ModelFolder:
 def find_model(model: str, relative_to: Path) -> Path:
     """The folder that `model` names: a path (relative ones start at `relative_to`) or a hub id in the local cache.
 
-    Nothing is downloaded: a deployment must not fail, or change, because a hub did.
+    Nothing is downloaded: a deployment must not fail, or change, because a hub did. Raises LoadError.
     """
+    remedy = "give a folder in Hugging Face layout, or a hub id"
     try:
         path = (relative_to / Path(model).expanduser()).resolve()
-    except RuntimeError as err:  # pathlib's way to say that "~somebody" is nobody
-        raise LoadError("starts with ~ and a user that does not exist", "write the path out") from err
-    if path.is_dir():
-        return path
-    looks_like_hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
-    if not looks_like_hub_id:
-        raise LoadError(f"there is no such folder: {path}", "give a folder in Hugging Face layout, or a hub id")
-    cached = _cached_snapshot(model)
-    if cached is None:
+        if path.is_dir():
+            return path
+        cached = _cached_snapshot(model)
+    except RuntimeError as err:  # pathlib's way to say that "~somebody" is nobody, or that links lead in a circle
+        problem = "starts with ~ and a user that does not exist" if model.startswith("~") else "is a circle of links"
+        raise LoadError(problem, "write the path out") from err
+    except ValueError as err:  # characters that no file name has
+        raise LoadError(f"cannot be a path: {err}", remedy) from err
+    except OSError as err:
         raise LoadError(
-            f"neither a folder ({path}) nor a model in the Hugging Face cache ({_hub_cache()})",
-            f"run: hf download {model}",
-        )
-    return cached
+            f"cannot be opened: {err.strerror}", "give a folder in Hugging Face layout, or a hub id"
+        ) from err
+    if cached is not None:
+        return cached
+    if not _may_be_hub_id(model):
+        raise LoadError(f"there is no such folder: {path}", remedy)
+    raise LoadError(
+        f"neither a folder ({path}) nor a model in the Hugging Face cache ({_hub_cache()})",
+        f"run: hf download {model}",
+    )
+
+
+def _may_be_hub_id(model: str) -> bool:
+    return model.count("/") == 1 and not model.startswith((".", "/", "~"))
 
 
 def _hub_cache() -> Path:
@@ -102,8 +102,10 @@ def _hub_cache() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
 
-def _cached_snapshot(hub_id: str) -> Path | None:
-    repository = _hub_cache() / f"models--{hub_id.replace('/', '--')}"
+def _cached_snapshot(model: str) -> Path | None:
+    if not _may_be_hub_id(model):
+        return None
+    repository = _hub_cache() / f"models--{model.replace('/', '--')}"
     main = repository / "refs" / "main"
     if not main.is_file():
         return None
@@ -111,30 +113,31 @@ def _cached_snapshot(hub_id: str) -> Path | None:
     return snapshot if snapshot.is_dir() else None
 
 
-def read_model_folder(path: Path) -> ModelFolder:
-    """Read the facts of a folder. Raises LoadError for what is missing, broken or not supported."""
+def read_model_folder(path: Path, *, dtype: str | None = None) -> ModelFolder:
+    """Read the facts of a folder. `dtype`: what the weights are to be loaded as, if not the checkpoint's own.
+
+    Raises LoadError for what is missing, broken or not supported: a worker can load what is accepted here.
+    """
     raw = read_config_json(path)
     config = parse_config(raw)
     if not (path / "tokenizer.json").is_file():
         raise LoadError("tokenizer.json is missing", "save the tokeniser in the fast format into the folder")
-    tensors = read_tensors(path)
+    weights = read_weights(path, config)
     return ModelFolder(
         path=path,
         config=config,
-        dtype=_dtype(raw, tensors),
-        eos_token_ids=read_eos_token_ids(path),
-        tensors=tensors,
+        dtype=dtype or _own_dtype(Fields("config.json", raw), weights),
+        eos_token_ids=read_eos_token_ids(path, config.vocab_size),
+        weights=weights,
     )
 
 
-def _dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
-    """The config's dtype (older files call it torch_dtype), else that of the first tensor."""
-    named = config.get("dtype") or config.get("torch_dtype") or _first_dtype(tensors)
-    if named not in DTYPE_BYTES:
-        raise LoadError(f"config.json: dtype is {named!r}", f"use one of {', '.join(DTYPE_BYTES)}")
-    return str(named)
-
-
-def _first_dtype(tensors: Mapping[str, TensorInfo]) -> str | None:
-    first = next(iter(tensors.values()), None)
-    return None if first is None else _SAFETENSORS_DTYPES.get(first.dtype)
+def _own_dtype(config: Fields, weights: Mapping[str, TensorInfo]) -> str:
+    """The config's dtype (older files call it torch_dtype), else that of the weights."""
+    key = "torch_dtype" if config.get("dtype") is None else "dtype"
+    named = config.get(key)
+    if named is None or named == "auto":
+        return WEIGHT_DTYPES[weights[EMBEDDING].dtype]
+    if not isinstance(named, str) or named not in DTYPE_BYTES:
+        raise config.unsupported(key, f"set dtype in the deployment file to one of {', '.join(DTYPE_BYTES)}")
+    return named

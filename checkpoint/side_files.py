@@ -6,7 +6,6 @@ special_tokens_map.json and added_tokens.json instead; a folder that has the key
 nothing.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from checkpoint.errors import LoadError
+from checkpoint.errors import LoadError, shown
 from checkpoint.json_files import read_optional_json_object
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -23,7 +22,6 @@ _ADDED_FILE = "added_tokens.json"
 _STANDARD_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _EXTRA_KEYS = ("extra_special_tokens", "additional_special_tokens")  # the new name and the old one
-_MAX_SHOWN_CHARS = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,9 +148,3 @@ def _added_tokens(file: _Object, special: set[str]) -> dict[int, AddedToken]:
 def _is_text(value: object) -> bool:
     """JSON can spell half a character, which is no text."""
     return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
-
-
-def shown(value: object) -> str:
-    """A value of a JSON file, cut short."""
-    text = json.dumps(value, ensure_ascii=True)
-    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."

@@ -7,9 +7,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from checkpoint.errors import LoadError
+from checkpoint.errors import LoadError, shown
 from checkpoint.json_files import read_json_object
-from checkpoint.side_files import SideFiles, read_side_files, shown
+from checkpoint.side_files import SideFiles, read_side_files
 
 TOKENIZER_FILE = "tokenizer.json"
 _MAX_TOKENS = 1 << 24  # a table of more would be a mistake

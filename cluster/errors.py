@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+_MAX_SHOWN_CHARS = 200
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
@@ -15,10 +17,14 @@ class Problem:
     line: int | None = None  # of the file, from 1
 
     def __str__(self) -> str:
-        where = self.path if self.value is None else f"{self.path}: {self.value}"
+        where = self.path if self.value is None else f"{self.path}: {_cut(self.value)}"
         line = "" if self.line is None else f"line {self.line}: "
         remedy = f"; {self.remedy}" if self.remedy else ""
         return f"{line}{where}: {self.message}{remedy}"
+
+
+def _cut(value: str) -> str:
+    return value if len(value) <= _MAX_SHOWN_CHARS else f"{value[:_MAX_SHOWN_CHARS]}..."
 
 
 class ConfigError(ValueError):

@@ -35,7 +35,7 @@ class LayerParallel:
         mlps = share if self.mlps == "tensor_parallel" else 1.0
         num_elements = sum(
             tensor.num_elements * _share_of(name, attention=attention, mlps=mlps, head=share)
-            for name, tensor in folder.held_tensors
+            for name, tensor in folder.weights.items()
         )
         return int(num_elements) * DTYPE_BYTES[dtype]
 

@@ -87,8 +87,8 @@ def local_settings(
     """
 
     def model(role: Role, folder: Path, size: int) -> ModelSettings:
-        facts = read_model_folder(folder.resolve())
-        return ModelSettings(role=role, folder=facts, dtype=dtype or facts.dtype, tp_size=size)
+        facts = read_model_folder(folder.resolve(), dtype=dtype)
+        return ModelSettings(role=role, folder=facts, tp_size=size)
 
     target_model = model("target", target, tp_size)
     draft_model = None
@@ -106,7 +106,7 @@ def local_settings(
         device=device,
         cpu=cpu,
         kv_cache=kv_cache,
-        scheduler=resolve_scheduler(scheduler, target_model, draft_model),
+        scheduler=resolve_scheduler(scheduler, target_model),
         server=server,
         forced_acceptance=forced_acceptance,
         batch_invariant=batch_invariant,

@@ -84,15 +84,19 @@ def save(record: Record) -> None:
 
 
 def load(name: str) -> Record:
-    """Raises DeploymentNotFoundError."""
+    """Raises DeploymentNotFoundError, or StartError where the record cannot be read."""
     path = folder_of(name) / "record.json"
     try:
-        fields = json.loads(path.read_text())
+        text = path.read_text()
+        # Empty: whoever claimed the name died at once, before anything was started.
+        return _from_json(text) if text else Record(name=name)
     except FileNotFoundError as err:
         known = ", ".join(names()) or "none"
         raise DeploymentNotFoundError(f"no deployment {name!r} was started from here; known: {known}") from err
-    private = fields.pop("private_ray")
-    return Record(**fields, private_ray=None if private is None else PrivateRay(**private))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as err:
+        raise StartError(
+            f"{path} is damaged: {err}; end what may still run of it (echelon, ray), then remove the file"
+        ) from err
 
 
 def forget(name: str) -> None:
@@ -103,6 +107,12 @@ def forget(name: str) -> None:
 
 def names() -> list[str]:
     return sorted(path.parent.name for path in state_root().glob("*/record.json"))
+
+
+def _from_json(text: str) -> Record:
+    fields = json.loads(text)
+    private = fields.pop("private_ray")
+    return Record(**fields, private_ray=None if private is None else PrivateRay(**private))
 
 
 def _to_json(record: Record) -> str:

@@ -32,6 +32,15 @@ from cluster.layer_parallel import LayerParallel, layer_parallel, layer_parallel
 
 T = TypeVar("T")
 
+# By pydantic's names of what is wrong. Where there is none the message says what must stand there.
+_REMEDIES = {
+    "int_type": "write a whole number, without quotes",
+    "float_type": "write a number, without quotes",
+    "bool_type": "write true or false, without quotes",
+    "string_type": "write text, in quotes where it looks like something else",
+    "list_type": "write a list, like [1, 2]",
+}
+
 
 def load_deployment(path: Path) -> Settings:
     """Read and check a deployment file and the model folders that it names.
@@ -55,7 +64,7 @@ def load_deployment(path: Path) -> Settings:
 def _problem(details: ErrorDetails) -> Problem:
     """What pydantic found, in our words."""
     path = ".".join(str(part) for part in details["loc"])
-    kind, message = details["type"], details["msg"]
+    kind, message, value = details["type"], details["msg"], details["input"]
     if kind == "extra_forbidden":
         return Problem(path=path, message="unknown key", remedy=_nearest(tuple(str(p) for p in details["loc"])))
     if kind == "missing":
@@ -67,9 +76,7 @@ def _problem(details: ErrorDetails) -> Problem:
     if kind == "string_pattern_mismatch":
         message = "must be lower-case letters, digits and hyphens, at most 63"
     message = message.removeprefix("Value error, ").replace("Input should ", "must ")
-    value = details["input"]
-    shown = None if isinstance(value, dict | list) else repr(value)
-    return Problem(path=path, message=message, value=shown)
+    return Problem(path=path, message=message, remedy=_REMEDIES.get(kind, ""), value=repr(value))
 
 
 def _nearest(path: tuple[str, ...]) -> str:
@@ -126,7 +133,7 @@ def _resolve(file: DeploymentFile, base: Path) -> tuple[Settings | None, list[Pr
 
 def _model(role: Role, section: Target | Draft, base: Path, problems: list[Problem]) -> ModelSettings | None:
     try:
-        folder = read_model_folder(find_model(section.model, base))
+        folder = read_model_folder(find_model(section.model, base), dtype=section.dtype)
     except LoadError as err:
         value = repr(section.model)
         problems.append(Problem(path=f"{role}.model", value=value, message=err.message, remedy=err.remedy))
@@ -136,7 +143,7 @@ def _model(role: Role, section: Target | Draft, base: Path, problems: list[Probl
     if uneven is not None:
         path, remedy = f"{role}.tensor_parallel_size", folder.config.tensor_parallel_remedy()
         problems.append(Problem(path=path, value=str(tp_size), message=uneven, remedy=remedy))
-    return ModelSettings(role=role, folder=folder, dtype=section.dtype or folder.dtype, tp_size=tp_size)
+    return ModelSettings(role=role, folder=folder, tp_size=tp_size)
 
 
 def _layer_parallel(section: Draft, target: ModelSettings) -> LayerParallel | None:
@@ -174,7 +181,7 @@ def _settings(file: DeploymentFile, target: ModelSettings, draft: ModelSettings 
         device=file.device,
         cpu=_section(CpuSettings, file.cpu),
         kv_cache=_section(KvCacheSettings, file.kv_cache),
-        scheduler=resolve_scheduler(_section(SchedulerSettings, file.scheduler), target, draft),
+        scheduler=resolve_scheduler(_section(SchedulerSettings, file.scheduler), target),
         server=_section(ServerSettings, file.server),
         batch_invariant=file.batch_invariant,
         startup_timeout_s=file.startup_timeout_s,
@@ -220,12 +227,10 @@ def _pair_problems(file: DeploymentFile, settings: Settings) -> Iterator[Problem
 
 
 def _limit_problems(settings: Settings) -> Iterator[Problem]:
-    max_model_len = settings.max_model_len
-    for model in (settings.target, settings.draft):
-        if model is not None and max_model_len > model.folder.config.max_position_embeddings:
-            limit = model.folder.config.max_position_embeddings
-            message = f"the {model.role} model's own limit is {limit} tokens"
-            yield _limit_problem("max_model_len", max_model_len, message, f"use at most {limit}")
+    limit = settings.target.folder.config.max_len
+    if settings.max_model_len > limit:
+        message = f"the target model's own limit is {limit} tokens"
+        yield _limit_problem("max_model_len", settings.max_model_len, message, f"use at most {limit}")
     if settings.scheduler.max_num_batched_tokens < settings.scheduler.max_num_seqs:
         message = f"is less than max_num_seqs ({settings.scheduler.max_num_seqs}): a round could not decode all seqs"
         yield _limit_problem("max_num_batched_tokens", settings.scheduler.max_num_batched_tokens, message, "raise it")

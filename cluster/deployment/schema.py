@@ -139,7 +139,7 @@ class Scheduler(Section):
     max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 256
     max_num_batched_tokens: Positive = 8192
     max_model_len: Positive | None = Field(
-        default=None, description="default: the models' own limit, at most 32768 and at most what device_bytes holds"
+        default=None, description="default: the target's own limit, at most 32768 and at most what device_bytes holds"
     )
     max_queue: Positive = 1024
     enable_prefix_caching: bool = True

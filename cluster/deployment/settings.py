@@ -29,9 +29,12 @@ class ModelSettings:
 
     role: Role
     folder: ModelFolder
-    dtype: str  # "bfloat16" | "float16" | "float32"
     tp_size: int
     layer_parallel: LayerParallel | None = None  # draft only; tp_size is 1 then
+
+    @property
+    def dtype(self) -> str:
+        return self.folder.dtype
 
     @property
     def num_ranks(self) -> int:
@@ -153,6 +156,10 @@ class Settings:
         assert self.scheduler.max_model_len is not None, "settings are resolved"
         return self.scheduler.max_model_len
 
+    def max_model_len_of(self, role: Role) -> int:
+        """Tokens of a seq that an engine can hold: a draft ends at its model's own limit, the seq goes on without."""
+        return min(self.max_model_len, self.model(role).folder.config.max_len)
+
     @property
     def round_timeout_s(self) -> float:
         """How long the scheduler waits for a round: no less than the ranks wait for one another inside it."""
@@ -210,11 +217,8 @@ class Settings:
         return num_tokens * draft if self.colocated else min(self.kv_cache.device_bytes, num_tokens * draft)
 
 
-def resolve_scheduler(
-    wanted: SchedulerSettings, target: ModelSettings, draft: ModelSettings | None
-) -> SchedulerSettings:
-    """A max_model_len that is left open becomes the models' own limit, at most DEFAULT_MAX_MODEL_LEN."""
+def resolve_scheduler(wanted: SchedulerSettings, target: ModelSettings) -> SchedulerSettings:
+    """A max_model_len that is left open becomes the target's own limit, at most DEFAULT_MAX_MODEL_LEN."""
     if wanted.max_model_len is not None:
         return wanted
-    limits = [model.folder.config.max_position_embeddings for model in (target, draft) if model is not None]
-    return replace(wanted, max_model_len=min(*limits, DEFAULT_MAX_MODEL_LEN))
+    return replace(wanted, max_model_len=min(target.folder.config.max_len, DEFAULT_MAX_MODEL_LEN))

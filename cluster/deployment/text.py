@@ -1,12 +1,14 @@
-"""Whether the models can be used for text: gateway and scheduler will read the target's tokeniser, and the draft must
-write in the target's tokens. Checked before anything starts."""
+"""Whether the models can be used for text: gateway and scheduler will read the target's tokeniser, chat template and
+sampling defaults, and the draft must write in the target's tokens. Checked before anything starts."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from checkpoint.chat_template import load_chat_template
 from checkpoint.errors import LoadError
+from checkpoint.generation_config import read_sampling_defaults
 from checkpoint.token_table import TokenTable
 from checkpoint.tokenizer import load_tokenizer
 from checkpoint.tokenizer_pair import compare_tokenizers, tokens_from
@@ -25,6 +27,8 @@ def check_text(settings: Settings, names: Mapping[Role, str]) -> TextReport:
     try:
         target = load_tokenizer(settings.target.folder.path)
         TokenTable(target)
+        load_chat_template(settings.target.folder.path)
+        read_sampling_defaults(settings.target.folder.path)
     except LoadError as err:
         return TextReport(problems=(_problem("target", names, err),))
     notes = list(_target_notes(settings.target, target))

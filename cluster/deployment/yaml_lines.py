@@ -49,8 +49,12 @@ def read_document(path: Path) -> Document:
         line = text.count("\n", 0, err.position) + 1
         message = f"character U+{err.character:04X} is not allowed"
         raise _error(path, Problem(path="YAML", message=message, remedy="take it out", line=line)) from err
-    except ValueError as err:  # a value that looks like a date and is none
-        raise _error(path, Problem(path="YAML", message=str(err), remedy="put dates in quotes")) from err
+    except RecursionError as err:
+        raise _error(path, Problem(path="YAML", message="is nested too deeply", remedy="flatten it")) from err
+    # PyYAML's own for a value that is not what it looks like, or what its tag says: a date, say, or !!int.
+    except (ValueError, LookupError, TypeError, AttributeError) as err:
+        message = f"a value is not what it looks like: {err}"
+        raise _error(path, Problem(path="YAML", message=message, remedy="put it in quotes, without a tag")) from err
     if not isinstance(node, yaml.MappingNode) or not isinstance(value, dict):
         raise _error(path, Problem(path="file", message="holds no mapping of keys", remedy="see deploy/demo.yaml"))
     lines: dict[KeyPath, int] = {}

@@ -46,7 +46,7 @@ def make_plan(settings: Settings, inventory: Inventory) -> Plan:
     else:
         bundles, notes = _place_on_cpus(settings, inventory, ranks)
         _check_host_memory(bundles, inventory)
-    notes += _layer_parallel_notes(settings)
+    notes += [*_layer_parallel_notes(settings), *_draft_limit_notes(settings)]
     leader = bundles[0]
     head = next((node for node in inventory.nodes if node.node_id == inventory.head_node_id), inventory.nodes[0])
     plan = Plan(
@@ -65,6 +65,13 @@ def _layer_parallel_notes(settings: Settings) -> list[str]:
     if wanted is None or wanted.num_ranks > 1:
         return []
     return [f"attention of {wanted.size} draft layers at once is one batched pass on target rank 0"]
+
+
+def _draft_limit_notes(settings: Settings) -> list[str]:
+    if settings.draft is None or settings.max_model_len_of("draft") == settings.max_model_len:
+        return []
+    limit = settings.max_model_len_of("draft")
+    return [f"the draft model's own limit is {limit} tokens: beyond them a seq goes on without its drafts"]
 
 
 def _loopback_if_alone(plan: Plan) -> Plan:
@@ -103,10 +110,12 @@ def _rank(group: Role, rank: int, models: list[ModelSettings], settings: Setting
 
 
 def _kv_cache_bytes(model: ModelSettings, settings: Settings) -> int:
-    """On cpu what the settings give; on cuda the least that works, one seq of max_model_len."""
+    """On cpu what the settings give; on cuda the least that works, one longest seq."""
     if settings.device == "cpu":
         return settings.kv_cache_bytes(model.role)
-    num_blocks = -(-settings.max_model_len // settings.kv_cache.block_size)
+    # Engines that share a device get blocks for equally many tokens.
+    num_tokens = settings.max_model_len if settings.colocated else settings.max_model_len_of(model.role)
+    num_blocks = -(-num_tokens // settings.kv_cache.block_size)
     return num_blocks * settings.kv_cache.block_size * model.kv_bytes_per_token
 
 

@@ -45,7 +45,7 @@ def _engine_spec(settings: Settings, role: Role, bundle: Bundle) -> process_pb2.
         gpu_memory_utilization=settings.kv_cache.gpu_memory_utilization,
         max_num_seqs=settings.max_seqs_of(role),
         max_num_batched_tokens=settings.scheduler.max_num_batched_tokens,
-        max_model_len=settings.max_model_len,
+        max_model_len=settings.max_model_len_of(role),
         batch_invariant=settings.batch_invariant,
         forced_acceptance=settings.forced_acceptance if role == "target" else 0.0,
     )

@@ -64,7 +64,9 @@ def plain_table(*headings: str) -> Table:
 def report_error(message: str) -> None:
     console = stderr()
     console.print("error:", style="bold red", end=" ")
-    console.print(message, markup=False, soft_wrap=True)
+    # What a file holds may not be printable here; that must not hide what is wrong with it.
+    printable = message.encode(console.encoding, "backslashreplace").decode(console.encoding)
+    console.print(printable, markup=False, soft_wrap=True)
 
 
 def exits(command: Callable[P, None]) -> Callable[P, None]:

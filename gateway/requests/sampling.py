@@ -1,50 +1,26 @@
 """Fills in the defaults of a request's sampling settings and checks every value."""
 
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint.json_files import read_optional_json_object
+from checkpoint.generation_config import SAMPLING_RANGES, SamplingRange, read_sampling_defaults
 from echelon.pb.sampling_pb2 import SamplingParams
-from gateway.requests.refusal import Refusal, invalid
-
-_FROM_GENERATION_CONFIG = {  # generation_config.json's name -> ours
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}
-
+from gateway.requests.refusal import invalid
 
 # The scheduler compares every character of the output with every stop string, between rounds.
 _MAX_STOPS = 64
 _MAX_STOP_CHARS = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    field: str
-    wants: str
-    accepts: Callable[[float], bool]  # must be false for NaN
-
-
-_RULES = (
-    _Rule("temperature", "finite and >= 0", lambda v: 0 <= v < float("inf")),
-    _Rule("top_p", "in (0, 1]", lambda v: 0 < v <= 1),
-    _Rule("top_k", ">= 1, or 0 or -1 for off", lambda v: v >= -1),
-    _Rule("min_p", "in [0, 1]", lambda v: 0 <= v <= 1),
-    _Rule("repetition_penalty", "finite and > 0", lambda v: 0 < v < float("inf")),
-    _Rule("presence_penalty", "in [-2, 2]", lambda v: -2 <= v <= 2),
-    _Rule("frequency_penalty", "in [-2, 2]", lambda v: -2 <= v <= 2),
-    _Rule("max_tokens", ">= 1", lambda v: v >= 1),
-    _Rule("min_tokens", ">= 0", lambda v: v >= 0),
-    _Rule("logprobs", "in [0, 20]", lambda v: 0 <= v <= 20),
-    _Rule("prompt_logprobs", "in [0, 20]", lambda v: 0 <= v <= 20),
-    _Rule("n", "in [1, 64]", lambda v: 1 <= v <= 64),
-)
+_RANGES = {
+    **SAMPLING_RANGES,
+    "presence_penalty": SamplingRange(wants="in [-2, 2]", accepts=lambda v: -2 <= v <= 2),
+    "frequency_penalty": SamplingRange(wants="in [-2, 2]", accepts=lambda v: -2 <= v <= 2),
+    "min_tokens": SamplingRange(wants=">= 0", accepts=lambda v: v >= 0, is_integer=True),
+    "logprobs": SamplingRange(wants="in [0, 20]", accepts=lambda v: 0 <= v <= 20, is_integer=True),
+    "prompt_logprobs": SamplingRange(wants="in [0, 20]", accepts=lambda v: 0 <= v <= 20, is_integer=True),
+    "n": SamplingRange(wants="in [1, 64]", accepts=lambda v: 1 <= v <= 64, is_integer=True),
+}
 
 
 def built_in_defaults() -> SamplingParams:
@@ -70,22 +46,11 @@ def load_sampling_defaults(model_dir: Path) -> SamplingParams:
 
     A value comes from the model's generation_config.json where that file has it (temperature, top_p, top_k, min_p,
     repetition_penalty, and max_new_tokens as the default of max_tokens), else it is the built-in one. `do_sample` is
-    ignored, as vLLM does: a request that wants greedy decoding says temperature 0. Raises ValueError naming the file
-    and the value when a default is out of range.
+    ignored, as vLLM does: a request that wants greedy decoding says temperature 0. Raises LoadError.
     """
     defaults = built_in_defaults()
-    path = model_dir / "generation_config.json"
-    config = read_optional_json_object(path)
-    for theirs, ours in _FROM_GENERATION_CONFIG.items():
-        if config.get(theirs) is not None:
-            try:
-                setattr(defaults, ours, config[theirs])
-            except (TypeError, ValueError) as err:
-                raise ValueError(f"{path}: {theirs}: {config[theirs]!r} is not a number of the right kind") from err
-    try:
-        _check_ranges(defaults)
-    except Refusal as err:
-        raise ValueError(f"{path}: {err.message}") from err
+    for name, value in read_sampling_defaults(model_dir).items():
+        setattr(defaults, name, value)
     return defaults
 
 
@@ -113,10 +78,10 @@ def resolve_sampling(given: SamplingParams, defaults: SamplingParams, *, room: i
 
 
 def _check_ranges(sampling: SamplingParams) -> None:
-    for rule in _RULES:
-        value = getattr(sampling, rule.field)
-        if sampling.HasField(rule.field) and not rule.accepts(value):  # type: ignore[arg-type]
-            raise invalid(f"sampling.{rule.field}: must be {rule.wants}, got {value:.7g}")
+    for name, allowed in _RANGES.items():
+        value = getattr(sampling, name)
+        if sampling.HasField(name) and not allowed.accepts(value):  # type: ignore[arg-type]
+            raise invalid(f"sampling.{name}: must be {allowed.wants}, got {value:.7g}")
 
 
 def _check_collections(sampling: SamplingParams, vocab_size: int) -> None:

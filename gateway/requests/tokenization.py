@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from checkpoint.chat_template import ChatTemplate, load_chat_template
 from checkpoint.tokenizer import load_tokenizer
-from gateway.requests.chat import ChatTemplate, load_chat_template
 
 INLINE_CHARS = 4096  # below this, tokenising (about 1 us a character) costs less than a thread switch is worth
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import grpc
 
+from checkpoint.chat_template import ChatError
 from echelon.pb import inference_pb2, scheduler_pb2
 from echelon.pb.sampling_pb2 import SamplingParams
-from gateway.requests.chat import ChatError
 from gateway.requests.refusal import Refusal, invalid
 from gateway.requests.sampling import resolve_sampling
 from gateway.requests.tokenization import PromptTokenizer

@@ -6,6 +6,7 @@ bf16 with `batch_invariant` nothing may differ.
 """
 
 import itertools
+import json
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -57,18 +58,31 @@ def rule_of(folder: Path) -> TokenRule:
 
 
 @pytest.fixture(scope="module")
-def fp32(cases: dict[str, Case]) -> Callable[[int], Streams]:
-    """Streams in fp32 by the target's tp_size; one deployment runs at a time."""
+def fp32(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Streams]:
+    """Streams in fp32 by the target's tp_size; one deployment runs at a time. The draft of the first has a context so
+    short that the long case outgrows it."""
     made: dict[int, Streams] = {}
+    short = LocalDraft(folder=shortened(DRAFT, tmp_path_factory.mktemp("draft"), len(cases["long"].prompt) + 16))
 
     def get(tp_size: int) -> Streams:
         if tp_size not in made:
+            draft = short if tp_size == 1 else SMALL
             made[tp_size] = generate(
-                cases, NUM_DRAFTS, target=TARGET, draft=SMALL, tp_size=tp_size, dtype="float32", speculation=SERIAL
+                cases, NUM_DRAFTS, target=TARGET, draft=draft, tp_size=tp_size, dtype="float32", speculation=SERIAL
             )
         return made[tp_size]
 
     return get
+
+
+def shortened(model: Path, folder: Path, max_len: int) -> Path:
+    """The same model, but made for texts of `max_len` tokens."""
+    for file in model.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((model / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": max_len}))
+    return folder
 
 
 def assert_equal_but_for_ties(
@@ -128,6 +142,13 @@ def test_plain_decoding_follows_the_rule(
         assert lags.max() < TIE, f"{name}: token {lags.argmax()} is {lags.max()} behind the best candidate"
     sampled = [tuple(stream.token_ids) for (name, _), stream in streams.items() if name.endswith("temperature 1")]
     assert len(set(sampled)) > len(SETTINGS) // 2, "the settings make no difference"
+
+
+def test_a_seq_that_outgrows_the_draft_goes_on_without_it(fp32: Callable[[int], Streams]) -> None:
+    """That its tokens stay the same is for the tests around this one."""
+    stats = [fp32(1)["long", k].speculation for k in NUM_DRAFTS if k]
+    assert sum(entry.num_draft_tokens for entry in stats) > 0
+    assert all(entry.num_accepted_tokens < 16 for entry in stats), "none is accepted beyond the draft's context"
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])

@@ -39,6 +39,7 @@ def tensors_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj.weight": (mlp, hidden),
         "mlp.down_proj.weight": (hidden, mlp),
         "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
     }
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for index in range(config["num_hidden_layers"]):

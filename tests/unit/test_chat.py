@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from gateway.requests.chat import ChatError, ChatTemplate, load_chat_template
+from checkpoint.chat_template import ChatError, ChatTemplate, load_chat_template
 from gateway.requests.tokenization import INLINE_CHARS, PromptTokenizer
 
 MODEL_DIR = Path(__file__).parents[2] / "models" / "demo-target"

@@ -42,6 +42,24 @@ def test_a_state_folder_that_cannot_be_written_is_named(root: Path) -> None:
         state_dir.claim("demo", DEMO)
 
 
+def test_an_empty_record_is_of_a_deployment_that_never_started(root: Path) -> None:
+    """Its `up` died between taking the name and writing down whose it is."""
+    (root / "state" / "demo").mkdir(parents=True)
+    (root / "state" / "demo" / "record.json").touch()
+    assert lifecycle.status("demo").state is State.PENDING
+    lifecycle.down("demo")
+    assert state_dir.names() == []
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"name": "demo"}', '{"name": "demo", "private_ray": 3}', "\0"])
+def test_a_damaged_record_is_named(root: Path, content: str) -> None:
+    (root / "state" / "demo").mkdir(parents=True)
+    (root / "state" / "demo" / "record.json").write_text(content)
+    for command in (lifecycle.status, lifecycle.down):
+        with pytest.raises(StartError, match=r"demo/record\.json is damaged: .*; end what .*, then remove the file"):
+            command("demo")
+
+
 def test_a_failed_start_says_why_although_somebody_took_it_down(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(log_path: Path) -> NoReturn:
         state_dir.forget("demo")  # `echelon down demo` in another terminal

@@ -26,7 +26,7 @@ def test_the_bundled_target() -> None:
 def test_weight_bytes_count_what_a_rank_holds(tmp_path: Path) -> None:
     model = read_model_folder(write_model_folder(tmp_path / "model"))
     layer = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 64 * 32
-    norms = 2 * 32 + 32
+    norms = 2 * 2 * 32 + 32
     embedding = 2 * 100 * 32
     assert model.weight_bytes(1, "bfloat16") == 2 * (2 * layer + norms + embedding)
     assert model.weight_bytes(2, "bfloat16") == 2 * (layer + norms + embedding // 2)
@@ -79,12 +79,12 @@ def test_broken_folders_say_what_to_do(tmp_path: Path) -> None:
         read_model_folder(quantised)
     assert read_model_folder(write_model_folder(tmp_path / "null", quantization_config=None)).config.num_layers == 2
     broken = write_model_folder(tmp_path / "b", max_position_embeddings=8.5)
-    with pytest.raises(LoadError, match=r"max_position_embeddings must be an integer, got 8\.5"):
+    with pytest.raises(LoadError, match=r"max_position_embeddings must be an integer .*, got 8\.5"):
         read_model_folder(broken)
     cut = write_model_folder(tmp_path / "cut")
     with (cut / "model.safetensors").open("rb+") as stream:
         stream.truncate(5000)
-    with pytest.raises(LoadError, match=r"is truncated: \d+ bytes expected, 5000 found: download it again"):
+    with pytest.raises(LoadError, match=r"is truncated: \d+ bytes expected, 5000 found; download it again"):
         read_model_folder(cut)
     lfs = write_model_folder(tmp_path / "lfs")
     (lfs / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")

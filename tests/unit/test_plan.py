@@ -182,6 +182,41 @@ def test_no_cpu_and_too_little_memory(pair: tuple[Path, Path]) -> None:
         make_plan(settings, cpu_nodes(8, memory_gib=1))
 
 
+def test_a_draft_of_a_shorter_context_is_planned_for_it(tmp_path: Path) -> None:
+    target = write_model_folder(tmp_path / "target")
+    short = write_model_folder(tmp_path / "draft", max_position_embeddings=96)
+    settings = gpu_settings((target, short), 1)
+    plan = make_plan(settings, gpu_nodes(2))
+    assert settings.max_model_len == 512
+    assert plan.notes == ("the draft model's own limit is 96 tokens: beyond them a seq goes on without its drafts",)
+    lengths = {
+        role: worker_specs(settings, plan.group(role), 1)[0].engines[0].max_model_len for role in ("target", "draft")
+    }
+    assert lengths == {"target": 512, "draft": 96}
+
+
+def test_the_least_gpu_for_colocated_engines_holds_a_longest_seq(tmp_path: Path) -> None:
+    """They divide its memory by tokens, so the draft's shorter context saves nothing."""
+    target = write_model_folder(tmp_path / "target")
+    short = write_model_folder(tmp_path / "draft", max_position_embeddings=96)
+    settings = gpu_settings((target, short), 1, colocated=True)
+
+    def gpu_of(num_bytes: int) -> Inventory:
+        (node,) = gpu_nodes(1).nodes
+        return Inventory(nodes=(replace(node, gpu_memory_bytes=num_bytes),), head_node_id=node.node_id)
+
+    def is_too_small(num_bytes: int) -> bool:
+        try:
+            make_plan(settings, gpu_of(num_bytes))
+        except PlanError:
+            return True
+        return False
+
+    enough = next(size for size in range(0, GIB, 4096) if not is_too_small(size))
+    (spec,) = worker_specs(settings, make_plan(settings, gpu_of(enough)).group("target"), incarnation=1)
+    assert spec.engines[0].kv_cache_bytes >= settings.max_model_len * settings.target.kv_bytes_per_token
+
+
 def test_wires_stay_on_a_single_machine(pair: tuple[Path, Path]) -> None:
     settings = gpu_settings(pair, 1)
     alone = make_plan(settings, gpu_nodes(2))

@@ -7,6 +7,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from checkpoint.fields import Fields
+from checkpoint.rope import Rope
 from checkpoint.rope_json import parse_rope
 from workers.layers.rope import cos_sin_cache
 from workers.models import LoadError
@@ -45,8 +47,12 @@ def expected_cache(rope: dict[str, Any], theta: float) -> torch.Tensor:  # [NUM_
     return torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=1)
 
 
+def rope_of(raw: dict[str, Any]) -> Rope:
+    return parse_rope(Fields("config.json", raw))
+
+
 def our_cache(raw: dict[str, Any]) -> torch.Tensor:  # [NUM_POSITIONS, HEAD_DIM]
-    rope = parse_rope({"max_position_embeddings": 256, **raw})
+    rope = rope_of({"max_position_embeddings": 256, **raw})
     return cos_sin_cache(rope, head_dim=HEAD_DIM, num_positions=NUM_POSITIONS, device=torch.device("cpu"))
 
 
@@ -72,7 +78,7 @@ def test_every_scaling_turns_differently(name: str) -> None:
 def test_both_spellings_mean_the_same() -> None:
     old = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}}
     new = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}}
-    assert parse_rope({"max_position_embeddings": 64, **old}) == parse_rope({"max_position_embeddings": 64, **new})
+    assert rope_of({"max_position_embeddings": 64, **old}) == rope_of({"max_position_embeddings": 64, **new})
 
 
 def test_theta_stands_outside_or_is_the_default() -> None:
@@ -102,23 +108,23 @@ def test_original_length_may_stand_outside() -> None:
 )
 def test_refusals_name_the_key(rope: dict[str, Any], complaint: str) -> None:
     with pytest.raises(LoadError, match=complaint):
-        parse_rope({"max_position_embeddings": 256, "rope_parameters": rope})
+        rope_of({"max_position_embeddings": 256, "rope_parameters": rope})
 
 
 def test_partial_rotation_beside_the_dictionary_is_refused() -> None:
     with pytest.raises(LoadError, match=r"partial_rotary_factor 0\.25"):
-        parse_rope({"max_position_embeddings": 256, "partial_rotary_factor": 0.25})
+        rope_of({"max_position_embeddings": 256, "partial_rotary_factor": 0.25})
 
 
 def test_dynamic_changes_nothing_up_to_the_original_length() -> None:
     rope = {"rope_type": "dynamic", "factor": 4.0}
     assert torch.equal(our_cache({"rope_parameters": rope}), our_cache({}))
-    assert parse_rope({"max_position_embeddings": 256, "rope_parameters": rope}).max_len(256) == 256
+    assert rope_of({"max_position_embeddings": 256, "rope_parameters": rope}).max_len(256) == 256
 
 
 def test_lengths_that_scalings_reach() -> None:
     reach = {
-        name: parse_rope({"max_position_embeddings": 100, "rope_parameters": rope}).max_len(100)
+        name: rope_of({"max_position_embeddings": 100, "rope_parameters": rope}).max_len(100)
         for name, rope in SCALINGS.items()
     }
     assert (reach["default"], reach["linear"], reach["llama3"], reach["yarn"]) == (100, 250, 100, 256)

@@ -72,7 +72,20 @@ def test_defaults(folder: Path) -> None:
     assert settings.max_model_len == 512, "the model's own limit"
     assert settings.startup_timeout_s == 120.0
     assert settings.target.dtype == "bfloat16", "the checkpoint's own"
-    assert load_deployment(write(folder, HEAD + PAIR + CPU)).max_model_len == 256, "the draft's limit is lower"
+    assert load_deployment(write(folder, HEAD + PAIR + CPU)).max_model_len == 512, "whatever the draft's is"
+
+
+def test_a_scaling_that_lengthens_the_context_counts(folder: Path) -> None:
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    write_model_folder(folder / "long", rope_scaling=yarn)
+    text = HEAD + "target: {model: long}\n" + CPU
+    assert load_deployment(write(folder, text)).max_model_len == 4 * 512
+    assert load_deployment(write(folder, text + "scheduler: {max_model_len: 2048}\n")).max_model_len == 2048
+    (problem,) = problems_of(folder, text + "scheduler: {max_model_len: 2049}\n")
+    assert problem.endswith("max_model_len: 2049: the target model's own limit is 2048 tokens; use at most 2048")
+    dynamic = {"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 256}
+    write_model_folder(folder / "dynamic", rope_scaling=dynamic)
+    assert load_deployment(write(folder, HEAD + "target: {model: dynamic}\n" + CPU)).max_model_len == 256
 
 
 @pytest.mark.parametrize("method", ["none", "suffix"])
@@ -194,7 +207,9 @@ def test_all_problems_at_once_each_with_its_line(folder: Path) -> None:
         ("kv_cache: {gpu_memory_utilisation: 0.5}\n", "did you mean kv_cache.gpu_memory_utilization?"),
         ("apiversion: echelon/v1\n", "did you mean apiVersion?"),
         ("frobnicate: 1\n", "unknown key; known keys here: apiVersion, kind, name"),
-        ("scheduler: {max_num_seqs: '8'}\n", "scheduler.max_num_seqs: '8': must be a valid integer"),
+        ("scheduler: {max_num_seqs: '8'}\n", "'8': must be a valid integer; write a whole number, without quotes"),
+        ("cpu: {threads_per_worker: [1]}\n", "threads_per_worker: [1]: must be a valid integer; write a whole number"),
+        ("batch_invariant: 'yes'\n", "'yes': must be a valid boolean; write true or false, without quotes"),
         ("scheduler: {max_num_seqs: 0}\n", "scheduler.max_num_seqs: 0: must be greater than or equal to 1"),
         ("device: tpu\n", "device: 'tpu': must be 'cpu' or 'cuda'"),
         ("kv_cache: {device_bytes: 12 parsecs}\n", "'12 parsecs': is no size; write bytes, or a number with a unit"),
@@ -258,7 +273,12 @@ def test_yaml_errors(folder: Path) -> None:
         "line 4: cpu.b: is an alias of what it stands in; write the keys out"
     ]
     assert problems_of(folder, HEAD + "target: {model: 2026-13-45}\n") == [
-        "YAML: month must be in 1..12; put dates in quotes"
+        "YAML: a value is not what it looks like: month must be in 1..12; put it in quotes, without a tag"
+    ]
+    assert problems_of(folder, HEAD + "cpu: !!int ''\n")[0].endswith("put it in quotes, without a tag")
+    assert problems_of(folder, HEAD + "cpu: !!bool maybe\n")[0].startswith("YAML: a value is not what it looks like")
+    assert problems_of(folder, HEAD + "cpu: " + "[" * 5000 + "]" * 5000 + "\n") == [
+        "YAML: is nested too deeply; flatten it"
     ]
     assert problems_of(folder, HEAD + "cpu: \0\n") == ["line 4: YAML: character U+0000 is not allowed; take it out"]
     (folder / "latin.yaml").write_bytes(HEAD.encode() + b"# caf\xe9 \n")
@@ -291,8 +311,8 @@ def test_values_that_do_not_go_together(folder: Path) -> None:
     assert problems_of(folder, HEAD + TARGET + CPU + "speculation: {method: hybrid}\n") == [
         "line 6: speculation.method: 'hybrid': needs a draft model; add a draft section or set method: suffix"
     ]
-    assert problems_of(folder, HEAD + PAIR + CPU + "scheduler: {max_model_len: 300}\n") == [
-        "line 7: scheduler.max_model_len: 300: the draft model's own limit is 256 tokens; use at most 256"
+    assert problems_of(folder, HEAD + PAIR + CPU + "scheduler: {max_model_len: 513}\n") == [
+        "line 7: scheduler.max_model_len: 513: the target model's own limit is 512 tokens; use at most 512"
     ]
     (kv,) = problems_of(
         folder, HEAD + TARGET + CPU + "kv_cache: {device_bytes: 32KiB}\nscheduler: {max_model_len: 512}\n"

@@ -25,7 +25,7 @@ class WeightSlice:
     """Part of a checkpoint tensor that this rank needs: target = tensor.narrow(dim, start, target.shape[dim])."""
 
     name: str
-    full_shape: tuple[int, ...]  # of the tensor in the checkpoint
+    full_shape: tuple[int, ...]  # of the tensor in the checkpoint, which checkpoint.weights expects
     dim: int
     start: int
     target: Tensor  # a parameter or a view into a fused one
@@ -43,7 +43,6 @@ class BuildContext:
         self._packable: list[Packable] = []
         self._sizes: list[int] = []
         self.slices: list[WeightSlice] = []
-        self.foreign: list[WeightSlice] = []  # what other ranks read
 
     @property
     def num_bytes(self) -> int:
@@ -54,14 +53,6 @@ class BuildContext:
         """The same for layers that another group shares: what either builds is counted, read and packed with this."""
         other = copy.copy(self)
         other.group = group
-        return other
-
-    def elsewhere(self) -> "BuildContext":
-        """For layers that other ranks hold: the checkpoint must have their tensors, but nothing is allocated."""
-        other = BuildContext(
-            self.group, dtype=self.dtype, device=torch.device("meta"), batch_invariant=self.batch_invariant
-        )
-        other.slices = self.foreign
         return other
 
     def empty(self, *shape: int) -> Tensor:
@@ -81,7 +72,6 @@ class BuildContext:
     def pack(self) -> None:
         """Brings the filled weights into the layout that `linear` reads fastest, one at a time."""
         self.slices.clear()  # they hold the weights that are replaced
-        self.foreign.clear()
         if not self.batch_invariant:  # its promise about bits is tested for weights as they are
             for layer in self._packable:
                 layer.weight = pack_weight(layer.weight)

@@ -105,14 +105,11 @@ class LayerParallelLM:
         return self.head(hidden)
 
     def _build_attention(self, ctx: BuildContext) -> dict[int, AttentionLayer]:
-        elsewhere = ctx.elsewhere()
-        held = {}
-        for layer, owner in enumerate(self._owners):
-            is_here = not self._is_sharded or owner == self._group.rank
-            built = AttentionLayer.build(layer, config=self.config, ctx=ctx if is_here else elsewhere)
-            if is_here:
-                held[layer] = built
-        return held
+        return {
+            layer: AttentionLayer.build(layer, config=self.config, ctx=ctx)
+            for layer, owner in enumerate(self._owners)
+            if not self._is_sharded or owner == self._group.rank
+        }
 
     def _build_mlps(self, ctx: BuildContext) -> list[MLPLayer]:
         layers = []

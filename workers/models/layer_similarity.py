@@ -58,7 +58,7 @@ def layer_input_similarity(
     config = load_model_config(folder)
     token_ids = _token_ids(folder, min(MAX_TOKENS, max_model_len), config.vocab_size)
     with torch.inference_mode():
-        streams = _streams(Checkpoint(folder), config, token_ids.to(device), dtype, progress)
+        streams = _streams(Checkpoint(folder, config), config, token_ids.to(device), dtype, progress)
         unit = torch.nn.functional.normalize(streams.float(), dim=-1)  # [num_layers, num_tokens, hidden_size]
         similarity: list[list[float]] = (torch.einsum("ath,bth->ab", unit, unit) / unit.shape[1]).tolist()
     return similarity
@@ -67,8 +67,8 @@ def layer_input_similarity(
 def _token_ids(folder: Path, max_tokens: int, vocab_size: int) -> Tensor:  # int64 [num_tokens]
     if not (folder / TOKENIZER_FILE).exists():
         raise LoadError(
-            f"draft.layer_groups: {folder} has no {TOKENIZER_FILE}, so the layers cannot be compared on a text: "
-            f"name the groups, for instance [[0], [1, 2], [3, 4], [5]]"
+            f"draft.layer_groups: {folder} has no {TOKENIZER_FILE}, so the layers cannot be compared on a text",
+            "name the groups, for instance [[0], [1, 2], [3, 4], [5]]",
         )
     token_ids = load_tokenizer(folder).encode(TEXT).ids[:max_tokens]
     return torch.tensor([token_id for token_id in token_ids if token_id < vocab_size] or [0])
@@ -83,7 +83,6 @@ def _streams(
         return BuildContext(SoloGroup(), dtype=dtype, device=token_ids.device, batch_invariant=False)
 
     def read(ctx: BuildContext) -> None:
-        checkpoint.check(ctx.slices, unused=lambda name: True)
         checkpoint.read(ctx.slices, lambda done, total: None)
 
     ctx = context()

@@ -11,15 +11,12 @@ from checkpoint.errors import LoadError
 from checkpoint.layer_parallel import layer_parallel_problems
 from workers.collectives import Group
 from workers.layers.context import BuildContext
-from workers.layers.vocab import ParallelLMHead
 from workers.models.checkpoint import Checkpoint, Progress
 from workers.models.decoder import CausalLM
 from workers.models.layer_groups import LayerParallelPlan, MLPs
 from workers.models.layer_parallel_decoder import LayerParallelLM
 
 logger = logging.getLogger(__name__)
-
-_HEAD = "lm_head.weight"
 
 
 def load_model(
@@ -39,9 +36,10 @@ def load_model(
     config = load_model_config(folder)
     config.check_tp_size(group.size)
     config.check_max_model_len(max_model_len)
+    checkpoint = Checkpoint(folder, config)
     ctx = BuildContext(group, dtype=dtype, device=device, batch_invariant=batch_invariant)
     model = CausalLM(config, max_model_len=max_model_len, ctx=ctx)
-    _fill(model, Checkpoint(folder), ctx, progress or _ignore)
+    _fill(model, checkpoint, ctx, progress or _ignore)
     return model
 
 
@@ -62,9 +60,10 @@ def load_layer_parallel_model(
     for problem in layer_parallel_problems(config, size=group.size, splits_mlps=splits_mlps):
         raise LoadError(problem.finding, problem.remedy)
     config.check_max_model_len(max_model_len)
+    checkpoint = Checkpoint(folder, config)
     ctx = BuildContext(group, dtype=dtype, device=device, batch_invariant=batch_invariant)
     model = LayerParallelLM(config, plan, max_model_len=max_model_len, ctx=ctx)
-    _fill(model, Checkpoint(folder), ctx, progress or _ignore)
+    _fill(model, checkpoint, ctx, progress or _ignore)
     # A CPU gains nothing from fewer calls, and products of several layers at once round as the batch has it.
     if plan.num_ranks == 1 and device.type == "cuda" and not batch_invariant:
         model.stack_weights()
@@ -74,34 +73,12 @@ def load_layer_parallel_model(
 def _fill(model: CausalLM | LayerParallelLM, checkpoint: Checkpoint, ctx: BuildContext, progress: Progress) -> None:
     """Reads what the layers of a model have asked `ctx` for."""
     started_s = time.monotonic()
-    tied = model.config.tie_word_embeddings
-    checkpoint.check([*ctx.slices, *ctx.foreign], unused=lambda name: _is_unused(name, tied=tied))
     checkpoint.read(ctx.slices, progress)
-    if tied and _HEAD in checkpoint.tensors:
-        _check_head_is_tied(model, checkpoint, ctx)
     with torch.inference_mode():
         ctx.pack()
     took_s = time.monotonic() - started_s
     rank, mebibytes = ctx.group.rank, model.weight_bytes >> 20
     logger.info("loaded %s: %d MiB on rank %d in %.1f s", checkpoint.folder, mebibytes, rank, took_s)
-
-
-def _is_unused(name: str, *, tied: bool) -> bool:
-    """Tensors without effect: frequencies that older versions of transformers saved, and a copy of a tied head."""
-    return name.endswith(".rotary_emb.inv_freq") or (tied and name == _HEAD)
-
-
-def _check_head_is_tied(model: CausalLM | LayerParallelLM, checkpoint: Checkpoint, ctx: BuildContext) -> None:
-    """A saved head beside `tie_word_embeddings: true` must equal the embedding, else one of the two is wrong."""
-    own = BuildContext(ctx.group, dtype=ctx.dtype, device=ctx.device, batch_invariant=False)
-    head = ParallelLMHead("lm_head", model.config.vocab_size, model.config.hidden_size, tied_to=None, ctx=own)
-    checkpoint.check(own.slices, unused=lambda name: True)
-    checkpoint.read(own.slices, _ignore)
-    if not torch.equal(head.weight, model.head.weight):
-        raise LoadError(
-            f"{checkpoint.folder}: config.json says tie_word_embeddings, but {_HEAD} differs from the embedding: "
-            f"set it to false if the head is meant, or remove the tensor"
-        )
 
 
 def _ignore(done: int, total: int) -> None:

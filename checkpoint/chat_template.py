@@ -13,7 +13,12 @@ from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from checkpoint.json_files import read_optional_json_object
+from checkpoint.errors import LoadError
+from checkpoint.fields import Fields
+from checkpoint.json_files import read_optional_json_object, read_text
+
+_CONFIG = "tokenizer_config.json"
+_FILE = "chat_template.jinja"
 
 
 class ChatError(ValueError):
@@ -52,6 +57,8 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as err:
             raise ChatError(f"chat template, line {err.lineno}: {err.message}") from err
+        except (SyntaxError, ValueError, ArithmeticError, RecursionError) as err:  # of Python, which it becomes
+            raise ChatError(f"chat template: {err}") from err
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
@@ -68,24 +75,35 @@ class ChatTemplate:
             raise ChatError(f"the model's chat template refused the conversation: {err}") from err
 
 
-def load_chat_template(model_dir: Path) -> ChatTemplate | None:
+def load_chat_template(folder: Path) -> ChatTemplate | None:
     """The template of a Hugging Face folder: chat_template.jinja, else tokenizer_config.json's `chat_template`, a
-    string or a list of named templates of which "default" is taken; None without one."""
-    config = read_optional_json_object(model_dir / "tokenizer_config.json")
-    source = config.get("chat_template")
-    if isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    file = model_dir / "chat_template.jinja"
-    if file.is_file():
-        source = file.read_text(encoding="utf-8")
+    string or a list of named templates of which "default" is taken; None without one. Raises LoadError."""
+    config = read_optional_json_object(folder / _CONFIG)
+    file = folder / _FILE if (folder / _FILE).exists() else folder / _CONFIG
+    source = read_text(file) if file.name == _FILE else _default_template(Fields(_CONFIG, config))
     if source is None:
         return None
-    return ChatTemplate(source, special_tokens=_special_tokens(model_dir, config))
+    try:
+        return ChatTemplate(source, special_tokens=_special_tokens(folder, config))
+    except ChatError as err:
+        raise LoadError(f"{file}: {err}", "repair the template, or take it out: texts are served without one") from err
 
 
-def _special_tokens(model_dir: Path, config: Mapping[str, Any]) -> dict[str, str]:
+def _default_template(config: Fields) -> str | None:
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        named = [entry if isinstance(entry, dict) else {} for entry in source]
+        if not all(isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str) for entry in named):
+            raise config.wrong("chat_template", "a string, or a list of objects with name and template")
+        source = {entry["name"]: entry["template"] for entry in named}.get("default")
+    if source is not None and not isinstance(source, str):
+        raise config.wrong("chat_template", "a string, or a list of objects with name and template")
+    return source
+
+
+def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """name -> text; a token is written as a string or as an object with `content`."""
-    declared = {**read_optional_json_object(model_dir / "special_tokens_map.json"), **config}
+    declared = {**read_optional_json_object(folder / "special_tokens_map.json"), **config}
     tokens = {}
     for name, value in declared.items():
         content = value.get("content") if isinstance(value, dict) else value

@@ -1,0 +1,77 @@
+"""generation_config.json: which tokens end a text, and how tokens are chosen where a request does not say."""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeGuard
+
+from checkpoint.fields import MAX_INT, Fields
+from checkpoint.json_files import read_optional_json_object
+
+_FILE = "generation_config.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingRange:
+    """What a sampling setting may be, in a request as in a file."""
+
+    wants: str
+    accepts: Callable[[float], bool]  # of the value as fp32 or int32; false for NaN
+    is_integer: bool = False
+
+
+SAMPLING_RANGES = {
+    "temperature": SamplingRange(wants="finite and >= 0", accepts=lambda v: 0 <= v < float("inf")),
+    "top_p": SamplingRange(wants="in (0, 1]", accepts=lambda v: 0 < v <= 1),
+    "top_k": SamplingRange(wants=">= 1, or 0 or -1 for off", accepts=lambda v: v >= -1, is_integer=True),
+    "min_p": SamplingRange(wants="in [0, 1]", accepts=lambda v: 0 <= v <= 1),
+    "repetition_penalty": SamplingRange(wants="finite and > 0", accepts=lambda v: 0 < v < float("inf")),
+    "max_tokens": SamplingRange(wants=">= 1", accepts=lambda v: v >= 1, is_integer=True),
+}
+_NAMES_IN_FILE = {"max_tokens": "max_new_tokens"}  # where they are not ours
+
+
+def read_sampling_defaults(folder: Path) -> dict[str, float]:
+    """The settings of SAMPLING_RANGES that the file has, by our names. Raises LoadError."""
+    fields = Fields(_FILE, read_optional_json_object(folder / _FILE))
+    defaults = {}
+    for name, allowed in SAMPLING_RANGES.items():
+        key = _NAMES_IN_FILE.get(name, name)
+        value = fields.get(key)
+        if value is None:
+            continue
+        if not _is_number(value, allowed) or not allowed.accepts(value if allowed.is_integer else _as_fp32(value)):
+            raise fields.wrong(key, ("an integer " if allowed.is_integer else "a number ") + allowed.wants)
+        defaults[name] = value
+    return defaults
+
+
+def read_eos_token_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end a text: generation_config.json's eos_token_id, where chat models list the tokens that end a
+    turn, else config.json's; one id or a list. Raises LoadError."""
+    for name in (_FILE, "config.json"):
+        fields = Fields(name, read_optional_json_object(folder / name))
+        eos = fields.get("eos_token_id")
+        if eos is not None:
+            ids = eos if isinstance(eos, list) else [eos]
+            if not all(_is_integer(token_id) and 0 <= token_id < vocab_size for token_id in ids):
+                raise fields.wrong(
+                    "eos_token_id", f"an integer from 0 to {vocab_size - 1} (vocab_size), or such a list"
+                )
+            return tuple(ids)
+    return ()
+
+
+def _is_number(value: object, allowed: SamplingRange) -> bool:
+    if _is_integer(value):
+        return -MAX_INT <= value <= MAX_INT
+    return isinstance(value, float) and not allowed.is_integer
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_fp32(value: float) -> float:
+    return ctypes.c_float(value).value
