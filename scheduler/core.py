@@ -68,7 +68,7 @@ class SchedulerCore:
 
     def disconnect_draft(self) -> None:
         """The draft engine is gone: requests go on without drafts."""
-        self._speculation.detach(self._target.running)
+        self._speculation.detach()
 
     def _new_engine(self, info: worker_pb2.EngineInfo, incarnation: int) -> EngineView:
         return EngineView(info, incarnation, enable_prefix_caching=self._config.enable_prefix_caching)
@@ -104,7 +104,7 @@ class SchedulerCore:
         )
         self._num_arrived += 1
         self._requests[request_id] = request
-        self._speculation.welcome(request)
+        self._speculation.welcome(request.seqs, submit.speculation)
         if request.deadline_s is not None:
             heappush(self._deadlines, (request.deadline_s, self._num_arrived, request))
         self._totals.prompt_tokens_total += request.num_prompt_tokens
@@ -148,7 +148,7 @@ class SchedulerCore:
         engine = self._target.engine
         if engine is None or engine.in_flight:
             return None  # the round on its way comes back first
-        return self._speculation.next_release(self._target.running)
+        return self._speculation.next_release
 
     @property
     def num_requests(self) -> int:
@@ -179,7 +179,7 @@ class SchedulerCore:
     def _measure_idleness(self, now: float) -> None:
         """What the engines do has perhaps changed."""
         engine, draft_engine = self._target.engine, self._speculation.drafter.engine
-        waits = self._speculation.target_waits or self._speculation.next_release(self._target.running) is not None
+        waits = self._speculation.target_waits or self._speculation.next_release is not None
         self._verify_wait.update(now, is_idle=waits and engine is not None and not engine.in_flight)
         is_idle = draft_engine is not None and not draft_engine.in_flight
         self._draft_idle.update(now, is_idle=is_idle and self._speculation.speculates(self._target.running))
@@ -317,5 +317,5 @@ class SchedulerCore:
             status.num_free_blocks = self._target.engine.blocks.num_free
         status.draft_idle_seconds_total = self._draft_idle.idle_s
         status.verify_wait_seconds_total = self._verify_wait.idle_s
-        self._speculation.report(status, self._target.running)
+        self._speculation.report(status)
         return status

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 from scheduler.drafting.chain import DraftSeat
 from scheduler.drafting.seats import DraftSeats
+from scheduler.drafting.state import DraftState
 from scheduler.drafting.verdict_cache import Branch, Outcome, VerdictCache
 from scheduler.engines.engine import PlannedRow
 from scheduler.policy.policy import SpeculationPolicy
-from scheduler.requests.request import Seq
 
 
-def _worth_of_next(seq: Seq) -> float:
+def _worth_of_next(state: DraftState) -> float:
     """How likely the next draft of the seq's chain is accepted."""
-    assert seq.draft is not None, "a chain that grows has a seat"
-    return seq.draft.survival * seq.acceptance.rate ** (1 + seq.draft.num_coming)
+    assert state.seat is not None, "a chain that grows has a seat"
+    return state.seat.survival * state.acceptance.rate ** (1 + state.seat.num_coming)
 
 
 class BranchPlanner:
@@ -24,7 +24,7 @@ class BranchPlanner:
         self._policy = policy
 
     def rows(
-        self, seats: DraftSeats, drafting: Sequence[Seq], growing: Sequence[Seq], num_steps: int
+        self, seats: DraftSeats, drafting: Sequence[DraftState], growing: Sequence[DraftState], num_steps: int
     ) -> list[PlannedRow]:
         """Rows of `num_steps` drafts at most, as many rows as are worth the time that they add to the round.
 
@@ -35,43 +35,47 @@ class BranchPlanner:
         candidates = self._by_value(drafting, may_fork=seats.engine.num_free_slots > 0)
         if not growing and sum(value for value, _, _ in candidates) < self._policy.draft_step_cost:
             return []
-        worth = sum(_worth_of_next(seq) for seq in growing)
+        worth = sum(map(_worth_of_next, growing))
         step_s = self._policy.times.draft_step_s(len(growing)) if growing else 0.0
         longer_s = self._policy.times.draft_step_s(len(growing) + 1)
         rows: list[PlannedRow] = []
-        for value, seq, candidate in candidates:
+        for value, state, candidate in candidates:
             if value * step_s < worth * (longer_s - step_s):
                 break
-            row = self._row(seats, seq, candidate, num_steps)
+            row = self._row(seats, state, candidate, num_steps)
             if row is not None:
-                seats.send(row)
+                seats.send(row, is_branch=True)
                 rows.append(row)
                 worth += value
                 step_s, longer_s = longer_s, self._policy.times.draft_step_s(len(growing) + len(rows) + 1)
         return rows
 
-    def _by_value(self, drafting: Sequence[Seq], *, may_fork: bool) -> list[tuple[float, Seq, Branch | Outcome]]:
+    def _by_value(
+        self, drafting: Sequence[DraftState], *, may_fork: bool
+    ) -> list[tuple[float, DraftState, Branch | Outcome]]:
         """Branches that could grow and, if there are slots, outcomes that could get one."""
-        candidates: list[tuple[float, Seq, Branch | Outcome]] = []
-        for seq in drafting:
-            if seq.window == 0 or not seq.is_verifying:
+        candidates: list[tuple[float, DraftState, Branch | Outcome]] = []
+        for state in drafting:
+            if state.window == 0 or not state.seq.is_verifying:
                 continue
-            rate = seq.acceptance.rate
-            for branch in self._cache.branches(seq):
-                if branch.seat.num_ahead < seq.draft_limit:
-                    candidates.append((branch.probability * rate ** (1 + branch.seat.num_ahead), seq, branch))
+            rate = state.acceptance.rate
+            for branch in self._cache.branches(state):
+                if branch.seat.num_ahead < state.limit:
+                    candidates.append((branch.probability * rate ** (1 + branch.seat.num_ahead), state, branch))
             if may_fork:
-                candidates += [(each.probability * rate, seq, each) for each in self._cache.likeliest(seq)]
+                candidates += [(each.probability * rate, state, each) for each in self._cache.likeliest(state)]
         return sorted(candidates, key=lambda candidate: -candidate[0])
 
-    def _row(self, seats: DraftSeats, seq: Seq, candidate: Branch | Outcome, num_steps: int) -> PlannedRow | None:
+    def _row(
+        self, seats: DraftSeats, state: DraftState, candidate: Branch | Outcome, num_steps: int
+    ) -> PlannedRow | None:
         if isinstance(candidate, Branch):
-            missing = seq.draft_limit - candidate.seat.num_ahead
-            return seats.branch_row(seq, candidate.seat, min(missing, num_steps))
-        parent = seq.draft
+            missing = state.limit - candidate.seat.num_ahead
+            return seats.branch_row(state.seq, candidate.seat, min(missing, num_steps))
+        parent = state.seat
         assert parent is not None, "branches fork from a seat"
-        row = seats.fork_row(seq, parent, candidate.start, candidate.token_id, num_steps)
+        row = seats.fork_row(state.seq, parent, candidate.start, candidate.token_id, num_steps)
         if row is not None:
             assert isinstance(row.seat, DraftSeat), "a fork has a draft seat"
-            self._cache.add(seq, Branch(candidate.start, candidate.token_id, candidate.probability, row.seat))
+            self._cache.add(state, Branch(candidate.start, candidate.token_id, candidate.probability, row.seat))
         return row

@@ -5,12 +5,14 @@ commit on a mismatch, and drafts behind likely verdicts (verdict_cache.py) in ex
 the target waits for it, if at all, is the policy's choice (`ContinuousPolicy`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from scheduler.config import SpeculationConfig
 from scheduler.drafting.branching import BranchPlanner
 from scheduler.drafting.drafter import Drafter
 from scheduler.drafting.seats import DraftSeats
+from scheduler.drafting.state import DraftState
 from scheduler.engines.engine import InFlight, PlannedRow
 from scheduler.policy.continuous import ContinuousPolicy
 from scheduler.requests.request import Seq
@@ -27,14 +29,16 @@ class RoundTuning:
 
 
 class Continuous(Drafter):
-    def __init__(self, config: SpeculationConfig, rounds: RoundTuning | None = None) -> None:
+    def __init__(
+        self, config: SpeculationConfig, states: Mapping[Seq, DraftState], rounds: RoundTuning | None = None
+    ) -> None:
         policy = ContinuousPolicy(
             max_drafts=config.num_speculative_tokens,
             adaptive=config.adaptive,
             window=config.window,
             has_branches=config.verdict_cache_rows > 0,
         )
-        super().__init__(config, policy, asks_confidences=config.adaptive or config.verdict_cache_rows > 0)
+        super().__init__(config, policy, states, asks_confidences=config.adaptive or config.verdict_cache_rows > 0)
         self._rounds = rounds or RoundTuning()
         self._step_s = self._rounds.round_s
         self._num_steps = 1  # of a round, at most
@@ -51,25 +55,25 @@ class Continuous(Drafter):
         self._step_s += self._rounds.step_share * (step_s - self._step_s)
         self._num_steps = max(1, min(self._rounds.max_steps, round(self._rounds.round_s / self._step_s)))
 
-    def _plan_rows(self, seats: DraftSeats, speculating: list[Seq]) -> list[PlannedRow]:
+    def _plan_rows(self, seats: DraftSeats, speculating: list[DraftState]) -> list[PlannedRow]:
         num_in_flight = len(seats.engine.in_flight)
         if num_in_flight > self._rounds.max_growing:
             return []
         seats.seat_newcomers(speculating)
-        drafting = [seq for seq in speculating if self._may_draft(seq)]
+        drafting = [state for state in speculating if self._may_draft(state)]
         self._ask_policy(drafting)
         rows: list[PlannedRow] = []
         budget = seats.engine.info.max_num_batched_tokens
-        growing = [seq for seq in drafting if self._grows(seq)]
+        growing = [state for state in drafting if self._grows(state)]
         if num_in_flight == self._rounds.max_growing:
             # Nothing is so urgent but to start again: the engine need not compute what that overtakes.
-            growing = [seq for seq in growing if seq.draft is not None and seq.draft.is_cut]
+            growing = [state for state in growing if state.seat is not None and state.seat.is_cut]
         elif self._config.verdict_cache_rows and len(drafting) <= self._rounds.max_branching:
             # First: a fork takes what the slot holds before the round.
             rows += self._branches.rows(seats, drafting, growing, self._num_steps)
         budget -= sum(row.chunk_len for row in rows)
-        for seq in growing:
-            budget -= self._add(seats, rows, seq, self._num_missing(seq), budget=budget)
+        for state in growing:
+            budget -= self._add(seats, rows, state, self._num_missing(state), budget=budget)
         if num_in_flight < self._rounds.max_growing:
             others_draft = rows or num_in_flight
             rows += self._catch_up_rows(
@@ -77,16 +81,15 @@ class Continuous(Drafter):
             )
         return rows
 
-    def _may_draft(self, seq: Seq) -> bool:
-        seat = seq.draft
+    def _may_draft(self, state: DraftState) -> bool:
+        seat = state.seat
         return (
             seat is not None
-            and seq.is_decoding
+            and state.seq.is_decoding
             and not seat.is_catching_up
-            and seat.lag(seq.token_ids) <= self._tuning.max_lag
+            and seat.lag(state.seq.token_ids) <= self._tuning.max_lag
         )
 
-    def _num_missing(self, seq: Seq) -> int:
+    def _num_missing(self, state: DraftState) -> int:
         """Drafts that the next round is to bring."""
-        assert seq.draft is not None, "a seq that may draft has a seat"
-        return max(0, min(seq.window - seq.draft.num_ahead, self._num_steps))
+        return max(0, min(state.window - state.num_ahead, self._num_steps))

@@ -6,15 +6,17 @@ then.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from echelon.pb import worker_pb2
 from scheduler.config import SpeculationConfig
 from scheduler.drafting.chain import DraftSeat
 from scheduler.drafting.seats import DraftSeats, is_complete
+from scheduler.drafting.state import DraftState
 from scheduler.drafting.verdict_cache import VerdictCache
 from scheduler.engines.engine import EngineView, InFlight, PlannedRow
+from scheduler.engines.seat import Seat
 from scheduler.policy.confidence import Calibration
 from scheduler.policy.policy import Drafts, SpeculationPolicy
 from scheduler.requests.request import Seq
@@ -33,25 +35,28 @@ class Tuning:
 class Drafter(ABC):
     """Plans the rounds of the draft engine. Without an engine it plans none, and nobody has drafts.
 
-    `asks_confidences`: for each draft, to tell where a chain is likely to end.
+    `states`: of all seqs that have not ended. `asks_confidences`: for each draft, to tell where a chain is likely to
+    end.
     """
 
     def __init__(
         self,
         config: SpeculationConfig,
         policy: SpeculationPolicy,
+        states: Mapping[Seq, DraftState],
         *,
         asks_confidences: bool = False,
         tuning: Tuning | None = None,
     ) -> None:
         self.policy = policy
         self._config = config
+        self._states = states
         self._tuning = tuning or Tuning()
         self.seats: DraftSeats | None = None
         self.cache = VerdictCache(config.verdict_cache_rows)
         self._calibration = Calibration()
         self._asks_confidences = asks_confidences
-        self._served: Collection[Seq] = ()  # by another source, when last asked for a round
+        self._served: Collection[DraftState] = ()  # by another source, when last asked for a round
         self.num_drafted = 0
         self._num_of_use = 0  # drafts that the target wrote too
 
@@ -63,7 +68,7 @@ class Drafter(ABC):
         """For drafts, until a round has brought them."""
 
     @abstractmethod
-    def _plan_rows(self, seats: DraftSeats, speculating: list[Seq]) -> list[PlannedRow]:
+    def _plan_rows(self, seats: DraftSeats, speculating: list[DraftState]) -> list[PlannedRow]:
         """The rows of the next round; none: the engine has enough to do, or nothing pays. `speculating`: oldest
         first."""
 
@@ -84,38 +89,38 @@ class Drafter(ABC):
     def attach(self, engine: EngineView) -> None:
         self.seats = DraftSeats(engine)
 
-    def detach(self, seqs: Iterable[Seq]) -> None:
+    def detach(self) -> None:
         """The engine is gone with all that it held."""
         self.seats = None
         self.cache.clear()
-        for seq in seqs:
-            seq.draft = None
-            seq.forget_window()
+        for state in self._states.values():
+            state.seat = None
+            state.forget_window()
 
-    def release(self, seq: Seq) -> None:
+    def release(self, state: DraftState) -> None:
         """The seq drafts no more: finished, preempted or given up."""
         if self.seats is not None:
-            self._release_branches(seq)
-            self.seats.release(seq)
-        seq.forget_window()
+            self._release_branches(state)
+            self.seats.release(state)
+        state.forget_window()
 
-    def _give_up(self, seq: Seq) -> None:
+    def _give_up(self, state: DraftState) -> None:
         """The seq goes on without drafts of this engine."""
-        self.release(seq)
-        seq.has_draft_model = False
+        self.release(state)
+        state.has_draft_model = False
 
-    def on_commit(self, seq: Seq, token_ids: Sequence[int]) -> None:
+    def on_commit(self, state: DraftState, token_ids: Sequence[int]) -> None:
         """The history has grown by these tokens."""
-        if seq.draft is not None and self.seats is not None and not self.seats.knows(token_ids):
-            self._give_up(seq)
-        self.follow(seq)
+        if state.seat is not None and self.seats is not None and not self.seats.knows(token_ids):
+            self._give_up(state)
+        self.follow(state)
 
-    def follow(self, seq: Seq) -> None:
+    def follow(self, state: DraftState) -> None:
         """Tokens were committed, or drafts have come: chain and branches are held against the history."""
-        seat = seq.draft
+        seat = state.seat
         if seat is None or self.seats is None:
             return
-        history, num_agreed, chain = seq.token_ids, seat.num_agreed, seat.chain[:]
+        history, num_agreed, chain = state.seq.token_ids, seat.num_agreed, seat.chain[:]
         contradicted = seat.follow(history)
         num_accepted = seat.num_agreed - num_agreed
         self._num_of_use += num_accepted
@@ -123,66 +128,70 @@ class Drafter(ABC):
             for index, drafted in enumerate(chain[: num_accepted + (contradicted is not None)]):
                 self._calibration.observe(drafted.confidence, accepted=index < num_accepted)
         if contradicted is None:
-            for dropped in self.cache.drop(seq, before=len(history)):
+            for dropped in self.cache.drop(state, before=len(history)):
                 self.seats.engine.release(dropped)
             return
         start = seat.num_agreed
-        foreseen = self.cache.resolve(seq, contradicted, start, history[start])
-        self._release_branches(seq)
+        foreseen = self.cache.resolve(state, contradicted, start, history[start])
+        self._release_branches(state)
         if foreseen is not None and len(history) == start + 1:
             self.seats.engine.release(seat)
-            seq.draft = foreseen
+            state.seat = foreseen
         elif foreseen is not None:
             self.seats.engine.release(foreseen)
 
-    def num_wasted(self, running: Iterable[Seq]) -> int:
+    @property
+    def num_wasted(self) -> int:
         """Drafts that can no more be accepted, and were not."""
         undecided = 0
-        for seq in running:
-            seats = [seq.draft, *(branch.seat for branch in self.cache.branches(seq))]
+        for state in self._states.values():
+            seats = [state.seat, *(branch.seat for branch in self.cache.branches(state))]
             undecided += sum(len(seat.chain) for seat in seats if seat is not None)
         return self.num_drafted - self._num_of_use - undecided
 
-    def drafts_of(self, seq: Seq, *, may_hold: bool = True) -> Drafts:
+    def drafts_of(self, state: DraftState, *, may_hold: bool = True) -> Drafts:
         """What the policy has to know of a seq."""
-        seat = seq.draft
+        seq, seat = state.seq, state.seat
         is_level = seat is not None and seat.num_agreed == len(seq.token_ids)
         return Drafts(
-            acceptance=seq.acceptance.rate,
+            acceptance=state.acceptance.rate,
             num_ready=len(seat.chain) if seat is not None and is_level else 0,
-            num_coming=self._num_coming(seq, seat),
-            limit=seq.draft_limit,
-            is_fixed=seq.is_draft_fixed,
+            num_coming=self._num_coming(state, seat),
+            limit=state.limit,
+            is_fixed=state.wish.is_fixed,
             num_behind=seat.lag(seq.token_ids) if seat is not None else len(seq.token_ids),
             may_hold=may_hold,
         )
 
-    def _num_coming(self, seq: Seq, seat: DraftSeat | None) -> int:
+    def _num_coming(self, state: DraftState, seat: DraftSeat | None) -> int:
         """Drafts that are on their way, or will be with the next round."""
-        if seat is None or seat.is_catching_up or seat.lag(seq.token_ids) > self._tuning.max_lag:
+        if seat is None or seat.is_catching_up or seat.lag(state.seq.token_ids) > self._tuning.max_lag:
             return 0
-        if not self._grows(seq):
+        if not self._grows(state):
             return seat.num_coming
-        return max(seat.num_coming, min(seq.window, seq.draft_limit) - len(seat.chain), 0)
+        return max(seat.num_coming, min(state.window, state.limit) - len(seat.chain), 0)
 
-    def may_bring(self, seq: Seq) -> bool:
+    def may_bring(self, state: DraftState) -> bool:
         """The seq may have drafts to verify when the target's round on its way is back."""
-        seat = seq.draft
+        seat = state.seat
         if seat is None:
             return False
-        if seat.num_ahead or seq.window:
+        if seat.num_ahead or state.window:
             return True
-        return seat.lag(seq.token_ids) <= self._tuning.max_lag and (seq.is_draft_fixed or not self.policy.is_resting)
+        is_level = seat.lag(state.seq.token_ids) <= self._tuning.max_lag
+        return is_level and (state.wish.is_fixed or not self.policy.is_resting)
 
     # -- rounds -------------------------------------------------------------------------------------------------------
 
-    def plan(self, running: Iterable[Seq], now: float, *, served: Collection[Seq] = ()) -> worker_pb2.Round | None:
+    def plan(
+        self, running: Iterable[DraftState], now: float, *, served: Collection[DraftState] = ()
+    ) -> worker_pb2.Round | None:
         """The next round for the draft engine, if it has one to run. `running`: oldest first; `served`: those for
         which another source promises more."""
         self._served = served
         if self.seats is None:
             return None
-        speculating = [seq for seq in running if seq.wants_draft_model and self._may_follow(self.seats, seq)]
+        speculating = [state for state in running if state.wants_draft_model and self._may_follow(self.seats, state)]
         if not speculating:
             return None
         rows = self._plan_rows(self.seats, speculating)
@@ -204,24 +213,24 @@ class Drafter(ABC):
         self._observe(record, result, beside_target=not was_alone)
         self.num_drafted += sum(len(answer.token_ids) for answer in result.rows)
         for row, answer in self.seats.land(record, result, self._odds):
+            state = self._states[row.seq]
             if not is_complete(row, answer):
-                self._on_missing_drafts(self.seats, row, is_non_finite=answer.non_finite)
-            elif row.seq.draft is row.seat:
-                self.follow(row.seq)
+                self._on_missing_drafts(self.seats, state, row.seat, is_non_finite=answer.non_finite)
+            elif state.seat is row.seat:
+                self.follow(state)
 
-    def _on_missing_drafts(self, seats: DraftSeats, row: PlannedRow, *, is_non_finite: bool) -> None:
-        seq = row.seq
-        if row.seat is not seq.draft:
-            seats.engine.release(self.cache.take(seq, row.seat))
+    def _on_missing_drafts(self, seats: DraftSeats, state: DraftState, seat: Seat, *, is_non_finite: bool) -> None:
+        if seat is not state.seat:
+            seats.engine.release(self.cache.take(state, seat))
             return
         reason = "non-finite draft logits" if is_non_finite else "the draft engine gave fewer drafts than ordered"
-        logger.warning("request %s: %s, going on without drafts", seq.request.request_id, reason)
-        self._give_up(seq)
+        logger.warning("request %s: %s, going on without drafts", state.seq.request.request_id, reason)
+        self._give_up(state)
 
-    def _may_follow(self, seats: DraftSeats, seq: Seq) -> bool:
-        if seats.has_room(len(seq.token_ids)):
+    def _may_follow(self, seats: DraftSeats, state: DraftState) -> bool:
+        if seats.has_room(len(state.seq.token_ids)):
             return True
-        self._give_up(seq)
+        self._give_up(state)
         return False
 
     def _observe(self, record: InFlight, result: worker_pb2.RoundResult, *, beside_target: bool) -> None:
@@ -240,70 +249,72 @@ class Drafter(ABC):
             beside_target=beside_target,
         )
 
-    def _grows(self, seq: Seq) -> bool:
+    def _grows(self, state: DraftState) -> bool:
         """The seq's chain deserves another draft."""
-        seat = seq.draft
+        seat = state.seat
         assert seat is not None, "a seq that may draft has a seat"
-        if seq.window <= seat.num_ahead:
+        if state.window <= seat.num_ahead:
             return False
-        if seat.num_coming and seat.num_agreed < len(seq.token_ids):
+        if seat.num_coming and seat.num_agreed < len(state.seq.token_ids):
             return False  # those on their way tell first whether the chain agrees
-        if seq.is_draft_fixed or not self._config.adaptive or not seat.chain:
+        if state.wish.is_fixed or not self._config.adaptive or not seat.chain:
             return True
-        rate = seq.acceptance.rate
+        rate = state.acceptance.rate
         return self.policy.should_extend(seat.survival * rate**seat.num_coming, rate)
 
     def _odds(self, seq: Seq, confidence: float) -> float:
         """How likely a draft is accepted behind those before it."""
-        rate = seq.acceptance.rate
+        rate = self._states[seq].acceptance.rate
         return self._calibration.rate(confidence, rate, self.policy.prior.rate) if self._asks_confidences else rate
 
-    def _ask_policy(self, seqs: Sequence[Seq]) -> None:
+    def _ask_policy(self, states: Sequence[DraftState]) -> None:
         """How far each chain may run from now on; nothing new unless one of the seqs has got on."""
-        if all(seq.window_chosen_at == len(seq.token_ids) for seq in seqs):
+        if all(state.window_chosen_at == len(state.seq.token_ids) for state in states):
             return
-        windows = self.policy.draft_lengths([self.drafts_of(seq) for seq in seqs])
-        for seq, window in zip(seqs, windows, strict=True):
-            seq.window = window
-            seq.window_chosen_at = len(seq.token_ids)
+        windows = self.policy.draft_lengths([self.drafts_of(state) for state in states])
+        for state, window in zip(states, windows, strict=True):
+            state.window = window
+            state.window_chosen_at = len(state.seq.token_ids)
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
-    def _add(self, seats: DraftSeats, rows: list[PlannedRow], seq: Seq, num_drafts: int, *, budget: int) -> int:
+    def _add(
+        self, seats: DraftSeats, rows: list[PlannedRow], state: DraftState, num_drafts: int, *, budget: int
+    ) -> int:
         """A row that drafts, if there is room for it -> the tokens of its chunk, `budget` at most."""
-        row = seats.drafting_row(seq, num_drafts) if num_drafts > 0 else None
+        row = seats.drafting_row(state, num_drafts) if num_drafts > 0 else None
         if row is None:
-            seq.window = min(seq.window, seq.num_drafts_ahead)  # nobody is to wait for drafts that do not come
+            state.window = min(state.window, state.num_ahead)  # nobody is to wait for drafts that do not come
         elif row.chunk_len <= budget:
             seats.send(row)
             rows.append(row)
             return row.chunk_len
         return 0
 
-    def _catch_up_rows(self, seats: DraftSeats, speculating: list[Seq], budget: int) -> list[PlannedRow]:
+    def _catch_up_rows(self, seats: DraftSeats, speculating: list[DraftState], budget: int) -> list[PlannedRow]:
         rows: list[PlannedRow] = []
-        for seq in speculating:
-            seat = seq.draft
+        for state in speculating:
+            seq, seat = state.seq, state.seat
             if seat is None or seat.is_catching_up or seat.num_ahead or budget < 1:
                 continue
             if seat.lag(seq.token_ids) <= self._tuning.max_lag or seq.is_verifying:
                 continue
-            if not seq.is_draft_fixed and not self.policy.pays_to_catch_up(
+            if not state.wish.is_fixed and not self.policy.pays_to_catch_up(
                 num_seqs=len(speculating),
                 num_behind=seat.lag(seq.token_ids),
                 num_left=seq.max_len - len(seq.token_ids),
             ):
                 continue
-            row = seats.catch_up_row(seq, budget)
+            row = seats.catch_up_row(state, budget)
             if row is not None:
                 budget -= row.chunk_len
                 seats.send(row)
                 rows.append(row)
         return rows
 
-    def _release_branches(self, seq: Seq) -> None:
+    def _release_branches(self, state: DraftState) -> None:
         assert self.seats is not None, "branches live on an engine"
-        for seat in self.cache.drop(seq):
+        for seat in self.cache.drop(state):
             self.seats.engine.release(seat)
 
 

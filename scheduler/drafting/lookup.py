@@ -53,18 +53,18 @@ class Lookup:
     def serves(self, seq: Seq) -> bool:
         return seq in self._states
 
-    def find(self, seq: Seq) -> Proposal:
-        """What followed the end of the history before."""
+    def find(self, seq: Seq, limit: int) -> Proposal:
+        """What followed the end of the history before, `limit` tokens at most."""
         state = self._states.get(seq)
-        if state is None or seq.draft_limit == 0:
+        if state is None or limit == 0:
             return _NOTHING
         if state.found is None:
-            state.found = state.suffixes.propose(seq.draft_limit)
+            state.found = state.suffixes.propose(limit)
         return state.found
 
     def drafts_of(self, seq: Seq, model: Drafts) -> Drafts:
         """What the policy has to know of the drafts found, in place of the draft model's."""
-        found = self.find(seq)
+        found = self.find(seq, model.limit)
         return Drafts(
             acceptance=self._trust(found).rate * found.probabilities[-1] ** (1 / len(found.token_ids)),
             num_ready=len(found.token_ids),
@@ -77,7 +77,7 @@ class Lookup:
         """Whether what is found promises more than the draft model, if there is one."""
         num_drafts = max(model.num_ready, model.num_coming)
         expected = expected_tokens(model.acceptance, num_drafts) - 1.0 if num_drafts else 0.0
-        found = self.find(seq)
+        found = self.find(seq, model.limit)
         return prefers_lookup(found, reliability=self._trust(found).rate, expected_by_model=expected)
 
     def on_verdict(self, seq: Seq, num_accepted: int, num_verified: int) -> None:

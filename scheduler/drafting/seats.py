@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from echelon.pb import worker_pb2
 from scheduler.drafting.chain import Drafted, DraftSeat
+from scheduler.drafting.state import DraftState
 from scheduler.engines.engine import EngineView, ForkFrom, InFlight, PlannedRow
 from scheduler.requests.request import Seq
 
@@ -19,15 +20,15 @@ class DraftSeats:
         self.engine = engine
         self._is_approximate = engine.info.lp_size > 1  # drafts leave KV that has to be calibrated
 
-    def seat_newcomers(self, seqs: Iterable[Seq]) -> None:
-        """A seat for each seq that has none, as long as there are slots. `seqs`: oldest first."""
-        for seq in seqs:
-            if seq.draft is not None:
+    def seat_newcomers(self, states: Iterable[DraftState]) -> None:
+        """A seat for each seq that has none, as long as there are slots. `states`: of the oldest first."""
+        for state in states:
+            if state.seat is not None:
                 continue
             if self.engine.num_free_slots == 0:
                 return
-            if seq.num_free_at_refusal != self.engine.blocks.num_free and not self._seat(seq):
-                seq.num_free_at_refusal = self.engine.blocks.num_free
+            if state.num_free_at_refusal != self.engine.blocks.num_free and not self._seat(state):
+                state.num_free_at_refusal = self.engine.blocks.num_free
 
     def has_room(self, num_tokens: int) -> bool:
         """Whether so many tokens and a draft fit into the draft's context, which may be the shorter one."""
@@ -37,25 +38,25 @@ class DraftSeats:
         """Whether all are of the draft's vocabulary: padding of the target's may reach beyond it."""
         return max(token_ids, default=0) < self.engine.info.vocab_size
 
-    def release(self, seq: Seq) -> None:
-        if seq.draft is not None:
-            self.engine.release(seq.draft)
-            seq.draft = None
+    def release(self, state: DraftState) -> None:
+        if state.seat is not None:
+            self.engine.release(state.seat)
+            state.seat = None
 
-    def _seat(self, seq: Seq) -> bool:
+    def _seat(self, state: DraftState) -> bool:
         """Blocks for the whole history at once: catching up never gets stuck half way."""
-        blocks = self.engine.blocks
+        seq, blocks = state.seq, self.engine.blocks
         found = self.engine.find_prefix(seq)
         most = min(seq.max_len, self.engine.info.max_model_len)
-        num_new = blocks.num_blocks_for(min(len(seq.token_ids) + seq.max_drafts, most)) - len(found)
+        num_new = blocks.num_blocks_for(min(len(seq.token_ids) + state.wish.max_drafts, most)) - len(found)
         if num_new + blocks.num_idle_among(found) > blocks.num_free:
             return False
         if not self.knows(seq.token_ids):
-            seq.has_draft_model = False
+            state.has_draft_model = False
             return False
         blocks.hold(found)
         num_found = len(found) * blocks.block_size
-        seq.draft = DraftSeat(
+        state.seat = DraftSeat(
             slot=self.engine.take_slot(),
             block_ids=found + blocks.allocate(num_new, found[-1] if found else None),
             num_computed=num_found,
@@ -67,22 +68,22 @@ class DraftSeats:
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
-    def drafting_row(self, seq: Seq, num_drafts: int) -> PlannedRow | None:
+    def drafting_row(self, state: DraftState, num_drafts: int) -> PlannedRow | None:
         """The seq's chain, brought up to the history if need be, grows by up to `num_drafts` > 0 tokens."""
-        seat = seq.draft
+        seat = state.seat
         assert seat is not None, "a seq without a seat cannot draft"
-        row = self._row(seq, seat)
-        num_drafts = self._room_for_drafts(seq, seat, row.start + row.chunk_len, num_drafts)
+        row = self._row(state.seq, seat)
+        num_drafts = self._room_for_drafts(state.seq, seat, row.start + row.chunk_len, num_drafts)
         if num_drafts < 1:
             return None
         row.num_draft_tokens = num_drafts
         return row
 
-    def catch_up_row(self, seq: Seq, num_tokens: int) -> PlannedRow | None:
+    def catch_up_row(self, state: DraftState, num_tokens: int) -> PlannedRow | None:
         """Up to `num_tokens` of the history are computed; its last token is left for the row that drafts behind it."""
-        seat = seq.draft
+        seat = state.seat
         assert seat is not None, "a seq without a seat cannot catch up"
-        row = self._row(seq, seat)
+        row = self._row(state.seq, seat)
         row.chunk_len = min(row.chunk_len - 1, num_tokens)
         if row.chunk_len < 1 or not self.engine.grow(seat, row.start + row.chunk_len):
             return None
@@ -125,11 +126,10 @@ class DraftSeats:
             num_draft_tokens=num_drafts,
         )
 
-    def send(self, row: PlannedRow) -> None:
+    def send(self, row: PlannedRow, *, is_branch: bool = False) -> None:
         """The row goes with the next round: its seat is as it will be behind it."""
         seat = row.seat
         assert isinstance(seat, DraftSeat), "the draft engine seats draft seats"
-        is_branch = seat is not row.seq.draft
         end = row.start + row.chunk_len
         seat.num_exact += row.calibrate_len
         goes_on = seat.ends_in_draft and not row.append_token_ids

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from scheduler.drafting.chain import Drafted, DraftSeat
+from scheduler.drafting.state import DraftState
 from scheduler.engines.seat import Seat
-from scheduler.requests.request import Seq
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,31 +71,31 @@ class VerdictCache:
 
     def __init__(self, max_branches: int) -> None:
         self._max_branches = max_branches  # of a seq; 0: none
-        self._branches: dict[Seq, list[Branch]] = {}
+        self._branches: dict[DraftState, list[Branch]] = {}
         self._odds = _RankOdds(_TUNING.rank_odds)
         self.num_hits = 0
         self.num_misses = 0
 
-    def branches(self, seq: Seq) -> Sequence[Branch]:
-        return self._branches.get(seq, ())
+    def branches(self, state: DraftState) -> Sequence[Branch]:
+        return self._branches.get(state, ())
 
-    def add(self, seq: Seq, branch: Branch) -> None:
-        self._branches.setdefault(seq, []).append(branch)
+    def add(self, state: DraftState, branch: Branch) -> None:
+        self._branches.setdefault(state, []).append(branch)
 
     def clear(self) -> None:
         """The draft engine is gone, and all branches with it."""
         self._branches.clear()
 
-    def likeliest(self, seq: Seq) -> list[Outcome]:
+    def likeliest(self, state: DraftState) -> list[Outcome]:
         """Outcomes of the verification on its way that deserve a branch and have none, likeliest first."""
-        seat = seq.draft
-        room = self._max_branches - len(self.branches(seq))
-        if seat is None or room <= 0 or not seq.verifies_chain:
+        seat = state.seat
+        room = self._max_branches - len(self.branches(state))
+        if seat is None or room <= 0 or not state.verifies_chain:
             return []
-        taken = {(branch.start, branch.token_id) for branch in self.branches(seq)}
+        taken = {(branch.start, branch.token_id) for branch in self.branches(state)}
         return [
             outcome
-            for outcome in self._ranked(seat, seq.num_verifying)[: self._max_branches]
+            for outcome in self._ranked(seat, state.seq.num_verifying)[: self._max_branches]
             if (outcome.start, outcome.token_id) not in taken
         ][:room]
 
@@ -112,30 +112,30 @@ class VerdictCache:
                     outcomes.append(Outcome(start=start, token_id=token_id, probability=probability))
         return sorted(outcomes, key=lambda outcome: -outcome.probability)
 
-    def resolve(self, seq: Seq, contradicted: Drafted, start: int, token_id: int) -> DraftSeat | None:
+    def resolve(self, state: DraftState, contradicted: Drafted, start: int, token_id: int) -> DraftSeat | None:
         """The verdict has put `token_id` at position `start`, in place of a draft -> the branch that foresaw it."""
         if not self._max_branches:
             return None
         alternatives = contradicted.alternatives
         self._odds.observe(alternatives.index(token_id) if token_id in alternatives else None)
-        for branch in self.branches(seq):
+        for branch in self.branches(state):
             if (branch.start, branch.token_id) == (start, token_id):
                 self.num_hits += 1
-                self._branches[seq].remove(branch)
+                self._branches[state].remove(branch)
                 return branch.seat
         self.num_misses += 1
         return None
 
-    def take(self, seq: Seq, seat: Seat) -> DraftSeat:
+    def take(self, state: DraftState, seat: Seat) -> DraftSeat:
         """Forget the branch that has this seat -> the seat."""
-        branch = next(branch for branch in self.branches(seq) if branch.seat is seat)
-        self._branches[seq].remove(branch)
+        branch = next(branch for branch in self.branches(state) if branch.seat is seat)
+        self._branches[state].remove(branch)
         return branch.seat
 
-    def drop(self, seq: Seq, before: int | None = None) -> Iterable[DraftSeat]:
+    def drop(self, state: DraftState, before: int | None = None) -> Iterable[DraftSeat]:
         """Forget the seq's branches, or those that start before a position -> their seats, to be released."""
-        kept = [] if before is None else [branch for branch in self.branches(seq) if branch.start >= before]
-        dropped = [branch.seat for branch in self._branches.pop(seq, ()) if branch not in kept]
+        kept = [] if before is None else [branch for branch in self.branches(state) if branch.start >= before]
+        dropped = [branch.seat for branch in self._branches.pop(state, ()) if branch not in kept]
         if kept:
-            self._branches[seq] = kept
+            self._branches[state] = kept
         return dropped

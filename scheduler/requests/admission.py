@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from typing import Literal
 
 from checkpoint.token_table import TokenTable
-from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2
-from scheduler.config import SchedulerConfig, SpeculationConfig
+from echelon.pb import sampling_pb2, scheduler_pb2
+from scheduler.config import SchedulerConfig
 from scheduler.requests.detokenizer import Detokenizer
 from scheduler.requests.digests import DigestChain, root_digest
 from scheduler.requests.request import Request, Seq
@@ -52,8 +52,6 @@ def build_request(
             sampling=_seq_sampling(sampling, rules.stop_token_ids, index),
             output=OutputText(rules, _detokenizer(submit, table)),
             digests=DigestChain(root, block_size),
-            max_drafts=max_drafts(submit.speculation, config.speculation),
-            is_draft_fixed=submit.speculation.HasField("num_speculative_tokens"),
         )
         for index in range(sampling.n)
     ]
@@ -110,15 +108,6 @@ def _max_len(submit: scheduler_pb2.Submit, max_model_len: int) -> int:
 def _stop_token_ids(sampling: sampling_pb2.SamplingParams, config: SchedulerConfig) -> frozenset[int]:
     own: Iterable[int] = sampling.stop_token_ids
     return frozenset(own) if sampling.ignore_eos else config.eos_token_ids.union(own)
-
-
-def max_drafts(wish: inference_pb2.Speculation, config: SpeculationConfig) -> int:
-    """Most drafts that a request's rows may verify, by its own wish; 0: no speculation."""
-    if wish.HasField("enabled") and not wish.enabled:
-        return 0
-    if wish.HasField("num_speculative_tokens"):
-        return min(wish.num_speculative_tokens, config.num_speculative_tokens)
-    return config.num_speculative_tokens
 
 
 def _seq_sampling(

@@ -4,9 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from echelon.pb import inference_pb2, sampling_pb2
-from scheduler.drafting.chain import DraftSeat
 from scheduler.engines.seat import Seat
-from scheduler.policy.acceptance import Acceptance, AcceptancePrior
 from scheduler.requests.digests import DigestChain
 from scheduler.requests.draft_tally import DraftTally
 from scheduler.requests.outputs import Completed
@@ -60,10 +58,6 @@ class Request:
         )
 
 
-def _unknown() -> Acceptance:
-    return Acceptance.start(AcceptancePrior())
-
-
 class SeqStatus(Enum):
     HELD = auto()  # waits until the first sample of its request has computed the prompt
     WAITING = auto()  # for a slot and blocks
@@ -91,24 +85,6 @@ class Seq:
     num_rows_in_flight: int = 0  # at the target, of this seat or an earlier one
     num_pending: int = 0  # tokens that those rows will certainly commit
     num_verifying: int = 0  # drafts of one of them: nobody knows how many tokens it will commit
-    verifies_chain: bool = False  # those drafts are the first of the draft engine's chain
-
-    max_drafts: int = 0  # a round; 0: no speculation
-    is_draft_fixed: bool = False  # the request chose the number: the policy has no say
-    acceptance: Acceptance = field(default_factory=_unknown)  # of the draft model's drafts
-    held_until: float | None = None  # the target's next row waits for drafts, but no longer
-
-    draft: DraftSeat | None = None
-    has_draft_model: bool = True  # False: the draft engine cannot follow this seq
-    window: int = 0  # drafts that its chain may run ahead, as the policy said last; 0: the draft pauses
-    window_chosen_at: int = -1  # length of the history when it said so
-    num_drafted_at: int = 0  # serial: length of the history when the last drafts were ordered
-    num_free_at_refusal: int = -1  # free draft blocks when they were too few for this seq
-
-    def forget_window(self) -> None:
-        """The chain that it was chosen for is gone."""
-        self.window = 0
-        self.window_chosen_at = -1
 
     @property
     def num_outputs(self) -> int:
@@ -133,20 +109,6 @@ class Seq:
     def is_decoding(self) -> bool:
         """The prompt is computed, and all but the last token of the history."""
         return self.target is not None and self.num_outputs > 0 and (self.is_verifying or self.num_uncomputed <= 1)
-
-    @property
-    def wants_draft_model(self) -> bool:
-        return self.max_drafts > 0 and self.has_draft_model
-
-    @property
-    def num_drafts_ahead(self) -> int:
-        """Drafts of the model ahead of the last commit, those on their way included."""
-        return self.draft.num_ahead if self.draft is not None else 0
-
-    @property
-    def draft_limit(self) -> int:
-        """Most drafts that the next target row may verify; it adds a token of its own."""
-        return max(0, min(self.max_drafts, self.max_len - len(self.token_ids) - 1))
 
     @property
     def may_step(self) -> bool:

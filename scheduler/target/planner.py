@@ -74,7 +74,6 @@ class TargetPlanner:
             self._waiting.remove(seq)
         elif seq.status is SeqStatus.RUNNING:
             self.running.remove(seq)
-        self._speculation.release(seq)
         if seq.target is not None and self.engine is not None:
             self.engine.release(seq.target)
             seq.target = None
@@ -204,7 +203,9 @@ class TargetPlanner:
         return True
 
     def _plan_prefills(self, engine: EngineView, rows: dict[Seq, PlannedRow], now: float, num_drafts: int) -> None:
-        prefilling = [seq for seq in self.running if seq not in rows and seq.may_step and seq.held_until is None]
+        prefilling = [
+            seq for seq in self.running if seq not in rows and seq.may_step and not self._speculation.holds(seq)
+        ]
         if not prefilling:
             return
         budget = self._budget(engine) - len(rows)
@@ -242,10 +243,9 @@ class TargetPlanner:
     def _mark_in_flight(self, row: PlannedRow) -> None:
         seq = row.seq
         seq.num_rows_in_flight += 1
-        self._speculation.sent(seq, len(row.drafts))
         if row.drafts:
-            return
-        if row.start + row.chunk_len == seq.num_tokens_ahead:
+            seq.num_verifying = len(row.drafts)
+        elif row.start + row.chunk_len == seq.num_tokens_ahead:
             row.num_pending = 1
             seq.num_pending += 1
 

@@ -46,7 +46,7 @@ WING_ARROWS = {
     "scheduler.drafting": "scheduler scheduler.engines scheduler.policy scheduler.requests",
     "scheduler.engines": "scheduler.requests",
     "scheduler.process": "scheduler scheduler.engines scheduler.requests",
-    "scheduler.requests": "scheduler scheduler.drafting scheduler.engines scheduler.policy",
+    "scheduler.requests": "scheduler scheduler.engines",
     "scheduler.target": "scheduler scheduler.drafting scheduler.engines scheduler.policy scheduler.requests",
     "workers": "workers.process",
     "workers.engine": "workers workers.models workers.sampling",

@@ -1,0 +1,62 @@
+"""What drafting knows of a seq."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from echelon.pb import inference_pb2
+from scheduler.config import SpeculationConfig
+from scheduler.drafting.chain import DraftSeat
+from scheduler.policy.acceptance import Acceptance
+from scheduler.requests.request import Seq
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftWish:
+    """How a request wants to speculate."""
+
+    max_drafts: int  # a round; 0: no speculation
+    is_fixed: bool  # the request chose the number: the policy has no say
+
+    @classmethod
+    def of(cls, wish: inference_pb2.Speculation, config: SpeculationConfig) -> Self:
+        """What a client asks for, within what the deployment allows."""
+        most = config.num_speculative_tokens
+        is_fixed = wish.HasField("num_speculative_tokens")
+        if wish.HasField("enabled") and not wish.enabled:
+            return cls(max_drafts=0, is_fixed=is_fixed)
+        return cls(max_drafts=min(wish.num_speculative_tokens, most) if is_fixed else most, is_fixed=is_fixed)
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class DraftState:
+    """Of one seq, from its arrival to its end. Only this wing changes it."""
+
+    seq: Seq
+    wish: DraftWish
+    acceptance: Acceptance  # of the draft model's drafts
+    has_draft_model: bool  # False: the draft engine cannot follow the seq, or there is none
+    seat: DraftSeat | None = None
+    verifies_chain: bool = False  # the drafts that the target verifies are the first of the chain
+    window: int = 0  # drafts that the chain may run ahead, as the policy said last; 0: the draft pauses
+    window_chosen_at: int = -1  # length of the history when it said so
+    num_drafted_at: int = 0  # serial: length of the history when the last drafts were ordered
+    num_free_at_refusal: int = -1  # free draft blocks when they were too few for the seq
+
+    def forget_window(self) -> None:
+        """The chain that it was chosen for is gone."""
+        self.window = 0
+        self.window_chosen_at = -1
+
+    @property
+    def wants_draft_model(self) -> bool:
+        return self.wish.max_drafts > 0 and self.has_draft_model
+
+    @property
+    def num_ahead(self) -> int:
+        """Drafts of the model ahead of the last commit, those on their way included."""
+        return self.seat.num_ahead if self.seat is not None else 0
+
+    @property
+    def limit(self) -> int:
+        """Most drafts that the next target row may verify; it adds a token of its own."""
+        return max(0, min(self.wish.max_drafts, self.seq.max_len - len(self.seq.token_ids) - 1))
