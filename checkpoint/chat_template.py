@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -16,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from checkpoint.errors import LoadError
 from checkpoint.fields import Fields
 from checkpoint.json_files import read_optional_json_object, read_text
+from checkpoint.side_files import read_side_files
 
 _CONFIG = "tokenizer_config.json"
 _FILE = "chat_template.jinja"
@@ -83,8 +84,9 @@ def load_chat_template(folder: Path) -> ChatTemplate | None:
     source = read_text(file) if file.name == _FILE else _default_template(Fields(_CONFIG, config))
     if source is None:
         return None
+    named = read_side_files(folder).named
     try:
-        return ChatTemplate(source, special_tokens=_special_tokens(folder, config))
+        return ChatTemplate(source, special_tokens={name: token.content for name, token in named.items()})
     except ChatError as err:
         raise LoadError(f"{file}: {err}", "repair the template, or take it out: texts are served without one") from err
 
@@ -99,17 +101,6 @@ def _default_template(config: Fields) -> str | None:
     if source is not None and not isinstance(source, str):
         raise config.wrong("chat_template", "a string, or a list of objects with name and template")
     return source
-
-
-def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """name -> text; a token is written as a string or as an object with `content`."""
-    declared = {**read_optional_json_object(folder / "special_tokens_map.json"), **config}
-    tokens = {}
-    for name, value in declared.items():
-        content = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(content, str):
-            tokens[name] = content
-    return tokens
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -8,10 +8,11 @@ from typing import Final
 
 from checkpoint.config import ModelConfig
 from checkpoint.config_json import parse_config, read_config_json
+from checkpoint.eos import EosToken, read_eos_tokens
 from checkpoint.errors import LoadError
 from checkpoint.fields import Fields
-from checkpoint.generation_config import read_eos_token_ids
 from checkpoint.tensors import TensorInfo
+from checkpoint.tokenizer import load_tokenizer
 from checkpoint.weights import EMBEDDING, WEIGHT_DTYPES, read_weights
 
 DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -27,8 +28,12 @@ class ModelFolder:
     path: Path
     config: ModelConfig
     dtype: str  # "bfloat16" | "float16" | "float32": the one asked for, else the checkpoint's own
-    eos_token_ids: tuple[int, ...]
+    eos: tuple[EosToken, ...]
     weights: Mapping[str, TensorInfo]  # what is loaded, by name
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return tuple(token.token_id for token in self.eos)
 
     def weight_bytes(self, tp_size: int, dtype: str) -> int:
         """Bytes of weights on one of `tp_size` ranks once they are loaded as `dtype`."""
@@ -120,14 +125,12 @@ def read_model_folder(path: Path, *, dtype: str | None = None) -> ModelFolder:
     """
     raw = read_config_json(path)
     config = parse_config(raw)
-    if not (path / "tokenizer.json").is_file():
-        raise LoadError("tokenizer.json is missing", "save the tokeniser in the fast format into the folder")
     weights = read_weights(path, config)
     return ModelFolder(
         path=path,
         config=config,
         dtype=dtype or _own_dtype(Fields("config.json", raw), weights),
-        eos_token_ids=read_eos_token_ids(path, config.vocab_size),
+        eos=read_eos_tokens(path, load_tokenizer(path), config.vocab_size),
         weights=weights,
     )
 

@@ -1,4 +1,4 @@
-"""generation_config.json: which tokens end a text, and how tokens are chosen where a request does not say."""
+"""generation_config.json: how tokens are chosen where a request does not say."""
 
 import ctypes
 from collections.abc import Callable
@@ -45,22 +45,6 @@ def read_sampling_defaults(folder: Path) -> dict[str, float]:
             raise fields.wrong(key, ("an integer " if allowed.is_integer else "a number ") + allowed.wants)
         defaults[name] = value
     return defaults
-
-
-def read_eos_token_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
-    """The tokens that end a text: generation_config.json's eos_token_id, where chat models list the tokens that end a
-    turn, else config.json's; one id or a list. Raises LoadError."""
-    for name in (_FILE, "config.json"):
-        fields = Fields(name, read_optional_json_object(folder / name))
-        eos = fields.get("eos_token_id")
-        if eos is not None:
-            ids = eos if isinstance(eos, list) else [eos]
-            if not all(_is_integer(token_id) and 0 <= token_id < vocab_size for token_id in ids):
-                raise fields.wrong(
-                    "eos_token_id", f"an integer from 0 to {vocab_size - 1} (vocab_size), or such a list"
-                )
-            return tuple(ids)
-    return ()
 
 
 def _is_number(value: object, allowed: SamplingRange) -> bool:

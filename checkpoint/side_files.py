@@ -29,6 +29,7 @@ class SideFiles:
     numbered: Mapping[int, AddedToken]  # by the id that the file gives
     is_complete: bool  # `numbered` also says how the tokens of tokenizer.json are treated
     named: Mapping[str, AddedToken]  # "eos_token" -> the token
+    file_of: Mapping[str, str]  # "eos_token" -> the name of the file that says so
     extra: tuple[AddedToken, ...]  # special tokens without a name
     splits_special_tokens: bool  # in a text, special tokens are no more than their characters
 
@@ -38,16 +39,17 @@ def read_side_files(folder: Path) -> SideFiles:
     config = _Object(folder / CONFIG_FILE)
     is_complete = config.get("added_tokens_decoder") is not None
     if is_complete:
-        named, extra = _special_tokens([config])
+        named, file_of, extra = _special_tokens([config])
         numbered = config.numbered_tokens("added_tokens_decoder")
     else:
-        named, extra = _special_tokens([config, _Object(folder / _MAP_FILE)])
+        named, file_of, extra = _special_tokens([config, _Object(folder / _MAP_FILE)])
         special = {token.content for token in (*named.values(), *extra)}
         numbered = _added_tokens(_Object(folder / _ADDED_FILE), special)
     return SideFiles(
         numbered=numbered,
         is_complete=is_complete,
         named=named,
+        file_of=file_of,
         extra=extra,
         splits_special_tokens=config.boolean("split_special_tokens"),
     )
@@ -105,22 +107,28 @@ class _Object:
         return tokens
 
 
-def _special_tokens(files: Iterable[_Object]) -> tuple[dict[str, AddedToken], tuple[AddedToken, ...]]:
-    """Named and other special tokens; a later file overrides a name and adds to the others."""
+def _special_tokens(
+    files: Iterable[_Object],
+) -> tuple[dict[str, AddedToken], dict[str, str], tuple[AddedToken, ...]]:
+    """Named special tokens, the files that name them, and other special tokens; a later file overrides a name and adds
+    to the others."""
     named: dict[str, AddedToken] = {}
+    file_of: dict[str, str] = {}
     extra: dict[str, AddedToken] = {}
     for file in files:
+        own = {name: file.special_token(name, value) for name, value in file.values.items() if _names(name, value)}
         key = next((key for key in _EXTRA_KEYS if file.get(key)), _EXTRA_KEYS[0])
         listed = [] if extra and key != _EXTRA_KEYS[0] else file.get(key) or []
         if not isinstance(listed, list | dict):
             raise file.problem(key, listed, "a list of tokens, or an object of names and tokens")
-        named |= {name: file.special_token(name, value) for name, value in file.values.items() if _names(name, value)}
         if isinstance(listed, list):
             tokens = [file.special_token(f"{key}[{index}]", value) for index, value in enumerate(listed)]
             extra |= {token.content: token for token in tokens}
         else:
-            named |= {name: file.special_token(f"{key}.{name}", value) for name, value in listed.items()}
-    return dict(sorted(named.items(), key=lambda entry: _rank(entry[0]))), tuple(extra.values())
+            own |= {name: file.special_token(f"{key}.{name}", value) for name, value in listed.items()}
+        named |= own
+        file_of |= dict.fromkeys(own, file.path.name)
+    return dict(sorted(named.items(), key=lambda entry: _rank(entry[0]))), file_of, tuple(extra.values())
 
 
 def _rank(name: str) -> int:

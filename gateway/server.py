@@ -10,7 +10,6 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from checkpoint.generation_config import read_eos_token_ids
 from childproc.ports import try_bind
 from echelon.pb import control_pb2, inference_pb2, process_pb2
 from gateway.doors.control_servicer import ControlServicer
@@ -152,7 +151,7 @@ def _build_servicer(
         model=spec.model_name,
         max_model_len=spec.max_model_len,
         vocab_size=spec.vocab_size,
-        eos_token_ids=read_eos_token_ids(model_dir, spec.vocab_size),
+        eos_token_ids=tokenizer.eos_token_ids(spec.vocab_size),
         has_chat_template=tokenizer.chat_template is not None,
     )
     return InferenceServicer(validator, links, info=info, metrics=metrics)

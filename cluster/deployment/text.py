@@ -51,6 +51,11 @@ def _problem(role: Role, names: Mapping[Role, str], error: LoadError) -> Problem
 
 
 def _target_notes(model: ModelSettings, tokenizer: Tokenizer) -> Iterator[str]:
+    if not model.folder.eos:
+        yield (
+            "no file of the target names a token that ends a text, so every stream runs to max_tokens or a stop of its "
+            "own; set eos_token_id in generation_config.json"
+        )
     vocab_size = model.folder.config.vocab_size
     beyond = tokens_from(tokenizer, vocab_size)
     if beyond:

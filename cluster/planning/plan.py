@@ -6,6 +6,7 @@ Devices are counted, not numbered: which of a node's GPUs a bundle gets is Ray's
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from checkpoint.eos import EosToken
 from cluster.deployment.settings import Role
 from cluster.errors import PlanError
 from cluster.process_id import ProcessId
@@ -91,6 +92,7 @@ class Plan:
     bundles: tuple[Bundle, ...]
     scheduler: ControlProcess
     gateway: ControlProcess
+    eos: tuple[EosToken, ...]  # with which a stream stops
     notes: tuple[str, ...]  # what a person should know: cores are shared, memory is not known, ...
 
     def group(self, role: Role) -> tuple[Bundle, ...]:

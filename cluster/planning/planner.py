@@ -55,6 +55,7 @@ def make_plan(settings: Settings, inventory: Inventory) -> Plan:
         bundles=bundles,
         scheduler=ControlProcess(id=ProcessId(role="scheduler"), node_id=leader.node_id, address=leader.address),
         gateway=ControlProcess(id=ProcessId(role="gateway"), node_id=head.node_id, address=head.address),
+        eos=settings.target.folder.eos,
         notes=(*settings.notes, *notes),
     )
     return _loopback_if_alone(plan)

@@ -1,6 +1,6 @@
 """plan, up, status, down, schema: everything that needs the `cluster` extra."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -161,7 +161,8 @@ def plan_table(made: "Plan") -> Table:
     """Where each process runs, and how much memory it takes."""
     table = plain_table()
     table.title, table.title_justify = f"plan of {made.deployment} on {made.device}", "left"
-    table.caption, table.caption_justify = "\n".join(f"note: {note}" for note in made.notes) or None, "left"
+    remarks = "\n".join(_remarks(made))
+    table.caption, table.caption_justify = Text(remarks) if remarks else None, "left"
     for heading in ("process", "node", "devices"):
         table.add_column(heading, no_wrap=True)
     for heading in ("weights", "KV cache", "activations", "total"):
@@ -179,6 +180,13 @@ def plan_table(made: "Plan") -> Table:
     for process in (made.scheduler, made.gateway):
         table.add_row(process.name, process.address)
     return table
+
+
+def _remarks(made: "Plan") -> Iterator[str]:
+    if made.eos:
+        listed = ", ".join(f"{token.token_id} {token.text!r} ({', '.join(token.files)})" for token in made.eos)
+        yield f"a stream stops at token {listed}"
+    yield from (f"note: {note}" for note in made.notes)
 
 
 def _size(num_bytes: int) -> str:

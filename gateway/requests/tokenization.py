@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from checkpoint.chat_template import ChatTemplate, load_chat_template
+from checkpoint.eos import read_eos_tokens
 from checkpoint.tokenizer import load_tokenizer
 
 INLINE_CHARS = 4096  # below this, tokenising (about 1 us a character) costs less than a thread switch is worth
@@ -16,8 +17,13 @@ class PromptTokenizer:
     """Tokeniser and chat template of one model folder. Raises LoadError where they cannot be used."""
 
     def __init__(self, model_dir: Path) -> None:
+        self._model_dir = model_dir
         self._tokenizer: Tokenizer = load_tokenizer(model_dir)
         self.chat_template: ChatTemplate | None = load_chat_template(model_dir)
+
+    def eos_token_ids(self, vocab_size: int) -> list[int]:
+        """The tokens that end a text of a model with `vocab_size` tokens."""
+        return [token.token_id for token in read_eos_tokens(self._model_dir, self._tokenizer, vocab_size)]
 
     async def encode_text(self, text: str) -> list[int]:
         """Plain text: the tokenizer's post-processor adds the tokens (BOS ...) that it adds for any text."""

@@ -12,6 +12,7 @@ import grpc
 import pytest
 from rich.console import Console
 
+from checkpoint.eos import EosToken
 from cluster import lifecycle
 from cluster.errors import ConfigError, DeploymentNotFoundError, PlanError, Problem, StartError
 from cluster.lifecycle import PlanMade, ProcessChanged, RayConnected
@@ -44,6 +45,7 @@ PLAN = Plan(
     ),
     scheduler=ControlProcess(id=ProcessId(role="scheduler"), node_id="n", address="127.0.0.1"),
     gateway=ControlProcess(id=ProcessId(role="gateway"), node_id="n", address="127.0.0.1"),
+    eos=(EosToken(token_id=2, text="[/s]", files=("config.json", "tokenizer_config.json")),),
     notes=("cores are shared",),
 )
 STATUS = DeploymentStatus(
@@ -372,6 +374,7 @@ def test_plan_shows_every_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert calls == [(Path("d.yaml"),)]
     for text in ("target-0.0", "scheduler-0", "gateway-0", "cores 0, 1", "3.0 GiB", "note: cores are shared"):
         assert text in out
+    assert "a stream stops at token 2 '[/s]' (config.json, tokenizer_config.json)" in " ".join(out.split())
 
 
 def test_plan_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
