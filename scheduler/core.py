@@ -16,7 +16,8 @@ from scheduler.config import SchedulerConfig
 from scheduler.drafting.speculation import Speculation
 from scheduler.engines.engine import EngineView, PlannedRow
 from scheduler.engines.idle_meter import IdleMeter
-from scheduler.requests.admission import InvalidRequestError, build_request
+from scheduler.requests.admission import build_request
+from scheduler.requests.checks import InvalidRequestError
 from scheduler.requests.delivery import Delivery, Fresh
 from scheduler.requests.draft_tally import DraftTally
 from scheduler.requests.outputs import Failed, Output
@@ -97,6 +98,7 @@ class SchedulerCore:
             submit,
             config=self._config,
             max_model_len=min(self._config.max_model_len, engine.longest_seq),
+            vocab_size=engine.info.vocab_size,
             table=self._table,
             block_size=engine.info.block_size,
             number=self._num_arrived,

@@ -43,7 +43,9 @@ global___SchedulerRequest = SchedulerRequest
 
 @typing.final
 class Submit(google.protobuf.message.Message):
-    """A tokenised, validated request."""
+    """A tokenised, validated request. The scheduler checks it again: what it cannot serve gets INVALID_ARGUMENT and harms
+    no other request.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -80,6 +82,8 @@ global___Submit = Submit
 
 @typing.final
 class Cancel(google.protobuf.message.Message):
+    """Unknown ids are ignored, and those of requests that another stream has sent."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: builtins.int
@@ -95,7 +99,7 @@ global___Cancel = Cancel
 
 @typing.final
 class Adjust(google.protobuf.message.Message):
-    """Replaces the speculation settings of a running request. Unknown ids are ignored."""
+    """Replaces the speculation settings of a running request. Ids are ignored as in Cancel."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -320,7 +324,7 @@ class TraceRequest(google.protobuf.message.Message):
     num_rounds: builtins.int
     """of the target, not counting rounds of the draft. 0: no limit"""
     duration_s: builtins.float
-    """0: no limit"""
+    """0: no limit; a day at most"""
     def __init__(
         self,
         *,

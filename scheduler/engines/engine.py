@@ -150,7 +150,7 @@ class EngineView:
         return message
 
     def land(self, result: worker_pb2.RoundResult, now: float) -> InFlight:
-        """The round that this result answers, which is no longer in flight."""
+        """The round that this result answers, which is no longer in flight. Raises UnexpectedAnswerError."""
         if not self.in_flight or self.in_flight[0].round_id != result.round_id:
             expected = self.in_flight[0].round_id if self.in_flight else "none"
             raise UnexpectedAnswerError(f"result of round {result.round_id} came, expected was {expected}")
@@ -158,11 +158,28 @@ class EngineView:
         if len(result.rows) != len(record.rows):
             num_asked, num_came = len(record.rows), len(result.rows)
             raise UnexpectedAnswerError(f"round {result.round_id} has {num_asked} rows, its result {num_came}")
+        for row, answer in zip(record.rows, result.rows, strict=True):
+            if not _fits(row, answer, self.info.vocab_size):
+                raise UnexpectedAnswerError(
+                    f"round {result.round_id}: the answer for slot {row.seat.slot} does not fit"
+                )
         # Where both engines are in one process it may have waited for a round of the other: no time of its own.
         began_s = max(record.sent_s + result.queue_ns * 1e-9, self._landed_s)
         record.wall_s = max(result.run_ns * 1e-9, now - began_s)
         self._landed_s = now
         return record
+
+
+def _fits(row: PlannedRow, answer: worker_pb2.RowResult, vocab_size: int) -> bool:
+    """Whether a correct group could answer so. What follows reckons with it."""
+    num_tokens = len(answer.token_ids)
+    return (
+        answer.slot == row.seat.slot
+        and num_tokens <= (row.num_draft_tokens or len(row.drafts) + 1)
+        and answer.num_accepted_tokens <= max(0, num_tokens - 1)
+        and max(answer.token_ids, default=0) < vocab_size
+        and len(answer.confidences) in (0, num_tokens)
+    )
 
 
 def _introduce(message: worker_pb2.Round, row: PlannedRow) -> None:

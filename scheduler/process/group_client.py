@@ -22,6 +22,7 @@ _CHANNEL_OPTIONS = [
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
 _INFO_TIMEOUT_S = 5.0
+_SIZES = ("vocab_size", "num_blocks", "block_size", "num_slots", "max_model_len", "max_num_batched_tokens")
 
 if TYPE_CHECKING:
     RoundsCall = grpc.aio.StreamStreamCall[worker_pb2.RoundRequest, worker_pb2.RoundResult]
@@ -118,6 +119,8 @@ class GroupClient:
             raise GroupError(f"is incarnation {info.incarnation}, expected {self._endpoint.incarnation}")
         for engine in info.engines:
             if engine.role == self._role:
+                if missing := [field for field in _SIZES if getattr(engine, field) < 1]:
+                    raise GroupError(f"says nothing of its {', '.join(missing)}")
                 return engine
         raise GroupError(f"hosts no {worker_pb2.EngineRole.Name(self._role)} engine")
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Callable
 
 from grpc import StatusCode
@@ -24,15 +23,19 @@ class Outbox:
 
     def __init__(self) -> None:
         self.request_ids: set[str] = set()  # of requests that run for this gateway
-        self._pending: OrderedDict[tuple[str, int], list[Output]] = OrderedDict()  # of a sample: chunks to be merged
+        self._pending: list[list[Output]] = []  # chunks of a sample, to be merged, or one output of another kind
+        self._growing: dict[str, dict[int, list[Output]]] = {}  # of a request, of a sample: those that take more
         self._filled = asyncio.Event()
 
     def put(self, output: Output) -> None:
-        key = (output.request_id, output.index if isinstance(output, Chunk) else -1)
         if isinstance(output, Chunk):
-            self._pending.setdefault(key, []).append(output)
+            samples = self._growing.setdefault(output.request_id, {})
+            if output.index not in samples:
+                self._pending.append(samples.setdefault(output.index, []))
+            samples[output.index].append(output)
         else:
-            self._pending[key] = [output]
+            self._pending.append([output])
+            self._growing.pop(output.request_id, None)  # what comes under this id from now on stands behind it
         self._filled.set()
 
     async def take_all(self) -> scheduler_pb2.SchedulerReplies:
@@ -40,8 +43,9 @@ class Outbox:
         while not self._pending:
             self._filled.clear()
             await self._filled.wait()
-        replies = scheduler_pb2.SchedulerReplies(replies=map(_reply, map(_merged, self._pending.values())))
+        replies = scheduler_pb2.SchedulerReplies(replies=map(_reply, map(_merged, self._pending)))
         self._pending.clear()
+        self._growing.clear()
         return replies
 
 

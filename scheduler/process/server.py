@@ -25,9 +25,11 @@ logger = logging.getLogger(__name__)
 _OPTIONS = [
     ("grpc.so_reuseport", 0),  # a taken port is an error, not a server that gets half the calls
     ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
+    # Five million token ids. A message is parsed between rounds, so a longer one would hold everybody up.
+    ("grpc.max_receive_message_length", 16 << 20),
 ]
 _SERVICE_NAME = "echelon.v1.Scheduler"
+_MAX_TRACE_S = 86400.0  # a timer of the loop: NaN would break the order of all others
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[scheduler_pb2.SchedulerRequest, scheduler_pb2.SchedulerReplies]
@@ -51,13 +53,16 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
             self._replica.drop(outbox)
 
     def _handle(self, request: scheduler_pb2.SchedulerRequest, outbox: Outbox) -> None:
+        """A stream rules its own requests and no others."""
         match request.WhichOneof("message"):
             case "submit":
                 self._replica.submit(request.submit, outbox)
             case "cancel":
-                self._replica.cancel(request.cancel.request_id)
+                if request.cancel.request_id in outbox.request_ids:
+                    self._replica.cancel(request.cancel.request_id)
             case "adjust":
-                self._replica.adjust(request.adjust.request_id, request.adjust.speculation)
+                if request.adjust.request_id in outbox.request_ids:
+                    self._replica.adjust(request.adjust.request_id, request.adjust.speculation)
 
     async def _write(self, outbox: Outbox, context: "Context") -> None:
         with contextlib.suppress(grpc.aio.AbortError, grpc.aio.InternalError):  # the reader ends with the stream too
@@ -72,6 +77,11 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
     async def Trace(
         self, request: scheduler_pb2.TraceRequest, context: "TraceContext"
     ) -> AsyncIterator[scheduler_pb2.TraceEvent]:
+        if not 0 <= request.duration_s <= _MAX_TRACE_S:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"duration_s must be in [0, {_MAX_TRACE_S:g}], got {request.duration_s:g}",
+            )
         recorder = self._replica.recorder
         try:
             recording = recorder.start(max_rounds=request.num_rounds)

@@ -1,28 +1,15 @@
 """What a client asks for becomes a request, or an error that names the field."""
 
 from collections.abc import Iterable
-from typing import Literal
 
 from checkpoint.token_table import TokenTable
 from echelon.pb import sampling_pb2, scheduler_pb2
 from scheduler.config import SchedulerConfig
+from scheduler.requests.checks import check_submit, check_token_ids
 from scheduler.requests.detokenizer import Detokenizer
 from scheduler.requests.digests import DigestChain, root_digest
 from scheduler.requests.request import Request, Seq
 from scheduler.requests.stopping import OutputText, StopRules, StopStrings
-
-# Sampling settings whose zero is not their default: a Submit without them would mean something else.
-_RESOLVED: tuple[Literal["temperature", "top_p", "repetition_penalty", "n", "skip_special_tokens"], ...] = (
-    "temperature",
-    "top_p",
-    "repetition_penalty",
-    "n",
-    "skip_special_tokens",
-)
-
-
-class InvalidRequestError(ValueError):
-    """A request that can never be served; the message names the field."""
 
 
 def build_request(
@@ -30,14 +17,20 @@ def build_request(
     *,
     config: SchedulerConfig,
     max_model_len: int,
+    vocab_size: int,
     table: TokenTable,
     block_size: int,
     number: int,
     now: float,
 ) -> Request:
-    """A request with its seqs, none of them started. `number` is its place in the order of arrival."""
+    """A request with its seqs, none of them started. `number` is its place in the order of arrival.
+
+    Raises InvalidRequestError.
+    """
+    check_submit(submit, max_model_len=max_model_len, vocab_size=vocab_size)
     sampling = submit.sampling
     prompt = list(submit.prompt_token_ids)
+    check_token_ids(prompt, vocab_size, "prompt_token_ids")
     max_len = _max_len(submit, max_model_len)
     request = _new_request(submit, now)
     rules = _stop_rules(sampling, config, max_tokens=max_len - len(prompt))
@@ -87,20 +80,7 @@ def _detokenizer(submit: scheduler_pb2.Submit, table: TokenTable) -> Detokenizer
 
 
 def _max_len(submit: scheduler_pb2.Submit, max_model_len: int) -> int:
-    num_prompt = len(submit.prompt_token_ids)
-    sampling = submit.sampling
-    for field in _RESOLVED:
-        if not sampling.HasField(field):
-            raise InvalidRequestError(f"sampling.{field} is not set: the gateway fills in every default")
-    if num_prompt == 0:
-        raise InvalidRequestError("prompt_token_ids is empty: a prompt needs at least one token")
-    if num_prompt >= max_model_len:
-        raise InvalidRequestError(
-            f"prompt_token_ids has {num_prompt} tokens, which leaves no room to generate within max_model_len "
-            f"{max_model_len}: shorten the prompt"
-        )
-    if sampling.HasField("max_tokens") and sampling.max_tokens < 1:
-        raise InvalidRequestError(f"sampling.max_tokens must be >= 1, got {sampling.max_tokens}")
+    num_prompt, sampling = len(submit.prompt_token_ids), submit.sampling
     room = max_model_len - num_prompt
     return num_prompt + (min(sampling.max_tokens, room) if sampling.HasField("max_tokens") else room)
 

@@ -90,6 +90,7 @@ def assemble_draft(folder: Path, runner_class: type[ModelRunner] = ModelRunner, 
             vocab_size=info.vocab_size,
             block_size=info.block_size,
             num_blocks=info.num_blocks,
+            max_num_batched_tokens=info.max_num_batched_tokens,
         )
     )
     return DraftParts(DraftEngine(runner, table, info), runner, table)

@@ -541,6 +541,21 @@ BAD_INITS: dict[str, tuple[dict[str, Any], str]] = {
     "prompt": ({"num_prompt_tokens": 9}, "num_prompt_tokens: 9"),
     "computed": ({"num_computed_tokens": 1}, "num_computed_tokens: 1"),
     "block": ({"block_table": [100_000]}, "block_table: block 100000"),
+    **{
+        f"{field} {value}": ({"sampling": greedy(**{field: value})}, f"sampling.{field}: ")
+        for field, values in {
+            "temperature": (-1.0, math.nan, math.inf),
+            "top_p": (0.0, 1.5, math.nan),
+            "min_p": (-0.1, 2.0, math.nan),
+            "repetition_penalty": (0.0, -1.0, math.nan, math.inf),
+            "presence_penalty": (math.nan, math.inf),
+            "frequency_penalty": (math.nan, -math.inf),
+            "logit_bias": ({3: math.nan}, {3: math.inf}, {131: 1.0}, {2**32 - 1: 1.0}),
+            "logprobs": (21, 2**32 - 1),
+            "prompt_logprobs": (21, 2**32 - 1),
+        }.items()
+        for value in values
+    },
 }
 
 
@@ -554,6 +569,20 @@ def test_a_seq_that_cannot_start_is_refused(target: Driver, case: str) -> None:
         target.send(Round(round_id=51, init_seqs=[SeqInit(**fields)]))
     assert "round 51: init_seqs[0]" in str(caught.value)
     assert message in str(caught.value)
+
+
+def test_a_round_larger_than_the_engine_was_built_for_is_refused(target: Driver) -> None:
+    limit = target.info.max_num_batched_tokens
+    prompts = [[1] * (limit // 5 + 1)] * 5
+    seqs = [target.start(slot, prompt, greedy()) for slot, prompt in enumerate(prompts)]
+    with pytest.raises(ProtocolError, match=f"rows: .* tokens go through the model, must be at most {limit}"):
+        target.send(target.round([target.target_row(seq) for seq in seqs]))
+
+
+def test_more_alternatives_than_anyone_needs_are_refused(draft: Driver) -> None:
+    seq = draft.start(0, PROMPTS[0], greedy())
+    with pytest.raises(ProtocolError, match="num_alternatives: 4000000000, must be at most 64"):
+        draft.run((seq, draft.draft_row(seq, 2)), num_alternatives=4_000_000_000)
 
 
 def test_another_scheduler_finds_all_slots_free(target_engine: TargetEngine) -> None:

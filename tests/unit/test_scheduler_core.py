@@ -8,6 +8,7 @@ from grpc import StatusCode
 
 from echelon.pb import inference_pb2, worker_pb2
 from scheduler.config import Pipeline
+from scheduler.engines.engine import UnexpectedAnswerError
 from tests.helpers.fake_group import FakeEngine, FakeModel, plain_tokens
 from tests.helpers.scheduler_sim import Simulation, letters, seq_sampling, submit
 
@@ -550,6 +551,28 @@ def test_losing_the_target_fails_what_runs_and_names_the_reason() -> None:
     assert sim.failed["r"].message == "target group: it died"
     sim.submit(submit("late", prompt(1, 9)))
     assert sim.failed["late"].code == StatusCode.UNAVAILABLE.value[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"slot": 99},
+        {"token_ids": [1, 2]},
+        {"token_ids": [40]},
+        {"num_accepted_tokens": 1},
+        {"confidences": [0.5, 0.5]},
+    ],
+)
+def test_an_answer_that_no_row_can_have_is_not_taken(change: dict[str, Any]) -> None:
+    sim = Simulation()
+    sim.submit(submit("r", prompt(1, 9)))
+    sim.plan()
+    result = sim.target.run(sim.target_rounds.popleft())
+    for field in change:
+        result.rows[0].ClearField(field)
+    result.rows[0].MergeFrom(worker_pb2.RowResult(**change))
+    with pytest.raises(UnexpectedAnswerError, match="round 1: the answer for slot"):
+        sim.core.on_target_result(result, sim.now)
 
 
 def test_timings_are_those_of_the_clock() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -209,6 +210,47 @@ async def test_refusals_do_not_disturb_what_runs(house: House) -> None:
     assert gateway.tokens["r"] == expected(submit("r", PROMPT), 9)
 
 
+async def test_a_stream_rules_its_own_requests_only(house: House) -> None:
+    house.target.pause()
+    owner, stranger = house.gateway(), house.gateway()
+    message = submit("r", PROMPT, max_tokens=9, enabled=False)
+    await owner.submit(message)
+    await owner.until(lambda status: status.num_requests_running == 1)
+    await stranger.cancel("r")
+    adjust = scheduler_pb2.Adjust(request_id="r", speculation=inference_pb2.Speculation(num_speculative_tokens=3))
+    await stranger.call.write(scheduler_pb2.SchedulerRequest(adjust=adjust))
+    await stranger.submit(submit("done", PROMPT, max_tokens=1))
+    house.target.resume()
+    await stranger.end_of("done")
+    end = await owner.end_of("r")
+    assert end.complete.finished[0].reason == inference_pb2.FINISH_REASON_LENGTH
+    assert end.complete.speculation.num_draft_tokens == 0
+    assert owner.tokens["r"] == expected(message, 9)
+
+
+async def test_a_submit_that_cannot_be_served_leaves_its_stream_open(house: House) -> None:
+    gateway = house.gateway()
+    message = submit("r", PROMPT, max_tokens=9)
+    await gateway.submit(message)
+    for number, bad in enumerate(({"top_k": -1}, {"logit_bias": {-1: 1.0}}, {"n": 0}, {"timeout_s": math.nan})):
+        await gateway.submit(submit(f"bad{number}", PROMPT, **bad))
+        end = await gateway.end_of(f"bad{number}")
+        assert end.error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    await gateway.submit(submit("late", [*PROMPT, 40]))
+    assert "token id 40 is outside the vocabulary of 40" in (await gateway.end_of("late")).error.message
+    await gateway.submit(submit("last", PROMPT, max_tokens=9))
+    await gateway.end_of("last")
+    assert gateway.tokens["r"] == gateway.tokens["last"] == expected(message, 9)
+
+
+@pytest.mark.parametrize("duration_s", [math.nan, math.inf, -1.0])
+async def test_a_recording_lasts_a_number_of_seconds(house: House, duration_s: float) -> None:
+    stub = house.gateway().stub
+    with pytest.raises(grpc.aio.AioRpcError, match="duration_s must be in") as refused:
+        await stub.Trace(scheduler_pb2.TraceRequest(duration_s=duration_s)).read()
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_an_id_is_taken_until_its_end_has_been_delivered(house: House) -> None:
     """Another gateway may send the same id in the very turn of the loop in which the first one cancels."""
     replica = house.server.replica
@@ -358,6 +400,16 @@ async def test_a_slow_gateway_holds_one_chunk_a_sample() -> None:
     assert (first.chunk.index, list(first.chunk.token_ids), first.chunk.text) == (0, [0, 1, 2], "ababab")
     assert (second.chunk.index, list(second.chunk.token_ids), second.chunk.text) == (1, [0, 1, 2], "cdcdcd")
     assert last.error.message == "over"
+
+
+async def test_an_id_that_is_used_again_gets_an_answer_each_time() -> None:
+    outbox = Outbox()
+    outbox.put(chunk(0, 0, "ab"))
+    outbox.put(Failed(request_id="r", code=1, message="over"))
+    outbox.put(chunk(0, 0, "cd"))
+    outbox.put(Failed(request_id="r", code=2, message="refused"))
+    replies = (await outbox.take_all()).replies
+    assert [reply.chunk.text or reply.error.message for reply in replies] == ["ab", "over", "cd", "refused"]
 
 
 async def test_a_trace_holds_the_rounds_of_both_engines(house: House) -> None:

@@ -9,7 +9,7 @@ from workers.engine.seq_state import Limits, SeqTable
 from workers.sampling.state import SeqSamplingState
 
 CPU = torch.device("cpu")
-LIMITS = Limits(num_slots=4, max_model_len=20, vocab_size=100, block_size=4, num_blocks=30)
+LIMITS = Limits(num_slots=4, max_model_len=20, vocab_size=100, block_size=4, num_blocks=30, max_num_batched_tokens=64)
 PENALISED = SeqSampling(top_p=1.0, repetition_penalty=1.0, presence_penalty=1.0)
 
 

@@ -1,11 +1,16 @@
 """Plans a round and checks it, before anything is touched."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from echelon.pb.sampling_pb2 import SeqSampling
 from echelon.pb.worker_pb2 import Fork, Round, Row, SeqInit
 from workers.engine.seq_state import Limits, SeqTable
 from workers.engine.slot import SlotState
+
+MAX_ALTERNATIVES = 64  # of a draft; a scheduler asks for a few
+MAX_LOGPROBS = 20
 
 
 class ProtocolError(ValueError):
@@ -40,7 +45,14 @@ def plan_target(round_: Round, table: SeqTable) -> list[RowPlan]:
     """
     if round_.forks:
         raise ProtocolError(f"round {round_.round_id}: forks: only a draft engine has branches")
-    return [_target_row(*entry) for entry in _views(round_, table)]
+    plans = [_target_row(*entry) for entry in _views(round_, table)]
+    num_tokens = sum(plan.chunk_len + plan.num_drafts for plan in plans)
+    if num_tokens > table.limits.max_num_batched_tokens:
+        raise ProtocolError(
+            f"round {round_.round_id}: rows: {num_tokens} tokens go through the model, must be at most "
+            f"{table.limits.max_num_batched_tokens}"
+        )
+    return plans
 
 
 def plan_draft(round_: Round, table: SeqTable) -> list[RowPlan]:
@@ -52,6 +64,10 @@ def plan_draft(round_: Round, table: SeqTable) -> list[RowPlan]:
     Raises:
         ProtocolError: The round does not fit the state.
     """
+    if round_.num_alternatives > MAX_ALTERNATIVES:
+        raise ProtocolError(
+            f"round {round_.round_id}: num_alternatives: {round_.num_alternatives}, must be at most {MAX_ALTERNATIVES}"
+        )
     return [_draft_row(*entry) for entry in _views(round_, table)]
 
 
@@ -152,7 +168,28 @@ def _check_init(seq: SeqInit, limits: Limits, where: str) -> SlotState:
             f"{where} num_computed_tokens: {seq.num_computed_tokens}, but there are {num_tokens} tokens "
             f"and {num_blocks} blocks of {limits.block_size}"
         )
+    _check_sampling(seq.sampling, limits, f"{where} sampling.")
     return SlotState.of_init(seq)
+
+
+def _check_sampling(sampling: SeqSampling, limits: Limits, where: str) -> None:
+    """A value that is no number would spoil the rows beside it. (Suppressed ids outside the vocabulary have no
+    effect.)"""
+    is_valid = {
+        "temperature": 0 <= sampling.temperature < math.inf,
+        "top_p": 0 < sampling.top_p <= 1,
+        "min_p": 0 <= sampling.min_p <= 1,
+        "repetition_penalty": 0 < sampling.repetition_penalty < math.inf,
+        "presence_penalty": math.isfinite(sampling.presence_penalty),
+        "frequency_penalty": math.isfinite(sampling.frequency_penalty),
+        "logit_bias": all(map(math.isfinite, sampling.logit_bias.values())),
+        "logprobs": sampling.logprobs <= MAX_LOGPROBS,
+        "prompt_logprobs": sampling.prompt_logprobs <= MAX_LOGPROBS,
+    }
+    for field, valid in is_valid.items():
+        if not valid:
+            raise ProtocolError(f"{where}{field}: {getattr(sampling, field)} cannot be")
+    _check_token_ids(list(sampling.logit_bias), limits, f"{where}logit_bias")
 
 
 def _check_fork(fork: Fork, parent: SlotState, limits: Limits, where: str) -> SlotState:

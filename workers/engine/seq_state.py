@@ -23,6 +23,7 @@ class Limits:
     vocab_size: int
     block_size: int
     num_blocks: int
+    max_num_batched_tokens: int  # of a round, through a target
 
     @property
     def max_blocks(self) -> int:

@@ -203,6 +203,7 @@ def _build(entry: _Loaded, num_blocks: int, device: torch.device, tracer: Tracer
         vocab_size=vocab_size,
         block_size=spec.block_size,
         num_blocks=num_blocks,
+        max_num_batched_tokens=spec.max_num_batched_tokens,
     )
     kv_caches = layout.allocate(num_blocks, device)
     runner = ModelRunner(

@@ -32,6 +32,7 @@ OPTIONS = [
     ("grpc.max_receive_message_length", WireLimit.WIRE_LIMIT_MESSAGE_BYTES),
     ("grpc.max_send_message_length", WireLimit.WIRE_LIMIT_MESSAGE_BYTES),
 ]
+MAX_PENDING_ROUNDS = 64  # of a stream; a scheduler has three on their way
 FAIL_GRACE_S = 1.0
 SERVICE_NAME = "echelon.v1.Worker"
 HEALTH_NAMES = {EngineRole.ENGINE_ROLE_TARGET: "target", EngineRole.ENGINE_ROLE_DRAFT: "draft"}
@@ -83,6 +84,8 @@ class RoundStream:
             error = f"{where} incarnation: {round_.incarnation}, but the stream's hello said {self.incarnation}"
         elif round_.round_id <= self._last_round_id:
             error = f"{where} round_id: must be above {self._last_round_id}"
+        elif self._num_pending >= MAX_PENDING_ROUNDS:
+            error = f"{where} {MAX_PENDING_ROUNDS} rounds of this stream are waiting already"
         else:
             self._last_round_id = round_.round_id
             self._num_pending += 1
