@@ -10,7 +10,6 @@ noticed during rounds and between them.
 """
 
 import contextlib
-import logging
 import secrets
 import socket
 import struct
@@ -18,14 +17,13 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import product
 
 from workers.process.cohort import Cohort
-
-logger = logging.getLogger(__name__)
+from workers.process.greeting import TOKEN_BYTES, accept_peers, greet
 
 HEADER = struct.Struct("<IBB")  # bytes of payload, kind, role
 PULSE_INTERVAL_S = 1.0
-TOKEN_BYTES = 16
 OnLost = Callable[[str], None]
 
 
@@ -61,22 +59,14 @@ class Leader:
 
     @classmethod
     def accept(cls, cohort: Cohort, host: str, timeout_s: float) -> "Leader":
-        """Waits until every other rank has connected."""
+        """Waits until every other rank has connected. Raises TimeoutError when one does not."""
         if cohort.world_size == 1:
             return cls([], [], timeout_s)
         token = secrets.token_bytes(TOKEN_BYTES)
-        connections: dict[tuple[int, int], socket.socket] = {}
-        with socket.create_server((host, 0), backlog=2 * cohort.world_size) as listener:
-            listener.settimeout(cohort.start_timeout_s)
+        peers = list(product(range(1, cohort.world_size), (0, 1)))
+        with socket.create_server((host, 0), backlog=128) as listener:
             cohort.publish("control", f"{host} {listener.getsockname()[1]} {token.hex()}")
-            while len(connections) < 2 * (cohort.world_size - 1):
-                connection, peer = listener.accept()
-                rank, channel = _greeting(connection, token, timeout_s)
-                if rank is None:
-                    logger.warning("round channel: closed a stray connection from %s", peer)
-                    connection.close()
-                    continue
-                connections[rank, channel] = connection
+            connections = accept_peers(listener, token, peers, cohort.start_timeout_s)
         ranks = range(1, cohort.world_size)
         return cls([connections[rank, 0] for rank in ranks], [connections[rank, 1] for rank in ranks], timeout_s)
 
@@ -184,22 +174,8 @@ def _connect(address: tuple[str, int], token: bytes, rank: int, channel: int) ->
     connection = socket.create_connection(address, timeout=PULSE_INTERVAL_S * 10)
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.sendall(token + struct.pack("<HB", rank, channel))
+    greet(connection, token, (rank, channel))
     return connection
-
-
-def _greeting(connection: socket.socket, token: bytes, timeout_s: float) -> tuple[int | None, int]:
-    """Rank and channel of a new connection; rank None if it is not one of ours."""
-    connection.settimeout(timeout_s)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    try:
-        data = bytes(_receive_exactly(connection, TOKEN_BYTES + 3))
-    except OSError:
-        return None, 0
-    if not secrets.compare_digest(data[:TOKEN_BYTES], token):
-        return None, 0
-    rank, channel = struct.unpack("<HB", data[TOKEN_BYTES:])
-    return rank, channel
 
 
 def _pack(frame: Frame) -> bytes:
