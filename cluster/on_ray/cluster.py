@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray._private.state import available_resources_per_node
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
 from ray.exceptions import RayError
@@ -63,13 +64,18 @@ def connected(address: str, *, token: str = "") -> Iterator[None]:
 
 @contextmanager
 def _authenticated(token: str) -> Iterator[None]:
-    """Ray takes its token from the environment, once for a process; here it is read anew and put back after."""
+    """Ray takes its token from the environment, once for a process; here it is read anew and put back after.
+
+    A Ray with a token is one of our own (runtime.py) and really listens on 127.0.0.1, which Ray would replace.
+    """
     if not token:
         yield
         return
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
     before = {name: os.environ[name] for name in names if name in os.environ}
+    spans_machines = ray_constants.ENABLE_RAY_CLUSTER
     os.environ.update(zip(names, ("token", token), strict=True))
+    ray_constants.ENABLE_RAY_CLUSTER = False
     _reread_token()
     try:
         yield
@@ -77,6 +83,7 @@ def _authenticated(token: str) -> Iterator[None]:
         for name in names:
             os.environ.pop(name, None)
         os.environ.update(before)
+        ray_constants.ENABLE_RAY_CLUSTER = spans_machines
         _reread_token()
 
 

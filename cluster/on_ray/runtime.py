@@ -1,7 +1,8 @@
 """A Ray of our own, for machines without one: started for a deployment, stopped with it, seen by nobody else.
 
-It has its own ports, its own folder and its own session. Every process of it carries a token in its environment, so
-that stopping it ends these processes and no other Ray on the machine (`ray stop` would end them all).
+It listens on 127.0.0.1 only, and has its own ports, its own session and its own folder, which only its owner can open.
+Every process of it carries a token in its environment, so that stopping it ends these processes and no other Ray on the
+machine (`ray stop` would end them all).
 """
 
 import logging
@@ -33,18 +34,20 @@ class PrivateRay:
     address: str  # host:port of its GCS
     pid: int  # of `ray start --block`
     token: str
-    temp_dir: str
+    temp_dir: str  # of mode 0700
 
 
 def start_private_ray(log_path: Path) -> PrivateRay:
     """Start a head node on the loopback address and return when it answers. Raises StartError with Ray's own words."""
     token = uuid.uuid4().hex
-    # Short and in /tmp: Ray puts sockets below it, and their paths may have 107 characters.
+    # Short and in /tmp: Ray puts sockets below it, and their paths may have 107 characters. Ray opens the folder that
+    # it is given to everybody, so that is one in a folder which stays the owner's.
     temp_dir = Path(tempfile.mkdtemp(prefix="ech-", dir="/tmp"))
+    ray_dir = temp_dir / "ray"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            _command(temp_dir),
+            _command(ray_dir),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -52,7 +55,7 @@ def start_private_ray(log_path: Path) -> PrivateRay:
             start_new_session=True,
         )
     try:
-        address = _wait_for_address(process, temp_dir / "ray_current_cluster", log_path)
+        address = _wait_for_address(process, ray_dir / "ray_current_cluster", log_path)
     except BaseException:
         _end(process.pid, token, temp_dir)
         raise
@@ -88,22 +91,16 @@ def processes_with(token: str) -> list[int]:
     return found
 
 
-def _command(temp_dir: Path) -> list[str]:
+def _command(ray_dir: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
-        *("--port=0", *_loopback(), f"--temp-dir={temp_dir}"),
+        *("--port=0", "--node-ip-address=127.0.0.1", f"--temp-dir={ray_dir}"),
         *("--include-dashboard=false", "--disable-usage-stats", "--include-log-monitor=false"),
-        # Ray's client server has a fixed port unless told otherwise, and takes no 0 for "any".
+        # Ray's client server has a fixed port unless told otherwise, and takes no 0 for "any" or "none".
         *(f"--ray-client-server-port={_free_port()}", "--dashboard-agent-listen-port=0"),
+        "--no-monitor",  # of the autoscaler: it has metrics at a fixed port, for everybody
         f"--object-store-memory={_OBJECT_STORE_BYTES}",
     ]
-
-
-def _loopback() -> list[str]:
-    """Stay on the loopback interface, so that a laptop may change its network. Ray replaces 127.0.0.1 by the machine's
-    outer address, and only Linux answers on the rest of 127/8 by itself.
-    """
-    return ["--node-ip-address=127.0.0.2"] if sys.platform == "linux" else []
 
 
 def _free_port() -> int:
@@ -118,7 +115,10 @@ def _environment(token: str) -> dict[str, str]:
     return {
         **inherited,
         _TOKEN_VARIABLE: token,
-        # Ray listens on every interface and runs the code of whoever connects, unless it asks for a token.
+        # Ray's name for: a cluster of this machine alone. It then takes 127.0.0.1 for an address of its own, which it
+        # else replaces by the machine's outer one, and listens on loopback only.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Ray runs the code of whoever connects, unless it asks for a token.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "PYTHONPATH": os.pathsep.join(paths),
