@@ -106,11 +106,10 @@ class SchedulerCore:
         )
         self._num_arrived += 1
         self._requests[request_id] = request
-        self._speculation.welcome(request.seqs, submit.speculation)
         if request.deadline_s is not None:
             heappush(self._deadlines, (request.deadline_s, self._num_arrived, request))
         self._totals.prompt_tokens_total += request.num_prompt_tokens
-        self._target.add(request)
+        self._speculation.welcome(self._target.add(request), submit.speculation)
         return None
 
     def cancel(self, request_id: str, now: float) -> None:
@@ -189,13 +188,9 @@ class SchedulerCore:
     def on_target_result(self, result: worker_pb2.RoundResult, now: float) -> None:
         """Commit what a round has computed."""
         record = self._target.land(result, now)
+        self._speculation.observe_target(record)
         for row, answer in zip(record.rows, result.rows, strict=True):
-            seq = row.seq
-            seq.num_rows_in_flight -= 1
-            seq.num_pending -= row.num_pending
-            if row.drafts:
-                seq.num_verifying = 0
-            if seq.status is not SeqStatus.FINISHED:
+            if row.seq.status is not SeqStatus.FINISHED:
                 self._on_row(row, answer, now)
 
     def _on_row(self, row: PlannedRow, answer: worker_pb2.RowResult, now: float) -> None:
@@ -205,13 +200,10 @@ class SchedulerCore:
             return
         if seq.request.prompt_logprobs:
             self._delivery.take_prompt_logprobs(seq.request.prompt_logprobs, answer)
-        num_accepted = answer.num_accepted_tokens if row.drafts else 0
-        num_computed = row.start + row.chunk_len + num_accepted
-        if num_accepted and not row.seat.is_released:
-            row.seat.num_computed += num_accepted
+        num_computed = row.start + row.chunk_len + (answer.num_accepted_tokens if row.drafts else 0)
         token_ids = list(answer.token_ids)
         if not token_ids:
-            self._publish(row, num_computed)
+            self._target.publish(row, num_computed)
             return
         offset = seq.num_outputs
         finish = self._commit(seq, token_ids)
@@ -219,7 +211,7 @@ class SchedulerCore:
             del token_ids[seq.num_outputs - offset :]
         self._count(row, answer, len(token_ids), now)
         self._speculation.on_commit(seq, token_ids)
-        self._publish(row, min(num_computed, len(seq.token_ids)))
+        self._target.publish(row, min(num_computed, len(seq.token_ids)))
         fresh = Fresh(seq, offset, token_ids, answer)
         if finish is None:
             self._delivery.put(fresh)
@@ -248,11 +240,6 @@ class SchedulerCore:
             request.first_token_s = now
         if len(request.seqs) > 1:
             self._start_siblings(request)
-
-    def _publish(self, row: PlannedRow, num_tokens: int) -> None:
-        engine = self._target.engine
-        if engine is not None and not row.seat.is_released:
-            engine.publish(row.seq, row.seat, num_tokens)
 
     def _start_siblings(self, request: Request) -> None:
         """The first sample has computed the prompt: the others find it in the cache."""
@@ -283,8 +270,7 @@ class SchedulerCore:
 
     def _on_non_finite(self, row: PlannedRow) -> None:
         seq = row.seq
-        if self._target.engine is not None and not row.seat.is_released:
-            self._target.engine.blocks.forget(row.seat.block_ids[: row.seat.num_published])
+        self._target.unpublish(row)
         self._totals.non_finite_rows_total += 1
         position = len(seq.token_ids)
         logger.error("request %s: non-finite logits at position %d", seq.request.request_id, position)
@@ -312,7 +298,7 @@ class SchedulerCore:
         status.num_preemptions_total = self._target.num_preemptions
         status.prefix_cache_queries = self._target.num_tokens_looked_up
         status.prefix_cache_hits = self._target.num_tokens_found
-        status.num_requests_running = len({seq.request.request_id for seq in self._target.running})
+        status.num_requests_running = len({state.seq.request.request_id for state in self._target.running})
         status.num_requests_waiting = len(self._requests) - status.num_requests_running
         if self._target.engine is not None:
             status.num_blocks = self._target.engine.blocks.num_blocks

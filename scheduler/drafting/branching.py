@@ -56,7 +56,7 @@ class BranchPlanner:
         """Branches that could grow and, if there are slots, outcomes that could get one."""
         candidates: list[tuple[float, DraftState, Branch | Outcome]] = []
         for state in drafting:
-            if state.window == 0 or not state.seq.is_verifying:
+            if state.window == 0 or not state.target.is_verifying:
                 continue
             rate = state.acceptance.rate
             for branch in self._cache.branches(state):

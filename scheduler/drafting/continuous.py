@@ -85,7 +85,7 @@ class Continuous(Drafter):
         seat = state.seat
         return (
             seat is not None
-            and state.seq.is_decoding
+            and state.target.is_decoding
             and not seat.is_catching_up
             and seat.lag(state.seq.token_ids) <= self._tuning.max_lag
         )

@@ -297,7 +297,7 @@ class Drafter(ABC):
             seq, seat = state.seq, state.seat
             if seat is None or seat.is_catching_up or seat.num_ahead or budget < 1:
                 continue
-            if seat.lag(seq.token_ids) <= self._tuning.max_lag or seq.is_verifying:
+            if seat.lag(seq.token_ids) <= self._tuning.max_lag or state.target.is_verifying:
                 continue
             if not state.wish.is_fixed and not self.policy.pays_to_catch_up(
                 num_seqs=len(speculating),

@@ -76,8 +76,8 @@ class Serial(Drafter):
         The draft has caught up with it, or will have with a round on its way."""
         seq, seat = state.seq, state.seat
         return (
-            seq.num_rows_in_flight == 0
-            and seq.is_decoding
+            state.target.num_rows_in_flight == 0
+            and state.target.is_decoding
             and state not in self._served
             and state.num_drafted_at != len(seq.token_ids)
             and seat is not None

@@ -11,10 +11,11 @@ from scheduler.drafting.drafter import Drafter
 from scheduler.drafting.lookup import Lookup
 from scheduler.drafting.serial import Serial
 from scheduler.drafting.state import DraftState, DraftWish
-from scheduler.engines.engine import EngineView
+from scheduler.engines.engine import EngineView, InFlight
 from scheduler.policy.acceptance import Acceptance
 from scheduler.policy.policy import Drafts
 from scheduler.requests.request import Seq
+from scheduler.target.state import TargetState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,27 +51,29 @@ class Speculation:
         if not config.uses_draft_model:
             self._policy.observe_draft(num_seqs=1, num_steps=1, num_chunk_tokens=1, run_s=_TUNING.lookup_s)
         # Seqs whose next target row waits for drafts, and until when at the latest.
-        self._held_until: dict[Seq, float] = {}
+        self._held_until: dict[DraftState, float] = {}
         self._num_looked_up = 0
         self._recent_drafts = 0.0  # of a row that had any
         self._recent_accepted = 0.0  # of them
 
-    def welcome(self, seqs: Iterable[Seq], wish: inference_pb2.Speculation) -> None:
-        """Those of a request that will run. `wish`: how it wants to speculate."""
-        for seq in seqs:
-            self._states[seq] = DraftState(
-                seq=seq,
+    def welcome(self, targets: Iterable[TargetState], wish: inference_pb2.Speculation) -> None:
+        """The seqs of a request that will run. `wish`: how it wants to speculate."""
+        for target in targets:
+            self._states[target.seq] = DraftState(
+                seq=target.seq,
+                target=target,
                 wish=DraftWish.of(wish, self._config),
                 acceptance=Acceptance.start(self._policy.prior),
                 has_draft_model=self._config.uses_draft_model,
             )
             if self._lookup is not None:
-                self._lookup.welcome(seq)
+                self._lookup.welcome(target.seq)
 
     def release(self, seq: Seq) -> None:
         """The seq needs no drafts any more, or not before it runs again."""
-        self.drafter.release(self._states[seq])
-        self._held_until.pop(seq, None)
+        state = self._states[seq]
+        self.drafter.release(state)
+        self._held_until.pop(state, None)
 
     def finish(self, seq: Seq) -> None:
         """The seq has ended; what it has produced may help others."""
@@ -86,8 +89,8 @@ class Speculation:
         if state.wish.max_drafts == 0:
             self.release(seq)
 
-    def _states_of(self, seqs: Iterable[Seq]) -> Iterator[DraftState]:
-        return map(self._states.__getitem__, seqs)
+    def _states_of(self, targets: Iterable[TargetState]) -> Iterator[DraftState]:
+        return (self._states[target.seq] for target in targets)
 
     def report(self, status: scheduler_pb2.SchedulerStatus) -> None:
         """Fills in what is known here."""
@@ -114,14 +117,14 @@ class Speculation:
         """Serial: for drafts."""
         return self.drafter.target_waits
 
-    def speculates(self, running: Iterable[Seq]) -> bool:
+    def speculates(self, running: Iterable[TargetState]) -> bool:
         """Somebody is to have drafts, if they pay."""
         return any(
             state.wish.max_drafts > 0 and (self._looks_up(state.seq) or state.seat is not None)
             for state in self._states_of(running)
         )
 
-    def expects_drafts(self, running: Iterable[Seq]) -> bool:
+    def expects_drafts(self, running: Iterable[TargetState]) -> bool:
         """Somebody may have drafts to verify when the round on its way is back."""
         return any(
             state.wish.max_drafts > 0 and (self._looks_up(state.seq) or self.drafter.may_bring(state))
@@ -129,31 +132,31 @@ class Speculation:
         )
 
     def choose(
-        self, seqs: Sequence[Seq], now: float, *, num_other_tokens: int, num_waiting: int
-    ) -> dict[Seq, Sequence[int]]:
+        self, targets: Sequence[TargetState], now: float, *, num_other_tokens: int, num_waiting: int
+    ) -> dict[TargetState, Sequence[int]]:
         """Drafts for each of these seqs, whose turn it is to decode; those that are left out wait for theirs."""
-        states = list(self._states_of(seqs))
+        states = list(self._states_of(targets))
         if not any(state.limit for state in states):
-            for seq in seqs:
-                self._held_until.pop(seq, None)
-            return dict.fromkeys(seqs, ())
+            for state in states:
+                self._held_until.pop(state, None)
+            return dict.fromkeys(targets, ())
         offers = [self._offer(state, now) for state in states]
         choices = self._policy.choose(
             [offer.drafts for offer in offers], num_other_tokens=num_other_tokens, num_waiting=num_waiting
         )
-        chosen: dict[Seq, Sequence[int]] = {}
+        chosen: dict[TargetState, Sequence[int]] = {}
         for state, offer, choice in zip(states, offers, choices, strict=True):
             if choice.hold_s > 0.0:
-                self._held_until.setdefault(state.seq, now + choice.hold_s)
+                self._held_until.setdefault(state, now + choice.hold_s)
                 continue
-            self._held_until.pop(state.seq, None)
-            chosen[state.seq] = offer.token_ids[: choice.num_verify]
+            self._held_until.pop(state, None)
+            chosen[state.target] = offer.token_ids[: choice.num_verify]
             state.verifies_chain = offer.is_chain
         return chosen
 
-    def holds(self, seq: Seq) -> bool:
+    def holds(self, target: TargetState) -> bool:
         """The seq's next target row waits for drafts, as `choose` has said."""
-        return seq in self._held_until
+        return self._states[target.seq] in self._held_until
 
     @property
     def next_release(self) -> float | None:
@@ -162,7 +165,7 @@ class Speculation:
 
     def _offer(self, state: DraftState, now: float) -> _Offer:
         seq, seat = state.seq, state.seat
-        drafts = self.drafter.drafts_of(state, may_hold=now < self._held_until.get(seq, inf))
+        drafts = self.drafter.drafts_of(state, may_hold=now < self._held_until.get(state, inf))
         chain = [drafted.token_id for drafted in seat.chain] if seat is not None and drafts.num_ready else []
         if self._lookup is None or not self._prefers_lookup(self._lookup, state):
             return _Offer(drafts, chain, is_chain=True)
@@ -194,8 +197,15 @@ class Speculation:
             self._lookup.on_commit(seq, token_ids)
         self.drafter.on_commit(self._states[seq], token_ids)
 
-    def observe_target(self, *, num_seqs: int, num_tokens: int, num_context: int, run_s: float) -> None:
-        self._policy.observe_target(num_seqs=num_seqs, num_tokens=num_tokens, num_context=num_context, run_s=run_s)
+    def observe_target(self, record: InFlight) -> None:
+        """A round of the target is back. Those with prompts say nothing of decoding."""
+        if not record.is_prefill:
+            self._policy.observe_target(
+                num_seqs=len(record.rows),
+                num_tokens=record.num_tokens,
+                num_context=sum(row.start for row in record.rows),
+                run_s=record.wall_s,
+            )
 
     # -- the draft engine ---------------------------------------------------------------------------------------------
 
@@ -205,11 +215,13 @@ class Speculation:
     def detach(self) -> None:
         self.drafter.detach()
 
-    def plan_draft(self, running: Iterable[Seq], now: float) -> worker_pb2.Round | None:
+    def plan_draft(self, running: Iterable[TargetState], now: float) -> worker_pb2.Round | None:
         states = list(self._states_of(running))
         served: set[DraftState] = set()
         if self._lookup is not None:
-            served = {state for state in states if state.seq.is_decoding and self._prefers_lookup(self._lookup, state)}
+            served = {
+                state for state in states if state.target.is_decoding and self._prefers_lookup(self._lookup, state)
+            }
         return self.drafter.plan(states, now, served=served)
 
     def on_draft_result(self, result: worker_pb2.RoundResult, now: float, *, target_idle_since: float | None) -> None:

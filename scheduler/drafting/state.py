@@ -8,6 +8,7 @@ from scheduler.config import SpeculationConfig
 from scheduler.drafting.chain import DraftSeat
 from scheduler.policy.acceptance import Acceptance
 from scheduler.requests.request import Seq
+from scheduler.target.state import TargetState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,7 @@ class DraftState:
     """Of one seq, from its arrival to its end. Only this wing changes it."""
 
     seq: Seq
+    target: TargetState
     wish: DraftWish
     acceptance: Acceptance  # of the draft model's drafts
     has_draft_model: bool  # False: the draft engine cannot follow the seq, or there is none

@@ -95,7 +95,7 @@ class VerdictCache:
         taken = {(branch.start, branch.token_id) for branch in self.branches(state)}
         return [
             outcome
-            for outcome in self._ranked(seat, state.seq.num_verifying)[: self._max_branches]
+            for outcome in self._ranked(seat, state.target.num_verifying)[: self._max_branches]
             if (outcome.start, outcome.token_id) not in taken
         ][:room]
 

@@ -1,10 +1,9 @@
-"""A request from admission to its last message, and its samples: a history, its place in each engine and its output."""
+"""A request from admission to its last message, and its samples: a history and its output each."""
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from echelon.pb import inference_pb2, sampling_pb2
-from scheduler.engines.seat import Seat
 from scheduler.requests.digests import DigestChain
 from scheduler.requests.draft_tally import DraftTally
 from scheduler.requests.outputs import Completed
@@ -80,40 +79,9 @@ class Seq:
     status: SeqStatus = SeqStatus.HELD
     finish: Finish | None = None
 
-    target: Seat | None = None
-    num_reused: int = 0  # tokens that the prefix cache gave the seat
-    num_rows_in_flight: int = 0  # at the target, of this seat or an earlier one
-    num_pending: int = 0  # tokens that those rows will certainly commit
-    num_verifying: int = 0  # drafts of one of them: nobody knows how many tokens it will commit
-
     @property
     def num_outputs(self) -> int:
         return len(self.token_ids) - self.request.num_prompt_tokens
-
-    @property
-    def num_tokens_ahead(self) -> int:
-        """Length of the history when the rounds in flight have run (unless one verifies drafts)."""
-        return len(self.token_ids) + self.num_pending
-
-    @property
-    def num_uncomputed(self) -> int:
-        """Tokens of the history that the target has yet to compute; 1 is a decode step."""
-        assert self.target is not None, "a seq without a seat has nothing to compute"
-        return self.num_tokens_ahead - self.target.num_computed
-
-    @property
-    def is_verifying(self) -> bool:
-        return self.num_verifying > 0
-
-    @property
-    def is_decoding(self) -> bool:
-        """The prompt is computed, and all but the last token of the history."""
-        return self.target is not None and self.num_outputs > 0 and (self.is_verifying or self.num_uncomputed <= 1)
-
-    @property
-    def may_step(self) -> bool:
-        """Whether a further target row makes sense before the rounds in flight are back."""
-        return not self.is_verifying and self.num_tokens_ahead < self.max_len
 
 
 def _finished(seq: Seq) -> inference_pb2.Finished:

@@ -7,20 +7,15 @@ from operator import attrgetter
 
 from echelon.pb import worker_pb2
 from scheduler.config import SchedulerConfig
-from scheduler.drafting.speculation import Speculation
 from scheduler.engines.engine import EngineView, InFlight, PlannedRow, UnexpectedAnswerError
 from scheduler.engines.seat import Seat
 from scheduler.requests.queue import WaitingQueue
 from scheduler.requests.request import Request, Seq, SeqStatus
+from scheduler.target.draft_supply import DraftSupply
 from scheduler.target.prefill import Arrivals, Prompt, RoundCost, share_prefill
+from scheduler.target.state import TargetState
 
-_by_order = attrgetter("order")
-
-
-def _may_decode(seq: Seq) -> bool:
-    """The seq has one token to compute, its last, and may commit another."""
-    seat = seq.target
-    return seat is not None and seq.may_step and seq.num_tokens_ahead - seat.num_computed == 1
+_by_order = attrgetter("seq.order")
 
 
 class TargetPlanner:
@@ -31,11 +26,12 @@ class TargetPlanner:
     back its own and waits, before all that arrived later, to be computed anew from its history.
     """
 
-    def __init__(self, config: SchedulerConfig, speculation: Speculation) -> None:
+    def __init__(self, config: SchedulerConfig, drafts: DraftSupply) -> None:
         self._config = config
-        self._speculation = speculation
+        self._drafts = drafts
         self.engine: EngineView | None = None
-        self.running: list[Seq] = []  # oldest first
+        self._states: dict[Seq, TargetState] = {}  # of all seqs that have not ended
+        self.running: list[TargetState] = []  # oldest first
         self._waiting = WaitingQueue()
         self._arrivals = Arrivals()
         self._cost = RoundCost()
@@ -55,11 +51,15 @@ class TargetPlanner:
         self.engine = None
         self._refusal = None
 
-    def add(self, request: Request) -> None:
-        """Queue a request's first seq; its siblings follow when that has computed the prompt (`enqueue`)."""
+    def add(self, request: Request) -> list[TargetState]:
+        """Queue a request's first seq; its siblings follow when that has computed the prompt (`enqueue`) -> the states
+        of all of them."""
+        states = [TargetState(seq=seq) for seq in request.seqs]
+        self._states.update((state.seq, state) for state in states)
         self.num_queued += 1
         self._arrivals.add(request.num_prompt_tokens, request.arrived_s)
         self.enqueue(request.seqs[0])
+        return states
 
     def enqueue(self, seq: Seq) -> None:
         self._waiting.push(seq)
@@ -70,36 +70,44 @@ class TargetPlanner:
 
     def release(self, seq: Seq) -> None:
         """The seq is over: slots and blocks are free behind the rounds already sent."""
+        state = self._states.pop(seq)
         if seq.status is SeqStatus.WAITING:
             self._waiting.remove(seq)
         elif seq.status is SeqStatus.RUNNING:
-            self.running.remove(seq)
-        if seq.target is not None and self.engine is not None:
-            self.engine.release(seq.target)
-            seq.target = None
+            self.running.remove(state)
+        if state.seat is not None and self.engine is not None:
+            self.engine.release(state.seat)
+            state.seat = None
         seq.status = SeqStatus.FINISHED
 
     def land(self, result: worker_pb2.RoundResult, now: float) -> InFlight:
-        """The round that this result answers. Raises UnexpectedAnswerError."""
+        """The round that this result answers; nothing is committed yet. Raises UnexpectedAnswerError."""
         if self.engine is None:
             raise UnexpectedAnswerError("a result came from an engine that is not connected")
         record = self.engine.land(result, now)
         self._cost.observe(record.num_tokens, result.run_ns)
-        if not record.is_prefill:
-            self._speculation.observe_target(
-                num_seqs=len(record.rows),
-                num_tokens=record.num_tokens,
-                num_context=sum(row.start for row in record.rows),
-                run_s=record.wall_s,
-            )
+        for row, answer in zip(record.rows, result.rows, strict=True):
+            state = self._states.get(row.seq)
+            if state is not None:
+                state.land(row, answer.num_accepted_tokens if row.drafts else 0)
         return record
+
+    def publish(self, row: PlannedRow, num_tokens: int) -> None:
+        """The first `num_tokens` tokens of the row's seq are committed: let others find their KV."""
+        if self.engine is not None and not row.seat.is_released:
+            self.engine.publish(row.seq, row.seat, num_tokens)
+
+    def unpublish(self, row: PlannedRow) -> None:
+        """What the row's seat holds is not to be found any more."""
+        if self.engine is not None and not row.seat.is_released:
+            self.engine.blocks.forget(row.seat.block_ids[: row.seat.num_published])
 
     def plan(self, now: float) -> worker_pb2.Round | None:
         """The next round for the target, None while it has enough to do or nothing can run."""
         engine = self.engine
         if engine is None or not (self.running or self._waiting) or not self._may_queue(engine):
             return None
-        rows: dict[Seq, PlannedRow] = {}
+        rows: dict[TargetState, PlannedRow] = {}
         num_preemptions = self.num_preemptions
         drafts = self._choose_drafts(now)
         self._plan_decodes(engine, rows, drafts)
@@ -111,12 +119,12 @@ class TargetPlanner:
         self._plan_drafts(engine, rows, drafts)
         if not rows:
             return None
-        for row in rows.values():
-            self._mark_in_flight(row)
+        for state, row in rows.items():
+            state.send(row)
         return engine.launch(list(rows.values()), now)
 
     def _may_queue(self, engine: EngineView) -> bool:
-        if self._speculation.target_waits:
+        if self._drafts.target_waits:
             return False
         if not engine.in_flight:
             return True
@@ -125,38 +133,42 @@ class TargetPlanner:
         return (
             len(engine.in_flight) < self._config.max_rounds_in_flight
             and not engine.in_flight[-1].is_prefill
-            and not self._speculation.expects_drafts(self.running)
+            and not self._drafts.expects_drafts(self.running)
         )
 
-    def _choose_drafts(self, now: float) -> dict[Seq, Sequence[int]]:
+    def _choose_drafts(self, now: float) -> dict[TargetState, Sequence[int]]:
         """Drafts to verify for each seq that decodes in this round; a seq that waits for drafts is left out."""
-        decoding = [seq for seq in self.running if _may_decode(seq)]
-        num_prefilling = sum(seq.num_uncomputed for seq in self.running if seq.may_step) - len(decoding)
-        return self._speculation.choose(decoding, now, num_other_tokens=num_prefilling, num_waiting=self.num_queued)
+        decoding = [state for state in self.running if state.may_decode]
+        num_prefilling = sum(state.num_uncomputed for state in self.running if state.may_step) - len(decoding)
+        return self._drafts.choose(decoding, now, num_other_tokens=num_prefilling, num_waiting=self.num_queued)
 
-    def _plan_decodes(self, engine: EngineView, rows: dict[Seq, PlannedRow], seqs: Iterable[Seq]) -> None:
-        for seq in seqs:
-            seat = seq.target
-            if seat is not None and self._make_room(engine, seq, seat, rows):
-                rows[seq] = PlannedRow(seq=seq, seat=seat, start=seat.num_computed, chunk_len=1)
+    def _plan_decodes(
+        self, engine: EngineView, rows: dict[TargetState, PlannedRow], states: Iterable[TargetState]
+    ) -> None:
+        for state in states:
+            seat = state.seat
+            if seat is not None and self._make_room(engine, state, seat, rows):
+                rows[state] = PlannedRow(seq=state.seq, seat=seat, start=seat.num_computed, chunk_len=1)
 
-    def _make_room(self, engine: EngineView, seq: Seq, seat: Seat, rows: dict[Seq, PlannedRow]) -> bool:
+    def _make_room(
+        self, engine: EngineView, state: TargetState, seat: Seat, rows: dict[TargetState, PlannedRow]
+    ) -> bool:
         """A block for the seq's next token, taken from the youngest seq if need be (possibly itself)."""
         while not engine.grow(seat, seat.num_computed + 1):
             victim = self.running[-1]
             self._preempt(engine, victim)
             rows.pop(victim, None)
-            if victim is seq:
+            if victim is state:
                 return False
         return True
 
-    def _preempt(self, engine: EngineView, seq: Seq) -> None:
-        assert seq.target is not None, "a running seq has a seat"
-        engine.release(seq.target)
-        seq.target = None
-        self._speculation.release(seq)
-        self.running.remove(seq)
-        self._waiting.push(seq)
+    def _preempt(self, engine: EngineView, state: TargetState) -> None:
+        assert state.seat is not None, "a running seq has a seat"
+        engine.release(state.seat)
+        state.seat = None
+        self._drafts.release(state.seq)
+        self.running.remove(state)
+        self._waiting.push(state.seq)
         self.num_preemptions += 1
 
     def _admit(self, engine: EngineView, now: float) -> bool:
@@ -164,25 +176,26 @@ class TargetPlanner:
         num_running = len(self.running)
         limit = min(self._config.max_num_seqs, self._budget(engine))
         while (seq := self._waiting.first()) is not None:
+            state = self._states[seq]
             # A preempted seq with a row on its way comes back with the token that the row commits.
-            if seq.num_rows_in_flight or engine.num_free_slots == 0 or len(self.running) >= limit:
+            if state.num_rows_in_flight or engine.num_free_slots == 0 or len(self.running) >= limit:
                 break
             if self.running and self._refusal == (seq, engine.blocks.num_free):
                 break
-            if not self._seat(engine, seq):
+            if not self._seat(engine, state):
                 self._refusal = (seq, engine.blocks.num_free)
                 break
             self._waiting.remove(seq)
             seq.status = SeqStatus.RUNNING
-            insort(self.running, seq, key=_by_order)
+            insort(self.running, state, key=_by_order)
             if seq.request.admitted_s is None:
                 seq.request.admitted_s = now
                 self.num_queued -= 1
         return len(self.running) > num_running
 
-    def _seat(self, engine: EngineView, seq: Seq) -> bool:
+    def _seat(self, engine: EngineView, state: TargetState) -> bool:
         """A slot and the blocks of its known prefix, if there is room for the first chunk behind it too."""
-        blocks = engine.blocks
+        seq, blocks = state.seq, engine.blocks
         reuse = not (seq.sampling.HasField("prompt_logprobs") and seq.request.wants_prompt_logprobs)
         found = engine.find_prefix(seq) if reuse else []
         num_cached = len(found) * blocks.block_size
@@ -193,8 +206,8 @@ class TargetPlanner:
         if needed > blocks.num_free and self.running:
             return False
         blocks.hold(found)
-        seq.target = Seat(slot=engine.take_slot(), block_ids=found, num_computed=num_cached, num_published=len(found))
-        seq.num_reused = num_cached
+        state.seat = Seat(slot=engine.take_slot(), block_ids=found, num_computed=num_cached, num_published=len(found))
+        state.num_reused = num_cached
         if seq.request.admitted_s is None:
             seq.request.num_cached_tokens = num_cached
         if reuse:
@@ -202,34 +215,36 @@ class TargetPlanner:
             self.num_tokens_found += num_cached
         return True
 
-    def _plan_prefills(self, engine: EngineView, rows: dict[Seq, PlannedRow], now: float, num_drafts: int) -> None:
+    def _plan_prefills(
+        self, engine: EngineView, rows: dict[TargetState, PlannedRow], now: float, num_drafts: int
+    ) -> None:
         prefilling = [
-            seq for seq in self.running if seq not in rows and seq.may_step and not self._speculation.holds(seq)
+            state for state in self.running if state not in rows and state.may_step and not self._drafts.holds(state)
         ]
         if not prefilling:
             return
         budget = self._budget(engine) - len(rows)
         shares = share_prefill(
-            [Prompt(seq.num_uncomputed, seq.num_tokens_ahead - seq.num_reused) for seq in prefilling],
+            [Prompt(state.num_uncomputed, state.num_tokens_ahead - state.num_reused) for state in prefilling],
             budget - min(num_drafts, budget // 2),
             shortest=self._arrivals.shortest(now),
             knee=self._cost.knee,
         )
-        for seq, share in zip(prefilling, shares, strict=True):
-            seat = seq.target
-            if seat is None or share == 0 or not self._make_room(engine, seq, seat, rows):
+        for state, share in zip(prefilling, shares, strict=True):
+            seat = state.seat
+            if seat is None or share == 0 or not self._make_room(engine, state, seat, rows):
                 continue
             chunk_len = min(share, engine.room_for(seat) - seat.num_computed)
             engine.grow(seat, seat.num_computed + chunk_len)
-            rows[seq] = PlannedRow(seq=seq, seat=seat, start=seat.num_computed, chunk_len=chunk_len)
+            rows[state] = PlannedRow(seq=state.seq, seat=seat, start=seat.num_computed, chunk_len=chunk_len)
 
     def _plan_drafts(
-        self, engine: EngineView, rows: dict[Seq, PlannedRow], chosen: Mapping[Seq, Sequence[int]]
+        self, engine: EngineView, rows: dict[TargetState, PlannedRow], chosen: Mapping[TargetState, Sequence[int]]
     ) -> None:
         """Add the chosen drafts to decode rows, as far as tokens and free blocks go: they preempt nobody."""
         budget = self._budget(engine) - sum(row.chunk_len for row in rows.values())
-        for seq, row in rows.items():
-            wanted = chosen.get(seq)
+        for state, row in rows.items():
+            wanted = chosen.get(state)
             if not wanted:
                 continue
             room = engine.room_for(row.seat) - row.start - 1
@@ -239,15 +254,6 @@ class TargetPlanner:
             if drafts and engine.grow(row.seat, row.start + 1 + len(drafts)):
                 row.drafts = drafts
                 budget -= len(drafts)
-
-    def _mark_in_flight(self, row: PlannedRow) -> None:
-        seq = row.seq
-        seq.num_rows_in_flight += 1
-        if row.drafts:
-            seq.num_verifying = len(row.drafts)
-        elif row.start + row.chunk_len == seq.num_tokens_ahead:
-            row.num_pending = 1
-            seq.num_pending += 1
 
     def _budget(self, engine: EngineView) -> int:
         return min(self._config.max_num_batched_tokens, engine.info.max_num_batched_tokens)

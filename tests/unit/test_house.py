@@ -43,11 +43,11 @@ WING_ARROWS = {
     "kernels.sampling": "kernels",
     "kernels.upcoming": "kernels kernels.attention kernels.layers",
     "scheduler": "scheduler.drafting scheduler.engines scheduler.process scheduler.requests scheduler.target",
-    "scheduler.drafting": "scheduler scheduler.engines scheduler.policy scheduler.requests",
+    "scheduler.drafting": "scheduler scheduler.engines scheduler.policy scheduler.requests scheduler.target",
     "scheduler.engines": "scheduler.requests",
     "scheduler.process": "scheduler scheduler.engines scheduler.requests",
-    "scheduler.requests": "scheduler scheduler.engines",
-    "scheduler.target": "scheduler scheduler.drafting scheduler.engines scheduler.policy scheduler.requests",
+    "scheduler.requests": "scheduler",
+    "scheduler.target": "scheduler scheduler.engines scheduler.policy scheduler.requests",
     "workers": "workers.process",
     "workers.engine": "workers workers.models workers.sampling",
     "workers.layers": "workers",
@@ -167,6 +167,39 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as err:
         pytest.fail(f"import circle: {' <- '.join(err.args[1])}")
+
+
+def test_wings_do_not_import_each_other_in_a_circle() -> None:
+    graph = {start: set(ends.split()) & WING_ARROWS.keys() for start, ends in WING_ARROWS.items() if "." in start}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as err:
+        pytest.fail(f"import circle: {' <- '.join(err.args[1])}")
+
+
+def fields_of(module: str, name: str) -> set[str]:
+    tree = ast.parse((ROOT / module).read_text())
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+    return {node.target.id for node in classes[0].body if isinstance(node, ast.AnnAssign)}
+
+
+def attributes_set_in(path: Path) -> set[str]:
+    """Names of the attributes that a file sets, but for those of `self`."""
+    stored = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
+    return {node.attr for node in stored if isinstance(node.ctx, ast.Store) and ast.unparse(node.value) != "self"}
+
+
+def test_what_a_wing_knows_of_a_seq_is_changed_by_that_wing_alone() -> None:
+    fields = {
+        "target": fields_of("scheduler/target/state.py", "TargetState"),
+        "drafting": fields_of("scheduler/drafting/state.py", "DraftState"),
+    }
+    shared = fields["target"] & fields["drafting"]
+    for wing_name, names in fields.items():
+        for path in sources("scheduler"):
+            if path.parent.name != wing_name:
+                changed = attributes_set_in(path) & (names - shared)
+                assert not changed, f"{path.relative_to(ROOT)} changes {changed} of scheduler/{wing_name}"
 
 
 def test_no_file_is_too_long() -> None:

@@ -1,0 +1,32 @@
+"""What the target has to know of those who draft for it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from scheduler.requests.request import Seq
+from scheduler.target.state import TargetState
+
+
+class DraftSupply(Protocol):
+    """Says which drafts the target verifies."""
+
+    @property
+    def target_waits(self) -> bool:
+        """No round begins before drafts have come."""
+
+    def expects_drafts(self, running: Iterable[TargetState]) -> bool:
+        """Somebody may have drafts to verify when the round on its way is back."""
+
+    def choose(
+        self, targets: Sequence[TargetState], now: float, *, num_other_tokens: int, num_waiting: int
+    ) -> dict[TargetState, Sequence[int]]:
+        """Drafts for each of these seqs, whose turn it is to decode; those that are left out wait for theirs.
+
+        `num_other_tokens`: of prompts in the same round; `num_waiting`: requests that wait for their first round.
+        """
+
+    def holds(self, target: TargetState) -> bool:
+        """The seq's next row waits for drafts, as `choose` has said."""
+
+    def release(self, seq: Seq) -> None:
+        """The seq needs no drafts before it runs again."""
