@@ -89,15 +89,15 @@ def _has_no_effect(name: str, *, tied: bool) -> bool:
 
 
 def _check_tensor(name: str, info: TensorInfo, shape: Shape) -> None:
-    if info.shape != shape:
-        raise LoadError(
-            f"{info.file}: tensor {name} has shape {list(info.shape)}, config.json makes it {list(shape)}",
-            "use config.json and weights of the same model",
-        )
     if info.dtype not in WEIGHT_DTYPES:
         raise LoadError(
             f"{info.file}: tensor {name} is {info.dtype}, supported are {', '.join(WEIGHT_DTYPES)}",
             "use unquantised weights: others are not built yet",
+        )
+    if info.shape != shape:
+        raise LoadError(
+            f"{info.file}: tensor {name} has shape {list(info.shape)}, config.json makes it {list(shape)}",
+            "use config.json and weights of the same model",
         )
 
 

@@ -38,6 +38,7 @@ _REMEDIES = {
     "float_type": "write a number, without quotes",
     "bool_type": "write true or false, without quotes",
     "string_type": "write text, in quotes where it looks like something else",
+    "string_unicode": "take out half a surrogate pair, like \\ud800",
     "list_type": "write a list, like [1, 2]",
 }
 
@@ -63,7 +64,7 @@ def load_deployment(path: Path) -> Settings:
 
 def _problem(details: ErrorDetails) -> Problem:
     """What pydantic found, in our words."""
-    path = ".".join(str(part) for part in details["loc"])
+    path = ".".join(str(part) for part in details["loc"]) or "file"
     kind, message, value = details["type"], details["msg"], details["input"]
     if kind == "extra_forbidden":
         return Problem(path=path, message="unknown key", remedy=_nearest(tuple(str(p) for p in details["loc"])))
