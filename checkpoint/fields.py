@@ -1,6 +1,6 @@
 """Values of a JSON file of a model folder, each checked where it is read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from checkpoint.errors import LoadError, shown
@@ -23,6 +23,10 @@ class Fields:
     def has(self, key: str) -> bool:
         """Whether it is there, if only as null."""
         return key in self._values
+
+    def items(self) -> Iterable[tuple[str, Any]]:
+        """All keys and values, null included."""
+        return self._values.items()
 
     def keys_in_use(self) -> list[str]:
         return sorted(key for key, value in self._values.items() if value is not None)
@@ -69,8 +73,12 @@ class Fields:
 
     def wrong(self, key: str, wanted: str) -> LoadError:
         """What to raise where the value is not what it must be."""
+        return self.wrong_entry(key, self.get(key), wanted)
+
+    def wrong_entry(self, place: str, value: object, wanted: str) -> LoadError:
+        """The same for what stands inside of a value: `place` is "additional_special_tokens[1]" or the like."""
         return LoadError(
-            f"{self.file}: {key} must be {wanted}, got {shown(self.get(key))}",
+            f"{self.file}: {place} must be {wanted}, got {shown(value)}",
             f"correct it, or copy {self.file} again from where the model comes from",
         )
 

@@ -6,14 +6,14 @@ special_tokens_map.json and added_tokens.json instead; a folder that has the key
 nothing.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken
 
-from checkpoint.errors import LoadError, shown
+from checkpoint.fields import Fields
 from checkpoint.json_files import read_optional_json_object
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -21,6 +21,8 @@ _MAP_FILE = "special_tokens_map.json"
 _ADDED_FILE = "added_tokens.json"
 _STANDARD_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_NUMBERED_KEY = "added_tokens_decoder"
+_ID = re.compile(r"[0-9]{1,9}")
 _EXTRA_KEYS = ("extra_special_tokens", "additional_special_tokens")  # the new name and the old one
 
 
@@ -36,79 +38,24 @@ class SideFiles:
 
 def read_side_files(folder: Path) -> SideFiles:
     """Raises LoadError naming file, key and value."""
-    config = _Object(folder / CONFIG_FILE)
-    is_complete = config.get("added_tokens_decoder") is not None
-    if is_complete:
-        named, file_of, extra = _special_tokens([config])
-        numbered = config.numbered_tokens("added_tokens_decoder")
-    else:
-        named, file_of, extra = _special_tokens([config, _Object(folder / _MAP_FILE)])
-        special = {token.content for token in (*named.values(), *extra)}
-        numbered = _added_tokens(_Object(folder / _ADDED_FILE), special)
+    config, special_map, added = (
+        Fields(name, read_optional_json_object(folder / name)) for name in (CONFIG_FILE, _MAP_FILE, _ADDED_FILE)
+    )
+    is_complete = config.get(_NUMBERED_KEY) is not None
+    named, file_of, extra = _special_tokens([config] if is_complete else [config, special_map])
+    special = {token.content for token in (*named.values(), *extra)}
     return SideFiles(
-        numbered=numbered,
+        numbered=_numbered_tokens(config) if is_complete else _added_tokens(added, special),
         is_complete=is_complete,
         named=named,
         file_of=file_of,
         extra=extra,
-        splits_special_tokens=config.boolean("split_special_tokens"),
+        splits_special_tokens=config.flag("split_special_tokens"),
     )
 
 
-class _Object:
-    """The object in a JSON file, empty where there is no file. Errors name the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.values = read_optional_json_object(path)
-
-    def get(self, key: str) -> Any:
-        return self.values.get(key)
-
-    def problem(self, key: str, value: object, wants: str) -> LoadError:
-        return LoadError(f"{self.path}: {key} is {shown(value)}", f"it must be {wants}: mend it or take it out")
-
-    def boolean(self, key: str) -> bool:
-        value = self.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise self.problem(key, value, "true or false")
-        return bool(value)
-
-    def token(self, key: str, value: object) -> AddedToken:
-        """A special token: its text, or an object with flags."""
-        wants = "a token: a text, or an object with a text as content and true or false as flags"
-        if isinstance(value, str):
-            value = {"content": value}
-        if not isinstance(value, dict) or not _is_text(value.get("content")):
-            raise self.problem(key, value, wants)
-        flags = {flag: value[flag] for flag in _FLAGS if value.get(flag) is not None}
-        if not all(isinstance(flag, bool) for flag in flags.values()):
-            raise self.problem(key, value, wants)
-        return AddedToken(value["content"], **flags)
-
-    def special_token(self, key: str, value: object) -> AddedToken:
-        if isinstance(value, dict) and self.path.name != _MAP_FILE:
-            return self.token(key, {"special": True, **value})
-        token = self.token(key, value)
-        token.special = True
-        return token
-
-    def numbered_tokens(self, key: str) -> dict[int, AddedToken]:
-        entries = self.get(key)
-        if not isinstance(entries, dict):
-            raise self.problem(key, entries, "an object of ids and tokens")
-        tokens = {}
-        for number, value in entries.items():
-            if not number.isdecimal():
-                raise self.problem(f"{key}.{number}", value, "under a token id")
-            if not isinstance(value, dict):
-                raise self.problem(f"{key}.{number}", value, "an object with content and flags")
-            tokens[int(number)] = self.token(f"{key}.{number}", value)
-        return tokens
-
-
 def _special_tokens(
-    files: Iterable[_Object],
+    files: Iterable[Fields],
 ) -> tuple[dict[str, AddedToken], dict[str, str], tuple[AddedToken, ...]]:
     """Named special tokens, the files that name them, and other special tokens; a later file overrides a name and adds
     to the others."""
@@ -116,18 +63,18 @@ def _special_tokens(
     file_of: dict[str, str] = {}
     extra: dict[str, AddedToken] = {}
     for file in files:
-        own = {name: file.special_token(name, value) for name, value in file.values.items() if _names(name, value)}
+        own = {name: _special_token(file, name, value) for name, value in file.items() if _names(name, value)}
         key = next((key for key in _EXTRA_KEYS if file.get(key)), _EXTRA_KEYS[0])
         listed = [] if extra and key != _EXTRA_KEYS[0] else file.get(key) or []
         if not isinstance(listed, list | dict):
-            raise file.problem(key, listed, "a list of tokens, or an object of names and tokens")
+            raise file.wrong(key, "a list of tokens, or an object of names and tokens")
         if isinstance(listed, list):
-            tokens = [file.special_token(f"{key}[{index}]", value) for index, value in enumerate(listed)]
+            tokens = [_special_token(file, f"{key}[{index}]", value) for index, value in enumerate(listed)]
             extra |= {token.content: token for token in tokens}
         else:
-            own |= {name: file.special_token(f"{key}.{name}", value) for name, value in listed.items()}
+            own |= {name: _special_token(file, f"{key}.{name}", value) for name, value in listed.items()}
         named |= own
-        file_of |= dict.fromkeys(own, file.path.name)
+        file_of |= dict.fromkeys(own, file.file)
     return dict(sorted(named.items(), key=lambda entry: _rank(entry[0]))), file_of, tuple(extra.values())
 
 
@@ -143,12 +90,39 @@ def _names(key: str, value: object) -> bool:
     return key.endswith("_token") and (isinstance(value, str) or (isinstance(value, dict) and "content" in value))
 
 
-def _added_tokens(file: _Object, special: set[str]) -> dict[int, AddedToken]:
+def _special_token(file: Fields, place: str, value: object) -> AddedToken:
+    token = _token(file, place, value)
+    # The older file has no such flag, and a token that is written as a text has none.
+    token.special = file.file == _MAP_FILE or not isinstance(value, dict) or value.get("special") is not False
+    return token
+
+
+def _token(file: Fields, place: str, value: object) -> AddedToken:
+    """A token is written as its text, or as an object with flags."""
+    entry = {"content": value} if isinstance(value, str) else value
+    if isinstance(entry, dict) and _is_text(entry.get("content")):
+        flags = {flag: entry[flag] for flag in _FLAGS if entry.get(flag) is not None}
+        if all(isinstance(flag, bool) for flag in flags.values()):
+            return AddedToken(entry["content"], **flags)
+    raise file.wrong_entry(place, value, "a token: a text, or an object with a text as content and flags")
+
+
+def _numbered_tokens(file: Fields) -> dict[int, AddedToken]:
+    tokens = {}
+    for number, value in file.part(_NUMBERED_KEY).items():
+        place = f"{_NUMBERED_KEY}.{number}"
+        if not _ID.fullmatch(number) or not isinstance(value, dict):
+            raise file.wrong_entry(place, value, "an object with content and flags, under a token id")
+        tokens[int(number)] = _token(file, place, value)
+    return tokens
+
+
+def _added_tokens(file: Fields, special: set[str]) -> dict[int, AddedToken]:
     """Of added_tokens.json: text -> id."""
     tokens = {}
-    for text, token_id in file.values.items():
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-            raise file.problem(text, token_id, "a token id")
+    for text, token_id in file.items():
+        if not _is_text(text) or not isinstance(token_id, int) or not _ID.fullmatch(str(token_id)):
+            raise file.wrong_entry(text, token_id, "a token id, under the token's text")
         tokens[token_id] = AddedToken(text, normalized=text not in special, special=text in special)
     return tokens
 
