@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from checkpoint.generation_config import read_eos_token_ids
 from checkpoint.token_table import TokenTable
 from checkpoint.tokenizer import load_tokenizer
 from childproc.spec import SpecError
@@ -118,9 +117,8 @@ def _load(settings: Settings, plan: Plan) -> None:
     SchedulerConfig.from_spec(scheduler)
     TokenTable(load_tokenizer(Path(scheduler.tokenizer_dir)))
     gateway = gateway_spec(settings, plan.gateway, scheduler_addresses=["127.0.0.1:1"])
-    PromptTokenizer(Path(gateway.model_dir))
     load_sampling_defaults(Path(gateway.model_dir))
-    eos_token_ids = read_eos_token_ids(Path(gateway.model_dir), gateway.vocab_size)
+    eos_token_ids = PromptTokenizer(Path(gateway.model_dir)).eos_token_ids(gateway.vocab_size)
     ModelInfo(model=gateway.model_name, max_model_len=gateway.max_model_len, eos_token_ids=eos_token_ids)
 
 
