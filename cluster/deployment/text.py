@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from checkpoint.chat_template import load_chat_template
 from checkpoint.errors import LoadError
 from checkpoint.generation_config import read_sampling_defaults
+from checkpoint.side_files import read_side_files
 from checkpoint.token_table import TokenTable
 from checkpoint.tokenizer import load_tokenizer
 from checkpoint.tokenizer_pair import compare_tokenizers, tokens_from
@@ -56,13 +57,24 @@ def _target_notes(model: ModelSettings, tokenizer: Tokenizer) -> Iterator[str]:
             "no file of the target names a token that ends a text, so every stream runs to max_tokens or a stop of its "
             "own; set eos_token_id in generation_config.json"
         )
+    if moved := list(_moved_tokens(model, tokenizer)):
+        yield (
+            f"{len(moved)} added tokens of the target have other ids than their file says ({moved[0]}): those that "
+            "tokenizer.json lacks are numbered behind it in order, as transformers does it"
+        )
     vocab_size = model.folder.config.vocab_size
-    beyond = tokens_from(tokenizer, vocab_size)
-    if beyond:
+    if beyond := tokens_from(tokenizer, vocab_size):
         yield (
             f"the target's tokeniser has {_counted(beyond)} beyond its vocab_size of {vocab_size}: a prompt that holds "
             "one is refused"
         )
+
+
+def _moved_tokens(model: ModelSettings, tokenizer: Tokenizer) -> Iterator[str]:
+    for wanted, token in read_side_files(model.folder.path).numbered.items():
+        got = tokenizer.token_to_id(token.content)
+        if got not in (wanted, None):
+            yield f"{token.content!r} is {got}, not {wanted}"
 
 
 def _draft_notes(model: ModelSettings, target: Tokenizer) -> Iterator[str]:

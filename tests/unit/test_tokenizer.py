@@ -91,3 +91,15 @@ def test_the_plan_says_which_tokens_a_model_cannot_take(tmp_path: Path) -> None:
     assert "1 token ('ab') beyond its vocab_size of 5: a prompt that holds one is refused" in beyond
     assert "(1 in the draft alone): token 6 is missing in the target and 'ba' in the draft" in different
     assert "no embedding for 2 tokens ('b', ...) of the target (its vocab_size is 4)" in unknown
+
+
+def test_the_plan_says_where_an_id_is_not_the_one_of_the_file(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "target")
+    added = {"2": {"content": "</s>"}, "9": {"content": "<new>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    (tmp_path / "a.yaml").write_text(
+        "apiVersion: echelon/v1\nkind: Deployment\nname: a\ndevice: cpu\ntarget: {model: target}\n"
+    )
+    (note,) = load_deployment(tmp_path / "a.yaml").notes
+    assert "'<new>' is 6, not 9" in note
+    assert PreTrainedTokenizerFast.from_pretrained(folder).convert_tokens_to_ids("<new>") == 6
