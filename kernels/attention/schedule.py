@@ -104,7 +104,7 @@ def make_schedule(settings: Settings, lengths: SeqLengths, *, device: torch.devi
     """Choose the kernel of each seq, and upload the work lists without waiting for the device."""
     num_new = lengths.num_new
     some = np.flatnonzero(num_new)
-    whole_tiling = _whole_tiling(settings)
+    whole_tiling = choose_whole_tiling(settings)
     if settings.batch_invariant:
         return Schedule(split=None, whole=_whole_work(settings, lengths, some, whole_tiling, device))
     num_programs = resident_programs(device)
@@ -127,7 +127,7 @@ def resident_programs(device: torch.device) -> int:
     return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tiling(settings: Settings, num_rows: int) -> Tiling:
+def choose_tiling(settings: Settings, num_rows: int) -> Tiling:
     """Rows: the least power of two from num_rows up that holds all heads of a token, fewer in fp32.
 
     Stages: Triton 3.6 keeps two key tiles in flight with 3 stages if there are enough rows for warp-group products.
@@ -140,10 +140,10 @@ def _tiling(settings: Settings, num_rows: int) -> Tiling:
     return Tiling(rows=rows, keys=keys, num_warps=8 if rows > 64 or is_fp32 else 4, num_stages=3 if rows >= 64 else 5)
 
 
-def _whole_tiling(settings: Settings) -> Tiling:
+def choose_whole_tiling(settings: Settings) -> Tiling:
     """With batch_invariant it follows from the model alone. Else it is wide if a tile's results fit in registers."""
     wide = padded(settings.head_dim) <= 128 and not settings.batch_invariant
-    return _tiling(settings, WHOLE_ROWS if wide else INVARIANT_ROWS)
+    return choose_tiling(settings, WHOLE_ROWS if wide else INVARIANT_ROWS)
 
 
 def _whole_work(
@@ -163,7 +163,7 @@ def _split_work(
     if len(seqs) == 0:
         return None
     most_rows = int(lengths.num_new[seqs].max()) * settings.group
-    tiling = _tiling(settings, min(most_rows, MAX_SPLIT_ROWS))
+    tiling = choose_tiling(settings, min(most_rows, MAX_SPLIT_ROWS))
     query_tiles, num_key_tiles = _query_tiles(settings, lengths, seqs, tiling)
     tile_starts = np.concatenate([[0], np.cumsum(num_key_tiles)])
     total = int(tile_starts[-1]) * settings.num_kv_heads

@@ -56,7 +56,7 @@ def _merge_parts(
 
 
 @triton.jit(do_not_specialize=["q_token_stride", "q_head_stride", "table_stride", "num_query_tiles"])
-def _paged_attention_kernel(
+def paged_attention_kernel(
     out_ptr,  # [num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM]
     lse_ptr,  # fp32 [num_tokens, NUM_KV_HEADS * GROUP], or None
     q_ptr,
@@ -167,7 +167,7 @@ def _paged_attention_kernel(
 def launch_split(call: AttentionCall, work: SplitWork) -> None:
     """Write the results of the seqs in `work` to call.out and call.lse."""
     head_dim = call.q.shape[2]
-    _paged_attention_kernel[(work.num_programs,)](
+    paged_attention_kernel[(work.num_programs,)](
         call.out,
         call.lse,
         call.q,

@@ -15,7 +15,7 @@ from kernels.attention.schedule import WholeWork, padded
 
 
 @triton.jit(do_not_specialize=["q_token_stride", "q_head_stride", "table_stride"])
-def _prefill_attention_kernel(
+def prefill_attention_kernel(
     out_ptr,  # [num_tokens, NUM_KV_HEADS * GROUP, HEAD_DIM]
     lse_ptr,  # fp32 [num_tokens, NUM_KV_HEADS * GROUP], or None
     q_ptr,
@@ -92,7 +92,7 @@ def launch_whole(call: AttentionCall, work: WholeWork, *, one_pass: bool) -> Non
     compiler may round them differently.
     """
     head_dim = call.q.shape[2]
-    _prefill_attention_kernel[(len(work.query_tiles) * call.num_kv_heads,)](
+    prefill_attention_kernel[(len(work.query_tiles) * call.num_kv_heads,)](
         call.out,
         call.lse,
         call.q,

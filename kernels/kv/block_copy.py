@@ -57,7 +57,7 @@ def _words_at(table_ptr, part):
 
 
 @triton.jit(do_not_specialize_on_alignment=["src_ptr", "dst_ptr"])
-def _copy_blocks_kernel(table_ptr, src_ptr, dst_ptr, block_words, TILE: tl.constexpr):
+def copy_blocks_kernel(table_ptr, src_ptr, dst_ptr, block_words, TILE: tl.constexpr):
     copy = tl.program_id(0)
     cache_ptr = _words_at(table_ptr, tl.program_id(1))
     word = tl.program_id(2) * TILE + tl.arange(0, TILE)
@@ -68,7 +68,7 @@ def _copy_blocks_kernel(table_ptr, src_ptr, dst_ptr, block_words, TILE: tl.const
 
 
 @triton.jit(do_not_specialize=["num_moves"], do_not_specialize_on_alignment=["src_ptr", "dst_ptr"])
-def _move_slots_kernel(table_ptr, src_ptr, dst_ptr, num_moves, slot_words, MOVES: tl.constexpr, TILE: tl.constexpr):
+def move_slots_kernel(table_ptr, src_ptr, dst_ptr, num_moves, slot_words, MOVES: tl.constexpr, TILE: tl.constexpr):
     """A program moves the same few words of every slot, so moves that meet in a slot meet in one program."""
     cache_ptr = _words_at(table_ptr, tl.program_id(0))
     word = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -86,7 +86,7 @@ def _move_slots_kernel(table_ptr, src_ptr, dst_ptr, num_moves, slot_words, MOVES
 
 
 @triton.jit(do_not_specialize_on_alignment=["block_ptr"])
-def _stage_blocks_kernel(
+def stage_blocks_kernel(
     table_ptr,
     block_ptr,
     staging_ptr,
@@ -126,7 +126,7 @@ def copy_blocks(
     if not src_blocks.numel():
         return
     grid = (src_blocks.numel(), addresses.table.numel(), triton.cdiv(addresses.block_words, TILE_WORDS))
-    _copy_blocks_kernel[grid](addresses.table, src_blocks, dst_blocks, addresses.block_words, TILE_WORDS)
+    copy_blocks_kernel[grid](addresses.table, src_blocks, dst_blocks, addresses.block_words, TILE_WORDS)
 
 
 def move_slots(
@@ -150,7 +150,7 @@ def move_slots(
         return
     tile = min(MOVE_TILE_WORDS, triton.next_power_of_2(addresses.slot_words))
     grid = (addresses.table.numel(), triton.cdiv(addresses.slot_words, tile))
-    _move_slots_kernel[grid](
+    move_slots_kernel[grid](
         addresses.table,
         src_slots,
         dst_slots,
@@ -223,7 +223,7 @@ def _stage_blocks(
     if not block_ids.numel():
         return
     grid = (block_ids.numel(), addresses.table.numel(), triton.cdiv(addresses.block_words, TILE_WORDS))
-    _stage_blocks_kernel[grid](
+    stage_blocks_kernel[grid](
         addresses.table,
         block_ids,
         staging,

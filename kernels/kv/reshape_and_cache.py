@@ -12,7 +12,7 @@ NUM_WARPS = 4
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _gather_rotary_kernel(
+def gather_rotary_kernel(
     cache_ptr, position_ptr, out_ptr, cache_stride, position_stride, num_tokens, HALF: tl.constexpr, BLOCK: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -38,7 +38,7 @@ def _load_rotated(head_ptr, stride, cos, sin, column, mask, HALF: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _reshape_and_cache_kernel(
+def reshape_and_cache_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -128,7 +128,7 @@ def gather_rotary(cos_sin_cache: Tensor, positions: Tensor) -> Tensor:
     strides = (cos_sin_cache.stride(0), positions.stride(0))
     blocks = {"HALF": rotary_dim // 2, "BLOCK": triton.next_power_of_2(rotary_dim // 2)}
     if out.numel():
-        _gather_rotary_kernel[(num_tokens,)](cos_sin_cache, positions, out, *strides, num_tokens, **blocks, num_warps=1)
+        gather_rotary_kernel[(num_tokens,)](cos_sin_cache, positions, out, *strides, num_tokens, **blocks, num_warps=1)
     return out
 
 
@@ -225,7 +225,7 @@ def _launch_reshape_and_cache(
     block_half = triton.next_power_of_2(half)
     rows = max(1, TILE_ELEMENTS // block_half)
     num_programs = triton.cdiv(num_tokens * num_q_heads, rows) + triton.cdiv(num_tokens * num_kv_heads, rows)
-    _reshape_and_cache_kernel[(num_programs,)](
+    reshape_and_cache_kernel[(num_programs,)](
         q,
         k,
         v,

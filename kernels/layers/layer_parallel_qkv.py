@@ -18,7 +18,7 @@ accept_loop_bounds()
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _layer_parallel_qkv_kernel(
+def layer_parallel_qkv_kernel(
     x_ptr,  # [num_tokens, HIDDEN], rows may be strided
     norm_ptr,  # [num_layers, HIDDEN]
     weight_ptr,  # [num_layers, out_features, HIDDEN]
@@ -120,7 +120,7 @@ def _launch(
     x = hidden_states if hidden_states.stride(1) == 1 else hidden_states.contiguous()
     options = tile_options(x.dtype)
     out_tiles, row_tiles = triton.cdiv(out_features, options["BLOCK_OUT"]), triton.cdiv(num_tokens, options["ROWS"])
-    _layer_parallel_qkv_kernel[(out_tiles, num_layers, row_tiles)](
+    layer_parallel_qkv_kernel[(out_tiles, num_layers, row_tiles)](
         x,
         norm_weights,
         qkv_weights,

@@ -51,7 +51,7 @@ _PROBED_ROWS = (1, 2, 3, 8, 17, 64, 255, 256, 300)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _linear_kernel(
+def linear_kernel(
     x_ptr,  # [num_rows, in_features], rows may be strided
     weight_ptr,  # [out_features, in_features], rows may be strided
     bias_ptr,  # [out_features], or None
@@ -96,7 +96,7 @@ def _linear_kernel(
 
 
 @triton.jit(do_not_specialize=["num_elements"])
-def _add_partial_sums_kernel(
+def add_partial_sums_kernel(
     partial_ptr,  # fp32 [num_splits, num_rows, out_features]
     bias_ptr,
     out_ptr,  # [num_rows, out_features]
@@ -213,7 +213,7 @@ def _launch(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     num_splits = triton.cdiv(in_features, SPLIT_FEATURES)
     apart = num_splits > 1 and num_tiles < ENOUGH_TILES  # what _rows_that_need_no_splits turns round
     sums = torch.empty(num_splits, *out.shape, device=out.device) if apart else out
-    _linear_kernel[(num_tiles, num_splits if apart else 1)](
+    linear_kernel[(num_tiles, num_splits if apart else 1)](
         rows,
         weight,
         bias,
@@ -234,7 +234,7 @@ def _launch(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def add_partial_sums(sums: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """Add fp32 [num_splits, num_rows, out_features] in order, then the bias, into `out`, and return it. For kernels."""
     grid = (triton.cdiv(out.numel(), MERGE_ELEMENTS),)
-    _add_partial_sums_kernel[grid](sums, bias, out, sums.shape[0], out.numel(), out.shape[1], BLOCK=MERGE_ELEMENTS)
+    add_partial_sums_kernel[grid](sums, bias, out, sums.shape[0], out.numel(), out.shape[1], BLOCK=MERGE_ELEMENTS)
     return out
 
 

@@ -18,7 +18,7 @@ MAX_WARPS = 16
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _rms_norm_kernel(
+def rms_norm_kernel(
     x_ptr,
     residual_ptr,  # None: normalise x itself
     weight_ptr,
@@ -109,7 +109,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> T
     num_rows = x_rows.shape[0] * x_rows.shape[1]
     hidden = x.shape[-1]
     rows, block, num_warps = tile_shape(hidden)
-    _rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
+    rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
         x,
         residual,
         weight,

@@ -13,7 +13,7 @@ NUM_WARPS = 4
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _silu_and_mul_kernel(
+def silu_and_mul_kernel(
     gate_up_ptr,
     out_ptr,  # [num_rows, intermediate], contiguous
     num_rows,
@@ -74,7 +74,7 @@ def _launch(gate_up: Tensor) -> Tensor:
     block = min(TILE_ELEMENTS, triton.next_power_of_2(intermediate))
     rows = TILE_ELEMENTS // block
     grid = (triton.cdiv(num_rows, rows) * triton.cdiv(intermediate, block),)
-    _silu_and_mul_kernel[grid](
+    silu_and_mul_kernel[grid](
         gate_up,
         out,
         num_rows,

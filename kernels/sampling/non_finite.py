@@ -10,7 +10,7 @@ from kernels.sampling.tile import NUM_WARPS, check_logits, tile_for
 
 
 @triton.jit
-def _non_finite_kernel(found_ptr, logits_ptr, num_tokens, row_stride, TILE: tl.constexpr):
+def non_finite_kernel(found_ptr, logits_ptr, num_tokens, row_stride, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
     x = tl.load(logits_ptr + row * row_stride + columns, mask=columns < num_tokens, other=0.0)
@@ -40,7 +40,7 @@ def _non_finite_triton(logits: Tensor) -> Tensor:
     tile = tile_for(num_rows, num_tokens)
     if num_rows:
         grid = (num_rows, triton.cdiv(num_tokens, tile))
-        _non_finite_kernel[grid](found, logits, num_tokens, logits.stride(0), TILE=tile, num_warps=NUM_WARPS[tile])
+        non_finite_kernel[grid](found, logits, num_tokens, logits.stride(0), TILE=tile, num_warps=NUM_WARPS[tile])
     return found.view(torch.bool)
 
 

@@ -25,7 +25,7 @@ _MASK = tl.constexpr(MASK)
 
 
 @triton.jit
-def _edit_kernel(
+def edit_kernel(
     logits_ptr,
     rows_ptr,
     token_ids_ptr,
@@ -147,7 +147,7 @@ def _edit(
     check_logits(logits)
     num_entries = rows.shape[0]
     if num_entries:
-        _edit_kernel[(triton.cdiv(num_entries, BLOCK),)](
+        edit_kernel[(triton.cdiv(num_entries, BLOCK),)](
             logits,
             rows,
             token_ids,

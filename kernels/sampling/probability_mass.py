@@ -65,7 +65,7 @@ def probability_mass_jit(logits, largest):
 
 
 @triton.jit
-def _mass_and_rank_kernel(
+def mass_and_rank_kernel(
     sums_ptr,  # int64 [2, num_rows], zeros
     logits_ptr,
     largest_ptr,
@@ -92,7 +92,7 @@ def _mass_and_rank_triton(logits: Tensor, largest: Tensor, values: Tensor, thres
     sums = torch.zeros((2, num_rows), dtype=torch.int64, device=logits.device)
     tile = tile_for(num_rows, num_tokens)
     if num_rows:
-        _mass_and_rank_kernel[(num_rows, triton.cdiv(num_tokens, tile))](
+        mass_and_rank_kernel[(num_rows, triton.cdiv(num_tokens, tile))](
             sums,
             logits,
             largest,

@@ -39,7 +39,7 @@ def _best_of_jit(v0, v1, v2, v3, columns, num_tokens, first_token_id):
 
 
 @triton.jit
-def _sample_tiles_kernel(
+def sample_tiles_kernel(
     best_ptr,  # int64 [num_rows, num_tiles], sort keys
     logits_ptr,
     temperature_ptr,
@@ -99,7 +99,7 @@ def _sample_tiles_kernel(
 
 
 @triton.jit
-def _best_tile_kernel(values_ptr, token_ids_ptr, best_ptr, num_tiles, BLOCK: tl.constexpr):
+def best_tile_kernel(values_ptr, token_ids_ptr, best_ptr, num_tiles, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, BLOCK)
     # The last tile repeats where there are no more.
@@ -120,7 +120,7 @@ def _sample_triton(
     token_ids = torch.empty((num_rows,), dtype=torch.int64, device=logits.device)
     if num_rows == 0:
         return values, token_ids
-    _sample_tiles_kernel[(num_rows, num_tiles)](
+    sample_tiles_kernel[(num_rows, num_tiles)](
         best,
         logits,
         temperature,
@@ -136,7 +136,7 @@ def _sample_triton(
         num_warps=NUM_WARPS[tile],
         **EXACT,
     )
-    _best_tile_kernel[(num_rows,)](values, token_ids, best, num_tiles, BLOCK=triton.next_power_of_2(num_tiles))
+    best_tile_kernel[(num_rows,)](values, token_ids, best, num_tiles, BLOCK=triton.next_power_of_2(num_tiles))
     return values, token_ids
 
 

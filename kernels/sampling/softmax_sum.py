@@ -17,7 +17,7 @@ def _exponentials_jit(scaled, largest):
 
 
 @triton.jit
-def _tile_sums_kernel(
+def tile_sums_kernel(
     largest_ptr,  # fp32 [num_rows, num_tiles]
     sums_ptr,  # fp32 [num_rows, num_tiles]
     logits_ptr,
@@ -37,7 +37,7 @@ def _tile_sums_kernel(
 
 
 @triton.jit
-def _row_sums_kernel(largest_ptr, totals_ptr, tile_largest_ptr, tile_sums_ptr, num_tiles, BLOCK: tl.constexpr):
+def row_sums_kernel(largest_ptr, totals_ptr, tile_largest_ptr, tile_sums_ptr, num_tiles, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, BLOCK)
     tile_largest = tl.load(tile_largest_ptr + row * num_tiles + tile, mask=tile < num_tiles, other=-float("inf"))
@@ -67,7 +67,7 @@ def softmax_sum(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     tile_largest, tile_sums = torch.empty((2, num_rows, num_tiles), device=logits.device)
     largest, totals = torch.empty((2, num_rows), device=logits.device)
     if num_rows:
-        _tile_sums_kernel[(num_rows, num_tiles)](
+        tile_sums_kernel[(num_rows, num_tiles)](
             tile_largest,
             tile_sums,
             logits,
@@ -78,7 +78,7 @@ def softmax_sum(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
             num_warps=NUM_WARPS[tile],
         )
         block = triton.next_power_of_2(num_tiles)
-        _row_sums_kernel[(num_rows,)](largest, totals, tile_largest, tile_sums, num_tiles, BLOCK=block)
+        row_sums_kernel[(num_rows,)](largest, totals, tile_largest, tile_sums, num_tiles, BLOCK=block)
     return largest, totals
 
 

@@ -37,7 +37,7 @@ def _below_jit(keys, last):
 
 
 @triton.jit
-def _top_of_tiles_kernel(
+def top_of_tiles_kernel(
     top_ptr,  # int64 [num_rows, num_tiles, num]
     logits_ptr,
     temperature_ptr,
@@ -96,7 +96,7 @@ def _top_of_tiles_kernel(
 
 
 @triton.jit
-def _top_of_rows_kernel(top_ptr, tile_top_ptr, num, num_candidates, BLOCK: tl.constexpr):
+def top_of_rows_kernel(top_ptr, tile_top_ptr, num, num_candidates, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     candidate = tl.arange(0, BLOCK)
     keys = tl.load(
@@ -128,7 +128,7 @@ def top_keys_triton(
     top = torch.empty((num_rows, num), dtype=torch.int64, device=logits.device)
     if num_rows == 0:
         return top
-    _top_of_tiles_kernel[(num_rows, num_tiles)](
+    top_of_tiles_kernel[(num_rows, num_tiles)](
         tile_top,
         logits,
         temperature,
@@ -148,7 +148,7 @@ def top_keys_triton(
     )
     num_candidates = num_tiles * num
     block = triton.next_power_of_2(num_candidates)
-    _top_of_rows_kernel[(num_rows,)](
+    top_of_rows_kernel[(num_rows,)](
         top, tile_top, num, num_candidates, BLOCK=block, num_warps=min(max(block // 256, 1), 16)
     )
     return top

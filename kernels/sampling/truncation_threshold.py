@@ -41,7 +41,7 @@ def _from_biased_jit(biased):
 
 
 @triton.jit
-def _part_maxima_kernel(
+def part_maxima_kernel(
     maxima_ptr,  # fp32 [num_rows, num_parts], num_parts a multiple of those of a tile
     logits_ptr,
     temperature_ptr,
@@ -59,7 +59,7 @@ def _part_maxima_kernel(
 
 
 @triton.jit
-def _lower_bound_kernel(
+def lower_bound_kernel(
     bounds_ptr,
     largest_ptr,
     maxima_ptr,
@@ -98,7 +98,7 @@ def _lower_bound_kernel(
 
 
 @triton.jit
-def _collect_kernel(
+def collect_kernel(
     collected_ptr,  # fp32 [num_rows, num_tokens], in any order
     counts_ptr,  # int64 [num_rows], zeros
     totals_ptr,  # int64 [num_rows], zeros; the mass that min-p leaves, of rows with top-p and without top-k
@@ -159,7 +159,7 @@ def _largest_key_jit(collected_ptr, count, wanted, largest, MASS: tl.constexpr, 
 
 
 @triton.jit
-def _threshold_kernel(
+def threshold_kernel(
     thresholds_ptr,
     collected_ptr,
     counts_ptr,
@@ -208,10 +208,10 @@ def _threshold_triton(logits: Tensor, temperature: Tensor, truncation: Truncatio
     if num_rows == 0:
         return thresholds
     grid = (num_rows, num_tiles)
-    _part_maxima_kernel[grid](maxima, logits, temperature, num_tokens, stride, TILE=TILE, PART=PART, num_warps=8)
+    part_maxima_kernel[grid](maxima, logits, temperature, num_tokens, stride, TILE=TILE, PART=PART, num_warps=8)
     block = triton.next_power_of_2(num_parts)
-    _lower_bound_kernel[(num_rows,)](bounds, largest, maxima, *settings, num_tokens, num_parts, BLOCK=block)
-    _collect_kernel[grid](
+    lower_bound_kernel[(num_rows,)](bounds, largest, maxima, *settings, num_tokens, num_parts, BLOCK=block)
+    collect_kernel[grid](
         collected,
         counts,
         totals,
@@ -226,7 +226,7 @@ def _threshold_triton(logits: Tensor, temperature: Tensor, truncation: Truncatio
         num_warps=8,
         **EXACT,
     )
-    _threshold_kernel[(num_rows,)](
+    threshold_kernel[(num_rows,)](
         thresholds, collected, counts, totals, largest, *settings, num_tokens, BLOCK=BLOCK, num_warps=8, **EXACT
     )
     return thresholds

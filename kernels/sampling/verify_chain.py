@@ -11,7 +11,7 @@ BLOCK = 32  # rows looked at together: more than nearly all chains have
 
 
 @triton.jit
-def _verify_chain_kernel(
+def verify_chain_kernel(
     num_accepted_ptr,
     next_token_ids_ptr,
     target_token_ids_ptr,
@@ -68,7 +68,7 @@ def verify_chain(target_token_ids: Tensor, draft_token_ids: Tensor, cu_rows: Ten
     num_seqs = cu_rows.shape[0] - 1
     num_accepted, next_token_ids = torch.empty((2, num_seqs), dtype=torch.int64, device=cu_rows.device)
     if num_seqs:
-        _verify_chain_kernel[(num_seqs,)](
+        verify_chain_kernel[(num_seqs,)](
             num_accepted, next_token_ids, target_token_ids, draft_token_ids, cu_rows, BLOCK=BLOCK, num_warps=1
         )
     return num_accepted, next_token_ids

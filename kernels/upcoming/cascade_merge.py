@@ -21,7 +21,7 @@ Partial = tuple[Tensor, Tensor]  # o [num_tokens, num_heads, head_dim], lse fp32
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _cascade_merge_kernel(
+def cascade_merge_kernel(
     o1_ptr,
     lse1_ptr,
     o2_ptr,
@@ -74,7 +74,7 @@ def cascade_merge(first: Partial, second: Partial, *, out: Tensor | None = None)
     if o.numel():
         dim = triton.next_power_of_2(head_dim)
         rows = max(1, TILE_ELEMENTS // dim)
-        _cascade_merge_kernel[(triton.cdiv(lse.numel(), rows),)](
+        cascade_merge_kernel[(triton.cdiv(lse.numel(), rows),)](
             o1,
             lse1,
             o2,

@@ -22,7 +22,7 @@ ULP = 2.0**-23  # of 1 in fp32: twice what one operation can be off
 
 
 @triton.jit(do_not_specialize=["max_blocks", "num_chunks"])
-def _chunk_bounds_kernel(
+def chunk_bounds_kernel(
     k_ptr,
     table_ptr,
     lens_ptr,
@@ -58,7 +58,7 @@ def _chunk_bounds_kernel(
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
-def _chunk_scores_kernel(
+def chunk_scores_kernel(
     q_ptr,
     bounds_ptr,
     lens_ptr,
@@ -112,7 +112,7 @@ def chunk_bounds(k_cache: Tensor, block_table: Tensor, seq_lens: Tensor, *, chun
     bounds = k_cache.new_empty(num_seqs, num_chunks, 2, num_kv_heads, head_dim)
     if not bounds.numel():
         return bounds
-    _chunk_bounds_kernel[(num_chunks, num_kv_heads, num_seqs)](
+    chunk_bounds_kernel[(num_chunks, num_kv_heads, num_seqs)](
         k_cache,
         block_table.contiguous(),
         seq_lens,
@@ -146,7 +146,7 @@ def chunk_scores(q: Tensor, bounds: Tensor, seq_lens: Tensor, *, chunk_size: int
     scores = torch.empty(num_seqs, num_kv_heads, num_chunks, dtype=torch.float32, device=q.device)
     if not scores.numel():
         return scores
-    _chunk_scores_kernel[(triton.cdiv(num_chunks, TILE_CHUNKS), num_kv_heads, num_seqs)](
+    chunk_scores_kernel[(triton.cdiv(num_chunks, TILE_CHUNKS), num_kv_heads, num_seqs)](
         q,
         bounds,
         seq_lens,

@@ -61,7 +61,7 @@ def _pack(first, second):
 
 
 @triton.jit
-def _quantise_kernel(
+def quantise_kernel(
     kv_ptr,
     upper_ptr,
     lower_ptr,
@@ -111,7 +111,7 @@ def _quantise_kernel(
 
 
 @triton.jit
-def _dequantise_kernel(
+def dequantise_kernel(
     upper_ptr,
     lower_ptr,
     k_scales_ptr,
@@ -177,7 +177,7 @@ def quantise_blocks(kv: Tensor) -> QuantisedBlocks:
     )
     if kv.numel():
         grid = (kv.shape[:-4].numel(), num_kv_heads, 2)
-        _quantise_kernel[grid](
+        quantise_kernel[grid](
             kv,
             quantised.upper,
             quantised.lower,
@@ -203,7 +203,7 @@ def dequantise_blocks(quantised: QuantisedBlocks, out: Tensor, *, bits: int = 8)
         dequantise_blocks_reference(quantised, out, bits=bits)
     elif out.numel():
         *_, _, block_size, num_kv_heads, head_dim = out.shape
-        _dequantise_kernel[(out.shape[:-4].numel(), num_kv_heads, 2)](
+        dequantise_kernel[(out.shape[:-4].numel(), num_kv_heads, 2)](
             quantised.upper,
             quantised.lower,
             quantised.k_scales,

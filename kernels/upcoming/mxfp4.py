@@ -27,7 +27,7 @@ REFERENCE_ELEMENTS = 1 << 22  # at a time, to bound memory
 
 
 @triton.jit
-def _quantize_kernel(
+def quantize_kernel(
     weight_ptr,  # [num_rows, blocks_per_row * 32], rows may be strided
     packed_ptr,
     scale_ptr,
@@ -84,7 +84,7 @@ def quantize_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     packed = torch.empty(num_rows, weight.shape[1] // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(num_rows, blocks_per_row, dtype=torch.uint8, device=weight.device)
     if scales.numel():
-        _quantize_kernel[(triton.cdiv(scales.numel(), TILE_BLOCKS),)](
+        quantize_kernel[(triton.cdiv(scales.numel(), TILE_BLOCKS),)](
             weight, packed, scales, scales.numel(), blocks_per_row, weight.stride(0), TILE=TILE_BLOCKS
         )
     return packed, scales

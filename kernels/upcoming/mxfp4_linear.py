@@ -64,7 +64,7 @@ def block_factors(scales, dtype: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _mxfp4_linear_kernel(
+def mxfp4_linear_kernel(
     x_ptr,  # [num_rows, in_features], rows may be strided
     packed_ptr,  # int32 [out_features, in_features / 8]
     scale_ptr,  # uint8 [out_features, in_features / 32]
@@ -161,7 +161,7 @@ def _launch(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     split_features = _split_features(in_features, out_tiles * row_tiles)
     num_splits = triton.cdiv(in_features, split_features)
     sums = torch.empty(num_splits, num_rows, out_features, device=x.device)
-    _mxfp4_linear_kernel[(out_tiles, num_splits, row_tiles)](
+    mxfp4_linear_kernel[(out_tiles, num_splits, row_tiles)](
         x,
         packed.view(torch.int32),
         scales,

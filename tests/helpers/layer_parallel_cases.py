@@ -16,6 +16,7 @@ from kernels.layers.rms_norm import rms_norm
 from tests.helpers.paged import BLOCK_SIZE, PagedRunner
 from workers.collectives import Group, SoloGroup, TorchGroup
 from workers.engine.kv_cache import KVLayout
+from workers.layers.rope import cos_sin_cache
 from workers.models import CausalLM, LayerParallelLM, load_layer_parallel_model, load_model
 from workers.models.batch import Batch
 from workers.models.decoder import KVCache, make_step
@@ -181,11 +182,13 @@ class DraftRunner(PagedRunner):
 
 def reference_draft_forward(model: CausalLM, groups: LayerGroups) -> DraftForward:
     """The definition, with the ordinary model's parts: every attention of a group on the group's input."""
-    eps = model.config.rms_norm_eps
+    config = model.config
+    eps = config.rms_norm_eps
+    cos_sin = cos_sin_cache(config.rope, head_dim=config.head_dim, num_positions=MAX_MODEL_LEN, device=CPU)
 
     def forward(batch: Batch, kv_caches: list[KVCache]) -> Tensor:
         stream = model.embedding(batch.input_ids)
-        step = make_step(batch, model._cos_sin, kv_caches[0])
+        step = make_step(batch, cos_sin, kv_caches[0])
         for group in groups:
             outputs = [
                 model.layers[i].attention(rms_norm(stream, model.layers[i].input_norm, eps), step, kv_caches[i])

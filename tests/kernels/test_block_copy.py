@@ -107,18 +107,18 @@ def test_what_does_not_fit_is_named() -> None:
     ("name", "types", "constexprs"),
     [
         (
-            "_copy_blocks_kernel",
+            "copy_blocks_kernel",
             {"src_ptr": "*i64", "dst_ptr": "*i64", "block_words": "i32:16"},
             {"TILE": block_copy.TILE_WORDS},
         ),
         (
-            "_move_slots_kernel",
+            "move_slots_kernel",
             {"src_ptr": "*i64", "dst_ptr": "*i64", "num_moves": "i32", "slot_words": "i32:16"},
             {"MOVES": block_copy.MOVES_AT_ONCE, "TILE": block_copy.MOVE_TILE_WORDS},
         ),
         *(
             (
-                "_stage_blocks_kernel",
+                "stage_blocks_kernel",
                 {
                     "block_ptr": "*i64",
                     "staging_ptr": "*bf16",

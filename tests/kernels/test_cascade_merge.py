@@ -86,7 +86,7 @@ def test_the_kernel_compiles_for_sm_90(dtype: str, head_dim: int) -> None:
     values, lses = dict.fromkeys(["o1_ptr", "o2_ptr", "o_ptr"], f"*{dtype}"), ["lse1_ptr", "lse2_ptr", "lse_ptr"]
     dim = 64 if head_dim == 64 else 128
     compile_for_sm90(
-        module._cascade_merge_kernel,
+        module.cascade_merge_kernel,
         {**values, **dict.fromkeys(lses, "*fp32"), "num_rows": "i32"},
         {"HEAD_DIM": head_dim, "ROWS": module.TILE_ELEMENTS // dim, "DIM": dim},
         enable_fp_fusion=False,

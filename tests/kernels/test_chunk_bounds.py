@@ -113,13 +113,13 @@ def test_kernels_compile_for_sm_90(dtype: str, chunk_size: int) -> None:
     dims = {"num_kv_heads": "i32", "head_dim": "i32:16", "num_chunks": "i32"}
     pointers = {"lens_ptr": "*i32", "out_ptr": f"*{dtype}"}
     compile_for_sm90(
-        module._chunk_bounds_kernel,
+        module.chunk_bounds_kernel,
         {"k_ptr": f"*{dtype}", "table_ptr": "*i32", "max_blocks": "i32", **pointers, **dims},
         {"BLOCK_SIZE": 16, "CHUNK": chunk_size, "TILE": min(chunk_size, module.TILE_TOKENS), "DIM": 128},
     )
     strides = {"q_stride_seq": "i32:16", "q_stride_head": "i32:16", "slack": "fp32"}
     compile_for_sm90(
-        module._chunk_scores_kernel,
+        module.chunk_scores_kernel,
         {"q_ptr": f"*{dtype}", "bounds_ptr": f"*{dtype}", **pointers, "out_ptr": "*fp32", **dims, **strides},
         {"CHUNK": chunk_size, "GROUP": 8, "TILE": module.TILE_CHUNKS, "DIM": 128},
     )

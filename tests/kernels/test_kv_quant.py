@@ -124,10 +124,10 @@ def test_kernels_compile_for_sm_90(dtype: str) -> None:
     pointers = {"upper_ptr": "*u8", "lower_ptr": "*u8", "k_scales_ptr": "*fp32", "v_scales_ptr": "*fp32"}
     tile: dict[str, object] = {"BLOCK_SIZE": 16, "HALF_DIM": 64, "TOKENS": 16, "CHANNELS": 64}
     types = {**pointers, "num_kv_heads": "i32"}
-    compile_for_sm90(kv_quant._quantise_kernel, {"kv_ptr": f"*{dtype}", **types}, tile, enable_fp_fusion=False)
+    compile_for_sm90(kv_quant.quantise_kernel, {"kv_ptr": f"*{dtype}", **types}, tile, enable_fp_fusion=False)
     for bits in (4, 8):
         compile_for_sm90(
-            kv_quant._dequantise_kernel,
+            kv_quant.dequantise_kernel,
             {"out_ptr": f"*{dtype}", **types},
             {"BITS": bits, **tile},
             enable_fp_fusion=False,

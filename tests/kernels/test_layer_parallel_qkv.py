@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from kernels.layers.layer_parallel_qkv import (
-    _layer_parallel_qkv_kernel,
     layer_parallel_qkv,
+    layer_parallel_qkv_kernel,
     layer_parallel_qkv_reference,
     tile_options,
 )
@@ -62,6 +62,6 @@ def test_compiles_for_sm_90(dtype: torch.dtype) -> None:
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     signature = {f"{name}_ptr": kind for name in ("x", "norm", "weight", "bias", "out")}
     signature |= {"num_tokens": "i32", "out_features": "i32:16", "x_stride": "i32:16", "eps": "fp32"}
-    compiled = compile_for_sm90(_layer_parallel_qkv_kernel, signature, {"HIDDEN": 4096, **options}, **launch)
+    compiled = compile_for_sm90(layer_parallel_qkv_kernel, signature, {"HIDDEN": 4096, **options}, **launch)
     assert ("mma" in compiled.asm["ptx"]) == (dtype != torch.float32)
     assert "cp.async" in compiled.asm["ptx"]  # weights are on their way while others are multiplied

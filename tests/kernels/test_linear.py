@@ -11,11 +11,11 @@ import kernels.layers.linear
 from kernels.layers.linear import (
     MERGE_ELEMENTS,
     SPLIT_FEATURES,
-    _add_partial_sums_kernel,
-    _linear_kernel,
+    add_partial_sums_kernel,
     linear,
     linear_batch_invariant,
     linear_batch_invariant_reference,
+    linear_kernel,
     pack_weight,
     probe_linear_batch_invariant,
     tile_options,
@@ -85,12 +85,10 @@ def test_fp32_can_be_kept_here() -> None:
 
 
 def test_the_probe_notices_a_product_that_depends_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    careful = kernels.layers.linear._linear_in_padded_tiles
-
     def careless(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return careful(rows, weight, bias) * (1.001 if rows.shape[0] == 17 else 1)
+        return linear_batch_invariant(rows, weight, bias) * (1.001 if rows.shape[0] == 17 else 1)
 
-    monkeypatch.setattr(kernels.layers.linear, "_linear_in_padded_tiles", careless)
+    monkeypatch.setattr(kernels.layers.linear, "linear_batch_invariant", careless)
     _, weight, _ = inputs(1, (24, 16), torch.float32)
     finding = probe_linear_batch_invariant(weight)
     assert finding is not None
@@ -119,9 +117,9 @@ def test_the_probe_sees_sums_that_are_split_and_sums_that_are_not(
         tensors[3].zero_()
 
     monkeypatch.setattr(kernels.layers.linear, "runs_triton", lambda x: True)
-    monkeypatch.setattr(kernels.layers.linear, "_linear_kernel", _Kernel(launch))
+    monkeypatch.setattr(kernels.layers.linear, "linear_kernel", _Kernel(launch))
     monkeypatch.setattr(
-        kernels.layers.linear, "_add_partial_sums_kernel", _Kernel(lambda *tensors, **_: tensors[2].zero_())
+        kernels.layers.linear, "add_partial_sums_kernel", _Kernel(lambda *tensors, **_: tensors[2].zero_())
     )
     assert probe_linear_batch_invariant(torch.empty(shape, dtype=torch.bfloat16)) is None
     assert not splits[0]
@@ -175,11 +173,11 @@ def test_compiles_for_sm_90(dtype: torch.dtype, apart: bool) -> None:
     if not apart:
         signature["bias_ptr"] = kind
     constexprs = {"APART": apart, "SPLIT": SPLIT_FEATURES, **options, **({"bias_ptr": None} if apart else {})}
-    compiled = compile_for_sm90(_linear_kernel, signature, constexprs, **launch)
+    compiled = compile_for_sm90(linear_kernel, signature, constexprs, **launch)
     assert ("wgmma" in compiled.asm["ptx"]) == (dtype != torch.float32)
 
 
 def test_the_addition_of_partial_sums_compiles_for_sm_90() -> None:
     signature = {"partial_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
     signature |= {"num_splits": "i32", "num_elements": "i32", "out_features": "i32:16"}
-    compile_for_sm90(_add_partial_sums_kernel, signature, {"BLOCK": MERGE_ELEMENTS})
+    compile_for_sm90(add_partial_sums_kernel, signature, {"BLOCK": MERGE_ELEMENTS})

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.upcoming.mxfp4 import _quantize_kernel, dequantize_mxfp4, quantize_mxfp4
-from kernels.upcoming.mxfp4_linear import _mxfp4_linear_kernel, mxfp4_linear, tile_options
+from kernels.upcoming.mxfp4 import dequantize_mxfp4, quantize_kernel, quantize_mxfp4
+from kernels.upcoming.mxfp4_linear import mxfp4_linear, mxfp4_linear_kernel, tile_options
 from tests.helpers.compile_sm90 import compile_for_sm90
 
 MAGNITUDES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -143,7 +143,7 @@ def test_errors_name_the_argument() -> None:
 def test_the_cast_compiles_for_sm_90(kind: str) -> None:
     signature = {"weight_ptr": kind, "packed_ptr": "*u8", "scale_ptr": "*u8", "num_blocks": "i32"}
     signature |= {"blocks_per_row": "i32:16", "row_stride": "i32:16"}
-    compile_for_sm90(_quantize_kernel, signature, {"TILE": 32})
+    compile_for_sm90(quantize_kernel, signature, {"TILE": 32})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -154,7 +154,7 @@ def test_the_product_compiles_for_sm_90(dtype: torch.dtype, num_rows: int) -> No
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     signature = {"x_ptr": kind, "packed_ptr": "*i32", "scale_ptr": "*u8", "sum_ptr": "*fp32", "num_rows": "i32"}
     signature |= dict.fromkeys(("out_features", "in_features", "x_stride", "split_features"), "i32:16")
-    compiled = compile_for_sm90(_mxfp4_linear_kernel, signature, options, **launch)
+    compiled = compile_for_sm90(mxfp4_linear_kernel, signature, options, **launch)
     if dtype != torch.float32:
         # Weights go from the loaded words to the tensor cores in registers: dense ones are never stored.
         staged_bytes = options["BLOCK_IN"] * (options["BLOCK_OUT"] // 2 + 2 * options["ROWS"])

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.attention.schedule import Settings, Tiling, _tiling, _whole_tiling, padded
-from kernels.attention.split import _paged_attention_kernel
-from kernels.attention.whole import _prefill_attention_kernel
+from kernels.attention.schedule import Settings, Tiling, choose_tiling, choose_whole_tiling, padded
+from kernels.attention.split import paged_attention_kernel
+from kernels.attention.whole import prefill_attention_kernel
 from tests.helpers.compile_sm90 import compile_for_sm90
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -61,17 +61,17 @@ def _type(name: str, dtype: str) -> str:
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_of_every_type_and_size_of_head(dtype: str, head_dim: int) -> None:
     model = settings(dtype, head_dim)
-    tiling = _tiling(model, num_rows=16)
-    compiled = compile_kernel(_paged_attention_kernel, model, dtype, tiling, lse_ptr=None, ancestors_ptr=None)
+    tiling = choose_tiling(model, num_rows=16)
+    compiled = compile_kernel(paged_attention_kernel, model, dtype, tiling, lse_ptr=None, ancestors_ptr=None)
     # Two programs share a multiprocessor, and keys are copied past the registers while others are computed.
     assert 2 * compiled.metadata.shared < 227 << 10
     assert "cp.async" in compiled.asm["ptx"]
     assert ("mma.sync" in compiled.asm["ptx"]) == (dtype != "fp32")
     compile_kernel(
-        _prefill_attention_kernel,
+        prefill_attention_kernel,
         model,
         dtype,
-        _whole_tiling(model),
+        choose_whole_tiling(model),
         lse_ptr=None,
         ancestors_ptr=None,
         ONE_PASS=False,
@@ -81,8 +81,8 @@ def test_of_every_type_and_size_of_head(dtype: str, head_dim: int) -> None:
 def test_parts_are_seen_by_whoever_merges_them() -> None:
     """All threads have written before one counts, with release and acquire; what others wrote is read past the L1."""
     model = settings("bf16", 128)
-    tiling = _tiling(model, num_rows=16)
-    ptx = compile_kernel(_paged_attention_kernel, model, "bf16", tiling, lse_ptr=None, ancestors_ptr=None).asm["ptx"]
+    tiling = choose_tiling(model, num_rows=16)
+    ptx = compile_kernel(paged_attention_kernel, model, "bf16", tiling, lse_ptr=None, ancestors_ptr=None).asm["ptx"]
     before, (count,), after = _around(ptx.splitlines(), r"atom\S*\.add")
     assert "atom.global.gpu.acq_rel.add" in count
     last_part = max(i for i, line in enumerate(before) if "st.global" in line)
@@ -103,10 +103,10 @@ def test_of_every_variant(lse: bool, tree: bool, window: int | None) -> None:
     options |= {} if lse else {"lse_ptr": None}
     options |= {} if tree else {"ancestors_ptr": None}
     model = settings("bf16", 128)
-    compile_kernel(_paged_attention_kernel, model, "bf16", _tiling(model, num_rows=64), **options)
+    compile_kernel(paged_attention_kernel, model, "bf16", choose_tiling(model, num_rows=64), **options)
     invariant = settings("bf16", 128, batch_invariant=True)
-    tiling = _whole_tiling(invariant)
-    compiled = compile_kernel(_prefill_attention_kernel, invariant, "bf16", tiling, ONE_PASS=True, **options)
+    tiling = choose_whole_tiling(invariant)
+    compiled = compile_kernel(prefill_attention_kernel, invariant, "bf16", tiling, ONE_PASS=True, **options)
     assert "wgmma" in compiled.asm["ptx"]
     if not tree:
-        compile_kernel(_prefill_attention_kernel, model, "bf16", _whole_tiling(model), ONE_PASS=False, **options)
+        compile_kernel(prefill_attention_kernel, model, "bf16", choose_whole_tiling(model), ONE_PASS=False, **options)

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from kernels.kv.reshape_and_cache import (
     TILE_ELEMENTS,
-    _gather_rotary_kernel,
-    _reshape_and_cache_kernel,
     gather_rotary,
+    gather_rotary_kernel,
     reshape_and_cache,
+    reshape_and_cache_kernel,
     reshape_and_cache_reference,
 )
 from tests.helpers.compile_sm90 import compile_for_sm90
@@ -201,7 +201,7 @@ def test_compiles_for_sm_90_into_wide_accesses(head_dim: int, rotary_dim: int, k
     constexprs = {"q_stride": 1, "k_stride": 1, "v_stride": 1, "slot_stride": 1, "NUM_Q_HEADS": 32, "NUM_KV_HEADS": 8}
     constexprs |= {"HEAD_DIM": head_dim, "HALF": rotary_dim // 2, "ROWS": TILE_ELEMENTS // block_half}
     constexprs |= {"BLOCK_HALF": block_half, "BLOCK_REST": 64 if head_dim > rotary_dim else 0}
-    compiled = compile_for_sm90(_reshape_and_cache_kernel, signature, constexprs)
+    compiled = compile_for_sm90(reshape_and_cache_kernel, signature, constexprs)
     assert "ld.global.v4.b32" in compiled.asm["ptx"]
     assert "st.global.v4.b32" in compiled.asm["ptx"]
 
@@ -209,4 +209,4 @@ def test_compiles_for_sm_90_into_wide_accesses(head_dim: int, rotary_dim: int, k
 def test_the_gather_compiles_for_sm_90() -> None:
     signature = {"cache_ptr": "*fp32", "position_ptr": "*i64", "out_ptr": "*fp32", "cache_stride": "i32:16"}
     constexprs = {"position_stride": 1, "HALF": 64, "BLOCK": 64}
-    compile_for_sm90(_gather_rotary_kernel, {**signature, "num_tokens": "i32"}, constexprs, num_warps=1)
+    compile_for_sm90(gather_rotary_kernel, {**signature, "num_tokens": "i32"}, constexprs, num_warps=1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.layers.rms_norm import _rms_norm_kernel, fused_add_rms_norm, rms_norm, rms_norm_reference, tile_shape
+from kernels.layers.rms_norm import fused_add_rms_norm, rms_norm, rms_norm_kernel, rms_norm_reference, tile_shape
 from tests.helpers.compile_sm90 import compile_for_sm90
 
 EPS = 1e-5
@@ -116,6 +116,6 @@ def test_compiles_for_sm_90_into_wide_accesses(hidden: int, with_residual: bool,
         signature["residual_ptr"] = kind
     else:
         constexprs["residual_ptr"] = None
-    compiled = compile_for_sm90(_rms_norm_kernel, {**signature, "eps": "fp32"}, constexprs, num_warps)
+    compiled = compile_for_sm90(rms_norm_kernel, {**signature, "eps": "fp32"}, constexprs, num_warps)
     assert "ld.global.v4.b32" in compiled.asm["ptx"]
     assert "st.global.v4.b32" in compiled.asm["ptx"]

@@ -7,20 +7,20 @@ from typing import Any
 import pytest
 
 from kernels.sampling.gumbel import EXACT
-from kernels.sampling.non_finite import _non_finite_kernel
-from kernels.sampling.penalties import BIAS, MASK, PENALISE, _edit_kernel
-from kernels.sampling.probability_mass import _mass_and_rank_kernel
-from kernels.sampling.sample import _best_tile_kernel, _sample_tiles_kernel
-from kernels.sampling.softmax_sum import _row_sums_kernel, _tile_sums_kernel
+from kernels.sampling.non_finite import non_finite_kernel
+from kernels.sampling.penalties import BIAS, MASK, PENALISE, edit_kernel
+from kernels.sampling.probability_mass import mass_and_rank_kernel
+from kernels.sampling.sample import best_tile_kernel, sample_tiles_kernel
+from kernels.sampling.softmax_sum import row_sums_kernel, tile_sums_kernel
 from kernels.sampling.tile import NUM_WARPS, SMALL_TILE, TILE
-from kernels.sampling.top_keys import _top_of_rows_kernel, _top_of_tiles_kernel
+from kernels.sampling.top_keys import top_of_rows_kernel, top_of_tiles_kernel
 from kernels.sampling.truncation_threshold import (
-    _collect_kernel,
-    _lower_bound_kernel,
-    _part_maxima_kernel,
-    _threshold_kernel,
+    collect_kernel,
+    lower_bound_kernel,
+    part_maxima_kernel,
+    threshold_kernel,
 )
-from kernels.sampling.verify_chain import _verify_chain_kernel
+from kernels.sampling.verify_chain import verify_chain_kernel
 from tests.helpers.compile_sm90 import compile_for_sm90
 
 INT64 = {
@@ -59,7 +59,7 @@ def compile_kernel(kernel: Any, constexprs: Mapping[str, object], num_warps: int
             signature[name] = OTHER.get(name, "*i64" if name in INT64 else "*fp32")
         else:
             signature[name] = "i32"
-    if kernel is _row_sums_kernel:
+    if kernel is row_sums_kernel:
         signature["totals_ptr"] = "*fp32"
     ptx: str = compile_for_sm90(kernel, signature, constexprs, num_warps=num_warps, **options).asm["ptx"]
     return ptx
@@ -69,26 +69,26 @@ NO_NOISE = dict.fromkeys(
     ("temperature_ptr", "thresholds_ptr", "seeds_ptr", "sample_indices_ptr", "positions_ptr"), None
 )
 EXACT_KERNELS = [
-    (_sample_tiles_kernel, {"HAS_THRESHOLDS": True, "TILE": TILE}, NUM_WARPS[TILE]),
-    (_sample_tiles_kernel, {"HAS_THRESHOLDS": False, "TILE": SMALL_TILE}, NUM_WARPS[SMALL_TILE]),
-    (_top_of_tiles_kernel, {"HAS_NOISE": True, "HAS_THRESHOLDS": True, "TILE": TILE}, NUM_WARPS[TILE]),
-    (_top_of_tiles_kernel, {**NO_NOISE, "HAS_NOISE": False, "HAS_THRESHOLDS": False, "TILE": SMALL_TILE}, 4),
-    (_mass_and_rank_kernel, {"HAS_THRESHOLDS": True, "TILE": TILE}, NUM_WARPS[TILE]),
-    (_collect_kernel, {"TILE": TILE}, 8),
-    (_threshold_kernel, {"BLOCK": 2048}, 8),
-    (_edit_kernel, {"EDIT": PENALISE, "BLOCK": 256}, 4),
+    (sample_tiles_kernel, {"HAS_THRESHOLDS": True, "TILE": TILE}, NUM_WARPS[TILE]),
+    (sample_tiles_kernel, {"HAS_THRESHOLDS": False, "TILE": SMALL_TILE}, NUM_WARPS[SMALL_TILE]),
+    (top_of_tiles_kernel, {"HAS_NOISE": True, "HAS_THRESHOLDS": True, "TILE": TILE}, NUM_WARPS[TILE]),
+    (top_of_tiles_kernel, {**NO_NOISE, "HAS_NOISE": False, "HAS_THRESHOLDS": False, "TILE": SMALL_TILE}, 4),
+    (mass_and_rank_kernel, {"HAS_THRESHOLDS": True, "TILE": TILE}, NUM_WARPS[TILE]),
+    (collect_kernel, {"TILE": TILE}, 8),
+    (threshold_kernel, {"BLOCK": 2048}, 8),
+    (edit_kernel, {"EDIT": PENALISE, "BLOCK": 256}, 4),
 ]
 OTHER_KERNELS = [
-    (_best_tile_kernel, {"BLOCK": 128}, 4),
-    (_top_of_rows_kernel, {"BLOCK": 4096}, 16),
-    (_non_finite_kernel, {"TILE": TILE}, 8),
-    (_tile_sums_kernel, {"TILE": TILE}, 8),
-    (_row_sums_kernel, {"BLOCK": 32}, 4),
-    (_part_maxima_kernel, {"TILE": TILE, "PART": 128}, 8),
-    (_lower_bound_kernel, {"BLOCK": 1024}, 4),
-    (_verify_chain_kernel, {"BLOCK": 32}, 1),
-    (_edit_kernel, {"EDIT": BIAS, "BLOCK": 256, "seen_ptr": None, "settings_ptr": None}, 4),
-    (_edit_kernel, {"EDIT": MASK, "BLOCK": 256, "seen_ptr": None, "settings_ptr": None, "amounts_ptr": None}, 4),
+    (best_tile_kernel, {"BLOCK": 128}, 4),
+    (top_of_rows_kernel, {"BLOCK": 4096}, 16),
+    (non_finite_kernel, {"TILE": TILE}, 8),
+    (tile_sums_kernel, {"TILE": TILE}, 8),
+    (row_sums_kernel, {"BLOCK": 32}, 4),
+    (part_maxima_kernel, {"TILE": TILE, "PART": 128}, 8),
+    (lower_bound_kernel, {"BLOCK": 1024}, 4),
+    (verify_chain_kernel, {"BLOCK": 32}, 1),
+    (edit_kernel, {"EDIT": BIAS, "BLOCK": 256, "seen_ptr": None, "settings_ptr": None}, 4),
+    (edit_kernel, {"EDIT": MASK, "BLOCK": 256, "seen_ptr": None, "settings_ptr": None, "amounts_ptr": None}, 4),
 ]
 
 
@@ -101,7 +101,7 @@ def test_bits_are_left_alone(kernel: Any, constexprs: dict[str, object], num_war
 
 def test_without_the_option_they_would_be_fused() -> None:
     constexprs = {"HAS_THRESHOLDS": False, "TILE": SMALL_TILE}
-    assert FUSED.search(compile_kernel(_sample_tiles_kernel, constexprs, enable_fp_fusion=True))
+    assert FUSED.search(compile_kernel(sample_tiles_kernel, constexprs, enable_fp_fusion=True))
 
 
 @pytest.mark.parametrize(("kernel", "constexprs", "num_warps"), OTHER_KERNELS)

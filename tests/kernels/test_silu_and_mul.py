@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.layers.silu_and_mul import TILE_ELEMENTS, _silu_and_mul_kernel, silu_and_mul, silu_and_mul_reference
+from kernels.layers.silu_and_mul import TILE_ELEMENTS, silu_and_mul, silu_and_mul_kernel, silu_and_mul_reference
 from tests.helpers.compile_sm90 import compile_for_sm90
 
 # 16-bit types round silu(gate) and the product: two roundings of half an ulp each, and their cross term.
@@ -92,6 +92,6 @@ def test_compiles_for_sm_90_into_wide_accesses(kind: str) -> None:
         "row_stride": "i32:16",
     }
     constexprs = {"column_stride": 1, "ROWS": 1, "BLOCK": TILE_ELEMENTS}
-    compiled = compile_for_sm90(_silu_and_mul_kernel, signature, constexprs)
+    compiled = compile_for_sm90(silu_and_mul_kernel, signature, constexprs)
     assert "ld.global.v4.b32" in compiled.asm["ptx"]
     assert "st.global.v4.b32" in compiled.asm["ptx"]

@@ -49,7 +49,7 @@ def test_the_cast_of_strided_rows(dtype: torch.dtype, device: torch.device) -> N
 
 
 @triton.jit
-def _decode_kernel(word_ptr, scale_ptr, value_ptr, factor_ptr, code_dtype: tl.constexpr, dtype: tl.constexpr):
+def decode_kernel(word_ptr, scale_ptr, value_ptr, factor_ptr, code_dtype: tl.constexpr, dtype: tl.constexpr):
     values = decode_words(tl.load(word_ptr + tl.arange(0, 2)), code_dtype).to(tl.int16, bitcast=True)
     tl.store(value_ptr + tl.arange(0, 16), values.permute(0, 3, 1, 2).reshape(16))
     factors = block_factors(tl.load(scale_ptr + tl.arange(0, 256)), dtype)
@@ -76,7 +76,7 @@ def test_codes_and_factors_are_exact(
     values = torch.empty(16, dtype=torch.int16, device=device)
     factors = torch.empty(256, dtype=torch.int32 if weight_dtype == torch.float32 else torch.int16, device=device)
     dtypes = {"code_dtype": of_triton[code_dtype], "dtype": of_triton[weight_dtype]}
-    _decode_kernel[(1,)](nibbles.view(torch.int32), scales, values, factors, **dtypes)
+    decode_kernel[(1,)](nibbles.view(torch.int32), scales, values, factors, **dtypes)
     ones = torch.full((1, 1), 127, dtype=torch.uint8, device=device)
     expected = dequantize_mxfp4(nibbles.repeat(1, 2), ones)[0, :16].double()
     assert torch.equal(values.view(code_dtype).double() * 2.0**shift, expected)

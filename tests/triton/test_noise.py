@@ -18,7 +18,7 @@ BLOCK = 1 << 16
 
 
 @triton.jit
-def _noise_kernel(noise_ptr, low_ptr, high_ptr, words_ptr, num_words, BLOCK: tl.constexpr):
+def noise_kernel(noise_ptr, low_ptr, high_ptr, words_ptr, num_words, BLOCK: tl.constexpr):
     word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = word < num_words
     words = tl.load(words_ptr + word, mask=inside, other=0).to(tl.uint32)
@@ -29,7 +29,7 @@ def _noise_kernel(noise_ptr, low_ptr, high_ptr, words_ptr, num_words, BLOCK: tl.
 
 
 @triton.jit
-def _token_noise_kernel(noise_ptr, keys_ptr, first_token_id, BLOCK: tl.constexpr):
+def token_noise_kernel(noise_ptr, keys_ptr, first_token_id, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     seed, sample_index = tl.load(keys_ptr + row * 3), tl.load(keys_ptr + row * 3 + 1)
     token = tl.arange(0, BLOCK)
@@ -50,7 +50,7 @@ def test_noise_has_the_bits_of_the_reference_and_lies_within_its_bounds(device: 
     words = words_everywhere()
     noise, low, high = torch.empty((3, len(words)), device=device)
     grid = (triton.cdiv(len(words), BLOCK),)
-    _noise_kernel[grid](noise, low, high, words.to(device), len(words), BLOCK=BLOCK, **EXACT)
+    noise_kernel[grid](noise, low, high, words.to(device), len(words), BLOCK=BLOCK, **EXACT)
     assert torch.equal(noise.cpu(), noise_from_words(words))
     assert bool((low <= noise).all())
     assert bool((noise <= high).all())
@@ -63,7 +63,7 @@ def test_words_depend_on_all_of_seed_sample_position_and_token(device: torch.dev
     )
     noise = torch.empty((len(keys), 512), device=device)
     for first_token_id in (0, 1, 130_003):
-        _token_noise_kernel[(len(keys),)](noise, keys.to(device), first_token_id, BLOCK=512, **EXACT)
+        token_noise_kernel[(len(keys),)](noise, keys.to(device), first_token_id, BLOCK=512, **EXACT)
         seeds, samples, positions = keys.T
         expected = gumbel_noise_range(seeds, samples, positions, first_token_id=first_token_id, num_tokens=512)
         assert torch.equal(noise.cpu(), expected)

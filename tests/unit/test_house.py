@@ -202,6 +202,26 @@ def test_what_a_wing_knows_of_a_seq_is_changed_by_that_wing_alone() -> None:
                 assert not changed, f"{path.relative_to(ROOT)} changes {changed} of scheduler/{wing_name}"
 
 
+def private_names(path: Path) -> Iterator[str]:
+    """What a file imports of ours, or reads of anything but `self` and torch, although its name begins with one _."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and top(node.module) in ARROWS:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if is_private(alias.name))
+        elif isinstance(node, ast.Attribute) and is_private(node.attr):
+            name = ast.unparse(node)
+            if top(name) not in ("self", "cls", "torch"):
+                yield name
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_tests_use_public_names() -> None:
+    found = {f"{path.relative_to(ROOT)}: {name}" for path in sources("tests") for name in private_names(path)}
+    assert found == set()
+
+
 def test_no_file_is_too_long() -> None:
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files = {name for name in listed.split() if not name.startswith(("tests/", "echelon/pb/"))}

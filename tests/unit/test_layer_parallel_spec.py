@@ -1,6 +1,7 @@
 """What an engine's spec may ask of layer-parallel drafting, and what is decided where it leaves it open."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,11 +30,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_deep_model(tmp_path_factory.mktemp("draft"), "llama")
 
 
-def resolve_on(size: int, spec: EngineSpec) -> list[LayerParallelPlan]:
+def resolve_on(size: int, spec: EngineSpec, **measured_by: Any) -> list[LayerParallelPlan]:
     """The plan of each rank; the groups must be named, since threads have no store to publish them in."""
 
     def resolve(group: ThreadGroup) -> LayerParallelPlan:
-        return resolve_plan(spec, group, Cohort(group.rank, size, None), CPU, lambda stage, done, total: None)
+        cohort = Cohort(group.rank, size, None)
+        return resolve_plan(spec, group, cohort, CPU, lambda stage, done, total: None, **measured_by)
 
     return run_ranks(size, resolve)
 
@@ -92,18 +94,13 @@ def test_ranks_decide_alike_how_mlps_are_divided(folder: Path) -> None:
     ],
 )
 def test_mlps_are_split_where_that_takes_the_slowest_rank_less_time(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    intermediate_size: int,
-    split_s: tuple[float, float],
-    expected: MLPs,
+    tmp_path: Path, intermediate_size: int, split_s: tuple[float, float], expected: MLPs
 ) -> None:
     def time(config: ModelConfig, group: ThreadGroup, ctx: BuildContext) -> float:
         return 1.0 if ctx.group.size == 1 else split_s[group.rank]
 
-    monkeypatch.setattr("workers.process.draft_layout._time_mlps", time)
     folder = write_deep_model(tmp_path / "model", "llama", intermediate_size=intermediate_size)
-    assert [plan.mlps for plan in resolve_on(2, draft_spec(folder))] == [expected] * 2
+    assert [plan.mlps for plan in resolve_on(2, draft_spec(folder), time_mlps=time)] == [expected] * 2
 
 
 def test_one_rank_holds_everything_whatever_the_spec_says(folder: Path) -> None:

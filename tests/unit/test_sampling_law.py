@@ -75,8 +75,8 @@ class PenaltiesFromCommittedHistory(ToyEngine):
 
 class TopPOfEachShard(ToyEngine):
     class sampler_class(Sampler):
-        def _truncation_thresholds(self, logits: Tensor, temperature: Tensor, truncation: Truncation) -> Tensor:
-            return Sampler(SoloGroup(), VOCAB_SIZE)._truncation_thresholds(logits, temperature, truncation)
+        def truncation_thresholds(self, logits: Tensor, temperature: Tensor, truncation: Truncation) -> Tensor:
+            return Sampler(SoloGroup(), VOCAB_SIZE).truncation_thresholds(logits, temperature, truncation)
 
 
 class DraftNoiseOffByOne(ToyEngine):

@@ -28,6 +28,7 @@ SCRATCH_BYTES = 256 << 20  # MLP weights that are timed: more than a processor c
 TIMED_RUNS = 5
 
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
+TimeMLPs = Callable[[ModelConfig, Group, BuildContext], float]
 
 
 def is_layer_parallel(spec: EngineSpec) -> bool:
@@ -50,24 +51,54 @@ def num_ranks(spec: EngineSpec, world_size: int) -> int:
     return spec.lp_size if spec.lp_size <= world_size else 1
 
 
+def time_mlps(config: ModelConfig, group: Group, ctx: BuildContext) -> float:
+    """Seconds of a token through some MLPs of the model's shape, split as `ctx` says, on all ranks together."""
+    bytes_each = 3 * config.hidden_size * config.intermediate_size * ctx.dtype.itemsize
+    num_layers = max(1, min(config.num_layers, SCRATCH_BYTES // bytes_each))
+    mlps = [MLP(f"scratch.{layer}", config=config, ctx=ctx) for layer in range(num_layers)]
+    with torch.inference_mode():
+        for part in ctx.slices:
+            part.target.fill_(1e-3)
+        ctx.pack()
+        x = torch.ones(1, config.hidden_size, dtype=ctx.dtype, device=ctx.device)
+        return statistics.median(_time(mlps, x, group) for _ in range(1 + TIMED_RUNS))
+
+
+def _time(mlps: list[MLP], x: torch.Tensor, group: Group) -> float:
+    group.all_gather(x).flatten()[0].item()  # all start together, with nothing left to do on the device
+    started_s = time.perf_counter()
+    for mlp in mlps:
+        x = mlp(x)
+    x.flatten()[0].item()
+    return time.perf_counter() - started_s
+
+
 def resolve_plan(
-    spec: EngineSpec, group: Group, cohort: Cohort, device: torch.device, on_progress: OnProgress
+    spec: EngineSpec,
+    group: Group,
+    cohort: Cohort,
+    device: torch.device,
+    on_progress: OnProgress,
+    *,
+    time_mlps: TimeMLPs = time_mlps,
 ) -> LayerParallelPlan:
     """What the spec leaves open is measured and decided, the same on all ranks of `group`, which all call this.
+
+    Args:
+        time_mlps: measures here how long a token takes through MLPs that are split as the context says.
 
     Raises:
         LoadError: The groups of the spec are not those of the model, or the folder cannot be read.
         SpecError: A field of the spec is none of its values.
     """
     config = load_model_config(Path(spec.model))
-    dtype = getattr(torch, spec.dtype)
     weights = _choice("layer_parallel_weights", spec.layer_parallel_weights or Weights.REPLICATED, [*Weights])
     mlps = _choice("layer_parallel_mlp", spec.layer_parallel_mlp or AUTO, [*MLPs, AUTO])
     if group.size == 1:
         weights, mlps = Weights.REPLICATED, MLPs.REPLICATED
     if mlps == AUTO:
         on_progress("timing MLPs", 0, 0)
-        mlps = _faster_mlps(spec, config, group, dtype, device)
+        mlps = _faster_mlps(spec, config, group, device, time_mlps)
     return LayerParallelPlan(
         groups=_groups(spec, config, cohort, device, on_progress),
         lp_size=spec.lp_size,
@@ -104,37 +135,18 @@ def _groups(
     return groups
 
 
-def _faster_mlps(spec: EngineSpec, config: ModelConfig, group: Group, dtype: torch.dtype, device: torch.device) -> MLPs:
+def _faster_mlps(
+    spec: EngineSpec, config: ModelConfig, group: Group, device: torch.device, time_mlps: TimeMLPs
+) -> MLPs:
     """What takes the slowest rank less time for one token. All ranks see the same times and decide alike."""
     if config.intermediate_size % group.size:
         return MLPs.REPLICATED
 
     def time_over(shared_by: Group) -> float:
+        dtype = getattr(torch, spec.dtype)
         ctx = BuildContext(shared_by, dtype=dtype, device=device, batch_invariant=spec.batch_invariant)
-        return _time_mlps(config, group, ctx)
+        return time_mlps(config, group, ctx)
 
     own = [time_over(SoloGroup()), time_over(group)]
     replicated_s, split_s = group.all_gather(torch.tensor(own, device=device)).amax(dim=0).tolist()
     return MLPs.TENSOR_PARALLEL if split_s < replicated_s else MLPs.REPLICATED
-
-
-def _time_mlps(config: ModelConfig, group: Group, ctx: BuildContext) -> float:
-    """Seconds of a token through some MLPs of the model's shape, split as `ctx` says, on all ranks together."""
-    bytes_each = 3 * config.hidden_size * config.intermediate_size * ctx.dtype.itemsize
-    num_layers = max(1, min(config.num_layers, SCRATCH_BYTES // bytes_each))
-    mlps = [MLP(f"scratch.{layer}", config=config, ctx=ctx) for layer in range(num_layers)]
-    with torch.inference_mode():
-        for part in ctx.slices:
-            part.target.fill_(1e-3)
-        ctx.pack()
-        x = torch.ones(1, config.hidden_size, dtype=ctx.dtype, device=ctx.device)
-        return statistics.median(_time(mlps, x, group) for _ in range(1 + TIMED_RUNS))
-
-
-def _time(mlps: list[MLP], x: torch.Tensor, group: Group) -> float:
-    group.all_gather(x).flatten()[0].item()  # all start together, with nothing left to do on the device
-    started_s = time.perf_counter()
-    for mlp in mlps:
-        x = mlp(x)
-    x.flatten()[0].item()
-    return time.perf_counter() - started_s

@@ -186,11 +186,11 @@ class Sampler:
         if rows.truncation is None or truncated is None:
             return None
         if len(truncated) == logits.shape[0]:
-            return self._truncation_thresholds(logits, rows.temperature, rows.truncation)
-        found = self._truncation_thresholds(logits[truncated], rows.temperature[truncated], rows.truncation)
+            return self.truncation_thresholds(logits, rows.temperature, rows.truncation)
+        found = self.truncation_thresholds(logits[truncated], rows.temperature[truncated], rows.truncation)
         return torch.full_like(rows.temperature, -torch.inf).index_copy_(0, truncated, found)
 
-    def _truncation_thresholds(self, logits: Tensor, temperature: Tensor, truncation: Truncation) -> Tensor:
+    def truncation_thresholds(self, logits: Tensor, temperature: Tensor, truncation: Truncation) -> Tensor:
         """Thresholds of rows over the whole vocabulary: of several shards first from their candidates, then, for the
         rows that these do not settle, from all their logits."""
         if self._group.size == 1:
