@@ -1,5 +1,10 @@
-"""One compute thread for tests: several processes share a few cores, and spinning threads cost more than they give."""
+"""What libraries read when they are imported, which is before any test.
+
+One compute thread: several processes share a few cores, and spinning threads cost more than they give.
+"""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+import echelon.cli  # noqa: F401  # before grpc, as in a process of its own: the command keeps gRPC's core quiet
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -3,7 +3,11 @@
 import dataclasses
 import io
 import json
+import os
+import socket
+import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -210,6 +214,31 @@ def test_errors_of_the_server(run: Run, gateway: FakeGateway, status: grpc.Statu
         "",
         f"error: {status.name}: sampling.top_p: must be in (0, 1], got 7 [not markup]\n",
     )
+
+
+def test_a_gateway_that_goes_away_leaves_one_line() -> None:
+    """gRPC's core would write another one, by itself."""
+    settings, goaway = bytes.fromhex("000000 04 00 00000000"), bytes.fromhex("000008 07 00 00000000 00000000 00000002")
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{listener.getsockname()[1]}"
+
+    def go_away() -> None:
+        connection, _ = listener.accept()
+        listener.close()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(settings + goaway)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(4096):
+                pass
+
+    threading.Thread(target=go_away, daemon=True).start()
+    command = [sys.executable, "-m", "echelon.cli.app", "generate", "Hi", "--address", address]
+    env = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    ended = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith("error: UNAVAILABLE: ")
+    assert "goaway" not in ended.stderr.lower()
 
 
 def test_nobody_listens_is_1(run: Run) -> None:
