@@ -11,13 +11,14 @@ from checkpoint.config_json import parse_config, read_config_json
 from checkpoint.eos import EosToken, read_eos_tokens
 from checkpoint.errors import LoadError
 from checkpoint.fields import Fields
+from checkpoint.json_files import read_text
 from checkpoint.tensors import TensorInfo
 from checkpoint.tokenizer import load_tokenizer
-from checkpoint.weights import EMBEDDING, WEIGHT_DTYPES, read_weights
+from checkpoint.weights import EMBEDDING, HEAD, WEIGHT_DTYPES, read_weights
 
 DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Cut among tensor-parallel ranks; everything else (norms, biases of row-parallel layers) is held by each rank.
-_SHARDED_MODULES: Final = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
+_SHARDED_MODULES: Final = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _KV_MODULES: Final = ("k_proj", "v_proj")
 
 
@@ -36,7 +37,7 @@ class ModelFolder:
         return tuple(token.token_id for token in self.eos)
 
     def weight_bytes(self, tp_size: int, dtype: str) -> int:
-        """Bytes of weights on one of `tp_size` ranks once they are loaded as `dtype`."""
+        """Bytes of weights on the fullest of `tp_size` ranks once they are loaded as `dtype`."""
         num_elements = sum(self._elements_per_rank(name, tensor, tp_size) for name, tensor in self.weights.items())
         return num_elements * DTYPE_BYTES[dtype]
 
@@ -59,12 +60,14 @@ class ModelFolder:
         return num_tokens * (3 * config.hidden_size + max(2 * qkv, mlp)) * DTYPE_BYTES[dtype]
 
     def _elements_per_rank(self, name: str, tensor: TensorInfo, tp_size: int) -> int:
-        module = name.split(".")[-2] if "." in name else ""
+        if name in (EMBEDDING, HEAD):
+            return tensor.elements_of_rows(tp_size)
+        module = name.split(".")[-2]
         if module in _KV_MODULES:
             return tensor.num_elements * self.config.kv_heads_per_rank(tp_size) // self.config.num_kv_heads
         is_row_parallel_bias = module in ("o_proj", "down_proj") and name.endswith(".bias")
         if module in _SHARDED_MODULES and not is_row_parallel_bias:
-            return -(-tensor.num_elements // tp_size)
+            return tensor.num_elements // tp_size
         return tensor.num_elements
 
 
@@ -79,15 +82,15 @@ def find_model(model: str, relative_to: Path) -> Path:
         if path.is_dir():
             return path
         cached = _cached_snapshot(model)
+    except LoadError:
+        raise
     except RuntimeError as err:  # pathlib's way to say that "~somebody" is nobody, or that links lead in a circle
         problem = "starts with ~ and a user that does not exist" if model.startswith("~") else "is a circle of links"
         raise LoadError(problem, "write the path out") from err
     except ValueError as err:  # characters that no file name has
         raise LoadError(f"cannot be a path: {err}", remedy) from err
     except OSError as err:
-        raise LoadError(
-            f"cannot be opened: {err.strerror}", "give a folder in Hugging Face layout, or a hub id"
-        ) from err
+        raise LoadError(f"cannot be opened: {err.strerror}", remedy) from err
     if cached is not None:
         return cached
     if not _may_be_hub_id(model):
@@ -114,7 +117,7 @@ def _cached_snapshot(model: str) -> Path | None:
     main = repository / "refs" / "main"
     if not main.is_file():
         return None
-    snapshot = repository / "snapshots" / main.read_text().strip()
+    snapshot = repository / "snapshots" / read_text(main).strip()
     return snapshot if snapshot.is_dir() else None
 
 

@@ -37,6 +37,10 @@ class TensorInfo:
     def num_elements(self) -> int:
         return math.prod(self.shape)
 
+    def elements_of_rows(self, num_ranks: int) -> int:
+        """On the fullest of ranks that share the rows: those of a vocabulary need not divide evenly."""
+        return -(-self.shape[0] // num_ranks) * math.prod(self.shape[1:])
+
 
 def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     """The tensors of a folder by name. Raises LoadError for files that are missing, damaged or truncated."""

@@ -12,6 +12,8 @@ from checkpoint.layer_parallel import (
     layer_parallel_problems,
     tensor_parallel_too_problem,
 )
+from checkpoint.tensors import TensorInfo
+from checkpoint.weights import EMBEDDING, HEAD
 from cluster.errors import Problem
 
 Weights = Literal["replicated", "sharded"]
@@ -29,30 +31,29 @@ class LayerParallel:
     mlps: Mlps = "auto"
 
     def weight_bytes(self, folder: ModelFolder, dtype: str) -> int:
-        """Bytes on one rank; where MLPs are still to be chosen, with whole ones."""
-        share = 1.0 / self.num_ranks
-        attention = share if self.weights == "sharded" else 1.0
-        mlps = share if self.mlps == "tensor_parallel" else 1.0
-        num_elements = sum(
-            tensor.num_elements * _share_of(name, attention=attention, mlps=mlps, head=share)
-            for name, tensor in folder.weights.items()
-        )
-        return int(num_elements) * DTYPE_BYTES[dtype]
+        """Bytes on the fullest rank; where MLPs are still to be chosen, with whole ones."""
+        most_layers = self._most_layers(folder)
+        num_elements = sum(self._elements(name, tensor, most_layers) for name, tensor in folder.weights.items())
+        return num_elements * DTYPE_BYTES[dtype]
+
+    def _most_layers(self, folder: ModelFolder) -> int:
+        """Whose attention the fullest rank holds."""
+        num_layers = folder.config.num_layers
+        return num_layers if self.weights == "replicated" else -(-num_layers // self.num_ranks)
+
+    def _elements(self, name: str, tensor: TensorInfo, most_layers: int) -> int:
+        if name == HEAD or (name == EMBEDDING and self.weights == "sharded"):
+            return tensor.elements_of_rows(self.num_ranks)
+        if ".self_attn." in name or ".input_layernorm." in name:
+            layer = int(name.split(".")[2])
+            return tensor.num_elements if layer < most_layers else 0  # as if the rank held the first ones
+        if ".mlp." in name and self.mlps == "tensor_parallel" and not name.endswith("down_proj.bias"):
+            return tensor.num_elements // self.num_ranks
+        return tensor.num_elements
 
     def kv_bytes_per_token(self, folder: ModelFolder, dtype: str) -> int:
         """Bytes on the rank that holds most layers."""
-        whole = folder.kv_bytes_per_token(1, dtype)
-        if self.weights == "replicated":
-            return whole
-        return whole // folder.config.num_layers * -(-folder.config.num_layers // self.num_ranks)
-
-
-def _share_of(name: str, *, attention: float, mlps: float, head: float) -> float:
-    if ".self_attn." in name:
-        return attention
-    if ".mlp." in name:
-        return mlps
-    return head if name.startswith("lm_head.") else 1.0
+        return folder.kv_bytes_per_token(1, dtype) // folder.config.num_layers * self._most_layers(folder)
 
 
 def layer_parallel(

@@ -33,7 +33,7 @@ def test_weight_bytes_count_what_a_rank_holds(tmp_path: Path) -> None:
     assert model.weight_bytes(1, "float32") == 2 * model.weight_bytes(1, "bfloat16")
     # With 8 ranks each holds one of 4 key-value heads whole: twice an eighth.
     per_rank_layer = 32 * 32 // 8 + 2 * (16 * 32 // 4) + 32 * 32 // 8 + 3 * 64 * 32 // 8
-    assert model.weight_bytes(8, "bfloat16") == 2 * (2 * per_rank_layer + norms + embedding // 8)
+    assert model.weight_bytes(8, "bfloat16") == 2 * (2 * per_rank_layer + norms + 2 * 13 * 32), "13 of 100 tokens"
 
 
 def test_a_tied_head_is_counted_once(tmp_path: Path) -> None:

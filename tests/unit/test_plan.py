@@ -291,8 +291,8 @@ def test_sharded_layers_take_a_share_of_the_memory(pair: tuple[Path, Path]) -> N
 
     whole, sharded = draft_of(), draft_of(layer_parallel_weights="sharded")
     assert sharded.kv_bytes_per_token * 4 == whole.kv_bytes_per_token, "two of eight layers"
-    attention = 8 * (2 * 32 * 1024 + 2 * 16 * 1024) * 2
-    assert whole.weight_bytes - sharded.weight_bytes == attention * 3 // 4
+    attention, embedding = 8 * (2 * 32 * 1024 + 2 * 16 * 1024 + 1024) * 2, 100 * 1024 * 2
+    assert whole.weight_bytes - sharded.weight_bytes == (attention + embedding) * 3 // 4
     cut = draft_of(layer_parallel_mlp="tensor_parallel")
     assert whole.weight_bytes - cut.weight_bytes == 8 * 3 * 4096 * 1024 * 2 * 3 // 4
 

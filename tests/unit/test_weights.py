@@ -10,8 +10,10 @@ import torch
 from checkpoint.config import ModelConfig
 from checkpoint.config_json import parse_config
 from checkpoint.errors import LoadError
-from checkpoint.folder import read_model_folder
+from checkpoint.folder import ModelFolder, read_model_folder
+from checkpoint.tensors import TensorInfo
 from checkpoint.weights import expected_tensors, read_weights
+from cluster.layer_parallel import LayerParallel
 from tests.helpers.model_folders import tensors_of, write_model_folder, write_safetensors
 from tests.helpers.tiny_models import FAMILIES
 from workers.layers.context import BuildContext
@@ -56,6 +58,23 @@ def test_a_folder_must_hold_what_transformers_saves(family: str) -> None:
     assert dict(expected_tensors(config)) == saved
 
 
+def planned(config: ModelConfig) -> ModelFolder:
+    """What the plan knows of a folder with that model, in fp32."""
+    weights = {
+        name: TensorInfo(file=Path(), shape=shape, dtype="F32", start=0, num_bytes=0)
+        for name, shape in expected_tensors(config)
+    }
+    return ModelFolder(path=Path(), config=config, dtype="float32", eos=(), weights=weights)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_plan_counts_the_bytes_of_the_fullest_rank(family: str, size: int) -> None:
+    config, _ = config_of(family)
+    models = [CausalLM(config, max_model_len=8, ctx=context(rank, size)) for rank in range(size)]
+    assert planned(config).weight_bytes(size, "float32") == max(model.weight_bytes for model in models)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_ranks_of_a_decoder_read_just_that(family: str, size: int) -> None:
@@ -73,11 +92,14 @@ def test_the_ranks_of_a_layer_parallel_draft_read_it_together(family: str, weigh
     config, saved = config_of(family)
     plan = LayerParallelPlan(groups=one_by_one(config.num_layers), lp_size=2, num_ranks=2, weights=weights, mlps=mlps)
     read: dict[str, Any] = {}
+    num_bytes = []
     for rank in range(2):
         ctx = context(rank, 2)
-        LayerParallelLM(config, plan, max_model_len=8, ctx=ctx)
+        num_bytes.append(LayerParallelLM(config, plan, max_model_len=8, ctx=ctx).weight_bytes)
         read |= {part.name: part.full_shape for part in ctx.slices}
     assert read == saved
+    in_the_plan = LayerParallel(size=2, num_ranks=2, weights=weights.value, mlps=mlps.value)
+    assert in_the_plan.weight_bytes(planned(config), "float32") == max(num_bytes)
 
 
 def test_files_that_nobody_loads_are_not_counted(tmp_path: Path) -> None:
