@@ -50,11 +50,8 @@ class Lookup:
         if seq.num_outputs:
             self._index.add(seq.token_ids[max(0, seq.request.num_prompt_tokens - _TUNING.context) :])
 
-    def serves(self, seq: Seq) -> bool:
-        return seq in self._states
-
     def find(self, seq: Seq, limit: int) -> Proposal:
-        """What followed the end of the history before, `limit` tokens at most."""
+        """What followed the end of the history before; kept until that grows. `limit`: of tokens to look for."""
         state = self._states.get(seq)
         if state is None or limit == 0:
             return _NOTHING

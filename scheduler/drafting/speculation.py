@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
+from operator import attrgetter
 
 from echelon.pb import inference_pb2, scheduler_pb2, worker_pb2
 from scheduler.config import Pipeline, SpeculationConfig
@@ -27,6 +28,7 @@ class Tuning:
 
 
 _TUNING = Tuning()
+_seq_of = attrgetter("seq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ class Speculation:
             self.release(seq)
 
     def _states_of(self, targets: Iterable[TargetState]) -> Iterator[DraftState]:
-        return (self._states[target.seq] for target in targets)
+        return map(self._states.__getitem__, map(_seq_of, targets))
 
     def report(self, status: scheduler_pb2.SchedulerStatus) -> None:
         """Fills in what is known here."""
@@ -120,14 +122,14 @@ class Speculation:
     def speculates(self, running: Iterable[TargetState]) -> bool:
         """Somebody is to have drafts, if they pay."""
         return any(
-            state.wish.max_drafts > 0 and (self._looks_up(state.seq) or state.seat is not None)
+            state.wish.max_drafts > 0 and (self._lookup is not None or state.seat is not None)
             for state in self._states_of(running)
         )
 
     def expects_drafts(self, running: Iterable[TargetState]) -> bool:
         """Somebody may have drafts to verify when the round on its way is back."""
         return any(
-            state.wish.max_drafts > 0 and (self._looks_up(state.seq) or self.drafter.may_bring(state))
+            state.wish.max_drafts > 0 and (self._lookup is not None or self.drafter.may_bring(state))
             for state in self._states_of(running)
         )
 
@@ -175,9 +177,6 @@ class Speculation:
     def _prefers_lookup(self, lookup: Lookup, state: DraftState) -> bool:
         found = lookup.find(state.seq, state.limit)
         return bool(found.token_ids) and lookup.is_better(state.seq, self.drafter.drafts_of(state))
-
-    def _looks_up(self, seq: Seq) -> bool:
-        return self._lookup is not None and self._lookup.serves(seq)
 
     def on_verdict(self, seq: Seq, num_accepted: int, num_verified: int) -> None:
         state = self._states[seq]
