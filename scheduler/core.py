@@ -7,6 +7,7 @@ delivered (`take_outputs`). Times are seconds of one monotonic clock.
 
 import logging
 from heapq import heappop, heappush
+from math import inf
 
 from grpc import StatusCode
 
@@ -57,9 +58,9 @@ class SchedulerCore:
     def connect_target(self, info: worker_pb2.EngineInfo, incarnation: int) -> None:
         self._target.attach(self._new_engine(info, incarnation))
 
-    def connect_draft(self, info: worker_pb2.EngineInfo, incarnation: int) -> None:
-        """Speculation starts, or resumes, for every seq."""
-        self._speculation.attach(self._new_engine(info, incarnation))
+    def connect_draft(self, info: worker_pb2.EngineInfo, incarnation: int, *, shares_process: bool = False) -> None:
+        """Speculation starts, or resumes, for every seq. `shares_process`: with the target."""
+        self._speculation.attach(self._new_engine(info, incarnation), shares_process=shares_process)
 
     def disconnect_target(self, reason: str) -> None:
         """The target is gone with all that it held: every request fails."""
@@ -145,11 +146,22 @@ class SchedulerCore:
         return self._deadlines[0][0] if self._deadlines else None
 
     def next_release(self) -> float | None:
-        """When `plan_target` is worth calling again though nothing has happened: a seq has waited for drafts enough."""
-        engine = self._target.engine
-        if engine is None or engine.in_flight:
+        """When `plan_target` is worth calling again though nothing has happened: drafts were waited for long enough."""
+        idle_since = self._target_idle_since
+        if idle_since is None:
             return None  # the round on its way comes back first
-        return self._speculation.next_release
+        release = self._speculation.stops_waiting_at(idle_since)
+        return release if release < inf else None
+
+    @property
+    def _target_idle_since(self) -> float | None:
+        return None if self._target.engine is None else self._target.engine.idle_since
+
+    @property
+    def engines(self) -> dict["worker_pb2.EngineRole.ValueType", EngineView | None]:
+        """What is known of the groups; None where one is not connected."""
+        draft = self._speculation.drafter.engine
+        return {worker_pb2.ENGINE_ROLE_TARGET: self._target.engine, worker_pb2.ENGINE_ROLE_DRAFT: draft}
 
     @property
     def num_requests(self) -> int:
@@ -158,15 +170,14 @@ class SchedulerCore:
     # -- the draft engine ---------------------------------------------------------------------------------------------
 
     def plan_draft(self, now: float) -> worker_pb2.Round | None:
-        message = self._speculation.plan_draft(self._target.running, now)
+        running, idle_since = self._target.running, self._target_idle_since
+        message = self._speculation.plan_draft(running, now, target_idle_since=idle_since)
         self._totals.draft_rounds_total += message is not None
         self._measure_idleness(now)
         return message
 
     def on_draft_result(self, result: worker_pb2.RoundResult, now: float) -> None:
-        engine = self._target.engine
-        idle_since = engine.idle_since if engine is not None else None
-        self._speculation.on_draft_result(result, now, target_idle_since=idle_since)
+        self._speculation.on_draft_result(result, now, target_idle_since=self._target_idle_since)
 
     # -- the target engine --------------------------------------------------------------------------------------------
 

@@ -208,6 +208,9 @@ class SchedulerStatus(google.protobuf.message.Message):
     READY_FIELD_NUMBER: builtins.int
     NOT_READY_REASON_FIELD_NUMBER: builtins.int
     DRAFT_READY_FIELD_NUMBER: builtins.int
+    TARGET_SILENT_S_FIELD_NUMBER: builtins.int
+    DRAFT_SILENT_S_FIELD_NUMBER: builtins.int
+    DRAFT_NOT_READY_REASON_FIELD_NUMBER: builtins.int
     NUM_REQUESTS_RUNNING_FIELD_NUMBER: builtins.int
     NUM_REQUESTS_WAITING_FIELD_NUMBER: builtins.int
     NUM_BLOCKS_FIELD_NUMBER: builtins.int
@@ -237,6 +240,14 @@ class SchedulerStatus(google.protobuf.message.Message):
     """the target group answers; the draft group need not"""
     not_ready_reason: builtins.str
     draft_ready: builtins.bool
+    """the draft group answers"""
+    target_silent_s: builtins.float
+    """For how long a group has not answered, though it was asked something that it usually answers in less, or is not
+    connected; 0: it answers.
+    """
+    draft_silent_s: builtins.float
+    draft_not_ready_reason: builtins.str
+    """of a draft group that is not connected"""
     num_requests_running: builtins.int
     num_requests_waiting: builtins.int
     num_blocks: builtins.int
@@ -282,6 +293,9 @@ class SchedulerStatus(google.protobuf.message.Message):
         ready: builtins.bool = ...,
         not_ready_reason: builtins.str = ...,
         draft_ready: builtins.bool = ...,
+        target_silent_s: builtins.float = ...,
+        draft_silent_s: builtins.float = ...,
+        draft_not_ready_reason: builtins.str = ...,
         num_requests_running: builtins.int = ...,
         num_requests_waiting: builtins.int = ...,
         num_blocks: builtins.int = ...,
@@ -309,7 +323,7 @@ class SchedulerStatus(google.protobuf.message.Message):
         non_finite_rows_total: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["speculation_total", b"speculation_total"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["acceptance_rate", b"acceptance_rate", "draft_idle_seconds_total", b"draft_idle_seconds_total", "draft_ready", b"draft_ready", "draft_rounds_total", b"draft_rounds_total", "draft_tokens_total", b"draft_tokens_total", "drafts_per_verification", b"drafts_per_verification", "generation_tokens_total", b"generation_tokens_total", "lookup_tokens_total", b"lookup_tokens_total", "non_finite_rows_total", b"non_finite_rows_total", "not_ready_reason", b"not_ready_reason", "num_blocks", b"num_blocks", "num_draft_blocks", b"num_draft_blocks", "num_free_blocks", b"num_free_blocks", "num_free_draft_blocks", b"num_free_draft_blocks", "num_preemptions_total", b"num_preemptions_total", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens_total", b"prompt_tokens_total", "ready", b"ready", "speculation_total", b"speculation_total", "target_rounds_total", b"target_rounds_total", "verdict_cache_hits_total", b"verdict_cache_hits_total", "verdict_cache_misses_total", b"verdict_cache_misses_total", "verify_wait_seconds_total", b"verify_wait_seconds_total", "wasted_draft_tokens_total", b"wasted_draft_tokens_total", "window_occupancy", b"window_occupancy"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["acceptance_rate", b"acceptance_rate", "draft_idle_seconds_total", b"draft_idle_seconds_total", "draft_not_ready_reason", b"draft_not_ready_reason", "draft_ready", b"draft_ready", "draft_rounds_total", b"draft_rounds_total", "draft_silent_s", b"draft_silent_s", "draft_tokens_total", b"draft_tokens_total", "drafts_per_verification", b"drafts_per_verification", "generation_tokens_total", b"generation_tokens_total", "lookup_tokens_total", b"lookup_tokens_total", "non_finite_rows_total", b"non_finite_rows_total", "not_ready_reason", b"not_ready_reason", "num_blocks", b"num_blocks", "num_draft_blocks", b"num_draft_blocks", "num_free_blocks", b"num_free_blocks", "num_free_draft_blocks", b"num_free_draft_blocks", "num_preemptions_total", b"num_preemptions_total", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens_total", b"prompt_tokens_total", "ready", b"ready", "speculation_total", b"speculation_total", "target_rounds_total", b"target_rounds_total", "target_silent_s", b"target_silent_s", "verdict_cache_hits_total", b"verdict_cache_hits_total", "verdict_cache_misses_total", b"verdict_cache_misses_total", "verify_wait_seconds_total", b"verify_wait_seconds_total", "wasted_draft_tokens_total", b"wasted_draft_tokens_total", "window_occupancy", b"window_occupancy"]) -> None: ...
 
 global___SchedulerStatus = SchedulerStatus
 

@@ -35,7 +35,7 @@ class WorkerServicer(object):
 
     def Rounds(self, request_iterator, context):
         """The first message down is a hello. Then each round is one message down and one up, in order. Further
-        rounds can be sent before the first is answered.
+        rounds can be sent before the first is answered. A first round without rows shows that the group does rounds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -28,7 +28,7 @@ class WorkerStub:
         echelon.pb.worker_pb2.RoundResult,
     ]
     """The first message down is a hello. Then each round is one message down and one up, in order. Further
-    rounds can be sent before the first is answered.
+    rounds can be sent before the first is answered. A first round without rows shows that the group does rounds.
     """
 
     GetWorkerInfo: grpc.UnaryUnaryMultiCallable[
@@ -46,7 +46,7 @@ class WorkerAsyncStub:
         echelon.pb.worker_pb2.RoundResult,
     ]
     """The first message down is a hello. Then each round is one message down and one up, in order. Further
-    rounds can be sent before the first is answered.
+    rounds can be sent before the first is answered. A first round without rows shows that the group does rounds.
     """
 
     GetWorkerInfo: grpc.aio.UnaryUnaryMultiCallable[
@@ -66,7 +66,7 @@ class WorkerServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[echelon.pb.worker_pb2.RoundResult], collections.abc.AsyncIterator[echelon.pb.worker_pb2.RoundResult]]:
         """The first message down is a hello. Then each round is one message down and one up, in order. Further
-        rounds can be sent before the first is answered.
+        rounds can be sent before the first is answered. A first round without rows shows that the group does rounds.
         """
 
     @abc.abstractmethod

@@ -8,6 +8,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from echelon.pb import worker_pb2
 from scheduler.config import SpeculationConfig
@@ -57,6 +58,8 @@ class Drafter(ABC):
         self._calibration = Calibration()
         self._asks_confidences = asks_confidences
         self._served: Collection[DraftState] = ()  # by another source, when last asked for a round
+        self._shares_process = False
+        self.is_left_behind = False  # a round is late: the target goes on without it until it is back
         self.num_drafted = 0
         self._num_of_use = 0  # drafts that the target wrote too
 
@@ -86,12 +89,16 @@ class Drafter(ABC):
     def engine(self) -> EngineView | None:
         return self.seats.engine if self.seats else None
 
-    def attach(self, engine: EngineView) -> None:
+    def attach(self, engine: EngineView, *, shares_process: bool) -> None:
+        """`shares_process`: with the target; rounds of one wait for those of the other."""
         self.seats = DraftSeats(engine)
+        self._shares_process = shares_process
+        self.is_left_behind = False
 
     def detach(self) -> None:
         """The engine is gone with all that it held."""
         self.seats = None
+        self.is_left_behind = False
         self.cache.clear()
         for state in self._states.values():
             state.seat = None
@@ -165,6 +172,8 @@ class Drafter(ABC):
 
     def _num_coming(self, state: DraftState, seat: DraftSeat | None) -> int:
         """Drafts that are on their way, or will be with the next round."""
+        if self.is_left_behind:
+            return 0
         if seat is None or seat.is_catching_up or seat.lag(state.seq.token_ids) > self._tuning.max_lag:
             return 0
         if not self._grows(state):
@@ -174,7 +183,7 @@ class Drafter(ABC):
     def may_bring(self, state: DraftState) -> bool:
         """The seq may have drafts to verify when the target's round on its way is back."""
         seat = state.seat
-        if seat is None:
+        if seat is None or self.is_left_behind:
             return False
         if seat.num_ahead or state.window:
             return True
@@ -182,6 +191,12 @@ class Drafter(ABC):
         return is_level and (state.wish.is_fixed or not self.policy.is_resting)
 
     # -- rounds -------------------------------------------------------------------------------------------------------
+
+    def late_at(self, target_idle_since: float | None) -> float:
+        """When the oldest round on its way is late; inf without one. `target_idle_since`: None while it is at work."""
+        if self.engine is None or (self._shares_process and target_idle_since is None):
+            return inf
+        return self.engine.late_at(target_idle_since if self._shares_process and target_idle_since else -inf)
 
     def plan(
         self, running: Iterable[DraftState], now: float, *, served: Collection[DraftState] = ()
@@ -208,9 +223,11 @@ class Drafter(ABC):
         """Take in a round's drafts. `target_idle_since`: None while it is at work. Raises UnexpectedAnswerError."""
         assert self.seats is not None, "a result of an engine that is not connected"
         record = self.seats.engine.land(result, now)
+        self.is_left_behind = False
         self._on_landed(record)
         was_alone = target_idle_since is not None and target_idle_since <= now - record.wall_s
-        self._observe(record, result, beside_target=not was_alone)
+        if not record.was_late:
+            self._observe(record, result, beside_target=not was_alone)
         self.num_drafted += sum(len(answer.token_ids) for answer in result.rows)
         for row, answer in self.seats.land(record, result, self._odds):
             state = self._states[row.seq]

@@ -22,7 +22,7 @@ class Serial(Drafter):
 
     @property
     def target_waits(self) -> bool:
-        return bool(self._drafting) or self._is_gathering
+        return (bool(self._drafting) or self._is_gathering) and not self.is_left_behind
 
     def detach(self) -> None:
         self._drafting.clear()

@@ -165,6 +165,11 @@ class Speculation:
         """When the first of the held seqs has waited long enough."""
         return min(self._held_until.values(), default=None)
 
+    def stops_waiting_at(self, target_idle_since: float) -> float:
+        """When an idle target goes on without drafts, if they have not come; inf if it does not wait."""
+        late_at = self.drafter.late_at(target_idle_since) if self.target_waits else inf
+        return min(late_at, inf if self.next_release is None else self.next_release)
+
     def _offer(self, state: DraftState, now: float) -> _Offer:
         seq, seat = state.seq, state.seat
         drafts = self.drafter.drafts_of(state, may_hold=now < self._held_until.get(state, inf))
@@ -208,13 +213,16 @@ class Speculation:
 
     # -- the draft engine ---------------------------------------------------------------------------------------------
 
-    def attach(self, engine: EngineView) -> None:
-        self.drafter.attach(engine)
+    def attach(self, engine: EngineView, *, shares_process: bool) -> None:
+        self.drafter.attach(engine, shares_process=shares_process)
 
     def detach(self) -> None:
         self.drafter.detach()
 
-    def plan_draft(self, running: Iterable[TargetState], now: float) -> worker_pb2.Round | None:
+    def plan_draft(
+        self, running: Iterable[TargetState], now: float, *, target_idle_since: float | None
+    ) -> worker_pb2.Round | None:
+        self.drafter.is_left_behind = now >= self.drafter.late_at(target_idle_since)
         states = list(self._states_of(running))
         served: set[DraftState] = set()
         if self._lookup is not None:

@@ -3,9 +3,11 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from echelon.pb import sampling_pb2, worker_pb2
 from scheduler.engines.blocks import BlockManager
+from scheduler.engines.patience import Patience
 from scheduler.engines.seat import Seat
 from scheduler.requests.request import Seq
 
@@ -49,7 +51,9 @@ class InFlight:
     num_tokens: int
     is_prefill: bool  # a row has more to compute than a decode or verify step has
     sent_s: float
+    work: int = 1  # forwards of one token that it amounts to, at most: tokens and drafts
     wall_s: float = 0.0  # from when the engine could have begun to when its answer came: what it took for us
+    was_late: bool = False  # so long that it stood still: no measurement
 
 
 class EngineView:
@@ -64,6 +68,7 @@ class EngineView:
         self.info = info
         self.in_flight: deque[InFlight] = deque()
         self.num_rounds = 0
+        self.patience = Patience()
         self._incarnation = incarnation
         self._landed_s = float("-inf")  # when the last answer came
         self._free_slots = list(reversed(range(info.num_slots)))
@@ -78,6 +83,19 @@ class EngineView:
     def idle_since(self) -> float | None:
         """When its last round came back; None while one is on its way."""
         return None if self.in_flight else self._landed_s
+
+    def waiting_since(self, not_before: float = -inf) -> float:
+        """From when on the oldest round in flight could have run, which was not before; inf without one."""
+        return max(self.in_flight[0].sent_s, self._landed_s, not_before) if self.in_flight else inf
+
+    def late_at(self, not_before: float = -inf) -> float:
+        """When this round is late; inf without one."""
+        return self.waiting_since(not_before) + self.patience.late_s(self.in_flight[0].work) if self.in_flight else inf
+
+    @property
+    def lost_s(self) -> float:
+        """Seconds that this round may take before the engine counts as lost; inf without one."""
+        return self.patience.lost_s(self.in_flight[0].work) if self.in_flight else inf
 
     @property
     def num_free_slots(self) -> int:
@@ -136,16 +154,24 @@ class EngineView:
             confidences=confidences,
         )
         self._slots_to_free = []
-        num_tokens = 0
+        num_tokens = work = 0
         is_prefill = False
         for row in rows:
             if not row.seat.introduced:
                 _introduce(message, row)
             _add_row(message, row)
             num_tokens += row.chunk_len + len(row.drafts)
+            work += row.chunk_len + len(row.drafts) + row.calibrate_len + row.num_draft_tokens
             is_prefill = is_prefill or row.chunk_len > 2
         self.in_flight.append(
-            InFlight(round_id=self.num_rounds, rows=rows, num_tokens=num_tokens, is_prefill=is_prefill, sent_s=now)
+            InFlight(
+                round_id=self.num_rounds,
+                rows=rows,
+                num_tokens=num_tokens,
+                is_prefill=is_prefill,
+                sent_s=now,
+                work=work,
+            )
         )
         return message
 
@@ -166,6 +192,8 @@ class EngineView:
         # Where both engines are in one process it may have waited for a round of the other: no time of its own.
         began_s = max(record.sent_s + result.queue_ns * 1e-9, self._landed_s)
         record.wall_s = max(result.run_ns * 1e-9, now - began_s)
+        record.was_late = record.wall_s > self.patience.late_s(record.work)
+        self.patience.observe(record.work, record.wall_s)
         self._landed_s = now
         return record
 

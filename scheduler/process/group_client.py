@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, cast
 
 import grpc
@@ -22,10 +23,12 @@ _CHANNEL_OPTIONS = [
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
 _INFO_TIMEOUT_S = 5.0
+_SECOND_LOOK_S = 1.0
 _SIZES = ("vocab_size", "num_blocks", "block_size", "num_slots", "max_model_len", "max_num_batched_tokens")
 
 if TYPE_CHECKING:
     RoundsCall = grpc.aio.StreamStreamCall[worker_pb2.RoundRequest, worker_pb2.RoundResult]
+    Answers = AsyncIterator[worker_pb2.RoundResult]
 
 
 class GroupError(RuntimeError):
@@ -39,13 +42,15 @@ class GroupEvents:
     connected: Callable[[worker_pb2.EngineInfo, int], None]  # engine, incarnation
     result: Callable[[worker_pb2.RoundResult], None]
     lost: Callable[[str], None]  # reason, for a person; after `connected` only
+    patience_s: Callable[[], float] = lambda: inf  # how long the oldest round in flight may take
 
 
 class GroupClient:
     """Sends rounds to the leader of a group and reports their results.
 
-    A round that is not answered within `round_timeout_s` counts as a lost group. `name` is what error messages call
-    it.
+    A round that is not answered as long as there is patience, or within `round_timeout_s` (0: no limit at all), counts
+    as a lost group. A group is connected when it has answered a round without rows: one that still hangs in what it was
+    last asked is not. `name` is what error messages call it.
     """
 
     def __init__(
@@ -67,9 +72,10 @@ class GroupClient:
         self._round_timeout_s = round_timeout_s
         self._events = events
         self._outgoing: asyncio.Queue[worker_pb2.Round] = asyncio.Queue()
+        self._last_sent = worker_pb2.Round()
         self._num_in_flight = 0
         self._watchdog: asyncio.TimerHandle | None = None
-        self._timed_out = False
+        self._timed_out_s: float | None = None  # how long the round was waited for that never came back
         self._was_connected = False
 
     def send(self, message: worker_pb2.Round) -> None:
@@ -104,13 +110,24 @@ class GroupClient:
                     hello=worker_pb2.Hello(role=self._role, incarnation=info.incarnation, version=self._version)
                 )
             )
+            answers = aiter(call)
+            await self._probe(call, answers, info.incarnation)
             self._start(engine, info.incarnation)
             writer = asyncio.create_task(self._write(call))
             try:
-                await self._read(call)
+                await self._read(call, answers)
             finally:
                 writer.cancel()
                 self._stop()
+
+    async def _probe(self, call: "RoundsCall", answers: "Answers", incarnation: int) -> None:
+        """Whether the group does a round."""
+        await call.write(worker_pb2.RoundRequest(round=worker_pb2.Round(incarnation=incarnation)))
+        try:
+            if await asyncio.wait_for(anext(answers, None), self._round_timeout_s or None) is None:
+                raise GroupError(f"ended the stream: {await call.details() or 'no reason given'}")
+        except TimeoutError as error:
+            raise GroupError("does not answer") from error
 
     def _check(self, info: worker_pb2.WorkerInfo) -> worker_pb2.EngineInfo:
         if self._version and info.version != self._version:
@@ -127,7 +144,7 @@ class GroupClient:
     def _start(self, engine: worker_pb2.EngineInfo, incarnation: int) -> None:
         self._outgoing = asyncio.Queue()
         self._num_in_flight = 0
-        self._timed_out = False
+        self._timed_out_s = None
         self._was_connected = True
         self.last_error = ""
         logger.info("%s at %s: connected, incarnation %d", self.name, self._endpoint.address, incarnation)
@@ -144,27 +161,30 @@ class GroupClient:
             message = await self._outgoing.get()
             if self._watchdog is None:
                 self._arm(call)
+            self._last_sent = message
             try:
                 await call.write(worker_pb2.RoundRequest(round=message))
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 return  # the reader sees the same end of the stream, and says why
 
-    async def _read(self, call: "RoundsCall") -> None:
+    async def _read(self, call: "RoundsCall", answers: "Answers") -> None:
         try:
-            async for result in call:
+            async for result in answers:
                 self._num_in_flight -= 1
-                self._arm(call)
                 self._events.result(result)
+                self._arm(call)
             raise GroupError(f"ended the stream: {await call.details() or 'no reason given'}")
         except (grpc.aio.AioRpcError, asyncio.CancelledError, GroupError, UnexpectedAnswerError) as error:
             self._events.lost(self._loss(error))
-            if isinstance(error, asyncio.CancelledError) and not self._timed_out:
+            if isinstance(error, asyncio.CancelledError) and self._timed_out_s is None:
                 raise
             raise GroupError(self._loss(error)) from error
 
     def _loss(self, error: BaseException) -> str:
-        if self._timed_out:
-            return f"did not answer a round within {self._round_timeout_s:g} s"
+        if self._timed_out_s is not None:
+            return f"did not answer a round within {self._timed_out_s:.3g} s"
+        if (num_bytes := self._last_sent.ByteSize()) > _MAX_MESSAGE_BYTES:
+            return _too_large(f"one of {num_bytes} bytes was to be sent")  # gRPC says only that it failed
         return _describe(error)
 
     def _arm(self, call: "RoundsCall") -> None:
@@ -173,17 +193,27 @@ class GroupClient:
             self._watchdog.cancel()
             self._watchdog = None
         if self._num_in_flight > 0 and self._round_timeout_s > 0:
-            self._watchdog = asyncio.get_running_loop().call_later(self._round_timeout_s, self._give_up, call)
+            limit_s = min(self._round_timeout_s, self._events.patience_s())
+            self._watchdog = asyncio.get_running_loop().call_later(limit_s, self._look_again, call, limit_s)
 
-    def _give_up(self, call: "RoundsCall") -> None:
-        self._timed_out = True
+    def _look_again(self, call: "RoundsCall", limit_s: float) -> None:
+        """If this process has stood still itself, the answer has come meanwhile and waits to be read."""
+        again_s = min(limit_s, _SECOND_LOOK_S)
+        self._watchdog = asyncio.get_running_loop().call_later(again_s, self._give_up, call, limit_s)
+
+    def _give_up(self, call: "RoundsCall", limit_s: float) -> None:
+        self._timed_out_s = limit_s
         call.cancel()
 
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, grpc.aio.AioRpcError):
         if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in (error.details() or ""):
-            limit = f"a message of a round has at most {_MAX_MESSAGE_BYTES >> 20} MiB"
-            return f"{limit} ({error.details()}); lower scheduler.max_num_seqs or scheduler.max_model_len"
+            return _too_large(error.details() or "")
         return f"{error.code().name}: {error.details()}"
     return str(error) or type(error).__name__
+
+
+def _too_large(detail: str) -> str:
+    limit = f"a message of a round has at most {_MAX_MESSAGE_BYTES >> 20} MiB"
+    return f"{limit} ({detail}); lower scheduler.max_num_seqs or scheduler.max_model_len"

@@ -3,89 +3,28 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from math import inf
+from typing import TypeAlias, TypeGuard
 
 from grpc import StatusCode
 
 from echelon.pb import inference_pb2, process_pb2, scheduler_pb2, worker_pb2
 from scheduler.config import SpeculationConfig
 from scheduler.core import SchedulerCore
+from scheduler.engines.engine import EngineView
 from scheduler.process.group_client import GroupClient, GroupEvents
+from scheduler.process.outbox import Outbox
 from scheduler.process.recorder import RoundRecorder
-from scheduler.requests.outputs import Chunk, Completed, Failed, Output
+from scheduler.requests.outputs import Chunk, Failed
 
 logger = logging.getLogger(__name__)
 
+Role: TypeAlias = "worker_pb2.EngineRole.ValueType"
 _TARGET, _DRAFT = worker_pb2.ENGINE_ROLE_TARGET, worker_pb2.ENGINE_ROLE_DRAFT
+_MIN_SILENCE_S = 2.0  # what is shorter is not worth telling
 
 
-class Outbox:
-    """What waits to be sent to one gateway: one chunk a sample at most, however slowly it reads."""
-
-    def __init__(self) -> None:
-        self.request_ids: set[str] = set()  # of requests that run for this gateway
-        self._pending: list[list[Output]] = []  # chunks of a sample, to be merged, or one output of another kind
-        self._growing: dict[str, dict[int, list[Output]]] = {}  # of a request, of a sample: those that take more
-        self._filled = asyncio.Event()
-
-    def put(self, output: Output) -> None:
-        if isinstance(output, Chunk):
-            samples = self._growing.setdefault(output.request_id, {})
-            if output.index not in samples:
-                self._pending.append(samples.setdefault(output.index, []))
-            samples[output.index].append(output)
-        else:
-            self._pending.append([output])
-            self._growing.pop(output.request_id, None)  # what comes under this id from now on stands behind it
-        self._filled.set()
-
-    async def take_all(self) -> scheduler_pb2.SchedulerReplies:
-        """All that is ready, as soon as there is anything."""
-        while not self._pending:
-            self._filled.clear()
-            await self._filled.wait()
-        replies = scheduler_pb2.SchedulerReplies(replies=map(_reply, map(_merged, self._pending)))
-        self._pending.clear()
-        self._growing.clear()
-        return replies
-
-
-def _merged(outputs: list[Output]) -> Output:
-    """The chunks of a sample as one. Joined once: a long wait would make adding each to those before it quadratic."""
-    first = outputs[0]
-    if len(outputs) == 1 or not isinstance(first, Chunk):
-        return first
-    chunks = [output for output in outputs if isinstance(output, Chunk)]
-    return Chunk(
-        request_id=first.request_id,
-        index=first.index,
-        offset=first.offset,
-        token_ids=[token_id for chunk in chunks for token_id in chunk.token_ids],
-        text="".join(chunk.text for chunk in chunks),
-        logprobs=[entry for chunk in chunks for entry in chunk.logprobs],
-    )
-
-
-def _reply(output: Output) -> scheduler_pb2.SchedulerReply:
-    match output:
-        case Chunk():
-            chunk = inference_pb2.GenerateChunk(
-                index=output.index,
-                token_ids=output.token_ids,
-                text=output.text,
-                logprobs=output.logprobs,
-                offset=output.offset,
-            )
-            return scheduler_pb2.SchedulerReply(request_id=output.request_id, chunk=chunk)
-        case Completed():
-            return scheduler_pb2.SchedulerReply(request_id=output.request_id, complete=output.message)
-        case Failed():
-            error = scheduler_pb2.RequestError(code=output.code, message=output.message)
-            return scheduler_pb2.SchedulerReply(request_id=output.request_id, error=error)
-
-
-def _group_client(
-    spec: process_pb2.SchedulerSpec, role: "worker_pb2.EngineRole.ValueType", events: GroupEvents
-) -> GroupClient:
+def _group_client(spec: process_pb2.SchedulerSpec, role: Role, events: GroupEvents) -> GroupClient:
     name, endpoint = ("target group", spec.target) if role == _TARGET else ("draft group", spec.draft)
     return GroupClient(name, endpoint, role, version=spec.version, round_timeout_s=spec.round_timeout_s, events=events)
 
@@ -112,13 +51,24 @@ class Replica:
         self._idle = asyncio.Event()
         self._idle.set()
         self.ready = False
-        self.draft_ready = False
-        self.recorder = RoundRecorder(core.status, is_colocated=spec.draft.address == spec.target.address)
-        events = GroupEvents(connected=self._target_up, result=self._target_result, lost=self._target_lost)
+        self._away_since = {_TARGET: self._now(), _DRAFT: self._now()}  # groups that are not connected
+        self._is_colocated = spec.draft.address == spec.target.address
+        self.recorder = RoundRecorder(core.status, is_colocated=self._is_colocated)
+        events = GroupEvents(
+            connected=self._target_up,
+            result=self._target_result,
+            lost=self._target_lost,
+            patience_s=lambda: self._patience_s(_TARGET, _DRAFT),
+        )
         self.target = _group_client(spec, _TARGET, events)
         self.draft: GroupClient | None = None
         if spec.HasField("draft") and SpeculationConfig.from_spec(spec.speculation).uses_draft_model:
-            events = GroupEvents(connected=self._draft_up, result=self._draft_result, lost=self._draft_lost)
+            events = GroupEvents(
+                connected=self._draft_up,
+                result=self._draft_result,
+                lost=self._draft_lost,
+                patience_s=lambda: self._patience_s(_DRAFT, _TARGET),
+            )
             self.draft = _group_client(spec, _DRAFT, events)
 
     # -- from gateways ------------------------------------------------------------------------------------------------
@@ -150,7 +100,12 @@ class Replica:
     def status(self) -> scheduler_pb2.SchedulerStatus:
         status = self._core.status()
         status.ready = self.ready and not self._draining
-        status.draft_ready = self.draft_ready
+        status.target_silent_s = self._silent_s(_TARGET, _DRAFT)
+        if self.draft is not None:
+            status.draft_silent_s = self._silent_s(_DRAFT, _TARGET)
+            status.draft_ready = not status.draft_silent_s
+            if _DRAFT in self._away_since:
+                status.draft_not_ready_reason = self.draft.last_error or "connecting"
         if not self.ready:
             status.not_ready_reason = f"{self.target.name}: {self.target.last_error or 'connecting'}"
         elif self._draining:
@@ -186,6 +141,7 @@ class Replica:
 
     def _target_up(self, info: worker_pb2.EngineInfo, incarnation: int) -> None:
         self._core.connect_target(info, incarnation)
+        del self._away_since[_TARGET]
         self.ready = True
         self._on_ready(not self._draining)
 
@@ -197,13 +153,13 @@ class Replica:
     def _target_lost(self, reason: str) -> None:
         self.ready = False
         self._on_ready(False)
-        self.recorder.lost(_TARGET)
+        self._note_loss(_TARGET)
         self._core.disconnect_target(f"{self.target.name}: {reason}")
         self._pump_soon()
 
     def _draft_up(self, info: worker_pb2.EngineInfo, incarnation: int) -> None:
-        self._core.connect_draft(info, incarnation)
-        self.draft_ready = True
+        self._core.connect_draft(info, incarnation, shares_process=self._is_colocated)
+        del self._away_since[_DRAFT]
         self._pump_soon()
 
     def _draft_result(self, result: worker_pb2.RoundResult) -> None:
@@ -212,10 +168,35 @@ class Replica:
         self._pump()
 
     def _draft_lost(self, reason: str) -> None:
-        self.draft_ready = False
-        self.recorder.lost(_DRAFT)
+        self._note_loss(_DRAFT)
         self._core.disconnect_draft()
         self._pump_soon()
+
+    def _note_loss(self, role: Role) -> None:
+        self.recorder.lost(role)
+        self._away_since[role] = min(self._now(), self._late_since(role))
+
+    def _patience_s(self, role: Role, other: Role) -> float:
+        """How long the oldest round of an engine may take. In one process it may have to wait for the other's."""
+        engine, neighbour = self._core.engines[role], self._core.engines[other]
+        patience_s = inf if engine is None else engine.lost_s
+        return patience_s + neighbour.lost_s if self._is_colocated and _is_busy(neighbour) else patience_s
+
+    def _silent_s(self, role: Role, other: Role) -> float:
+        """For how long a group has not answered, though it was asked for longer than it usually takes, or is not
+        connected; 0: it answers."""
+        if role in self._away_since:
+            return self._now() - self._away_since[role]
+        since = self._late_since(role)
+        if self._is_colocated and _is_busy(self._core.engines[other]):
+            since = max(since, self._late_since(other))  # one of them answers: the other has to wait for it
+        silent_s = self._now() - since
+        return silent_s if silent_s >= _MIN_SILENCE_S else 0.0
+
+    def _late_since(self, role: Role) -> float:
+        """When the oldest round of an engine could have begun, if it is late; else inf."""
+        engine = self._core.engines[role]
+        return engine.waiting_since() if engine is not None and engine.late_at() <= self._now() else inf
 
     # -- driving ------------------------------------------------------------------------------------------------------
 
@@ -252,9 +233,7 @@ class Replica:
         self._arm_release()
         self._soon(self._deliver)  # after the tasks that write the rounds
 
-    def _send(
-        self, group: GroupClient | None, role: "worker_pb2.EngineRole.ValueType", message: worker_pb2.Round | None
-    ) -> None:
+    def _send(self, group: GroupClient | None, role: Role, message: worker_pb2.Round | None) -> None:
         if group is not None and message is not None:
             self.recorder.sent(role, message)
             group.send(message)
@@ -289,3 +268,7 @@ class Replica:
         self._core.expire(self._now())
         self._arm_deadline()
         self._pump_soon()
+
+
+def _is_busy(engine: EngineView | None) -> TypeGuard[EngineView]:
+    return engine is not None and bool(engine.in_flight)

@@ -17,8 +17,9 @@ from checkpoint.tokenizer import load_tokenizer
 from echelon.pb import process_pb2, scheduler_pb2, scheduler_pb2_grpc
 from scheduler.config import ConfigError, SchedulerConfig
 from scheduler.core import SchedulerCore
+from scheduler.process.outbox import Outbox
 from scheduler.process.recorder import RecorderBusyError
-from scheduler.process.replica import Outbox, Replica
+from scheduler.process.replica import Replica
 
 logger = logging.getLogger(__name__)
 

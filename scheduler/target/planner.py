@@ -85,6 +85,8 @@ class TargetPlanner:
         if self.engine is None:
             raise UnexpectedAnswerError("a result came from an engine that is not connected")
         record = self.engine.land(result, now)
+        if record.was_late:
+            return record
         self._cost.observe(record.num_tokens, result.run_ns)
         for row, answer in zip(record.rows, result.rows, strict=True):
             state = self._states.get(row.seq)

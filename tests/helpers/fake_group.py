@@ -110,7 +110,7 @@ class FakeEngine:
     _approximate: set[tuple[int, int]] = field(default_factory=set)  # places whose KV is approximate
     num_overtaken: int = 0  # rows
     _overtaken: set[tuple[int, int]] = field(default_factory=set)  # (round_id, slot) of these
-    _last_round_id: int = 0
+    _last_round_id: int = -1
 
     @property
     def info(self) -> worker_pb2.EngineInfo:
@@ -129,7 +129,7 @@ class FakeEngine:
         """A new stream: all slots are free."""
         self.slots.clear()
         self._overtaken.clear()
-        self._last_round_id = 0
+        self._last_round_id = -1
 
     def overtake(self, message: worker_pb2.Round, behind: Iterable[worker_pb2.Round]) -> None:
         """The round is about to run and these have arrived: what they make useless is not computed."""

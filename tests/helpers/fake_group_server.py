@@ -17,6 +17,7 @@ class FakeGroupServer(worker_pb2_grpc.WorkerServicer):
     def __init__(self, *engines: FakeEngine, version: str = "test") -> None:
         self.engines = {engine.role: engine for engine in engines}
         self.version = version
+        self.num_streams = 0  # that were opened
         self.shift_round_ids = 0  # makes the group answer rounds that nobody sent
         self._resumed = asyncio.Event()
         self._resumed.set()
@@ -58,6 +59,7 @@ class FakeGroupServer(worker_pb2_grpc.WorkerServicer):
         self, request_iterator: AsyncIterator[worker_pb2.RoundRequest], context: Any
     ) -> AsyncIterator[worker_pb2.RoundResult]:
         hello = (await anext(aiter(request_iterator))).hello
+        self.num_streams += 1
         engine = self.engines[hello.role]
         engine.reset()
         dropped = asyncio.create_task(self._dropped.wait())
