@@ -16,8 +16,13 @@ from gateway.requests.refusal import Refusal, status_code
 
 logger = logging.getLogger(__name__)
 
+_Connection = grpc.aio.StreamStreamCall[scheduler_pb2.SchedulerRequest, scheduler_pb2.SchedulerReplies]
+
 _STATUS_INTERVAL_S = 0.5
 STATUS_TIMEOUT_S = 2.0  # with the interval: a scheduler that hangs is seen within 2.5 s
+# Questions in a row that stay without answer, and no reply to a request meanwhile, before requests are given up: 7 s,
+# since on a busy machine a scheduler, or this gateway, may stand still for a while.
+_MAX_UNANSWERED = 3
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),  # from our own scheduler; prompt logprobs can be long
@@ -40,8 +45,9 @@ class SchedulerLink:
     """Keeps one stream to one scheduler open, hands replies to the mailboxes of their requests, and knows whether
     the scheduler would serve a request now.
 
-    A request whose stream breaks ends with UNAVAILABLE. An abandoned request keeps its id until the scheduler has
-    confirmed its end, so that a new request under the same id never receives the old one's replies.
+    A request whose stream breaks, or whose scheduler falls silent, ends with UNAVAILABLE. An abandoned request keeps
+    its id until the scheduler has confirmed its end, so that a new request under the same id never receives the old
+    one's replies.
     """
 
     def __init__(self, address: str, *, on_change: Callable[[], None]) -> None:
@@ -53,6 +59,8 @@ class SchedulerLink:
         # The stubs' declarations know asynchronous methods under another name than the code does.
         self._stub = cast("scheduler_pb2_grpc.SchedulerAsyncStub", scheduler_pb2_grpc.SchedulerStub(self._channel))
         self._outgoing: asyncio.Queue[scheduler_pb2.SchedulerRequest] | None = None  # None: no stream
+        self._connection: _Connection | None = None
+        self._num_unanswered = 0  # questions for the status, since the scheduler was last heard of
         self._running: dict[str, _Running] = {}
 
     @property
@@ -115,13 +123,20 @@ class SchedulerLink:
         while True:
             outgoing = self._outgoing = asyncio.Queue()
             reason = "the scheduler closed the stream"
+            self._connection = self._stub.Connect(_drain(outgoing))
             try:
-                async for batch in self._stub.Connect(_drain(outgoing)):
+                async for batch in self._connection:
                     backoff_s = MIN_BACKOFF_S
+                    self._num_unanswered = 0
                     for reply in batch.replies:
                         self._dispatch(reply)
             except grpc.aio.AioRpcError as err:
                 reason = f"{err.code().name}: {err.details()}"
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                reason = "it does not answer"  # `_on_silence` has cancelled the call
             self._lose_stream(reason)
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
@@ -163,11 +178,20 @@ class SchedulerLink:
         while True:
             try:
                 status = await self.read_status()
+                self._num_unanswered = 0
                 connected = self._outgoing is not None
                 self._set_ready(status.ready and connected, status.not_ready_reason or "not ready")
             except grpc.aio.AioRpcError as err:
                 self._set_ready(False, f"{err.code().name}: {err.details()}")
+                if err.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    self._on_silence()
             await asyncio.sleep(_STATUS_INTERVAL_S)
+
+    def _on_silence(self) -> None:
+        """The scheduler has not answered a question. One that is stopped keeps its connections."""
+        self._num_unanswered += 1
+        if self._num_unanswered == _MAX_UNANSWERED and self._connection is not None:
+            self._connection.cancel()
 
     def _set_ready(self, ready: bool, reason: str) -> None:
         self.not_ready_reason = "" if ready else reason

@@ -15,6 +15,8 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
 
     def __init__(self) -> None:
         self.received: asyncio.Queue[scheduler_pb2.SchedulerRequest] = asyncio.Queue()
+        self.answers = True  # False: like a stopped process, it keeps its connections and says nothing
+        self.asked = asyncio.Semaphore(0)  # for the status, while it says nothing
         self.ready = True
         self.not_ready_reason = ""
         self.status = scheduler_pb2.SchedulerStatus()  # counters, beside the two above
@@ -38,6 +40,9 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
             await self.received.put(request)
 
     async def GetSchedulerStatus(self, request: Any, context: Any) -> scheduler_pb2.SchedulerStatus:
+        if not self.answers:
+            self.asked.release()
+            await asyncio.Event().wait()
         status = scheduler_pb2.SchedulerStatus(ready=self.ready, not_ready_reason=self.not_ready_reason)
         status.MergeFrom(self.status)
         return status

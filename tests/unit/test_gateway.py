@@ -24,6 +24,7 @@ from echelon.errors import (
 )
 from echelon.pb import inference_pb2 as pb
 from echelon.pb import process_pb2, sampling_pb2
+from gateway.replicas import scheduler_link
 from gateway.replicas.mailbox import Mailbox
 from gateway.server import Gateway, StartupError
 from tests.helpers.fake_scheduler import FakeScheduler, serve
@@ -376,6 +377,14 @@ async def test_draining_finishes_what_runs_and_refuses_the_rest(house: House) ->
     await draining
 
 
+async def serving_again(house: House) -> None:
+    watch = health_pb2_grpc.HealthStub(house.channel).Watch(
+        health_pb2.HealthCheckRequest(service="echelon.v1.Inference")
+    )
+    while (await watch.read()).status != health_pb2.HealthCheckResponse.SERVING:
+        pass
+
+
 async def test_a_stream_that_the_scheduler_closes_is_opened_again(house: House) -> None:
     call = asyncio.ensure_future(house.client.generate("x"))
     await house.scheduler.next_submit()
@@ -386,11 +395,42 @@ async def test_a_stream_that_the_scheduler_closes_is_opened_again(house: House) 
     with pytest.raises(UnavailableError, match="no scheduler is ready"):
         await house.client.generate("x")
     await house.scheduler.streams_opened.acquire()
-    watch = health_pb2_grpc.HealthStub(house.channel).Watch(
-        health_pb2.HealthCheckRequest(service="echelon.v1.Inference")
-    )
-    while (await watch.read()).status != health_pb2.HealthCheckResponse.SERVING:
-        pass
+    await serving_again(house)
     call = asyncio.ensure_future(house.client.generate("x"))
     house.scheduler.send_complete((await house.scheduler.next_submit()).request_id)
     await call
+
+
+async def test_a_scheduler_that_falls_silent_ends_its_requests(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_link, "STATUS_TIMEOUT_S", 0.05)
+    call = asyncio.ensure_future(house.client.generate("x", request_id="r"))
+    await house.scheduler.next_submit()
+    await house.scheduler.streams_opened.acquire()
+    house.scheduler.answers = False
+    with pytest.raises(
+        UnavailableError, match=r"the connection to scheduler .* was lost \(it does not answer\); try again"
+    ):
+        await call
+    assert await house.health("echelon.v1.Inference") == "NOT_SERVING"
+    with pytest.raises(UnavailableError, match="no scheduler is ready"):
+        await house.client.generate("x")
+    house.scheduler.answers = True
+    await house.scheduler.streams_opened.acquire()
+    await serving_again(house)
+
+
+async def test_a_scheduler_that_streams_is_not_silent(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes to answer a question for its status."""
+    monkeypatch.setattr(scheduler_link, "STATUS_TIMEOUT_S", 0.2)
+    stream = house.client.stream("x", request_id="r")
+    reading = asyncio.ensure_future(anext(stream))
+    await house.scheduler.next_submit()
+    house.scheduler.answers = False
+    for _ in range(4):  # a chunk for each question
+        await house.scheduler.asked.acquire()
+        house.scheduler.send_chunk("r", [1], "a")
+        await reading
+        reading = asyncio.ensure_future(anext(stream))
+    house.scheduler.send_complete("r")
+    with pytest.raises(StopAsyncIteration):
+        await reading
