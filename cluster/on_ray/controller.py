@@ -25,6 +25,7 @@ from cluster.processes.rollout import check_port, process_ids, roll_out, stop_or
 from cluster.processes.startup import Launch, ProcessSet
 from cluster.processes.status import DeploymentStatus, State
 from cluster.processes.supervision import Board
+from cluster.processes.vitals import VitalsWatch
 from echelon import __version__
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Controller:
         self._hosts: dict[str, Any] = {}
         self._failure: StartError | None = None
         self._endpoint = ""
+        self._vitals: VitalsWatch | None = None  # once it serves
         self._processes = ProcessSet(self._spawn)
         self._processes.expect(process_ids(desired.plan))
         self._starter = threading.Thread(target=self._start, name="start", daemon=True)
@@ -73,6 +75,8 @@ class Controller:
 
     def stop(self, grace_s: float) -> None:
         """End every process and give every placement group back. Idempotent."""
+        if self._vitals is not None:
+            self._vitals.stop()
         self._processes.stop(grace_s, order=stop_order(self._desired.plan))
         self._starter.join()
         self._end_hosts()
@@ -94,6 +98,9 @@ class Controller:
             self._create_hosts()
             running = roll_out(settings, plan, self._processes, timeout_s=deadline - time.monotonic())
             self._endpoint = running.gateway_address
+            self._vitals = self._processes.read(
+                lambda board: VitalsWatch(board.process(plan.scheduler.name), board.process(plan.gateway.name))
+            )
         except StartError as err:
             self._give_up(err)
         except Exception as err:  # the edge of the thread: whatever it is, who waits for the start must hear of it
@@ -126,6 +133,11 @@ class Controller:
     def _status_of(self, board: Board) -> tuple[int, DeploymentStatus]:
         settings = self._desired.settings
         state, reason, detail = self._verdict(board)
+        processes = board.processes
+        if self._vitals is not None and state in (State.READY, State.DEGRADED):
+            now_state, now_reason, processes = self._vitals.judge(processes)
+            if state is State.READY or now_state is State.NOT_RESPONDING:
+                state, reason = now_state, now_reason
         return board.version, DeploymentStatus(
             name=settings.name,
             state=state,
@@ -134,7 +146,7 @@ class Controller:
             endpoint=self._endpoint,
             metrics_url=settings.metrics_url if self._endpoint else "",
             model=settings.model_name,
-            processes=board.processes,
+            processes=processes,
             plan=self._desired.plan,
             settings=shown_settings(settings),
         )

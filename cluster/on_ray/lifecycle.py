@@ -93,7 +93,8 @@ def _follow(controller: Any, timeout_s: float, on_change: Callable[[ProcessStatu
                 on_change(process)
         if now.state is State.READY:
             return now
-        if now.state in (State.FAILED, State.DEGRADED):
+        lost = now.state is State.DEGRADED and any(process.state is State.FAILED for process in now.processes)
+        if now.state is State.FAILED or lost:
             raise StartError(now.reason, now.detail)
     raise StartError(f"the controller did not finish within {timeout_s:.0f} s")
 

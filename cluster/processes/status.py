@@ -12,6 +12,7 @@ class State(StrEnum):
     STARTING = "STARTING"
     READY = "READY"
     DEGRADED = "DEGRADED"  # a deployment only: it serves, without speculation
+    NOT_RESPONDING = "NOT_RESPONDING"  # it lives and does not answer: it is stopped, hangs or is out of reach
     FAILED = "FAILED"
     STOPPING = "STOPPING"
     STOPPED = "STOPPED"

@@ -32,7 +32,13 @@ if TYPE_CHECKING:
 
 MIB, GIB = 1 << 20, 1 << 30
 SERVING = ("READY", "DEGRADED")
-_STATE_STYLES = {"READY": "green", "DEGRADED": "yellow", "FAILED": "bold red", "STARTING": "cyan"}
+_STATE_STYLES = {
+    "READY": "green",
+    "DEGRADED": "yellow",
+    "NOT_RESPONDING": "bold red",
+    "FAILED": "bold red",
+    "STARTING": "cyan",
+}
 
 FileArgument = Annotated[Path, typer.Argument(help="Deployment file.", show_default=False)]
 RayOption = Annotated[

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -302,24 +303,63 @@ def test_reflection_describes_the_services(channel: grpc.Channel) -> None:
     assert b"GenerateRequest" in file.file_descriptor_response.file_descriptor_proto[0]
 
 
-def test_watch_sees_a_scheduler_that_hangs_and_comes_back(
-    deployment: LocalDeployment, channel: grpc.Channel, client: Client
-) -> None:
-    scheduler = deployment.plan.scheduler.name
-    pid = deployment.processes.read(lambda board: board.process(scheduler).pid)
+@contextmanager
+def stopped(deployment: LocalDeployment, name: str) -> Iterator[None]:
+    """A process that keeps its connections and does nothing."""
+    pid = deployment.processes.read(lambda board: board.process(name).pid)
     assert pid is not None
-    watch = health_pb2_grpc.HealthStub(channel).Watch(READY)
-    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
     os.kill(pid, signal.SIGSTOP)
     try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_a_scheduler_that_hangs_ends_its_streams_and_comes_back(
+    deployment: LocalDeployment, channel: grpc.Channel, client: Client
+) -> None:
+    watch = health_pb2_grpc.HealthStub(channel).Watch(READY)
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    stream = endless(client)
+    with stopped(deployment, deployment.plan.scheduler.name):
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         with pytest.raises(UnavailableError, match="no scheduler is ready"):
             client.generate(PROMPT, max_tokens=1)
-    finally:
-        os.kill(pid, signal.SIGCONT)
+        with pytest.raises(UnavailableError, match=r"was lost \(it does not answer\)"):
+            stream.result()
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
     watch.cancel()
     assert client.generate(PROMPT, max_tokens=1).usage.completion_tokens == 1
+    wait_until(lambda: all_is_free(deployment))
+
+
+def test_a_draft_that_hangs_is_missed_by_nobody_and_comes_back(deployment: LocalDeployment, client: Client) -> None:
+    options: Any = {"max_tokens": 200, "ignore_eos": True, "temperature": 0}
+    undisturbed = client.generate(PROMPT, **options)
+    drafting: Any = {**options, "speculation": {"num_speculative_tokens": 4}}
+    with stopped(deployment, "draft-0.0"):
+        assert client.generate(PROMPT, **drafting).token_ids == undisturbed.token_ids
+        wait_until(lambda: scheduler_status(deployment).draft_silent_s > 0)
+        assert scheduler_status(deployment).ready
+    wait_until(lambda: scheduler_status(deployment).draft_ready)
+    completion = client.generate(PROMPT, **drafting)
+    assert completion.token_ids == undisturbed.token_ids
+    assert completion.speculation.num_draft_tokens > 0
+    wait_until(lambda: all_is_free(deployment))
+
+
+def test_a_target_that_hangs_ends_its_requests_and_comes_back(deployment: LocalDeployment, client: Client) -> None:
+    expected = client.generate(PROMPT, max_tokens=16, temperature=0).token_ids
+    stream = endless(client)
+    with stopped(deployment, "target-0.0"):
+        wait_until(lambda: scheduler_status(deployment).target_silent_s > 0)
+        with pytest.raises(UnavailableError, match="target group: did not answer a round within"):
+            stream.result()
+        assert not scheduler_status(deployment).ready
+    wait_until(lambda: scheduler_status(deployment).ready)
+    wait_until(lambda: client.server_info().num_ready_replicas == 1)
+    assert client.generate(PROMPT, max_tokens=16, temperature=0).token_ids == expected
+    wait_until(lambda: all_is_free(deployment))
 
 
 # `python -m gateway` by itself
