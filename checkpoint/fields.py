@@ -6,7 +6,7 @@ from typing import Any
 from checkpoint.errors import LoadError, shown
 
 MAX_INT = 2**31 - 1
-MAX_FLOAT = 1e38  # what fp32 can hold
+_MAX_FLOAT = 1e38  # what fp32 can hold
 
 
 class Fields:
@@ -38,7 +38,7 @@ class Fields:
             raise self.wrong(key, f"an integer from {least} to {most}")
         return value
 
-    def number(self, key: str, *, default: float | None = None, least: float = 0.0, most: float = MAX_FLOAT) -> float:
+    def number(self, key: str, *, default: float | None = None, least: float = 0.0, most: float = _MAX_FLOAT) -> float:
         """Required where there is no default. Without `least`, it must be above 0."""
         value = self._or(key, default)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)

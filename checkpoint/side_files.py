@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from checkpoint.fields import Fields
 from checkpoint.json_files import read_optional_json_object
 
-CONFIG_FILE = "tokenizer_config.json"
+_CONFIG_FILE = "tokenizer_config.json"
 _MAP_FILE = "special_tokens_map.json"
 _ADDED_FILE = "added_tokens.json"
 _STANDARD_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -39,7 +39,7 @@ class SideFiles:
 def read_side_files(folder: Path) -> SideFiles:
     """Raises LoadError naming file, key and value."""
     config, special_map, added = (
-        Fields(name, read_optional_json_object(folder / name)) for name in (CONFIG_FILE, _MAP_FILE, _ADDED_FILE)
+        Fields(name, read_optional_json_object(folder / name)) for name in (_CONFIG_FILE, _MAP_FILE, _ADDED_FILE)
     )
     is_complete = config.get(_NUMBERED_KEY) is not None
     named, file_of, extra = _special_tokens([config] if is_complete else [config, special_map])

@@ -33,10 +33,10 @@ from cluster.processes.startup import Launch, ProcessSet
 from cluster.processes.status import ProcessStatus
 
 STOP_GRACE_S = 5.0
-LOCAL_CPU = CpuSettings()
-LOCAL_KV_CACHE = KvCacheSettings()
+_LOCAL_CPU = CpuSettings()
+_LOCAL_KV_CACHE = KvCacheSettings()
 LOCAL_SCHEDULER = SchedulerSettings(max_num_seqs=64, max_num_batched_tokens=2048)
-LOCAL_SPECULATION = SpeculationSettings()
+_LOCAL_SPECULATION = SpeculationSettings()
 LOCAL_SERVER = ServerSettings(grpc_port=0)
 
 
@@ -70,10 +70,10 @@ def local_settings(
     draft: LocalDraft | None = None,
     dtype: str | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
-    cpu: CpuSettings = LOCAL_CPU,
-    kv_cache: KvCacheSettings = LOCAL_KV_CACHE,
+    cpu: CpuSettings = _LOCAL_CPU,
+    kv_cache: KvCacheSettings = _LOCAL_KV_CACHE,
     scheduler: SchedulerSettings = LOCAL_SCHEDULER,
-    speculation: SpeculationSettings = LOCAL_SPECULATION,
+    speculation: SpeculationSettings = _LOCAL_SPECULATION,
     server: ServerSettings = LOCAL_SERVER,
     forced_acceptance: float = 0.0,
     batch_invariant: bool = False,

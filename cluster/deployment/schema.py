@@ -12,16 +12,16 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from cluster.deployment.settings import Method, Pipeline
 from cluster.layer_parallel import Mlps, Weights
 
-SIZE_PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*$", re.IGNORECASE)
+_SIZE_PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*$", re.IGNORECASE)
 _PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+_LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def parse_size(value: Any) -> Any:
     """Bytes from an integer or text such as "512MiB", "64GiB" or "2GB" (decimal); anything else is refused."""
     if not isinstance(value, str):
         return value  # pydantic checks that it is an integer
-    match = SIZE_PATTERN.match(value)
+    match = _SIZE_PATTERN.match(value)
     if match is None:
         raise ValueError("is no size; write bytes, or a number with a unit, like 512MiB or 64GiB")
     number, unit = match.groups(default="")
@@ -160,7 +160,7 @@ class Server(Section):
     @field_validator("host")
     @classmethod
     def _loopback_unless_insisted(cls, host: str, info: ValidationInfo) -> str:
-        if host not in LOOPBACK_HOSTS and not info.data.get("insecure"):
+        if host not in _LOOPBACK_HOSTS and not info.data.get("insecure"):
             raise ValueError(
                 "is reachable by others and TLS and tokens are not built yet; "
                 "use 127.0.0.1, or set server.insecure: true to insist"

@@ -17,10 +17,10 @@ Pipeline = Literal["serial", "continuous"]
 SEPARATE_PIPELINE: Pipeline = "continuous"  # the default of a draft on devices of its own; a colocated one takes turns
 AUTO_NUM_SPECULATIVE_TOKENS = 8  # a limit: the policy chooses below it
 AUTO_VERDICT_CACHE_ROWS = 8
-MAX_BRANCHES = 64  # of all seqs together: rows of a draft step that are not free any more
-DEFAULT_MAX_MODEL_LEN = 32768  # a longer context must be asked for: its KV cache decides how many seqs fit
-DEFAULT_DEVICE_BYTES = 1 << 30
-MIN_ROUND_TIMEOUT_S = 60.0
+_MAX_BRANCHES = 64  # of all seqs together: rows of a draft step that are not free any more
+_DEFAULT_MAX_MODEL_LEN = 32768  # a longer context must be asked for: its KV cache decides how many seqs fit
+_DEFAULT_DEVICE_BYTES = 1 << 30
+_MIN_ROUND_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,7 @@ def resolve_speculation(wanted: SpeculationSettings, *, has_draft: bool, colocat
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvCacheSettings:
     block_size: int = 16
-    device_bytes: int = DEFAULT_DEVICE_BYTES  # cpu: of one device, shared by the engines on it
+    device_bytes: int = _DEFAULT_DEVICE_BYTES  # cpu: of one device, shared by the engines on it
     gpu_memory_utilization: float = 0.9  # cuda
 
 
@@ -163,7 +163,7 @@ class Settings:
     @property
     def round_timeout_s(self) -> float:
         """How long the scheduler waits for a round: no less than the ranks wait for one another inside it."""
-        return max(MIN_ROUND_TIMEOUT_S, self.collective_timeout_s)
+        return max(_MIN_ROUND_TIMEOUT_S, self.collective_timeout_s)
 
     @property
     def metrics_url(self) -> str:
@@ -189,7 +189,7 @@ class Settings:
         if role == "target":
             return self.scheduler.max_num_seqs
         branches = self.speculation.verdict_cache_rows * self.scheduler.max_num_seqs
-        return self.scheduler.max_num_seqs + min(MAX_BRANCHES, branches)
+        return self.scheduler.max_num_seqs + min(_MAX_BRANCHES, branches)
 
     @property
     def max_rounds_in_flight(self) -> int:
@@ -218,7 +218,7 @@ class Settings:
 
 
 def resolve_scheduler(wanted: SchedulerSettings, target: ModelSettings) -> SchedulerSettings:
-    """A max_model_len that is left open becomes the target's own limit, at most DEFAULT_MAX_MODEL_LEN."""
+    """A max_model_len that is left open becomes the target's own limit, at most _DEFAULT_MAX_MODEL_LEN."""
     if wanted.max_model_len is not None:
         return wanted
-    return replace(wanted, max_model_len=min(target.folder.config.max_len, DEFAULT_MAX_MODEL_LEN))
+    return replace(wanted, max_model_len=min(target.folder.config.max_len, _DEFAULT_MAX_MODEL_LEN))

@@ -21,7 +21,7 @@ from kernels.interpreter_numpy import accept_loop_bounds
 
 accept_loop_bounds()
 
-LN_2 = tl.constexpr(0.6931471805599453)
+_LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -214,4 +214,4 @@ def store_rows(
     mask = valid[:, None] & (feature < HEAD_DIM)[None, :]
     tl.store(out_ptr + row[:, None] * HEAD_DIM + feature[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
     if lse_ptr is not None:
-        tl.store(lse_ptr + row, (peak + tl.log2(total)) * LN_2, mask=valid)
+        tl.store(lse_ptr + row, (peak + tl.log2(total)) * _LN_2, mask=valid)

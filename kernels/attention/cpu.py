@@ -18,9 +18,9 @@ from kernels.attention.paged_kv import AlikeSeqs, SeqBatch, SeqRows
 from kernels.attention.tiles import attend_rows, attend_rows_invariant, first_key, hidden_keys, queries_of_rows
 
 # Query tokens per call of SDPA. Bounds the mask, and skips keys that none of them sees. A tree always fits.
-SDPA_TOKENS = 64
+_SDPA_TOKENS = 64
 # Keys and values of one seq. Gathering more takes longer than a separate call.
-MAX_GATHERED_BYTES = 1 << 19
+_MAX_GATHERED_BYTES = 1 << 19
 
 
 def paged_attention_cpu(call: AttentionCall, groups: Sequence[AlikeSeqs], *, batch_invariant: bool) -> None:
@@ -42,7 +42,7 @@ def _may_gather(call: AttentionCall, batch: SeqBatch) -> bool:
     if call.lse is not None or call.ancestors is not None or call.sliding_window is not None:
         return False
     num_bytes = 2 * batch.num_keys * call.k_cache[0, 0].numel() * call.k_cache.element_size()
-    return num_bytes <= MAX_GATHERED_BYTES
+    return num_bytes <= _MAX_GATHERED_BYTES
 
 
 def _attend_side_by_side(call: AttentionCall, batch: SeqBatch) -> None:
@@ -73,7 +73,7 @@ def _attend_side_by_side(call: AttentionCall, batch: SeqBatch) -> None:
 
 
 def _attend_sdpa(call: AttentionCall, seq: SeqRows) -> None:
-    """SDPA_TOKENS new tokens at a time, against the keys up to the last of them.
+    """_SDPA_TOKENS new tokens at a time, against the keys up to the last of them.
 
     For a prefill chunk this is a third faster than one call with is_causal, which does not skip the keys above the
     diagonal (and aligns it to the first key, which is wrong after a prefix). The query heads of a KV head are rows of
@@ -82,8 +82,8 @@ def _attend_sdpa(call: AttentionCall, seq: SeqRows) -> None:
     base, end = first_key(call, seq.first_position), seq.num_keys
     k = seq.read(call.k_cache, base, end).transpose(0, 1).unsqueeze(0)  # [1, num_kv_heads, keys, head_dim]
     v = seq.read(call.v_cache, base, end).transpose(0, 1).unsqueeze(0)
-    for first in range(seq.first_position, end, SDPA_TOKENS):
-        last = min(first + SDPA_TOKENS, end)
+    for first in range(seq.first_position, end, _SDPA_TOKENS):
+        last = min(first + _SDPA_TOKENS, end)
         keys = slice(first_key(call, first) - base, last - base)
         visible = None
         if last - first > 1:  # one token sees all keys from its first to itself

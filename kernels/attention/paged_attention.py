@@ -29,7 +29,7 @@ from kernels.attention.split import launch_split
 from kernels.attention.whole import launch_whole
 from kernels.dispatch import runs_triton
 
-MAX_TREE_TOKENS = 64  # bits of a word
+_MAX_TREE_TOKENS = 64  # bits of a word
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +157,8 @@ def paged_attention(
             num_blocks=num_blocks,
             block_size=block_size,
         )
-    if ancestors is not None and plan.lengths.num_new.max(initial=0) > MAX_TREE_TOKENS:
-        raise ValueError(f"ancestors: a seq has {plan.lengths.num_new.max()} new tokens, more than {MAX_TREE_TOKENS}")
+    if ancestors is not None and plan.lengths.num_new.max(initial=0) > _MAX_TREE_TOKENS:
+        raise ValueError(f"ancestors: a seq has {plan.lengths.num_new.max()} new tokens, more than {_MAX_TREE_TOKENS}")
     if plan.seqs is not None:
         paged_attention_cpu(call, plan.seqs, batch_invariant=batch_invariant)
     else:

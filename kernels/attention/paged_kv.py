@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 # New tokens and keys of a seq. A larger seq gets its own call, and its keys are not gathered.
-MAX_GATHERED_TOKENS = 16
-MAX_GATHERED_KEYS = 4096
+_MAX_GATHERED_TOKENS = 16
+_MAX_GATHERED_KEYS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ def alike_seqs(seqs: Sequence[SeqRows], block_size: int) -> list[AlikeSeqs]:
 
 def _are_short(seqs: Sequence[SeqRows]) -> bool:
     """Whether these are several seqs that may be worth gathering. The size of a key decides as well."""
-    return len(seqs) > 1 and seqs[0].num_tokens <= MAX_GATHERED_TOKENS and seqs[0].num_keys <= MAX_GATHERED_KEYS
+    return len(seqs) > 1 and seqs[0].num_tokens <= _MAX_GATHERED_TOKENS and seqs[0].num_keys <= _MAX_GATHERED_KEYS
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels.attention.paged_attention import paged_attention
 
-LENGTH = 300  # more than one key tile on each device
+_LENGTH = 300  # more than one key tile on each device
 BLOCK_SIZE = 16
 CHUNKS = (1, 7, 64)
 CPU = torch.device("cpu")
@@ -26,8 +26,8 @@ def probe_paged_attention(
     on this machine (on CPU, with this number of threads), else one sentence for the user.
     """
     generator = torch.Generator().manual_seed(0)
-    num_blocks = -(-LENGTH // BLOCK_SIZE)
-    q = torch.randn(LENGTH, num_q_heads, head_dim, generator=generator).to(device, dtype)
+    num_blocks = -(-_LENGTH // BLOCK_SIZE)
+    q = torch.randn(_LENGTH, num_q_heads, head_dim, generator=generator).to(device, dtype)
     cache_shape = (2, num_blocks, BLOCK_SIZE, num_kv_heads, head_dim)
     k_cache, v_cache = torch.randn(cache_shape, generator=generator).to(device, dtype)
     block_table = torch.arange(num_blocks, dtype=torch.int32, device=device).unsqueeze(0)
@@ -44,14 +44,14 @@ def probe_paged_attention(
             batch_invariant=True,
         )
 
-    whole = rows(0, LENGTH)
+    whole = rows(0, _LENGTH)
     for chunk in CHUNKS:
-        for start in [*range(0, LENGTH - chunk, 37), LENGTH - chunk]:
+        for start in [*range(0, _LENGTH - chunk, 37), _LENGTH - chunk]:
             if not torch.equal(rows(start, start + chunk), whole[start : start + chunk]):
                 threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
                 return (
                     f"attention with {num_q_heads} query heads, {num_kv_heads} KV heads and head_dim {head_dim} rounds "
-                    f"a token differently in a chunk of {chunk} than in one of {LENGTH}{threads}, "
+                    f"a token differently in a chunk of {chunk} than in one of {_LENGTH}{threads}, "
                     f"so batch_invariant cannot be kept on {device.type} here"
                 )
     return None

@@ -22,18 +22,18 @@ from kernels.attention.paged_kv import SeqLengths
 
 # Of the keys of a tile, and as much of its values. Two or three such tiles are on their way to a program (64 to 96 KB),
 # so that two programs share the 227 KB of an H100's multiprocessor; for more, each takes too many registers.
-KEY_TILE_BYTES = 16 << 10
-MAX_KEYS = 128
-PROGRAMS_PER_MULTIPROCESSOR = 2
+_KEY_TILE_BYTES = 16 << 10
+_MAX_KEYS = 128
+_PROGRAMS_PER_MULTIPROCESSOR = 2
 # A split costs a round trip through memory: about as much as reading two key tiles.
-MIN_TILES_PER_PROGRAM = 2
-MIN_ROWS = 16  # of a product on tensor cores
-MAX_SPLIT_ROWS = 64
-WHOLE_ROWS = 128
-INVARIANT_ROWS = 64  # few enough for decode rows, enough for the warp-group products of an H100
-FP32_ROWS = 32  # fp32 is multiplied outside of tensor cores: more rows, or fewer warps, spill registers
-INTERPRETED_PROGRAMS = 7
-ALIGNED_NUMBERS = 4  # int32 in 16 bytes
+_MIN_TILES_PER_PROGRAM = 2
+_MIN_ROWS = 16  # of a product on tensor cores
+_MAX_SPLIT_ROWS = 64
+_WHOLE_ROWS = 128
+_INVARIANT_ROWS = 64  # few enough for decode rows, enough for the warp-group products of an H100
+_FP32_ROWS = 32  # fp32 is multiplied outside of tensor cores: more rows, or fewer warps, spill registers
+_INTERPRETED_PROGRAMS = 7
+_ALIGNED_NUMBERS = 4  # int32 in 16 bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ class Schedule:
 
 def padded(head_dim: int) -> int:
     """The power of two that a tile uses for the features of a head."""
-    return max(MIN_ROWS, 1 << (head_dim - 1).bit_length())
+    return max(_MIN_ROWS, 1 << (head_dim - 1).bit_length())
 
 
 def make_schedule(settings: Settings, lengths: SeqLengths, *, device: torch.device) -> Schedule:
@@ -108,10 +108,10 @@ def make_schedule(settings: Settings, lengths: SeqLengths, *, device: torch.devi
     if settings.batch_invariant:
         return Schedule(split=None, whole=_whole_work(settings, lengths, some, whole_tiling, device))
     num_programs = resident_programs(device)
-    long = some[(num_new[some] * settings.group > MAX_SPLIT_ROWS) & (not settings.tree)]
+    long = some[(num_new[some] * settings.group > _MAX_SPLIT_ROWS) & (not settings.tree)]
     # Too few query tiles leave multiprocessors idle, so a short chunk after a long prefix is split as well.
     num_long_tiles = int(np.sum(-(-num_new[long] // whole_tiling.tokens(settings.group))))
-    if num_long_tiles * settings.num_kv_heads * PROGRAMS_PER_MULTIPROCESSOR < num_programs:
+    if num_long_tiles * settings.num_kv_heads * _PROGRAMS_PER_MULTIPROCESSOR < num_programs:
         long = long[:0]
     short = np.setdiff1d(some, long, assume_unique=True)
     return Schedule(
@@ -123,8 +123,8 @@ def make_schedule(settings: Settings, lengths: SeqLengths, *, device: torch.devi
 def resident_programs(device: torch.device) -> int:
     """Programs that run at the same time."""
     if device.type != "cuda":
-        return INTERPRETED_PROGRAMS
-    return PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+        return _INTERPRETED_PROGRAMS
+    return _PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def choose_tiling(settings: Settings, num_rows: int) -> Tiling:
@@ -134,16 +134,16 @@ def choose_tiling(settings: Settings, num_rows: int) -> Tiling:
     Otherwise it needs 5, since the block table has to be read first.
     """
     is_fp32 = settings.element_size > 2
-    wanted = max(min(num_rows, FP32_ROWS) if is_fp32 else num_rows, settings.group)
-    rows = max(MIN_ROWS, 1 << (wanted - 1).bit_length())
-    keys = min(MAX_KEYS, max(MIN_ROWS, KEY_TILE_BYTES // (padded(settings.head_dim) * settings.element_size)))
+    wanted = max(min(num_rows, _FP32_ROWS) if is_fp32 else num_rows, settings.group)
+    rows = max(_MIN_ROWS, 1 << (wanted - 1).bit_length())
+    keys = min(_MAX_KEYS, max(_MIN_ROWS, _KEY_TILE_BYTES // (padded(settings.head_dim) * settings.element_size)))
     return Tiling(rows=rows, keys=keys, num_warps=8 if rows > 64 or is_fp32 else 4, num_stages=3 if rows >= 64 else 5)
 
 
 def choose_whole_tiling(settings: Settings) -> Tiling:
     """With batch_invariant it follows from the model alone. Else it is wide if a tile's results fit in registers."""
     wide = padded(settings.head_dim) <= 128 and not settings.batch_invariant
-    return choose_tiling(settings, WHOLE_ROWS if wide else INVARIANT_ROWS)
+    return choose_tiling(settings, _WHOLE_ROWS if wide else _INVARIANT_ROWS)
 
 
 def _whole_work(
@@ -163,11 +163,11 @@ def _split_work(
     if len(seqs) == 0:
         return None
     most_rows = int(lengths.num_new[seqs].max()) * settings.group
-    tiling = choose_tiling(settings, min(most_rows, MAX_SPLIT_ROWS))
+    tiling = choose_tiling(settings, min(most_rows, _MAX_SPLIT_ROWS))
     query_tiles, num_key_tiles = _query_tiles(settings, lengths, seqs, tiling)
     tile_starts = np.concatenate([[0], np.cumsum(num_key_tiles)])
     total = int(tile_starts[-1]) * settings.num_kv_heads
-    num_programs = min(max_programs, -(-total // MIN_TILES_PER_PROGRAM))
+    num_programs = min(max_programs, -(-total // _MIN_TILES_PER_PROGRAM))
     first_tiles = np.arange(num_programs) * total // num_programs % int(tile_starts[-1])
     first_query_tiles = np.searchsorted(tile_starts, first_tiles, side="right") - 1
     zeros = np.zeros(settings.num_kv_heads * len(query_tiles), np.int64)
@@ -204,7 +204,7 @@ def _query_tiles(
 
 def _upload(device: torch.device, *arrays: NDArray[np.int64]) -> list[Tensor]:
     """Upload arrays as int32 in one copy. Each starts at a multiple of 16 bytes, else Triton recompiles a kernel."""
-    starts = np.cumsum([0, *(-(-array.size // ALIGNED_NUMBERS) * ALIGNED_NUMBERS for array in arrays)]).tolist()
+    starts = np.cumsum([0, *(-(-array.size // _ALIGNED_NUMBERS) * _ALIGNED_NUMBERS for array in arrays)]).tolist()
     joined = np.zeros(starts[-1], np.int32)
     for start, array in zip(starts, arrays, strict=False):
         joined[start : start + array.size] = array.reshape(-1)

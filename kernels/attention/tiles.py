@@ -11,7 +11,7 @@ For each tile of keys (positions 0..511, 512..1023, ...) and some query rows of 
 and result / total at the end: the online softmax of FlashAttention (arXiv 2205.14135), merged in order of position.
 
 `attend_rows` does this for all new rows of a seq at once. `attend_rows_invariant` gives a row the same bits whatever
-else is computed. It gives every matrix product one shape: the rows of a fixed number of tokens and FIXED_KEYS keys,
+else is computed. It gives every matrix product one shape: the rows of a fixed number of tokens and _FIXED_KEYS keys,
 both padded. On one machine with a fixed number of threads, a row of a GEMM of fixed shape has the same bits at every
 position and beside any other rows, and a hidden or padded key adds exactly 0.0. So only the row's own query and keys
 matter.
@@ -27,12 +27,12 @@ from torch.nn import functional as F
 from kernels.attention.call import AttentionCall
 from kernels.attention.paged_kv import SeqRows
 
-TILE_KEYS = 512
-FIXED_KEYS = 256
+_TILE_KEYS = 512
+_FIXED_KEYS = 256
 # Unless one token has more. A decode step pays for all rows and uses one token's, so few; prefill would like more.
-FIXED_ROWS = 8
+_FIXED_ROWS = 8
 # Query tiles that go through the keys together: bounds the memory for scores (13 MB with 12 heads).
-MAX_QUERY_TILES = 32
+_MAX_QUERY_TILES = 32
 # A score that no real key has. Finite, so that a row which sees nothing of a tile makes no NaN: whatever it adds up
 # there is multiplied by decay = exp(HIDDEN - real peak) = 0.0 as soon as it sees a key, at the latest its own.
 HIDDEN = -1e30
@@ -119,8 +119,8 @@ def queries_of_rows(call: AttentionCall, seq: SeqRows, first: int, end: int) -> 
 
 def attend_rows_invariant(call: AttentionCall, seq: SeqRows) -> None:
     """As attend_rows, with bits that depend neither on the other tokens of this call nor on its other seqs."""
-    tokens_per_tile = max(1, FIXED_ROWS // call.group)
-    step = tokens_per_tile * MAX_QUERY_TILES
+    tokens_per_tile = max(1, _FIXED_ROWS // call.group)
+    step = tokens_per_tile * _MAX_QUERY_TILES
     for start in range(0, seq.num_tokens, step):
         num_tokens = min(step, seq.num_tokens - start)
         tokens = slice(seq.first_token + start, seq.first_token + start + num_tokens)
@@ -164,7 +164,7 @@ def _untile(tiles: Tensor, out: Tensor, tokens_per_tile: int) -> None:
 
 def _key_tiles(call: AttentionCall, seq: SeqRows, queries: Queries, *, fixed: bool) -> Iterator[KeyTile]:
     """The tiles that the queries see, in order; `fixed` pads the last with zeros."""
-    tile_keys = FIXED_KEYS if fixed else TILE_KEYS
+    tile_keys = _FIXED_KEYS if fixed else _TILE_KEYS
     first, end = queries.first, queries.end
     if queries.words is not None:  # a tree's nodes see any of them, and none stands before the first one's position
         first, end = seq.first_position, seq.num_keys

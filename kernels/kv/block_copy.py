@@ -17,8 +17,8 @@ from triton import language as tl
 from kernels.dispatch import runs_triton
 
 KVCaches = Sequence[tuple[Tensor, Tensor]]  # of each layer: k, v [num_blocks, block_size, num_kv_heads, head_dim]
-WORD_BYTES = 4
-ALIGNED_BYTES = 16  # that a thread reads at once
+_WORD_BYTES = 4
+_ALIGNED_BYTES = 16  # that a thread reads at once
 TILE_WORDS = 2048  # 8 KiB a program: 16 bytes for each of 128 threads, four times
 MOVES_AT_ONCE = 16  # by MOVE_TILE_WORDS: what a program reads before it writes
 MOVE_TILE_WORDS = 128
@@ -38,11 +38,13 @@ def cache_addresses(kv_caches: KVCaches) -> CacheAddresses:
     k_cache = _check_caches(kv_caches)
     addresses = [cache.data_ptr() for cache in chain.from_iterable(kv_caches)]
     slot_bytes = k_cache.shape[2] * k_cache.shape[3] * k_cache.element_size()
-    if slot_bytes % WORD_BYTES:
-        raise ValueError(f"kv_caches: expected slots of a multiple of {WORD_BYTES} bytes, got {slot_bytes}")
-    if unaligned := [address for address in addresses if address % ALIGNED_BYTES]:
-        raise ValueError(f"kv_caches: expected caches at multiples of {ALIGNED_BYTES} bytes, got one at {unaligned[0]}")
-    slot_words = slot_bytes // WORD_BYTES
+    if slot_bytes % _WORD_BYTES:
+        raise ValueError(f"kv_caches: expected slots of a multiple of {_WORD_BYTES} bytes, got {slot_bytes}")
+    if unaligned := [address for address in addresses if address % _ALIGNED_BYTES]:
+        raise ValueError(
+            f"kv_caches: expected caches at multiples of {_ALIGNED_BYTES} bytes, got one at {unaligned[0]}"
+        )
+    slot_words = slot_bytes // _WORD_BYTES
     return CacheAddresses(
         table=torch.tensor(addresses, dtype=torch.int64, device=k_cache.device),
         block_words=k_cache.shape[1] * slot_words,
@@ -227,8 +229,8 @@ def _stage_blocks(
         addresses.table,
         block_ids,
         staging,
-        staging.stride(0) * staging.element_size() // WORD_BYTES,
-        staging.stride(1) * staging.element_size() // WORD_BYTES,
+        staging.stride(0) * staging.element_size() // _WORD_BYTES,
+        staging.stride(1) * staging.element_size() // _WORD_BYTES,
         addresses.block_words,
         GATHER=gather,
         TILE=TILE_WORDS,

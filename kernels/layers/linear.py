@@ -40,11 +40,11 @@ from kernels.interpreter_numpy import accept_loop_bounds
 accept_loop_bounds()
 
 SPLIT_FEATURES = 1024  # inputs whose products one partial sum adds
-ENOUGH_TILES = 264  # two for each multiprocessor of an H100 or H200: then nothing is gained by splitting sums
+_ENOUGH_TILES = 264  # two for each multiprocessor of an H100 or H200: then nothing is gained by splitting sums
 MERGE_ELEMENTS = 1024
-MAX_TILE_ROWS = 256
-MAX_TILE_ROWS_AMX = 32
-PADDED_TILE_ROWS = 16
+_MAX_TILE_ROWS = 256
+_MAX_TILE_ROWS_AMX = 32
+_PADDED_TILE_ROWS = 16
 _PACKED_FOR_ROWS = 8  # a hint: the layout is as good for 1 row and for 512
 _MIN_PACKED_ROWS = 4  # fewer take longer
 _PROBED_ROWS = (1, 2, 3, 8, 17, 64, 255, 256, 300)
@@ -211,7 +211,7 @@ def _launch(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     options = tile_options(rows.dtype)
     num_tiles = triton.cdiv(num_rows, options["BLOCK_ROWS"]) * triton.cdiv(out_features, options["BLOCK_OUT"])
     num_splits = triton.cdiv(in_features, SPLIT_FEATURES)
-    apart = num_splits > 1 and num_tiles < ENOUGH_TILES  # what _rows_that_need_no_splits turns round
+    apart = num_splits > 1 and num_tiles < _ENOUGH_TILES  # what _rows_that_need_no_splits turns round
     sums = torch.empty(num_splits, *out.shape, device=out.device) if apart else out
     linear_kernel[(num_tiles, num_splits if apart else 1)](
         rows,
@@ -242,7 +242,7 @@ def _rows_that_need_no_splits(weight: Tensor) -> int:
     """The fewest rows that need no split."""
     options = tile_options(weight.dtype)
     num_feature_tiles = triton.cdiv(weight.shape[0], options["BLOCK_OUT"])
-    num_row_tiles: int = triton.cdiv(ENOUGH_TILES, num_feature_tiles)
+    num_row_tiles: int = triton.cdiv(_ENOUGH_TILES, num_feature_tiles)
     return (num_row_tiles - 1) * int(options["BLOCK_ROWS"]) + 1
 
 
@@ -259,7 +259,7 @@ def _linear_in_bounded_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None) 
     num_rows = rows.shape[0]
     if num_rows == 1:
         return F.linear(rows.expand(2, -1), weight, bias)[:1]
-    max_tile_rows = MAX_TILE_ROWS_AMX if torch.cpu._is_amx_tile_supported() else MAX_TILE_ROWS
+    max_tile_rows = _MAX_TILE_ROWS_AMX if torch.cpu._is_amx_tile_supported() else _MAX_TILE_ROWS
     if num_rows <= max_tile_rows:
         return F.linear(rows, weight, bias)
     # tensor_split balances the tiles, so that none is a lone row.
@@ -268,12 +268,12 @@ def _linear_in_bounded_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None) 
 
 
 def _linear_in_padded_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Tiles of exactly PADDED_TILE_ROWS rows."""
+    """Tiles of exactly _PADDED_TILE_ROWS rows."""
     num_rows = rows.shape[0]
     if num_rows == 0:
         return F.linear(rows, weight, bias)
-    padded = F.pad(rows, (0, 0, 0, -num_rows % PADDED_TILE_ROWS))
-    return torch.cat([F.linear(tile, weight, bias) for tile in torch.split(padded, PADDED_TILE_ROWS)])[:num_rows]
+    padded = F.pad(rows, (0, 0, 0, -num_rows % _PADDED_TILE_ROWS))
+    return torch.cat([F.linear(tile, weight, bias) for tile in torch.split(padded, _PADDED_TILE_ROWS)])[:num_rows]
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

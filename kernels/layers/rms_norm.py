@@ -13,8 +13,8 @@ from triton import language as tl
 from kernels.dispatch import runs_triton
 
 TILE_ELEMENTS = 2048  # at least so many a program: rows of a head come several at a time
-ELEMENTS_PER_WARP = 1024  # 32 a lane: four 16-byte loads in flight in 16-bit types
-MAX_WARPS = 16
+_ELEMENTS_PER_WARP = 1024  # 32 a lane: four 16-byte loads in flight in 16-bit types
+_MAX_WARPS = 16
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -97,7 +97,7 @@ def tile_shape(hidden: int) -> tuple[int, int, int]:
     """
     block = triton.next_power_of_2(hidden)
     rows = max(1, TILE_ELEMENTS // block)
-    return rows, block, min(MAX_WARPS, rows * block // ELEMENTS_PER_WARP)
+    return rows, block, min(_MAX_WARPS, rows * block // _ELEMENTS_PER_WARP)
 
 
 def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:

@@ -23,23 +23,23 @@ NOISE_MAX = 22.9
 LARGEST_UNIFORM = 1.0 - 2.0**-24  # the largest fp32 below 1
 LN2_HIGH = float.fromhex("0x1.62e300p-1")  # 17 bits: times a small integer it is exact
 LN2_LOW = float.fromhex("0x1.2fefa2p-17")
-LOG_1 = float.fromhex("0xaaaaaap-24")
-LOG_2 = float.fromhex("0xccce13p-25")
-LOG_3 = float.fromhex("0x91e9eep-25")
-LOG_4 = float.fromhex("0xf89e26p-26")
-SQRT_HALF_BITS = 0x3F3504F3
-ONE_BITS = 0x3F800000
-MANTISSA_BITS = 23
+_LOG_1 = float.fromhex("0xaaaaaap-24")
+_LOG_2 = float.fromhex("0xccce13p-25")
+_LOG_3 = float.fromhex("0x91e9eep-25")
+_LOG_4 = float.fromhex("0xf89e26p-26")
+_SQRT_HALF_BITS = 0x3F3504F3
+_ONE_BITS = 0x3F800000
+_MANTISSA_BITS = 23
 
 
 def _exponent(x: Tensor) -> Tensor:
     """The k for which x / 2^k lies in [sqrt(1/2), sqrt(2)): normal positive fp32 -> int32."""
-    return (x.view(torch.int32) - SQRT_HALF_BITS) >> MANTISSA_BITS
+    return (x.view(torch.int32) - _SQRT_HALF_BITS) >> _MANTISSA_BITS
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
     """2^exponent as fp32, for int32 exponents of normal numbers."""
-    return ((exponent << MANTISSA_BITS) + ONE_BITS).view(torch.float32)
+    return ((exponent << _MANTISSA_BITS) + _ONE_BITS).view(torch.float32)
 
 
 def _log_of_scaled(f: Tensor, exponent: Tensor) -> Tensor:
@@ -47,8 +47,8 @@ def _log_of_scaled(f: Tensor, exponent: Tensor) -> Tensor:
     s = f / (f + 2.0)
     z = s * s
     w = z * z
-    odd = z * (w * LOG_3 + LOG_1)
-    even = w * (w * LOG_4 + LOG_2)
+    odd = z * (w * _LOG_3 + _LOG_1)
+    even = w * (w * _LOG_4 + _LOG_2)
     half_square = (f * 0.5) * f
     k = exponent.to(torch.float32)
     small = s * (half_square + (odd + even)) + k * LN2_LOW
@@ -103,13 +103,13 @@ def gumbel_noise_range(
 _LARGEST_UNIFORM = tl.constexpr(LARGEST_UNIFORM)
 _LN2_HIGH = tl.constexpr(LN2_HIGH)
 _LN2_LOW = tl.constexpr(LN2_LOW)
-_LOG_1 = tl.constexpr(LOG_1)
-_LOG_2 = tl.constexpr(LOG_2)
-_LOG_3 = tl.constexpr(LOG_3)
-_LOG_4 = tl.constexpr(LOG_4)
-_SQRT_HALF_BITS = tl.constexpr(SQRT_HALF_BITS)
-_ONE_BITS = tl.constexpr(ONE_BITS)
-_MANTISSA_BITS = tl.constexpr(MANTISSA_BITS)
+_LOG_1 = tl.constexpr(_LOG_1)
+_LOG_2 = tl.constexpr(_LOG_2)
+_LOG_3 = tl.constexpr(_LOG_3)
+_LOG_4 = tl.constexpr(_LOG_4)
+_SQRT_HALF_BITS = tl.constexpr(_SQRT_HALF_BITS)
+_ONE_BITS = tl.constexpr(_ONE_BITS)
+_MANTISSA_BITS = tl.constexpr(_MANTISSA_BITS)
 _BOUND_MARGIN = tl.constexpr(1e-3)  # far over the roundings
 _LN2 = tl.constexpr(LN2_HIGH + LN2_LOW)
 

@@ -15,11 +15,11 @@ from kernels.sampling.gumbel import EXACT
 from kernels.sampling.tile import check_logits
 
 # Far above any logit and far enough below the largest fp32 that dividing by a temperature cannot overflow.
-LOGIT_LIMIT = 1e30
+_LOGIT_LIMIT = 1e30
 BLOCK = 256
 PENALISE, BIAS, MASK = range(3)
 
-_LOGIT_LIMIT = tl.constexpr(LOGIT_LIMIT)
+_LOGIT_LIMIT = tl.constexpr(_LOGIT_LIMIT)
 _BIAS = tl.constexpr(BIAS)
 _MASK = tl.constexpr(MASK)
 
@@ -105,7 +105,7 @@ def apply_penalties_reference(
     values = torch.where(seen, repeated, values)
     values = values - frequency * output_counts
     values = values - torch.where(output_counts > 0, presence, 0.0)
-    logits[rows, columns] = values.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+    logits[rows, columns] = values.clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)
 
 
 def apply_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, bias: Tensor, *, first_token_id: int = 0) -> None:

@@ -15,13 +15,13 @@ from triton import language as tl
 
 Words4 = tuple[Tensor, Tensor, Tensor, Tensor]
 
-WORD_MASK = 0xFFFFFFFF
-NUM_ROUNDS = 10
-MULTIPLIER_0 = 0xD2511F53
-MULTIPLIER_1 = 0xCD9E8D57
-WEYL_0 = 0x9E3779B9  # golden ratio
-WEYL_1 = 0xBB67AE85  # sqrt(3) - 1
-_MASK = np.uint64(WORD_MASK)
+_WORD_MASK = 0xFFFFFFFF
+_NUM_ROUNDS = 10
+_MULTIPLIER_0 = 0xD2511F53
+_MULTIPLIER_1 = 0xCD9E8D57
+_WEYL_0 = 0x9E3779B9  # golden ratio
+_WEYL_1 = 0xBB67AE85  # sqrt(3) - 1
+_MASK = np.uint64(_WORD_MASK)
 _HALF = np.uint64(32)
 
 
@@ -30,7 +30,7 @@ def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     # multiplier - 2^32 lies in (-2^30, 0), so the product fits into int64; the 2^32 * word taken away is given back
     # to the high word. The shift is arithmetic, that is, it rounds down, as it must.
     product = word * (multiplier - (1 << 32))
-    return (product >> 32) + word, product & WORD_MASK
+    return (product >> 32) + word, product & _WORD_MASK
 
 
 def philox4x32(counter: Words4, key: tuple[Tensor, Tensor]) -> Words4:
@@ -42,12 +42,12 @@ def philox4x32(counter: Words4, key: tuple[Tensor, Tensor]) -> Words4:
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(NUM_ROUNDS):
-        high0, low0 = _multiply(c0, MULTIPLIER_0)
-        high1, low1 = _multiply(c2, MULTIPLIER_1)
+    for _ in range(_NUM_ROUNDS):
+        high0, low0 = _multiply(c0, _MULTIPLIER_0)
+        high1, low1 = _multiply(c2, _MULTIPLIER_1)
         # Key first: keys are usually narrow (one for each row) and the product is wide.
         c0, c1, c2, c3 = high1 ^ (c1 ^ k0), low1, high0 ^ (c3 ^ k1), low0
-        k0, k1 = (k0 + WEYL_0) & WORD_MASK, (k1 + WEYL_1) & WORD_MASK
+        k0, k1 = (k0 + _WEYL_0) & _WORD_MASK, (k1 + _WEYL_1) & _WORD_MASK
     return c0, c1, c2, c3
 
 
@@ -57,7 +57,7 @@ def token_words(seeds: Tensor, sample_indices: Tensor, positions: Tensor, token_
     Key = seed, counter = (g, position, sample_index, 0). All arguments are int64 and broadcast against each other;
     seeds holds the 64 bits of an unsigned seed (two's complement), the others are in [0, 2^32).
     """
-    key = (seeds & WORD_MASK, (seeds >> 32) & WORD_MASK)
+    key = (seeds & _WORD_MASK, (seeds >> 32) & _WORD_MASK)
     return philox4x32((token_groups, positions, sample_indices, torch.zeros_like(positions)), key)
 
 
@@ -76,9 +76,9 @@ def token_words_numpy(
     c0[:], c1[:], c2[:], c3[:] = token_groups, positions, sample_indices, 0
     k0, k1 = seeds.astype(np.uint64) & _MASK, seeds.astype(np.uint64) >> _HALF
     product0, product1 = np.empty_like(c0), np.empty_like(c0)
-    for _ in range(NUM_ROUNDS):
-        np.multiply(c0, np.uint64(MULTIPLIER_0), out=product0)
-        np.multiply(c2, np.uint64(MULTIPLIER_1), out=product1)
+    for _ in range(_NUM_ROUNDS):
+        np.multiply(c0, np.uint64(_MULTIPLIER_0), out=product0)
+        np.multiply(c2, np.uint64(_MULTIPLIER_1), out=product1)
         np.right_shift(product1, _HALF, out=c0)
         c0 ^= c1
         c0 ^= k0
@@ -87,15 +87,15 @@ def token_words_numpy(
         c2 ^= k1
         np.bitwise_and(product1, _MASK, out=c1)
         np.bitwise_and(product0, _MASK, out=c3)
-        k0, k1 = (k0 + np.uint64(WEYL_0)) & _MASK, (k1 + np.uint64(WEYL_1)) & _MASK
+        k0, k1 = (k0 + np.uint64(_WEYL_0)) & _MASK, (k1 + np.uint64(_WEYL_1)) & _MASK
     return words
 
 
-_MULTIPLIER_0 = tl.constexpr(MULTIPLIER_0)
-_MULTIPLIER_1 = tl.constexpr(MULTIPLIER_1)
-_WEYL_0 = tl.constexpr(WEYL_0)
-_WEYL_1 = tl.constexpr(WEYL_1)
-_NUM_ROUNDS = tl.constexpr(NUM_ROUNDS)
+_MULTIPLIER_0 = tl.constexpr(_MULTIPLIER_0)
+_MULTIPLIER_1 = tl.constexpr(_MULTIPLIER_1)
+_WEYL_0 = tl.constexpr(_WEYL_0)
+_WEYL_1 = tl.constexpr(_WEYL_1)
+_NUM_ROUNDS = tl.constexpr(_NUM_ROUNDS)
 
 
 @triton.jit

@@ -11,10 +11,10 @@ from kernels.sampling.tile import NUM_WARPS, check_logits, check_row_values, til
 
 MASS_BITS = 43  # exp(0) has mass 2^43: the masses of fewer than 2^20 tokens add up within int64
 MAX_TOKENS = 1 << 20
-LOWEST_EXPONENT = -64.0  # exp(-64) * 2^43 is far below 1
-CACHED_LOGITS = 1 << 16
-LOG2_E = float.fromhex("0x1.715476p+0")
-EXP_COEFFICIENTS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)  # relative error below 1e-8
+_LOWEST_EXPONENT = -64.0  # exp(-64) * 2^43 is far below 1
+_CACHED_LOGITS = 1 << 16
+_LOG2_E = float.fromhex("0x1.715476p+0")
+_EXP_COEFFICIENTS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)  # relative error below 1e-8
 
 
 def probability_mass(logits: Tensor, largest: Tensor) -> Tensor:
@@ -30,11 +30,11 @@ def probability_mass(logits: Tensor, largest: Tensor) -> Tensor:
     Returns:
         int64 [num_rows, num_tokens].
     """
-    x = (logits - largest.unsqueeze(1)).clamp(min=LOWEST_EXPONENT)
-    n = (x * LOG2_E + 0.5).floor()
+    x = (logits - largest.unsqueeze(1)).clamp(min=_LOWEST_EXPONENT)
+    n = (x * _LOG2_E + 0.5).floor()
     r = (x - n * LN2_HIGH) - n * LN2_LOW  # |r| <= log(2) / 2
-    y = torch.full_like(r, EXP_COEFFICIENTS[0])
-    for coefficient in EXP_COEFFICIENTS[1:]:
+    y = torch.full_like(r, _EXP_COEFFICIENTS[0])
+    for coefficient in _EXP_COEFFICIENTS[1:]:
         y = y * r + coefficient
     scale = ((n.to(torch.int32) + (MASS_BITS + 127)) << 23).view(torch.float32)  # 2^(n + 43)
     return (y * scale).to(torch.int64)
@@ -42,8 +42,8 @@ def probability_mass(logits: Tensor, largest: Tensor) -> Tensor:
 
 _LN2_HIGH = tl.constexpr(LN2_HIGH)
 _LN2_LOW = tl.constexpr(LN2_LOW)
-_LOG2_E = tl.constexpr(LOG2_E)
-_LOWEST_EXPONENT = tl.constexpr(LOWEST_EXPONENT)
+_LOG2_E = tl.constexpr(_LOG2_E)
+_LOWEST_EXPONENT = tl.constexpr(_LOWEST_EXPONENT)
 _MASS_EXPONENT = tl.constexpr(MASS_BITS + 127)
 
 
@@ -144,7 +144,7 @@ def total_mass(logits: Tensor, largest: Tensor, threshold: Tensor | None = None)
 def total_mass_reference(logits: Tensor, largest: Tensor, threshold: Tensor | None = None) -> Tensor:
     """`total_mass`. On CPU it takes few enough logits at a time that the temporaries stay in the cache."""
     num_rows, num_tokens = logits.shape
-    width = max(1, CACHED_LOGITS // max(1, num_rows)) if logits.device.type == "cpu" else num_tokens
+    width = max(1, _CACHED_LOGITS // max(1, num_rows)) if logits.device.type == "cpu" else num_tokens
     total = torch.zeros(num_rows, dtype=torch.int64, device=logits.device)
     for part in torch.split(logits, width, dim=1):
         mass = probability_mass(part, largest)

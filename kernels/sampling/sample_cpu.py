@@ -19,8 +19,8 @@ from kernels.sampling.philox import token_words_numpy
 from kernels.sampling.sort_key import EXCLUDED_KEY, pack_sort_key, unpack_sort_key
 
 TILE = 64  # tokens
-TILE_GROUPS = TILE // 4  # one call of Philox yields the words of four tokens
-LIKELY_TOKENS = 5  # makes it one case in 10^8 that fewer tokens than wanted reach the goal
+_TILE_GROUPS = TILE // 4  # one call of Philox yields the words of four tokens
+_LIKELY_TOKENS = 5  # makes it one case in 10^8 that fewer tokens than wanted reach the goal
 TILES_AT_ONCE = 1024  # whose words are in the cache together
 LOWEST = torch.finfo(torch.float32).min
 
@@ -78,8 +78,8 @@ def top_keys_cpu(
     )
     certain = _certain_goal(tile_max, noisy, num)
     # About e^-x tokens exceed the logarithm of the sum of exponentials by x, a Poisson number. The sum over the tiles'
-    # largest is a lower bound of the sum over all, so LIKELY_TOKENS * (3 + num) tokens or more reach this on average.
-    likely = tile_max.logsumexp(dim=1) - math.log(LIKELY_TOKENS * (3 + num))
+    # largest is a lower bound of the sum over all, so _LIKELY_TOKENS * (3 + num) tokens or more reach this on average.
+    likely = tile_max.logsumexp(dim=1) - math.log(_LIKELY_TOKENS * (3 + num))
     goal = torch.where(noisy & (likely > certain), likely, certain)
     best = search.run(goal, num)
     missed = (unpack_sort_key(best[:, -1])[0] < goal) & (goal > certain)
@@ -168,17 +168,17 @@ class _Search:
         seeds, samples, positions = (
             part.numpy() for part in (self.keys.seeds, self.keys.sample_indices, self.keys.positions)
         )
-        line = np.arange(TILE_GROUPS, dtype=np.uint64)[:, None]
+        line = np.arange(_TILE_GROUPS, dtype=np.uint64)[:, None]
         found: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]] = []
         for start in range(0, len(rows), TILES_AT_ONCE):
             part = slice(start, start + TILES_AT_ONCE)
             part_rows, part_tiles = rows[part], tiles[part]
-            groups = (self.first_group + TILE_GROUPS * part_tiles).astype(np.uint64) + line
-            # [4, TILE_GROUPS, num_tiles]
+            groups = (self.first_group + _TILE_GROUPS * part_tiles).astype(np.uint64) + line
+            # [4, _TILE_GROUPS, num_tiles]
             words = token_words_numpy(seeds[part_rows], samples[part_rows], positions[part_rows], groups)
             hits = np.flatnonzero(words <= largest_words[part])
             place, hit_tile = np.divmod(hits, len(part_rows))
-            word, group = np.divmod(place, TILE_GROUPS)
+            word, group = np.divmod(place, _TILE_GROUPS)
             found.append((part_rows[hit_tile], part_tiles[hit_tile] * TILE + group * 4 + word, words.reshape(-1)[hits]))
         rows, columns, drawn = (np.concatenate(part) for part in zip(*found, strict=True))
         return torch.from_numpy(rows), torch.from_numpy(columns), torch.from_numpy(drawn.view(np.int64))

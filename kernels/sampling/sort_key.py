@@ -5,23 +5,23 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-ID_MASK = 0xFFFFFFFF
+_ID_MASK = 0xFFFFFFFF
 EXCLUDED_KEY = -(0x7F800001 << 32)  # of -Inf and the largest id: not above the key of any token
-_ID_MASK = tl.constexpr(ID_MASK)
+_ID_MASK = tl.constexpr(_ID_MASK)
 
 
 def pack_sort_key(values: Tensor, token_ids: Tensor) -> Tensor:
     """fp32 values without NaN and int64 ids in [0, 2^32), broadcastable -> int64, the larger the better."""
     bits = (values + 0.0).view(torch.int32)  # -0.0 + 0.0 is +0.0, so that the two are equal here as well
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats: a larger magnitude becomes a smaller integer
-    return (ordered.to(torch.int64) << 32) | (ID_MASK - token_ids)
+    return (ordered.to(torch.int64) << 32) | (_ID_MASK - token_ids)
 
 
 def unpack_sort_key(keys: Tensor) -> tuple[Tensor, Tensor]:
     """The values and the token ids that `pack_sort_key` was given."""
     ordered = (keys >> 32).to(torch.int32)
     bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
-    return bits.view(torch.float32), ID_MASK - (keys & ID_MASK)
+    return bits.view(torch.float32), _ID_MASK - (keys & _ID_MASK)
 
 
 @triton.jit

@@ -20,10 +20,10 @@ from kernels.sampling.tile import check_logits, check_row_values, divisor_jit, s
 from kernels.sampling.truncation import Candidates, Truncation, min_p_top_k_threshold, top_p_threshold
 
 TILE = 4096  # tokens of a program
-PART = 128  # tokens whose largest stands for a lower bound of the k-th largest
+_PART_TOKENS = 128  # whose largest stands for a lower bound of the k-th largest
 BLOCK = 2048  # collected tokens that are looked at together
-CPU_CANDIDATES = 512  # of a row with top-p; a nucleus is rarely larger, and if it is the whole row is sorted
-MAX_CPU_CANDIDATES = 2048
+_CPU_CANDIDATES = 512  # of a row with top-p; a nucleus is rarely larger, and if it is the whole row is sorted
+_MAX_CPU_CANDIDATES = 2048
 
 _MARGIN = tl.constexpr(0.1)  # in log space, far over the error of a hardware logarithm
 _SMALLEST_REST = tl.constexpr(1e-9)
@@ -197,7 +197,7 @@ def _threshold_triton(logits: Tensor, temperature: Tensor, truncation: Truncatio
     num_rows, num_tokens = logits.shape
     device = logits.device
     num_tiles = triton.cdiv(num_tokens, TILE)
-    num_parts = num_tiles * (TILE // PART)
+    num_parts = num_tiles * (TILE // _PART_TOKENS)
     maxima = torch.empty((num_rows, num_parts), device=device)
     bounds, largest = torch.empty((2, num_rows), device=device)
     thresholds = torch.empty((num_rows,), device=device)
@@ -208,7 +208,7 @@ def _threshold_triton(logits: Tensor, temperature: Tensor, truncation: Truncatio
     if num_rows == 0:
         return thresholds
     grid = (num_rows, num_tiles)
-    part_maxima_kernel[grid](maxima, logits, temperature, num_tokens, stride, TILE=TILE, PART=PART, num_warps=8)
+    part_maxima_kernel[grid](maxima, logits, temperature, num_tokens, stride, TILE=TILE, PART=_PART_TOKENS, num_warps=8)
     block = triton.next_power_of_2(num_parts)
     lower_bound_kernel[(num_rows,)](bounds, largest, maxima, *settings, num_tokens, num_parts, BLOCK=block)
     collect_kernel[grid](
@@ -254,8 +254,8 @@ def truncation_threshold(logits: Tensor, temperature: Tensor, truncation: Trunca
 
 def _threshold_cpu(scaled: Tensor, truncation: Truncation) -> Tensor:
     """Uses the largest logits, and all logits for rows that these do not settle."""
-    num_candidates = max(truncation.max_top_k, CPU_CANDIDATES if truncation.has_top_p else 1)
-    num_candidates = min(num_candidates, MAX_CPU_CANDIDATES, scaled.shape[1])
+    num_candidates = max(truncation.max_top_k, _CPU_CANDIDATES if truncation.has_top_p else 1)
+    num_candidates = min(num_candidates, _MAX_CPU_CANDIDATES, scaled.shape[1])
     thresholds, covered = _threshold_from(scaled, truncation, num_candidates)
     open_rows = (~covered).nonzero().squeeze(1)
     if open_rows.numel():

@@ -18,7 +18,7 @@ from kernels.dispatch import runs_triton
 
 TILE_TOKENS = 64
 TILE_CHUNKS = 16
-ULP = 2.0**-23  # of 1 in fp32: twice what one operation can be off
+_ULP = 2.0**-23  # of 1 in fp32: twice what one operation can be off
 
 
 @triton.jit(do_not_specialize=["max_blocks", "num_chunks"])
@@ -156,7 +156,7 @@ def chunk_scores(q: Tensor, bounds: Tensor, seq_lens: Tensor, *, chunk_size: int
         num_chunks,
         num_kv_heads,
         head_dim,
-        head_dim * ULP,
+        head_dim * _ULP,
         CHUNK=chunk_size,
         GROUP=q.shape[1] // num_kv_heads,
         TILE=TILE_CHUNKS,
@@ -189,7 +189,7 @@ def chunk_scores_reference(q: Tensor, bounds: Tensor, seq_lens: Tensor, *, chunk
     grouped = q.float().view(num_seqs, 1, num_kv_heads, q.shape[1] // num_kv_heads, head_dim)
     least, greatest = bounds.float().unsqueeze(4).unbind(2)  # [num_seqs, num_chunks, num_kv_heads, 1, head_dim]
     terms = torch.maximum(grouped * least, grouped * greatest)
-    scores = (terms.sum(-1) + head_dim * ULP * terms.abs().sum(-1)).amax(3).transpose(1, 2)
+    scores = (terms.sum(-1) + head_dim * _ULP * terms.abs().sum(-1)).amax(3).transpose(1, 2)
     return scores.masked_fill(_behind_the_end(num_chunks, seq_lens, chunk_size), -torch.inf)
 
 
@@ -199,7 +199,7 @@ def chunk_scores_cpu(q: Tensor, bounds: Tensor, seq_lens: Tensor, *, chunk_size:
     grouped = q.float().view(num_seqs, num_kv_heads, q.shape[1] // num_kv_heads, head_dim)
     signed = torch.cat([grouped.clamp(max=0), grouped.clamp(min=0)], dim=-1)
     sides = bounds.float().permute(0, 3, 2, 4, 1).flatten(2, 3)  # [num_seqs, num_kv_heads, 2 * head_dim, num_chunks]
-    scores = signed @ sides + (head_dim * ULP) * (signed.abs() @ sides.abs())
+    scores = signed @ sides + (head_dim * _ULP) * (signed.abs() @ sides.abs())
     return scores.amax(2).masked_fill(_behind_the_end(num_chunks, seq_lens, chunk_size), -torch.inf)
 
 

@@ -23,9 +23,10 @@ from triton import language as tl
 
 from kernels.dispatch import runs_triton
 
-LAST_CODE = tl.constexpr(255.0)
-MIDDLE = tl.constexpr(7.5)  # of what a lower nibble may be
-SMALLEST_STEP = tl.constexpr(2.0**-126)  # below it fp32 loses bits, or is flushed to zero: the group counts as constant
+_LAST_CODE = tl.constexpr(255.0)
+_MIDDLE = tl.constexpr(7.5)  # of what a lower nibble may be
+# Below it fp32 loses bits, or is flushed to zero: the group counts as constant.
+_SMALLEST_STEP = tl.constexpr(2.0**-126)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +41,8 @@ class QuantisedBlocks:
 
 @triton.jit
 def _step_of(least, greatest):
-    step = tl.div_rn(greatest - least, LAST_CODE)
-    return tl.where(step >= SMALLEST_STEP, step, 0.0)
+    step = tl.div_rn(greatest - least, _LAST_CODE)
+    return tl.where(step >= _SMALLEST_STEP, step, 0.0)
 
 
 @triton.jit
@@ -136,8 +137,8 @@ def dequantise_kernel(
         first += (lower & 15).to(tl.float32)
         second += (lower >> 4).to(tl.float32)
     else:
-        first += MIDDLE
-        second += MIDDLE
+        first += _MIDDLE
+        second += _MIDDLE
     if part == 0:
         k_scales = k_scales_ptr + (block * 2 * num_kv_heads + head) * (2 * HALF_DIM) + channel
         k_steps = k_scales + num_kv_heads * 2 * HALF_DIM
@@ -234,7 +235,7 @@ def dequantise_blocks_reference(quantised: QuantisedBlocks, out: Tensor, *, bits
     """The definition."""
     lower = quantised.lower if bits == 8 else None
     codes = _both_channels(quantised.upper) * 16
-    codes += MIDDLE.value if lower is None else _both_channels(lower)
+    codes += _MIDDLE.value if lower is None else _both_channels(lower)
     k_least, k_step = quantised.k_scales.unsqueeze(-3).unbind(-4)  # [..., 1, num_kv_heads, head_dim]
     v_least, v_step = quantised.v_scales.unsqueeze(-1).unbind(-4)  # [..., block_size, num_kv_heads, 1]
     k_codes, v_codes = codes.unbind(-4)
@@ -244,8 +245,8 @@ def dequantise_blocks_reference(quantised: QuantisedBlocks, out: Tensor, *, bits
 def _codes_and_scales(x: Tensor, *, group_dim: int) -> tuple[Tensor, Tensor]:
     """uint8 codes like x, and fp32 scales [..., 2, ...] without the dimension of a group."""
     least, greatest = x.aminmax(dim=group_dim, keepdim=True)
-    step = (greatest - least) / LAST_CODE.value
-    step = torch.where(step >= SMALLEST_STEP.value, step, 0.0)
+    step = (greatest - least) / _LAST_CODE.value
+    step = torch.where(step >= _SMALLEST_STEP.value, step, 0.0)
     codes = torch.floor((x - least) / torch.where(step > 0, step, 1.0) + 0.5)
     scales = torch.stack([least.squeeze(group_dim), step.squeeze(group_dim)], dim=-3)
     return codes.to(torch.uint8), scales

@@ -18,12 +18,12 @@ from triton import language as tl
 from kernels.dispatch import runs_triton
 
 BLOCK_SIZE = 32  # elements that share a scale
-SCALE_BIAS = 127
-NAN_SCALE = 255
-ELEMENT_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; 8 more are the negative ones
-LARGEST_EXPONENT = 2  # of an element: 4 = 2^2
-TILE_BLOCKS = 32  # of one program
-REFERENCE_ELEMENTS = 1 << 22  # at a time, to bound memory
+_SCALE_BIAS = 127
+_NAN_SCALE = 255
+_ELEMENT_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; 8 more are the negative ones
+_LARGEST_EXPONENT = 2  # of an element: 4 = 2^2
+_TILE_BLOCKS = 32  # of one program
+_REFERENCE_ELEMENTS = 1 << 22  # at a time, to bound memory
 
 
 @triton.jit
@@ -84,8 +84,8 @@ def quantize_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     packed = torch.empty(num_rows, weight.shape[1] // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(num_rows, blocks_per_row, dtype=torch.uint8, device=weight.device)
     if scales.numel():
-        quantize_kernel[(triton.cdiv(scales.numel(), TILE_BLOCKS),)](
-            weight, packed, scales, scales.numel(), blocks_per_row, weight.stride(0), TILE=TILE_BLOCKS
+        quantize_kernel[(triton.cdiv(scales.numel(), _TILE_BLOCKS),)](
+            weight, packed, scales, scales.numel(), blocks_per_row, weight.stride(0), TILE=_TILE_BLOCKS
         )
     return packed, scales
 
@@ -94,7 +94,7 @@ def quantize_mxfp4_reference(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The definition: scale each block, compare with the borders of rounding. A few rows at a time."""
     packed = torch.empty(weight.shape[0], weight.shape[1] // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(weight.shape[0], weight.shape[1] // BLOCK_SIZE, dtype=torch.uint8, device=weight.device)
-    rows_at_once = max(1, REFERENCE_ELEMENTS // max(1, weight.shape[1]))
+    rows_at_once = max(1, _REFERENCE_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], rows_at_once):
         rows = slice(start, start + rows_at_once)
         codes, block_scales = _cast_blocks(weight[rows].float().unflatten(1, (-1, BLOCK_SIZE)))
@@ -123,7 +123,7 @@ def scale_values(scales: Tensor) -> Tensor:
     exponents = torch.arange(256, device=scales.device)
     bits = exponents << 23
     bits[0] = 1 << 22  # 2^-127 is subnormal
-    bits[NAN_SCALE] = 0x7FC00000
+    bits[_NAN_SCALE] = 0x7FC00000
     return bits.int().view(torch.float32)[scales.int()]
 
 
@@ -141,21 +141,21 @@ def _cast_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
     largest = blocks.abs().amax(dim=-1)
     invalid = ~blocks.isfinite().all(dim=-1)
     exponents = torch.frexp(largest).exponent - 1  # floor(log2)
-    scales = (exponents - LARGEST_EXPONENT + SCALE_BIAS).clamp(min=0)
+    scales = (exponents - _LARGEST_EXPONENT + _SCALE_BIAS).clamp(min=0)
     scales = torch.where(largest == 0, 0, scales)
-    scaled = torch.ldexp(blocks, SCALE_BIAS - scales.unsqueeze(-1)).abs()
+    scaled = torch.ldexp(blocks, _SCALE_BIAS - scales.unsqueeze(-1)).abs()
     codes = (scaled > 0.25).to(torch.uint8)  # 0.25 is a tie, and 0 the even code
     for border, to_even in ((0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False)):
         codes += (scaled >= border) if to_even else (scaled > border)
     codes |= blocks.signbit().to(torch.uint8) << 3
     codes.masked_fill_(invalid.unsqueeze(-1), 0)
-    return codes, torch.where(invalid, NAN_SCALE, scales).to(torch.uint8)
+    return codes, torch.where(invalid, _NAN_SCALE, scales).to(torch.uint8)
 
 
 @cache
 def _values_of_quads(device: torch.device) -> Tensor:
     """Four elements for every two bytes, as bf16 in an int64: [65536]."""
-    magnitudes = torch.tensor(ELEMENT_VALUES, device=device, dtype=torch.bfloat16)
+    magnitudes = torch.tensor(_ELEMENT_VALUES, device=device, dtype=torch.bfloat16)
     values = torch.cat([magnitudes, -magnitudes])
     quads = torch.arange(1 << 16, device=device)
     return torch.stack([values[(quads >> shift) & 15] for shift in (0, 4, 8, 12)], dim=1).view(torch.int64).squeeze(1)

@@ -23,10 +23,10 @@ from kernels.upcoming.mxfp4 import check_mxfp4, dequantize_mxfp4
 
 accept_loop_bounds()
 
-MAX_KERNEL_ROWS = 64  # beyond, the tensor cores are busy enough to make the whole weight a dense one first
+_MAX_KERNEL_ROWS = 64  # beyond, the tensor cores are busy enough to make the whole weight a dense one first
 ENOUGH_PROGRAMS = 528  # four for each multiprocessor of an H100 or H200
-MIN_SPLIT_FEATURES = 512
-CPU_TILE_WEIGHTS = 1 << 19  # dequantised at a time: stays in the cache of a core
+_MIN_SPLIT_FEATURES = 512
+_CPU_TILE_WEIGHTS = 1 << 19  # dequantised at a time: stays in the cache of a core
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def mxfp4_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
         raise ValueError(f"x: expected bf16, fp16 or fp32, got {x.dtype}")
     if not runs_triton(x):
         return mxfp4_linear_cpu(x, packed, scales)
-    if x.shape[0] > MAX_KERNEL_ROWS:
+    if x.shape[0] > _MAX_KERNEL_ROWS:
         return F.linear(x, dequantize_mxfp4(packed, scales, x.dtype))
     return _launch(x, packed, scales)
 
@@ -141,7 +141,7 @@ def mxfp4_linear_cpu(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     packed bf16 weight takes for one row. It saves memory, not time.
     """
     out_features, in_features = packed.shape[0], x.shape[1]
-    features_at_once = max(1, CPU_TILE_WEIGHTS // max(1, in_features))
+    features_at_once = max(1, _CPU_TILE_WEIGHTS // max(1, in_features))
     out = x.new_empty(x.shape[0], out_features)
     for start in range(0, out_features, features_at_once):
         tile = slice(start, start + features_at_once)
@@ -188,4 +188,4 @@ def tile_options(dtype: torch.dtype, num_rows: int, in_features: int) -> dict[st
 def _split_features(in_features: int, num_tiles: int) -> int:
     """Inputs of one program, so that there are about ENOUGH_PROGRAMS: a multiple of every BLOCK_IN."""
     wanted_splits = max(1, ENOUGH_PROGRAMS // num_tiles)
-    return max(MIN_SPLIT_FEATURES, -(-in_features // wanted_splits // 128) * 128)
+    return max(_MIN_SPLIT_FEATURES, -(-in_features // wanted_splits // 128) * 128)

@@ -6,10 +6,10 @@ It pays if the saved readings of the prefix outweigh the merge of two results pe
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-MAX_QUERY_TOKENS = 64  # that can attend to a prefix as one seq: the bits of a word of `ancestors`
-ROWS_PER_PASS = 64  # query heads of tokens that one reading of the keys serves (schedule.py)
+_MAX_QUERY_TOKENS = 64  # that can attend to a prefix as one seq: the bits of a word of `ancestors`
+_ROWS_PER_PASS = 64  # query heads of tokens that one reading of the keys serves (schedule.py)
 # What a GPU of 3.3 TB/s reads in the 5 us that two more launches take. Not measured yet.
-LAUNCH_BYTES = 16 << 20
+_LAUNCH_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ def choose_prefix_groups(
     num_new: Sequence[int],
     shape: KVShape,
     *,
-    launch_bytes: int = LAUNCH_BYTES,
+    launch_bytes: int = _LAUNCH_BYTES,
 ) -> list[PrefixGroup]:
     """The runs of successive seqs for which a shared reading of their common prefix pays, if any does.
 
@@ -74,14 +74,14 @@ def choose_prefix_groups(
 
 def query_chunks(num_tokens: int, num_prefix_tokens: int) -> list[int]:
     """Sizes of the pieces, no longer than the prefix, in which the query tokens of a group attend to it."""
-    size = min(MAX_QUERY_TOKENS, num_prefix_tokens)
+    size = min(_MAX_QUERY_TOKENS, num_prefix_tokens)
     whole, rest = divmod(num_tokens, size)
     return [size] * whole + [rest] * (rest > 0)
 
 
 def _passes(num_tokens: int, group: int) -> int:
     """How often the keys of a seq are read for its query tokens."""
-    return -(-num_tokens * group // ROWS_PER_PASS)
+    return -(-num_tokens * group // _ROWS_PER_PASS)
 
 
 def _runs(block_tables: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:

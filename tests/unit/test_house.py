@@ -76,10 +76,15 @@ def sources(folder: str) -> tuple[Path, ...]:
 
 
 @functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports_of(path: Path) -> frozenset[str]:
     """Dotted names of all that a file imports, in function bodies and for type checkers alone too."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -185,7 +190,7 @@ def fields_of(module: str, name: str) -> set[str]:
 
 def attributes_set_in(path: Path) -> set[str]:
     """Names of the attributes that a file sets, but for those of `self`."""
-    stored = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
+    stored = (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute))
     return {node.attr for node in stored if isinstance(node.ctx, ast.Store) and ast.unparse(node.value) != "self"}
 
 
@@ -204,7 +209,7 @@ def test_what_a_wing_knows_of_a_seq_is_changed_by_that_wing_alone() -> None:
 
 def private_names(path: Path) -> Iterator[str]:
     """What a file imports of ours, or reads of anything but `self` and torch, although its name begins with one _."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom) and node.module and top(node.module) in ARROWS:
             yield from (f"{node.module}.{alias.name}" for alias in node.names if is_private(alias.name))
         elif isinstance(node, ast.Attribute) and is_private(node.attr):
@@ -222,6 +227,42 @@ def test_tests_use_public_names() -> None:
     assert found == set()
 
 
+@functools.cache
+def names_read_by(path: Path) -> frozenset[str]:
+    """By their last part."""
+    names = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.alias):
+            names.add(node.name)
+    return frozenset(names)
+
+
+def constants_of(path: Path) -> set[str]:
+    targets = [
+        target
+        for node in tree_of(path).body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    ]
+    return {
+        target.id for target in targets if isinstance(target, ast.Name) and target.id.isupper() and len(target.id) > 1
+    }
+
+
+def test_constants_that_only_their_module_reads_begin_with_an_underscore() -> None:
+    readers = {
+        path: names_read_by(path) for folder in (*ARROWS, "bench", "models", "tests") for path in sources(folder)
+    }
+    for path in (path for folder in ARROWS for path in sources(folder)):
+        for name in constants_of(path):
+            is_read_elsewhere = any(name in names for other, names in readers.items() if other != path)
+            assert is_private(name) or is_read_elsewhere, f"{path.relative_to(ROOT)}: {name}"
+
+
 def test_no_file_is_too_long() -> None:
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files = {name for name in listed.split() if not name.startswith(("tests/", "echelon/pb/"))}
@@ -231,7 +272,7 @@ def test_no_file_is_too_long() -> None:
 
 def function_lines(folder: str) -> Iterator[int]:
     for path in sources(folder):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
                 yield node.end_lineno - node.lineno + 1
 

@@ -9,8 +9,8 @@ from echelon.pb.worker_pb2 import Fork, Round, Row, SeqInit
 from workers.engine.seq_state import Limits, SeqTable
 from workers.engine.slot import SlotState
 
-MAX_ALTERNATIVES = 64  # of a draft; a scheduler asks for a few
-MAX_LOGPROBS = 20
+_MAX_ALTERNATIVES = 64  # of a draft; a scheduler asks for a few
+_MAX_LOGPROBS = 20
 
 
 class ProtocolError(ValueError):
@@ -64,9 +64,9 @@ def plan_draft(round_: Round, table: SeqTable) -> list[RowPlan]:
     Raises:
         ProtocolError: The round does not fit the state.
     """
-    if round_.num_alternatives > MAX_ALTERNATIVES:
+    if round_.num_alternatives > _MAX_ALTERNATIVES:
         raise ProtocolError(
-            f"round {round_.round_id}: num_alternatives: {round_.num_alternatives}, must be at most {MAX_ALTERNATIVES}"
+            f"round {round_.round_id}: num_alternatives: {round_.num_alternatives}, must be at most {_MAX_ALTERNATIVES}"
         )
     return [_draft_row(*entry) for entry in _views(round_, table)]
 
@@ -183,8 +183,8 @@ def _check_sampling(sampling: SeqSampling, limits: Limits, where: str) -> None:
         "presence_penalty": math.isfinite(sampling.presence_penalty),
         "frequency_penalty": math.isfinite(sampling.frequency_penalty),
         "logit_bias": all(map(math.isfinite, sampling.logit_bias.values())),
-        "logprobs": sampling.logprobs <= MAX_LOGPROBS,
-        "prompt_logprobs": sampling.prompt_logprobs <= MAX_LOGPROBS,
+        "logprobs": sampling.logprobs <= _MAX_LOGPROBS,
+        "prompt_logprobs": sampling.prompt_logprobs <= _MAX_LOGPROBS,
     }
     for field, valid in is_valid.items():
         if not valid:

@@ -20,7 +20,7 @@ from workers.upload import upload
 
 logger = logging.getLogger(__name__)
 
-NO_DRAFT = -1
+_NO_DRAFT = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class TargetEngine(ModelEngine):
                 RowEntry(sampling, sampling.length + depth, chain[:depth]) for depth in range(len(chain) + 1)
             )
             draft_token_ids.extend(chain)
-            draft_token_ids.append(NO_DRAFT)
+            draft_token_ids.append(_NO_DRAFT)
         device = self._runner.device
         sampled = self._runner.choose(hidden[upload(rows, torch.int64, device)], entries)
         choices, drafts = chosen_token_ids(sampled), upload(draft_token_ids, torch.int64, device)
@@ -157,14 +157,14 @@ def force_acceptance(
 ) -> tuple[Tensor, Tensor]:
     """Choices and drafts, int64 [num_rows] each, of which the share `rate` agrees and no others do.
 
-    Seed and position of a row decide alone, so that every rank, and a second run, decides alike. NO_TOKEN and NO_DRAFT
+    Seed and position of a row decide alone, so that every rank, and a second run, decides alike. NO_TOKEN and _NO_DRAFT
     stay as they are.
     """
     draws = [random.Random(f"{entry.state.seed} {entry.position}").random() for entry in entries]
     agree = torch.tensor(draws, dtype=torch.float64, device=choices.device) < rate
-    decides = (draft_token_ids != NO_DRAFT) & (choices != NO_TOKEN)
+    decides = (draft_token_ids != _NO_DRAFT) & (choices != NO_TOKEN)
     forced = torch.where(agree & decides, draft_token_ids, choices)
-    return forced, torch.where(agree & decides, draft_token_ids, NO_DRAFT)
+    return forced, torch.where(agree & decides, draft_token_ids, _NO_DRAFT)
 
 
 def _step_name(plans: Sequence[RowPlan]) -> str:

@@ -14,7 +14,7 @@ from workers.collectives import Group, SoloGroup, TorchGroup
 from workers.trace import TracedGroup, Tracer
 
 START_TIMEOUT_S = 1800.0  # ranks load at different speed; who starts them has a shorter limit of its own
-GLOO_ON_HOST = "gloo_on_host"
+_GLOO_ON_HOST = "gloo_on_host"
 
 
 class Cohort:
@@ -75,7 +75,7 @@ class Cohort:
         use_nccl = spec.device == "cuda" and len(set(device_ids)) == self.world_size
         _register_gloo(spec.host)
         dist.init_process_group(
-            "nccl" if use_nccl else GLOO_ON_HOST,
+            "nccl" if use_nccl else _GLOO_ON_HOST,
             store=self._store,
             rank=self.rank,
             world_size=self.world_size,
@@ -118,4 +118,4 @@ def _register_gloo(host: str) -> None:
         process_group: ProcessGroupGloo = gloo(store, rank, size, options)
         return process_group
 
-    dist.Backend.register_backend(GLOO_ON_HOST, create, devices=["cpu", "cuda"])
+    dist.Backend.register_backend(_GLOO_ON_HOST, create, devices=["cpu", "cuda"])

@@ -23,9 +23,9 @@ from workers.process.cohort import Cohort
 # Between the stream that enters a group and the one that each of its layers would see. EasySpec finds 0.8 and more in
 # groups of four; of the demo draft a group of six, whose last layer is at 0.70, loses 2.6 % of the acceptance.
 LEAST_SIMILARITY = 0.7
-AUTO = "auto"
-SCRATCH_BYTES = 256 << 20  # MLP weights that are timed: more than a processor caches
-TIMED_RUNS = 5
+_AUTO = "auto"
+_SCRATCH_BYTES = 256 << 20  # MLP weights that are timed: more than a processor caches
+_TIMED_RUNS = 5
 
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 TimeMLPs = Callable[[ModelConfig, Group, BuildContext], float]
@@ -54,14 +54,14 @@ def num_ranks(spec: EngineSpec, world_size: int) -> int:
 def time_mlps(config: ModelConfig, group: Group, ctx: BuildContext) -> float:
     """Seconds of a token through some MLPs of the model's shape, split as `ctx` says, on all ranks together."""
     bytes_each = 3 * config.hidden_size * config.intermediate_size * ctx.dtype.itemsize
-    num_layers = max(1, min(config.num_layers, SCRATCH_BYTES // bytes_each))
+    num_layers = max(1, min(config.num_layers, _SCRATCH_BYTES // bytes_each))
     mlps = [MLP(f"scratch.{layer}", config=config, ctx=ctx) for layer in range(num_layers)]
     with torch.inference_mode():
         for part in ctx.slices:
             part.target.fill_(1e-3)
         ctx.pack()
         x = torch.ones(1, config.hidden_size, dtype=ctx.dtype, device=ctx.device)
-        return statistics.median(_time(mlps, x, group) for _ in range(1 + TIMED_RUNS))
+        return statistics.median(_time(mlps, x, group) for _ in range(1 + _TIMED_RUNS))
 
 
 def _time(mlps: list[MLP], x: torch.Tensor, group: Group) -> float:
@@ -93,10 +93,10 @@ def resolve_plan(
     """
     config = load_model_config(Path(spec.model))
     weights = _choice("layer_parallel_weights", spec.layer_parallel_weights or Weights.REPLICATED, [*Weights])
-    mlps = _choice("layer_parallel_mlp", spec.layer_parallel_mlp or AUTO, [*MLPs, AUTO])
+    mlps = _choice("layer_parallel_mlp", spec.layer_parallel_mlp or _AUTO, [*MLPs, _AUTO])
     if group.size == 1:
         weights, mlps = Weights.REPLICATED, MLPs.REPLICATED
-    if mlps == AUTO:
+    if mlps == _AUTO:
         on_progress("timing MLPs", 0, 0)
         mlps = _faster_mlps(spec, config, group, device, time_mlps)
     return LayerParallelPlan(

@@ -33,7 +33,7 @@ from workers.trace import Tracer
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-ROLE_NAMES = {EngineRole.ENGINE_ROLE_TARGET: "target", EngineRole.ENGINE_ROLE_DRAFT: "draft"}
+_ROLE_NAMES = {EngineRole.ENGINE_ROLE_TARGET: "target", EngineRole.ENGINE_ROLE_DRAFT: "draft"}
 
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 Engines = dict[EngineRole.ValueType, Engine]
@@ -84,7 +84,7 @@ def load_engines(spec: WorkerSpec, cohort: Cohort, on_progress: OnProgress) -> E
 
 
 def _load(spec: EngineSpec, cohort: Cohort, device: torch.device, on_progress: OnProgress) -> _Loaded | None:
-    if spec.role not in ROLE_NAMES:
+    if spec.role not in _ROLE_NAMES:
         raise SpecError(f"engines: role {spec.role} is none that a worker can host")
     if spec.dtype not in DTYPES:
         raise SpecError(f"engines: dtype {spec.dtype!r} must be one of {', '.join(DTYPES)}")
@@ -112,7 +112,7 @@ def _load(spec: EngineSpec, cohort: Cohort, device: torch.device, on_progress: O
 def _load_model(
     spec: EngineSpec, group: Group, cohort: Cohort, device: torch.device, on_progress: OnProgress
 ) -> CausalLM | LayerParallelLM:
-    stage = f"loading {ROLE_NAMES[spec.role]} weights"
+    stage = f"loading {_ROLE_NAMES[spec.role]} weights"
     options: _LoadOptions = {
         "dtype": DTYPES[spec.dtype],
         "device": device,

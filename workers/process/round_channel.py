@@ -23,7 +23,7 @@ from workers.process.cohort import Cohort
 from workers.process.greeting import TOKEN_BYTES, accept_peers, greet
 
 HEADER = struct.Struct("<IBB")  # bytes of payload, kind, role
-PULSE_INTERVAL_S = 1.0
+_PULSE_INTERVAL_S = 1.0
 OnLost = Callable[[str], None]
 
 
@@ -108,7 +108,7 @@ class Leader:
         try:
             pulse.sendall(b"?")
             while pulse.recv(1):
-                if self._stopping.wait(PULSE_INTERVAL_S):
+                if self._stopping.wait(_PULSE_INTERVAL_S):
                     return
                 pulse.sendall(b"?")
             reason = "it died"
@@ -171,7 +171,7 @@ class Follower:
 
 
 def _connect(address: tuple[str, int], token: bytes, rank: int, channel: int) -> socket.socket:
-    connection = socket.create_connection(address, timeout=PULSE_INTERVAL_S * 10)
+    connection = socket.create_connection(address, timeout=_PULSE_INTERVAL_S * 10)
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     greet(connection, token, (rank, channel))

@@ -27,15 +27,15 @@ from workers.process.run_loop import Arrived, Opened, Work
 
 logger = logging.getLogger(__name__)
 
-OPTIONS = [
+_OPTIONS = [
     ("grpc.so_reuseport", 0),  # a taken port is an error
     ("grpc.max_receive_message_length", WireLimit.WIRE_LIMIT_MESSAGE_BYTES),
     ("grpc.max_send_message_length", WireLimit.WIRE_LIMIT_MESSAGE_BYTES),
 ]
-MAX_PENDING_ROUNDS = 64  # of a stream; a scheduler has three on their way
-FAIL_GRACE_S = 1.0
+_MAX_PENDING_ROUNDS = 64  # of a stream; a scheduler has three on their way
+_FAIL_GRACE_S = 1.0
 SERVICE_NAME = "echelon.v1.Worker"
-HEALTH_NAMES = {EngineRole.ENGINE_ROLE_TARGET: "target", EngineRole.ENGINE_ROLE_DRAFT: "draft"}
+_HEALTH_NAMES = {EngineRole.ENGINE_ROLE_TARGET: "target", EngineRole.ENGINE_ROLE_DRAFT: "draft"}
 
 T = TypeVar("T")
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ class RoundStream:
             error = f"{where} incarnation: {round_.incarnation}, but the stream's hello said {self.incarnation}"
         elif round_.round_id <= self._last_round_id:
             error = f"{where} round_id: must be above {self._last_round_id}"
-        elif self._num_pending >= MAX_PENDING_ROUNDS:
-            error = f"{where} {MAX_PENDING_ROUNDS} rounds of this stream are waiting already"
+        elif self._num_pending >= _MAX_PENDING_ROUNDS:
+            error = f"{where} {_MAX_PENDING_ROUNDS} rounds of this stream are waiting already"
         else:
             self._last_round_id = round_.round_id
             self._num_pending += 1
@@ -195,7 +195,7 @@ class ServerThread:
     def fail(self, error: str) -> None:
         """The group is broken: tells everybody who listens, then stops. Raises nothing: worse has happened."""
         try:
-            self._call(self._fail(error)).result(timeout=2 * FAIL_GRACE_S)
+            self._call(self._fail(error)).result(timeout=2 * _FAIL_GRACE_S)
         except Exception:  # as the docstring says
             logger.exception("could not tell the streams that the group is broken")
 
@@ -206,7 +206,7 @@ class ServerThread:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def _start(self, host: str) -> str:
-        self._server = grpc.aio.server(options=OPTIONS)
+        self._server = grpc.aio.server(options=_OPTIONS)
         add_WorkerServicer_to_server(self._servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         port = self._server.add_insecure_port(f"{host}:0")
@@ -220,7 +220,7 @@ class ServerThread:
             return
         await self._health.enter_graceful_shutdown()  # NOT_SERVING everywhere
         self._servicer.end_all(Ending(grpc.StatusCode.UNAVAILABLE, error))
-        await self._server.stop(FAIL_GRACE_S)
+        await self._server.stop(_FAIL_GRACE_S)
 
     async def _stop(self, grace_s: float) -> None:
         assert self._server is not None, "started"
@@ -229,4 +229,4 @@ class ServerThread:
         await self._server.stop(grace_s)
 
     def _health_services(self) -> Iterable[str]:
-        return ["", SERVICE_NAME, *(HEALTH_NAMES[engine.role] for engine in self._info.engines)]
+        return ["", SERVICE_NAME, *(_HEALTH_NAMES[engine.role] for engine in self._info.engines)]

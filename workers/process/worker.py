@@ -25,7 +25,7 @@ from workers.trace import Tracer
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 5.0
-DEFAULT_COLLECTIVE_TIMEOUT_S = 30.0
+_DEFAULT_COLLECTIVE_TIMEOUT_S = 30.0
 BuildEngines = Callable[[WorkerSpec, Cohort, OnProgress], Engines]
 Fail = Callable[[str], None]
 
@@ -44,7 +44,7 @@ def _checked(spec: WorkerSpec) -> WorkerSpec:
         raise SpecError("engines: is empty, a worker runs one or more")
     if spec.rank >= max(1, spec.world_size):
         raise SpecError(f"rank: {spec.rank}, must be below world_size {spec.world_size}")
-    spec.collective_timeout_s = spec.collective_timeout_s or DEFAULT_COLLECTIVE_TIMEOUT_S
+    spec.collective_timeout_s = spec.collective_timeout_s or _DEFAULT_COLLECTIVE_TIMEOUT_S
     return spec
 
 

@@ -13,7 +13,7 @@ from kernels.sampling.sort_key import pack_sort_key, unpack_sort_key
 from kernels.sampling.top_keys import top_sort_keys
 from workers.collectives import Group
 
-MAX_LOGITS_AT_ONCE = 1 << 22  # bounds the 8-byte temporaries of a long prompt chunk
+_MAX_LOGITS_AT_ONCE = 1 << 22  # bounds the 8-byte temporaries of a long prompt chunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ def position_logprobs(
         vocab_start: token id of the first column.
     """
     num_rows, shard_size = logits.shape
-    rows_at_once = max(1, MAX_LOGITS_AT_ONCE // shard_size)
+    rows_at_once = max(1, _MAX_LOGITS_AT_ONCE // shard_size)
     num_top = min(max(1, *wanted.num_top), vocab_size) if num_rows else 1
     result: list[PositionLogprobs] = []
     non_finite = wanted.non_finite.tolist()

@@ -26,9 +26,9 @@ from workers.sampling.logprobs import LogprobRows, position_logprobs
 from workers.sampling.rows import SamplingRows
 from workers.upload import upload
 
-NON_FINITE_KEY = torch.iinfo(torch.int64).max  # above the key of every number
-TOP_P_CANDIDATES = 512  # of each shard; a nucleus is rarely larger, and if it is the whole row is gathered
-MAX_CANDIDATES = 1024
+_NON_FINITE_KEY = torch.iinfo(torch.int64).max  # above the key of every number
+_TOP_P_CANDIDATES = 512  # of each shard; a nucleus is rarely larger, and if it is the whole row is gathered
+_MAX_CANDIDATES = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +137,7 @@ class Sampler:
     ) -> tuple["_Choice", Tensor, Tensor | None, Tensor]:
         """The best tokens of all shards, and the rank whose token is the best. `words` [1, ...] become those of all."""
         num = choice.values.shape[1]
-        sent = torch.where(non_finite.unsqueeze(1), NON_FINITE_KEY, pack_sort_key(choice.values, choice.token_ids))
+        sent = torch.where(non_finite.unsqueeze(1), _NON_FINITE_KEY, pack_sort_key(choice.values, choice.token_ids))
         if words is not None:
             sent = torch.cat((sent, words[0]), dim=1)
         gathered = self._group.all_gather(sent)  # [tp_size, num_rows, num (+ NUM_WORDS)]
@@ -148,7 +148,7 @@ class Sampler:
         else:
             best = sort_keys.transpose(0, 1).flatten(1).sort(dim=1, descending=True).values[:, :num]
         agreed = _Choice(*unpack_sort_key(best))
-        return agreed, best_keys == NON_FINITE_KEY, None if words is None else gathered[:, :, num:], winner
+        return agreed, best_keys == _NON_FINITE_KEY, None if words is None else gathered[:, :, num:], winner
 
     def prompt_logprobs(
         self, logits_shard: Tensor, vocab_start: int, next_token_ids: Tensor, num_top: int
@@ -206,8 +206,8 @@ class Sampler:
 
     def _from_candidates(self, scaled: Tensor, truncation: Truncation) -> tuple[Tensor, Tensor]:
         """Thresholds [num_rows] from the largest logits of each shard, and which of them are proven."""
-        num_candidates = max(truncation.max_top_k, TOP_P_CANDIDATES if truncation.has_top_p else 1)
-        candidates = self._gather_candidates(scaled, min(num_candidates, MAX_CANDIDATES, scaled.shape[1]))
+        num_candidates = max(truncation.max_top_k, _TOP_P_CANDIDATES if truncation.has_top_p else 1)
+        candidates = self._gather_candidates(scaled, min(num_candidates, _MAX_CANDIDATES, scaled.shape[1]))
         thresholds, covered = min_p_top_k_threshold(candidates, truncation)
         if truncation.has_top_p:
             shard_mass = total_mass(scaled, candidates.values[:, 0].contiguous(), thresholds)

@@ -13,7 +13,7 @@ from echelon.pb.sampling_pb2 import SeqSampling
 IntArray = NDArray[np.int64]
 
 # Dividing by less would overflow fp32 where logits are large; the most likely token has all of the probability anyway.
-GREEDY_BELOW_TEMPERATURE = 1e-5
+_GREEDY_BELOW_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,7 @@ class SeqSamplingState:
         # torch has no arithmetic on uint64: the same 64 bits as a signed number.
         self.seed: int = sampling.seed - (1 << 64) if sampling.seed >> 63 else sampling.seed
         self.sample_index: int = sampling.sample_index
-        greedy = sampling.temperature < GREEDY_BELOW_TEMPERATURE
+        greedy = sampling.temperature < _GREEDY_BELOW_TEMPERATURE
         self.temperature: float = 0.0 if greedy else sampling.temperature
         self.top_k: int = sampling.top_k if sampling.top_k < vocab_size else 0
         self.top_p: float = sampling.top_p
