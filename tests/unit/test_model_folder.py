@@ -105,6 +105,9 @@ def test_hub_ids_are_looked_up_in_the_cache_only(tmp_path: Path, monkeypatch: py
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc\n")
     assert find_model("org/name", tmp_path) == snapshot
+    (repository / "refs" / "main").write_bytes(b"\xff")
+    with pytest.raises(LoadError, match=r"refs/main is not UTF-8.*; repair it or copy it again"):
+        find_model("org/name", tmp_path)
 
 
 def test_relative_paths_start_at_the_file(tmp_path: Path) -> None:

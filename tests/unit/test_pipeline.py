@@ -151,7 +151,7 @@ def test_any_timing_gives_the_plain_stream(seed: int, speculation: dict[str, Any
             lp_size=rng.choice([1, 4]),
             num_blocks=rng.choice([40, 400]),
             num_slots=rng.choice([4, 64]),
-            max_model_len=(90, 40, 20)[seed % 3],  # a seq that outgrows the draft goes on without it
+            max_model_len=(90, 40, 20, 8)[seed % 4],  # a seq that outgrows the draft goes on without it
         ),
         k=rng.randint(1, 6),
         speculation=speculation | {"adaptive": rng.random() < 0.5},
