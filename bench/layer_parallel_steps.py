@@ -17,6 +17,7 @@ import grpc
 
 from bench.random_model import write_random_llama
 from bench.report import Spread, publish, table
+from childproc.wires import open_blocking_channel
 from cluster.processes.child import Child, ChildProcess
 from cluster.processes.startup import Launch
 from cluster.processes.worker_group import RunningGroup, start_worker_group
@@ -80,7 +81,7 @@ class DraftGroup:
         self._processes.stop(STOP_GRACE_S)
 
     def _connect(self, group: RunningGroup) -> tuple[grpc.Channel, Iterator[RoundResult]]:
-        channel = grpc.insecure_channel(group.address)
+        channel = open_blocking_channel(group.address)
         hello = Hello(role=ENGINE_ROLE_DRAFT, incarnation=INCARNATION, version=__version__)
         self._requests.put(RoundRequest(hello=hello))
         results: Iterator[RoundResult] = WorkerStub(channel).Rounds(iter(self._requests.get, None))

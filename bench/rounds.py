@@ -17,6 +17,7 @@ import grpc
 from bench.instant_worker import GAPS_FILE
 from bench.random_model import DEMO
 from bench.report import add_report_options, publish, table
+from childproc.wires import open_channel
 from cluster.processes.child import Child, ChildProcess
 from cluster.processes.startup import Launch
 from cluster.processes.worker_group import start_worker_group
@@ -88,7 +89,7 @@ def scheduler_spec(leader_address: str) -> SchedulerSpec:
 
 async def decode(scheduler_address: str, num_seqs: int, num_tokens: int, first_id: int) -> None:
     """`num_seqs` requests of `num_tokens` tokens each, side by side, to their ends."""
-    async with grpc.aio.insecure_channel(scheduler_address) as channel:
+    async with open_channel(scheduler_address) as channel:
         call = SchedulerStub(channel).Connect()
         for index in range(num_seqs):
             sampling = built_in_defaults()

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import grpc
 
 from bench.differences import Difference, first_difference, gap_between
 from bench.load import run_side_by_side
@@ -25,6 +24,7 @@ from bench.report import Spread, add_report_options, publish, table
 from bench.speculate_results import Cell, Prompts, Results, Run, share
 from bench.variants import METHODS, PIPELINES, PLAIN, NotAvailableError, Pair, Variant, VariantDeployment, all_variants
 from checkpoint.tokenizer import load_tokenizer
+from childproc.wires import open_blocking_channel
 from echelon.pb.scheduler_pb2 import GetSchedulerStatusRequest, SchedulerStatus
 from echelon.pb.scheduler_pb2_grpc import SchedulerStub
 from echelon.requests import GenerateOptions
@@ -36,7 +36,7 @@ MOST_GAPS = 16  # differences that are looked into
 
 
 def status_of(deployment: VariantDeployment) -> SchedulerStatus:
-    with grpc.insecure_channel(deployment.running.scheduler_address) as channel:
+    with open_blocking_channel(deployment.running.scheduler_address) as channel:
         return SchedulerStub(channel).GetSchedulerStatus(GetSchedulerStatusRequest(), timeout=10.0)
 
 

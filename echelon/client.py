@@ -16,6 +16,7 @@ from typing import NoReturn, Protocol, Self, Unpack, cast
 
 import grpc
 
+from echelon.channel import channel_options
 from echelon.errors import error_from_status
 from echelon.pb import inference_pb2, inference_pb2_grpc
 from echelon.requests import (
@@ -140,7 +141,7 @@ class Client:
     """A connection to a gateway at `address`, host:port. Connects when first used; safe to share among threads."""
 
     def __init__(self, address: str) -> None:
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(address, options=channel_options(address, *_CHANNEL_OPTIONS))
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Stream:
@@ -205,7 +206,7 @@ class AsyncClient:
     """`Client` for asyncio; `stream` needs no await, what comes from it does."""
 
     def __init__(self, address: str) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(address, options=channel_options(address, *_CHANNEL_OPTIONS))
         # The stubs' declarations know asynchronous methods under another name than the code does.
         self._stub = cast("inference_pb2_grpc.InferenceAsyncStub", inference_pb2_grpc.InferenceStub(self._channel))
 

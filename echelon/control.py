@@ -6,6 +6,7 @@ from typing import Self, cast
 
 import grpc
 
+from echelon.channel import channel_options
 from echelon.errors import error_from_status
 from echelon.pb import control_pb2, control_pb2_grpc, scheduler_pb2
 
@@ -17,7 +18,7 @@ class ControlClient:
     """A connection to the gateway at `address`, host:port. Errors are those of `echelon.errors`."""
 
     def __init__(self, address: str) -> None:
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(address, options=channel_options(address, *_CHANNEL_OPTIONS))
         self._stub = control_pb2_grpc.ControlStub(self._channel)
 
     def replicas(self) -> control_pb2.GetReplicasResponse:

@@ -9,6 +9,7 @@ from typing import cast
 
 import grpc
 
+from childproc.wires import open_channel
 from echelon.pb import inference_pb2, scheduler_pb2, scheduler_pb2_grpc
 from gateway.metrics import RequestMeter
 from gateway.replicas.mailbox import Mailbox
@@ -55,7 +56,7 @@ class SchedulerLink:
         self.ready = False
         self.not_ready_reason = "not connected yet"
         self._on_change = on_change
-        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._channel = open_channel(address, *_CHANNEL_OPTIONS)
         # The stubs' declarations know asynchronous methods under another name than the code does.
         self._stub = cast("scheduler_pb2_grpc.SchedulerAsyncStub", scheduler_pb2_grpc.SchedulerStub(self._channel))
         self._outgoing: asyncio.Queue[scheduler_pb2.SchedulerRequest] | None = None  # None: no stream

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 import grpc
 import grpc.aio
 
+from childproc.wires import open_channel
 from echelon.pb import process_pb2, worker_pb2, worker_pb2_grpc
 from scheduler.engines.engine import UnexpectedAnswerError
 
@@ -100,7 +101,7 @@ class GroupClient:
 
     async def _serve_once(self) -> None:
         self._was_connected = False
-        async with grpc.aio.insecure_channel(self._endpoint.address, options=_CHANNEL_OPTIONS) as channel:
+        async with open_channel(self._endpoint.address, *_CHANNEL_OPTIONS) as channel:
             stub = cast("worker_pb2_grpc.WorkerAsyncStub", worker_pb2_grpc.WorkerStub(channel))
             info = await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=_INFO_TIMEOUT_S)
             engine = self._check(info)

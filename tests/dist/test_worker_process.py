@@ -10,6 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from childproc.edge import EXIT_PARENT_DIED
+from childproc.wires import open_blocking_channel
 from echelon import __version__
 from echelon.pb.sampling_pb2 import SeqSampling
 from echelon.pb.worker_pb2 import EngineRole, GetWorkerInfoRequest, Row
@@ -125,7 +126,7 @@ def test_target_and_draft_take_turns_in_one_process(solo: WorkerGroup) -> None:
 
 
 def test_info_and_health(solo: WorkerGroup) -> None:
-    with grpc.insecure_channel(solo.ready.address) as channel:
+    with open_blocking_channel(solo.ready.address) as channel:
         info = WorkerStub(channel).GetWorkerInfo(GetWorkerInfoRequest())
         assert info == solo.ready.worker
         assert (info.version, info.incarnation, info.world_size) == (__version__, INCARNATION, 1)
@@ -232,7 +233,7 @@ def test_a_lost_rank_ends_the_incarnation(tiny: Path, tmp_path: Path, how: signa
     with WorkerGroup(tmp_path, 2, engines, collective_timeout_s=3.0) as group:
         group.spawn().wait_ready()
         address = group.ready.address
-        with RoundStream(address, TARGET) as stream, grpc.insecure_channel(address) as channel:
+        with RoundStream(address, TARGET) as stream, open_blocking_channel(address) as channel:
             driver = Driver(group.ready.worker.engines[0], stream.call)
             driver.generate(driver.start(0, PROMPTS[0], greedy()), 1)
             health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="target"))

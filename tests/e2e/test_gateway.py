@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from childproc.edge import EXIT_PARENT_DIED
+from childproc.wires import open_blocking_channel
 from cluster.deployment.settings import KvCacheSettings, SchedulerSettings
 from cluster.local import LOCAL_SERVER, LocalDeployment, LocalDraft, local_settings
 from echelon import AsyncClient, Client, __version__
@@ -69,12 +70,12 @@ def client(address: str) -> Iterator[Client]:
 
 @pytest.fixture
 def channel(address: str) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(address) as channel:
+    with open_blocking_channel(address) as channel:
         yield channel
 
 
 def scheduler_status(deployment: LocalDeployment) -> scheduler_pb2.SchedulerStatus:
-    with grpc.insecure_channel(deployment.running.scheduler_address) as channel:
+    with open_blocking_channel(deployment.running.scheduler_address) as channel:
         stub = scheduler_pb2_grpc.SchedulerStub(channel)
         return stub.GetSchedulerStatus(scheduler_pb2.GetSchedulerStatusRequest())
 

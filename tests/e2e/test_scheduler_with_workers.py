@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from tokenizers import Tokenizer
 
+from childproc.wires import open_blocking_channel
 from cluster.deployment.settings import KvCacheSettings, SpeculationSettings
 from cluster.local import LOCAL_SCHEDULER, LocalDeployment, LocalDraft, local_settings
 from echelon.pb import inference_pb2, scheduler_pb2, scheduler_pb2_grpc
@@ -38,7 +38,7 @@ def stub() -> Iterator[scheduler_pb2_grpc.SchedulerStub]:
     )
     with (
         LocalDeployment(settings) as deployment,
-        grpc.insecure_channel(deployment.running.scheduler_address) as channel,
+        open_blocking_channel(deployment.running.scheduler_address) as channel,
     ):
         yield scheduler_pb2_grpc.SchedulerStub(channel)
 

@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +20,8 @@ from cluster.processes.status import DeploymentStatus, State
 from echelon import Client
 from tests.helpers.listening import listening_addresses
 from tests.helpers.model_folders import write_model_folder
+from tests.helpers.proxies import set_proxies
+from tests.helpers.scrape import fetch
 
 MODELS = Path(__file__).parents[2] / "models"
 PROMPT = "def read_lines(path):\n"
@@ -184,7 +185,10 @@ def test_no_place_and_no_ray(ray_address: str, tmp_path: Path) -> None:
     assert lifecycle.list_deployments() == []
 
 
-def test_a_private_ray_comes_and_goes_beside_another(ray_address: str, tmp_path: Path) -> None:
+def test_a_private_ray_comes_and_goes_beside_another(
+    ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_proxies(monkeypatch)
     status = lifecycle.up(deployment_file(tmp_path, tp_size=2, draft=True))
     assert (status.state, status.private_ray) == (State.READY, True)
     assert {process.name for process in status.processes} == {
@@ -195,8 +199,7 @@ def test_a_private_ray_comes_and_goes_beside_another(ray_address: str, tmp_path:
         completion = client.generate(PROMPT, max_tokens=16, temperature=0, speculation={"num_speculative_tokens": 4})
         assert completion.usage.completion_tokens == 16
         assert completion.speculation.num_draft_tokens > 0, "the draft took part"
-    with urllib.request.urlopen(status.metrics_url, timeout=30) as metrics:
-        assert b'echelon:generation_tokens_total{model_name="demo-target",replica="0"} 16.0' in metrics.read()
+    assert b'echelon:generation_tokens_total{model_name="demo-target",replica="0"} 16.0' in fetch(status.metrics_url)
     private = state_dir.load("e2e").private_ray
     assert private is not None
     ray_processes = processes_with(private.token)

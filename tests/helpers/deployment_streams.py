@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import grpc
 from tokenizers import Tokenizer
 
+from childproc.wires import open_blocking_channel
 from cluster.deployment.settings import KvCacheSettings, SchedulerSettings, SpeculationSettings
 from cluster.local import LocalDeployment, LocalDraft, local_settings
 from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2_grpc
@@ -89,7 +89,7 @@ def generate(
         **settings,
     )
     deployment = LocalDeployment(wanted)
-    with deployment, grpc.insecure_channel(deployment.running.scheduler_address) as channel:
+    with deployment, open_blocking_channel(deployment.running.scheduler_address) as channel:
         stub = scheduler_pb2_grpc.SchedulerStub(channel)
         client = SchedulerClient(stub, max_tokens=NUM_TOKENS, ignore_eos=True)
         for name, k in streams:

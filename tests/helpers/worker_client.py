@@ -13,6 +13,7 @@ from typing import Any, Self
 import grpc
 from google.protobuf import json_format
 
+from childproc.wires import open_blocking_channel
 from echelon import __version__
 from echelon.pb.process_pb2 import EngineSpec, ProcessEvent, Ready, WorkerSpec
 from echelon.pb.worker_pb2 import EngineRole, Hello, Round, RoundRequest, RoundResult
@@ -128,7 +129,7 @@ class RoundStream:
 
     def __init__(self, address: str, role: EngineRole.ValueType, **hello: Any) -> None:
         self._requests: queue.SimpleQueue[RoundRequest | None] = queue.SimpleQueue()
-        self._channel = grpc.insecure_channel(address)
+        self._channel = open_blocking_channel(address)
         fields = {"role": role, "incarnation": INCARNATION, "version": __version__, **hello}
         self._requests.put(RoundRequest(hello=Hello(**fields)))
         self._results = WorkerStub(self._channel).Rounds(self._iterate(), wait_for_ready=True)

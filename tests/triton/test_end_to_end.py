@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
+from childproc.wires import open_blocking_channel
 from cluster.deployment.settings import KvCacheSettings, SpeculationSettings
 from cluster.local import LOCAL_SCHEDULER, LocalDeployment, LocalDraft, local_settings
 from echelon.pb import scheduler_pb2_grpc
@@ -35,7 +35,7 @@ def generate(**environment: str) -> tuple[dict[str, list[int]], int]:
         startup_timeout_s=300.0,
     )
     deployment = LocalDeployment(settings)
-    with deployment, grpc.insecure_channel(deployment.running.scheduler_address) as channel:
+    with deployment, open_blocking_channel(deployment.running.scheduler_address) as channel:
         client = SchedulerClient(scheduler_pb2_grpc.SchedulerStub(channel), max_tokens=NUM_TOKENS, ignore_eos=True)
         for name, sampling in SETTINGS.items():
             client.submit(name, PROMPT, num_drafts=3, **sampling)

@@ -12,6 +12,7 @@ import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from childproc.wires import open_channel
 from echelon import __version__
 from echelon.client import AsyncClient
 from echelon.errors import (
@@ -72,7 +73,7 @@ async def house() -> AsyncIterator[House]:
     gateway = Gateway(gateway_spec(scheduler_address))
     address = await gateway.start()
     await gateway.wait_until_ready()
-    channel = grpc.aio.insecure_channel(address)
+    channel = open_channel(address)
     async with AsyncClient(address) as client:
         yield House(scheduler, server, scheduler_address, gateway, address, client, channel)
     await channel.close()

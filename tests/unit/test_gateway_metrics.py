@@ -3,7 +3,6 @@
 import asyncio
 import socket
 import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from echelon.pb import process_pb2, scheduler_pb2
 from gateway.metrics import RequestMetrics
 from gateway.server import Gateway, StartupError
 from tests.helpers.fake_scheduler import FakeScheduler, serve
-from tests.helpers.scrape import Samples, free_port, parse, scrape
+from tests.helpers.scrape import Samples, fetch, free_port, parse, scrape
 
 MODEL_DIR = Path(__file__).parents[2] / "models" / "demo-target"
 
@@ -212,7 +211,7 @@ async def test_a_scheduler_that_does_not_answer_is_not_ready(house: House) -> No
 
 async def test_there_is_only_metrics(house: House) -> None:
     with pytest.raises(urllib.error.HTTPError, match="404"):
-        await asyncio.to_thread(urllib.request.urlopen, f"http://127.0.0.1:{house.port}/")
+        await asyncio.to_thread(fetch, f"http://127.0.0.1:{house.port}/")
 
 
 async def test_a_taken_http_port_is_named() -> None:

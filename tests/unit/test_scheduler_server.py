@@ -14,6 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tokenizers import Tokenizer, decoders, models
 
+from childproc.wires import open_channel
 from echelon.pb import inference_pb2, process_pb2, scheduler_pb2, scheduler_pb2_grpc, worker_pb2
 from scheduler.config import ConfigError
 from scheduler.core import SchedulerCore
@@ -105,7 +106,7 @@ class House:
         self.address = await self.server.start(10.0)
 
     def channel(self) -> grpc.aio.Channel:
-        self.channels.append(grpc.aio.insecure_channel(self.address))
+        self.channels.append(open_channel(self.address))
         return self.channels[-1]
 
     def gateway(self) -> Gateway:
