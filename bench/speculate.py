@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-
 from bench.differences import Difference, first_difference, gap_between
 from bench.load import run_side_by_side
 from bench.plots import plot_bars

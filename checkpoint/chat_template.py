@@ -1,10 +1,10 @@
 """Chat templates, rendered as `transformers` renders them, without importing it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -20,6 +20,10 @@ from checkpoint.side_files import read_side_files
 
 _CONFIG = "tokenizer_config.json"
 _FILE = "chat_template.jinja"
+_MAX_CHARS = 16 << 20  # of a rendered conversation
+_END_OF_MESSAGE = "CONTINUE_FINAL_MESSAGE_TAG "
+# What a message's reasoning is called, in the order in which it is looked for; templates read the first.
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatError(ValueError):
@@ -43,11 +47,40 @@ class _GenerationBlock(Extension):
 class ChatTemplate:
     """A compiled template. `special_tokens` are the variables bos_token, eos_token ... that it may use.
 
-    Templates come with a model's files and are code of somebody else: they run in jinja2's immutable sandbox.
-    Raises ChatError for a template that does not compile.
+    Templates come with a model's files and are code of somebody else: they run in jinja2's immutable sandbox. That does
+    not bound what they cost. Raises ChatError for a template that does not compile.
     """
 
-    def __init__(self, source: str, *, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, source: str, *, special_tokens: Mapping[str, str], source_with_tools: str | None = None) -> None:
+        self._default = _Compiled(source)
+        self._with_tools = self._default if source_with_tools is None else _Compiled(source_with_tools)
+        self._special_tokens = dict(special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt's text, special tokens written out.
+
+        With `continue_final_message` it ends where the last message's content ends. `variables` are for the template,
+        `tools` and `documents` among them; they win over special tokens. Raises ChatError, with the template's own
+        words if it has any.
+        """
+        given = {"tools": None, "documents": None, **self._special_tokens, **(variables or {})}
+        template = self._default if given["tools"] is None else self._with_tools
+        chat = [_with_reasoning(message) for message in messages]
+        if continue_final_message:
+            _mark_end(chat, template)
+        text = template.render({**given, "messages": chat, "add_generation_prompt": add_generation_prompt})
+        return _before_mark(text, messages[-1]["content"]) if continue_final_message else text
+
+
+class _Compiled:
+    def __init__(self, source: str) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
         )
@@ -60,47 +93,82 @@ class ChatTemplate:
             raise ChatError(f"chat template, line {err.lineno}: {err.message}") from err
         except (SyntaxError, ValueError, ArithmeticError, RecursionError) as err:  # of Python, which it becomes
             raise ChatError(f"chat template: {err}") from err
-        self._special_tokens = dict(special_tokens)
+        self.reads_content = "content" in source
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-        """The prompt's text, special tokens written out. Raises ChatError with the template's own words."""
+    def render(self, variables: Mapping[str, Any]) -> str:
         try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as err:
+            return _joined(self._template.generate(variables))
+        except ChatError:
+            raise
+        except RecursionError as err:
+            raise ChatError("the model's chat template calls itself too often with this conversation") from err
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as err:
             raise ChatError(f"the model's chat template refused the conversation: {err}") from err
 
 
 def load_chat_template(folder: Path) -> ChatTemplate | None:
     """The template of a Hugging Face folder: chat_template.jinja, else tokenizer_config.json's `chat_template`, a
-    string or a list of named templates of which "default" is taken; None without one. Raises LoadError."""
+    string or a list of named templates of which "default" and "tool_use" are taken; None without a default. Raises
+    LoadError."""
     config = read_optional_json_object(folder / _CONFIG)
     file = folder / _FILE if (folder / _FILE).exists() else folder / _CONFIG
-    source = read_text(file) if file.name == _FILE else _default_template(Fields(_CONFIG, config))
-    if source is None:
+    sources = {"default": read_text(file)} if file.name == _FILE else _named_templates(Fields(_CONFIG, config))
+    if "default" not in sources:
         return None
-    named = read_side_files(folder).named
+    special_tokens = {name: token.content for name, token in read_side_files(folder).named.items()}
     try:
-        return ChatTemplate(source, special_tokens={name: token.content for name, token in named.items()})
+        return ChatTemplate(
+            sources["default"], special_tokens=special_tokens, source_with_tools=sources.get("tool_use")
+        )
     except ChatError as err:
         raise LoadError(f"{file}: {err}", "repair the template, or take it out: texts are served without one") from err
 
 
-def _default_template(config: Fields) -> str | None:
+def _named_templates(config: Fields) -> dict[str, str]:
     source = config.get("chat_template")
-    if isinstance(source, list):
-        named = [entry if isinstance(entry, dict) else {} for entry in source]
-        if not all(isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str) for entry in named):
-            raise config.wrong("chat_template", "a string, or a list of objects with name and template")
-        source = {entry["name"]: entry["template"] for entry in named}.get("default")
-    if source is not None and not isinstance(source, str):
+    if source is None:
+        return {}
+    if isinstance(source, str):
+        return {"default": source}
+    named = [entry if isinstance(entry, dict) else {} for entry in source] if isinstance(source, list) else [{}]
+    if not all(isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str) for entry in named):
         raise config.wrong("chat_template", "a string, or a list of objects with name and template")
-    return source
+    return {entry["name"]: entry["template"] for entry in named}
+
+
+def _mark_end(chat: list[dict[str, Any]], template: _Compiled) -> None:
+    if not isinstance(chat[-1].get("content"), str):
+        raise ChatError("continue_final_message: the last message has no text to continue")
+    if not template.reads_content:
+        raise ChatError("continue_final_message: the model's chat template does not read a message's content")
+    chat[-1]["content"] += _END_OF_MESSAGE
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message without what is null, its reasoning under the names that templates know."""
+    given = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((given[key] for key in _REASONING_KEYS if key in given), None)
+    return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
+
+
+def _joined(pieces: Iterable[str]) -> str:
+    parts, num_chars = [], 0
+    for piece in pieces:
+        num_chars += len(piece)
+        if num_chars > _MAX_CHARS:
+            raise ChatError(f"the model's chat template writes more than {_MAX_CHARS} characters")
+        parts.append(piece)
+    return "".join(parts)
+
+
+def _before_mark(text: str, content: str) -> str:
+    """What stands before the mark that ends the last message."""
+    mark = _END_OF_MESSAGE.strip()
+    if content.strip() not in text or mark not in text:
+        raise ChatError("continue_final_message: the model's chat template leaves out the end of the last message")
+    end = text.rindex(mark)
+    # A template that trims what it writes has trimmed the content's own end too.
+    return text[:end] if text.startswith(_END_OF_MESSAGE, end) else text[:end].rstrip()
 
 
 def _raise_exception(message: str) -> NoReturn:

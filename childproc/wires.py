@@ -2,14 +2,14 @@
 
 import grpc
 
-DIRECT = (("grpc.enable_http_proxy", 0),)  # http_proxy and its kin are for the way out of the machines
+_DIRECT = (("grpc.enable_http_proxy", 0),)  # http_proxy and its kin are for the way out of the machines
 
 
 def open_channel(address: str, *options: tuple[str, int]) -> grpc.aio.Channel:
     """A channel of the running loop to another process of the deployment, host:port."""
-    return grpc.aio.insecure_channel(address, options=(*DIRECT, *options))
+    return grpc.aio.insecure_channel(address, options=(*_DIRECT, *options))
 
 
 def open_blocking_channel(address: str, *options: tuple[str, int]) -> grpc.Channel:
     """The same for threads."""
-    return grpc.insecure_channel(address, options=(*DIRECT, *options))
+    return grpc.insecure_channel(address, options=(*_DIRECT, *options))

@@ -1,5 +1,1 @@
 """The gateway: public gRPC on one side, schedulers on the other. It keeps no state that outlives a request."""
-
-from gateway.server import Gateway
-
-__all__ = ["Gateway"]

@@ -18,6 +18,7 @@ async def _serve(spec: GatewaySpec, events: EventWriter) -> None:
     stop = edge.stop_signal()
     gateway = Gateway(spec)
     address = await gateway.start()
+    gateway.open_reader()
     events.progress("waiting for the scheduler")
     stopped = asyncio.create_task(stop.wait())
     ready = asyncio.create_task(gateway.wait_until_ready())

@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from childproc.ports import try_bind
 from echelon.pb import control_pb2, inference_pb2, process_pb2
@@ -22,14 +23,16 @@ from gateway.metrics import RequestMetrics
 from gateway.replicas.metrics import ReplicaCollector
 from gateway.replicas.replicas import read_replicas
 from gateway.replicas.scheduler_link import STATUS_TIMEOUT_S, SchedulerLink
-from gateway.requests.sampling import load_sampling_defaults
-from gateway.requests.tokenization import PromptTokenizer
-from gateway.requests.validation import RequestValidator
+from gateway.requests.reading import RequestReader
+from gateway.requests.validation import RequestValidator, build_validator
 
 logger = logging.getLogger(__name__)
 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
+_HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 _CONTROL = control_pb2.DESCRIPTOR.services_by_name["Control"]
+_REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
+_SERVICES = tuple(service.full_name for service in (_INFERENCE, _CONTROL, _HEALTH, _REFLECTION))
 _DEFAULT_MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 _NOTICE_S = 3.0  # for clients and load balancers to hear that the gateway stops
 
@@ -53,15 +56,21 @@ class Gateway:
         self._became_ready = asyncio.Event()
         self._metrics = RequestMetrics(spec.model_name)
         self._http: HttpServer | None = None
-        self._servicer = _build_servicer(spec, self._links, self._metrics)
+        validator = build_validator(spec)
+        self._reader = RequestReader(spec, validator)
+        self._servicer = InferenceServicer(
+            self._reader, self._links, info=_model_info(spec, validator), metrics=self._metrics
+        )
         self._server = grpc.aio.server(options=_server_options(spec.max_message_bytes or _DEFAULT_MAX_MESSAGE_BYTES))
         self._control = ControlServicer(self._links, model_name=spec.model_name)
         self._server.add_generic_rpc_handlers(
-            (service_handlers(_INFERENCE, self._servicer), service_handlers(_CONTROL, self._control))
+            (
+                service_handlers(_INFERENCE, self._servicer, undecoded={"Generate"}),
+                service_handlers(_CONTROL, self._control),
+                service_handlers(_HEALTH, self._health),
+                service_handlers(_REFLECTION, ReflectionServicer(_SERVICES)),
+            )
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        services = (_INFERENCE.full_name, _CONTROL.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(services, self._server)
 
     async def start(self) -> str:
         """Listens and connects. Returns host:port; a port that is taken raises StartupError naming it."""
@@ -72,6 +81,10 @@ class Gateway:
             self._http.start()
         self._link_tasks = [asyncio.create_task(link.run()) for link in self._links]
         return join(self._spec.server.host, port)
+
+    def open_reader(self) -> None:
+        """Starts the processes that read long requests and conversations; without this, the first of these does."""
+        self._reader.open()
 
     async def wait_until_ready(self) -> None:
         """Returns once a scheduler would serve a request."""
@@ -88,6 +101,7 @@ class Gateway:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._servicer.wait_until_idle(), min(grace_s, _NOTICE_S))
         await self._server.stop(max(0.0, grace_s - (time.monotonic() - began_s)))
+        await self._reader.close()
         if self._http is not None:
             await asyncio.to_thread(self._http.stop)
         for task in self._link_tasks:
@@ -135,26 +149,14 @@ def _check_spec(spec: process_pb2.GatewaySpec) -> None:
         raise StartupError(f"model_dir: {spec.model_dir} is no folder on this node")
 
 
-def _build_servicer(
-    spec: process_pb2.GatewaySpec, links: list[SchedulerLink], metrics: RequestMetrics
-) -> InferenceServicer:
-    model_dir = Path(spec.model_dir)
-    tokenizer = PromptTokenizer(model_dir)
-    validator = RequestValidator(
-        model_name=spec.model_name,
-        max_model_len=spec.max_model_len,
-        vocab_size=spec.vocab_size,
-        defaults=load_sampling_defaults(model_dir),
-        tokenizer=tokenizer,
-    )
-    info = inference_pb2.ModelInfo(
+def _model_info(spec: process_pb2.GatewaySpec, validator: RequestValidator) -> inference_pb2.ModelInfo:
+    return inference_pb2.ModelInfo(
         model=spec.model_name,
         max_model_len=spec.max_model_len,
         vocab_size=spec.vocab_size,
-        eos_token_ids=tokenizer.eos_token_ids(spec.vocab_size),
-        has_chat_template=tokenizer.chat_template is not None,
+        eos_token_ids=validator.tokenizer.eos_token_ids(spec.vocab_size),
+        has_chat_template=validator.tokenizer.chat_template is not None,
     )
-    return InferenceServicer(validator, links, info=info, metrics=metrics)
 
 
 def _server_options(max_message_bytes: int) -> list[tuple[str, int]]:

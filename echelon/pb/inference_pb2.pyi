@@ -56,11 +56,14 @@ class GenerateRequest(google.protobuf.message.Message):
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
     SPECULATION_FIELD_NUMBER: builtins.int
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """chosen by the server when empty; unique among running requests"""
     model: builtins.str
     """empty, or the served model's name"""
     text: builtins.str
+    add_special_tokens: builtins.bool
+    """text: let the tokenizer add BOS and the like. Default true."""
     @property
     def chat(self) -> global___ChatMessages: ...
     @property
@@ -79,9 +82,13 @@ class GenerateRequest(google.protobuf.message.Message):
         token_ids: global___TokenIds | None = ...,
         sampling: echelon.pb.sampling_pb2.SamplingParams | None = ...,
         speculation: global___Speculation | None = ...,
+        add_special_tokens: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["chat", b"chat", "input", b"input", "sampling", b"sampling", "speculation", b"speculation", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chat", b"chat", "input", b"input", "model", b"model", "request_id", b"request_id", "sampling", b"sampling", "speculation", b"speculation", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "input", b"input", "sampling", b"sampling", "speculation", b"speculation", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "input", b"input", "model", b"model", "request_id", b"request_id", "sampling", b"sampling", "speculation", b"speculation", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_add_special_tokens", b"_add_special_tokens"]) -> typing.Literal["add_special_tokens"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["input", b"input"]) -> typing.Literal["text", "chat", "token_ids"] | None: ...
 
 global___GenerateRequest = GenerateRequest
@@ -104,12 +111,20 @@ global___TokenIds = TokenIds
 
 @typing.final
 class ChatMessages(google.protobuf.message.Message):
+    """Rendered by the model's chat template, as the arguments of the same names do it in transformers' apply_chat_template."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: builtins.int
     ADD_GENERATION_PROMPT_FIELD_NUMBER: builtins.int
+    CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: builtins.int
+    CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: builtins.int
     add_generation_prompt: builtins.bool
-    """default true"""
+    """default true, false with continue_final_message"""
+    continue_final_message: builtins.bool
+    """the output continues the last message"""
+    chat_template_kwargs: builtins.str
+    """a JSON object: variables of the template, such as tools or enable_thinking"""
     @property
     def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ChatMessage]: ...
     def __init__(
@@ -117,9 +132,11 @@ class ChatMessages(google.protobuf.message.Message):
         *,
         messages: collections.abc.Iterable[global___ChatMessage] | None = ...,
         add_generation_prompt: builtins.bool | None = ...,
+        continue_final_message: builtins.bool = ...,
+        chat_template_kwargs: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "add_generation_prompt", b"add_generation_prompt"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "add_generation_prompt", b"add_generation_prompt", "messages", b"messages"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "add_generation_prompt", b"add_generation_prompt", "chat_template_kwargs", b"chat_template_kwargs", "continue_final_message", b"continue_final_message", "messages", b"messages"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_add_generation_prompt", b"_add_generation_prompt"]) -> typing.Literal["add_generation_prompt"] | None: ...
 
 global___ChatMessages = ChatMessages
@@ -130,15 +147,19 @@ class ChatMessage(google.protobuf.message.Message):
 
     ROLE_FIELD_NUMBER: builtins.int
     CONTENT_FIELD_NUMBER: builtins.int
+    EXTRA_FIELD_NUMBER: builtins.int
     role: builtins.str
     content: builtins.str
+    extra: builtins.str
+    """a JSON object: further keys for the template, such as tool_calls or reasoning_content"""
     def __init__(
         self,
         *,
         role: builtins.str = ...,
         content: builtins.str = ...,
+        extra: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["content", b"content", "role", b"role"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["content", b"content", "extra", b"extra", "role", b"role"]) -> None: ...
 
 global___ChatMessage = ChatMessage
 

@@ -88,14 +88,16 @@ class SamplingParams(google.protobuf.message.Message):
     """default false"""
     @property
     def logit_bias(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.float]:
-        """token id -> bias in [-100, 100]"""
+        """token id -> bias in [-100, 100]; at most 1024"""
 
     @property
     def stop(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """stop strings: at most 64, each of at most 1024 characters"""
 
     @property
-    def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """at most 1024"""
+
     def __init__(
         self,
         *,

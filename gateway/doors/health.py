@@ -5,7 +5,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
+
+from gateway.requests.refusal import shown
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -13,7 +15,7 @@ _LIVENESS = ""
 READINESS = "echelon.v1.Inference"
 
 
-class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+class Health:
     """Two services: "" is SERVING while this process lives, `echelon.v1.Inference` while a request would be served.
 
     grpcio-health-checking's own asyncio servicer writes to a watcher under the lock that a change of status needs: a
@@ -49,7 +51,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     async def Check(self, request: Any, context: Context) -> Any:
         if request.service not in self._serving:
             known = ", ".join(repr(name) for name in self._serving)
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"service {request.service!r} is not one of {known}")
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"service {shown(request.service)} is not one of {known}")
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
     async def Watch(self, request: Any, context: Context) -> AsyncIterator[Any]:

@@ -12,8 +12,8 @@ from gateway.doors.service_handlers import Context
 from gateway.metrics import RequestMetrics
 from gateway.replicas.mailbox import Mailbox
 from gateway.replicas.scheduler_link import SchedulerLink
+from gateway.requests.reading import RequestReader
 from gateway.requests.refusal import Refusal, status_code
-from gateway.requests.validation import RequestValidator
 
 
 class InferenceServicer:
@@ -21,13 +21,13 @@ class InferenceServicer:
 
     def __init__(
         self,
-        validator: RequestValidator,
+        reader: RequestReader,
         links: Sequence[SchedulerLink],
         *,
         info: inference_pb2.ModelInfo,
         metrics: RequestMetrics,
     ) -> None:
-        self._validator = validator
+        self._reader = reader
         self._metrics = metrics
         self._links = links
         self._info = info
@@ -44,10 +44,10 @@ class InferenceServicer:
         """Until no request runs."""
         await self._idle.wait()
 
-    async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
+    async def Generate(self, request: bytes, context: Context) -> None:
         meter = self._metrics.start()
         try:
-            submit = await self._validator.validate(request)
+            submit = await self._reader.read(request)
             link = self._choose_link(submit.request_id)
             remaining_s = context.time_remaining()
             if remaining_s is not None:

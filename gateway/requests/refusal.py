@@ -2,14 +2,27 @@
 
 import grpc
 
+_MAX_MESSAGE_BYTES = 2000  # three times as many in a trailer, at most; grpc refuses trailers beyond 8 KiB
+_MAX_SHOWN_CHARS = 100
+
 
 class Refusal(Exception):
     """A request that cannot be served. `message` is for the client: it names the field, the value and the remedy."""
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
-        super().__init__(message)
         self.code = code
-        self.message = message
+        self.message = _shortened(message)
+        super().__init__(self.message)
+
+
+def shown(text: str) -> str:
+    """A client's own words in a message to it."""
+    return repr(text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "...")
+
+
+def _shortened(message: str) -> str:
+    data = message.encode(errors="replace")
+    return message if len(data) <= _MAX_MESSAGE_BYTES else data[:_MAX_MESSAGE_BYTES].decode(errors="ignore") + "..."
 
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}

@@ -10,6 +10,7 @@ from gateway.requests.refusal import invalid
 # The scheduler compares every character of the output with every stop string, between rounds.
 _MAX_STOPS = 64
 _MAX_STOP_CHARS = 1024
+_MAX_TOKEN_IDS = 1024  # each costs every round of the request
 
 
 _RANGES = {
@@ -92,6 +93,10 @@ def _check_collections(sampling: SamplingParams, vocab_size: int) -> None:
             raise invalid(f"sampling.stop[{i}]: is empty; leave it out")
         if len(stop) > _MAX_STOP_CHARS:
             raise invalid(f"sampling.stop[{i}]: at most {_MAX_STOP_CHARS} characters, got {len(stop)}")
+    for name in ("stop_token_ids", "logit_bias"):
+        count = len(getattr(sampling, name))
+        if count > _MAX_TOKEN_IDS:
+            raise invalid(f"sampling.{name}: at most {_MAX_TOKEN_IDS} tokens, got {count}")
     for i, token_id in enumerate(sampling.stop_token_ids):
         if not 0 <= token_id < vocab_size:
             raise invalid(f"sampling.stop_token_ids[{i}]: must be in [0, {vocab_size}), got {token_id}")

@@ -1,7 +1,6 @@
-"""Text and chats to token ids, as `transformers.AutoTokenizer` does it."""
+"""Text to token ids, as `transformers.AutoTokenizer` does it."""
 
-import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -10,7 +9,16 @@ from checkpoint.chat_template import ChatTemplate, load_chat_template
 from checkpoint.eos import read_eos_tokens
 from checkpoint.tokenizer import load_tokenizer
 
-INLINE_CHARS = 4096  # below this, tokenising (about 1 us a character) costs less than a thread switch is worth
+_PIECE_CHARS = 1 << 16  # some 50 ms and 20 MiB
+_PLAUSIBLE_CHARS_PER_TOKEN = 8  # of a text as a whole; a text of blanks may have more
+
+
+class TooLongError(ValueError):
+    """A text has more tokens than are allowed, `num_tokens` at least."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__(f"the text has at least {num_tokens} tokens")
+        self.num_tokens = num_tokens
 
 
 class PromptTokenizer:
@@ -19,29 +27,35 @@ class PromptTokenizer:
     def __init__(self, model_dir: Path) -> None:
         self._model_dir = model_dir
         self._tokenizer: Tokenizer = load_tokenizer(model_dir)
+        # A cut falls within a token of this length at most. Twice that, for what a cut changes further on, and more,
+        # for models that take a long word as one unknown token and a short one by characters.
+        self._extra_tokens_by_cut = 2 * max(map(len, self._tokenizer.get_vocab()), default=0) + 128
         self.chat_template: ChatTemplate | None = load_chat_template(model_dir)
 
     def eos_token_ids(self, vocab_size: int) -> list[int]:
         """The tokens that end a text of a model with `vocab_size` tokens."""
         return [token.token_id for token in read_eos_tokens(self._model_dir, self._tokenizer, vocab_size)]
 
-    async def encode_text(self, text: str) -> list[int]:
-        """Plain text: the tokenizer's post-processor adds the tokens (BOS ...) that it adds for any text."""
-        return await self._encode(text, add_special_tokens=True)
+    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int) -> list[int]:
+        """With `add_special_tokens`, the post-processor adds the tokens (BOS ...) that it adds for any text.
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> list[int]:
-        """A conversation: the template writes BOS itself where the model wants one, so none is added again.
-
-        Raises ChatError; the model must have a template."""
-        assert self.chat_template is not None, "the caller checks that there is a template"
-        text = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
-        return await self._encode(text, add_special_tokens=False)
-
-    async def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        if len(text) <= INLINE_CHARS:
-            return self._encode_now(text, add_special_tokens)
-        return await asyncio.to_thread(self._encode_now, text, add_special_tokens)
-
-    def _encode_now(self, text: str, add_special_tokens: bool) -> list[int]:
+        Raises TooLongError, at the latest when it would take memory for many more tokens than `max_tokens`; a result
+        may still have a few more. Raises UnicodeEncodeError for a text with halves of characters."""
+        if len(text) > max(_PIECE_CHARS, _PLAUSIBLE_CHARS_PER_TOKEN * max_tokens):
+            self._refuse_too_long(text, max_tokens)
         token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return token_ids
+
+    def _refuse_too_long(self, text: str, max_tokens: int) -> None:
+        """Counts piece by piece and stops early. A text has nearly as many tokens as its pieces together."""
+        at_least = 0
+        for piece in _pieces(text):
+            num_tokens = len(self._tokenizer.encode(piece, add_special_tokens=False).ids)
+            at_least += max(0, num_tokens - self._extra_tokens_by_cut)
+            if at_least > max_tokens:
+                raise TooLongError(at_least)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    for start in range(0, len(text), _PIECE_CHARS):
+        yield text[start : start + _PIECE_CHARS]

@@ -1,23 +1,30 @@
 """Turns client requests into scheduler requests. A request is refused here or is well-formed from here on."""
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 
-from checkpoint.chat_template import ChatError
-from echelon.pb import inference_pb2, scheduler_pb2
+from checkpoint.chat_template import ChatTemplate
+from echelon.pb import inference_pb2, process_pb2, scheduler_pb2
 from echelon.pb.sampling_pb2 import SamplingParams
-from gateway.requests.refusal import Refusal, invalid
-from gateway.requests.sampling import resolve_sampling
-from gateway.requests.tokenization import PromptTokenizer
+from gateway.requests.conversation import render_chat
+from gateway.requests.refusal import Refusal, invalid, shown
+from gateway.requests.sampling import load_sampling_defaults, resolve_sampling
+from gateway.requests.tokenization import PromptTokenizer, TooLongError
+from gateway.requests.wire import Malformed, strict_decoder
 
 _MAX_REQUEST_ID_CHARS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestValidator:
-    """Turns a GenerateRequest into a Submit, or raises Refusal with a message that names the field."""
+    """Turns a GenerateRequest into a Submit, or raises Refusal with a message that names the field.
+
+    What that costs depends on the client's text: long texts and conversations are for a process of their own.
+    """
 
     model_name: str
     max_model_len: int
@@ -25,10 +32,13 @@ class RequestValidator:
     defaults: SamplingParams
     tokenizer: PromptTokenizer
 
-    async def validate(self, request: inference_pb2.GenerateRequest) -> scheduler_pb2.Submit:
+    def read(self, data: bytes) -> scheduler_pb2.Submit:
+        return self.validate(decode_request(data))
+
+    def validate(self, request: inference_pb2.GenerateRequest) -> scheduler_pb2.Submit:
         """The deadline is the caller's to fill in, after this returns: tokenising takes time too."""
         self._check_names(request)
-        token_ids = await self._tokenize(request)
+        token_ids = self._tokenize(request)
         self._check_prompt(request.WhichOneof("input") or "input", token_ids)
         sampling = resolve_sampling(
             request.sampling,
@@ -51,43 +61,68 @@ class RequestValidator:
         if request.model and request.model != self.model_name:
             raise Refusal(
                 grpc.StatusCode.NOT_FOUND,
-                f"model: {request.model!r} is not served here; this server has {self.model_name!r}",
+                f"model: {shown(request.model)} is not served here; this server has {self.model_name!r}",
             )
 
-    async def _tokenize(self, request: inference_pb2.GenerateRequest) -> list[int]:
-        match request.WhichOneof("input"):
-            case "text":
-                return await self.tokenizer.encode_text(request.text)
-            case "chat":
-                return await self._tokenize_chat(request.chat)
-            case "token_ids":
-                return list(request.token_ids.ids)
-            case _:
-                raise invalid("input: one of text, chat and token_ids is needed")
+    def _tokenize(self, request: inference_pb2.GenerateRequest) -> Sequence[int]:
+        kind, max_tokens = request.WhichOneof("input"), self.max_model_len - 1
+        if request.HasField("add_special_tokens") and kind != "text":
+            raise invalid("add_special_tokens: is for text; a chat template writes special tokens itself")
+        try:
+            match kind:
+                case "text":
+                    adds = request.add_special_tokens if request.HasField("add_special_tokens") else True
+                    return self.tokenizer.encode(request.text, add_special_tokens=adds, max_tokens=max_tokens)
+                case "chat":
+                    text = render_chat(request.chat, self._template())
+                    return self.tokenizer.encode(text, add_special_tokens=False, max_tokens=max_tokens)
+                case "token_ids":
+                    return request.token_ids.ids
+        except TooLongError as err:
+            raise self._too_long(f"{kind}: the prompt has at least {err.num_tokens} tokens") from err
+        except UnicodeEncodeError as err:  # JSON can spell halves of characters
+            raise invalid(f"{kind}: is not valid Unicode: {err}") from err
+        raise invalid("input: one of text, chat and token_ids is needed")
 
-    async def _tokenize_chat(self, chat: inference_pb2.ChatMessages) -> list[int]:
+    def _template(self) -> ChatTemplate:
         if self.tokenizer.chat_template is None:
             raise invalid(f"chat: model {self.model_name!r} has no chat template; send text instead")
-        if not chat.messages:
-            raise invalid("chat.messages: is empty")
-        for i, message in enumerate(chat.messages):
-            if not message.role:
-                raise invalid(f"chat.messages[{i}].role: is empty; usual roles are system, user and assistant")
-        add_generation_prompt = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-        messages = [{"role": message.role, "content": message.content} for message in chat.messages]
-        try:
-            return await self.tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt)
-        except ChatError as err:
-            raise invalid(f"chat.messages: {err}") from err
+        return self.tokenizer.chat_template
 
-    def _check_prompt(self, field: str, token_ids: list[int]) -> None:
+    def _check_prompt(self, field: str, token_ids: Sequence[int]) -> None:
         if not token_ids:
             raise invalid(f"{field}: the prompt is empty; at least one token is needed")
         if len(token_ids) >= self.max_model_len:
-            raise invalid(
-                f"{field}: the prompt has {len(token_ids)} tokens, but max_model_len is {self.max_model_len} and "
-                f"output needs a token: at most {self.max_model_len - 1} are allowed"
-            )
-        for i, token_id in enumerate(token_ids):
-            if token_id >= self.vocab_size:
-                raise invalid(f"{field}[{i}]: token id {token_id} is outside the vocabulary of {self.vocab_size}")
+            raise self._too_long(f"{field}: the prompt has {len(token_ids)} tokens")
+        if max(token_ids) >= self.vocab_size:
+            i, token_id = next((i, token_id) for i, token_id in enumerate(token_ids) if token_id >= self.vocab_size)
+            raise invalid(f"{field}[{i}]: token id {token_id} is outside the vocabulary of {self.vocab_size}")
+
+    def _too_long(self, what: str) -> Refusal:
+        return invalid(
+            f"{what}, but max_model_len is {self.max_model_len} and output needs a token: at most "
+            f"{self.max_model_len - 1} are allowed"
+        )
+
+
+_decode = strict_decoder(inference_pb2.GenerateRequest)
+
+
+def decode_request(data: bytes) -> inference_pb2.GenerateRequest:
+    """Raises Refusal."""
+    request = _decode(data)
+    if isinstance(request, Malformed):
+        raise invalid(request.error)
+    return request
+
+
+def build_validator(spec: process_pb2.GatewaySpec) -> RequestValidator:
+    """What a gateway's settings and its model folder say. Raises LoadError naming what is wrong in the folder."""
+    model_dir = Path(spec.model_dir)
+    return RequestValidator(
+        model_name=spec.model_name,
+        max_model_len=spec.max_model_len,
+        vocab_size=spec.vocab_size,
+        defaults=load_sampling_defaults(model_dir),
+        tokenizer=PromptTokenizer(model_dir),
+    )

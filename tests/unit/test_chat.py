@@ -1,18 +1,17 @@
 """Tokenisation and chat templates: the same tokens as `transformers`, and never two BOS."""
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
 from checkpoint.chat_template import ChatError, ChatTemplate, load_chat_template
-from gateway.requests.tokenization import INLINE_CHARS, PromptTokenizer
+from gateway.requests.tokenization import PromptTokenizer, TooLongError
+from tests.helpers.demo_folders import MODEL_DIR, make_folder
 
-MODEL_DIR = Path(__file__).parents[2] / "models" / "demo-target"
 BOS = "<|endoftext|>"
+MAX_TOKENS = 1 << 20
 
 # Written for these tests in the manner of the models that people serve.
 LLAMA3 = """{{- bos_token }}
@@ -59,23 +58,28 @@ CONVERSATION = [
 ]
 
 
-def make_folder(path: Path, *, config: dict[str, Any] | None = None, jinja: str | None = None) -> Path:
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODEL_DIR / name, path)
-    stored = json.loads((path / "tokenizer_config.json").read_text())
-    (path / "tokenizer_config.json").write_text(json.dumps({**stored, **(config or {})}))
-    if jinja is not None:
-        (path / "chat_template.jinja").write_text(jinja)
-    return path
+def encode(folder: Path, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    return PromptTokenizer(folder).encode(text, add_special_tokens=add_special_tokens, max_tokens=MAX_TOKENS)
+
+
+def the_template(folder: Path) -> ChatTemplate:
+    template = load_chat_template(folder)
+    assert template is not None
+    return template
+
+
+def chat_ids(folder: Path, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
+    text = the_template(folder).render(messages, add_generation_prompt=add_generation_prompt)
+    return encode(folder, text, add_special_tokens=False)
 
 
 @pytest.mark.parametrize("source", [LLAMA3, MISTRAL, BLOCKS], ids=["llama3", "mistral", "blocks"])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
-async def test_chats_become_the_tokens_that_transformers_makes(
+def test_chats_become_the_tokens_that_transformers_makes(
     tmp_path: Path, source: str, add_generation_prompt: bool
 ) -> None:
     folder = make_folder(tmp_path, config={"chat_template": source})
-    ours = await PromptTokenizer(folder).encode_chat(CONVERSATION, add_generation_prompt=add_generation_prompt)
+    ours = chat_ids(folder, CONVERSATION, add_generation_prompt=add_generation_prompt)
     theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         CONVERSATION, add_generation_prompt=add_generation_prompt, return_dict=False
     )
@@ -83,39 +87,44 @@ async def test_chats_become_the_tokens_that_transformers_makes(
 
 
 @pytest.mark.parametrize("text", ["def f(x):\n    return x\n", "", f"a{BOS}b", " \u00e9\U0001f600\t", "x = 1\n" * 2000])
-async def test_text_becomes_the_tokens_that_transformers_makes(text: str) -> None:
-    assert (
-        await PromptTokenizer(MODEL_DIR).encode_text(text) == AutoTokenizer.from_pretrained(MODEL_DIR)(text).input_ids
-    )
+def test_text_becomes_the_tokens_that_transformers_makes(text: str) -> None:
+    ours = encode(MODEL_DIR, text)
+    assert ours == AutoTokenizer.from_pretrained(MODEL_DIR)(text).input_ids
 
 
-async def test_never_two_bos(tmp_path: Path) -> None:
+def test_never_two_bos(tmp_path: Path) -> None:
     """This tokenizer's post-processor adds BOS to any text, and this template writes BOS itself."""
-    tokenizer = PromptTokenizer(make_folder(tmp_path, config={"chat_template": MISTRAL}))
+    folder = make_folder(tmp_path, config={"chat_template": MISTRAL})
     bos_id = 0
-    text_ids = await tokenizer.encode_text("Hi")
-    assert text_ids.count(bos_id) == 1
-    assert text_ids[0] == bos_id
-    chat_ids = await tokenizer.encode_chat([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
-    assert chat_ids.count(bos_id) == 1
-    assert chat_ids[0] == bos_id
+    for ids in (encode(folder, "Hi"), chat_ids(folder, [{"role": "user", "content": "Hi"}])):
+        assert ids.count(bos_id) == 1
+        assert ids[0] == bos_id
 
 
-async def test_long_texts_are_tokenised_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ["value = 17\n", " " * 60 + "\n", "\u00e9\U0001f600\n"])
+def test_a_text_far_too_long_is_refused_by_its_beginning(line: str) -> None:
     tokenizer = PromptTokenizer(MODEL_DIR)
-    line = "value = 17\n"
-    repeats = INLINE_CHARS // len(line) + 1  # the first count that leaves the event loop
-    longer, shorter = await tokenizer.encode_text(line * repeats), await tokenizer.encode_text(line * (repeats - 1))
-    assert longer[: len(shorter) - 1] == shorter[:-1]
+    text = line * (1 << 17)
+    with pytest.raises(TooLongError) as refused:
+        tokenizer.encode(text, add_special_tokens=True, max_tokens=100)
+    assert 100 < refused.value.num_tokens < len(text.encode()) // 4
 
 
-async def test_truncation_that_a_folder_keeps_is_off(tmp_path: Path) -> None:
+def test_a_long_text_of_few_tokens_is_read() -> None:
+    """What matters is tokens: no bound on characters tells them."""
+    tokenizer = PromptTokenizer(MODEL_DIR)
+    text = " " * 300_000
+    whole = AutoTokenizer.from_pretrained(MODEL_DIR)(text).input_ids
+    assert tokenizer.encode(text, add_special_tokens=True, max_tokens=len(whole)) == whole
+    assert len(text) > 8 * len(whole), "it is counted in pieces first"
+
+
+def test_truncation_that_a_folder_keeps_is_off(tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
     stored = json.loads((folder / "tokenizer.json").read_text())
     stored["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     (folder / "tokenizer.json").write_text(json.dumps(stored))
-    tokenizer = PromptTokenizer(folder)
-    assert len(await tokenizer.encode_text("a b c d e f g h")) > 4
+    assert len(encode(folder, "a b c d e f g h")) > 4
 
 
 def render(source: str, **tokens: str) -> str:
@@ -142,6 +151,16 @@ def test_templates_run_in_a_sandbox(source: str) -> None:
         render(source)
 
 
+def test_a_template_that_calls_itself_for_ever_is_an_error_of_the_request() -> None:
+    with pytest.raises(ChatError, match="calls itself too often"):
+        render("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}")
+
+
+def test_what_a_template_writes_is_limited() -> None:
+    with pytest.raises(ChatError, match="writes more than 16777216 characters"):
+        render("{% for i in range(100000) %}{{ 'x' * 1000 }}{% endfor %}")
+
+
 def test_a_template_that_does_not_compile_names_its_line() -> None:
     with pytest.raises(ChatError, match="line 2"):
         ChatTemplate("ok\n{% if %}", special_tokens={})
@@ -155,12 +174,10 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named {{ bos_token }}"}]
     bos_object = {"content": "<B>", "special": True}
     folder = make_folder(tmp_path, config={"chat_template": named, "bos_token": bos_object})
-    template = load_chat_template(folder)
-    assert template is not None
-    assert template.render(CONVERSATION, add_generation_prompt=True) == "named <B>"
-    template = load_chat_template(make_folder(tmp_path, config={"chat_template": named}, jinja="from its file"))
-    assert template is not None
-    assert template.render(CONVERSATION, add_generation_prompt=True) == "from its file"
+    assert the_template(folder).render(CONVERSATION) == "named <B>"
+    assert the_template(folder).render(CONVERSATION, variables={"tools": []}) == "tools"
+    folder = make_folder(tmp_path, config={"chat_template": named}, jinja="from its file")
+    assert the_template(folder).render(CONVERSATION) == "from its file"
 
 
 def test_a_folder_without_template(tmp_path: Path) -> None:

@@ -298,7 +298,7 @@ def modules_loaded_by(code: str) -> set[str]:
     ("code", "forbidden"),
     [
         ("import echelon, echelon.cli.app", TORCH | {"ray", "pydantic"}),
-        ("import gateway", TORCH | {"ray"}),
+        ("import gateway.server", TORCH | {"ray"}),
         ("import scheduler.process.server", TORCH | {"ray", "pydantic"}),
         ("import workers.process.server", {"ray", "pydantic", "transformers"}),
     ],

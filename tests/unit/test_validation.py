@@ -8,12 +8,12 @@ import grpc
 import pytest
 
 from echelon.pb import inference_pb2 as pb
+from echelon.pb.process_pb2 import GatewaySpec
 from echelon.pb.sampling_pb2 import SamplingParams
-from gateway.doors.wire import Malformed, strict_decoder
 from gateway.requests.refusal import Refusal
 from gateway.requests.sampling import load_sampling_defaults, resolve_sampling
-from gateway.requests.tokenization import PromptTokenizer
-from gateway.requests.validation import RequestValidator
+from gateway.requests.validation import RequestValidator, build_validator
+from gateway.requests.wire import MAX_FIELDS, Malformed, strict_decoder
 
 MODEL_DIR = Path(__file__).parents[2] / "models" / "demo-target"
 decode = strict_decoder(pb.GenerateRequest)
@@ -21,13 +21,7 @@ decode = strict_decoder(pb.GenerateRequest)
 
 @pytest.fixture(scope="module")
 def validator() -> RequestValidator:
-    return RequestValidator(
-        model_name="demo",
-        max_model_len=32,
-        vocab_size=4096,
-        defaults=load_sampling_defaults(MODEL_DIR),
-        tokenizer=PromptTokenizer(MODEL_DIR),
-    )
+    return build_validator(GatewaySpec(model_name="demo", model_dir=str(MODEL_DIR), max_model_len=32, vocab_size=4096))
 
 
 def request(*, ids: list[int] | None = None, sampling: dict[str, Any] | None = None, **fields: Any) -> Any:
@@ -38,9 +32,13 @@ def request(*, ids: list[int] | None = None, sampling: dict[str, Any] | None = N
     return pb.GenerateRequest(sampling=SamplingParams(**(sampling or {})), **fields)
 
 
-async def refusal(validator: RequestValidator, wrong: pb.GenerateRequest) -> Refusal:
+def chat_of(*, extra: str = "", **fields: Any) -> pb.ChatMessages:
+    return pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="Hi", extra=extra)], **fields)
+
+
+def refusal(validator: RequestValidator, wrong: pb.GenerateRequest) -> Refusal:
     with pytest.raises(Refusal) as caught:
-        await validator.validate(wrong)
+        validator.validate(wrong)
     return caught.value
 
 
@@ -67,6 +65,8 @@ async def refusal(validator: RequestValidator, wrong: pb.GenerateRequest) -> Ref
         ({"stop": ["a", ""]}, "sampling.stop[1]: is empty"),
         ({"stop": ["a"] * 65}, "sampling.stop: at most 64 strings, got 65"),
         ({"stop": ["a", "b" * 1025]}, "sampling.stop[1]: at most 1024 characters, got 1025"),
+        ({"stop_token_ids": [1] * 1025}, "sampling.stop_token_ids: at most 1024 tokens, got 1025"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "sampling.logit_bias: at most 1024 tokens, got 1025"),
         ({"stop_token_ids": [4096]}, "sampling.stop_token_ids[0]: must be in [0, 4096), got 4096"),
         ({"stop_token_ids": [1, -1]}, "sampling.stop_token_ids[1]: must be in [0, 4096), got -1"),
         ({"logit_bias": {5000: 1.0}}, "sampling.logit_bias: token id must be in [0, 4096), got 5000"),
@@ -74,8 +74,8 @@ async def refusal(validator: RequestValidator, wrong: pb.GenerateRequest) -> Ref
         ({"logit_bias": {5: float("nan")}}, "sampling.logit_bias[5]: must be in [-100, 100], got nan"),
     ],
 )
-async def test_sampling_out_of_range(validator: RequestValidator, sampling: dict[str, Any], message: str) -> None:
-    refused = await refusal(validator, request(sampling=sampling))
+def test_sampling_out_of_range(validator: RequestValidator, sampling: dict[str, Any], message: str) -> None:
+    refused = refusal(validator, request(sampling=sampling))
     assert refused.code == grpc.StatusCode.INVALID_ARGUMENT
     assert refused.message.startswith(message)
 
@@ -95,8 +95,8 @@ async def test_sampling_out_of_range(validator: RequestValidator, sampling: dict
         {"stop_token_ids": [0, 4095], "logit_bias": {0: -100.0, 4095: 100.0}, "top_k": -1},
     ],
 )
-async def test_the_ends_of_the_ranges_are_allowed(validator: RequestValidator, sampling: dict[str, Any]) -> None:
-    await validator.validate(request(sampling=sampling))
+def test_the_ends_of_the_ranges_are_allowed(validator: RequestValidator, sampling: dict[str, Any]) -> None:
+    validator.validate(request(sampling=sampling))
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,56 @@ async def test_the_ends_of_the_ranges_are_allowed(validator: RequestValidator, s
         (request(ids=[1, 4096]), "INVALID_ARGUMENT", "token_ids[1]: token id 4096 is outside the vocabulary of 4096"),
         (request(ids=[1] * 32), "INVALID_ARGUMENT", "token_ids: the prompt has 32 tokens, but max_model_len is 32"),
         (request(text="x = 1\n" * 100), "INVALID_ARGUMENT", "text: the prompt has "),
+        (
+            request(chat=chat_of(chat_template_kwargs="{'a': 1}")),
+            "INVALID_ARGUMENT",
+            "chat.chat_template_kwargs: is not JSON: ",
+        ),
+        (
+            request(chat=chat_of(chat_template_kwargs="[1]")),
+            "INVALID_ARGUMENT",
+            "chat.chat_template_kwargs: must be a JSON object, got list",
+        ),
+        (
+            request(chat=chat_of(chat_template_kwargs="[" * 100_000)),
+            "INVALID_ARGUMENT",
+            "chat.chat_template_kwargs: is nested too deeply",
+        ),
+        (
+            request(chat=chat_of(chat_template_kwargs='{"messages": []}')),
+            "INVALID_ARGUMENT",
+            "chat.chat_template_kwargs: messages is a field of its own",
+        ),
+        (
+            request(chat=chat_of(chat_template_kwargs='{"tools": {}}')),
+            "INVALID_ARGUMENT",
+            "chat.chat_template_kwargs: tools must be a list of objects",
+        ),
+        (
+            request(chat=chat_of(extra='{"content": "x"}')),
+            "INVALID_ARGUMENT",
+            "chat.messages[0].extra: content is a field of its own",
+        ),
+        (
+            request(chat=chat_of(add_generation_prompt=True, continue_final_message=True)),
+            "INVALID_ARGUMENT",
+            "chat.add_generation_prompt: begins a new message",
+        ),
+        (
+            request(ids=[1], add_special_tokens=False),
+            "INVALID_ARGUMENT",
+            "add_special_tokens: is for text",
+        ),
+        (
+            request(text="x = 1\n" * 50_000),  # counted in pieces
+            "INVALID_ARGUMENT",
+            "text: the prompt has at least ",
+        ),
+        (
+            request(model="m" * 100_000),
+            "NOT_FOUND",
+            f"model: '{'m' * 100}...' is not served here; this server has 'demo'",
+        ),
         (pb.GenerateRequest(), "INVALID_ARGUMENT", "input: one of text, chat and token_ids is needed"),
         (request(chat=pb.ChatMessages()), "INVALID_ARGUMENT", "chat.messages: is empty"),
         (
@@ -117,19 +167,27 @@ async def test_the_ends_of_the_ranges_are_allowed(validator: RequestValidator, s
         ),
     ],
 )
-async def test_bad_requests(validator: RequestValidator, wrong: Any, code: str, message: str) -> None:
-    refused = await refusal(validator, wrong)
+def test_bad_requests(validator: RequestValidator, wrong: Any, code: str, message: str) -> None:
+    refused = refusal(validator, wrong)
     assert refused.code.name == code
     assert refused.message.startswith(message)
 
 
-async def test_the_longest_prompt_leaves_room_for_one_token(validator: RequestValidator) -> None:
-    submit = await validator.validate(request(ids=[1] * 31))
+def test_the_longest_prompt_leaves_room_for_one_token(validator: RequestValidator) -> None:
+    submit = validator.validate(request(ids=[1] * 31))
     assert submit.sampling.max_tokens == 1
 
 
-async def test_every_setting_of_a_submit_is_resolved(validator: RequestValidator) -> None:
-    submit = await validator.validate(request(ids=[1, 2], sampling={"top_k": -1, "logprobs": 0}))
+def test_special_tokens_are_added_to_text_unless_the_client_has_done_so(validator: RequestValidator) -> None:
+    bos = [0]
+    plain = validator.validate(request(text="def f():", add_special_tokens=False)).prompt_token_ids
+    assert list(validator.validate(request(text="def f():")).prompt_token_ids) == bos + list(plain)
+    rendered = validator.validate(request(text="<|endoftext|>def f():", add_special_tokens=False))
+    assert list(rendered.prompt_token_ids) == bos + list(plain)
+
+
+def test_every_setting_of_a_submit_is_resolved(validator: RequestValidator) -> None:
+    submit = validator.validate(request(ids=[1, 2], sampling={"top_k": -1, "logprobs": 0}))
     unset = {
         name
         for name in SamplingParams.DESCRIPTOR.fields_by_name
@@ -143,17 +201,17 @@ async def test_every_setting_of_a_submit_is_resolved(validator: RequestValidator
     assert submit.request_id
 
 
-async def test_seeds_are_kept_or_drawn_anew(validator: RequestValidator) -> None:
-    given = await validator.validate(request(sampling={"seed": 0}))
+def test_seeds_are_kept_or_drawn_anew(validator: RequestValidator) -> None:
+    given = validator.validate(request(sampling={"seed": 0}))
     assert given.sampling.seed == 0
-    drawn = {(await validator.validate(request())).sampling.seed for _ in range(3)}
+    drawn = {validator.validate(request()).sampling.seed for _ in range(3)}
     assert len(drawn) == 3
 
 
-async def test_max_tokens_is_cut_to_what_fits(validator: RequestValidator) -> None:
-    submit = await validator.validate(request(ids=[1] * 20, sampling={"max_tokens": 100}))
+def test_max_tokens_is_cut_to_what_fits(validator: RequestValidator) -> None:
+    submit = validator.validate(request(ids=[1] * 20, sampling={"max_tokens": 100}))
     assert submit.sampling.max_tokens == 12
-    refused = await refusal(validator, request(ids=[1] * 20, sampling={"min_tokens": 13}))
+    refused = refusal(validator, request(ids=[1] * 20, sampling={"min_tokens": 13}))
     assert "max_model_len leaves room for 12" in refused.message
 
 
@@ -224,3 +282,18 @@ def test_a_field_of_another_wire_type_is_unknown() -> None:
     decoded = decode(as_varint)
     assert isinstance(decoded, Malformed)
     assert decoded.error.startswith("sampling: unknown field number 1")
+
+
+def test_fields_are_limited_wherever_they_are() -> None:
+    messages = [b"\x0a\x00"] * (MAX_FIELDS // 2)
+    chat = b"".join(messages)
+    inside = b"\x22" + _varint(len(chat)) + chat
+    assert not isinstance(decode(inside), Malformed)
+    assert decode(inside * 2 + b"\x2a\x02\x08\x01") == Malformed(error=f"request: has more than {MAX_FIELDS} fields")
+
+
+def _varint(value: int) -> bytes:
+    data = b""
+    while value >= 0x80:
+        data, value = data + bytes([value & 0x7F | 0x80]), value >> 7
+    return data + bytes([value])

@@ -34,7 +34,7 @@ _OPTIONS = [
 ]
 _MAX_PENDING_ROUNDS = 64  # of a stream; a scheduler has three on their way
 _FAIL_GRACE_S = 1.0
-SERVICE_NAME = "echelon.v1.Worker"
+_SERVICE_NAME = "echelon.v1.Worker"
 _HEALTH_NAMES = {EngineRole.ENGINE_ROLE_TARGET: "target", EngineRole.ENGINE_ROLE_DRAFT: "draft"}
 
 T = TypeVar("T")
@@ -229,4 +229,4 @@ class ServerThread:
         await self._server.stop(grace_s)
 
     def _health_services(self) -> Iterable[str]:
-        return ["", SERVICE_NAME, *(_HEALTH_NAMES[engine.role] for engine in self._info.engines)]
+        return ["", _SERVICE_NAME, *(_HEALTH_NAMES[engine.role] for engine in self._info.engines)]

@@ -3,11 +3,11 @@
 protobuf drops two mistakes on the floor: a field that this server does not know (a misspelt or newer sampling field
 would silently change nothing), and the name of the string that is not UTF-8 (the client would see UNKNOWN). The walk
 below looks at the bytes before protobuf does and names the field. It skips over payloads, so its cost is one step a
-field, not one a byte.
+field, not one a byte. Fields are limited, because two bytes can make one that takes 100 in memory.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -15,6 +15,8 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
 M = TypeVar("M", bound=Message)
+
+MAX_FIELDS = 1 << 18  # a number of token_ids that does not come packed is one each
 
 _VARINT, _I64, _LEN, _I32 = 0, 1, 2, 5
 _WIRE_TYPES = {
@@ -37,26 +39,32 @@ class Malformed:
     error: str
 
 
-def strict_decoder(message_class: type[M]) -> Callable[[bytes], M | Malformed]:
-    """A deserializer for grpc that never raises: an exception in it would reach the client as UNKNOWN."""
+def strict_decoder(message_class: type[M], *, max_fields: int = MAX_FIELDS) -> Callable[[bytes], M | Malformed]:
+    """A deserializer for grpc that never raises: an exception in it would reach the client as UNKNOWN.
+
+    Fields count with those of all messages inside."""
 
     descriptor = cast(Descriptor, message_class.DESCRIPTOR)
 
     def decode(data: bytes) -> M | Malformed:
         try:
-            fault = _find_fault(memoryview(data), descriptor, path="")
+            fault = _find_fault(memoryview(data), descriptor, iter(range(max_fields)), path="")
             return Malformed(error=fault) if fault else message_class.FromString(data)
+        except StopIteration:
+            return Malformed(error=f"request: has more than {max_fields} fields")
         except (DecodeError, IndexError):
             return Malformed(error=f"the request is not a {descriptor.full_name} message")
 
     return decode
 
 
-def _find_fault(data: memoryview, message: Descriptor, *, path: str) -> str | None:
-    """The first unknown field or string that is not UTF-8. Raises IndexError where the bytes end too early."""
+def _find_fault(data: memoryview, message: Descriptor, allowed: Iterator[int], *, path: str) -> str | None:
+    """The first unknown field or string that is not UTF-8. Raises IndexError where the bytes end too early, and
+    StopIteration at a field for which `allowed` has no item."""
     position = 0
     seen: Counter[int] = Counter()
     while position < len(data):
+        next(allowed)
         tag, position = _read_varint(data, position)
         number, wire_type = tag >> 3, tag & 7
         field = message.fields_by_number.get(number)
@@ -67,7 +75,7 @@ def _find_fault(data: memoryview, message: Descriptor, *, path: str) -> str | No
         if field.message_type is not None:
             # Only a repeated field of messages lacks presence.
             name += "" if field.has_presence else f"[{seen[number]}]"
-            fault = _find_fault(payload, field.message_type, path=f"{name}.")
+            fault = _find_fault(payload, field.message_type, allowed, path=f"{name}.")
         else:
             fault = _find_bad_utf8(payload, name) if field.type == FieldDescriptor.TYPE_STRING else None
         if fault:

@@ -1,0 +1,65 @@
+"""Messages between a gateway and the processes that read requests for it: a length, then so many bytes."""
+
+import asyncio
+import socket
+import struct
+
+LOADED = b""  # the first message of such a process
+SUBMIT, REFUSAL = b"s", b"r"  # the first byte of an answer: what follows is a Submit or a RequestError
+_LENGTH = struct.Struct("<I")
+
+
+class LinkLostError(Exception):
+    """The other end has gone."""
+
+
+def send(link: socket.socket, data: bytes) -> None:
+    link.sendall(_LENGTH.pack(len(data)))
+    link.sendall(data)
+
+
+def receive(link: socket.socket) -> bytes:
+    """Blocks until a whole message is there. Raises LinkLostError."""
+    (length,) = _LENGTH.unpack(_read(link, _LENGTH.size))
+    return bytes(_read(link, length))
+
+
+async def send_async(link: socket.socket, data: bytes) -> None:
+    """For a socket that does not block; the same for the next one."""
+    loop = asyncio.get_running_loop()
+    try:
+        await loop.sock_sendall(link, _LENGTH.pack(len(data)))
+        await loop.sock_sendall(link, data)
+    except OSError as err:
+        raise LinkLostError from err
+
+
+async def receive_async(link: socket.socket) -> bytes:
+    (length,) = _LENGTH.unpack(await _read_async(link, _LENGTH.size))
+    return bytes(await _read_async(link, length))
+
+
+def _read(link: socket.socket, length: int) -> bytearray:
+    buffer = bytearray(length)
+    view = memoryview(buffer)
+    while view:
+        count = link.recv_into(view)
+        if not count:
+            raise LinkLostError
+        view = view[count:]
+    return buffer
+
+
+async def _read_async(link: socket.socket, length: int) -> bytearray:
+    loop = asyncio.get_running_loop()
+    buffer = bytearray(length)
+    view = memoryview(buffer)
+    while view:
+        try:
+            count = await loop.sock_recv_into(link, view)
+        except OSError as err:
+            raise LinkLostError from err
+        if not count:
+            raise LinkLostError
+        view = view[count:]
+    return buffer

@@ -1,0 +1,60 @@
+"""Where a request is read: a short one here and now, any other in a process that can be given up."""
+
+import asyncio
+from collections.abc import Awaitable
+
+from echelon.pb.process_pb2 import GatewaySpec
+from echelon.pb.scheduler_pb2 import Submit
+from gateway.requests.lane import Lane
+from gateway.requests.reader_process import ReaderProcess
+from gateway.requests.validation import RequestValidator, decode_request
+
+_INLINE_BYTES = 1024  # takes 1 ms at most; the way to another process and back takes half of one
+_QUICK_BYTES = 16 << 10
+_QUICK_CPU_S, _BULK_CPU_S = 1.0, 8.0  # a million tokens take 3 s
+_QUICK_WAITING_BYTES, _BULK_WAITING_BYTES = 16 << 20, 128 << 20
+
+
+class RequestReader:
+    """Reads requests for one gateway without holding up its event loop.
+
+    Conversations go to a process even if they are short, because what a template does is not known. There are two
+    processes, so that nobody's long request delays a short one.
+    """
+
+    def __init__(self, spec: GatewaySpec, validator: RequestValidator) -> None:
+        self._validator = validator
+        self._turn = asyncio.Lock()
+        self._quick = _lane(spec, _QUICK_CPU_S, niceness=0, max_waiting_bytes=_QUICK_WAITING_BYTES)
+        self._bulk = _lane(spec, _BULK_CPU_S, niceness=5, max_waiting_bytes=_BULK_WAITING_BYTES)
+
+    def open(self) -> None:
+        """Starts the processes, so that the first request need not wait for them."""
+        self._quick.open()
+        self._bulk.open()
+
+    async def close(self) -> None:
+        await asyncio.gather(self._quick.close(), self._bulk.close())
+
+    async def read(self, data: bytes) -> Submit:
+        """What a GenerateRequest's bytes ask of a scheduler. The caller fills in the deadline. Raises Refusal."""
+        if len(data) <= _INLINE_BYTES:
+            submit = await self._read_here(data)
+            if submit is not None:
+                return submit
+        return await (self._quick if len(data) <= _QUICK_BYTES else self._bulk).read(data)
+
+    async def _read_here(self, data: bytes) -> Submit | None:
+        """None for a conversation."""
+        async with self._turn:
+            await asyncio.sleep(0)  # many that come at once are read one in each pass of the loop
+            request = decode_request(data)
+            return None if request.WhichOneof("input") == "chat" else self._validator.validate(request)
+
+
+def _lane(spec: GatewaySpec, cpu_limit_s: float, *, niceness: int, max_waiting_bytes: int) -> Lane:
+    def start() -> Awaitable[ReaderProcess]:
+        return ReaderProcess.start(spec, cpu_limit_s=cpu_limit_s, niceness=niceness)
+
+    # Twice, because others may have the cores, and a call into C ends before it is interrupted.
+    return Lane(start, limit_s=2 * cpu_limit_s + 1, max_waiting_bytes=max_waiting_bytes)
