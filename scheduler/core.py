@@ -200,7 +200,7 @@ class SchedulerCore:
         """Commit what a round has computed."""
         record = self._target.land(result, now)
         self._speculation.observe_target(record)
-        for row, answer in zip(record.rows, result.rows, strict=True):
+        for row, answer in record.answered:
             if row.seq.status is not SeqStatus.FINISHED:
                 self._on_row(row, answer, now)
 

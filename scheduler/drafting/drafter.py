@@ -227,9 +227,9 @@ class Drafter(ABC):
         self._on_landed(record)
         was_alone = target_idle_since is not None and target_idle_since <= now - record.wall_s
         if not record.was_late:
-            self._observe(record, result, beside_target=not was_alone)
-        self.num_drafted += sum(len(answer.token_ids) for answer in result.rows)
-        for row, answer in self.seats.land(record, result, self._odds):
+            self._observe(record, beside_target=not was_alone)
+        self.num_drafted += sum(len(answer.token_ids) for _, answer in record.answered)
+        for row, answer in self.seats.land(record, self._odds):
             state = self._states[row.seq]
             if not is_complete(row, answer):
                 self._on_missing_drafts(self.seats, state, row.seat, is_non_finite=answer.non_finite)
@@ -250,17 +250,16 @@ class Drafter(ABC):
         self._give_up(state)
         return False
 
-    def _observe(self, record: InFlight, result: worker_pb2.RoundResult, *, beside_target: bool) -> None:
-        answered = zip(record.rows, result.rows, strict=True)
-        computed = [row for row, answer in answered if answer.token_ids or not row.num_draft_tokens]
+    def _observe(self, record: InFlight, *, beside_target: bool) -> None:
+        computed = [row for row, answer in record.answered if answer.token_ids or not row.num_draft_tokens]
         if not computed or any(_may_be_overtaken(row) for row in computed):
             return
         num_chunk_tokens = sum(row.chunk_len + row.calibrate_len for row in computed)
-        if result.num_steps and num_chunk_tokens <= 2 * len(computed):
-            self._observe_step(record.wall_s / result.num_steps)
+        if record.num_steps and num_chunk_tokens <= 2 * len(computed):
+            self._observe_step(record.wall_s / record.num_steps)
         self.policy.observe_draft(
             num_seqs=len(computed),
-            num_steps=result.num_steps,
+            num_steps=record.num_steps,
             num_chunk_tokens=num_chunk_tokens,
             run_s=record.wall_s,
             beside_target=beside_target,

@@ -176,12 +176,12 @@ class DraftSeats:
     # -- results ------------------------------------------------------------------------------------------------------
 
     def land(
-        self, record: InFlight, result: worker_pb2.RoundResult, odds: Callable[[Seq, float], float]
+        self, record: InFlight, odds: Callable[[Seq, float], float]
     ) -> Iterator[tuple[PlannedRow, worker_pb2.RowResult]]:
         """Takes in a round's drafts; yields the rows whose chains go on, with their answers. One that lacks drafts
         (`is_complete`) leaves its seat as it was: of no use any more. `odds`: how likely a draft of this seq with this
         confidence is accepted."""
-        for row, answer in zip(record.rows, result.rows, strict=True):
+        for row, answer in record.answered:
             seat = row.seat
             assert isinstance(seat, DraftSeat), "the draft engine seats draft seats"
             if seat.is_released or row.epoch != seat.epoch:

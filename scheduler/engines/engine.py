@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 
 from echelon.pb import sampling_pb2, worker_pb2
@@ -52,6 +52,9 @@ class InFlight:
     is_prefill: bool  # a row has more to compute than a decode or verify step has
     sent_s: float
     work: int = 1  # forwards of one token that it amounts to, at most: tokens and drafts
+    # Once it has landed: each row with its answer, and forwards that ran one after another.
+    answered: list[tuple[PlannedRow, worker_pb2.RowResult]] = field(default_factory=list)
+    num_steps: int = 0
     wall_s: float = 0.0  # from when the engine could have begun to when its answer came: what it took for us
     was_late: bool = False  # so long that it stood still: no measurement
 
@@ -184,13 +187,15 @@ class EngineView:
         if len(result.rows) != len(record.rows):
             num_asked, num_came = len(record.rows), len(result.rows)
             raise UnexpectedAnswerError(f"round {result.round_id} has {num_asked} rows, its result {num_came}")
-        for row, answer in zip(record.rows, result.rows, strict=True):
+        record.answered = list(zip(record.rows, result.rows, strict=True))
+        for row, answer in record.answered:
             if not _fits(row, answer, self.info.vocab_size):
                 raise UnexpectedAnswerError(
                     f"round {result.round_id}: the answer for slot {row.seat.slot} does not fit"
                 )
         # Where both engines are in one process it may have waited for a round of the other: no time of its own.
         began_s = max(record.sent_s + result.queue_ns * 1e-9, self._landed_s)
+        record.num_steps = result.num_steps
         record.wall_s = max(result.run_ns * 1e-9, now - began_s)
         record.was_late = record.wall_s > self.patience.late_s(record.work)
         self.patience.observe(record.work, record.wall_s)
@@ -200,12 +205,13 @@ class EngineView:
 
 def _fits(row: PlannedRow, answer: worker_pb2.RowResult, vocab_size: int) -> bool:
     """Whether a correct group could answer so. What follows reckons with it."""
-    num_tokens = len(answer.token_ids)
+    token_ids = list(answer.token_ids)  # a repeated field is slow to read, so once
+    num_tokens = len(token_ids)
     return (
         answer.slot == row.seat.slot
         and num_tokens <= (row.num_draft_tokens or len(row.drafts) + 1)
         and answer.num_accepted_tokens <= max(0, num_tokens - 1)
-        and max(answer.token_ids, default=0) < vocab_size
+        and max(token_ids, default=0) < vocab_size
         and len(answer.confidences) in (0, num_tokens)
     )
 

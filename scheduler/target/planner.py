@@ -88,7 +88,7 @@ class TargetPlanner:
         if record.was_late:
             return record
         self._cost.observe(record.num_tokens, result.run_ns)
-        for row, answer in zip(record.rows, result.rows, strict=True):
+        for row, answer in record.answered:
             state = self._states.get(row.seq)
             if state is not None:
                 state.land(row, answer.num_accepted_tokens if row.drafts else 0)
