@@ -202,8 +202,8 @@ class Speculation:
         self.drafter.on_commit(self._states[seq], token_ids)
 
     def observe_target(self, record: InFlight) -> None:
-        """A round of the target is back. Those with prompts say nothing of decoding."""
-        if not record.is_prefill:
+        """A round of the target is back. One with prompts says nothing of decoding."""
+        if not (record.is_prefill or record.was_late):
             self._policy.observe_target(
                 num_seqs=len(record.rows),
                 num_tokens=record.num_tokens,

@@ -85,9 +85,8 @@ class TargetPlanner:
         if self.engine is None:
             raise UnexpectedAnswerError("a result came from an engine that is not connected")
         record = self.engine.land(result, now)
-        if record.was_late:
-            return record
-        self._cost.observe(record.num_tokens, result.run_ns)
+        if not record.was_late:
+            self._cost.observe(record.num_tokens, result.run_ns)
         for row, answer in record.answered:
             state = self._states.get(row.seq)
             if state is not None:

@@ -365,6 +365,20 @@ def test_samples_share_the_prompt() -> None:
     assert (usage.prompt_tokens, usage.completion_tokens) == (21, 24)
 
 
+def test_a_round_that_is_late_counts_like_any_other() -> None:
+    sim = Simulation()
+    message = submit("r", prompt(1, 9), max_tokens=20)
+    sim.submit(message)
+    for seconds in [0.01] * 6 + [1000.0]:
+        sim.plan()
+        sim.now += seconds
+        sim.run_target_round()
+    sim.run()
+    assert len(sim.tokens["r", 0]) == 20
+    sim.assert_plain(message)
+    sim.assert_all_free()
+
+
 def test_blocks_running_out_preempts_the_youngest_and_loses_nothing() -> None:
     sim = Simulation(target=FakeEngine(num_blocks=20, max_model_len=64))
     messages = [submit(f"r{i}", prompt(i, 16), max_tokens=30) for i in range(3)]
