@@ -35,7 +35,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 30_000),  # a server whose machine vanished is noticed
     ("grpc.keepalive_timeout_ms", 10_000),
 )
-_CLOSE_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S = 2.0
 
 
 class _Call(Protocol):
@@ -193,7 +193,7 @@ class Client:
         # started leaves one that nobody will see ending: Ctrl-C would hang here for ever.
         closing = threading.Thread(target=self._channel.close, name="close channel", daemon=True)
         closing.start()
-        closing.join(_CLOSE_TIMEOUT_S)
+        closing.join(CLOSE_TIMEOUT_S)
 
     def __enter__(self) -> Self:
         return self

@@ -40,7 +40,7 @@ from kernels.interpreter_numpy import accept_loop_bounds
 accept_loop_bounds()
 
 SPLIT_FEATURES = 1024  # inputs whose products one partial sum adds
-_ENOUGH_TILES = 264  # two for each multiprocessor of an H100 or H200: then nothing is gained by splitting sums
+ENOUGH_TILES = 264  # two for each multiprocessor of an H100 or H200: then nothing is gained by splitting sums
 MERGE_ELEMENTS = 1024
 _MAX_TILE_ROWS = 256
 _MAX_TILE_ROWS_AMX = 32
@@ -211,7 +211,7 @@ def _launch(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     options = tile_options(rows.dtype)
     num_tiles = triton.cdiv(num_rows, options["BLOCK_ROWS"]) * triton.cdiv(out_features, options["BLOCK_OUT"])
     num_splits = triton.cdiv(in_features, SPLIT_FEATURES)
-    apart = num_splits > 1 and num_tiles < _ENOUGH_TILES  # what _rows_that_need_no_splits turns round
+    apart = num_splits > 1 and num_tiles < ENOUGH_TILES  # what _rows_that_need_no_splits turns round
     sums = torch.empty(num_splits, *out.shape, device=out.device) if apart else out
     linear_kernel[(num_tiles, num_splits if apart else 1)](
         rows,
@@ -242,7 +242,7 @@ def _rows_that_need_no_splits(weight: Tensor) -> int:
     """The fewest rows that need no split."""
     options = tile_options(weight.dtype)
     num_feature_tiles = triton.cdiv(weight.shape[0], options["BLOCK_OUT"])
-    num_row_tiles: int = triton.cdiv(_ENOUGH_TILES, num_feature_tiles)
+    num_row_tiles: int = triton.cdiv(ENOUGH_TILES, num_feature_tiles)
     return (num_row_tiles - 1) * int(options["BLOCK_ROWS"]) + 1
 
 

@@ -103,25 +103,25 @@ def gumbel_noise_range(
 _LARGEST_UNIFORM = tl.constexpr(LARGEST_UNIFORM)
 _LN2_HIGH = tl.constexpr(LN2_HIGH)
 _LN2_LOW = tl.constexpr(LN2_LOW)
-_LOG_1 = tl.constexpr(_LOG_1)
-_LOG_2 = tl.constexpr(_LOG_2)
-_LOG_3 = tl.constexpr(_LOG_3)
-_LOG_4 = tl.constexpr(_LOG_4)
-_SQRT_HALF_BITS = tl.constexpr(_SQRT_HALF_BITS)
-_ONE_BITS = tl.constexpr(_ONE_BITS)
-_MANTISSA_BITS = tl.constexpr(_MANTISSA_BITS)
+_KERNEL_LOG_1 = tl.constexpr(_LOG_1)
+_KERNEL_LOG_2 = tl.constexpr(_LOG_2)
+_KERNEL_LOG_3 = tl.constexpr(_LOG_3)
+_KERNEL_LOG_4 = tl.constexpr(_LOG_4)
+_KERNEL_SQRT_HALF_BITS = tl.constexpr(_SQRT_HALF_BITS)
+_KERNEL_ONE_BITS = tl.constexpr(_ONE_BITS)
+_KERNEL_MANTISSA_BITS = tl.constexpr(_MANTISSA_BITS)
 _BOUND_MARGIN = tl.constexpr(1e-3)  # far over the roundings
 _LN2 = tl.constexpr(LN2_HIGH + LN2_LOW)
 
 
 @triton.jit
 def _exponent_jit(x):
-    return (x.to(tl.int32, bitcast=True) - _SQRT_HALF_BITS) >> _MANTISSA_BITS
+    return (x.to(tl.int32, bitcast=True) - _KERNEL_SQRT_HALF_BITS) >> _KERNEL_MANTISSA_BITS
 
 
 @triton.jit
 def _power_of_two_jit(exponent):
-    return ((exponent << _MANTISSA_BITS) + _ONE_BITS).to(tl.float32, bitcast=True)
+    return ((exponent << _KERNEL_MANTISSA_BITS) + _KERNEL_ONE_BITS).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -129,8 +129,8 @@ def _log_of_scaled_jit(f, exponent):
     s = tl.div_rn(f, f + 2.0)
     z = s * s
     w = z * z
-    odd = z * (w * _LOG_3 + _LOG_1)
-    even = w * (w * _LOG_4 + _LOG_2)
+    odd = z * (w * _KERNEL_LOG_3 + _KERNEL_LOG_1)
+    even = w * (w * _KERNEL_LOG_4 + _KERNEL_LOG_2)
     half_square = (f * 0.5) * f
     k = exponent.to(tl.float32)
     small = s * (half_square + (odd + even)) + k * _LN2_LOW

@@ -19,7 +19,7 @@ _LOGIT_LIMIT = 1e30
 BLOCK = 256
 PENALISE, BIAS, MASK = range(3)
 
-_LOGIT_LIMIT = tl.constexpr(_LOGIT_LIMIT)
+_KERNEL_LOGIT_LIMIT = tl.constexpr(_LOGIT_LIMIT)
 _BIAS = tl.constexpr(BIAS)
 _MASK = tl.constexpr(MASK)
 
@@ -60,7 +60,7 @@ def edit_kernel(
             values = values - tl.load(settings_ptr + row * 3 + 2, mask=given, other=0.0) * amounts
             presence = tl.load(settings_ptr + row * 3 + 1, mask=given, other=0.0)
             values = values - tl.where(amounts > 0, presence, 0.0)
-            values = tl.minimum(tl.maximum(values, -_LOGIT_LIMIT), _LOGIT_LIMIT)
+            values = tl.minimum(tl.maximum(values, -_KERNEL_LOGIT_LIMIT), _KERNEL_LOGIT_LIMIT)
     tl.store(place, values, mask=inside)
 
 

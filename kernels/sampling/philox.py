@@ -91,21 +91,21 @@ def token_words_numpy(
     return words
 
 
-_MULTIPLIER_0 = tl.constexpr(_MULTIPLIER_0)
-_MULTIPLIER_1 = tl.constexpr(_MULTIPLIER_1)
-_WEYL_0 = tl.constexpr(_WEYL_0)
-_WEYL_1 = tl.constexpr(_WEYL_1)
-_NUM_ROUNDS = tl.constexpr(_NUM_ROUNDS)
+_KERNEL_MULTIPLIER_0 = tl.constexpr(_MULTIPLIER_0)
+_KERNEL_MULTIPLIER_1 = tl.constexpr(_MULTIPLIER_1)
+_KERNEL_WEYL_0 = tl.constexpr(_WEYL_0)
+_KERNEL_WEYL_1 = tl.constexpr(_WEYL_1)
+_KERNEL_NUM_ROUNDS = tl.constexpr(_NUM_ROUNDS)
 
 
 @triton.jit
 def philox4x32_jit(c0, c1, c2, c3, k0, k1):
     """`philox4x32` for uint32."""
-    for _ in tl.static_range(_NUM_ROUNDS):
-        high0, low0 = tl.umulhi(c0, _MULTIPLIER_0), c0 * _MULTIPLIER_0
-        high1, low1 = tl.umulhi(c2, _MULTIPLIER_1), c2 * _MULTIPLIER_1
+    for _ in tl.static_range(_KERNEL_NUM_ROUNDS):
+        high0, low0 = tl.umulhi(c0, _KERNEL_MULTIPLIER_0), c0 * _KERNEL_MULTIPLIER_0
+        high1, low1 = tl.umulhi(c2, _KERNEL_MULTIPLIER_1), c2 * _KERNEL_MULTIPLIER_1
         c0, c1, c2, c3 = high1 ^ (c1 ^ k0), low1, high0 ^ (c3 ^ k1), low0
-        k0, k1 = k0 + _WEYL_0, k1 + _WEYL_1
+        k0, k1 = k0 + _KERNEL_WEYL_0, k1 + _KERNEL_WEYL_1
     return c0, c1, c2, c3
 
 

@@ -42,16 +42,16 @@ def probability_mass(logits: Tensor, largest: Tensor) -> Tensor:
 
 _LN2_HIGH = tl.constexpr(LN2_HIGH)
 _LN2_LOW = tl.constexpr(LN2_LOW)
-_LOG2_E = tl.constexpr(_LOG2_E)
-_LOWEST_EXPONENT = tl.constexpr(_LOWEST_EXPONENT)
+_KERNEL_LOG2_E = tl.constexpr(_LOG2_E)
+_KERNEL_LOWEST_EXPONENT = tl.constexpr(_LOWEST_EXPONENT)
 _MASS_EXPONENT = tl.constexpr(MASS_BITS + 127)
 
 
 @triton.jit
 def probability_mass_jit(logits, largest):
     """`probability_mass` of a block of logits of one row; for launches with EXACT options."""
-    x = tl.maximum(logits - largest, _LOWEST_EXPONENT)
-    n = tl.floor(x * _LOG2_E + 0.5)
+    x = tl.maximum(logits - largest, _KERNEL_LOWEST_EXPONENT)
+    n = tl.floor(x * _KERNEL_LOG2_E + 0.5)
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW
     y = r * (1 / 5040) + 1 / 720
     y = y * r + 1 / 120

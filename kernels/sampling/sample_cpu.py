@@ -20,7 +20,7 @@ from kernels.sampling.sort_key import EXCLUDED_KEY, pack_sort_key, unpack_sort_k
 
 TILE = 64  # tokens
 _TILE_GROUPS = TILE // 4  # one call of Philox yields the words of four tokens
-_LIKELY_TOKENS = 5  # makes it one case in 10^8 that fewer tokens than wanted reach the goal
+LIKELY_TOKENS = 5  # makes it one case in 10^8 that fewer tokens than wanted reach the goal
 TILES_AT_ONCE = 1024  # whose words are in the cache together
 LOWEST = torch.finfo(torch.float32).min
 
@@ -78,8 +78,8 @@ def top_keys_cpu(
     )
     certain = _certain_goal(tile_max, noisy, num)
     # About e^-x tokens exceed the logarithm of the sum of exponentials by x, a Poisson number. The sum over the tiles'
-    # largest is a lower bound of the sum over all, so _LIKELY_TOKENS * (3 + num) tokens or more reach this on average.
-    likely = tile_max.logsumexp(dim=1) - math.log(_LIKELY_TOKENS * (3 + num))
+    # largest is a lower bound of the sum over all, so LIKELY_TOKENS * (3 + num) tokens or more reach this on average.
+    likely = tile_max.logsumexp(dim=1) - math.log(LIKELY_TOKENS * (3 + num))
     goal = torch.where(noisy & (likely > certain), likely, certain)
     best = search.run(goal, num)
     missed = (unpack_sort_key(best[:, -1])[0] < goal) & (goal > certain)

@@ -7,7 +7,7 @@ from triton import language as tl
 
 _ID_MASK = 0xFFFFFFFF
 EXCLUDED_KEY = -(0x7F800001 << 32)  # of -Inf and the largest id: not above the key of any token
-_ID_MASK = tl.constexpr(_ID_MASK)
+_KERNEL_ID_MASK = tl.constexpr(_ID_MASK)
 
 
 def pack_sort_key(values: Tensor, token_ids: Tensor) -> Tensor:
@@ -40,10 +40,10 @@ def from_ordered_jit(ordered):
 @triton.jit
 def pack_sort_key_jit(values, token_ids):
     """`pack_sort_key`. All bits of an id flipped are the mask minus the id."""
-    return (ordered_jit(values).to(tl.int64) << 32) | (token_ids.to(tl.int64) ^ _ID_MASK)
+    return (ordered_jit(values).to(tl.int64) << 32) | (token_ids.to(tl.int64) ^ _KERNEL_ID_MASK)
 
 
 @triton.jit
 def unpack_sort_key_jit(keys):
     """`unpack_sort_key`."""
-    return from_ordered_jit((keys >> 32).to(tl.int32)), (keys & _ID_MASK) ^ _ID_MASK
+    return from_ordered_jit((keys >> 32).to(tl.int32)), (keys & _KERNEL_ID_MASK) ^ _KERNEL_ID_MASK

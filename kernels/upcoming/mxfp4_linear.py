@@ -25,7 +25,7 @@ accept_loop_bounds()
 
 _MAX_KERNEL_ROWS = 64  # beyond, the tensor cores are busy enough to make the whole weight a dense one first
 ENOUGH_PROGRAMS = 528  # four for each multiprocessor of an H100 or H200
-_MIN_SPLIT_FEATURES = 512
+MIN_SPLIT_FEATURES = 512
 _CPU_TILE_WEIGHTS = 1 << 19  # dequantised at a time: stays in the cache of a core
 
 
@@ -188,4 +188,4 @@ def tile_options(dtype: torch.dtype, num_rows: int, in_features: int) -> dict[st
 def _split_features(in_features: int, num_tiles: int) -> int:
     """Inputs of one program, so that there are about ENOUGH_PROGRAMS: a multiple of every BLOCK_IN."""
     wanted_splits = max(1, ENOUGH_PROGRAMS // num_tiles)
-    return max(_MIN_SPLIT_FEATURES, -(-in_features // wanted_splits // 128) * 128)
+    return max(MIN_SPLIT_FEATURES, -(-in_features // wanted_splits // 128) * 128)

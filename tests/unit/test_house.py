@@ -229,10 +229,12 @@ def test_tests_use_public_names() -> None:
 
 @functools.cache
 def names_read_by(path: Path) -> frozenset[str]:
-    """By their last part."""
+    """By their last part, those that a test replaces too."""
     names = set()
     for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Name):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr"):
+            names |= {arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)}
+        elif isinstance(node, ast.Name):
             names.add(node.id)
         elif isinstance(node, ast.Attribute):
             names.add(node.attr)
