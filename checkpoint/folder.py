@@ -16,7 +16,7 @@ from checkpoint.tensors import TensorInfo
 from checkpoint.tokenizer import load_tokenizer
 from checkpoint.weights import EMBEDDING, HEAD, WEIGHT_DTYPES, read_weights
 
-DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
+_DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Cut among tensor-parallel ranks; everything else (norms, biases of row-parallel layers) is held by each rank.
 _SHARDED_MODULES: Final = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _KV_MODULES: Final = ("k_proj", "v_proj")
@@ -36,28 +36,28 @@ class ModelFolder:
     def eos_token_ids(self) -> tuple[int, ...]:
         return tuple(token.token_id for token in self.eos)
 
-    def weight_bytes(self, tp_size: int, dtype: str) -> int:
-        """Bytes of weights on the fullest of `tp_size` ranks once they are loaded as `dtype`."""
+    @property
+    def value_bytes(self) -> int:
+        """Of a weight, a key or an activation."""
+        return _DTYPE_BYTES[self.dtype]
+
+    def weight_bytes(self, tp_size: int) -> int:
+        """Bytes of weights on the fullest of `tp_size` ranks once they are loaded."""
         num_elements = sum(self._elements_per_rank(name, tensor, tp_size) for name, tensor in self.weights.items())
-        return num_elements * DTYPE_BYTES[dtype]
+        return num_elements * self.value_bytes
 
-    def kv_bytes_per_token(self, tp_size: int, dtype: str) -> int:
+    def kv_bytes_per_token(self, tp_size: int) -> int:
         """Bytes of keys and values that one token takes on one rank."""
-        return (
-            2
-            * self.config.num_layers
-            * self.config.kv_heads_per_rank(tp_size)
-            * self.config.head_dim
-            * DTYPE_BYTES[dtype]
-        )
+        config = self.config
+        return 2 * config.num_layers * config.kv_heads_per_rank(tp_size) * config.head_dim * self.value_bytes
 
-    def activation_bytes(self, tp_size: int, dtype: str, *, num_tokens: int) -> int:
+    def activation_bytes(self, tp_size: int, *, num_tokens: int) -> int:
         """Estimate of the largest working set of one forward, that of one layer: hidden states and residual, the fused
         query-key-value or gate-up product and its result."""
         config = self.config
         qkv = (config.num_q_heads // tp_size + 2 * config.kv_heads_per_rank(tp_size)) * config.head_dim
         mlp = 3 * config.intermediate_size // tp_size
-        return num_tokens * (3 * config.hidden_size + max(2 * qkv, mlp)) * DTYPE_BYTES[dtype]
+        return num_tokens * (3 * config.hidden_size + max(2 * qkv, mlp)) * self.value_bytes
 
     def _elements_per_rank(self, name: str, tensor: TensorInfo, tp_size: int) -> int:
         if name in (EMBEDDING, HEAD):
@@ -144,6 +144,6 @@ def _own_dtype(config: Fields, weights: Mapping[str, TensorInfo]) -> str:
     named = config.get(key)
     if named is None or named == "auto":
         return WEIGHT_DTYPES[weights[EMBEDDING].dtype]
-    if not isinstance(named, str) or named not in DTYPE_BYTES:
-        raise config.unsupported(key, f"set dtype in the deployment file to one of {', '.join(DTYPE_BYTES)}")
+    if not isinstance(named, str) or named not in _DTYPE_BYTES:
+        raise config.unsupported(key, f"set dtype in the deployment file to one of {', '.join(_DTYPE_BYTES)}")
     return named

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from checkpoint.config import ModelConfig
-from checkpoint.folder import DTYPE_BYTES, ModelFolder
+from checkpoint.folder import ModelFolder
 from checkpoint.layer_parallel import (
     LayerGroups,
     layer_groups_problem,
@@ -30,11 +30,11 @@ class LayerParallel:
     weights: Weights = "replicated"
     mlps: Mlps = "auto"
 
-    def weight_bytes(self, folder: ModelFolder, dtype: str) -> int:
+    def weight_bytes(self, folder: ModelFolder) -> int:
         """Bytes on the fullest rank; where MLPs are still to be chosen, with whole ones."""
         most_layers = self._most_layers(folder)
         num_elements = sum(self._elements(name, tensor, most_layers) for name, tensor in folder.weights.items())
-        return num_elements * DTYPE_BYTES[dtype]
+        return num_elements * folder.value_bytes
 
     def _most_layers(self, folder: ModelFolder) -> int:
         """Whose attention the fullest rank holds."""
@@ -51,9 +51,9 @@ class LayerParallel:
             return tensor.num_elements // self.num_ranks
         return tensor.num_elements
 
-    def kv_bytes_per_token(self, folder: ModelFolder, dtype: str) -> int:
+    def kv_bytes_per_token(self, folder: ModelFolder) -> int:
         """Bytes on the rank that holds most layers."""
-        return folder.kv_bytes_per_token(1, dtype) // folder.config.num_layers * self._most_layers(folder)
+        return folder.kv_bytes_per_token(1) // folder.config.num_layers * self._most_layers(folder)
 
 
 def layer_parallel(

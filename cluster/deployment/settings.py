@@ -44,15 +44,15 @@ class ModelSettings:
     def weight_bytes(self) -> int:
         """Bytes on one rank."""
         if self.layer_parallel is not None:
-            return self.layer_parallel.weight_bytes(self.folder, self.dtype)
-        return self.folder.weight_bytes(self.tp_size, self.dtype)
+            return self.layer_parallel.weight_bytes(self.folder)
+        return self.folder.weight_bytes(self.tp_size)
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes on one rank."""
         if self.layer_parallel is not None:
-            return self.layer_parallel.kv_bytes_per_token(self.folder, self.dtype)
-        return self.folder.kv_bytes_per_token(self.tp_size, self.dtype)
+            return self.layer_parallel.kv_bytes_per_token(self.folder)
+        return self.folder.kv_bytes_per_token(self.tp_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -121,9 +121,7 @@ def _kv_cache_bytes(model: ModelSettings, settings: Settings) -> int:
 
 
 def _activation_bytes(model: ModelSettings, settings: Settings) -> int:
-    forward = model.folder.activation_bytes(
-        model.tp_size, model.dtype, num_tokens=settings.scheduler.max_num_batched_tokens
-    )
+    forward = model.folder.activation_bytes(model.tp_size, num_tokens=settings.scheduler.max_num_batched_tokens)
     return forward + expected_sampling_bytes(model, settings)
 
 

@@ -18,9 +18,9 @@ def test_the_bundled_target() -> None:
     assert (config.num_layers, config.num_q_heads, config.num_kv_heads, config.vocab_size) == (8, 8, 4, 4096)
     assert model.eos_token_ids == (0,)
     # 2 (keys and values) x 8 layers x 4 heads x 32 x 2 bytes; half of the heads on each of two ranks.
-    assert model.kv_bytes_per_token(1, "bfloat16") == 4096
-    assert model.kv_bytes_per_token(2, "bfloat16") == 2048
-    assert model.kv_bytes_per_token(8, "bfloat16") == 1024, "4 heads for 8 ranks: each holds one"
+    assert model.kv_bytes_per_token(1) == 4096
+    assert model.kv_bytes_per_token(2) == 2048
+    assert model.kv_bytes_per_token(8) == 1024, "4 heads for 8 ranks: each holds one"
 
 
 def test_weight_bytes_count_what_a_rank_holds(tmp_path: Path) -> None:
@@ -28,18 +28,18 @@ def test_weight_bytes_count_what_a_rank_holds(tmp_path: Path) -> None:
     layer = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 64 * 32
     norms = 2 * 2 * 32 + 32
     embedding = 2 * 100 * 32
-    assert model.weight_bytes(1, "bfloat16") == 2 * (2 * layer + norms + embedding)
-    assert model.weight_bytes(2, "bfloat16") == 2 * (layer + norms + embedding // 2)
-    assert model.weight_bytes(1, "float32") == 2 * model.weight_bytes(1, "bfloat16")
+    assert model.weight_bytes(1) == 2 * (2 * layer + norms + embedding)
+    assert model.weight_bytes(2) == 2 * (layer + norms + embedding // 2)
+    assert read_model_folder(model.path, dtype="float32").weight_bytes(1) == 2 * model.weight_bytes(1)
     # With 8 ranks each holds one of 4 key-value heads whole: twice an eighth.
     per_rank_layer = 32 * 32 // 8 + 2 * (16 * 32 // 4) + 32 * 32 // 8 + 3 * 64 * 32 // 8
-    assert model.weight_bytes(8, "bfloat16") == 2 * (2 * per_rank_layer + norms + 2 * 13 * 32), "13 of 100 tokens"
+    assert model.weight_bytes(8) == 2 * (2 * per_rank_layer + norms + 2 * 13 * 32), "13 of 100 tokens"
 
 
 def test_a_tied_head_is_counted_once(tmp_path: Path) -> None:
     untied = read_model_folder(write_model_folder(tmp_path / "untied"))
     tied = read_model_folder(write_model_folder(tmp_path / "tied", tie_word_embeddings=True))
-    assert untied.weight_bytes(1, "bfloat16") - tied.weight_bytes(1, "bfloat16") == 2 * 100 * 32
+    assert untied.weight_bytes(1) - tied.weight_bytes(1) == 2 * 100 * 32
 
 
 def test_sharded_weights_are_read_through_their_index(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_sharded_weights_are_read_through_their_index(tmp_path: Path) -> None:
     write_safetensors(folder / "left-over.safetensors", {"model.norm.weight": (32,)})
     names = {name: f"model-{1 if index < 5 else 2}.safetensors" for index, (name, _) in enumerate(tensors)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    assert read_model_folder(folder).weight_bytes(2, "bfloat16") == whole.weight_bytes(2, "bfloat16")
+    assert read_model_folder(folder).weight_bytes(2) == whole.weight_bytes(2)
 
 
 def test_tensor_parallel_sizes(tmp_path: Path) -> None:

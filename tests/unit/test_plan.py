@@ -136,7 +136,7 @@ def test_a_gpu_too_small_is_no_place(pair: tuple[Path, Path]) -> None:
 def test_memory_of_a_rank(pair: tuple[Path, Path]) -> None:
     settings = gpu_settings(pair, 4, draft=False)
     memory = make_plan(settings, gpu_nodes(4)).bundles[0].memory
-    assert memory.weight_bytes == settings.target.folder.weight_bytes(4, "bfloat16")
+    assert memory.weight_bytes == settings.target.folder.weight_bytes(4)
     assert memory.total_bytes == int(80 * GIB * 0.9), "the KV cache takes what gpu_memory_utilization leaves"
     unknown = make_plan(settings, gpu_nodes(4, memory_gib=None))
     assert "GPU memory is not known" in unknown.notes[0]

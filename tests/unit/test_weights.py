@@ -72,7 +72,7 @@ def planned(config: ModelConfig) -> ModelFolder:
 def test_the_plan_counts_the_bytes_of_the_fullest_rank(family: str, size: int) -> None:
     config, _ = config_of(family)
     models = [CausalLM(config, max_model_len=8, ctx=context(rank, size)) for rank in range(size)]
-    assert planned(config).weight_bytes(size, "float32") == max(model.weight_bytes for model in models)
+    assert planned(config).weight_bytes(size) == max(model.weight_bytes for model in models)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,14 +99,14 @@ def test_the_ranks_of_a_layer_parallel_draft_read_it_together(family: str, weigh
         read |= {part.name: part.full_shape for part in ctx.slices}
     assert read == saved
     in_the_plan = LayerParallel(size=2, num_ranks=2, weights=weights.value, mlps=mlps.value)
-    assert in_the_plan.weight_bytes(planned(config), "float32") == max(num_bytes)
+    assert in_the_plan.weight_bytes(planned(config)) == max(num_bytes)
 
 
 def test_files_that_nobody_loads_are_not_counted(tmp_path: Path) -> None:
     folder = write_model_folder(tmp_path / "model")
-    alone = read_model_folder(folder).weight_bytes(1, "bfloat16")
+    alone = read_model_folder(folder).weight_bytes(1)
     write_safetensors(folder / "consolidated.safetensors", {"layers.0.wq": (1000, 1000)})
-    assert read_model_folder(folder).weight_bytes(1, "bfloat16") == alone
+    assert read_model_folder(folder).weight_bytes(1) == alone
 
 
 def test_a_single_file_wins_over_an_index(tmp_path: Path) -> None:
