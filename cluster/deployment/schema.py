@@ -147,6 +147,7 @@ class Scheduler(Section):
 
 class Cpu(Section):
     threads_per_worker: Annotated[int, Field(ge=1, le=1024)] = 1
+    compile: Literal["auto", "off"] = Field(default="auto", description="C++ kernels for the CPU, where a compiler is")
 
 
 class Server(Section):

@@ -121,6 +121,7 @@ class SchedulerSettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuSettings:
     threads_per_worker: int = 1
+    compile: Literal["auto", "off"] = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

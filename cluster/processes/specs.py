@@ -22,6 +22,7 @@ def worker_specs(settings: Settings, bundles: Sequence[Bundle], incarnation: int
             host=bundle.address,
             device=settings.device,
             threads=settings.cpu.threads_per_worker,
+            compile=settings.cpu.compile,
             cpu_ids=bundle.cpu_ids,
             incarnation=incarnation,
             version=__version__,

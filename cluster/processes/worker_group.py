@@ -92,9 +92,10 @@ def _launch(group: GroupLaunch, rank: int, *, store_address: str) -> Launch:
     spec.CopyFrom(group.specs[rank])
     spec.store_address = store_address
     # Libraries size their thread pools when they are imported, before the worker has read its spec.
-    env = {"OMP_NUM_THREADS": str(max(1, spec.threads))}
-    if not spec.cpu_ids:
-        # Cores that others use too: a thread that spins at a barrier keeps the one it waits for from running.
+    env = {"OMP_NUM_THREADS": str(max(1, spec.threads)), "ECHELON_COMPILE": spec.compile}
+    if spec.compile != "off" or not spec.cpu_ids:
+        # A thread that spins at a barrier keeps the one it waits for from running, where others use the cores too:
+        # other processes, or the threads of compiled kernels.
         env["OMP_WAIT_POLICY"] = "passive"
     return Launch(
         id=group.ids[rank], module=_WORKER_MODULE, spec=spec, node=spec.host, bundle=group.bundles[rank], env=env

@@ -147,6 +147,7 @@ class WorkerSpec(google.protobuf.message.Message):
     INCARNATION_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     ENGINES_FIELD_NUMBER: builtins.int
+    COMPILE_FIELD_NUMBER: builtins.int
     COLLECTIVE_TIMEOUT_S_FIELD_NUMBER: builtins.int
     name: builtins.str
     """"target-0.1": group and rank, for logs"""
@@ -163,6 +164,8 @@ class WorkerSpec(google.protobuf.message.Message):
     incarnation: builtins.int
     version: builtins.str
     """of the controller: a worker of another version refuses to start"""
+    compile: builtins.str
+    """cpu: "auto" | "off"; whether C++ kernels are compiled and used"""
     collective_timeout_s: builtins.float
     """a rank that does not answer for this long ends the incarnation"""
     @property
@@ -185,9 +188,10 @@ class WorkerSpec(google.protobuf.message.Message):
         incarnation: builtins.int = ...,
         version: builtins.str = ...,
         engines: collections.abc.Iterable[global___EngineSpec] | None = ...,
+        compile: builtins.str = ...,
         collective_timeout_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["collective_timeout_s", b"collective_timeout_s", "cpu_ids", b"cpu_ids", "device", b"device", "engines", b"engines", "host", b"host", "incarnation", b"incarnation", "name", b"name", "rank", b"rank", "store_address", b"store_address", "threads", b"threads", "version", b"version", "world_size", b"world_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["collective_timeout_s", b"collective_timeout_s", "compile", b"compile", "cpu_ids", b"cpu_ids", "device", b"device", "engines", b"engines", "host", b"host", "incarnation", b"incarnation", "name", b"name", "rank", b"rank", "store_address", b"store_address", "threads", b"threads", "version", b"version", "world_size", b"world_size"]) -> None: ...
 
 global___WorkerSpec = WorkerSpec
 

@@ -1,4 +1,6 @@
-"""Paged attention on CPU, which computes each seq in one of three ways.
+"""Paged attention on CPU.
+
+The compiled kernel (native.py) computes whatever it can. What is left goes one of three ways.
 
 *SDPA* is torch's own: one call, one parallel region. A row is a query head of a new token. A lone row is computed
 twice, since SDPA takes half as long for two. *SDPA side by side* serves several similar, short seqs. Calling an
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.attention.call import AttentionCall
+from kernels.attention.native import can_attend, native_attention
 from kernels.attention.paged_kv import AlikeSeqs, SeqBatch, SeqRows
 from kernels.attention.tiles import attend_rows, attend_rows_invariant, first_key, hidden_keys, queries_of_rows
 
@@ -25,6 +28,9 @@ _MAX_GATHERED_BYTES = 1 << 19
 
 def paged_attention_cpu(call: AttentionCall, groups: Sequence[AlikeSeqs], *, batch_invariant: bool) -> None:
     """Write the results of a checked call for CPU tensors to call.out and call.lse."""
+    if can_attend(call):
+        native_attention(call)
+        return
     for alike in groups:
         if alike.batch is not None and not batch_invariant and _may_gather(call, alike.batch):
             _attend_side_by_side(call, alike.batch)

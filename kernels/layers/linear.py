@@ -1,11 +1,14 @@
 """Matrix products: fast ones, and ones whose rows do not depend on the batch.
 
 Reading the weight bounds a product with few rows, and a CPU reads memory fastest in the order of its addresses.
-`pack_weight` puts a weight into the order of use once, and `linear` takes both forms. Packed, it reads 43 GB/s instead
-of 29 for 1 to 4 bf16 rows with two threads, 37 instead of 26 for 8, and is a tenth faster for 512 (torch 2.13,
-AVX512-bf16, nothing else running). Fewer than four rows run as four: oneDNN's kernels for 1, 2 and 3 rows keep a core
-too busy to read at full speed (16.5, 14.5 and 18.8 GB/s on one thread, where 4 to 6 rows reach 20). This shows at a low
-clock.
+`pack_weight` puts a weight into the order of use once, and `linear` takes all forms:
+
+- `NativeWeight` for the C++ of kernels/native, where it can be compiled. It serves fp32, bf16 on a CPU without bf16
+  instructions, and everything with `batch_invariant`, whose promise it keeps at no cost.
+- oneDNN's form for bf16 on a CPU with bf16 instructions. It reads 43 GB/s instead of 29 for 1 to 4 rows with two
+  threads, 37 instead of 26 for 8, and is a tenth faster for 512 (torch 2.13, AVX512-bf16, nothing else running). Fewer
+  than four rows run as four: oneDNN's kernels for 1, 2 and 3 rows keep a core too busy to read at full speed (16.5,
+  14.5 and 18.8 GB/s on one thread, where 4 to 6 rows reach 20). This shows at a low clock.
 
 `linear_batch_invariant` is what `batch_invariant: true` runs instead.
 
@@ -16,7 +19,8 @@ order. If few rows give few tiles, the partial sums are computed side by side an
 additions and their order are the same, so the bits are too, and there are enough programs to read the weight at full
 speed.
 
-On CPU it calls the library with few shapes only. Measured with torch 2.13 on AVX512-bf16 (every row compared):
+On CPU a weight that is no NativeWeight goes through the library, in few shapes only. Measured with torch 2.13 on
+AVX512-bf16 (every row compared):
 
 - bf16 on an AMD EPYC gives a row the same bits in any batch of 2 to 256 rows, but other bits if it is alone (from
   1536 inputs up). With AMX (an Intel Xeon) the bits are the same for 1 to 32 rows and may change above. So a lone row
@@ -36,6 +40,8 @@ from triton import language as tl
 
 from kernels.dispatch import runs_triton
 from kernels.interpreter_numpy import accept_loop_bounds
+from kernels.native import linear as native
+from kernels.native.linear import NativeWeight
 
 accept_loop_bounds()
 
@@ -48,6 +54,7 @@ _PADDED_TILE_ROWS = 16
 _PACKED_FOR_ROWS = 8  # a hint: the layout is as good for 1 row and for 512
 _MIN_PACKED_ROWS = 4  # fewer take longer
 _PROBED_ROWS = (1, 2, 3, 8, 17, 64, 255, 256, 300)
+Weight = Tensor | NativeWeight
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -116,24 +123,31 @@ def add_partial_sums_kernel(
     tl.store(out_ptr + element, total.to(out_ptr.dtype.element_ty), mask)
 
 
-def pack_weight(weight: Tensor) -> Tensor:
-    """The same weight in the layout that `linear` reads fastest; the caller drops the original.
+def pack_weight(weight: Tensor, *, batch_invariant: bool = False) -> Weight:
+    """The same weight in the layout that is read fastest; the caller drops the original.
 
-    weight: [out_features, in_features]. oneDNN packs bf16 weights on a CPU with bf16 instructions. Any other weight is
-    returned as it is.
+    weight: [out_features, in_features]. batch_invariant: it is for `linear_batch_invariant`. A weight that no layout
+    makes faster is returned as it is.
     """
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _onednn_multiplies_bf16():
+    if weight.device.type != "cpu":
+        return weight
+    by_onednn = weight.dtype == torch.bfloat16 and _onednn_multiplies_bf16()
+    if weight.dtype in native.DTYPES and (batch_invariant or not by_onednn) and native.why_not() is None:
+        return native.pack(weight)
+    if by_onednn and not batch_invariant:  # its row bits are tested for weights as they are
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS)
         return packed
     return weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x @ weight^T + bias for a weight as it is or from pack_weight.
 
     x: [num_rows, in_features]; weight: [out_features, in_features]; bias: [out_features]; all of one dtype.
     Returns [num_rows, out_features].
     """
+    if isinstance(weight, NativeWeight):
+        return native.native_linear(x, weight, bias)
     if not weight.is_mkldnn:
         return F.linear(x, weight, bias)
     num_rows = x.shape[0]
@@ -145,16 +159,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out[:num_rows]
 
 
-def linear_batch_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_batch_invariant(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x @ weight^T + bias with row bits that do not depend on the other rows.
 
-    x: [..., in_features]; weight: [out_features, in_features]; bias: [out_features]; all of one dtype.
-    Returns [..., out_features]. Holds for a fixed number of threads, where probe_linear_batch_invariant says None.
-    Raises ValueError naming the argument that does not fit.
+    x: [..., in_features]; weight: [out_features, in_features], as it is or from pack_weight(batch_invariant=True);
+    bias: [out_features]; all of one dtype. Returns [..., out_features]. Holds for a fixed number of threads, where
+    probe_linear_batch_invariant says None. Raises ValueError naming the argument that does not fit.
     """
     _check(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    if runs_triton(x):
+    if isinstance(weight, NativeWeight):
+        out = native.native_linear(rows, weight, bias)
+    elif runs_triton(x):
         out = _launch(rows, weight, bias)
     elif x.dtype != torch.float32:
         out = _linear_in_bounded_tiles(rows, weight, bias)
@@ -168,7 +184,7 @@ def linear_batch_invariant_reference(x: Tensor, weight: Tensor, bias: Tensor | N
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
-def probe_linear_batch_invariant(weight: Tensor, bias: Tensor | None = None) -> str | None:
+def probe_linear_batch_invariant(weight: Weight, bias: Tensor | None = None) -> str | None:
     """Compare rows in batches of 1 to 300 on this weight, machine and thread count, bit for bit.
 
     Where the kernel runs they are also compared with rows of a batch so large that it does not split its sums. Returns
@@ -177,7 +193,7 @@ def probe_linear_batch_invariant(weight: Tensor, bias: Tensor | None = None) -> 
     """
     generator = torch.Generator().manual_seed(0)
     num_rows = max(_PROBED_ROWS)
-    if runs_triton(weight):
+    if isinstance(weight, Tensor) and runs_triton(weight):
         num_rows = max(num_rows, _rows_that_need_no_splits(weight))
     x = torch.randn(num_rows, weight.shape[1], generator=generator)
     x = x.to(dtype=weight.dtype, device=weight.device)
@@ -276,8 +292,8 @@ def _linear_in_padded_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None) -
     return torch.cat([F.linear(tile, weight, bias) for tile in torch.split(padded, _PADDED_TILE_ROWS)])[:num_rows]
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+def _check(x: Tensor, weight: Weight, bias: Tensor | None) -> None:
+    if len(weight.shape) != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"weight: expected [out_features, in_features] for x {list(x.shape)}, got {list(weight.shape)}"
         )

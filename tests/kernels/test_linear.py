@@ -20,6 +20,7 @@ from kernels.layers.linear import (
     probe_linear_batch_invariant,
     tile_options,
 )
+from kernels.native.linear import NativeWeight, why_not
 from tests.helpers.compile_sm90 import compile_for_sm90
 
 
@@ -156,10 +157,27 @@ def test_a_packed_weight_gives_the_same_product(
     assert (error.abs() <= bound * magnitude).all()
 
 
-def test_only_what_gains_is_packed() -> None:
+def test_only_what_gains_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ECHELON_COMPILE", "off")
     weight = torch.randn(32, 32)
     assert pack_weight(weight) is weight
-    assert pack_weight(weight.bfloat16()).is_mkldnn == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    packed = pack_weight(weight.bfloat16())
+    assert isinstance(packed, Tensor)
+    assert packed.is_mkldnn == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.mark.skipif(why_not() is not None, reason=f"cannot be compiled here: {why_not()}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_kernels_keep_the_promise_of_batch_invariance(dtype: torch.dtype) -> None:
+    x, weight, bias = inputs(300, (200, 1536), dtype)
+    packed = pack_weight(weight, batch_invariant=True)
+    assert isinstance(packed, NativeWeight)
+    assert probe_linear_batch_invariant(packed, bias) is None
+    y = linear_batch_invariant(x.view(3, 100, 1536), packed, bias)
+    assert torch.equal(y[1, 7], linear_batch_invariant(x[107:108], packed, bias)[0])
+    assert pack_weight(weight.half(), batch_invariant=True).dtype == torch.float16  # as it is: not compiled
+    with pytest.raises(ValueError, match=r"^weight: expected \[out_features, in_features\]"):
+        linear_batch_invariant(x[:, 1:], packed, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -8,16 +8,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.layers.linear import linear, linear_batch_invariant, pack_weight
+from kernels.layers.linear import Weight, linear, linear_batch_invariant, pack_weight
 from workers.collectives import Group
 
-Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Linear = Callable[[Tensor, Weight, Tensor | None], Tensor]
 
 
 class Packable(Protocol):
     """A layer whose weight nothing but `ctx.linear` reads."""
 
-    weight: Tensor
+    weight: Weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -72,9 +72,9 @@ class BuildContext:
     def pack(self) -> None:
         """Brings the filled weights into the layout that `linear` reads fastest, one at a time."""
         self.slices.clear()  # they hold the weights that are replaced
-        if not self.batch_invariant:  # its promise about bits is tested for weights as they are
-            for layer in self._packable:
-                layer.weight = pack_weight(layer.weight)
+        for layer in self._packable:
+            assert isinstance(layer.weight, Tensor), "a weight is packed once"
+            layer.weight = pack_weight(layer.weight, batch_invariant=self.batch_invariant)
 
     def replicated(self, name: str, *shape: int) -> Tensor:
         """A parameter that every rank holds whole."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kernels.layers.linear import Weight
 from workers.layers.context import BuildContext
 
 
@@ -23,12 +24,13 @@ class ColumnParallelLinear:
     def __init__(self, parts: list[ColumnPart], in_features: int, *, bias: bool, ctx: BuildContext) -> None:
         self._linear = ctx.linear
         num_rows = sum(part.size for part in parts)
-        self.weight = ctx.empty(num_rows, in_features)
+        weight = ctx.empty(num_rows, in_features)
+        self.weight: Weight = weight
         self.bias = ctx.empty(num_rows) if bias else None
         row = 0
         for part in parts:
             rows = slice(row, row + part.size)
-            ctx.read(f"{part.name}.weight", (part.out_features, in_features), self.weight[rows], start=part.start)
+            ctx.read(f"{part.name}.weight", (part.out_features, in_features), weight[rows], start=part.start)
             if self.bias is not None:
                 ctx.read(f"{part.name}.bias", (part.out_features,), self.bias[rows], start=part.start)
             row += part.size
@@ -91,8 +93,9 @@ class RowParallelLinear:
         self._linear = ctx.linear
         self._all_reduce = ctx.group.all_reduce
         size = in_features // ctx.group.size
-        self.weight = ctx.empty(out_features, size)
-        ctx.read(f"{name}.weight", (out_features, in_features), self.weight, dim=1, start=ctx.group.rank * size)
+        weight = ctx.empty(out_features, size)
+        self.weight: Weight = weight
+        ctx.read(f"{name}.weight", (out_features, in_features), weight, dim=1, start=ctx.group.rank * size)
         self.bias = ctx.replicated(f"{name}.bias", out_features) if bias else None
         ctx.packable(self)
 

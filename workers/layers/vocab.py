@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.layers.linear import Weight
 from workers.layers.context import BuildContext
 
 
@@ -40,12 +41,13 @@ class ParallelLMHead:
         if tied_to is not None:
             # Packing makes a copy (on CPU alone), since the embedding reads rows: of a small draft the head is the
             # largest matrix, and a packed one takes half the time.
-            self.weight = tied_to
+            self.weight: Weight = tied_to
             ctx.packable(self)
             return
         start, end = self.vocab_range
-        self.weight = ctx.empty(end - start, hidden_size)
-        ctx.read(f"{name}.weight", (vocab_size, hidden_size), self.weight, start=start)
+        weight = ctx.empty(end - start, hidden_size)
+        self.weight = weight
+        ctx.read(f"{name}.weight", (vocab_size, hidden_size), weight, start=start)
         ctx.packable(self)
 
     def __call__(self, hidden: Tensor) -> Tensor:  # [rows, hidden_size] -> fp32 [rows, end - start]

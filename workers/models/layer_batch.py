@@ -114,7 +114,9 @@ def _heads(layers: Sequence[AttentionLayer], qkv: Tensor) -> tuple[Tensor, Tenso
 
 
 def _stack_weights(linears: Sequence[ColumnParallelLinear | RowParallelLinear]) -> Tensor:
-    stack = torch.stack([linear.weight for linear in linears])
+    weights = [linear.weight for linear in linears if isinstance(linear.weight, Tensor)]
+    assert len(weights) == len(linears), "weights are stacked before they are packed"
+    stack = torch.stack(weights)
     for linear, weight in zip(linears, stack, strict=True):
         linear.weight = weight
     return stack

@@ -16,6 +16,7 @@ from echelon.pb.worker_pb2 import EngineInfo, EngineRole, LayerGroup
 from kernels.attention.probe import probe_paged_attention
 from kernels.kv.block_copy import cache_addresses
 from kernels.layers.linear import probe_linear_batch_invariant
+from kernels.native.linear import why_not
 from workers.collectives import Group
 from workers.engine.draft_engine import DraftEngine
 from workers.engine.engine import Engine, ModelRunner
@@ -70,6 +71,8 @@ def load_engines(spec: WorkerSpec, cohort: Cohort, on_progress: OnProgress) -> E
         SpecError: A field of the spec is wrong.
     """
     device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
+    if device.type == "cpu" and (reason := why_not()):
+        logger.info("products and attention run through torch, which is slower for few rows: %s", reason)
     loaded = [_load(engine, cohort, device, on_progress) for engine in spec.engines]
     present = [entry for entry in loaded if entry is not None]
     own_blocks = _own_num_blocks(present, device)

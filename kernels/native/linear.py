@@ -1,0 +1,118 @@
+"""Products on a CPU by linear.cpp: as fast as memory for a few rows, and a row's bits depend on the row alone.
+
+torch's libraries read weights slowly where rows are few: on an AMD EPYC with AVX2 alone and two threads, a bf16 weight
+of [9216, 1536] at 1 to 4 GB/s, an fp32 one with 2 to 8 rows at 1 to 2 GB/s. This reads both at 12 to 22 GB/s
+(see bench/results).
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.native.library import CompileError, load_library
+from kernels.native.pool import pool
+
+DTYPES = (torch.float32, torch.bfloat16)
+_PANEL = 16  # outputs that lie side by side, as in linear.cpp
+
+
+@dataclass(frozen=True, slots=True)
+class NativeWeight:
+    """A weight [out_features, in_features] in the layout of linear.cpp."""
+
+    packed: Tensor  # flat
+    shape: torch.Size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.packed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+
+def why_not() -> str | None:
+    """Why this machine cannot use the native kernels; None: it can."""
+    try:
+        load_library()
+    except CompileError as error:
+        return str(error)
+    return _wrong_product()
+
+
+@functools.cache
+def _wrong_product() -> str | None:
+    """A compiler, or an instruction set that no test has run on, may be wrong: one product of each kind is compared."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype in DTYPES:
+        x, weight = (torch.randn(rows, 67, generator=generator).to(dtype) for rows in (9, 35))
+        expected = x.double() @ weight.double().T
+        error = (native_linear(x, pack(weight)).double() - expected).abs().max().item()
+        if not error < expected.abs().max().item() * 2**-7:
+            return f"the compiled product of {dtype} matrices is off by {error:.3g} on this CPU: please report it"
+    return None
+
+
+def pack(weight: Tensor) -> NativeWeight:
+    """The same weight for `native_linear`; the caller drops the original.
+
+    weight: [out_features, in_features] on the CPU, in one of DTYPES. Raises CompileError where `why_not` says so.
+    """
+    out_features, in_features = weight.shape
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    together = 4 // weight.element_size()  # inputs whose weights share 32 bits
+    padded = -(-out_features // _PANEL) * _PANEL * -(-in_features // together) * together
+    packed = torch.empty(padded, dtype=weight.dtype)
+    _functions(weight.dtype).pack(
+        pool(), weight.data_ptr(), out_features, in_features, weight.stride(0), packed.data_ptr()
+    )
+    return NativeWeight(packed, weight.shape)
+
+
+def native_linear(x: Tensor, weight: NativeWeight, bias: Tensor | None = None) -> Tensor:
+    """x @ weight^T + bias. Sums are fp32, in the order of the inputs, rounded once.
+
+    x: [num_rows, in_features], rows may be strided; bias: contiguous [out_features]; all of one dtype. Returns
+    [num_rows, out_features]. A row's bits depend on neither the other rows nor the number of threads.
+    """
+    out_features, in_features = weight.shape
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    out = torch.empty(x.shape[0], out_features, dtype=x.dtype)
+    _functions(x.dtype).linear(
+        pool(),
+        x.data_ptr(),
+        x.shape[0],
+        x.stride(0),
+        weight.packed.data_ptr(),
+        out_features,
+        in_features,
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
+
+
+class _Functions(NamedTuple):
+    """What linear.cpp has for one dtype."""
+
+    pack: Callable[..., None]
+    linear: Callable[..., None]
+
+
+@functools.cache
+def _functions(dtype: torch.dtype) -> _Functions:
+    name = str(dtype).removeprefix("torch.")
+    pack, linear = (getattr(load_library(), f"echelon_{verb}_{name}") for verb in ("pack", "linear"))
+    size, address = ctypes.c_int64, ctypes.c_void_p
+    pack.argtypes = [address, address, size, size, size, address]
+    linear.argtypes = [address, address, size, size, address, size, size, address, address]
+    pack.restype = linear.restype = None
+    return _Functions(pack, linear)
