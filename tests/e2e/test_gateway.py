@@ -1,7 +1,9 @@
 """The front door of a whole deployment: gateway, scheduler, target and draft as processes, without Ray."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -34,6 +36,8 @@ from echelon.errors import (
     UnavailableError,
 )
 from echelon.pb import process_pb2, scheduler_pb2, scheduler_pb2_grpc
+from tests.helpers.hostile import garbled_call, knock
+from tests.helpers.listening import listening_sockets
 from tests.helpers.scrape import free_port, scrape
 
 ROOT = Path(__file__).parents[2]
@@ -360,6 +364,26 @@ def test_a_target_that_hangs_ends_its_requests_and_comes_back(deployment: LocalD
     wait_until(lambda: scheduler_status(deployment).ready)
     wait_until(lambda: client.server_info().num_ready_replicas == 1)
     assert client.generate(PROMPT, max_tokens=16, temperature=0).token_ids == expected
+    wait_until(lambda: all_is_free(deployment))
+
+
+def test_whatever_comes_in_at_its_ports_a_deployment_goes_on(deployment: LocalDeployment, client: Client) -> None:
+    rng = random.Random(5)
+    processes = deployment.processes.read(lambda board: board.processes)
+    doors = sorted(listening_sockets(process.pid for process in processes if process.pid is not None))
+    options: Any = {"max_tokens": MAX_MODEL_LEN - 64, "ignore_eos": True, "temperature": 0}
+    undisturbed = client.generate(PROMPT, **options)
+    with client.stream(PROMPT, **options) as stream, contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(knock(rng.choice(doors), rng))
+        for process in processes:
+            if process.address:
+                channel = stack.enter_context(grpc.insecure_channel(process.address))
+                codes = {garbled_call(channel, rng) for _ in range(15)}
+                assert grpc.StatusCode.UNAVAILABLE not in codes, process.name
+        assert stream.result().token_ids == undisturbed.token_ids
+    after = deployment.processes.read(lambda board: board.processes)
+    assert after == processes
     wait_until(lambda: all_is_free(deployment))
 
 

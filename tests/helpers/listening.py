@@ -1,22 +1,31 @@
 """Where processes listen, as Linux says in /proc."""
 
+import contextlib
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _LISTEN = "0A"
 
 
-def listening_addresses(pids: Iterable[int]) -> set[str]:
-    """IP addresses of the TCP sockets on which these processes accept connections."""
-    inodes = {link.readlink().name for pid in pids for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+def listening_sockets(pids: Iterable[int]) -> set[tuple[str, int]]:
+    """IP address and port of each TCP socket on which these processes accept connections."""
+    open_files = {name for pid in pids for name in _open_files(pid)}
     found = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:
             fields = line.split()
-            if fields[3] == _LISTEN and f"socket:[{fields[9]}]" in inodes:
-                found.add(_address(fields[1].split(":")[0]))
+            if fields[3] == _LISTEN and f"socket:[{fields[9]}]" in open_files:
+                words, port = fields[1].split(":")
+                found.add((_address(words), int(port, 16)))
     return found
+
+
+def _open_files(pid: int) -> Iterator[str]:
+    with contextlib.suppress(FileNotFoundError):  # the process has ended
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since
+                yield link.readlink().name
 
 
 def _address(words: str) -> str:

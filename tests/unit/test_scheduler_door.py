@@ -5,8 +5,6 @@ import random
 from typing import Any
 
 import pytest
-from google.protobuf.descriptor import FieldDescriptor
-from google.protobuf.message import Message
 from grpc import StatusCode
 
 from echelon.pb import scheduler_pb2, worker_pb2
@@ -16,6 +14,7 @@ from gateway.requests.sampling import built_in_defaults, resolve_sampling
 from scheduler.requests.checks import check_submit
 from tests.helpers.fake_group import FakeEngine
 from tests.helpers.scheduler_sim import Simulation, submit
+from tests.helpers.scrambled import scramble
 from workers.engine.rounds import plan_target
 from workers.engine.seq_state import Limits, SeqTable
 
@@ -79,38 +78,6 @@ def test_a_bad_submit_fails_alone() -> None:
     sim.assert_plain(other)
     assert len(sim.tokens["other", 0]) == 100
     sim.assert_all_free()
-
-
-def any_value(rng: random.Random, field: FieldDescriptor) -> Any:
-    """Likely the worst: ends of the range, what is no number, or something ordinary."""
-    if field.cpp_type in (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE):
-        return rng.choice([0.0, 0.5, 1.0, -1.0, 3.0, 1e30, -1e30, math.nan, math.inf, -math.inf])
-    if field.cpp_type == FieldDescriptor.CPPTYPE_INT32:
-        return rng.choice([0, 1, 2, 5, 39, 40, -1, 2**31 - 1, -(2**31)])
-    if field.cpp_type == FieldDescriptor.CPPTYPE_UINT32:
-        return rng.choice([0, 1, 2, 5, 39, 40, 2**32 - 1])
-    if field.cpp_type == FieldDescriptor.CPPTYPE_UINT64:
-        return rng.choice([0, 1, 2**63, 2**64 - 1])
-    if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
-        return rng.random() < 0.5
-    return rng.choice(["", "a", "abc", "\x00", "z" * 2000])
-
-
-def scramble(rng: random.Random, message: Message, share: float) -> None:
-    """Some fields of a message, and of those in it, get any value."""
-    for field in message.DESCRIPTOR.fields:
-        is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
-        if field.message_type is not None and not is_map:
-            scramble(rng, getattr(message, field.name), share)
-        elif rng.random() >= share:
-            continue
-        elif is_map:
-            key, value = field.message_type.fields
-            getattr(message, field.name)[any_value(rng, key)] = any_value(rng, value)
-        elif isinstance(getattr(message, field.name), str | int | float | bool):
-            setattr(message, field.name, any_value(rng, field))
-        else:
-            getattr(message, field.name).extend(any_value(rng, field) for _ in range(rng.randint(0, 3)))
 
 
 def worker_table() -> SeqTable:
