@@ -18,6 +18,8 @@ class HoldTuning:
     num_waited: int = 4  # draft rounds to wait for at first, to learn how fast the draft is alone; not measured
     max_fine: int = 8  # seqs up to which every number of steps is tried; more take longer to try; not measured
     max_held: int = 64  # seqs; more hardly ever all lack drafts, and trying takes longer than it gives; not measured
+    curious_steps: int = 2  # draft steps to wait for, to learn how fast they are alone; not measured
+    steady_rows: int = 8  # seqs that put off by a round that the steady state is computed anew; not measured
     max_unverified: int = 4  # target rounds that decode plainly while drafts come; not measured
     change_for: float = 1.02  # what running ahead must gain over waiting to be taken up; not measured
     restart_steps: float = 0.5  # until a new chain's first step: half a step still runs on average; not measured
@@ -71,7 +73,7 @@ class ContinuousPolicy(SpeculationPolicy):
             return 0.0
         num_waited = self._best_wait(seqs, verify_s)
         if num_waited == 0 and self._is_curious(seqs):
-            num_waited = 2
+            num_waited = self._hold.curious_steps
         if num_waited == 0 and self._is_overdue(seqs):
             num_waited = 1
         return self._hold.margin * (num_waited + 1) * self.times.draft_step_s(len(seqs)) if num_waited else 0.0
@@ -161,7 +163,7 @@ class ContinuousPolicy(SpeculationPolicy):
 
     def _steady_state(self, seqs: Sequence[Drafts], num_rows: int) -> SteadyState:
         """Computed anew when it may have changed, in a big batch not every round: that takes longer there."""
-        key = (num_rows, self._num_rounds // (1 + num_rows // 8))
+        key = (num_rows, self._num_rounds // (1 + num_rows // self._hold.steady_rows))
         if self._steady is None or self._steady[0] != key:
             rows = [self._row(seq) for seq in seqs] + [PLAIN_ROW] * (num_rows - len(seqs))
             step_s = self.times.draft_step_s(len(seqs))

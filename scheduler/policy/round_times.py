@@ -16,6 +16,8 @@ class Tuning:
     num_trusted: float = 4.0  # target rounds of a size, from which on it can tell a slowdown; not measured
     first_slowdown: float = 1.03  # of a target round beside a draft round, until it is seen; not measured
     max_slowdown: float = 1.5  # what is seen beyond that had another cause; not measured
+    first_step_s: float = 1e-3  # of a draft step, until one was seen; not measured
+    first_row_share: float = 0.1  # of that, which each seq adds; not measured
     learned: float = 0.02  # share of a slowdown seen that is believed; not measured
 
 
@@ -85,7 +87,9 @@ class RoundTimes:
 
     def draft_step_s(self, num_seqs: int) -> float:
         """Seconds of a draft step for so many seqs; a guess until one was seen."""
-        return self._draft.step_s(num_seqs) if self._draft.is_known else 1e-3 * (1.0 + 0.1 * num_seqs)
+        if self._draft.is_known:
+            return self._draft.step_s(num_seqs)
+        return self._tuning.first_step_s * (1.0 + self._tuning.first_row_share * num_seqs)
 
     def draft_start_s(self, num_seqs: int) -> float:
         """Seconds that a draft round takes however many drafts it brings."""

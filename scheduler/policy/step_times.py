@@ -32,6 +32,12 @@ class Tuning:
     least_per_step: float = 0.5  # of the mean step: least that a further one costs; not measured
     least_s: float = 1e-6  # no forward is faster; a clock may say 0; not measured
     max_surprise: float = 3.0  # times a size's mean: an observation counts for no more; not measured
+    warm: float = 0.5  # times the mean of a size's first ones: one that is shorter takes their place; not measured
+    least_weight: float = 0.5  # observations of a size that is not forgotten; not measured
+    context_keep: float = 0.99  # of what is known of the time by context, when another is seen; not measured
+    least_context: float = 0.1  # times a forward's time: least that it takes with less context; not measured
+    growth: float = 2.0  # times the largest size seen ...; not measured
+    growth_tokens: int = 8  # ... and so many tokens more: the largest that is tried next; not measured
 
 
 _TUNING = Tuning()
@@ -95,7 +101,7 @@ class StepTimes:
         if bucket.weight >= _TUNING.num_first:
             run_s = min(run_s, _TUNING.max_surprise * expected_s)
             self._learn_context(bucket, num_context, run_s)
-        elif run_s < 0.5 * expected_s:
+        elif run_s < _TUNING.warm * expected_s:
             bucket.run_s *= run_s / expected_s
         bucket.weight = min(_TUNING.memory, bucket.weight + 1.0)
         share = 1.0 / bucket.weight
@@ -108,14 +114,15 @@ class StepTimes:
         """A machine changes: what was long not seen is to be seen again."""
         for bucket in self._buckets.values():
             bucket.weight /= 2
-        kept = {index: bucket for index, bucket in self._buckets.items() if bucket.weight >= 0.5}
+        kept = {index: bucket for index, bucket in self._buckets.items() if bucket.weight >= _TUNING.least_weight}
         self._buckets = kept or self._buckets
 
     def _learn_context(self, bucket: _Bucket, num_context: float, run_s: float) -> None:
         """Compare within a size only: more tokens tend to come with more context."""
         off = num_context - bucket.num_context
-        self._context_num = 0.99 * self._context_num + off * (run_s - bucket.run_s)
-        self._context_den = 0.99 * self._context_den + off * off
+        keep = _TUNING.context_keep
+        self._context_num = keep * self._context_num + off * (run_s - bucket.run_s)
+        self._context_den = keep * self._context_den + off * off
 
     def _update_per_context(self) -> None:
         """Next to nothing as long as contexts differed little beside the longest that it is applied to: noise would be
@@ -126,7 +133,7 @@ class StepTimes:
 
     def _at_context(self, run_s: float, num_more: float) -> float:
         """What took `run_s`, with so many cached tokens more (or fewer) to attend to."""
-        return max(0.1 * run_s, run_s + self._per_context * num_more)
+        return max(_TUNING.least_context * run_s, run_s + self._per_context * num_more)
 
     def predict(self, num_tokens: float, *, num_context: float | None = None) -> float:
         """Expected seconds of a forward, by default with as much context as the last one had; something must have been
@@ -286,7 +293,8 @@ class VerifyTimes:
         self._times = times
         self._num_before = num_rows + num_other_tokens
         self._base_s = times.predict(num_rows) - times.predict(self._num_before)
-        self._most = max(2 * times.most_tokens + 8, self._num_before + num_fixed + num_rows)
+        tried_next = _TUNING.growth * times.most_tokens + _TUNING.growth_tokens
+        self._most = max(tried_next, self._num_before + num_fixed + num_rows)
         self._slowdown = 1.0
 
     def __call__(self, num_drafts: float) -> float:

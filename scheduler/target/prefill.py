@@ -29,6 +29,11 @@ class Tuning:
     first_knee: float = 64.0  # tokens that take as long as the fixed part of a round, until seen; not measured
     keep: float = 0.99  # of what is known of a round's time, when another is seen; not measured
     long_ratio: int = 2  # times the shortest recent prompt; not measured
+    num_recent: int = 64  # arrivals that are remembered at most; not measured
+    # Rounds, as they count now, and the variance of their tokens, below which there is no slope to trust; not measured.
+    least_rounds: float = 2.0
+    least_variance: float = 64.0
+    knees: tuple[int, int] = (8, 1024)  # tokens: bounds of the knee; not measured
 
 
 _TUNING = Tuning()
@@ -48,21 +53,21 @@ class RoundCost:
     def knee(self) -> int:
         """Tokens that take as long as the fixed part of a round; a guess until different sizes were seen."""
         line = self._line
-        # Sizes that deviate by less than 8 tokens show no slope to trust.
-        if line.weight < 2.0 or line.variance < 64.0:
+        if line.weight < _TUNING.least_rounds or line.variance < _TUNING.least_variance:
             return int(self._knee)
         per_token = line.slope
         fixed = line.intercept(per_token)
         if per_token <= 0.0 or fixed <= 0.0:
             return int(self._knee)
-        return max(8, min(1024, int(fixed / per_token)))
+        least, most = _TUNING.knees
+        return max(least, min(most, int(fixed / per_token)))
 
 
 class Arrivals:
     """The lengths of the prompts that arrived lately."""
 
     def __init__(self) -> None:
-        self._recent: deque[tuple[float, int]] = deque(maxlen=64)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_TUNING.num_recent)
 
     def add(self, num_tokens: int, now: float) -> None:
         self._recent.append((now, num_tokens))
