@@ -3,7 +3,7 @@
 from bisect import insort
 from operator import attrgetter
 
-from scheduler.requests.request import Seq, SeqStatus
+from scheduler.requests.request import Seq
 
 _by_order = attrgetter("order")
 
@@ -18,7 +18,6 @@ class WaitingQueue:
         return len(self._seqs)
 
     def push(self, seq: Seq) -> None:
-        seq.status = SeqStatus.WAITING
         insort(self._seqs, seq, key=_by_order)
 
     def first(self) -> Seq | None:

@@ -76,7 +76,7 @@ class Seq:
     sampling: sampling_pb2.SeqSampling
     output: OutputText
     digests: DigestChain
-    status: SeqStatus = SeqStatus.HELD
+    status: SeqStatus = SeqStatus.HELD  # only the planner of the target changes it
     finish: Finish | None = None
 
     @property

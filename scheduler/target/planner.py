@@ -2,6 +2,7 @@
 
 from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from operator import attrgetter
 
@@ -16,6 +17,17 @@ from scheduler.target.prefill import Arrivals, Prompt, RoundCost, share_prefill
 from scheduler.target.state import TargetState
 
 _by_order = attrgetter("seq.order")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Of the planner."""
+
+    seqs_per_reserve: int = 8  # a newcomer leaves a block free, and one more for so many running seqs; not measured
+    draft_share: int = 2  # of the token budget, 1 divided by it: most that drafts take from prompts; not measured
+
+
+_TUNING = Tuning()
 
 
 class TargetPlanner:
@@ -62,6 +74,7 @@ class TargetPlanner:
         return states
 
     def enqueue(self, seq: Seq) -> None:
+        seq.status = SeqStatus.WAITING
         self._waiting.push(seq)
 
     def forget(self, request: Request) -> None:
@@ -169,7 +182,7 @@ class TargetPlanner:
         state.seat = None
         self._drafts.release(state.seq)
         self.running.remove(state)
-        self._waiting.push(state.seq)
+        self.enqueue(state.seq)
         self.num_preemptions += 1
 
     def _admit(self, engine: EngineView, now: float) -> bool:
@@ -202,7 +215,7 @@ class TargetPlanner:
         num_cached = len(found) * blocks.block_size
         first_chunk = min(len(seq.token_ids) - num_cached, self._budget(engine))
         # A few blocks in reserve, so that the newcomer is not preempted by the next decode steps.
-        watermark = 1 + len(self.running) // 8 if self.running else 0
+        watermark = 1 + len(self.running) // _TUNING.seqs_per_reserve if self.running else 0
         needed = blocks.num_blocks_for(first_chunk) + blocks.num_idle_among(found) + watermark
         if needed > blocks.num_free and self.running:
             return False
@@ -227,7 +240,7 @@ class TargetPlanner:
         budget = self._budget(engine) - len(rows)
         shares = share_prefill(
             [Prompt(state.num_uncomputed, state.num_tokens_ahead - state.num_reused) for state in prefilling],
-            budget - min(num_drafts, budget // 2),
+            budget - min(num_drafts, budget // _TUNING.draft_share),
             shortest=self._arrivals.shortest(now),
             knee=self._cost.knee,
         )
