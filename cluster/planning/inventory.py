@@ -8,6 +8,7 @@ from pathlib import Path
 from cluster.planning.plan import Inventory, Node
 
 MIB = 1 << 20
+_NVIDIA_SMI_TIMEOUT_S = 20.0  # not measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,9 @@ def _gpus() -> tuple[Gpu, ...]:
     """Empty where there is no NVIDIA driver, which is the ordinary case on a laptop."""
     command = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
     try:
-        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        output = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=_NVIDIA_SMI_TIMEOUT_S
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return ()
     return visible_gpus(output, os.environ.get("CUDA_VISIBLE_DEVICES"))

@@ -20,6 +20,7 @@ from cluster.processes.supervision import Board
 logger = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S = 1.0
+_WATCHER_GRACE_S = 10.0  # a watcher ends within an interval; not measured
 _LATE_GRACE_S = 1.0
 
 
@@ -119,7 +120,7 @@ class ProcessSet:
             with ThreadPoolExecutor(max_workers=len(children)) as pool:
                 list(pool.map(lambda child: child.stop(grace_s), children.values()))
         for watcher in self._watchers:
-            watcher.join(timeout=10 * _WATCH_INTERVAL_S)
+            watcher.join(timeout=_WATCHER_GRACE_S)
 
     def _take(self, child: Child) -> bool:
         """Watch a child; False where stop() came while it was spawned, and so knows nothing of it."""
