@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import grpc
 
+from childproc.wires import open_blocking_channel
 from cluster.processes.status import ProcessStatus, State
 from echelon.pb import inference_pb2, inference_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
 
@@ -87,7 +88,7 @@ class VitalsWatch:
             return *self._vitals.verdict(now), self._vitals.mark(processes, now)
 
     def _watch(self, process: ProcessStatus, ask: "Ask") -> None:
-        with grpc.insecure_channel(process.address) as channel:
+        with open_blocking_channel(process.address) as channel:
             while not self._stopped.wait(_INTERVAL_S):
                 try:
                     answer = ask(channel)

@@ -25,6 +25,8 @@ _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
 _INFO_TIMEOUT_S = 5.0
 _SECOND_LOOK_S = 1.0
+_CALL_ON_IDLE_S = 2.0  # how often a group is asked whether it is there, while it has no round to answer
+_IDLE_PATIENCE_S = 15.0
 _SIZES = ("vocab_size", "num_blocks", "block_size", "num_slots", "max_model_len", "max_num_batched_tokens")
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class GroupClient:
         self.name = name
         self.attempted = asyncio.Event()  # the first attempt to connect is over, well or not
         self.last_error = ""
+        self.silent_since: float | None = None  # on the loop's clock: no answer to the question of an idle group
         self._endpoint = endpoint
         self._role = role
         self._version = version
@@ -114,11 +117,12 @@ class GroupClient:
             answers = aiter(call)
             await self._probe(call, answers, info.incarnation)
             self._start(engine, info.incarnation)
-            writer = asyncio.create_task(self._write(call))
+            tasks = [asyncio.create_task(self._write(call)), asyncio.create_task(self._call_on_idle(stub, call))]
             try:
                 await self._read(call, answers)
             finally:
-                writer.cancel()
+                for task in tasks:
+                    task.cancel()
                 self._stop()
 
     async def _probe(self, call: "RoundsCall", answers: "Answers", incarnation: int) -> None:
@@ -156,6 +160,7 @@ class GroupClient:
         if self._watchdog is not None:
             self._watchdog.cancel()
             self._watchdog = None  # what the next stream's first round looks at
+        self.silent_since = None
 
     async def _write(self, call: "RoundsCall") -> None:
         while True:
@@ -167,6 +172,24 @@ class GroupClient:
                 await call.write(worker_pb2.RoundRequest(round=message))
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 return  # the reader sees the same end of the stream, and says why
+
+    async def _call_on_idle(self, stub: "worker_pb2_grpc.WorkerAsyncStub", call: "RoundsCall") -> None:
+        """Whether a group is there that has no round to answer. (For others the watchdog looks at the clock.)"""
+        now = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(_CALL_ON_IDLE_S)
+            if self._num_in_flight > 0:
+                self.silent_since = None
+                continue
+            asked = now()
+            try:
+                await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=_INFO_TIMEOUT_S)
+                self.silent_since = None
+            except grpc.aio.AioRpcError:
+                self.silent_since = asked if self.silent_since is None else self.silent_since
+                silent_s = now() - self.silent_since
+                if silent_s > _IDLE_PATIENCE_S and self._num_in_flight == 0:
+                    self._give_up(call, silent_s)
 
     async def _read(self, call: "RoundsCall", answers: "Answers") -> None:
         try:
@@ -183,7 +206,7 @@ class GroupClient:
 
     def _loss(self, error: BaseException) -> str:
         if self._timed_out_s is not None:
-            return f"did not answer a round within {self._timed_out_s:.3g} s"
+            return f"did not answer within {self._timed_out_s:.3g} s"
         if (num_bytes := self._last_sent.ByteSize()) > _MAX_MESSAGE_BYTES:
             return _too_large(f"one of {num_bytes} bytes was to be sent")  # gRPC says only that it failed
         return _describe(error)

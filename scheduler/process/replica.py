@@ -184,9 +184,12 @@ class Replica:
 
     def _silent_s(self, role: Role, other: Role) -> float:
         """For how long a group has not answered, though it was asked for longer than it usually takes, or is not
-        connected; 0: it answers."""
+        connected; 0: it answers, or has just been asked."""
         if role in self._away_since:
             return self._now() - self._away_since[role]
+        group = self.target if role == _TARGET else self.draft
+        if group is not None and group.silent_since is not None:
+            return self._now() - group.silent_since
         since = self._late_since(role)
         if self._is_colocated and _is_busy(self._core.engines[other]):
             since = max(since, self._late_since(other))  # one of them answers: the other has to wait for it

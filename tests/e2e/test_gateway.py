@@ -358,7 +358,7 @@ def test_a_target_that_hangs_ends_its_requests_and_comes_back(deployment: LocalD
     stream = endless(client)
     with stopped(deployment, "target-0.0"):
         wait_until(lambda: scheduler_status(deployment).target_silent_s > 0)
-        with pytest.raises(UnavailableError, match="target group: did not answer a round within"):
+        with pytest.raises(UnavailableError, match="target group: did not answer within"):
             stream.result()
         assert not scheduler_status(deployment).ready
     wait_until(lambda: scheduler_status(deployment).ready)

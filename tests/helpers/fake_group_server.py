@@ -17,6 +17,7 @@ class FakeGroupServer(worker_pb2_grpc.WorkerServicer):
     def __init__(self, *engines: FakeEngine, version: str = "test") -> None:
         self.engines = {engine.role: engine for engine in engines}
         self.version = version
+        self.is_there = True  # False: like a stopped process, it keeps its connections and says nothing
         self.num_streams = 0  # that were opened
         self.shift_round_ids = 0  # makes the group answer rounds that nobody sent
         self._resumed = asyncio.Event()
@@ -47,6 +48,8 @@ class FakeGroupServer(worker_pb2_grpc.WorkerServicer):
         self._dropped = asyncio.Event()
 
     async def GetWorkerInfo(self, request: Any, context: Any) -> worker_pb2.WorkerInfo:
+        if not self.is_there:
+            await asyncio.Event().wait()
         engines = list(self.engines.values())
         return worker_pb2.WorkerInfo(
             version=self.version,

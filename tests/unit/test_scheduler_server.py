@@ -18,6 +18,7 @@ from childproc.wires import open_channel
 from echelon.pb import inference_pb2, process_pb2, scheduler_pb2, scheduler_pb2_grpc, worker_pb2
 from scheduler.config import ConfigError
 from scheduler.core import SchedulerCore
+from scheduler.process import group_client
 from scheduler.process.group_client import GroupClient, GroupEvents
 from scheduler.process.outbox import Outbox
 from scheduler.process.server import SchedulerServer
@@ -309,7 +310,7 @@ async def test_a_round_without_answer_counts_as_a_lost_group_until_one_is_answer
         await gateway.submit(submit(request_id, PROMPT))
         end = await gateway.end_of(request_id)
         assert end.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
-        assert "did not answer a round within 0.1 s" in end.error.message
+        assert "did not answer within 0.1 s" in end.error.message
         # Connections are accepted all the time, but nobody would do a round.
         await gateway.until(lambda status: "does not answer" in status.not_ready_reason)
         assert (await gateway.status()).target_silent_s > 0
@@ -317,6 +318,19 @@ async def test_a_round_without_answer_counts_as_a_lost_group_until_one_is_answer
         await gateway.until(lambda status: status.ready)
         assert (await gateway.status()).target_silent_s == 0
     await house.stop()
+
+
+async def test_an_idle_group_that_is_gone_is_noticed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_client, "_INFO_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(group_client, "_IDLE_PATIENCE_S", 0.2)
+    gateway = house.gateway()
+    house.target.is_there = False
+    await gateway.until(lambda status: "did not answer within" in status.not_ready_reason)
+    assert (await gateway.status()).draft_ready
+    house.target.is_there = True
+    await gateway.until(lambda status: status.ready)
+    await gateway.submit(submit("r", PROMPT, max_tokens=9))
+    assert (await gateway.end_of("r")).HasField("complete")
 
 
 async def test_a_draft_that_hangs_is_left_behind_and_catches_up(house: House) -> None:
