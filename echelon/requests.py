@@ -1,6 +1,7 @@
 """From Python values to a GenerateRequest, with errors that name the argument."""
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -9,6 +10,8 @@ from echelon.pb.sampling_pb2 import SamplingParams
 
 
 class ChatMessage(TypedDict):
+    """Further keys, such as tool_calls, are for the model's chat template: they must be JSON."""
+
     role: str
     content: str
 
@@ -54,7 +57,10 @@ class GenerateOptions(SamplingOptions, total=False):
     request_id: str | None  # chosen by the server when absent
     model: str | None  # checked against the served one
     speculation: SpeculationOptions | None  # this request's own wish
-    add_generation_prompt: bool | None  # conversations; True when absent
+    add_special_tokens: bool | None  # text; True when absent
+    add_generation_prompt: bool | None  # conversations; True when absent, False with continue_final_message
+    continue_final_message: bool | None  # conversations: the output continues the last message
+    chat_template_kwargs: Mapping[str, Any] | None  # conversations: variables of the template, such as tools
     timeout_s: float | None  # for the whole call, the queue included
 
 
@@ -74,11 +80,7 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.Gen
         request_id=options.get("request_id") or "", model=options.get("model") or ""
     )
     _set_prompt(request, prompt)
-    add_generation_prompt = options.get("add_generation_prompt")
-    if add_generation_prompt is not None:
-        if request.WhichOneof("input") != "chat":
-            raise TypeError("add_generation_prompt: only a conversation has one")
-        request.chat.add_generation_prompt = add_generation_prompt
+    _set_prompt_options(request, options)
     for name in _SAMPLING_NAMES:
         _set_field(request.sampling, name, options.get(name))
     speculation = options.get("speculation")
@@ -115,13 +117,38 @@ def _set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:
         request.token_ids.SetInParent()  # an empty list is a prompt that the server refuses by name
 
 
-def _add_chat_message(chat: inference_pb2.ChatMessages, i: int, message: Any) -> None:
-    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-        raise TypeError(f"prompt[{i}]: a chat message has exactly the keys 'role' and 'content', got {message!r}")
+def _set_prompt_options(request: inference_pb2.GenerateRequest, options: GenerateOptions) -> None:
+    """What only one kind of prompt has."""
+    kind = request.WhichOneof("input")
+    _set_field(request, "add_special_tokens", options.get("add_special_tokens"))
+    for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+        value = options.get(name)
+        if value is None:
+            continue
+        if kind != "chat":
+            raise TypeError(f"{name}: is for a conversation, and the prompt is none")
+        _set_field(request.chat, name, _to_json(value, name) if name == "chat_template_kwargs" else value)
+
+
+def _to_json(value: object, name: str) -> str:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name}: must be a mapping, got {type(value).__name__}")
     try:
-        chat.messages.add(role=message["role"], content=message["content"])
+        return json.dumps(value)
+    except (TypeError, ValueError) as err:
+        raise type(err)(f"{name}: must be JSON: {err}") from err
+
+
+def _add_chat_message(chat: inference_pb2.ChatMessages, i: int, message: Any) -> None:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        raise TypeError(f"prompt[{i}]: a chat message has the keys 'role' and 'content', got {message!r}")
+    extra = {key: value for key, value in message.items() if key not in ("role", "content")}
+    try:
+        added = chat.messages.add(role=message["role"], content=message["content"])
     except (TypeError, ValueError) as err:
         raise type(err)(f"prompt[{i}]: role and content must be text: {err}") from err
+    if extra:
+        added.extra = _to_json(extra, f"prompt[{i}]")
 
 
 def _set_field(message: Any, name: str, value: Any) -> None:

@@ -1,7 +1,8 @@
 """generate and chat: the commands that talk to a running server."""
 
+import json as json_module
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -63,6 +64,9 @@ def generate(
     ] = None,
     min_tokens: Annotated[int | None, typer.Option("--min-tokens", min=0)] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos")] = False,
+    no_special_tokens: Annotated[
+        bool, typer.Option("--no-special-tokens", help="Add no BOS: the prompt has its special tokens already.")
+    ] = False,
     model: Annotated[str | None, typer.Option("--model", help="Fail unless this model is served.")] = None,
     timeout: Timeout = None,
     no_speculation: NoSpeculation = False,
@@ -87,6 +91,7 @@ def generate(
         logprobs=logprobs,
         min_tokens=min_tokens,
         ignore_eos=ignore_eos or None,
+        add_special_tokens=False if no_special_tokens else None,
         model=model,
         timeout_s=timeout,
         speculation=_speculation(no_speculation, num_speculative_tokens),
@@ -106,6 +111,12 @@ def generate(
 def chat(
     address: AddressOption = DEFAULT_ADDRESS,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    template_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            "--chat-template-kwargs", help="""Variables of the chat template, as JSON: '{"enable_thinking": false}'."""
+        ),
+    ] = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -130,6 +141,7 @@ def chat(
         stop=stop,
         timeout_s=timeout,
         speculation=_speculation(no_speculation, None),
+        chat_template_kwargs=_template_kwargs(template_kwargs),
     )
     with Client(address) as client:
         info = client.model_info()
@@ -214,6 +226,16 @@ def _speculation(disabled: bool, num_tokens: int | None) -> SpeculationOptions |
     if disabled:
         return SpeculationOptions(enabled=False)
     return None if num_tokens is None else SpeculationOptions(num_speculative_tokens=num_tokens)
+
+
+def _template_kwargs(text: str | None) -> dict[str, Any] | None:
+    try:
+        value = None if text is None else json_module.loads(text)
+    except ValueError as err:
+        raise UsageProblem(f"--chat-template-kwargs: is not JSON: {err}") from err
+    if value is not None and not isinstance(value, dict):
+        raise UsageProblem(f"--chat-template-kwargs: must be a JSON object, got {text}")
+    return value
 
 
 def _print_as_it_comes(stream: Stream) -> None:

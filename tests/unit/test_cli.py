@@ -282,6 +282,23 @@ def test_chat_survives_an_error_and_forgets_its_message(run: Run, gateway: FakeG
     assert [m.content for m in gateway.requests[-1].chat.messages] == ["good"]
 
 
+def test_chat_gives_variables_to_the_template(run: Run, gateway: FakeGateway) -> None:
+    arguments = ("chat", "--address", gateway.address, "--chat-template-kwargs")
+    code, _, _ = run(*arguments, '{"enable_thinking": false}', stdin=b"Hi\n")
+    assert (code, gateway.requests[-1].chat.chat_template_kwargs) == (0, '{"enable_thinking": false}')
+    for wrong, words in (("{", "is not JSON"), ("[]", "must be a JSON object, got []")):
+        code, _, err = run(*arguments, wrong)
+        assert code == 2
+        assert f"--chat-template-kwargs: {words}" in err
+
+
+def test_generate_adds_no_second_bos(run: Run, gateway: FakeGateway) -> None:
+    code, _, _ = run("generate", "<s>Hi", "--address", gateway.address, "--no-special-tokens")
+    assert code == 0
+    assert gateway.requests[-1].HasField("add_special_tokens")
+    assert not gateway.requests[-1].add_special_tokens
+
+
 def test_chat_needs_a_template(run: Run, gateway: FakeGateway) -> None:
     gateway.has_chat_template = False
     code, _, err = run("chat", "--address", gateway.address)

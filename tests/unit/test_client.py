@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,8 @@ from echelon.pb import inference_pb2 as pb
 from echelon.pb import sampling_pb2
 from echelon.requests import GenerateOptions, SamplingOptions, SpeculationOptions, build_request
 from tests.helpers.fake_gateway import FakeGateway, chunk, complete, refuse, serving
+
+CHAT = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture
@@ -91,6 +94,30 @@ async def test_the_async_client_does_the_same(gateway: FakeGateway) -> None:
     assert gateway.dropped.wait(30)
 
 
+def test_what_a_chat_template_reads_is_sent_as_json(client: Client, gateway: FakeGateway) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    client.chat(
+        [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "", "tool_calls": [call]}],  # type: ignore[typeddict-unknown-key]
+        continue_final_message=True,
+        chat_template_kwargs={"enable_thinking": False, "top": 2},
+    )
+    chat = gateway.requests[-1].chat
+    assert json.loads(chat.messages[1].extra) == {"tool_calls": [call]}
+    assert chat.messages[0].extra == ""
+    assert json.loads(chat.chat_template_kwargs) == {"enable_thinking": False, "top": 2}
+    assert chat.continue_final_message
+    assert not chat.HasField("add_generation_prompt")
+
+
+def test_a_text_may_have_its_special_tokens_already(client: Client, gateway: FakeGateway) -> None:
+    client.generate("<s>Hi", add_special_tokens=False)
+    client.generate("Hi")
+    assert [r.add_special_tokens if r.HasField("add_special_tokens") else None for r in gateway.requests] == [
+        False,
+        None,
+    ]
+
+
 def test_other_calls(client: Client, gateway: FakeGateway) -> None:
     assert client.cancel("r")
     assert not client.cancel("other")
@@ -158,7 +185,7 @@ def test_an_interrupt_while_a_call_starts_does_not_hang_close(
             raise KeyboardInterrupt
         start(thread)  # the gateway's
 
-    monkeypatch.setattr(client_module, "CLOSE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(client_module, "_CLOSE_TIMEOUT_S", 0.1)
     gateway.script = gateway.hang_after_one_chunk
     with Client(gateway.address) as client, monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", interrupted)
@@ -239,6 +266,10 @@ def test_the_typed_options_are_those_of_the_wire() -> None:
         ("Hi", {"seed": -1}, ValueError, "^seed: "),
         ("Hi", {"logit_bias": {"a": 1}}, TypeError, "^logit_bias: "),
         ("Hi", {"add_generation_prompt": True}, TypeError, "^add_generation_prompt: "),
+        ("Hi", {"chat_template_kwargs": {}}, TypeError, "^chat_template_kwargs: is for a conversation"),
+        (CHAT, {"chat_template_kwargs": [1]}, TypeError, "^chat_template_kwargs: must be a mapping, got list"),
+        (CHAT, {"chat_template_kwargs": {"a": {1}}}, TypeError, "^chat_template_kwargs: must be JSON"),
+        ([{**CHAT[0], "tool_calls": {1}}], {}, TypeError, r"^prompt\[0\]: must be JSON"),
         ("a\ud800", {}, ValueError, "^prompt: is not valid Unicode"),
         ([1, -1], {}, ValueError, "^prompt: token ids"),
         ([1, "a"], {}, TypeError, "^prompt: token ids"),
