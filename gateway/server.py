@@ -22,7 +22,7 @@ from gateway.doors.service_handlers import service_handlers
 from gateway.metrics import RequestMetrics
 from gateway.replicas.metrics import ReplicaCollector
 from gateway.replicas.replicas import read_replicas
-from gateway.replicas.scheduler_link import STATUS_TIMEOUT_S, SchedulerLink
+from gateway.replicas.scheduler_link import SchedulerLink
 from gateway.requests.reading import RequestReader
 from gateway.requests.validation import RequestValidator, build_validator
 
@@ -78,7 +78,7 @@ class Gateway:
         self._http = self._bind_http()
         await self._server.start()
         if self._http is not None:
-            self._http.start()
+            await self._http.start()
         self._link_tasks = [asyncio.create_task(link.run()) for link in self._links]
         return join(self._spec.server.host, port)
 
@@ -103,7 +103,7 @@ class Gateway:
         await self._server.stop(max(0.0, grace_s - (time.monotonic() - began_s)))
         await self._reader.close()
         if self._http is not None:
-            await asyncio.to_thread(self._http.stop)
+            await self._http.stop()
         for task in self._link_tasks:
             task.cancel()
         await asyncio.gather(*self._link_tasks, return_exceptions=True)
@@ -122,16 +122,14 @@ class Gateway:
         host, port = self._spec.server.host, self._spec.server.http_port
         if not port:
             return None
-        loop = asyncio.get_running_loop()
+        collector = ReplicaCollector(self._spec.model_name)
 
-        def read() -> list[control_pb2.ReplicaStatus]:
-            """From a thread of the HTTP server."""
-            future = asyncio.run_coroutine_threadsafe(read_replicas(self._links), loop)
-            return future.result(2 * STATUS_TIMEOUT_S)
+        async def refresh() -> None:
+            collector.replicas = await read_replicas(self._links)
 
-        self._metrics.registry.register(ReplicaCollector(self._spec.model_name, read))
+        self._metrics.registry.register(collector)
         try:
-            return HttpServer(host, port, self._metrics.registry)
+            return HttpServer(host, port, self._metrics.registry, refresh=refresh)
         except OSError as err:
             raise StartupError(bind_problem(host, port, err, key="server.http_port")) from err
 

@@ -1,68 +1,100 @@
 """The gateway's HTTP server: /metrics, for Prometheus."""
 
+import asyncio
+import contextlib
+import logging
 import socket
-import threading
-from collections.abc import Iterable
-from socketserver import TCPServer, ThreadingMixIn
-from typing import TYPE_CHECKING
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from collections.abc import Awaitable, Callable
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
 
-if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIEnvironment
+from gateway.doors.listening import listen
 
-_IDLE_TIMEOUT_S = 10.0
+logger = logging.getLogger(__name__)
+
+_MAX_HEAD_BYTES = 16 << 10
+_LIMIT_S = 10.0  # for a request to arrive, and for its answer to be read
+_MAX_CONNECTIONS = 128
 
 
 class HttpServer:
-    """Listens once constructed and serves after `start`, in threads of its own. Raises OSError where the port cannot
-    be had."""
+    """Listens once constructed and answers after `start`, on the event loop: rendering takes a few milliseconds, and
+    threads of its own would hold up the loop for longer. One request a connection.
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
-        server_class = _Server6 if ":" in host else _Server
-        self._server = server_class((host, port), _Handler)
-        self._server.set_app(self._answer)
-        self._metrics = make_wsgi_app(registry)
-        self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
+    Beyond `_MAX_CONNECTIONS` the oldest is dropped: who opens many and says nothing shuts nobody out. Raises OSError
+    where the port cannot be had.
+    """
 
-    def start(self) -> None:
-        self._thread.start()
+    def __init__(self, host: str, port: int, registry: CollectorRegistry, *, refresh: Callable[[], Awaitable[None]]):
+        """`refresh` is awaited before each scrape."""
+        self._socket: socket.socket = listen(host, port)
+        self._registry = registry
+        self._refresh = refresh
+        self._server: asyncio.Server | None = None
+        self._open: dict[asyncio.Task[None], asyncio.StreamWriter] = {}  # the oldest first
 
-    def stop(self) -> None:
-        """Blocks until no more is accepted (half a second at most)."""
-        if self._thread.is_alive():
-            self._server.shutdown()
-            self._thread.join()
-        self._server.server_close()
+    async def start(self) -> None:
+        self._server = await asyncio.start_server(self._serve, sock=self._socket, limit=_MAX_HEAD_BYTES)
 
-    def _answer(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        if environ["PATH_INFO"] == "/metrics":
-            answer: Iterable[bytes] = self._metrics(environ, start_response)
-            return answer
-        start_response("404 Not Found", [("Content-Type", "text/plain")])
-        return [b"there is only /metrics\n"]
+    async def stop(self) -> None:
+        """Returns once nothing is open."""
+        if self._server is None:
+            self._socket.close()
+        else:
+            self._server.close()
+        serving = list(self._open)
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "asyncio serves a connection in a task"
+        self._open[task] = writer
+        if len(self._open) > _MAX_CONNECTIONS:
+            next(iter(self._open)).cancel()
+        try:
+            with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
+                async with asyncio.timeout(_LIMIT_S):
+                    writer.write(await self._answer(reader))
+                    await writer.drain()
+                    writer.write_eof()
+                    await reader.read()  # until the client has closed: unread bytes would make a reset of our answer
+        except asyncio.CancelledError:
+            logger.debug("dropped a connection")
+        finally:
+            del self._open[task]
+            writer.transport.abort()
+
+    async def _answer(self, reader: asyncio.StreamReader) -> bytes:
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        except asyncio.LimitOverrunError:
+            return _response("431 Request Header Fields Too Large", "text/plain", b"the request is too long\n")
+        request, _, fields = head.partition("\r\n")
+        method, _, rest = request.partition(" ")
+        if rest.split(" ")[0].split("?")[0] != "/metrics":
+            return _response("404 Not Found", "text/plain", b"there is only /metrics\n")
+        if method not in ("GET", "HEAD"):
+            return _response("405 Method Not Allowed", "text/plain", b"/metrics is only read\n")
+        await self._refresh()
+        encode, content_type = choose_encoder(_accepted(fields))
+        answer = _response("200 OK", content_type, encode(self._registry))
+        return answer if method == "GET" else answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
 
 
-class _Server(ThreadingMixIn, WSGIServer):
-    """A thread a connection, so that a client that hangs holds up nobody."""
-
-    daemon_threads = True
-    block_on_close = False
-
-    def server_bind(self) -> None:
-        """As WSGIServer does it, but nobody asks DNS for the host's full name, which can take seconds."""
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-        self.setup_environ()
+def _accepted(fields: str) -> str:
+    """The value of the field Accept; empty without one."""
+    for line in fields.split("\r\n"):
+        name, _, value = line.partition(":")
+        if name.lower() == "accept":
+            return value.strip()
+    return ""
 
 
-class _Server6(_Server):
-    address_family = socket.AF_INET6
-
-
-class _Handler(WSGIRequestHandler):
-    timeout = _IDLE_TIMEOUT_S
-
-    def log_message(self, format: str, *args: object) -> None:
-        """A line for every scrape would drown the log."""
+def _response(status: str, content_type: str, body: bytes) -> bytes:
+    head = (
+        f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body

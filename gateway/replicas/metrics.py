@@ -109,14 +109,14 @@ _COUNTERS = (
 
 
 class ReplicaCollector(Collector):
-    """Asks every replica at each scrape. One that does not answer only has `replica_ready` with value 0."""
+    """Tells of `replicas`, set before each scrape. One that did not answer only has `replica_ready` with value 0."""
 
-    def __init__(self, model_name: str, read: Callable[[], Sequence[ReplicaStatus]]) -> None:
+    def __init__(self, model_name: str) -> None:
+        self.replicas: Sequence[ReplicaStatus] = ()
         self._model_name = model_name
-        self._read = read
 
     def collect(self) -> Iterator[Metric]:
-        replicas = self._read()
+        replicas = self.replicas
         ready = self._family(GaugeMetricFamily, "replica_ready", "1 if the replica would serve a request.")
         for replica in replicas:
             ready.add_metric(self._labels(replica), float(replica.status.ready))

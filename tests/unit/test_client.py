@@ -185,7 +185,7 @@ def test_an_interrupt_while_a_call_starts_does_not_hang_close(
             raise KeyboardInterrupt
         start(thread)  # the gateway's
 
-    monkeypatch.setattr(client_module, "_CLOSE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(client_module, "CLOSE_TIMEOUT_S", 0.1)
     gateway.script = gateway.hang_after_one_chunk
     with Client(gateway.address) as client, monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", interrupted)

@@ -214,6 +214,32 @@ async def test_there_is_only_metrics(house: House) -> None:
         await asyncio.to_thread(fetch, f"http://127.0.0.1:{house.port}/")
 
 
+async def test_connections_that_say_nothing_shut_nobody_out(house: House) -> None:
+    silent = [await asyncio.open_connection("127.0.0.1", house.port) for _ in range(200)]
+    assert (await house.scrape())["echelon:replica_ready", "0"] == 1
+    assert await silent[0][0].read() == b"", "the oldest was dropped"
+    for _, writer in silent:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /metrics HTTP/1.1\r\nAccept: application/openmetrics-text\r\n\r\n", b"HTTP/1.1 200 OK"),
+        (b"HEAD /metrics HTTP/1.0\r\n\r\n", b"HTTP/1.1 200 OK"),
+        (b"GET /metrics?a=b HTTP/1.1\r\n\r\n", b"HTTP/1.1 200 OK"),
+        (b"POST /metrics HTTP/1.1\r\n\r\n", b"HTTP/1.1 405"),
+        (b"\xff\r\n\r\n", b"HTTP/1.1 404"),
+        (b"GET /metrics HTTP/1.1\r\nA: " + b"a" * (1 << 20), b"HTTP/1.1 431"),
+    ],
+)
+async def test_every_request_has_a_status(house: House, request_: bytes, status: bytes) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", house.port)
+    writer.write(request_)
+    assert (await reader.read()).startswith(status)
+    writer.close()
+
+
 async def test_a_taken_http_port_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
