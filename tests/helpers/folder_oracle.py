@@ -1,5 +1,6 @@
 """What comes of a deployment: the plan's answer, and whether its processes can then load what they are told."""
 
+import re
 import traceback
 from dataclasses import dataclass
 from enum import StrEnum
@@ -30,6 +31,9 @@ MACHINE = Inventory(
     ),
     head_node_id="n",
 )
+_MODELS = ("target.model", "draft.model")
+# A file, or what is wrong with the path itself.
+_WHERE = re.compile(r"\.(json|jinja|safetensors)\b|folder|path|opened|user|circle|must be|is missing|its tokeniser")
 _MOST_CHARS = 1500  # of a problem: a person is to read it
 
 
@@ -99,8 +103,10 @@ def _judge(error: ConfigError) -> Outcome:
         line = str(problem)
         if not problem.message or not problem.path:
             return Outcome(Kind.FAULT, f"a problem without key or reason: {text}")
-        if problem.path.endswith(".model") and not problem.remedy:
+        if problem.path in _MODELS and not problem.remedy:
             return Outcome(Kind.FAULT, f"a problem without remedy: {text}")
+        if problem.path in _MODELS and not _WHERE.search(problem.message):
+            return Outcome(Kind.FAULT, f"a problem of a model that names no file: {text}")
         if len(line) > _MOST_CHARS:
             return Outcome(Kind.FAULT, f"a message of {len(line)} characters: {text[:_MOST_CHARS]}")
     return Outcome(Kind.REFUSED, text)
