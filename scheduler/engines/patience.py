@@ -43,6 +43,8 @@ class Patience:
     def _expected_s(self, num_tokens: int) -> float:
         """At worst. Where no round of the size is known, a larger one takes time for each token."""
         size = num_tokens.bit_length()
+        if size in self._slowest_s:
+            return self._slowest_s[size]
         smaller = max((known for known in self._slowest_s if known <= size), default=None)
         if smaller is not None:
             return float(self._slowest_s[smaller] * 2 ** (size - smaller))

@@ -208,6 +208,14 @@ def test_a_private_ray_comes_and_goes_beside_another(
     assert addresses == {"127.0.0.1"}, "nothing is open to other machines"
     assert Path(private.temp_dir).stat().st_mode & 0o777 == 0o700
 
+    scheduler = next(process for process in status.processes if process.name == "scheduler-0")
+    assert scheduler.pid is not None
+    os.kill(scheduler.pid, signal.SIGSTOP)
+    silent = wait_for_state("e2e", State.NOT_RESPONDING)
+    assert silent.reason.startswith("scheduler-0 has not answered for ")
+    os.kill(scheduler.pid, signal.SIGCONT)
+    wait_for_state("e2e", State.READY)
+
     lifecycle.down("e2e")
     wait_until_gone([*pids_of(status), *ray_processes])
     assert not Path(private.temp_dir).exists()
