@@ -230,7 +230,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="convert them to safetensors"):
         load(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    with pytest.raises(LoadError, match=r"model-00001-of-00001\.safetensors', which is not there"):
+    with pytest.raises(LoadError, match=r'model-00001-of-00001\.safetensors", which is not there'):
         load(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(LoadError, match=r"index\.json: weight_map must be an object"):
