@@ -378,7 +378,7 @@ def test_whatever_comes_in_at_its_ports_a_deployment_goes_on(deployment: LocalDe
             stack.enter_context(knock(rng.choice(doors), rng))
         for process in processes:
             if process.address:
-                channel = stack.enter_context(grpc.insecure_channel(process.address))
+                channel = stack.enter_context(open_blocking_channel(process.address))
                 codes = {garbled_call(channel, rng) for _ in range(15)}
                 assert grpc.StatusCode.UNAVAILABLE not in codes, process.name
         assert stream.result().token_ids == undisturbed.token_ids
