@@ -66,6 +66,11 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
         assert request.HasField("cancel"), f"expected a cancel, got {request}"
         return request.cancel.request_id
 
+    async def wait_for_cancel(self, request_id: str) -> None:
+        """Passes over everything else."""
+        while (await self.received.get()).cancel.request_id != request_id:
+            pass
+
     async def next_adjust(self) -> scheduler_pb2.Adjust:
         request = await self.received.get()
         assert request.HasField("adjust"), f"expected an adjust, got {request}"

@@ -1,0 +1,32 @@
+"""How long an event loop does not get to run."""
+
+import asyncio
+import time
+
+
+class PauseMeter:
+    """`async with PauseMeter() as meter`: while the block runs, a timer of the loop notes how late it is each time."""
+
+    def __init__(self, interval_s: float = 0.002) -> None:
+        self.pauses_s: list[float] = []
+        self._interval_s = interval_s
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def longest_s(self) -> float:
+        return max(self.pauses_s, default=0.0)
+
+    async def __aenter__(self) -> "PauseMeter":
+        self._task = asyncio.create_task(self._measure())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._task is not None, "the block has begun"
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _measure(self) -> None:
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(self._interval_s)
+            self.pauses_s.append(time.perf_counter() - before - self._interval_s)

@@ -1,0 +1,98 @@
+"""A gateway under attack: what a stream, a health check and the gateway's own event loop feel of it.
+
+    python -m tests.property.hostile_clients --count 100 --seed 1 --max-model-len 131072
+
+The attackers run in another process: large requests and senseless ones in turn, with noise at both ports between them.
+Prints the longest times while nobody attacks and under attack, and how the calls ended. Exit status 1 if the event loop
+paused for more than 20 ms above its longest idle pause, or a call had no status.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import sys
+from collections import Counter
+
+import grpc
+
+from childproc.wires import open_channel
+from tests.helpers.attacked_gateway import AttackedGateway, Report
+from tests.helpers.hostile import knock
+from tests.helpers.hostile_clients import HTTP_ATTACKS, large_requests, odd_request
+
+_IDLE_S = 5.0
+_ALLOWED_ABOVE_IDLE_S = 0.02
+_CALL_S = 120.0
+_SIDE_BY_SIDE = 8
+
+
+async def attack(address: str, http_port: int, count: int, seed: int, max_bytes: int) -> Counter[str]:
+    """How many of `count` calls ended with which status."""
+    rng = random.Random(seed)
+    large = large_requests(max_bytes)
+    turns = asyncio.Semaphore(_SIDE_BY_SIDE)
+    host, _, port = address.rpartition(":")
+    async with open_channel(address, ("grpc.max_send_message_length", -1)) as channel:
+        calls = []
+        for number in range(count):
+            data = large[number // 2 % len(large)] if number % 2 else odd_request(rng)
+            calls.append(asyncio.create_task(_call(channel, data, turns)))
+            attacked = HTTP_ATTACKS[number % len(HTTP_ATTACKS)]
+            noisy = await asyncio.to_thread(knock, (host, int(port)), rng)
+            _, writer = await asyncio.open_connection(host, http_port)
+            writer.write(attacked)
+            with contextlib.suppress(OSError):
+                await writer.drain()
+            noisy.close()
+            writer.close()
+        return Counter(await asyncio.gather(*calls))
+
+
+async def _call(channel: grpc.aio.Channel, data: bytes, turns: asyncio.Semaphore) -> str:
+    async with turns:
+        call = channel.unary_stream("/echelon.v1.Inference/Generate")(data, timeout=_CALL_S)
+        # What is accepted runs until somebody cancels it: the scheduler is told, and does not answer.
+        waiting = asyncio.create_task(call.code())
+        done, _ = await asyncio.wait([waiting], timeout=None if len(data) > 65536 else 1.0)
+        if not done:
+            call.cancel()
+        return (await waiting).name
+
+
+async def run(count: int, seed: int, max_model_len: int) -> bool:
+    max_bytes = max(64 * max_model_len, 1 << 20)  # what the gateway accepts
+    async with AttackedGateway(max_model_len=max_model_len) as gateway:
+        idle = await gateway.observe(asyncio.sleep(_IDLE_S))
+        attacked = await gateway.observe(gateway.attack(count=count, seed=seed, max_bytes=max_bytes))
+    for name, report in (("idle", idle), ("under attack", attacked)):
+        print(_line(name, report))
+    print("calls:", ", ".join(f"{number} {code}" for code, number in sorted(attacked.codes.items())))
+    answered = "DEADLINE_EXCEEDED" not in attacked.codes and sum(attacked.codes.values()) == count
+    return answered and attacked.pause_s <= idle.pause_s + _ALLOWED_ABOVE_IDLE_S
+
+
+def _line(name: str, report: Report) -> str:
+    return (
+        f"{name:>12}: longest pause {report.pause_s * 1e3:.1f} ms, slowest of {report.num_checks} health checks "
+        f"{report.health_s * 1e3:.1f} ms, slowest of {report.num_chunks} chunks {report.chunk_s * 1e3:.1f} ms"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--max-model-len", type=int, default=131_072)
+    parser.add_argument("--attack", nargs=5, metavar=("ADDRESS", "HTTP_PORT", "COUNT", "SEED", "BYTES"))
+    options = parser.parse_args()
+    if options.attack:
+        address, *numbers = options.attack
+        print(json.dumps(asyncio.run(attack(address, *map(int, numbers)))))
+        return
+    sys.exit(0 if asyncio.run(run(options.count, options.seed, options.max_model_len)) else 1)
+
+
+if __name__ == "__main__":
+    main()

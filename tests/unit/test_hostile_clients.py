@@ -1,0 +1,24 @@
+"""A gateway under attack: everybody gets a status, and who behaves well notices nothing.
+
+`python -m tests.property.hostile_clients` is the long and strict run; here the machine may be busy with other things.
+"""
+
+import asyncio
+
+from tests.helpers.attacked_gateway import AttackedGateway
+
+COUNT = 24
+# What held up the event loop before took 1.5 s a request and more, of the same sizes.
+ALLOWED_ABOVE_IDLE_S = 0.5
+
+
+async def test_attacks_delay_neither_a_stream_nor_a_health_check() -> None:
+    async with AttackedGateway(max_model_len=2048) as gateway:
+        idle = await gateway.observe(asyncio.sleep(0.5))
+        attacked = await gateway.observe(gateway.attack(count=COUNT, seed=1, max_bytes=1 << 20))
+    assert sum(attacked.codes.values()) == COUNT
+    assert "DEADLINE_EXCEEDED" not in attacked.codes
+    assert attacked.num_checks > 10
+    assert attacked.num_chunks > 10
+    limit_s = max(idle.pause_s, idle.health_s, idle.chunk_s) + ALLOWED_ABOVE_IDLE_S
+    assert max(attacked.pause_s, attacked.health_s, attacked.chunk_s) < limit_s
