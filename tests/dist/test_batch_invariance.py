@@ -66,8 +66,14 @@ def num_differing(counts: dict[str, Count]) -> int:
 
 
 @pytest.mark.parametrize("hidden_size", SIZES)
-def test_every_row_on_one_rank(folder: Callable[[int], Path], hidden_size: int) -> None:
+@pytest.mark.parametrize("compile_", ["auto", "off"])
+def test_every_row_on_one_rank(
+    folder: Callable[[int], Path], hidden_size: int, compile_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ECHELON_COMPILE", compile_)
     assert_no_row_differs([count_alone(case) for case in cases(folder(hidden_size))])
+    if compile_ == "auto":
+        return  # the same bits with and without the flag
     assert num_differing(count_alone(without(folder(hidden_size), batch_invariant=False))) > 0, "the flag does nothing"
 
 
