@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _Connection = grpc.aio.StreamStreamCall[scheduler_pb2.SchedulerRequest, scheduler_pb2.SchedulerReplies]
 
 _STATUS_INTERVAL_S = 0.5
-_STATUS_TIMEOUT_S = 2.0  # with the interval: a scheduler that hangs is seen within 2.5 s
+STATUS_TIMEOUT_S = 2.0  # with the interval: a scheduler that hangs is seen within 2.5 s
 # Questions in a row that stay without answer, and no reply to a request meanwhile, before requests are given up: 7 s,
 # since on a busy machine a scheduler, or this gateway, may stand still for a while.
 _MAX_UNANSWERED = 3
@@ -102,7 +102,7 @@ class SchedulerLink:
 
     async def read_status(self) -> scheduler_pb2.SchedulerStatus:
         """What the scheduler says of itself now. Raises grpc's error if it does not answer in time."""
-        return await self._stub.GetSchedulerStatus(scheduler_pb2.GetSchedulerStatusRequest(), timeout=_STATUS_TIMEOUT_S)
+        return await self._stub.GetSchedulerStatus(scheduler_pb2.GetSchedulerStatusRequest(), timeout=STATUS_TIMEOUT_S)
 
     def trace(
         self, request: scheduler_pb2.TraceRequest
