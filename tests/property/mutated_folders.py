@@ -7,15 +7,18 @@ plan, a message without file or remedy, or a deployment that the plan accepts an
 """
 
 import argparse
+import multiprocessing
+import os
 import random
 import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import yaml
 
 from tests.helpers.folder_mutations import mutate_deployment, mutate_folder
@@ -89,26 +92,36 @@ def _write_valid(rng: random.Random, folders: Folders, scratch: Path) -> Path:
     return file
 
 
+def _run_in_pool(task: tuple[int, int, Path]) -> Case:
+    """Each process of the pool has folders of its own."""
+    number, seed, root = task
+    torch.set_num_threads(1)
+    own = root / str(os.getpid())
+    case = run_case(number, seed, Folders(own / "valid"), own / "case")
+    return replace(case, outcome=replace(case.outcome, settings=None))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: one a core")
     parser.add_argument("--only", type=int, help="the number of one case, to see what comes of it")
     arguments = parser.parse_args()
     numbers = range(arguments.count) if arguments.only is None else [arguments.only]
     began_s = time.monotonic()
     kinds: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as root:
-        folders = Folders(Path(root) / "valid")
-        for number in numbers:
-            case = run_case(number, arguments.seed, folders, Path(root) / "case")
+    spawn = multiprocessing.get_context("spawn")  # torch has threads, which do not survive a fork
+    with tempfile.TemporaryDirectory() as root, spawn.Pool(arguments.jobs) as pool:
+        tasks = [(number, arguments.seed, Path(root)) for number in numbers]
+        for done, case in enumerate(pool.imap_unordered(_run_in_pool, tasks, chunksize=10), start=1):
             kinds[case.outcome.kind] += 1
             if case.outcome.kind is Kind.FAULT or arguments.only is not None:
-                print(
-                    f"case {number}: {case.outcome.kind}: {'; '.join(case.changes)}\n{case.outcome.text}\n", flush=True
-                )
-    figures = ", ".join(f"{kinds[kind]} {kind}" for kind in Kind)
-    print(f"{len(numbers)} cases of seed {arguments.seed} in {time.monotonic() - began_s:.0f} s: {figures}")
+                print(f"case {case.number}: {case.outcome.kind}: {'; '.join(case.changes)}\n{case.outcome.text}\n")
+            if done % 1000 == 0 or done == len(tasks):
+                figures = ", ".join(f"{kinds[kind]} {kind}" for kind in Kind)
+                took_s = time.monotonic() - began_s
+                print(f"{done} cases of seed {arguments.seed} in {took_s:.0f} s: {figures}", flush=True)
     sys.exit(bool(kinds[Kind.FAULT]))
 
 
