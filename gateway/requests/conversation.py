@@ -23,14 +23,18 @@ def render_chat(chat: inference_pb2.ChatMessages, template: ChatTemplate) -> str
         )
     adds = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not chat.continue_final_message
     try:
-        return template.render(
+        text = template.render(
             messages,
             add_generation_prompt=adds,
             continue_final_message=chat.continue_final_message,
             variables=variables,
         )
+        text.encode()
     except ChatError as err:
         raise invalid(f"chat.messages: {err}") from err
+    except UnicodeEncodeError as err:  # JSON can spell halves of characters
+        raise invalid(f"chat: is not valid Unicode: {err.reason} at character {err.start}") from err
+    return text
 
 
 def _message(i: int, message: inference_pb2.ChatMessage) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class PromptTokenizer:
         """With `add_special_tokens`, the post-processor adds the tokens (BOS ...) that it adds for any text.
 
         Raises TooLongError, at the latest when it would take memory for many more tokens than `max_tokens`; a result
-        may still have a few more. Raises UnicodeEncodeError for a text with halves of characters."""
+        may still have a few more."""
         if len(text) > max(_PIECE_CHARS, _PLAUSIBLE_CHARS_PER_TOKEN * max_tokens):
             self._refuse_too_long(text, max_tokens)
         token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids

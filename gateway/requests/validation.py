@@ -80,8 +80,6 @@ class RequestValidator:
                     return request.token_ids.ids
         except TooLongError as err:
             raise self._too_long(f"{kind}: the prompt has at least {err.num_tokens} tokens") from err
-        except UnicodeEncodeError as err:  # JSON can spell halves of characters
-            raise invalid(f"{kind}: is not valid Unicode: {err}") from err
         raise invalid("input: one of text, chat and token_ids is needed")
 
     def _template(self) -> ChatTemplate:
