@@ -16,6 +16,7 @@ from echelon.pb.sampling_pb2 import SeqSampling
 from echelon.pb.worker_pb2 import EngineRole, GetWorkerInfoRequest, Row
 from echelon.pb.worker_pb2_grpc import WorkerStub
 from tests.helpers.engines import DRAFT, TARGET, engine_spec, interleave
+from tests.helpers.listening import listening_sockets
 from tests.helpers.rounds import INCARNATION, Driver, greedy, seeded
 from tests.helpers.tiny_models import make_tiny_model
 from tests.helpers.worker_client import RoundStream, WorkerGroup
@@ -84,6 +85,9 @@ def test_the_stream_does_not_depend_on_tp_size(tiny: Path, tmp_path: Path, solo:
     with WorkerGroup(tmp_path, tp_size, [engine_spec(tiny, TARGET, tp_size=tp_size)]) as group:
         group.spawn().wait_ready()
         assert streams(group) == streams(solo)
+        # The leader has its store and its server; the others listen to nobody once they have met.
+        doors = [len(listening_sockets([rank.popen.pid])) for rank in group.ranks]
+        assert doors == [2, *[0] * (tp_size - 1)]
         expected = in_flight_stream(group, seeded(8), depth=1)
         assert in_flight_stream(group, seeded(8), depth=2) == expected
         for rank in group.ranks:

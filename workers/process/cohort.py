@@ -1,5 +1,6 @@
 """The ranks of one worker group: how they meet, and the process groups in which they compute together."""
 
+import os
 import socket
 from datetime import timedelta
 from typing import Any
@@ -106,16 +107,46 @@ def _device_id(spec: WorkerSpec) -> str:
 
 
 def _register_gloo(host: str) -> None:
-    """gloo that listens on the address of the spec. By itself it takes the interface that the machine's hostname
-    resolves to, and has no argument for another (init_process_group drops gloo's options)."""
+    """gloo that listens on the address of the spec, and no longer than the ranks need to connect.
+
+    By itself it takes the interface that the machine's hostname resolves to, and has no argument for another
+    (init_process_group drops gloo's options). It listens for good and keeps every stray connection: the rank would die
+    when it has no descriptor left.
+    """
 
     gloo: Any = ProcessGroupGloo  # torch's stub lacks the options
 
     def create(store: Store, rank: int, size: int, timeout: timedelta) -> ProcessGroupGloo:
+        known_fds = _listening_fds()
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=host)]
         options._timeout = timeout
         process_group: ProcessGroupGloo = gloo(store, rank, size, options)
+        for fd in _listening_fds() - known_fds:
+            _close_under(fd)
         return process_group
 
     dist.Backend.register_backend(_GLOO_ON_HOST, create, devices=["cpu", "cuda"])
+
+
+def _listening_fds() -> set[int]:
+    """Descriptors of this process's sockets that accept connections."""
+    return {fd for fd in map(int, os.listdir("/dev/fd")) if _is_listening(fd)}
+
+
+def _is_listening(fd: int) -> bool:
+    try:
+        seen = socket.socket(fileno=fd)
+    except OSError:  # no socket, or closed since
+        return False
+    try:
+        return seen.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != 0
+    finally:
+        seen.detach()
+
+
+def _close_under(fd: int) -> None:
+    """Closes what a descriptor stands for, and leaves the number to its owner, which does not know."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, fd)
+    os.close(nothing)
