@@ -8,6 +8,7 @@ from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from childproc.wires import open_channel
@@ -28,6 +29,7 @@ class Report:
     """What a well-behaved client felt, in seconds, and how the attackers' calls ended."""
 
     pause_s: float = 0.0  # the longest of the gateway's event loop
+    busy_s: float = 0.0  # the most that the loop's thread computed before it came back
     health_s: float = 0.0  # the slowest health check
     chunk_s: float = 0.0  # the slowest chunk of a stream, from scheduler to client
     num_checks: int = 0
@@ -60,11 +62,19 @@ class AttackedGateway:
         self.address = await self._gateway.start()
         self._gateway.open_reader()
         await self._gateway.wait_until_ready()
+        await self._wait_for_readers()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._gateway.drain(grace_s=0)
         await self._server.stop(grace=0)
+
+    async def _wait_for_readers(self) -> None:
+        """A conversation and a long request are refused once the processes that read them have loaded."""
+        async with open_channel(self.address) as channel:
+            generate = channel.unary_stream("/echelon.v1.Inference/Generate")
+            for request in (b"\x22\x00", b"\x0a\x00" * 10_000):
+                assert await generate(request).code() == grpc.StatusCode.INVALID_ARGUMENT
 
     async def attack(self, *, count: int, seed: int, max_bytes: int) -> dict[str, int]:
         """How many calls ended with which status. Raises RuntimeError if the attackers fail."""
@@ -96,7 +106,7 @@ class AttackedGateway:
             stream.close()
         await self._scheduler.wait_for_cancel("watched")
         self._scheduler.send_complete("watched")
-        report.pause_s = meter.longest_s
+        report.pause_s, report.busy_s = meter.longest_s, meter.busiest_s
         return report
 
     async def _read(self, stream: AsyncStream, report: Report) -> None:

@@ -9,12 +9,17 @@ class PauseMeter:
 
     def __init__(self, interval_s: float = 0.002) -> None:
         self.pauses_s: list[float] = []
+        self.busy_s: list[float] = []  # what its thread computed meanwhile: waiting for a core is not the loop's fault
         self._interval_s = interval_s
         self._task: asyncio.Task[None] | None = None
 
     @property
     def longest_s(self) -> float:
         return max(self.pauses_s, default=0.0)
+
+    @property
+    def busiest_s(self) -> float:
+        return max(self.busy_s, default=0.0)
 
     async def __aenter__(self) -> "PauseMeter":
         self._task = asyncio.create_task(self._measure())
@@ -27,6 +32,7 @@ class PauseMeter:
 
     async def _measure(self) -> None:
         while True:
-            before = time.perf_counter()
+            before, computed = time.perf_counter(), time.thread_time()
             await asyncio.sleep(self._interval_s)
             self.pauses_s.append(time.perf_counter() - before - self._interval_s)
+            self.busy_s.append(time.thread_time() - computed)

@@ -3,8 +3,9 @@
     python -m tests.property.hostile_clients --count 100 --seed 1 --max-model-len 131072
 
 The attackers run in another process: large requests and senseless ones in turn, with noise at both ports between them.
-Prints the longest times while nobody attacks and under attack, and how the calls ended. Exit status 1 if the event loop
-paused for more than 20 ms above its longest idle pause, or a call had no status.
+Prints the longest times while nobody attacks and under attack, and how the calls ended. Exit status 1 if the event
+loop once computed for more than 20 ms above what it does idle before it came back, or a call had no status. The pauses
+themselves hold the waits for a core too: give it three.
 """
 
 import argparse
@@ -62,7 +63,7 @@ async def _call(channel: grpc.aio.Channel, data: bytes, turns: asyncio.Semaphore
 
 
 async def run(count: int, seed: int, max_model_len: int) -> bool:
-    max_bytes = max(64 * max_model_len, 1 << 20)  # what the gateway accepts
+    max_bytes = max(32 * max_model_len, 1 << 20)  # what the gateway accepts
     async with AttackedGateway(max_model_len=max_model_len) as gateway:
         idle = await gateway.observe(asyncio.sleep(_IDLE_S))
         attacked = await gateway.observe(gateway.attack(count=count, seed=seed, max_bytes=max_bytes))
@@ -70,13 +71,14 @@ async def run(count: int, seed: int, max_model_len: int) -> bool:
         print(_line(name, report))
     print("calls:", ", ".join(f"{number} {code}" for code, number in sorted(attacked.codes.items())))
     answered = "DEADLINE_EXCEEDED" not in attacked.codes and sum(attacked.codes.values()) == count
-    return answered and attacked.pause_s <= idle.pause_s + _ALLOWED_ABOVE_IDLE_S
+    return answered and attacked.busy_s <= idle.busy_s + _ALLOWED_ABOVE_IDLE_S
 
 
 def _line(name: str, report: Report) -> str:
     return (
-        f"{name:>12}: longest pause {report.pause_s * 1e3:.1f} ms, slowest of {report.num_checks} health checks "
-        f"{report.health_s * 1e3:.1f} ms, slowest of {report.num_chunks} chunks {report.chunk_s * 1e3:.1f} ms"
+        f"{name:>12}: longest pause {report.pause_s * 1e3:.1f} ms, most computing {report.busy_s * 1e3:.1f} ms, slowest of "
+        f"{report.num_checks} health checks {report.health_s * 1e3:.1f} ms, slowest of {report.num_chunks} chunks "
+        f"{report.chunk_s * 1e3:.1f} ms"
     )
 
 
