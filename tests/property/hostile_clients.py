@@ -75,10 +75,12 @@ async def run(count: int, seed: int, max_model_len: int) -> bool:
 
 
 def _line(name: str, report: Report) -> str:
+    pause_ms, busy_ms, health_ms, chunk_ms = (
+        f"{seconds * 1e3:.1f} ms" for seconds in (report.pause_s, report.busy_s, report.health_s, report.chunk_s)
+    )
     return (
-        f"{name:>12}: longest pause {report.pause_s * 1e3:.1f} ms, most computing {report.busy_s * 1e3:.1f} ms, slowest of "
-        f"{report.num_checks} health checks {report.health_s * 1e3:.1f} ms, slowest of {report.num_chunks} chunks "
-        f"{report.chunk_s * 1e3:.1f} ms"
+        f"{name:>12}: longest pause {pause_ms}, most computing {busy_ms}, slowest of {report.num_checks} health checks "
+        f"{health_ms}, slowest of {report.num_chunks} chunks {chunk_ms}"
     )
 
 
