@@ -1,4 +1,4 @@
-"""How often drafts are accepted, beside the most that any lossless rule could accept.
+"""How often drafts are accepted, compared with the most that any lossless rule could accept.
 
 Echelon draws draft and target with the same noise and accepts while the tokens are equal (arXiv 2408.07978), so that
 the output does not depend on the drafter. Rejection sampling from draft probabilities (maximal coupling) accepts a
@@ -25,7 +25,7 @@ MODELS = Path(__file__).parents[1] / "models"
 def maximal_coupling_acceptance(target_logits: Tensor, draft_logits: Tensor, temperature: float) -> Tensor:
     """1 - TV of the two distributions at each position: fp32 [num_rows, vocab_size] x 2 -> [num_rows].
 
-    At temperature 0 both are one token: 1 where they agree.
+    At temperature 0 each is a single token: 1 where they are the same, else 0.
     """
     if temperature == 0:
         return (target_logits.argmax(dim=1) == draft_logits.argmax(dim=1)).float()
@@ -62,7 +62,7 @@ class Text:
 
 
 def write(target: Any, draft: Any, prompt: list[int], num_tokens: int, *, temperature: float, seed: int) -> Text:
-    """Lets the target write `num_tokens` tokens and both models look at them."""
+    """Lets the target write `num_tokens` tokens and computes the logits of both models on them."""
     cache, step, written = None, prompt, list(prompt)
     temperatures = torch.tensor([temperature])
     for position in range(len(prompt), len(prompt) + num_tokens):
@@ -78,7 +78,7 @@ def write(target: Any, draft: Any, prompt: list[int], num_tokens: int, *, temper
 
 
 def acceptance(texts: list[Text], temperature: float, num_seeds: int) -> tuple[float, float]:
-    """Measured with shared noise, and 1 - TV, averaged over all positions."""
+    """The share accepted with shared noise, and 1 - TV, both averaged over all positions."""
     shared, maximal = [], []
     for text in texts:
         shared.append(
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--draft", type=Path, default=MODELS / "demo-draft")
     parser.add_argument("--dataset", type=Path, help="JSON lines with 'prompt'; default: a few bundled ones")
     parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=128, help="written after each prompt")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens written after each prompt")
     parser.add_argument("--seeds", type=int, default=16, help="draws at each position")
     add_report_options(parser)
     options = parser.parse_args()
@@ -121,8 +121,8 @@ def main() -> None:
                 shared, maximal = acceptance(texts, temperature, options.seeds)
                 lines.append([f"{text_temperature:g}", f"{temperature:g}", f"{shared:.3f}", f"{maximal:.3f}"])
     header = [
-        "text written at temperature",
-        "drawn at temperature",
+        "temperature of the text",
+        "temperature of the draws",
         "accepted (shared noise)",
         "maximal coupling (1 - TV)",
     ]

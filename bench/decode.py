@@ -1,7 +1,7 @@
-"""Plain decoding of a 500M-parameter Llama on this CPU, beside `transformers` on the same weights and threads.
+"""Plain decoding of a 500M-parameter Llama on this CPU, compared with `transformers` on the same weights and threads.
 
-Both sides run in turn, pair by pair, so that a machine whose speed drifts drifts for both. Ours is the whole way:
-client, gateway, scheduler, worker.
+The two sides take turns, so that a drift of the machine's speed affects both. Echelon is measured end to end: client,
+gateway, scheduler and worker.
 """
 
 import argparse
@@ -24,12 +24,12 @@ PROMPT_LEN = 32
 
 
 def prompt_ids(index: int) -> list[int]:
-    """A prompt of its own for each seq, so that no prefix is shared."""
+    """A different prompt for each seq, so that no prefix is shared."""
     return [1 + (index * 997 + i * 31) % 4000 for i in range(PROMPT_LEN)]
 
 
 def transformers_side(folder: Path, threads: int, num_tokens: int) -> Callable[[int], float]:
-    """A function batch_size -> tokens per second of `model.generate`."""
+    """Returns a function from batch size to tokens per second of `model.generate`."""
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
@@ -51,7 +51,7 @@ def transformers_side(folder: Path, threads: int, num_tokens: int) -> Callable[[
 
 
 def echelon_side(address: str, num_tokens: int) -> Callable[[int], float]:
-    """A function batch_size -> tokens per second through client, gateway, scheduler and worker."""
+    """Returns a function from batch size to tokens per second through client, gateway, scheduler and worker."""
 
     def run(batch_size: int) -> float:
         prompts = [prompt_ids(i) for i in range(batch_size)]
@@ -62,7 +62,7 @@ def echelon_side(address: str, num_tokens: int) -> Callable[[int], float]:
 
 
 def measure(runs: int, sides: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """Every side once to warm up, then `runs` times in turn."""
+    """Runs each side once to warm up, then all sides in turn, `runs` times."""
     for side in sides.values():
         side()
     results: dict[str, list[float]] = {name: [] for name in sides}
@@ -74,8 +74,8 @@ def measure(runs: int, sides: dict[str, Callable[[], float]]) -> dict[str, list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5, help="paired runs behind each median")
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens of each seq")
+    parser.add_argument("--runs", type=int, default=5, help="paired runs per median")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens per seq")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=18)
     parser.add_argument("--hidden", type=int, default=1536)

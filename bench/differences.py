@@ -1,7 +1,7 @@
-"""Where outputs part that should be equal, and how near the two tokens were there.
+"""Where outputs differ that should be equal, and how close the two tokens were at that point.
 
-Speculation must not change a token. In bf16 a verify step of several rows may round otherwise than a step of one, so
-a near tie can fall the other way; a small gap shows such a tie, a large one is an error.
+Speculation must not change a token. In bf16, a verify step of several rows may round differently from a step of one,
+so a near tie can fall the other way. A small gap shows such a tie. A large gap is an error.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from kernels.sampling.gumbel import gumbel_noise
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first place where two outputs of one prompt part."""
+    """The first position at which two outputs of one prompt differ."""
 
     prompt: Sequence[int]
-    output: Sequence[int]  # plain, up to there
+    output: Sequence[int]  # of plain decoding, before the difference
     plain_token_id: int
     other_token_id: int
 
@@ -32,8 +32,8 @@ def first_difference(prompt: Sequence[int], plain: Sequence[int], other: Sequenc
 
 
 def gap_between(address: str, difference: Difference, *, temperature: float, seed: int) -> float:
-    """How far plain decoding's token is ahead of the other one, in units of logits (divided by the temperature, noise
-    included, where there is one). They were the two best, so this is the gap of the top two."""
+    """The gap between plain decoding's token and the other one, in logits. Above temperature 0, logits are divided by
+    the temperature and include the noise. The two tokens were the best, so this is the gap of the top two."""
     token_ids = [difference.plain_token_id, difference.other_token_id]
     before = [*difference.prompt, *difference.output]
     options: GenerateOptions = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1, "ignore_eos": True}

@@ -1,11 +1,11 @@
-"""A bigger model that computes what a small one does, so that real weight sizes can be measured without a download.
+"""Makes a larger model that computes the same as a small one, so that real sizes can be measured without a download.
 
     python -m bench.inflate models/demo-target /tmp/target --preset target-455m
     python -m bench.inflate models/demo-draft /tmp/draft --layers 8 --hidden 640 --intermediate 1792
 
-The new folder has the tokenizer, the logits and therefore the acceptance of the old one, and steps that read as many
-weights, and keep as many keys and values, as its sizes say. What reads the hidden states is widened by random numbers,
-what writes them by zeros, so the new columns stay 0 and whatever is computed from random weights is dropped:
+The new model has the tokenizer, the logits and therefore the acceptance of the old one. Its steps read as many weights
+and store as many keys and values as its size implies. Matrices that read the hidden states are widened with random
+numbers, those that write them with zeros. So the new columns stay 0, and what random weights compute is dropped:
 
 - RMSNorm divides by the mean over more columns: its weights shrink by sqrt(old / new), its epsilon by old / new. The
   weights are kept in fp32, where that is exact enough for 1e-4 in the logits; a model run in bf16 rounds them again.
@@ -31,7 +31,7 @@ WEIGHT_STD = 0.02
 
 
 class InflateError(ValueError):
-    """The model cannot be made into one of that size; says which size stands in the way."""
+    """The model cannot be inflated to that size. The message names the size that prevents it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ PRESETS = {
 
 @dataclass(frozen=True, slots=True)
 class HeadMap:
-    """Which old head each new one repeats, None for a random one; a query head's KV head follows from its place."""
+    """Which old head each new one repeats, None for a random one. A query head's position determines its KV head."""
 
     heads: list[int | None]
     kv_heads: list[int | None]
@@ -160,7 +160,7 @@ class Inflater:
         return torch.randn(rows, columns, generator=self._generator).mul_(WEIGHT_STD).to(self._dtype)
 
     def _put(self, target: Tensor, name: str, *, rows: slice = slice(None), columns: slice = slice(None)) -> None:
-        """Part of an old tensor into the corner of `target`, nothing for a layer that the old model lacks."""
+        """Copies part of an old tensor into the corner of `target`; nothing for a layer that the old model lacks."""
         if name in self._tensors:
             part = self._tensors[name][rows, columns]
             target[: part.shape[0], : part.shape[1]] = part
@@ -222,10 +222,10 @@ def _check(old: Size, new: Size) -> None:
         given, least = getattr(new, field.name), getattr(old, field.name)
         if given < least:
             option = "--" + field.name.replace("_", "-")
-            raise InflateError(f"{option} {given}: the model has {least} already, and nothing can be taken away")
+            raise InflateError(f"{option} {given}: the model already has {least}, and a size cannot shrink")
     if new.heads % new.kv_heads:
         raise InflateError(f"--heads {new.heads}: must be a multiple of --kv-heads {new.kv_heads}")
-    if new.hidden % new.heads:  # transformers loads no other, though heads have a size of their own
+    if new.hidden % new.heads:  # transformers requires it, although the head size is a separate setting
         raise InflateError(f"--hidden {new.hidden}: must be a multiple of --heads {new.heads}")
 
 
@@ -235,8 +235,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--preset", choices=PRESETS, help="a size for the demo pair; the options below change it")
     for field in fields(Size):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help="default: as the source has")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help="default: that of the source")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     args = parser.parse_args()
     try:
         default = PRESETS[args.preset] if args.preset else Size.of(_read_config(args.source))

@@ -1,8 +1,8 @@
 """A worker whose engine answers at once: real process, real gRPC, real round channel, no model.
 
-What is left between two rounds is what scheduler and wires add. `bench.rounds` starts it as `python -m workers` is
-started. The leader writes a line "<rows> <nanoseconds since the last round ended>" for each round to the file that the
-environment names.
+The time between two rounds is then what the scheduler and the wires add. `bench.rounds` starts it like
+`python -m workers`. For each round, the leader writes a line "<rows> <nanoseconds since the last round ended>" to the
+file that the environment names.
 """
 
 import os
@@ -22,7 +22,7 @@ NUM_BLOCKS = 1 << 16
 
 
 class InstantEngine:
-    """Chooses the same token everywhere; knows of each seq only how long it is and how much of it is computed."""
+    """Always chooses the same token. Of each seq it knows only the length and how much is computed."""
 
     def __init__(self, spec: EngineSpec, record: Callable[[int, int], None]) -> None:
         self.info = EngineInfo(
@@ -71,8 +71,8 @@ def instant_engines(spec: WorkerSpec, cohort: Cohort, on_progress: OnProgress) -
 
 
 def _recorder() -> Callable[[int, int], None]:
-    # Never closed, since the process ends without notice; so each line goes out at once. Appending, since the reader
-    # empties the file between measurements.
+    # Never closed, because the process ends without notice. So each line is flushed at once. Opened for appending,
+    # because the reader empties the file between measurements.
     file = Path(os.environ[GAPS_FILE]).open("a", buffering=1)  # noqa: SIM115
     return lambda rows, gap_ns: print(rows, gap_ns, file=file)
 

@@ -1,8 +1,9 @@
 """What the operators cost: attention, the small operators of a layer, sampling, and products with 4-bit weights.
 
-Each stands beside what a user would take instead, and what moves data beside the speed at which this machine copies
-memory, which is measured first. All contenders of a row are timed in turn, so that a busy machine slows them alike;
-medians, with the least and greatest. On a GPU every call finds a cache full of something else.
+Each operator is compared with what a user would take instead. Operators that move data are also compared with the speed
+at which this machine copies memory, which is measured first. All contenders of a row take turns, so that a busy machine
+slows them alike. Results are medians with the least and the greatest value. On a GPU, the cache is full of other data
+before every call.
 """
 
 import argparse
@@ -79,7 +80,7 @@ def cpu_program(heads: Heads) -> Program:
 
 
 def quick_program() -> Program:
-    """Every path in a second or two, for a test: its numbers mean nothing."""
+    """Runs every path in a second or two, for a test. The numbers mean nothing."""
     return Program(
         heads=[Heads(name="quick", num_q_heads=4, num_kv_heads=2, head_dim=64)],
         attention=[even(2, 40), AttentionShape(contexts=(5, 33)), even(1, 20, 3)],

@@ -1,10 +1,10 @@
-"""What layer-parallel drafting costs and brings (arXiv 2502.02493).
+"""What layer-parallel drafting costs and gains (arXiv 2502.02493).
 
-Acceptance: the draft writes k tokens at a time behind a text that the target has written greedily, and goes on behind
-what was right of them. All of a draft's arithmetic is that of a worker; how its layers are divided over ranks changes
-no bit of it, so one process is enough.
+Acceptance: the draft writes k tokens at a time after a text that the target has written greedily, and continues after
+those that were right. The draft's arithmetic is that of a worker. Dividing its layers over ranks changes no bit, so one
+process is enough.
 
---step-times: the time of a draft step of real workers with one and two ranks, a core each, for a draft of random
+--step-times: how long a draft step of real workers takes on one and two ranks, a core each, for a draft of random
 weights (bench/layer_parallel_steps.py).
 """
 
@@ -52,7 +52,7 @@ class Way:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Acceptance:
-    """`a_token`: of the drafts that were reached, those that were right. A wrong draft ends a round's count."""
+    """`a_token`: the share of right drafts among those compared. A round counts up to its first wrong draft."""
 
     a_token: float
     a_round: float
@@ -101,7 +101,7 @@ class Writer:
             )
 
     def write(self, slots: Sequence[int], *, exact: bool) -> list[int]:
-        """Computes what has no KV and appends a token to each of `slots`; returns these tokens."""
+        """Computes the tokens without KV, appends a token to each of `slots`, and returns the new tokens."""
         lengths, computed = self._table.lengths, self._table.num_computed
         counts = [int(lengths[slot] - computed[slot]) for slot in slots]
         batch = self._table.pack(slots, counts, CPU)
@@ -114,7 +114,7 @@ class Writer:
         return token_ids
 
     def give(self, slot: int, length: int, token_ids: Sequence[int], *, num_kept: int) -> None:
-        """The seq is its first `length` tokens and these, and of it the first `num_kept` tokens keep their KV."""
+        """Cuts the seq to its first `length` tokens and appends these. The first `num_kept` tokens keep their KV."""
         self._table.crop(slot, length)
         self._table.num_computed[slot] = min(int(self._table.num_computed[slot]), num_kept)
         self._table.append([slot], [token_ids])
@@ -133,10 +133,10 @@ def target_texts(folder: Path, prompts: Sequence[Sequence[int]], num_tokens: int
 def acceptance(
     folder: Path, way: Way, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], k: int
 ) -> Acceptance:
-    """Rounds of k drafts after each text so far, until none has room for another round.
+    """Runs rounds of k drafts after each text, until none has room for another round.
 
-    With calibration a round begins with an exact pass over all that is new, whose logits give its first draft. Without
-    it nothing after the prompt is computed exactly, and KV of drafts that were right stays as it is.
+    With calibration, a round begins with an exact pass over all new tokens, whose logits give the first draft. Without
+    it, nothing after the prompt is computed exactly, and right drafts keep their KV.
     """
     writer = Writer(folder, way.groups, prompts)
     lengths = [len(prompt) for prompt in prompts]
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--draft", type=Path, default=ROOT / "models" / "demo-draft")
     parser.add_argument("--dataset", type=Path, help="JSON lines with 'prompt'; default: a few bundled ones")
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=96, help="written after each prompt")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens written after each prompt")
     parser.add_argument("--k", type=int, default=4, help="drafts a round")
     parser.add_argument("--step-times", action="store_true", help="measure steps instead of acceptance")
     add_step_options(parser)

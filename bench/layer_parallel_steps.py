@@ -1,7 +1,7 @@
 """The time of a draft step: one core alone, and two cores as layer-parallel and as tensor-parallel ranks.
 
-Real workers run real rounds; a step is a round's time divided by its forwards. All groups are started once and measured
-in turn, one at a time, so that a machine whose speed drifts drifts for all.
+Real workers run real rounds; a step's time is a round's time divided by its forwards. All groups are started
+once and take turns, so that a drift of the machine's speed affects all.
 """
 
 import argparse
@@ -69,7 +69,7 @@ class DraftGroup:
         )
 
     def step_ms(self, num_tokens: int) -> float:
-        """Of a chain of `num_tokens` drafts after the prompt and another token."""
+        """Time of a step in a chain of `num_tokens` drafts after the prompt and one more token."""
         row = Row(slot=0, crop_len=self._prompt_len, append_token_ids=[7], chunk_len=1, num_draft_tokens=num_tokens)
         result = self._run(row)
         assert result.num_steps == num_tokens, f"{num_tokens} drafts took {result.num_steps} forwards"
@@ -153,8 +153,8 @@ def add_step_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hidden", type=int, default=1536)
     group.add_argument("--intermediate", type=int, default=4608)
     group.add_argument("--context", type=int, default=512, help="tokens before the chain")
-    group.add_argument("--runs", type=int, default=5, help="paired runs behind each median")
-    group.add_argument("--steps", type=int, default=12, help="draft tokens of a run")
+    group.add_argument("--runs", type=int, default=5, help="paired runs per median")
+    group.add_argument("--steps", type=int, default=12, help="draft tokens per run")
 
 
 def measure_steps(options: argparse.Namespace) -> None:
@@ -191,7 +191,7 @@ def measure_steps(options: argparse.Namespace) -> None:
     share = attention / (attention + 3 * options.hidden * options.intermediate)
     body = (
         f"{num_parameters / 1e6:.0f}M random parameters, bf16: {options.layers} layers, hidden size {options.hidden}, "
-        f"intermediate size {options.intermediate}; attention is {share:.0%} of a layer's weights. One seq behind "
+        f"intermediate size {options.intermediate}; attention is {share:.0%} of a layer's weights. One seq after "
         f"{options.context} tokens, a core for each rank. Median (least-greatest) of {options.runs} paired runs of "
         f"{options.steps} steps.\n\n" + table(["", "ms a step", "against sequential"], rows)
     )

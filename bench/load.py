@@ -1,4 +1,4 @@
-"""Send prompts to a gateway and time them: what the benchmarks here have in common."""
+"""Sends prompts to a gateway and times them, for all benchmarks."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ class Timed:
     """Requests that ran side by side."""
 
     completions: Sequence[Completion]
-    seconds: float  # from the first word sent to the last token received, prefill included
+    seconds: float  # from the first request sent to the last token received, prefill included
 
     @property
     def num_tokens(self) -> int:

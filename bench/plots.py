@@ -1,4 +1,4 @@
-"""Bar charts of results, beside their tables."""
+"""Bar charts of results, saved next to their tables."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -8,7 +8,7 @@ BUNDLED = Path(__file__).with_name("prompts.jsonl")
 
 
 def load_prompts(dataset: Path | None, count: int) -> list[str]:
-    """`count` prompts of a dataset, from the start and again where it has fewer.
+    """The first `count` prompts of a dataset, repeated if it has fewer.
 
     Raises ValueError for an empty dataset and for a line without `prompt` or `turns`.
     """

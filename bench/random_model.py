@@ -2,7 +2,8 @@
 
     python -m bench.random_model /tmp/useless --layers 8 --hidden 640 --intermediate 1792
 
-writes a draft of which no token is accepted, in the shape of bench.inflate's `draft-32m` but for whole attention: 43M.
+writes a draft whose tokens are never accepted. It has the shape of bench.inflate's `draft-32m`, but full-sized
+attention: 43M parameters.
 """
 
 import argparse

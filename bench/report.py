@@ -41,7 +41,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def cpu_model() -> str:
-    """The processor's name as Linux gives it, else what Python knows."""
+    """The processor's name from Linux, else from Python."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M)
@@ -59,7 +59,7 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
 
 
 def publish(name: str, body: str, *, command: str, save: bool, on: str | None = None) -> Path | None:
-    """Prints a report and, if asked to, keeps it as bench/results/<hardware>-<date>-<name>.md, which is returned."""
+    """Prints a report. With `save`, writes it to bench/results/<hardware>-<date>-<name>.md and returns that path."""
     machine = on or hardware()
     today = datetime.date.today().isoformat()
     text = f"# {name}\n\n`{command}`, {machine}, {today}\n\n{body}\n"

@@ -1,8 +1,8 @@
-"""What scheduler and wires add to a round: the time a device would idle between two rounds, one round in flight.
+"""What scheduler and wires add to a round: how long a device idles between two rounds, with one round in flight.
 
 Scheduler, leader and the other ranks are real processes that talk over real gRPC and the real round channel; only
-the engine is replaced by one that answers at once (bench.instant_worker). With two rounds in flight, which is how
-Echelon runs, a device does not see this time at all while a step takes longer.
+the engine is replaced by one that answers at once (bench.instant_worker). Echelon normally keeps two rounds in flight;
+then a device does not idle as long as a step takes longer than this time.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def scheduler_spec(leader_address: str) -> SchedulerSpec:
 
 
 async def decode(scheduler_address: str, num_seqs: int, num_tokens: int, first_id: int) -> None:
-    """`num_seqs` requests of `num_tokens` tokens each, side by side, to their ends."""
+    """Runs `num_seqs` requests of `num_tokens` tokens each, side by side, to their end."""
     async with open_channel(scheduler_address) as channel:
         call = SchedulerStub(channel).Connect()
         for index in range(num_seqs):

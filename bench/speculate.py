@@ -1,8 +1,8 @@
-"""What speculation gives: tokens per second of each way to speculate, beside plain decoding and `transformers`.
+"""What speculation gains: tokens per second of each variant, compared with plain decoding and `transformers`.
 
-Each run starts a variant's processes, warms them up and sends every prompt; variants take turns (A B C, A B C, ...), so
-that a machine whose speed drifts drifts for all, and ratios are those of neighbours. Outputs are compared with plain
-decoding's token by token. A variant that this build refuses is listed with the refusal.
+Each run starts a variant's processes, warms them up and sends every prompt. Variants take turns (A B C, A B C, ...), so
+that a drift of the machine's speed affects all, and ratios compare runs of the same turn. Outputs are compared token by
+token with those of plain decoding. A variant that this build refuses is listed with the reason.
 
     python -m bench.inflate models/demo-target /tmp/target --preset target-455m
     python -m bench.inflate models/demo-draft /tmp/draft --preset draft-32m
@@ -31,7 +31,7 @@ from echelon.requests import GenerateOptions
 MODELS = Path(__file__).parents[1] / "models"
 SEED = 1
 WARM_UP_TOKENS = 32
-MOST_GAPS = 16  # differences that are looked into
+MOST_GAPS = 16  # differences whose gap is measured
 
 
 def status_of(deployment: VariantDeployment) -> SchedulerStatus:
@@ -40,8 +40,8 @@ def status_of(deployment: VariantDeployment) -> SchedulerStatus:
 
 
 def run_cell(deployment: VariantDeployment, prompts: Sequence[list[int]], cell: Cell, num_tokens: int) -> Run:
-    """One run over all prompts, after a few requests of the same kind with other tokens. Their prompts are as
-    long, because how a prompt is computed depends on the length of recent ones."""
+    """One run over all prompts, after a few similar requests with other tokens. Their prompts have the same lengths,
+    because how a prompt is computed depends on the lengths of recent ones."""
     address = deployment.running.gateway_address
     options: GenerateOptions = {
         "max_tokens": num_tokens,
@@ -84,8 +84,8 @@ def measure(
     prompts: Prompts,
     args: argparse.Namespace,
 ) -> Results:
-    """Every variant in turn, `args.runs` times, in each cell that has prompts; what each gave is told on stderr at
-    once. Raises NotAvailableError if plain decoding cannot be started."""
+    """Runs every variant in turn, `args.runs` times, in each cell that has prompts, and reports each on stderr at once.
+    Raises NotAvailableError if plain decoding cannot be started."""
     results = Results()
     for number in range(1, args.runs + 1):
         for variant in variants:
@@ -108,7 +108,7 @@ def measure(
 
 
 def differences(results: Results, cell: Cell, variant: Variant, prompts: Prompts) -> list[Difference]:
-    """Of the last run, one a prompt at most."""
+    """Of the last run, at most one per prompt."""
     plain, other = (results.runs[cell][v][-1].outputs for v in (PLAIN, variant))
     found = (first_difference(*each) for each in zip(prompts[cell], plain, other, strict=True))
     return [difference for difference in found if difference is not None]
@@ -165,7 +165,7 @@ HEADER = [
 
 
 def gap_report(pair: Pair, results: Results, prompts: Prompts) -> str:
-    """The gaps where outputs parted; empty if none did."""
+    """The gaps where outputs differ; empty if none do."""
     found = [
         (cell, variant, difference)
         for cell, by_variant in results.runs.items()
@@ -181,8 +181,8 @@ def gap_report(pair: Pair, results: Results, prompts: Prompts) -> str:
             gap = gap_between(address, difference, temperature=cell.temperature, seed=SEED)
             tokens = f"{difference.plain_token_id} / {difference.other_token_id}"
             rows.append([variant.name, cell.name, str(len(difference.output)), tokens, f"{gap:.4f}"])
-    header = ["variant", "load", "at output token", "plain / other", "gap of the two"]
-    return f"\n\n{len(found)} outputs part from plain decoding:\n\n" + table(header, rows)
+    header = ["variant", "load", "at output token", "plain / other", "gap between the two"]
+    return f"\n\n{len(found)} outputs differ from plain decoding:\n\n" + table(header, rows)
 
 
 def transformers_rows(args: argparse.Namespace, prompts: Sequence[list[int]]) -> list[list[str]]:
@@ -211,25 +211,27 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, default=MODELS / "demo-target")
     parser.add_argument("--draft", type=Path, default=MODELS / "demo-draft")
-    parser.add_argument("--dtype", default="bfloat16", help="float32: outputs must be equal; bfloat16: but for ties")
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="float32: outputs must be equal; bfloat16: equal except at ties"
+    )
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of the target")
     parser.add_argument("--placement", choices=["colocated", "separate"], default="colocated")
-    parser.add_argument("--threads", type=int, default=2, help="of each worker")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each worker")
     parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES))
     parser.add_argument("--sources", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument(
-        "-k", type=_count_or_auto, nargs="+", default=[3, 5], help="drafts a round, or auto: the policy"
+        "-k", type=_count_or_auto, nargs="+", default=[3, 5], help="drafts per round; auto: the policy chooses"
     )
     parser.add_argument("--layer-parallel-size", type=int, default=4)
     parser.add_argument("--forced-acceptance", type=float, default=0.0, help="count this share of drafts as right")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1])
     parser.add_argument("--dataset", type=Path, help="JSON lines with `prompt` or `turns`; default: bundled prompts")
-    parser.add_argument("--prompts", type=int, default=8, help="as many as run at once, where those are more")
+    parser.add_argument("--prompts", type=int, default=8, help="number of prompts; at least the concurrency")
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--runs", type=int, default=5, help="paired runs behind each median")
+    parser.add_argument("--runs", type=int, default=5, help="paired runs per median")
     parser.add_argument("--transformers", action="store_true", help="also transformers, on the same pair and prompts")
-    parser.add_argument("--name", default="speculate", help="of the report")
+    parser.add_argument("--name", default="speculate", help="name of the report")
     add_report_options(parser)
     return parser.parse_args()
 

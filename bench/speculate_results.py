@@ -27,12 +27,12 @@ class Run:
     """All prompts once."""
 
     tokens_per_s: float
-    token_s: float  # of a request, between its first token and its last: seconds a token, prefill left out
-    tokens_per_round: float  # of a request: accepted drafts and the target's own
+    token_s: float  # of a request, from its first token to its last: seconds per token, without prefill
+    tokens_per_round: float  # of a request: accepted drafts and the target's own token
     acceptance: float  # accepted / compared drafts
     draft_idle: float  # share of the time in which the draft could have drafted and had no round
-    target_idle: float  # share of the time in which the target had no round, since it waited for drafts
-    drafts_per_draft_round: float  # of all rows; a round of the continuous pipeline has few steps, mostly one
+    target_idle: float  # share of the time in which the target had no round because it waited for drafts
+    drafts_per_draft_round: float  # over all rows; a round of the continuous pipeline mostly has one step
     cache_hits: float  # share of the mismatches for which a branch was ready
     outputs: list[tuple[int, ...]]
 
@@ -48,22 +48,22 @@ class Results:
         self.runs.setdefault(cell, {}).setdefault(variant, []).append(run)
 
     def ratios(self, cell: Cell, variant: Variant, base: Variant) -> list[float]:
-        """Speed against that of another variant's run of the same turn, prefill included."""
+        """Speed divided by that of another variant's run in the same turn, prefill included."""
         pairs = zip(self.runs[cell][variant], self.runs[cell][base], strict=False)
         return [run.tokens_per_s / other.tokens_per_s for run, other in pairs]
 
     def decoding_ratios(self, cell: Cell, variant: Variant, base: Variant) -> list[float]:
-        """The same between the first token of a request and its last."""
+        """The same, from the first token of a request to its last."""
         pairs = zip(self.runs[cell][variant], self.runs[cell][base], strict=False)
         return [share(other.token_s, run.token_s) for run, other in pairs]
 
     def best_serial(self, cell: Cell, source: str) -> Variant | None:
-        """What the other pipelines of a source are measured against."""
+        """The variant that the other pipelines of a source are compared with."""
         serial = [v for v in self.runs[cell] if (v.pipeline, v.source) == ("serial", source) and v.num_drafts]
         return max(serial, key=lambda v: _median_speed(self.runs[cell][v]), default=None)
 
     def best_without_policy(self, cell: Cell, variant: Variant) -> Variant:
-        """What the policy's choices are measured against: no drafts, or the best fixed number."""
+        """The variant that the policy is compared with: no drafts, or the best fixed number."""
         fixed = [
             v for v in self.runs[cell] if (v.pipeline, v.source) == (variant.pipeline, variant.source) and v.num_drafts
         ]

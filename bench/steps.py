@@ -1,13 +1,13 @@
 """What a step costs inside a worker: verifying 1 to 9 rows, drafting, and how much of it is matrix products.
 
-Engines run in this process, without scheduler and wires, on rounds as a scheduler sends them. CPU time is given beside
-wall time, because it says something even on a busy machine. Products are the part that weights and threads decide; the
-rest is a fixed price for each operator, paid on one thread, so with two threads it weighs twice.
+Engines run in this process, without scheduler and wires, on rounds as a scheduler sends them. CPU time is shown next to
+wall time, because it is meaningful even on a busy machine. Products depend on weights and threads. The rest is a fixed
+price for each operator on one thread, so it counts double with two threads.
 
     OMP_NUM_THREADS=2 GOMP_SPINCOUNT=3000 python -m bench.steps --threads 2
 
-Threads that wait at the end of an operator spin for a while (GOMP_SPINCOUNT, libgomp's measure) and then sleep: waking
-costs about 50 us an operator, spinning where another process needs the core costs far more. Run it with several.
+Threads that wait at the end of an operator spin for a while (GOMP_SPINCOUNT, in libgomp's unit) and then sleep. Waking
+costs about 50 us per operator. Spinning on a core that another process needs costs far more. Try several values.
 """
 
 import argparse
@@ -54,7 +54,7 @@ class Cost:
 
 
 class Seqs:
-    """A few seqs of one length on an engine; every round finds them as the one before did."""
+    """A few seqs of the same length on an engine. Every round starts from the same state."""
 
     def __init__(self, engine: Engine, num_seqs: int, context: int) -> None:
         self._engine = engine
@@ -75,7 +75,7 @@ class Seqs:
         self._send([Row(slot=slot, chunk_len=context) for slot in self._slots], inits)
 
     def verify(self, num_rows: int) -> None:
-        """The last token and the drafts after it."""
+        """Verifies the last token and the drafts after it."""
         drafts = range(1, num_rows)
         self._send(
             [
@@ -92,7 +92,7 @@ class Seqs:
         )
 
     def draft(self, num_tokens: int) -> None:
-        """Catches up with a verdict of two tokens and the drafts after them."""
+        """Catches up with a verdict of two tokens, then drafts."""
         self._send(
             [
                 Row(
@@ -153,9 +153,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seqs", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 6, 9], help="rows of a seq that are verified")
-    parser.add_argument("--drafts", type=int, nargs="+", default=[1, 5], help="tokens that a round drafts")
-    parser.add_argument("--context", type=int, default=128, help="tokens of each seq")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 6, 9], help="rows verified per seq")
+    parser.add_argument("--drafts", type=int, nargs="+", default=[1, 5], help="tokens drafted per round")
+    parser.add_argument("--context", type=int, default=128, help="tokens per seq")
     parser.add_argument("--runs", type=int, default=30)
     add_report_options(parser)
     args = parser.parse_args()
@@ -172,7 +172,7 @@ def main() -> None:
         for num_tokens in args.drafts:
             drafting = cost(partial(seqs.draft, num_tokens), args.runs)
             rows.append(["draft", str(num_seqs), str(num_tokens), *drafting.cells])
-    header = ["round", "seqs", "rows or drafts a seq", "least ms", "median ms", "CPU ms", "in products"]
+    header = ["round", "seqs", "rows or drafts per seq", "least ms", "median ms", "CPU ms", "in products"]
     body = (
         f"{args.target.name} and {args.draft.name}, {args.dtype}, {args.threads} thread(s), {args.context} tokens of "
         f"context; GOMP_SPINCOUNT {os.environ.get('GOMP_SPINCOUNT', 'not set')}, OMP_WAIT_POLICY "

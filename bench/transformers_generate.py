@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 
 class TransformersPair:
-    """Target and draft in this process, one prompt at a time, as assisted generation wants it."""
+    """Target and draft in this process, one prompt at a time, as assisted generation requires."""
 
     def __init__(self, target: Path, draft: Path, *, dtype: str, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -18,7 +18,7 @@ class TransformersPair:
         self._draft = _load(draft, dtype)
 
     def tokens_per_s(self, prompts: Sequence[Sequence[int]], *, num_tokens: int, num_drafts: int | None) -> float:
-        """Over all prompts, prefill included; `num_drafts` a round from the draft, None: without it."""
+        """Over all prompts, prefill included. `num_drafts`: drafts per round; None: without the draft."""
         options: dict[str, Any] = {}
         if num_drafts is not None:
             settings = self._draft.generation_config

@@ -1,7 +1,7 @@
 """What `bench.speculate` compares: each way to speculate as a deployment on this machine.
 
-A variant is written into the specs of the processes themselves (protos/process.proto), not into a deployment file, so
-that what only a benchmark may ask for (forced acceptance) can be asked for here, and nowhere else.
+A variant is written into the specs of the processes (protos/process.proto), not into a deployment file. So what only a
+benchmark may ask for (forced acceptance) can be set here and nowhere else.
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ START_TIMEOUT_S = 300.0
 
 
 class NotAvailableError(RuntimeError):
-    """This build of Echelon does not offer the variant; says what refused it."""
+    """This build of Echelon does not offer the variant. The message says what refused it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class Variant:
 
     source: str  # a key of METHODS, or "none"
     pipeline: str = "serial"
-    num_drafts: int | None = None  # a round; None: the policy chooses
+    num_drafts: int | None = None  # per round; None: the policy chooses
 
     @property
     def name(self) -> str:
@@ -58,7 +58,7 @@ class Variant:
 
     @property
     def short_name(self) -> str:
-        """Among those of its pipeline and source."""
+        """Its name among the variants of the same pipeline and source."""
         if self.source == "none":
             return "plain"
         return f"k = {'auto' if self.num_drafts is None else self.num_drafts}"
@@ -72,7 +72,7 @@ PLAIN = Variant(source="none")
 
 
 def all_variants(pipelines: list[str], sources: list[str], num_drafts: list[int | None]) -> list[Variant]:
-    """Every combination that means something, plain decoding first. Lookup costs nothing to wait for: it is serial."""
+    """Every useful combination, plain decoding first. Lookup takes no time, so it is serial only."""
     combinations = [
         Variant(source=source, pipeline=pipeline, num_drafts=k)
         for pipeline in pipelines
@@ -84,7 +84,7 @@ def all_variants(pipelines: list[str], sources: list[str], num_drafts: list[int 
 
 
 def adjust_scheduler(spec: SchedulerSpec, variant: Variant) -> None:
-    """Lets a scheduler speculate as the variant says."""
+    """Makes a scheduler speculate as the variant says."""
     if variant == PLAIN:
         return
     spec.speculation.CopyFrom(
@@ -99,7 +99,7 @@ def adjust_scheduler(spec: SchedulerSpec, variant: Variant) -> None:
 
 
 def adjust_worker(spec: WorkerSpec, pair: Pair, variant: Variant) -> None:
-    """What a worker's engines are told beyond the settings."""
+    """Adds what a worker's engines need beyond the settings."""
     for engine in spec.engines:
         if engine.role == ENGINE_ROLE_TARGET:
             engine.forced_acceptance = pair.forced_acceptance
@@ -108,7 +108,7 @@ def adjust_worker(spec: WorkerSpec, pair: Pair, variant: Variant) -> None:
 
 
 class VariantDeployment(LocalDeployment):
-    """The processes of one variant. Entering raises NotAvailableError where one of them refuses it."""
+    """The processes of one variant. Entering raises NotAvailableError if one of them refuses it."""
 
     def __init__(self, pair: Pair, variant: Variant) -> None:
         self._pair = pair
@@ -137,7 +137,7 @@ class VariantDeployment(LocalDeployment):
         return super()._spawn(launch)
 
     def _check_layer_parallel(self) -> None:
-        """A worker that knows nothing of it would run an ordinary draft."""
+        """A worker that does not know the setting would run an ordinary draft."""
         if self._variant.source == "layer-parallel" and self._draft_engine().lp_size != self._pair.lp_size:
             raise NotAvailableError(f"the draft worker has lp_size {self._draft_engine().lp_size}")
 

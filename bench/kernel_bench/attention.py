@@ -1,8 +1,8 @@
-"""Attention over a paged cache beside torch's on contiguous keys.
+"""Attention over a paged cache, compared with torch's on contiguous keys.
 
 The paged cache is read with the blocks of a seq side by side ("neighbours", what the allocator prefers) and in random
-order ("scattered"). The others get each seq's keys and values in one contiguous tensor, padding and paging left out:
-SDPA with whichever of its backends is fastest, and on a GPU flex_attention, compiled, where all seqs are of one length.
+order ("scattered"). The others get each seq's keys and values in one contiguous tensor, without padding or paging: SDPA
+with its fastest backend and, on a GPU, compiled flex_attention if all seqs have the same length.
 """
 
 import logging
@@ -152,7 +152,7 @@ class AttentionCase:
         return torch.ones(num_new, context, dtype=torch.bool, device=self._device).tril(context - num_new)
 
     def _sdpa(self, backend: SDPBackend) -> None:
-        """One call for seqs of one length, else one a seq."""
+        """One call if all seqs have the same length, else one call per seq."""
         grouped = self._heads.num_q_heads > self._heads.num_kv_heads
         with sdpa_kernel(backend):
             for (q, k, v), visible in zip(self._sdpa_inputs, self._visible, strict=True):
@@ -201,7 +201,7 @@ def attention_table(
 
 
 def verify_table(shapes: Sequence[AttentionShape], heads: Heads, machine: Machine, *, num_rows: int) -> str:
-    """What num_rows new tokens a seq cost beside one: the price of verifying drafts."""
+    """The time for num_rows new tokens per seq divided by the time for one: the price of verifying drafts."""
     rows = []
     for shape in shapes:
         one, several = (

@@ -11,15 +11,15 @@ from bench.report import Spread, hardware
 
 Step = Callable[[], object]
 CPU_CACHE_BYTES = 32 << 20
-CACHES_TO_EXCEED = 4  # what is read again in each call has to be larger than that many caches
-SLEEP_CYCLES = 2_000_000  # 1 ms, in which the host gets ahead: a call is then timed without its launch
+CACHES_TO_EXCEED = 4  # what each call reads again must be this many times larger than the cache
+SLEEP_CYCLES = 2_000_000  # 1 ms, in which the host gets ahead, so that a call's launch is not timed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     device: torch.device
     runs: int
-    min_run_s: float = 0.02  # on CPU: a run repeats a step for at least that long
+    min_run_s: float = 0.02  # on CPU: a run repeats a step for at least this long
 
     @property
     def on_gpu(self) -> bool:
@@ -31,16 +31,16 @@ class Machine:
 
     @property
     def cache_bytes(self) -> int:
-        """Of the last level."""
+        """Size of the last-level cache."""
         return torch.cuda.get_device_properties(self.device).L2_cache_size if self.on_gpu else CPU_CACHE_BYTES
 
     def time_in_turn(self, steps: Sequence[Step]) -> list[Spread]:
-        """Microseconds a call of each step: every run times them all, one after the other, so that a machine that gets
-        slower or faster treats them alike."""
+        """Microseconds per call of each step. Every run times all steps one after the other, so that a drift of the
+        machine's speed affects all alike."""
         return self._on_gpu(steps) if self.on_gpu else self._on_cpu(steps)
 
     def copy_bytes_per_us(self, num_bytes: int) -> float:
-        """Bytes read and written in a microsecond by copying num_bytes: the limit of every operator that moves data."""
+        """Bytes read and written per microsecond when copying num_bytes: the limit of operators that move data."""
         source = torch.empty(num_bytes, dtype=torch.uint8, device=self.device).fill_(1)
         target = torch.empty_like(source)
         return 2 * num_bytes / self.time_in_turn([partial(target.copy_, source)])[0].median
@@ -62,7 +62,7 @@ class Machine:
         return [Spread.of(times) for times in times_us]
 
     def _on_gpu(self, steps: Sequence[Step]) -> list[Spread]:
-        """Events around single calls, after warming up (and compiling), each with a cache full of something else."""
+        """Times single calls with events after a warm-up, which also compiles. The cache is full of other data."""
         for step in steps:
             for _ in range(3):
                 step()

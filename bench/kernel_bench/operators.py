@@ -27,7 +27,7 @@ TOP_K, TOP_P = 50, 0.95
 def layer_table(
     num_rows: Sequence[int], heads: Heads, machine: Machine, *, intermediate: int, copy_bytes_per_us: float
 ) -> str:
-    """Operators that move data, with the share of copy bandwidth that they reach, beside torch's where it has one."""
+    """Operators that move data: their time, their share of copy bandwidth, and the time of torch's if there is one."""
     rows = []
     for count in num_rows:
         steps = _layer_steps(count, heads, machine.device, intermediate=intermediate)
@@ -39,7 +39,7 @@ def layer_table(
 
 
 def linear_table(num_rows: Sequence[int], machine: Machine, *, in_features: int, intermediate: int) -> str:
-    """The same bits for any number of rows, beside torch's product, on a gate and up projection."""
+    """The product that gives the same bits for any number of rows and torch's, on a gate and up projection."""
     weight = torch.randn(2 * intermediate, in_features, device=machine.device, dtype=DTYPE)
     rows = []
     for count in num_rows:
@@ -111,7 +111,7 @@ def sample_steps(num_rows: int, vocab_size: int, device: torch.device) -> dict[s
 def _layer_steps(
     count: int, heads: Heads, device: torch.device, *, intermediate: int
 ) -> dict[str, tuple[Step, int | None]]:
-    """Each with the bytes that it has to move; None for those beside it."""
+    """Each step with the bytes that it has to move; None for the step that it is compared with."""
     hidden = heads.num_q_heads * heads.head_dim
     x, residual = torch.randn(2, count, hidden, device=device, dtype=DTYPE)
     norm_weight = torch.ones(hidden, device=device, dtype=DTYPE)
@@ -143,6 +143,6 @@ def _copies(weight_bytes: int, machine: Machine) -> int:
 
 
 def _rotating(steps: Sequence[Step]) -> Step:
-    """One after the other, a call each."""
+    """A step that runs the next of `steps` on each call."""
     turn = cycle(steps)
     return lambda: next(turn)()

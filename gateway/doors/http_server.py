@@ -22,7 +22,7 @@ class HttpServer:
     """Listens once constructed and answers after `start`, on the event loop: rendering takes a few milliseconds, and
     threads of its own would hold up the loop for longer. One request a connection.
 
-    Beyond `_MAX_CONNECTIONS` the oldest is dropped: who opens many and says nothing shuts nobody out. Raises OSError
+    If too many are open, the oldest is dropped, so that silent connections shut nobody out. Raises OSError
     where the port cannot be had.
     """
 
