@@ -20,7 +20,7 @@ def main() -> None:
 async def _serve(spec: SchedulerSpec, events: EventWriter) -> None:
     stopped = edge.stop_signal()
     server = SchedulerServer(spec)
-    # Rounds make garbage in proportion to their rows; the default would look for cycles in every few of them.
+    # A round leaves garbage in proportion to its rows; by default Python would look for cycles every few rounds.
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
     events.ready(await server.start(_CONNECT_TIMEOUT_S))

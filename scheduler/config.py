@@ -35,8 +35,8 @@ class SpeculationConfig:
     method: Method = Method.NONE
     pipeline: Pipeline = Pipeline.SERIAL
     num_speculative_tokens: int = 0  # most drafts that a target row verifies
-    adaptive: bool = False  # the policy chooses how many; else all that there are
-    window: int = 0  # continuous: most drafts ahead of the last commit; 0: as many as can be of use
+    adaptive: bool = False  # the policy chooses how many; otherwise all drafts at hand are verified
+    window: int = 0  # continuous: most drafts ahead of the last commit; 0: as many as can be useful
     verdict_cache_rows: int = 0  # continuous: most branches of a seq
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class SpeculationConfig:
 
 
 def _fields_of(section: Message) -> dict[str, Any]:
-    """All of them, unset ones too: a section's fields are named as those of the config that it becomes."""
+    """All settings, unset ones too. A section's fields have the names of the config that it becomes."""
     return {field.name: getattr(section, field.name) for field in section.DESCRIPTOR.fields}
 
 
@@ -93,7 +93,7 @@ class SchedulerConfig:
 
     @classmethod
     def from_spec(cls, spec: process_pb2.SchedulerSpec) -> "SchedulerConfig":
-        """The part of a SchedulerSpec that decisions depend on."""
+        """The part of a SchedulerSpec that affects decisions."""
         return cls(
             model_name=spec.model_name,
             eos_token_ids=frozenset(spec.eos_token_ids),

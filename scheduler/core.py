@@ -1,8 +1,8 @@
 """What runs next. A plain synchronous class: no clock, no I/O, no threads.
 
-The shell tells it what happened (`add`, `cancel`, `on_target_result`, ...), asks it after every event for the next
-rounds (`plan_draft`, `plan_target`) until it has none, and then, while engines work on those, takes what is to be
-delivered (`take_outputs`). Times are seconds of one monotonic clock.
+The shell tells it what happened (`add`, `cancel`, `on_target_result`, ...). After every event the shell asks for the
+next rounds (`plan_draft`, `plan_target`) until there are none. While the engines work on those, it takes the output to
+deliver (`take_outputs`). Times are seconds of one monotonic clock.
 """
 
 import logging
@@ -59,17 +59,17 @@ class SchedulerCore:
         self._target.attach(self._new_engine(info, incarnation))
 
     def connect_draft(self, info: worker_pb2.EngineInfo, incarnation: int, *, shares_process: bool = False) -> None:
-        """Speculation starts, or resumes, for every seq. `shares_process`: with the target."""
+        """Speculation starts, or resumes, for every seq. `shares_process`: the draft runs in the target's process."""
         self._speculation.attach(self._new_engine(info, incarnation), shares_process=shares_process)
 
     def disconnect_target(self, reason: str) -> None:
-        """The target is gone with all that it held: every request fails."""
+        """The target is gone and everything it held is lost: every request fails."""
         for request in list(self._requests.values()):
             self._fail(request, StatusCode.UNAVAILABLE, reason)
         self._target.detach()
 
     def disconnect_draft(self) -> None:
-        """The draft engine is gone: requests go on without drafts."""
+        """The draft engine is gone: requests continue without drafts."""
         self._speculation.detach()
 
     def _new_engine(self, info: worker_pb2.EngineInfo, incarnation: int) -> EngineView:
@@ -78,7 +78,7 @@ class SchedulerCore:
     # -- requests -----------------------------------------------------------------------------------------------------
 
     def add(self, submit: scheduler_pb2.Submit, now: float) -> Failed | None:
-        """Queue a request, or say why not."""
+        """Queue a request, or return why it was refused."""
         try:
             return self._add(submit, now)
         except InvalidRequestError as error:
@@ -114,7 +114,7 @@ class SchedulerCore:
         return None
 
     def cancel(self, request_id: str, now: float) -> None:
-        """End a request at its client's wish. Unknown ids (finished a moment ago, say) are ignored."""
+        """End a request because its client asked. Unknown ids (a request that has just finished, say) are ignored."""
         request = self._requests.get(request_id)
         if request is None:
             return
@@ -131,7 +131,7 @@ class SchedulerCore:
                 self._speculation.adjust(seq, wish)
 
     def expire(self, now: float) -> None:
-        """Fail the requests whose time is up."""
+        """Fail the requests whose deadline has passed."""
         while self._deadlines and self._deadlines[0][0] <= now:
             request = heappop(self._deadlines)[2]
             if request.is_finished:
@@ -146,10 +146,10 @@ class SchedulerCore:
         return self._deadlines[0][0] if self._deadlines else None
 
     def next_release(self) -> float | None:
-        """When `plan_target` is worth calling again though nothing has happened: drafts were waited for long enough."""
+        """When to call `plan_target` again even if nothing happens: by then drafts were waited for long enough."""
         idle_since = self._target_idle_since
         if idle_since is None:
-            return None  # the round on its way comes back first
+            return None  # the round in flight comes back first
         release = self._speculation.stops_waiting_at(idle_since)
         return release if release < inf else None
 
@@ -189,7 +189,7 @@ class SchedulerCore:
         return message
 
     def _measure_idleness(self, now: float) -> None:
-        """What the engines do has perhaps changed."""
+        """Note that the engines may have become busy or idle."""
         engine, draft_engine = self._target.engine, self._speculation.drafter.engine
         waits = self._speculation.target_waits or self._speculation.next_release is not None
         self._verify_wait.update(now, is_idle=waits and engine is not None and not engine.in_flight)
@@ -197,7 +197,7 @@ class SchedulerCore:
         self._draft_idle.update(now, is_idle=is_idle and self._speculation.speculates(self._target.running))
 
     def on_target_result(self, result: worker_pb2.RoundResult, now: float) -> None:
-        """Commit what a round has computed."""
+        """Commit the results of a round."""
         record = self._target.land(result, now)
         self._speculation.observe_target(record)
         for row, answer in record.answered:
@@ -230,7 +230,7 @@ class SchedulerCore:
             self._finish(seq, finish, now, fresh)
 
     def _commit(self, seq: Seq, token_ids: list[int]) -> Finish | None:
-        """Tokens join the history, up to the one that ends the seq."""
+        """Append tokens to the history, up to the one that ends the seq."""
         for token_id in token_ids:
             seq.token_ids.append(token_id)
             finish = seq.output.push(token_id)
@@ -253,7 +253,7 @@ class SchedulerCore:
             self._start_siblings(request)
 
     def _start_siblings(self, request: Request) -> None:
-        """The first sample has computed the prompt: the others find it in the cache."""
+        """The first sample has computed the prompt, so the others find it in the cache."""
         for seq in request.seqs[1:]:
             if seq.status is SeqStatus.HELD:
                 self._target.enqueue(seq)
@@ -295,13 +295,13 @@ class SchedulerCore:
     # -- what comes out -----------------------------------------------------------------------------------------------
 
     def take_outputs(self) -> list[Output]:
-        """What is to be delivered since the last call, in order."""
+        """The output to deliver since the last call, in order."""
         return self._delivery.take()
 
     # -- status -------------------------------------------------------------------------------------------------------
 
     def status(self) -> scheduler_pb2.SchedulerStatus:
-        """Counters and gauges; whether the groups answer is for the shell to add."""
+        """Counters and gauges; the shell adds whether the groups answer."""
         status = scheduler_pb2.SchedulerStatus()
         status.CopyFrom(self._totals)
         status.generation_tokens_total = self._num_generated

@@ -11,13 +11,13 @@ from scheduler.policy.policy import SpeculationPolicy
 
 
 def _worth_of_next(state: DraftState) -> float:
-    """How likely the next draft of the seq's chain is accepted."""
+    """The probability that the next draft of the seq's chain is accepted."""
     assert state.seat is not None, "a chain that grows has a seat"
     return state.seat.survival * state.acceptance.rate ** (1 + state.seat.num_coming)
 
 
 class BranchPlanner:
-    """Chooses branches by what their next draft is worth: the probability that it will be committed."""
+    """Chooses branches by the value of their next draft: the probability that it will be committed."""
 
     def __init__(self, cache: VerdictCache, policy: SpeculationPolicy) -> None:
         self._cache = cache
@@ -26,11 +26,11 @@ class BranchPlanner:
     def rows(
         self, seats: DraftSeats, drafting: Sequence[DraftState], growing: Sequence[DraftState], num_steps: int
     ) -> list[PlannedRow]:
-        """Rows of `num_steps` drafts at most, as many rows as are worth the time that they add to the round.
+        """Rows of at most `num_steps` drafts: as many rows as are worth the time that they add to the round.
 
-        The chains of the seqs `growing` grow in any case; what they bring a second is what a branch of one of the seqs
-        `drafting` has to beat with the time of one more row. Where none grows the branches are worth a round of their
-        own, or nothing is drafted.
+        The chains of the seqs `growing` grow in any case. A branch of one of the seqs `drafting` has to gain more in
+        the time of one more row than those chains gain in that time. If no chain grows, the branches must be worth a
+        round of their own; otherwise nothing is drafted.
         """
         candidates = self._by_value(drafting, may_fork=seats.engine.num_free_slots > 0)
         if not growing and sum(value for value, _, _ in candidates) < self._policy.draft_step_cost:

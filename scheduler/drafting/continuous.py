@@ -1,8 +1,8 @@
 """The continuous pipeline: the draft engine never stops for verdicts.
 
-It keeps extending each chain up to a window ahead of the last commit while the target verifies, restarts from the
-commit on a mismatch, and drafts behind likely verdicts (verdict_cache.py) in extra rows of the same rounds. How long
-the target waits for it, if at all, is the policy's choice (`ContinuousPolicy`).
+While the target verifies, it extends each chain up to a window ahead of the last commit. After a mismatch it restarts
+from the commit. In extra rows of the same rounds it drafts for likely verdicts (verdict_cache.py). The policy decides
+how long the target waits for drafts, if at all (`ContinuousPolicy`).
 """
 
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ from scheduler.requests.request import Seq
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundTuning:
-    # The answer to a round tells the scheduler how to go on, so rounds are short ...
+    # The scheduler decides how to continue when a round is answered, so rounds are short ...
     max_steps: int = 4  # of a round; not measured
-    round_s: float = 2e-3  # ... but long beside the time that a message takes; not measured
-    step_share: float = 0.1  # of a step's time that the mean takes over; not measured
+    round_s: float = 2e-3  # ... but long compared with the time of a message; not measured
+    step_share: float = 0.1  # weight of a new step time in the mean; not measured
     max_growing: int = 2  # rounds in flight: the second one runs while the answer to the first travels; not measured
-    max_branching: int = 64  # seqs; of more, choosing branches takes longer than they save; not measured
+    max_branching: int = 64  # seqs; with more, choosing branches takes longer than they save; not measured
 
 
 class Continuous(Drafter):
@@ -46,10 +46,10 @@ class Continuous(Drafter):
 
     @property
     def target_waits(self) -> bool:
-        return False  # seqs are held, each until a time
+        return False  # seqs are held one by one, each until its own time
 
     def _on_landed(self, record: InFlight) -> None:
-        """Nobody waits for this round alone."""
+        """Nothing waits for this round alone."""
 
     def _observe_step(self, step_s: float) -> None:
         self._step_s += self._rounds.step_share * (step_s - self._step_s)
@@ -66,10 +66,10 @@ class Continuous(Drafter):
         budget = seats.engine.info.max_num_batched_tokens
         growing = [state for state in drafting if self._grows(state)]
         if num_in_flight == self._rounds.max_growing:
-            # Nothing is so urgent but to start again: the engine need not compute what that overtakes.
+            # Only a restart is urgent: the engine need not compute what the restart overtakes.
             growing = [state for state in growing if state.seat is not None and state.seat.is_cut]
         elif self._config.verdict_cache_rows and len(drafting) <= self._rounds.max_branching:
-            # First: a fork takes what the slot holds before the round.
+            # Forks first: a fork copies what the slot holds before the round.
             rows += self._branches.rows(seats, drafting, growing, self._num_steps)
         budget -= sum(row.chunk_len for row in rows)
         for state in growing:
@@ -91,5 +91,5 @@ class Continuous(Drafter):
         )
 
     def _num_missing(self, state: DraftState) -> int:
-        """Drafts that the next round is to bring."""
+        """How many drafts the next round should bring."""
         return max(0, min(state.window - state.num_ahead, self._num_steps))

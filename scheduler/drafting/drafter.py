@@ -1,7 +1,7 @@
-"""What the draft engine does next: what both pipelines share. `serial.py` and `continuous.py` hold what they differ in.
+"""What the draft engine does next, as far as both pipelines share it. `serial.py` and `continuous.py` hold the rest.
 
-In both a seq whose draft KV lags far behind is caught up beside the target's rounds and decodes without drafts until
-then.
+If the draft KV of a seq lags far behind, the draft catches up beside the target's rounds, and the seq decodes without
+drafts until then.
 """
 
 import logging
@@ -29,15 +29,15 @@ logger = logging.getLogger(__name__)
 class Tuning:
     """Of both pipelines."""
 
-    max_lag: int = 32  # tokens that a drafting round may catch up on the way; not measured
-    catch_up_share: int = 4  # of the token budget, 1 divided by it, while others draft; not measured
+    max_lag: int = 32  # tokens that a drafting round may also catch up with; not measured
+    catch_up_share: int = 4  # while others draft, catching up gets the token budget divided by this; not measured
 
 
 class Drafter(ABC):
-    """Plans the rounds of the draft engine. Without an engine it plans none, and nobody has drafts.
+    """Plans the rounds of the draft engine. Without an engine it plans none, and no seq has drafts.
 
-    `states`: of all seqs that have not ended. `asks_confidences`: for each draft, to tell where a chain is likely to
-    end.
+    `states`: of all seqs that have not ended. `asks_confidences`: ask for the confidence of each draft, which tells
+    where a chain is likely to end.
     """
 
     def __init__(
@@ -57,31 +57,31 @@ class Drafter(ABC):
         self.cache = VerdictCache(config.verdict_cache_rows)
         self._calibration = Calibration()
         self._asks_confidences = asks_confidences
-        self._served: Collection[DraftState] = ()  # by another source, when last asked for a round
+        self._served: Collection[DraftState] = ()  # seqs served by another source at the last call of plan
         self._shares_process = False
-        self.is_left_behind = False  # a round is late: the target goes on without it until it is back
+        self.is_left_behind = False  # a round is late: the target continues without it until it comes back
         self.num_drafted = 0
-        self._num_of_use = 0  # drafts that the target wrote too
+        self._num_of_use = 0  # drafts that equalled the target's choice
 
     # -- what the pipelines differ in ---------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def target_waits(self) -> bool:
-        """For drafts, until a round has brought them."""
+        """Whether the target waits until a round has brought drafts."""
 
     @abstractmethod
     def _plan_rows(self, seats: DraftSeats, speculating: list[DraftState]) -> list[PlannedRow]:
-        """The rows of the next round; none: the engine has enough to do, or nothing pays. `speculating`: oldest
+        """The rows of the next round; none if the engine has enough to do or nothing pays. `speculating`: oldest
         first."""
 
     @abstractmethod
     def _on_landed(self, record: InFlight) -> None:
-        """A round is back; its drafts are not taken in yet."""
+        """A round has come back; its drafts are not taken in yet."""
 
     @abstractmethod
     def _observe_step(self, step_s: float) -> None:
-        """A round that caught up with next to nothing took so long a step."""
+        """A round that caught up with almost nothing took this long per step."""
 
     # -- seqs ---------------------------------------------------------------------------------------------------------
 
@@ -90,13 +90,13 @@ class Drafter(ABC):
         return self.seats.engine if self.seats else None
 
     def attach(self, engine: EngineView, *, shares_process: bool) -> None:
-        """`shares_process`: with the target; rounds of one wait for those of the other."""
+        """`shares_process`: draft and target run in one process, so rounds of one wait for those of the other."""
         self.seats = DraftSeats(engine)
         self._shares_process = shares_process
         self.is_left_behind = False
 
     def detach(self) -> None:
-        """The engine is gone with all that it held."""
+        """The engine is gone and everything it held is lost."""
         self.seats = None
         self.is_left_behind = False
         self.cache.clear()
@@ -105,25 +105,25 @@ class Drafter(ABC):
             state.forget_window()
 
     def release(self, state: DraftState) -> None:
-        """The seq drafts no more: finished, preempted or given up."""
+        """The seq needs no more drafts: it has finished, was preempted or was given up."""
         if self.seats is not None:
             self._release_branches(state)
             self.seats.release(state)
         state.forget_window()
 
     def _give_up(self, state: DraftState) -> None:
-        """The seq goes on without drafts of this engine."""
+        """The seq continues without drafts of this engine."""
         self.release(state)
         state.has_draft_model = False
 
     def on_commit(self, state: DraftState, token_ids: Sequence[int]) -> None:
-        """The history has grown by these tokens."""
+        """These tokens joined the history."""
         if state.seat is not None and self.seats is not None and not self.seats.knows(token_ids):
             self._give_up(state)
         self.follow(state)
 
     def follow(self, state: DraftState) -> None:
-        """Tokens were committed, or drafts have come: chain and branches are held against the history."""
+        """After a commit or new drafts: compare chain and branches with the history."""
         seat = state.seat
         if seat is None or self.seats is None:
             return
@@ -149,7 +149,7 @@ class Drafter(ABC):
 
     @property
     def num_wasted(self) -> int:
-        """Drafts that can no more be accepted, and were not."""
+        """Drafts that were not accepted and no longer can be."""
         undecided = 0
         for state in self._states.values():
             seats = [state.seat, *(branch.seat for branch in self.cache.branches(state))]
@@ -157,7 +157,7 @@ class Drafter(ABC):
         return self.num_drafted - self._num_of_use - undecided
 
     def drafts_of(self, state: DraftState, *, may_hold: bool = True) -> Drafts:
-        """What the policy has to know of a seq."""
+        """What the policy needs to know about a seq."""
         seq, seat = state.seq, state.seat
         is_level = seat is not None and seat.num_agreed == len(seq.token_ids)
         return Drafts(
@@ -171,7 +171,7 @@ class Drafter(ABC):
         )
 
     def _num_coming(self, state: DraftState, seat: DraftSeat | None) -> int:
-        """Drafts that are on their way, or will be with the next round."""
+        """Drafts in flight, plus those of the next round."""
         if self.is_left_behind:
             return 0
         if seat is None or seat.is_catching_up or seat.lag(state.seq.token_ids) > self._tuning.max_lag:
@@ -181,7 +181,7 @@ class Drafter(ABC):
         return max(seat.num_coming, min(state.window, state.limit) - len(seat.chain), 0)
 
     def may_bring(self, state: DraftState) -> bool:
-        """The seq may have drafts to verify when the target's round on its way is back."""
+        """Whether the seq may have drafts to verify when the target's current round comes back."""
         seat = state.seat
         if seat is None or self.is_left_behind:
             return False
@@ -193,7 +193,7 @@ class Drafter(ABC):
     # -- rounds -------------------------------------------------------------------------------------------------------
 
     def late_at(self, target_idle_since: float | None) -> float:
-        """When the oldest round on its way is late; inf without one. `target_idle_since`: None while it is at work."""
+        """When the oldest round in flight becomes late; inf if none is. `target_idle_since`: None while it works."""
         if self.engine is None or (self._shares_process and target_idle_since is None):
             return inf
         return self.engine.late_at(target_idle_since if self._shares_process and target_idle_since else -inf)
@@ -201,7 +201,7 @@ class Drafter(ABC):
     def plan(
         self, running: Iterable[DraftState], now: float, *, served: Collection[DraftState] = ()
     ) -> worker_pb2.Round | None:
-        """The next round for the draft engine, if it has one to run. `running`: oldest first; `served`: those for
+        """The next round for the draft engine, None if there is none. `running`: oldest first; `served`: those for
         which another source promises more."""
         self._served = served
         if self.seats is None:
@@ -220,7 +220,7 @@ class Drafter(ABC):
         )
 
     def on_result(self, result: worker_pb2.RoundResult, now: float, *, target_idle_since: float | None) -> None:
-        """Take in a round's drafts. `target_idle_since`: None while it is at work. Raises UnexpectedAnswerError."""
+        """Take in a round's drafts. `target_idle_since`: None while it works. Raises UnexpectedAnswerError."""
         assert self.seats is not None, "a result of an engine that is not connected"
         record = self.seats.engine.land(result, now)
         self.is_left_behind = False
@@ -266,25 +266,25 @@ class Drafter(ABC):
         )
 
     def _grows(self, state: DraftState) -> bool:
-        """The seq's chain deserves another draft."""
+        """Whether the seq's chain is worth another draft."""
         seat = state.seat
         assert seat is not None, "a seq that may draft has a seat"
         if state.window <= seat.num_ahead:
             return False
         if seat.num_coming and seat.num_agreed < len(state.seq.token_ids):
-            return False  # those on their way tell first whether the chain agrees
+            return False  # drafts in flight first have to show whether the chain agrees
         if state.wish.is_fixed or not self._config.adaptive or not seat.chain:
             return True
         rate = state.acceptance.rate
         return self.policy.should_extend(seat.survival * rate**seat.num_coming, rate)
 
     def _odds(self, seq: Seq, confidence: float) -> float:
-        """How likely a draft is accepted behind those before it."""
+        """The probability that a draft is accepted if all before it are."""
         rate = self._states[seq].acceptance.rate
         return self._calibration.rate(confidence, rate, self.policy.prior.rate) if self._asks_confidences else rate
 
     def _ask_policy(self, states: Sequence[DraftState]) -> None:
-        """How far each chain may run from now on; nothing new unless one of the seqs has got on."""
+        """Choose how far each chain may run from now on. The windows stay as they are unless a seq has advanced."""
         if all(state.window_chosen_at == len(state.seq.token_ids) for state in states):
             return
         windows = self.policy.draft_lengths([self.drafts_of(state) for state in states])
@@ -297,10 +297,10 @@ class Drafter(ABC):
     def _add(
         self, seats: DraftSeats, rows: list[PlannedRow], state: DraftState, num_drafts: int, *, budget: int
     ) -> int:
-        """A row that drafts, if there is room for it -> the tokens of its chunk, `budget` at most."""
+        """A row that drafts, if there is room for it. Returns the tokens of its chunk, at most `budget`."""
         row = seats.drafting_row(state, num_drafts) if num_drafts > 0 else None
         if row is None:
-            state.window = min(state.window, state.num_ahead)  # nobody is to wait for drafts that do not come
+            state.window = min(state.window, state.num_ahead)  # the target must not wait for drafts that will not come
         elif row.chunk_len <= budget:
             seats.send(row)
             rows.append(row)
@@ -335,5 +335,5 @@ class Drafter(ABC):
 
 
 def _may_be_overtaken(row: PlannedRow) -> bool:
-    """A row that brings nothing does not show whether it was computed."""
+    """A row without results does not show whether it was computed."""
     return not row.num_draft_tokens and row.seat.is_released

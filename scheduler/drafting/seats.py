@@ -1,7 +1,7 @@
-"""The seqs that have a place on the draft engine, and the rows that bring them up to date and let their chains grow.
+"""The seqs that have a place on the draft engine, and the rows that bring them up to date and extend their chains.
 
-Everything here is best effort: no seq waits for slots or blocks of the draft engine, and one that it cannot follow goes
-on without drafts.
+Everything here is best effort: no seq waits for slots or blocks of the draft engine. A seq that does not fit continues
+without drafts.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,14 +14,14 @@ from scheduler.requests.request import Seq
 
 
 class DraftSeats:
-    """Seats of one draft engine; made anew when the engine connects again."""
+    """Seats of one draft engine; created anew when the engine reconnects."""
 
     def __init__(self, engine: EngineView) -> None:
         self.engine = engine
-        self._is_approximate = engine.info.lp_size > 1  # drafts leave KV that has to be calibrated
+        self._is_approximate = engine.info.lp_size > 1  # drafts leave KV that needs calibration
 
     def seat_newcomers(self, states: Iterable[DraftState]) -> None:
-        """A seat for each seq that has none, as long as there are slots. `states`: of the oldest first."""
+        """Give a seat to each seq that has none, as long as there are slots. `states`: oldest first."""
         for state in states:
             if state.seat is not None:
                 continue
@@ -31,11 +31,11 @@ class DraftSeats:
                 state.num_free_at_refusal = self.engine.blocks.num_free
 
     def has_room(self, num_tokens: int) -> bool:
-        """Whether so many tokens and a draft fit into the draft's context, which may be the shorter one."""
+        """Whether this many tokens and a draft fit into the draft's context, which may be shorter than the target's."""
         return num_tokens < self.engine.info.max_model_len
 
     def knows(self, token_ids: Iterable[int]) -> bool:
-        """Whether all are of the draft's vocabulary: padding of the target's may reach beyond it."""
+        """Whether all token ids are in the draft's vocabulary; the target's padding may reach beyond it."""
         return max(token_ids, default=0) < self.engine.info.vocab_size
 
     def release(self, state: DraftState) -> None:
@@ -44,7 +44,7 @@ class DraftSeats:
             state.seat = None
 
     def _seat(self, state: DraftState) -> bool:
-        """Blocks for the whole history at once: catching up never gets stuck half way."""
+        """Allocate blocks for the whole history at once, so that catching up never gets stuck halfway."""
         seq, blocks = state.seq, self.engine.blocks
         found = self.engine.find_prefix(seq)
         most = min(seq.max_len, self.engine.info.max_model_len)
@@ -69,7 +69,7 @@ class DraftSeats:
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def drafting_row(self, state: DraftState, num_drafts: int) -> PlannedRow | None:
-        """The seq's chain, brought up to the history if need be, grows by up to `num_drafts` > 0 tokens."""
+        """The seq's chain, first brought up to the history if necessary, grows by up to `num_drafts` > 0 tokens."""
         seat = state.seat
         assert seat is not None, "a seq without a seat cannot draft"
         row = self._row(state.seq, seat)
@@ -80,7 +80,7 @@ class DraftSeats:
         return row
 
     def catch_up_row(self, state: DraftState, num_tokens: int) -> PlannedRow | None:
-        """Up to `num_tokens` of the history are computed; its last token is left for the row that drafts behind it."""
+        """Compute up to `num_tokens` of the history. Its last token is left for the row that drafts after it."""
         seat = state.seat
         assert seat is not None, "a seq without a seat cannot catch up"
         row = self._row(state.seq, seat)
@@ -90,7 +90,7 @@ class DraftSeats:
         return row
 
     def branch_row(self, seq: Seq, seat: DraftSeat, num_drafts: int) -> PlannedRow | None:
-        """A branch that exists grows."""
+        """An existing branch grows."""
         num_drafts = self._room_for_drafts(seq, seat, seat.num_held, num_drafts)
         if num_drafts < 1:
             return None
@@ -98,7 +98,7 @@ class DraftSeats:
         return PlannedRow(seq=seq, seat=seat, start=seat.num_computed, chunk_len=chunk_len, num_draft_tokens=num_drafts)
 
     def fork_row(self, seq: Seq, parent: DraftSeat, length: int, token_id: int, num_drafts: int) -> PlannedRow | None:
-        """A branch: the first `length` tokens that `parent` holds, then `token_id`, then drafts."""
+        """A new branch: the first `length` tokens that `parent` holds, then `token_id`, then drafts."""
         blocks = self.engine.blocks
         num_drafts = min(num_drafts, self._most_drafts(seq, length + 1))
         num_shared = length // blocks.block_size
@@ -127,7 +127,7 @@ class DraftSeats:
         )
 
     def send(self, row: PlannedRow, *, is_branch: bool = False) -> None:
-        """The row goes with the next round: its seat is as it will be behind it."""
+        """The row goes with the next round. Its seat moves to the state after the row."""
         seat = row.seat
         assert isinstance(seat, DraftSeat), "the draft engine seats draft seats"
         end = row.start + row.chunk_len
@@ -146,10 +146,10 @@ class DraftSeats:
         row.epoch = seat.epoch
 
     def _row(self, seq: Seq, seat: DraftSeat) -> PlannedRow:
-        """What has to be computed before the chain can grow; nothing but its own last token if it agrees so far."""
+        """Tokens to compute before the chain can grow: only its own last token if the chain agrees so far."""
         history = seq.token_ids
         is_behind = seat.num_agreed < len(history)
-        assert not (is_behind and seat.num_ahead), "rows on their way tell first whether the chain agrees"
+        assert not (is_behind and seat.num_ahead), "rows in flight first have to show whether the chain agrees"
         start = min(seat.num_computed, seat.num_agreed) if is_behind else seat.num_computed
         return PlannedRow(
             seq=seq,
@@ -162,15 +162,15 @@ class DraftSeats:
         )
 
     def _room_for_drafts(self, seq: Seq, seat: DraftSeat, num_held: int, wanted: int) -> int:
-        """How many drafts fit behind `num_held` tokens, with blocks for them; 0 if none does."""
-        # The last draft is not computed and needs no place.
+        """How many drafts fit after `num_held` tokens, with blocks for them; 0 if none."""
+        # The last draft is not computed and needs no slot in a block.
         num_drafts = min(wanted, self._most_drafts(seq, num_held), self.engine.room_for(seat) - num_held + 1)
         if num_drafts < 1 or not self.engine.grow(seat, num_held + num_drafts - 1):
             return 0
         return num_drafts
 
     def _most_drafts(self, seq: Seq, num_held: int) -> int:
-        """Drafts behind `num_held` tokens that could still be accepted: the target adds a token of its own to them."""
+        """Drafts after `num_held` tokens that could still be accepted: the target adds a token of its own to them."""
         return min(seq.max_len - 1, self.engine.info.max_model_len) - num_held
 
     # -- results ------------------------------------------------------------------------------------------------------
@@ -178,14 +178,14 @@ class DraftSeats:
     def land(
         self, record: InFlight, odds: Callable[[Seq, float], float]
     ) -> Iterator[tuple[PlannedRow, worker_pb2.RowResult]]:
-        """Takes in a round's drafts; yields the rows whose chains go on, with their answers. One that lacks drafts
-        (`is_complete`) leaves its seat as it was: of no use any more. `odds`: how likely a draft of this seq with this
-        confidence is accepted."""
+        """Take in a round's drafts. Yields the rows whose chains continue, with their answers. A row that lacks drafts
+        (`is_complete`) leaves its seat as it was; that seat is useless from then on. `odds`: the probability that a
+        draft of this seq with this confidence is accepted."""
         for row, answer in record.answered:
             seat = row.seat
             assert isinstance(seat, DraftSeat), "the draft engine seats draft seats"
             if seat.is_released or row.epoch != seat.epoch:
-                continue  # perhaps it was not even computed: Row in worker.proto
+                continue  # it may not even have been computed: see Row in worker.proto
             if is_complete(row, answer):
                 seat.is_catching_up = False
                 self.engine.publish(row.seq, seat, row.num_exact)
@@ -196,7 +196,7 @@ class DraftSeats:
 
 
 def is_complete(row: PlannedRow, answer: worker_pb2.RowResult) -> bool:
-    """The draft engine has done all that the row ordered."""
+    """Whether the draft engine did everything that the row ordered."""
     return not answer.non_finite and len(answer.token_ids) == row.num_draft_tokens
 
 

@@ -17,8 +17,8 @@ class Serial(Drafter):
     def __init__(self, config: SpeculationConfig, states: Mapping[Seq, DraftState]) -> None:
         policy = SerialPolicy(max_drafts=config.num_speculative_tokens, adaptive=config.adaptive)
         super().__init__(config, policy, states)
-        self._drafting: set[Seat] = set()  # their drafts are on the way
-        self._is_gathering = False  # the round that they are to come from has yet to be sent
+        self._drafting: set[Seat] = set()  # seats whose drafts are in flight
+        self._is_gathering = False  # the round that will bring those drafts has not been sent yet
 
     @property
     def target_waits(self) -> bool:
@@ -47,7 +47,7 @@ class Serial(Drafter):
         """A round has as many steps as drafts were ordered."""
 
     def _plan_rows(self, seats: DraftSeats, speculating: list[DraftState]) -> list[PlannedRow]:
-        # A drafting round may stand behind one that catches up.
+        # A drafting round may be queued after one that catches up.
         if self._drafting or len(seats.engine.in_flight) >= 2:
             return []
         seats.seat_newcomers(speculating)
@@ -55,7 +55,7 @@ class Serial(Drafter):
         ready = [state for state in due if state.seat is not None and not state.seat.is_catching_up]
         self._ask_policy(ready)
         if len(ready) < len(due) and any(state.window > state.num_ahead for state in ready):
-            # The others catch up with a round that is before any new one: then there are drafts for all from one.
+            # The others catch up in a round that runs before any new one, so that one round then drafts for all.
             self._is_gathering = True
             return []
         rows: list[PlannedRow] = []
@@ -67,13 +67,13 @@ class Serial(Drafter):
         if not rows and not seats.engine.in_flight:
             budget = seats.engine.info.max_num_batched_tokens
             if any(state.seat is not None and state.seat.chain for state in speculating):
-                budget //= self._tuning.catch_up_share  # somebody will want to draft when the target is back
+                budget //= self._tuning.catch_up_share  # some seq will want to draft when the target comes back
             rows = self._catch_up_rows(seats, speculating, budget)
         return rows
 
     def _is_due(self, state: DraftState) -> bool:
-        """The target has nothing left to do for the seq but to decode, and no drafts were ordered for this position.
-        The draft has caught up with it, or will have with a round on its way."""
+        """Whether the seq only has to decode, and no drafts were ordered for this position. The draft has caught up
+        with it, or will have after a round in flight."""
         seq, seat = state.seq, state.seat
         return (
             state.target.num_rows_in_flight == 0

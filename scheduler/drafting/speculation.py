@@ -21,10 +21,10 @@ from scheduler.target.state import TargetState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """Of what is common to all sources."""
+    """Settings that all sources share."""
 
-    lookup_s: float = 1e-6  # what a draft from lookup costs the policy; not measured
-    recent_share: float = 0.05  # of a verdict in the means that status reports; not measured
+    lookup_s: float = 1e-6  # assumed cost of a draft from lookup; not measured
+    recent_share: float = 0.05  # weight of a verdict in the means that status reports; not measured
 
 
 _TUNING = Tuning()
@@ -33,15 +33,15 @@ _seq_of = attrgetter("seq")
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    """What one seq could verify now."""
+    """The drafts that one seq could verify now."""
 
     drafts: Drafts
     token_ids: Sequence[int]
-    is_chain: bool  # they are the draft engine's
+    is_chain: bool  # they come from the draft engine
 
 
 class Speculation:
-    """The draft sources of a scheduler behind one face, and the policy that rules them."""
+    """The only entry to the draft sources of a scheduler and to the policy that rules them."""
 
     def __init__(self, config: SpeculationConfig) -> None:
         self._config = config
@@ -52,14 +52,14 @@ class Speculation:
         self._lookup = Lookup() if config.uses_lookup else None
         if not config.uses_draft_model:
             self._policy.observe_draft(num_seqs=1, num_steps=1, num_chunk_tokens=1, run_s=_TUNING.lookup_s)
-        # Seqs whose next target row waits for drafts, and until when at the latest.
+        # Seqs whose next target row waits for drafts, and until when at most.
         self._held_until: dict[DraftState, float] = {}
         self._num_looked_up = 0
-        self._recent_drafts = 0.0  # of a row that had any
+        self._recent_drafts = 0.0  # mean drafts of a row that had any
         self._recent_accepted = 0.0  # of them
 
     def welcome(self, targets: Iterable[TargetState], wish: inference_pb2.Speculation) -> None:
-        """The seqs of a request that will run. `wish`: how it wants to speculate."""
+        """Add the seqs of a request that will run. `wish`: how it wants to speculate."""
         for target in targets:
             self._states[target.seq] = DraftState(
                 seq=target.seq,
@@ -72,20 +72,20 @@ class Speculation:
                 self._lookup.welcome(target.seq)
 
     def release(self, seq: Seq) -> None:
-        """The seq needs no drafts any more, or not before it runs again."""
+        """The seq needs no more drafts, or none before it runs again."""
         state = self._states[seq]
         self.drafter.release(state)
         self._held_until.pop(state, None)
 
     def finish(self, seq: Seq) -> None:
-        """The seq has ended; what it has produced may help others."""
+        """The seq has ended; its output may help others."""
         self.release(seq)
         del self._states[seq]
         if self._lookup is not None:
             self._lookup.finish(seq)
 
     def adjust(self, seq: Seq, wish: inference_pb2.Speculation) -> None:
-        """The request wants to speculate in another way from now on."""
+        """The request changes how it speculates from now on."""
         state = self._states[seq]
         state.wish = DraftWish.of(wish, self._config)
         if state.wish.max_drafts == 0:
@@ -95,7 +95,7 @@ class Speculation:
         return map(self._states.__getitem__, map(_seq_of, targets))
 
     def report(self, status: scheduler_pb2.SchedulerStatus) -> None:
-        """Fills in what is known here."""
+        """Fill in the fields that speculation knows."""
         status.draft_tokens_total = self.drafter.num_drafted
         status.wasted_draft_tokens_total = self.drafter.num_wasted
         status.lookup_tokens_total = self._num_looked_up
@@ -120,14 +120,14 @@ class Speculation:
         return self.drafter.target_waits
 
     def speculates(self, running: Iterable[TargetState]) -> bool:
-        """Somebody is to have drafts, if they pay."""
+        """Whether some seq should get drafts, if they pay."""
         return any(
             state.wish.max_drafts > 0 and (self._lookup is not None or state.seat is not None)
             for state in self._states_of(running)
         )
 
     def expects_drafts(self, running: Iterable[TargetState]) -> bool:
-        """Somebody may have drafts to verify when the round on its way is back."""
+        """Whether some seq may have drafts to verify when the current round comes back."""
         return any(
             state.wish.max_drafts > 0 and (self._lookup is not None or self.drafter.may_bring(state))
             for state in self._states_of(running)
@@ -136,7 +136,7 @@ class Speculation:
     def choose(
         self, targets: Sequence[TargetState], now: float, *, num_other_tokens: int, num_waiting: int
     ) -> dict[TargetState, Sequence[int]]:
-        """Drafts for each of these seqs, whose turn it is to decode; those that are left out wait for theirs."""
+        """Drafts for each of these seqs, whose turn it is to decode. Seqs that are left out wait for theirs."""
         states = list(self._states_of(targets))
         if not any(state.limit for state in states):
             for state in states:
@@ -157,7 +157,7 @@ class Speculation:
         return chosen
 
     def holds(self, target: TargetState) -> bool:
-        """The seq's next target row waits for drafts, as `choose` has said."""
+        """Whether the seq's next target row waits for drafts, as `choose` decided."""
         return self._states[target.seq] in self._held_until
 
     @property
@@ -166,7 +166,7 @@ class Speculation:
         return min(self._held_until.values(), default=None)
 
     def stops_waiting_at(self, target_idle_since: float) -> float:
-        """When an idle target goes on without drafts, if they have not come; inf if it does not wait."""
+        """When an idle target continues without drafts that have not come; inf if it does not wait."""
         late_at = self.drafter.late_at(target_idle_since) if self.target_waits else inf
         return min(late_at, inf if self.next_release is None else self.next_release)
 
@@ -196,13 +196,13 @@ class Speculation:
             self._lookup.on_verdict(seq, num_accepted, num_verified)
 
     def on_commit(self, seq: Seq, token_ids: Sequence[int]) -> None:
-        """The history has grown by these tokens."""
+        """These tokens joined the history."""
         if self._lookup is not None:
             self._lookup.on_commit(seq, token_ids)
         self.drafter.on_commit(self._states[seq], token_ids)
 
     def observe_target(self, record: InFlight) -> None:
-        """A round of the target is back. One with prompts says nothing of decoding."""
+        """A round of the target has come back. A round with prompts says nothing about decoding."""
         if not (record.is_prefill or record.was_late):
             self._policy.observe_target(
                 num_seqs=len(record.rows),

@@ -1,4 +1,4 @@
-"""What drafting knows of a seq."""
+"""What drafting knows about a seq."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -15,12 +15,12 @@ from scheduler.target.state import TargetState
 class DraftWish:
     """How a request wants to speculate."""
 
-    max_drafts: int  # a round; 0: no speculation
-    is_fixed: bool  # the request chose the number: the policy has no say
+    max_drafts: int  # per round; 0: no speculation
+    is_fixed: bool  # the request fixed the number, so the policy does not choose
 
     @classmethod
     def of(cls, wish: inference_pb2.Speculation, config: SpeculationConfig) -> Self:
-        """What a client asks for, within what the deployment allows."""
+        """What a client asks for, limited to what the deployment allows."""
         most = config.num_speculative_tokens
         is_fixed = wish.HasField("num_speculative_tokens")
         if wish.HasField("enabled") and not wish.enabled:
@@ -30,7 +30,7 @@ class DraftWish:
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class DraftState:
-    """Of one seq, from its arrival to its end. Only this wing changes it."""
+    """Drafting state of one seq, from its arrival to its end. Only scheduler/drafting/ changes it."""
 
     seq: Seq
     target: TargetState
@@ -38,14 +38,14 @@ class DraftState:
     acceptance: Acceptance  # of the draft model's drafts
     has_draft_model: bool  # False: the draft engine cannot follow the seq, or there is none
     seat: DraftSeat | None = None
-    verifies_chain: bool = False  # the drafts that the target verifies are the first of the chain
-    window: int = 0  # drafts that the chain may run ahead, as the policy said last; 0: the draft pauses
-    window_chosen_at: int = -1  # length of the history when it said so
-    num_drafted_at: int = 0  # serial: length of the history when the last drafts were ordered
+    verifies_chain: bool = False  # the drafts that the target verifies are the start of the chain
+    window: int = 0  # drafts that the chain may run ahead, as the policy last chose; 0: the draft pauses
+    window_chosen_at: int = -1  # length of the history when the policy chose it
+    num_drafted_at: int = 0  # serial: length of the history when drafts were last ordered
     num_free_at_refusal: int = -1  # free draft blocks when they were too few for the seq
 
     def forget_window(self) -> None:
-        """The chain that it was chosen for is gone."""
+        """Forget the window: the chain that it was chosen for is gone."""
         self.window = 0
         self.window_chosen_at = -1
 
@@ -55,10 +55,10 @@ class DraftState:
 
     @property
     def num_ahead(self) -> int:
-        """Drafts of the model ahead of the last commit, those on their way included."""
+        """Drafts of the model ahead of the last commit, including those in flight."""
         return self.seat.num_ahead if self.seat is not None else 0
 
     @property
     def limit(self) -> int:
-        """Most drafts that the next target row may verify; it adds a token of its own."""
+        """Most drafts that the next target row may verify; the target adds a token of its own."""
         return max(0, min(self.wish.max_drafts, self.seq.max_len - len(self.seq.token_ids) - 1))

@@ -1,7 +1,7 @@
 """Drafts without a model: what followed the same tokens before, in the seq itself or in finished requests.
 
-SuffixDecoding (arXiv 2411.04975) on suffix automata. A long prompt would stop the event loop for a moment if it were
-indexed at once, so every call indexes a slice of what waits.
+SuffixDecoding (arXiv 2411.04975) on suffix automata. Indexing a long prompt at once would stop the event loop for a
+moment, so every call indexes a slice of what waits.
 """
 
 from array import array
@@ -15,13 +15,13 @@ from scheduler.drafting.suffix_automaton import SEPARATOR, Match, SuffixAutomato
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """Bounds of what lookup costs and proposes."""
+    """Bounds of the cost of lookup and of what it proposes."""
 
-    max_prompt: int = 32_768  # latest tokens of a prompt that are indexed; not measured
-    prompt_slice: int = 1024  # tokens of prompts, of all seqs, indexed in a round: some milliseconds; not measured
+    max_prompt: int = 32_768  # only the last so many tokens of a prompt are indexed; not measured
+    prompt_slice: int = 1024  # tokens of prompts, of all seqs, indexed per round: some milliseconds; not measured
     min_slice: int = 64  # tokens of each prompt; not measured
-    request_slice: int = 4  # tokens of finished requests for each committed one: faster than they come; not measured
-    max_context: int = 64  # latest tokens that are matched with finished requests; not measured
+    request_slice: int = 4  # of finished requests, indexed per committed token: faster than they arrive; not measured
+    max_context: int = 64  # latest tokens that are matched against finished requests; not measured
     max_contexts: int = 6  # contexts of different lengths that are tried; not measured
     min_probability: float = 0.1  # of a draft and all before it; not measured
 
@@ -30,10 +30,10 @@ _TUNING = Tuning()
 
 
 class Proposal(NamedTuple):
-    """Drafts, and how far they may be trusted by the counts of what followed."""
+    """Drafts, and how reliable they are by the counts of what followed."""
 
     token_ids: list[int]
-    probabilities: list[float]  # of each and all before it
+    probabilities: list[float]  # of each draft together with all before it
     match_len: int  # tokens of the context that they followed before
 
     @property
@@ -45,35 +45,36 @@ class Proposal(NamedTuple):
 def prefers_lookup(proposal: Proposal, *, reliability: float, expected_by_model: float) -> bool:
     """Whether the proposal promises more accepted tokens than the draft model.
 
-    `reliability`: how often drafts from lookup were accepted (`Acceptance.rate` of an estimate of their own), of which
-    counts know nothing; `expected_by_model`: accepted tokens, without the target's own one.
+    `reliability`: how often drafts from lookup were accepted (`Acceptance.rate` of an estimate of their own), which the
+    counts do not show. `expected_by_model`: accepted tokens, without the target's own one.
     """
     trusted = (share * reliability**depth for depth, share in enumerate(proposal.probabilities, start=1))
     return sum(trusted) > expected_by_model
 
 
 class SuffixIndex:
-    """Finished requests of all seqs: the latest `max_tokens` at most, and half of them at least once they were so many.
+    """Finished requests of all seqs: at most the latest `max_tokens`, and at least half of them once there were so
+    many.
 
-    Two automata: when the younger one is full it becomes the older one, which is forgotten. A token takes about 150
-    bytes (`SuffixAutomaton`), so the default is bounded by 75 MB. One a scheduler.
+    There are two automata. When the younger one is full it becomes the older one, which is forgotten. A token takes
+    about 150 bytes (`SuffixAutomaton`), so 75 MB bound the default. One per scheduler.
     """
 
     def __init__(self, max_tokens: int = 500_000) -> None:
         self._half = max(2, max_tokens // 2)
         self._queue: deque[array[int]] = deque()  # not yet indexed
         self._num_queued = 0
-        self._done = 0  # tokens of the first of them that are indexed
+        self._done = 0  # tokens of the first one that are indexed
         self.automata = (SuffixAutomaton(), SuffixAutomaton())  # younger, older
         self.num_waiting_prompts = 0
 
     @property
     def num_tokens(self) -> int:
-        """Those that wait to be indexed included."""
+        """Including those that wait to be indexed."""
         return self._num_queued + sum(automaton.num_tokens for automaton in self.automata)
 
     def add(self, token_ids: Sequence[int]) -> None:
-        """The output of a finished request (its prompt too, if others are likely to repeat it)."""
+        """Add the output of a finished request (and its prompt, if others are likely to repeat it)."""
         if not token_ids:
             return
         self._queue.append(array("i", [*token_ids[-self._half + 1 :], SEPARATOR]))
@@ -83,7 +84,7 @@ class SuffixIndex:
             self._done = 0
 
     def index(self, max_tokens: int) -> None:
-        """Index as much of what waits."""
+        """Index this many of the tokens that wait."""
         while max_tokens > 0 and self._queue:
             text = self._queue[0]
             part = text[self._done : self._done + max_tokens]
@@ -99,7 +100,7 @@ class SuffixIndex:
 
 
 class _Pointer:
-    """Where in an automaton of finished requests the latest tokens of a seq are."""
+    """Where the latest tokens of a seq are in an automaton of finished requests."""
 
     __slots__ = ("_num_tokens", "automaton", "match")
 
@@ -110,7 +111,7 @@ class _Pointer:
 
     @property
     def is_stale(self) -> bool:
-        """The automaton has grown: it may hold a longer context now."""
+        """The automaton has grown, so it may now hold a longer context."""
         return self._num_tokens != self.automaton.num_tokens
 
     def advance(self, token_ids: Sequence[int]) -> None:
@@ -119,7 +120,7 @@ class _Pointer:
 
 
 class SuffixDrafts:
-    """Drafts for one seq. `close` it when the seq ends."""
+    """Drafts for one seq. Call `close` when the seq ends."""
 
     def __init__(self, shared: SuffixIndex, prompt_token_ids: Sequence[int]) -> None:
         self._shared = shared
@@ -132,17 +133,17 @@ class SuffixDrafts:
 
     @property
     def is_indexed(self) -> bool:
-        """Whether the seq's own text is searched yet."""
+        """Whether the seq's own text is already searched."""
         return not self._waiting
 
     def close(self) -> None:
-        """The seq is over."""
+        """The seq has ended."""
         if self._waiting:
             self._waiting = array("i")
             self._shared.num_waiting_prompts -= 1
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """Tokens were committed. Also indexes a little of finished requests."""
+        """Add committed tokens. Also indexes a little of finished requests."""
         self._recent.extend(token_ids)
         for pointer in self._pointers:
             pointer.advance(token_ids)
@@ -153,17 +154,17 @@ class SuffixDrafts:
         self._shared.index(_TUNING.request_slice * len(token_ids))
 
     def index(self) -> None:
-        """Index a slice of the prompt, shorter the more prompts wait. `propose` does it too."""
+        """Index a slice of the prompt; the more prompts wait, the shorter the slice. `propose` does it too."""
         if not self._waiting:
             return
         size = max(_TUNING.min_slice, _TUNING.prompt_slice // self._shared.num_waiting_prompts)
         self._local.extend(self._waiting[self.num_indexed : self.num_indexed + size])
         self.num_indexed += size
         if self.num_indexed >= len(self._waiting):
-            self.close()  # nothing waits any more
+            self.close()  # nothing waits any longer
 
     def propose(self, max_tokens: int) -> Proposal:
-        """At most `max_tokens` drafts behind the tokens so far. The seq's own text wins ties with finished requests."""
+        """At most `max_tokens` drafts after the tokens so far. On a tie the seq's own text beats finished requests."""
         self.index()
         best = Proposal([], [], 0)
         if self.is_indexed:
@@ -185,12 +186,12 @@ class SuffixDrafts:
 
 
 def _best_continuation(automaton: SuffixAutomaton, match: Match, max_tokens: int) -> Proposal:
-    """Of the continuations of contexts of several lengths that with the best score; longer contexts win ties."""
+    """The continuation with the best score, of contexts of several lengths. On a tie the longer context wins."""
     best = Proposal([], [], 0)
     for _ in range(_TUNING.max_contexts):
         if match.length == 0:
             break
-        # A context of n tokens is trusted for as many.
+        # A context of n tokens is trusted for n drafts.
         proposal = _continuation(automaton, match, min(max_tokens, match.length))
         if proposal.score > best.score:
             best = proposal

@@ -1,11 +1,11 @@
-"""A suffix automaton that grows token by token: every repeated context of a text, how often and what followed it.
+"""A suffix automaton that grows token by token: every repeated context of a text, its count and what followed it.
 
-A state stands for the strings that end at the same places; its suffix link leads to the longest one that ends at more
-places. So the longest suffix of the text that occurred before is the link of the last state, and what followed a
-context are the transitions of its state. Source: Blumer et al. 1985; for drafting arXiv 2411.10666.
+A state represents the strings that end at the same places. Its suffix link leads to the longest string that ends at
+more places. So the longest suffix of the text that occurred before is the link of the last state, and the tokens that
+followed a context are the transitions of its state. Source: Blumer et al. 1985; for drafting arXiv 2411.10666.
 
-No library does this lightly: arctic-inference, which serving systems use, is to be compiled and plugs itself into
-vLLM, and the automata on PyPI are built once.
+No light library does this: arctic-inference, which serving systems use, has to be compiled and plugs itself into vLLM,
+and the automata on PyPI are built once.
 """
 
 from array import array
@@ -13,16 +13,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-SEPARATOR = -1  # between texts that have nothing to do with one another
-_NONE, _MANY = -2, -3  # in the place of a transition's token
+SEPARATOR = -1  # between unrelated texts
+_NONE, _MANY = -2, -3  # stand in for a transition's token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """Bounds of the work that a token costs."""
+    """Bounds of the work per token."""
 
-    max_counted: int = 64  # contexts that a token is counted for, longest first, in texts like "a a a a"; not measured
-    max_branches: int = 64  # a context that so many different tokens followed predicts none; not measured
+    max_counted: int = 64  # contexts counted for each token, longest first, in texts like "a a a a"; not measured
+    max_branches: int = 64  # a context that this many different tokens followed predicts nothing; not measured
 
 
 _TUNING = Tuning()
@@ -30,8 +30,8 @@ _TUNING = Tuning()
 
 class Continuation(NamedTuple):
     token_id: int
-    probability: float  # the share of the context's occurrences that it followed
-    state: int  # of the context with the token
+    probability: float  # share of the context's occurrences that this token followed
+    state: int  # of the context followed by the token
 
 
 class Match(NamedTuple):
@@ -40,14 +40,14 @@ class Match(NamedTuple):
 
 
 class SuffixAutomaton:
-    """The text so far. `extend` takes amortised constant time a token and about 130 bytes."""
+    """The text so far. `extend` takes amortised constant time and about 130 bytes per token."""
 
     def __init__(self) -> None:
         # By state. Most have one transition, which is kept here; those with more have a dict.
         self._length = array("i", [0])
         self._link = array("i", [-1])
-        self._count = array("i", [0])  # places where its strings end
-        self._last_end = array("i", [0])  # the latest of them
+        self._count = array("i", [0])  # places where the state's strings end
+        self._last_end = array("i", [0])  # the latest of those places
         self._only_token = array("i", [_NONE])
         self._only_next = array("i", [0])
         self._branches: dict[int, dict[int, int]] = {}
@@ -87,7 +87,7 @@ class SuffixAutomaton:
         return len(self._length) - 1
 
     def _split(self, state: int, token_id: int, found: int) -> int:
-        """The state of exactly the string of `state` and the token, cut off from the longer ones in `found`."""
+        """Split off the state of exactly the string of `state` and the token from the longer strings in `found`."""
         length = self._length[state] + 1
         if self._length[found] == length:
             return found
@@ -103,7 +103,7 @@ class SuffixAutomaton:
         return clone
 
     def _count_up(self, state: int) -> None:
-        """All suffixes of the text end here once more."""
+        """Count one more occurrence of all suffixes of the text."""
         count, last_end, link, position = self._count, self._last_end, self._link, self.num_tokens
         for _ in range(_TUNING.max_counted):
             if state <= 0:
@@ -147,7 +147,7 @@ class SuffixAutomaton:
         return self.refresh(Match(found, length + 1))
 
     def refresh(self, match: Match) -> Match:
-        """A match from before the text grew: its context may have got a state of its own."""
+        """Update a match from before the text grew: its context may now have a state of its own."""
         state, length = match
         while state and length <= self._length[self._link[state]]:
             state = self._link[state]
@@ -163,7 +163,7 @@ class SuffixAutomaton:
         return self._count[match.state]
 
     def likeliest(self, state: int) -> Continuation | None:
-        """What most often followed a context, of several the latest; None where nothing did or all too much."""
+        """The token that most often followed a context; of several the latest. None if none did or too many did."""
         only = self._only_token[state]
         if only == _NONE:
             return None

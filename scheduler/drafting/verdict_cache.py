@@ -1,10 +1,10 @@
-"""Drafts behind verdicts that have not come yet (speculative speculative decoding, arXiv 2603.03251).
+"""Drafts for verdicts that have not come yet (speculative speculative decoding, arXiv 2603.03251).
 
-While the target verifies the start of a seq's chain, the draft engine continues the chain, which pays if all of it is
-accepted, and drafts behind the likeliest other outcomes: the target stops at draft i and puts one of the tokens there
-that the draft itself had ranked next. Such a branch is a slot of its own that shares the KV of what it has in common
-with the chain. When the verdict comes and is one of them, the branch takes the place of the chain, and the target has
-drafts to verify at once.
+While the target verifies the start of a seq's chain, the draft engine does two things. It continues the chain, which
+pays if all of it is accepted. It also drafts for the likeliest other outcomes: the target stops at draft i and puts
+there one of the tokens that the draft itself ranked next. Such a branch is a slot of its own; it shares the KV of the
+tokens that it has in common with the chain. If the verdict is one of these outcomes, the branch replaces the chain, and
+the target has drafts to verify at once.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,10 +21,10 @@ class Tuning:
     """Which outcomes get branches."""
 
     min_probability: float = 0.01  # of an outcome for which a branch is drafted; not measured
-    # How often the target's token is the draft's 2nd, 3rd, 4th choice where it is not the 1st; not measured.
+    # How often the target's token is the draft's 2nd, 3rd or 4th choice if it is not the 1st; not measured.
     rank_odds: tuple[float, ...] = (0.4, 0.15, 0.08)
     prior_trials: float = 10.0  # weight of that guess; not measured
-    decay: float = 0.99  # of what is known of the ranks, with each verdict; not measured
+    decay: float = 0.99  # factor on what is known of the ranks, applied at each verdict; not measured
 
 
 _TUNING = Tuning()
@@ -32,7 +32,7 @@ _TUNING = Tuning()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A verdict: the tokens before position `start` are accepted, `token_id` takes the place of the draft there."""
+    """A verdict: the tokens before position `start` are accepted, and `token_id` replaces the draft at `start`."""
 
     start: int
     token_id: int
@@ -42,12 +42,12 @@ class Outcome:
 class Branch(NamedTuple):
     start: int
     token_id: int
-    probability: float  # of the verdict, when the branch was made
+    probability: float  # of the verdict, estimated when the branch was made
     seat: DraftSeat
 
 
 class _RankOdds:
-    """How often the target's token, where it was not the draft's first choice, was the second, the third, ..."""
+    """How often the target's token was the draft's second, third, ... choice when it was not the first."""
 
     def __init__(self, first_guess: Sequence[float]) -> None:
         self._hits = [_TUNING.prior_trials * odds for odds in first_guess]
@@ -65,12 +65,12 @@ class _RankOdds:
 
 
 class VerdictCache:
-    """Which branches are worth drafting, and those that are being drafted."""
+    """Which branches are worth drafting, and which are being drafted."""
 
-    num_alternatives = 3  # runners-up that the draft engine reports for each draft
+    num_alternatives = 3  # runners-up that the draft engine reports per draft
 
     def __init__(self, max_branches: int) -> None:
-        self._max_branches = max_branches  # of a seq; 0: none
+        self._max_branches = max_branches  # per seq; 0: none
         self._branches: dict[DraftState, list[Branch]] = {}
         self._odds = _RankOdds(_TUNING.rank_odds)
         self.num_hits = 0
@@ -87,7 +87,7 @@ class VerdictCache:
         self._branches.clear()
 
     def likeliest(self, state: DraftState) -> list[Outcome]:
-        """Outcomes of the verification on its way that deserve a branch and have none, likeliest first."""
+        """Outcomes of the verification in flight that deserve a branch and have none, likeliest first."""
         seat = state.seat
         room = self._max_branches - len(self.branches(state))
         if seat is None or room <= 0 or not state.verifies_chain:
@@ -113,7 +113,7 @@ class VerdictCache:
         return sorted(outcomes, key=lambda outcome: -outcome.probability)
 
     def resolve(self, state: DraftState, contradicted: Drafted, start: int, token_id: int) -> DraftSeat | None:
-        """The verdict has put `token_id` at position `start`, in place of a draft -> the branch that foresaw it."""
+        """The verdict puts `token_id` at position `start`, in place of a draft. Returns the branch that foresaw it."""
         if not self._max_branches:
             return None
         alternatives = contradicted.alternatives
@@ -127,13 +127,13 @@ class VerdictCache:
         return None
 
     def take(self, state: DraftState, seat: Seat) -> DraftSeat:
-        """Forget the branch that has this seat -> the seat."""
+        """Forget the branch that has this seat. Returns the seat."""
         branch = next(branch for branch in self.branches(state) if branch.seat is seat)
         self._branches[state].remove(branch)
         return branch.seat
 
     def drop(self, state: DraftState, before: int | None = None) -> Iterable[DraftSeat]:
-        """Forget the seq's branches, or those that start before a position -> their seats, to be released."""
+        """Forget the seq's branches, or those that start before a position. Returns their seats, to be released."""
         kept = [] if before is None else [branch for branch in self.branches(state) if branch.start >= before]
         dropped = [branch.seat for branch in self._branches.pop(state, ()) if branch not in kept]
         if kept:

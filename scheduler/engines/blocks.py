@@ -1,8 +1,8 @@
-"""KV blocks of one engine: who holds which, and which still hold a known prefix.
+"""KV blocks of one engine: who holds which, and which of them hold a known prefix.
 
-A block is in one of three states: held (by one seq or, for a shared prefix, by several), idle (held by nobody, but its
-contents are known and it can be found again by digest), or free. Idle blocks are given up in the order in which they
-became idle. Nothing here scans the pool: every operation costs what it moves.
+A block is in one of three states. It is held by one seq or, for a shared prefix, by several. It is idle: no seq holds
+it, but its contents are known and its digest finds it. Or it is free. Idle blocks are evicted in the order in which
+they became idle. Nothing here scans the pool: every operation costs time in proportion to the blocks it moves.
 """
 
 from collections import OrderedDict
@@ -15,22 +15,22 @@ from scheduler.requests.digests import Digest
 class FreeRuns:
     """Free block ids as maximal runs of consecutive ids.
 
-    A seq grows into the id behind its last block while that is free, because attention over a run of blocks can read
-    the cache without gathering. A new run starts in the middle of the longest one, which leaves the seq before it room
+    A seq grows into the id after its last block while that id is free, because attention over a run of blocks can read
+    the cache without gathering. A new run starts in the middle of the longest one, so that the seq before it has room
     to grow.
     """
 
     def __init__(self, num_blocks: int) -> None:
-        self._end_of: dict[int, int] = {}  # first id -> id behind the last
-        self._start_of: dict[int, int] = {}  # id behind the last -> first id
-        # (-length, end) of runs, longest first. Entries may be stale: a run is told by its end, which
-        # does not move while ids are taken from its front; gone or shorter runs are noticed on top.
+        self._end_of: dict[int, int] = {}  # first id -> id after the last
+        self._start_of: dict[int, int] = {}  # id after the last -> first id
+        # (-length, end) of runs, longest first. Entries may be stale. A run is identified by its end, which
+        # does not move while ids are taken from its front. Runs that are gone or shorter are noticed at the top.
         self._longest: list[tuple[int, int]] = []
         self.num_free = 0
         self.give(range(num_blocks))
 
     def take(self, after: int | None) -> int:
-        """The id behind `after` if it is free, else one that starts a new run. Some id must be free."""
+        """Take the id that follows `after` if it is free, else one that starts a new run. Some id must be free."""
         start = -1 if after is None else after + 1
         if start not in self._end_of:
             start = self._start_run()
@@ -44,7 +44,7 @@ class FreeRuns:
         return start
 
     def give(self, block_ids: Iterable[int]) -> None:
-        """Take ids back; adjoining runs are joined."""
+        """Return ids; adjoining runs are joined."""
         ids = sorted(block_ids)
         self.num_free += len(ids)
         first = 0
@@ -104,14 +104,14 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be allocated now, the idle ones included."""
+        """Blocks that can be allocated now, including idle ones."""
         return self._free.num_free + len(self._idle)
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
     def allocate(self, count: int, after: int | None = None) -> list[int]:
-        """`count` blocks with one holder each, consecutive behind `after` where possible."""
+        """Allocate `count` blocks with one holder each, consecutive after `after` where possible."""
         assert count <= self.num_free, f"allocation of {count} blocks with {self.num_free} free"
         if count > self._free.num_free:
             self._evict(count - self._free.num_free)
@@ -123,7 +123,7 @@ class BlockManager:
         return taken
 
     def match(self, digests: Sequence[Digest]) -> list[int]:
-        """The blocks of the longest known prefix of a digest chain. Takes no hold of them."""
+        """The blocks of the longest known prefix of a digest chain. Does not hold them."""
         found: list[int] = []
         for digest in digests:
             block_id = self._by_digest.get(digest)
@@ -133,18 +133,18 @@ class BlockManager:
         return found
 
     def num_idle_among(self, block_ids: Iterable[int]) -> int:
-        """How many of these would stop being free if they were held."""
+        """How many of these blocks would stop being free if they were held."""
         return sum(self._num_holders[block_id] == 0 for block_id in block_ids)
 
     def hold(self, block_ids: Iterable[int]) -> None:
-        """One more holder for each of these blocks (found by `match`)."""
+        """Add a holder to each of these blocks (found by `match`)."""
         for block_id in block_ids:
             if self._num_holders[block_id] == 0:
                 del self._idle[block_id]
             self._num_holders[block_id] += 1
 
     def release(self, block_ids: Sequence[int]) -> None:
-        """One holder less for each. The end of a prefix becomes idle first: it is worth nothing without its start."""
+        """Remove a holder from each. The end of a prefix becomes idle first: without its start it is worthless."""
         free: list[int] = []
         for block_id in reversed(block_ids):
             self._num_holders[block_id] -= 1
@@ -158,13 +158,13 @@ class BlockManager:
         self._free.give(free)
 
     def publish(self, block_id: int, digest: Digest) -> None:
-        """From now on the block can be found: it is full, its tokens are committed and their KV is computed."""
+        """Let the block be found from now on: it is full, its tokens are committed and their KV is computed."""
         if self._caching and digest not in self._by_digest:
             self._by_digest[digest] = block_id
             self._digest_of[block_id] = digest
 
     def forget(self, block_ids: Iterable[int]) -> None:
-        """Never find these held blocks again: what they hold is not to be trusted."""
+        """Never let these held blocks be found again: their contents are not to be trusted."""
         for block_id in block_ids:
             digest = self._digest_of[block_id]
             if digest is not None:
@@ -172,7 +172,7 @@ class BlockManager:
                 self._digest_of[block_id] = None
 
     def _evict(self, count: int) -> None:
-        # A few more than needed at a time, so that neighbours come back together and form runs.
+        # Evict a few more than needed at a time, so that neighbours come back together and form runs.
         victims = [
             self._idle.popitem(last=False)[0] for _ in range(min(len(self._idle), max(count, self.num_blocks // 64)))
         ]

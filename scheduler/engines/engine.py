@@ -1,4 +1,4 @@
-"""The scheduler's view of one engine: its slots, its blocks and the rounds on their way."""
+"""The scheduler's view of one engine: its slots, its blocks and its rounds in flight."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from scheduler.requests.request import Seq
 
 
 class UnexpectedAnswerError(RuntimeError):
-    """A worker group answered something that no round asked for."""
+    """A worker group sent an answer that no round asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForkFrom:
-    """A draft slot begins as a branch of another one."""
+    """A draft slot begins as a branch of another slot."""
 
     parent_slot: int
-    length: int  # tokens that they share
-    num_shared_blocks: int  # those that are full of them
+    length: int  # tokens that both share
+    num_shared_blocks: int  # blocks that these tokens fill
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -36,12 +36,12 @@ class PlannedRow:
     crop_len: int | None = None
     append_token_ids: Sequence[int] = ()
     drafts: Sequence[int] = ()  # target: to verify
-    fork: ForkFrom | None = None  # draft: how a slot of a branch begins
-    calibrate_len: int = 0  # draft: tokens whose approximate KV is replaced first
+    fork: ForkFrom | None = None  # draft: how the slot of a branch begins
+    calibrate_len: int = 0  # draft: tokens whose approximate KV is first replaced
     num_draft_tokens: int = 0  # draft: to draft
-    epoch: int = 0  # draft: of the chain that grows
-    num_exact: int = 0  # draft: leading tokens of the seat whose KV is exact behind the row
-    num_pending: int = 0  # target: tokens that the row will certainly commit
+    epoch: int = 0  # draft: epoch of the chain that grows
+    num_exact: int = 0  # draft: leading tokens of the seat whose KV is exact after the row
+    num_pending: int = 0  # target: tokens that the row is certain to commit
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -49,21 +49,21 @@ class InFlight:
     round_id: int
     rows: list[PlannedRow]
     num_tokens: int
-    is_prefill: bool  # a row has more to compute than a decode or verify step has
+    is_prefill: bool  # a row computes more than a decode or verify step does
     sent_s: float
-    work: int = 1  # forwards of one token that it amounts to, at most: tokens and drafts
-    # Once it has landed: each row with its answer, and forwards that ran one after another.
+    work: int = 1  # upper bound, in forwards of one token: tokens and drafts
+    # After it has landed: each row with its answer, and the number of forwards that ran one after another.
     answered: list[tuple[PlannedRow, worker_pb2.RowResult]] = field(default_factory=list)
     num_steps: int = 0
-    wall_s: float = 0.0  # from when the engine could have begun to when its answer came: what it took for us
-    was_late: bool = False  # so long that it stood still: no measurement
+    wall_s: float = 0.0  # from when the engine could have begun to when its answer came
+    was_late: bool = False  # it took so long that it must have stood still, so its time is no measurement
 
 
 class EngineView:
     """Slots and blocks of a connected engine.
 
-    Rounds run in the order in which they are sent, so what a seq gives back may be given out again at once: the
-    next holder's round runs behind the last one that writes for the old.
+    Rounds run in the order in which they are sent, so slots and blocks that a seq returns may be reused at once: the
+    next holder's round runs after the last one that writes for the old holder.
     """
 
     def __init__(self, info: worker_pb2.EngineInfo, incarnation: int, *, enable_prefix_caching: bool) -> None:
@@ -79,25 +79,25 @@ class EngineView:
 
     @property
     def longest_seq(self) -> int:
-        """Tokens of a seq that fits whatever else goes on, so that nobody is preempted for ever."""
+        """Length of a seq that fits whatever else runs, so that no seq is preempted forever."""
         return min(self.info.max_model_len, self.info.num_blocks * self.info.block_size)
 
     @property
     def idle_since(self) -> float | None:
-        """When its last round came back; None while one is on its way."""
+        """When its last round came back; None while one is in flight."""
         return None if self.in_flight else self._landed_s
 
     def waiting_since(self, not_before: float = -inf) -> float:
-        """From when on the oldest round in flight could have run, which was not before; inf without one."""
+        """The earliest time at which the oldest round in flight could have begun; inf if none is in flight."""
         return max(self.in_flight[0].sent_s, self._landed_s, not_before) if self.in_flight else inf
 
     def late_at(self, not_before: float = -inf) -> float:
-        """When this round is late; inf without one."""
+        """When this round becomes late; inf if there is none."""
         return self.waiting_since(not_before) + self.patience.late_s(self.in_flight[0].work) if self.in_flight else inf
 
     @property
     def lost_s(self) -> float:
-        """Seconds that this round may take before the engine counts as lost; inf without one."""
+        """Seconds that this round may take before the engine counts as lost; inf if there is none."""
         return self.patience.lost_s(self.in_flight[0].work) if self.in_flight else inf
 
     @property
@@ -108,7 +108,7 @@ class EngineView:
         return self._free_slots.pop()
 
     def release(self, seat: Seat) -> None:
-        """The seq of this seat needs it no more, whatever rounds still name it."""
+        """The seq no longer needs its seat, even if rounds in flight still name it."""
         seat.is_released = True
         self.blocks.release(seat.block_ids)
         self._free_slots.append(seat.slot)
@@ -116,12 +116,13 @@ class EngineView:
             self._slots_to_free.append(seat.slot)
 
     def find_prefix(self, seq: Seq) -> list[int]:
-        """Blocks that hold the start of the seq's history; its last token is left to compute in any case."""
+        """Blocks that hold the start of the seq's history; its last token always stays to be computed."""
         num_blocks = (len(seq.token_ids) - 1) // self.blocks.block_size
         return self.blocks.match(seq.digests.extend(seq.token_ids, num_blocks)[:num_blocks])
 
     def grow(self, seat: Seat, num_tokens: int) -> bool:
-        """Make the seat's blocks cover `num_tokens` positions; False, and nothing happens, if too few are free."""
+        """Make the seat's blocks cover `num_tokens` positions. Returns False and changes nothing if too few are
+        free."""
         missing = -(-num_tokens // self.blocks.block_size) - len(seat.block_ids)
         if missing <= 0:
             return True
@@ -131,11 +132,11 @@ class EngineView:
         return True
 
     def room_for(self, seat: Seat) -> int:
-        """Positions that the seat's blocks and all free ones together cover."""
+        """Positions that the seat's blocks and all free blocks cover together."""
         return (len(seat.block_ids) + self.blocks.num_free) * self.blocks.block_size
 
     def publish(self, seq: Seq, seat: Seat, num_tokens: int) -> None:
-        """The first `num_tokens` tokens of the seq are committed and their KV is there: let others find it."""
+        """The first `num_tokens` tokens of the seq are committed and have KV: let other seqs find it."""
         num_full = num_tokens // self.blocks.block_size
         if num_full <= seat.num_published:
             return
@@ -147,7 +148,7 @@ class EngineView:
     def launch(
         self, rows: list[PlannedRow], now: float, *, num_alternatives: int = 0, confidences: bool = False
     ) -> worker_pb2.Round:
-        """The message for these rows. Seats are moved on to where they will be when it has run."""
+        """The message for these rows. Moves their seats to the state after the round."""
         self.num_rounds += 1
         message = worker_pb2.Round(
             round_id=self.num_rounds,
@@ -179,7 +180,7 @@ class EngineView:
         return message
 
     def land(self, result: worker_pb2.RoundResult, now: float) -> InFlight:
-        """The round that this result answers, which is no longer in flight. Raises UnexpectedAnswerError."""
+        """The round that this result answers; it is no longer in flight. Raises UnexpectedAnswerError."""
         if not self.in_flight or self.in_flight[0].round_id != result.round_id:
             expected = self.in_flight[0].round_id if self.in_flight else "none"
             raise UnexpectedAnswerError(f"result of round {result.round_id} came, expected was {expected}")
@@ -193,7 +194,7 @@ class EngineView:
                 raise UnexpectedAnswerError(
                     f"round {result.round_id}: the answer for slot {row.seat.slot} does not fit"
                 )
-        # Where both engines are in one process it may have waited for a round of the other: no time of its own.
+        # If both engines are in one process, the round may have waited for one of the other: its time is not its own.
         began_s = max(record.sent_s + result.queue_ns * 1e-9, self._landed_s)
         record.num_steps = result.num_steps
         record.wall_s = max(result.run_ns * 1e-9, now - began_s)
@@ -204,8 +205,8 @@ class EngineView:
 
 
 def _fits(row: PlannedRow, answer: worker_pb2.RowResult, vocab_size: int) -> bool:
-    """Whether a correct group could answer so. What follows reckons with it."""
-    token_ids = list(answer.token_ids)  # a repeated field is slow to read, so once
+    """Whether a correct group could answer like this. Later code relies on it."""
+    token_ids = list(answer.token_ids)  # reading a repeated field is slow, so read it once
     num_tokens = len(token_ids)
     return (
         answer.slot == row.seat.slot
@@ -235,7 +236,7 @@ def _seq_init(row: PlannedRow) -> worker_pb2.SeqInit:
     seq, seat = row.seq, row.seat
     sampling = seq.sampling
     if sampling.HasField("prompt_logprobs") and not seq.request.wants_prompt_logprobs:
-        # They are complete: after a preemption nobody needs them again.
+        # All prompt logprobs have arrived, so they are not needed again after a preemption.
         sampling = sampling_pb2.SeqSampling()
         sampling.CopyFrom(seq.sampling)
         sampling.ClearField("prompt_logprobs")

@@ -1,15 +1,15 @@
-"""How long an engine had nothing to do although somebody could have used it."""
+"""How long an engine had nothing to do although work was waiting for it."""
 
 
 class IdleMeter:
-    """Told of every change, it adds up the time in which the engine was idle and wanted. Seconds of one clock."""
+    """Adds up the time in which the engine was idle and wanted. Tell it every change. Seconds of one clock."""
 
     def __init__(self) -> None:
         self.idle_s = 0.0
         self._idle_since: float | None = None
 
     def update(self, now: float, *, is_idle: bool) -> None:
-        """From `now` on the engine is idle and wanted, or is not."""
+        """Set whether the engine is idle and wanted from `now` on."""
         if self._idle_since is not None:
             self.idle_s += now - self._idle_since
         self._idle_since = now if is_idle else None

@@ -9,8 +9,8 @@ class Seat:
 
     slot: int
     block_ids: list[int]
-    num_computed: int  # leading tokens of the history whose KV is there
-    num_published: int  # leading blocks that need no publishing any more
+    num_computed: int  # leading tokens of the history that have KV
+    num_published: int  # leading blocks that need no more publishing
     num_sent_blocks: int = 0
-    introduced: bool = False  # the engine has been sent the seq
-    is_released: bool = False  # nobody waits for what rounds on their way bring
+    introduced: bool = False  # the engine has received the seq
+    is_released: bool = False  # results of rounds in flight are not wanted any longer

@@ -1,4 +1,4 @@
-"""How likely a draft is accepted: from the verdicts of its seq, starting from what other seqs have shown."""
+"""The probability that a draft is accepted: estimated from its seq's verdicts, starting from those of other seqs."""
 
 from dataclasses import dataclass, field
 from typing import Self
@@ -13,10 +13,10 @@ class Tuning:
     prior_trials: float = 2.0  # weight of that guess: a handful of verdicts overrule it; not measured
     prior_memory: float = 400.0  # trials; not measured
     seq_prior_trials: float = 16.0  # weight of the prior in a seq's estimate: texts differ by 0.1 or so; not measured
-    changed_prior_trials: float = 3.0  # its weight in one whose text has changed; not measured
-    # Trials: long ones are steady, short ones notice a change; not measured.
+    changed_prior_trials: float = 3.0  # weight of the prior for a seq whose text has changed; not measured
+    # Trials. Long memories are steady, short ones notice a change; not measured.
     memories: tuple[float, ...] = (300.0, 60.0, 12.0)
-    min_trials: float = 6.0  # below that a memory says nothing of a change; not measured
+    min_trials: float = 6.0  # with fewer trials a memory does not show a change; not measured
     change_sigmas: float = 3.5  # how far a shorter memory must stray from a longer one to replace it; not measured
 
 
@@ -24,9 +24,9 @@ _TUNING = Tuning()
 
 
 def expected_tokens(acceptance: float, num_drafts: float) -> float:
-    """Tokens that a verification of `num_drafts` drafts commits on average, the target's own token included.
+    """The mean number of tokens that a verification of `num_drafts` drafts commits, the target's own token included.
 
-    (1 - a^(k+1)) / (1 - a), arXiv 2406.14066; a real `num_drafts` interpolates.
+    (1 - a^(k+1)) / (1 - a), arXiv 2406.14066. A fractional `num_drafts` interpolates.
     """
     if acceptance > 0.9999:
         return 1.0 + num_drafts
@@ -35,7 +35,7 @@ def expected_tokens(acceptance: float, num_drafts: float) -> float:
 
 @dataclass(slots=True)
 class _Tally:
-    """Accepted drafts among those that were compared, older ones forgotten."""
+    """Share of accepted drafts among those that were compared; older ones count less."""
 
     memory: float  # trials
     num_accepted: float = 0.0
@@ -47,7 +47,7 @@ class _Tally:
         self.num_trials = self.num_trials * keep + num_trials
 
     def contradicts(self, longer: "_Tally") -> bool:
-        """Whether chance does not explain how far this one strays from a longer memory."""
+        """Whether this memory strays from a longer one by more than chance explains."""
         if self.num_trials < _TUNING.min_trials or longer.num_trials < 2 * self.num_trials:
             return False
         before = longer.rate(0.5, 1.0)
@@ -62,7 +62,7 @@ class _Tally:
 
 
 class AcceptancePrior:
-    """What the verdicts of all seqs say of one that has none yet. One a scheduler and draft source."""
+    """What the verdicts of all seqs say about a seq that has none yet. One per scheduler and draft source."""
 
     def __init__(self) -> None:
         self._tally = _Tally(_TUNING.prior_memory)
@@ -81,10 +81,10 @@ class AcceptancePrior:
 
 @dataclass(slots=True)
 class Acceptance:
-    """Of one seq and draft source.
+    """The estimate for one seq and draft source.
 
-    Drafts behind the first rejected one were never compared, so a verdict of `a` accepted among `k` drafts is
-    min(a + 1, k) trials with `a` successes; a / k would be biased, the more so the longer the chain.
+    Drafts after the first rejected one were never compared. So a verdict of `a` accepted among `k` drafts is
+    min(a + 1, k) trials with `a` successes. a / k would be biased, and more so for longer chains.
     """
 
     prior: AcceptancePrior
@@ -108,12 +108,12 @@ class Acceptance:
                 self._forget_before(index)
 
     def _forget_before(self, index: int) -> None:
-        """The text has changed: longer memories know no more than this one."""
+        """The text has changed: make the longer memories forget what this one does not know."""
         for longer in self._tallies[:index]:
             longer.copy_from(self._tallies[index])
         self._prior_trials = _TUNING.changed_prior_trials
 
     @property
     def rate(self) -> float:
-        """The probability that a draft behind accepted ones is accepted, 0 < rate < 1."""
+        """The probability that a draft is accepted if all before it are, 0 < rate < 1."""
         return self._tallies[0].rate(self.prior.rate, self._prior_trials)

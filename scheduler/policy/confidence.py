@@ -1,4 +1,4 @@
-"""How likely a draft is accepted, from the probability that the draft itself gave it."""
+"""The probability that a draft is accepted, estimated from the probability that the draft model gave it."""
 
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 class Tuning:
     """How confidences are calibrated."""
 
-    # Between confidences that are counted apart; not measured.
+    # Borders between confidences that are counted separately; not measured.
     bounds: tuple[float, ...] = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.995)
-    prior_trials: float = 8.0  # weight of the confidence itself, a fair guess (arXiv 2406.16858); not measured
+    prior_trials: float = 8.0  # weight of the confidence itself, which is a fair guess (arXiv 2406.16858); not measured
     memory: float = 400.0  # trials; not measured
 
 
@@ -18,8 +18,8 @@ _TUNING = Tuning()
 
 
 class Calibration:
-    """Accepted drafts by confidence. A bucket's estimate starts from the mean of its confidences and ends at what
-    verdicts say; older ones are forgotten."""
+    """Accepted drafts by confidence. A bucket's estimate starts at the mean of its confidences and moves to what the
+    verdicts say; older verdicts count less."""
 
     def __init__(self) -> None:
         num_buckets = len(_TUNING.bounds) + 1
@@ -27,16 +27,17 @@ class Calibration:
         self._num_trials = [0.0] * num_buckets
 
     def observe(self, confidence: float, *, accepted: bool) -> None:
-        """A draft behind accepted ones was compared."""
+        """Count a draft that was compared, all before it having been accepted."""
         index = bisect_right(_TUNING.bounds, confidence)
         keep = 1.0 - 1.0 / _TUNING.memory
         self._num_accepted[index] = self._num_accepted[index] * keep + accepted
         self._num_trials[index] = self._num_trials[index] * keep + 1.0
 
     def rate(self, confidence: float, acceptance: float, usual: float) -> float:
-        """The probability that a draft behind accepted ones is accepted.
+        """The probability that a draft is accepted if all before it are.
 
-        `acceptance`: of the drafts of this seq, `usual`: of all, each above 0 and below 1; they move the odds.
+        `acceptance`: of the drafts of this seq; `usual`: of all drafts. Each lies above 0 and below 1; they shift the
+        odds.
         """
         index = bisect_right(_TUNING.bounds, confidence)
         accepted = self._num_accepted[index] + _TUNING.prior_trials * confidence

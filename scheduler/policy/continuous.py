@@ -1,4 +1,4 @@
-"""The continuous pipeline: the draft runs on while the target verifies, and only waiting for it costs time."""
+"""The continuous pipeline: the draft runs while the target verifies, and only waiting for it costs time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,24 +13,24 @@ from scheduler.policy.step_times import VerifyTimes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HoldTuning:
-    """When the target waits for drafts. Together they reach what tests/unit/test_policy.py demands."""
+    """When the target waits for drafts. Together these values reach what tests/unit/test_policy.py demands."""
 
     num_waited: int = 4  # draft rounds to wait for at first, to learn how fast the draft is alone; not measured
-    max_fine: int = 8  # seqs up to which every number of steps is tried; more take longer to try; not measured
-    max_held: int = 64  # seqs; more hardly ever all lack drafts, and trying takes longer than it gives; not measured
+    max_fine: int = 8  # seqs up to which every number of steps is tried; with more it takes too long; not measured
+    max_held: int = 64  # seqs; more hardly ever all lack drafts, and trying costs more than it gains; not measured
     curious_steps: int = 2  # draft steps to wait for, to learn how fast they are alone; not measured
-    steady_rows: int = 8  # seqs that put off by a round that the steady state is computed anew; not measured
+    steady_rows: int = 8  # each so many seqs delay the recomputing of the steady state by a round; not measured
     max_unverified: int = 4  # target rounds that decode plainly while drafts come; not measured
-    change_for: float = 1.02  # what running ahead must gain over waiting to be taken up; not measured
-    restart_steps: float = 0.5  # until a new chain's first step: half a step still runs on average; not measured
+    change_for: float = 1.02  # gain of running ahead over waiting that makes the policy switch to it; not measured
+    restart_steps: float = 0.5  # until a new chain's first step: on average half a step is still running; not measured
     margin: float = 2.0  # by how much drafts may come later than expected; not measured
 
 
 class ContinuousPolicy(SpeculationPolicy):
-    """`window`: most drafts ahead of the last commit, 0: chosen; `has_branches`: the draft is never idle while the
-    target verifies, since it drafts for several verdicts.
+    """`window`: most drafts ahead of the last commit; 0: the policy chooses. `has_branches`: the draft drafts for
+    several verdicts, so it is never idle while the target verifies.
 
-    Where the draft had better not run beside the target (`times.runs_ahead` False), it drafts while that waits.
+    If the draft should not run beside the target (`times.runs_ahead` False), it drafts while the target waits.
     """
 
     times: OverlappedTimes
@@ -49,8 +49,8 @@ class ContinuousPolicy(SpeculationPolicy):
         self._hold = hold_tuning or HoldTuning()
         self._window = window
         self._has_branches = has_branches
-        self._num_unverified = 0  # target rounds in a row without drafts
-        self._steady: tuple[tuple[int, int], SteadyState] | None = None  # with what it depends on
+        self._num_unverified = 0  # consecutive target rounds without drafts
+        self._steady: tuple[tuple[int, int], SteadyState] | None = None  # together with what it depends on
 
     # -- how long the target waits ------------------------------------------------------------------------------------
 
@@ -60,8 +60,8 @@ class ContinuousPolicy(SpeculationPolicy):
         return self._hold_for_fixed_s(seqs) or self._hold_for_gain_s(seqs, self._slowed(verify_s))
 
     def _hold_for_fixed_s(self, seqs: Sequence[Drafts]) -> float:
-        """A request that asked for so many drafts a round gets them, if they are on their way. All wait for it, as in
-        the serial pipeline: one that is held alone misses the whole round of the others."""
+        """If a request fixed its number of drafts per round, the target waits for them if they are in flight. All seqs
+        wait, as in the serial pipeline: a seq that is held alone misses the whole round of the others."""
         missing = max((seq.limit - seq.num_ready for seq in seqs if seq.is_fixed and seq.num_coming), default=0)
         if missing < 1:
             return 0.0
@@ -87,7 +87,7 @@ class ContinuousPolicy(SpeculationPolicy):
         )
 
     def _best_wait(self, seqs: Sequence[Drafts], verify_s: VerifyTimes) -> int:
-        """Draft steps to wait for, so that the tokens gained less the price of the time are most."""
+        """The number of draft steps to wait for that gains most: tokens minus the price of the time."""
         steady = self._steady_state(seqs, len(seqs))
         runs_ahead = self.times.runs_ahead
         price = steady.rate if runs_ahead else self._price
@@ -108,18 +108,18 @@ class ContinuousPolicy(SpeculationPolicy):
         return best_wait
 
     def _is_overdue(self, seqs: Sequence[Drafts]) -> bool:
-        """A draft that runs and is never verified could not show that it is worse than thought."""
+        """Whether to verify now: drafts that are never verified cannot show that they are worse than thought."""
         return self._num_unverified >= self._hold.max_unverified and not any(seq.num_ready for seq in seqs)
 
     def _is_curious(self, seqs: Sequence[Drafts]) -> bool:
-        """Whether to wait for once, to learn how fast the draft is when the target does not run beside it."""
+        """Whether to wait once, to learn how fast the draft is when the target does not run beside it."""
         is_due = self.times.num_alone < self._hold.num_waited or self._is_exploring
         return self._adaptive and is_due and not any(seq.num_ready for seq in seqs)
 
     def _value_of_going_on(
         self, rows: Sequence[Row], counts: Sequence[int], steady: SteadyState, step_s: float
     ) -> float:
-        """Tokens that the drafts made meanwhile are worth, where the verdict lets the chain go on."""
+        """The value in tokens of the drafts made meanwhile, if the verdict lets the chain continue."""
         wait_s = steady.num_waited * self.times.waited_step_s(len(rows))
         wait_s += self._hold.restart_steps * step_s if steady.num_waited else 0.0
         saved = steady.rate * wait_s / len(rows)
@@ -162,7 +162,7 @@ class ContinuousPolicy(SpeculationPolicy):
         return counts
 
     def _steady_state(self, seqs: Sequence[Drafts], num_rows: int) -> SteadyState:
-        """Computed anew when it may have changed, in a big batch not every round: that takes longer there."""
+        """Recomputed when it may have changed; for a big batch not in every round, because it takes longer there."""
         key = (num_rows, self._num_rounds // (1 + num_rows // self._hold.steady_rows))
         if self._steady is None or self._steady[0] != key:
             rows = [self._row(seq) for seq in seqs] + [PLAIN_ROW] * (num_rows - len(seqs))
@@ -181,7 +181,7 @@ class ContinuousPolicy(SpeculationPolicy):
         return self._steady[1]
 
     def _window_of(self, num_drafts: int, row: Row) -> int:
-        """Those that are verified, and where the draft runs ahead those that are drafted meanwhile."""
+        """The drafts that are verified and, if the draft runs ahead, those that are drafted meanwhile."""
         if num_drafts == 0 or not self.times.runs_ahead:
             return num_drafts
         meanwhile = self._max_drafts

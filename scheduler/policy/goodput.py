@@ -1,7 +1,7 @@
-"""How many drafts give the most committed tokens a second, if acceptance and step times are as estimated.
+"""How many drafts give the most committed tokens a second, given the estimates of acceptance and step times.
 
-Goodput of a round is its expected tokens by its time (arXiv 2406.14066). Two pipelines: serial, where drafting and
-verifying add up, and continuous, where the draft runs on meanwhile and only waiting for it costs time.
+The goodput of a round is its expected tokens divided by its time (arXiv 2406.14066). There are two pipelines. In the
+serial one, the times of drafting and verifying add up. In the continuous one, both run at once, and only waiting costs.
 """
 
 from collections import Counter
@@ -14,20 +14,20 @@ from scheduler.policy.acceptance import expected_tokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """What the search leaves out."""
+    """Limits of the search."""
 
-    max_cuts: int = 24  # batch sizes whose time is looked up, of the many that a big batch could have; not measured
+    max_cuts: int = 24  # batch sizes whose time is looked up, of the many that a big batch can have; not measured
 
 
 _TUNING = Tuning()
 
 
 class Row(NamedTuple):
-    """A seq of a target round."""
+    """A seq in a target round."""
 
     acceptance: float
     limit: int  # most drafts
-    num_fixed: int = 0  # drafts that it has whatever is chosen
+    num_fixed: int = 0  # drafts that it verifies whatever is chosen
 
     @property
     def most(self) -> int:
@@ -38,13 +38,13 @@ class Row(NamedTuple):
         return expected_tokens(self.acceptance, self.num_fixed)
 
 
-# A draft that could be verified: (- the probability that it and all before it are accepted, depth, row). The depth of
-# a row's first draft is 1. Plain tuples, since a big batch has hundreds and sorts them every round.
+# A draft that could be verified: (minus the probability that it and all before it are accepted, depth, row). The first
+# draft of a row has depth 1. Plain tuples, because a big batch sorts hundreds of them every round.
 _Slot = tuple[float, int, int]
 
 
 def _slots(rows: Sequence[Row]) -> list[_Slot]:
-    """Best first, so those of a row come in order."""
+    """Best first, so the drafts of a row come in order."""
     slots = []
     for index, (acceptance, limit, num_fixed) in enumerate(rows):
         value = acceptance**num_fixed
@@ -63,13 +63,13 @@ def _cuts(num_slots: int) -> list[int]:
 def rate_of_alike(
     num_seqs: int, acceptance: float, num_drafts: int, verify_s: Callable[[float], float], draft_s: float
 ) -> float:
-    """Tokens a second where the target waits `draft_s` for so many drafts of each of `num_seqs` seqs."""
+    """Tokens a second if the target waits `draft_s` for this many drafts for each of `num_seqs` seqs."""
     return num_seqs * expected_tokens(acceptance, num_drafts) / (draft_s + verify_s(num_seqs * num_drafts))
 
 
 class SerialPlan(NamedTuple):
-    lengths: list[int]  # drafts for each row, those that are fixed included
-    rate: float  # tokens a second with them: the best with at least one draft that is not fixed
+    lengths: list[int]  # drafts for each row, including fixed ones
+    rate: float  # tokens a second with these lengths: the best with at least one draft that is not fixed
     plain_rate: float  # and without
 
 
@@ -80,12 +80,12 @@ def plan_serial(
     *,
     start_s: float = 0.0,
 ) -> SerialPlan:
-    """The best lengths where the target waits for the draft.
+    """The best lengths if the target waits for the draft.
 
-    `verify_s(d)`: seconds of a target round with d drafts; `step_s(n)`: of a draft step for n seqs; `start_s`: of a
-    draft round apart from its steps. A step costs about the same for one seq as for all, so the number of steps is
-    tried, and drafts fill them as far as verifying more tokens pays. Whether that beats none at all is for the caller
-    to see.
+    `verify_s(d)`: seconds of a target round with d drafts. `step_s(n)`: of a draft step for n seqs. `start_s`: of a
+    draft round apart from its steps. A step costs about the same for one seq as for all. So every number of steps is
+    tried, and each is filled with drafts as far as verifying more tokens pays. The caller decides whether the result
+    beats no drafts at all.
     """
     slots = _slots(rows)
     num_fixed = sum(row.num_fixed for row in rows)
@@ -116,9 +116,10 @@ def plan_serial(
 
 
 def pick_drafts(rows: Sequence[Row], verify_s: Callable[[float], float], price: float) -> tuple[list[int], float]:
-    """Of drafts that are at hand anyway, those worth verifying -> drafts for each row, tokens gained less time's price.
+    """Which of the drafts at hand to verify. Returns drafts for each row, and tokens gained minus the price of the
+    time.
 
-    `price`: tokens that a second is worth.
+    `price`: the value of a second in tokens.
     """
     slots = _slots(rows)
     num_fixed = sum(row.num_fixed for row in rows)
@@ -137,10 +138,10 @@ def pick_drafts(rows: Sequence[Row], verify_s: Callable[[float], float], price: 
 
 
 class SteadyState(NamedTuple):
-    """What a continuous pipeline settles to with a limit of drafts and a number of draft steps to wait for."""
+    """The steady state of a continuous pipeline with a given limit of drafts and number of draft steps to wait for."""
 
     num_drafts: int  # most that a row verifies
-    num_waited: int  # draft steps that the target waits when a seq has nothing at hand
+    num_waited: int  # draft steps that the target waits for when a seq has no drafts at hand
     num_at_hand: float  # drafts made during a verification
     rate: float  # tokens a second
 
@@ -148,13 +149,13 @@ class SteadyState(NamedTuple):
 def steady_state(
     rows: Sequence[Row], verify_s: Callable[[float], float], step_s: float, *, waited_step_s: float, restart_s: float
 ) -> SteadyState:
-    """The best of them, with a draft that never pauses.
+    """The best steady state with a draft that never pauses.
 
-    A seq is in one of two states when the target is free: its chain goes on (the last verdict agreed with all drafts
-    and the draft's next one), and what was drafted during the verification is at hand, or it was restarted, and only
-    what the target waits for is. `step_s`: of a draft step beside a verification; `waited_step_s`: of one that the
-    target waits for. `restart_s`: from a verdict to the first step of the new chain. `num_drafts` is at
-    least 1.
+    When the target is free, a seq is in one of two states. Either its chain continues, because the last verdict agreed
+    with all drafts and with the draft's next token; then the drafts made during the verification are at hand. Or the
+    chain was restarted; then only the steps that the target waits for are. `step_s`: of a draft step beside a
+    verification; `waited_step_s`: of one that the target waits for. `restart_s`: from a verdict to the first step of
+    the new chain. `num_drafts` is at least 1.
     """
     groups = Counter(Row(round(row.acceptance, 2), row.limit, row.num_fixed) for row in rows)
     most = max((row.most for row in groups), default=0)
@@ -182,7 +183,7 @@ def _steady_rate(
     for row, count in groups.items():
         at_hand, restarted = min(num_at_hand, row.most), min(num_waited, row.most)
         goes_on, again = row.acceptance ** (at_hand + 1.0), row.acceptance ** (restarted + 1.0)
-        share = again / (1.0 - goes_on + again)  # of the rounds in which the chain went on
+        share = again / (1.0 - goes_on + again)  # share of the rounds in which the chain continued
         going_on, anew = expected_tokens(row.acceptance, at_hand), expected_tokens(row.acceptance, restarted)
         tokens += count * (share * going_on + (1.0 - share) * anew)
         sum_drafts += count * (share * at_hand + (1.0 - share) * restarted)

@@ -1,8 +1,8 @@
-"""How many drafts each seq gets and when the target waits for them: what gives the most tokens a second.
+"""How many drafts each seq gets, and when the target waits for them, so that tokens a second are most.
 
-A pure class: it is told how long rounds took, and answers from what it has learned. Acceptance comes from the verdicts
-of each seq (`acceptance.py`), times from the rounds (`round_times.py`), the best numbers from both (`goodput.py`), and
-a seq whose drafts do not pay is probed now and then (`probing.py`). This file holds what both pipelines share; what
+A pure class. It is told how long rounds took and decides by what it has learned. Acceptance comes from the verdicts
+of each seq (`acceptance.py`), times from the rounds (`round_times.py`), and the best numbers from both (`goodput.py`).
+A seq whose drafts do not pay is probed now and then (`probing.py`). This file holds what both pipelines share. What
 they plan and how long they wait is in `serial.py` and `continuous.py`.
 """
 
@@ -23,44 +23,44 @@ PLAIN_ROW = Row(0.0, 0)  # a seq that decodes without drafts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """Of both pipelines. Together they reach what tests/unit/test_policy.py demands."""
+    """Settings of both pipelines. Together they reach what tests/unit/test_policy.py demands."""
 
     num_unmeasured: int = 4  # drafts while the times are not known; not measured
-    max_unmeasured: int = 8  # seqs that draft so much then, each of more drafts 1; not measured
-    explore_every: int = 48  # target rounds: one with another number of drafts, to learn what it takes; not measured
-    num_timed: float = 4.0  # observations of plain decoding that average out the noise; not measured
-    rest_rounds: int = 8  # target rounds after which a policy that found no use for drafts asks again; not measured
-    decent_acceptance: float = 0.7  # of drafts for which a seq is caught up at least; not measured
-    min_survival: float = 0.05  # a less likely draft is not worth the power it takes; not measured
-    probe_share: float = 0.25  # of a target step: most that the drafts of a probe take; not measured
-    hoped_gain: float = 0.5  # of drafts all accepted, from which probes get all that is saved up for them; not measured
-    least_worth: float = 0.05  # share of it that probes get in any case, because times change as well; not measured
+    max_unmeasured: int = 8  # seqs that get that many drafts meanwhile; of more, each gets 1; not measured
+    explore_every: int = 48  # target rounds; one of them tries another number of drafts to learn its time; not measured
+    num_timed: float = 4.0  # observations of plain decoding that average out noise; not measured
+    rest_rounds: int = 8  # target rounds before a policy that found drafts useless thinks again; not measured
+    decent_acceptance: float = 0.7  # acceptance assumed when deciding whether a seq should catch up; not measured
+    min_survival: float = 0.05  # a draft less likely than this is not worth its energy; not measured
+    probe_share: float = 0.25  # most that the drafts of a probe take, as a share of a target step; not measured
+    hoped_gain: float = 0.5  # gain of perfect drafts from which probes may spend all their savings; not measured
+    least_worth: float = 0.05  # least share of their savings that probes may spend: times change too; not measured
     never_wrong: float = 0.99  # acceptance that a probe may hope for; not measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drafts:
-    """One seq that decodes, at the moment at which the target is free for it."""
+    """One decoding seq, at the moment when the target is free for it."""
 
     acceptance: float  # estimated probability that a draft is accepted (Acceptance.rate)
     num_ready: int  # drafts at hand
-    num_coming: int  # further ones that rounds already sent to the draft engine will bring
-    limit: int  # most drafts that it may verify (request, room); 0: it decodes plainly
-    is_fixed: bool = False  # the request asked for exactly `limit` drafts a round: the policy has no say
-    num_behind: int = 0  # tokens of its history that the draft engine would have to catch up with first
-    may_hold: bool = True  # False: it was held, and its time is up
+    num_coming: int  # further drafts that rounds in flight will bring
+    limit: int  # most drafts that it may verify (by request and room); 0: it decodes plainly
+    is_fixed: bool = False  # the request asked for exactly `limit` drafts per round, so the policy does not choose
+    num_behind: int = 0  # tokens of its history that the draft engine would first have to catch up with
+    may_hold: bool = True  # False: it was held, and its time is over
 
 
 class Choice(NamedTuple):
     num_verify: int  # drafts to verify now; 0: plain decoding
-    hold_s: float = 0.0  # > 0: do not take this seq now, but when more drafts have come, at the latest after so long
+    hold_s: float = 0.0  # > 0: wait for more drafts instead of decoding now, for at most this long
 
 
 class SpeculationPolicy(ABC):
-    """One a scheduler; `SerialPolicy` or `ContinuousPolicy`.
+    """One per scheduler: `SerialPolicy` or `ContinuousPolicy`.
 
-    `adaptive` False: every seq drafts and verifies as much as its limit allows; only whether a continuous pipeline
-    waits for drafts is still chosen.
+    `adaptive` False: every seq drafts and verifies as much as its limit allows. The policy then only chooses whether a
+    continuous pipeline waits for drafts.
     """
 
     def __init__(self, times: RoundTimes, *, max_drafts: int, adaptive: bool, tuning: Tuning | None = None) -> None:
@@ -73,26 +73,26 @@ class SpeculationPolicy(ABC):
         self._probes = Probes(self.prior)
         self._num_rounds = 0
         self._num_rows = 0  # of the last target round that decoded
-        self._has_ordered = False  # drafts, when last asked for lengths
+        self._has_ordered = False  # whether it ordered drafts when last asked for lengths
         self._rests_until = 0  # target round
-        self._step_cost: float | None = None  # None: to be computed anew
+        self._step_cost: float | None = None  # None: to be recomputed
         self._num_waiting = 0
-        self._price = 0.0  # tokens that a second was last expected to bring; 0: not known
-        self._saving: tuple[tuple[int, int], float] | None = None  # with what it depends on
+        self._price = 0.0  # expected tokens per second, as last computed; 0: unknown
+        self._saving: tuple[tuple[int, int], float] | None = None  # together with what it depends on
 
     # -- what the pipelines differ in -------------------------------------------------------------------------------
 
     @abstractmethod
     def _hold_s(self, seqs: Sequence[Drafts], verify_s: VerifyTimes, num_other_tokens: int) -> float:
-        """How long the target had better wait for drafts; it waits for all or none, so that no seq misses a round."""
+        """How long the target should wait for drafts. It waits for all seqs or none, so that no seq misses a round."""
 
     @abstractmethod
     def _lengths(self, seqs: Sequence[Drafts], rows: list[Row], num_rows: int) -> list[int]:
-        """Drafts to verify for each of these rows, of `num_rows` that decode, where drafts may pay."""
+        """Drafts to verify for each of these rows, of `num_rows` that decode, when drafts may pay."""
 
     @abstractmethod
     def _window_of(self, num_drafts: int, row: Row) -> int:
-        """How far a chain may run so that `num_drafts` are at hand when the target is free."""
+        """How far a chain may run ahead so that `num_drafts` are at hand when the target is free."""
 
     # -- what happened ------------------------------------------------------------------------------------------------
 
@@ -121,9 +121,9 @@ class SpeculationPolicy(ABC):
     # -- what the target verifies -------------------------------------------------------------------------------------
 
     def choose(self, seqs: Sequence[Drafts], *, num_other_tokens: int, num_waiting: int) -> list[Choice]:
-        """For a target round of these seqs, all that decode: what each verifies, or how long it is held.
+        """Plan a target round of these seqs, all that decode: what each verifies, or how long it is held.
 
-        `num_other_tokens`: of prompts in that round. `num_waiting`: requests that wait for their first round.
+        `num_other_tokens`: prompt tokens in that round. `num_waiting`: requests that wait for their first round.
         """
         self._num_waiting = num_waiting
         if 2 * len(seqs) < self._num_rows:
@@ -145,17 +145,17 @@ class SpeculationPolicy(ABC):
         rows = [self._row_now(seq) for seq in seqs]
         counts, _ = pick_drafts(rows, verify_s, self._price or self._price_of(rows, verify_s))
         if self._verifies_any:
-            # Drafts that are never verified could not show that they are better than thought.
+            # Drafts that are never verified cannot show that they are better than thought.
             counts = [max(count, min(1, row.most)) for count, row in zip(counts, rows, strict=True)]
         return counts
 
     @property
     def _verifies_any(self) -> bool:
-        """One draft a seq at least, whatever it seems worth."""
+        """At least one draft for each seq, whatever it seems worth."""
         return self._is_exploring
 
     def _price_of(self, rows: Sequence[Row], verify_s: VerifyTimes) -> float:
-        """Tokens a second if all that is at hand is verified, or none of it, where that is more than was ever seen."""
+        """Tokens a second with all drafts at hand or with none, whichever is more, if it exceeds all that was seen."""
         all_s = verify_s(sum(row.most for row in rows))
         if isinf(all_s):
             return sum(row.fixed_tokens for row in rows) / verify_s(sum(row.num_fixed for row in rows))
@@ -170,7 +170,7 @@ class SpeculationPolicy(ABC):
     # -- what the draft writes ----------------------------------------------------------------------------------------
 
     def draft_lengths(self, seqs: Sequence[Drafts]) -> list[int]:
-        """For each seq: serial: drafts to order before the next target round; continuous: how many drafts ahead of the
+        """For each seq. Serial: drafts to order before the next target round. Continuous: how many drafts ahead of the
         last commit its chain may run. 0: the draft does nothing for it.
         """
         self._step_cost = None
@@ -194,17 +194,17 @@ class SpeculationPolicy(ABC):
 
     @property
     def is_resting(self) -> bool:
-        """It was found that nobody had better draft, and is not yet to be thought about anew."""
+        """Whether the policy recently found that no seq should draft, and it is too early to think again."""
         return self._num_rounds < self._rests_until
 
     def _row(self, seq: Drafts) -> Row:
-        """With as many drafts as it may ever have."""
+        """The row with as many drafts as it may ever have."""
         if seq.is_fixed or not self._adaptive:
             return Row(seq.acceptance, 0, seq.limit)
         return Row(seq.acceptance, min(seq.limit, self._max_drafts))
 
     def _times_plain(self, num_rows: int) -> bool:
-        """Whether what speculation has to beat is to be measured: once at once, a few times more in due course."""
+        """Whether to measure plain decoding, which speculation has to beat: once at first, a few more times later."""
         num_timed = self.times.target_weight(num_rows)
         return num_timed == 0.0 or (num_timed < self._tuning.num_timed and self._is_exploring)
 
@@ -215,8 +215,8 @@ class SpeculationPolicy(ABC):
         )
 
     def _is_on(self, rate: float, plain_rate: float, num_drafting: int, num_rows: int) -> bool:
-        """Whether to speculate. Only what most rows could gain says something of the load: where the draft has caught
-        up with a few of many, they speculate while that pays, and no longer for what may be learned."""
+        """Whether to speculate. Only the gain of most rows says something about the load. If the draft has caught up
+        with only a few of many seqs, those speculate while it pays, and no longer just to learn from it."""
         if 2 * num_drafting < num_rows:
             self._switch.on_gap()
             return rate > plain_rate
@@ -231,7 +231,7 @@ class SpeculationPolicy(ABC):
         asleep = [index for index, row in enumerate(rows) if row.limit and not lengths[index]]
         if not asleep:
             return
-        # The likeliest one: it stays so until its verdict, and after a bad one another is.
+        # The likeliest draft: it stays so until its verdict, and after a bad verdict another one is.
         index = max(asleep, key=lambda i: (rows[i].acceptance, -seqs[i].num_behind))
         num_rows = max(len(rows), self._num_rows)
         num_drafts = self._num_probed(rows[index])
@@ -259,10 +259,10 @@ class SpeculationPolicy(ABC):
         return max(self._tuning.least_worth, min(1.0, (best / plain - 1.0) / self._tuning.hoped_gain))
 
     def pays_to_catch_up(self, *, num_seqs: int, num_behind: int, num_left: int) -> bool:
-        """Whether drafts would save more over the `num_left` tokens that a seq may still get than it takes the draft to
-        catch up with `num_behind`, where `num_seqs` run.
+        """Whether drafts would save more time over the `num_left` tokens that a seq may still get than the draft takes
+        to catch up with `num_behind` tokens, with `num_seqs` running.
 
-        With decent drafts: of bad ones only a seq that has caught up can show that they have become better.
+        Assumes decent drafts: if drafts are bad, only a seq that has caught up can show that they have improved.
         """
         if not (self._adaptive and self.times.is_measured):
             return True
@@ -270,7 +270,7 @@ class SpeculationPolicy(ABC):
         return num_left * self._saved_s(num_seqs) >= cost_s
 
     def _saved_s(self, num_seqs: int) -> float:
-        """Seconds that drafts save for each token, where so many seqs run; computed anew with every target round."""
+        """Seconds that drafts save per token with this many seqs; recomputed after every target round."""
         key = (num_seqs, self._num_rounds)
         if self._saving is None or self._saving[0] != key:
             rate, plain_rate = self._rates_if_all(num_seqs, max(self.prior.rate, self._tuning.decent_acceptance))
@@ -278,8 +278,8 @@ class SpeculationPolicy(ABC):
         return self._saving[1]
 
     def _rates_if_all(self, num_seqs: int, acceptance: float) -> tuple[float, float]:
-        """Tokens a second of so many seqs if drafts of all were at hand and accepted like that, the best number of
-        them; and without drafts."""
+        """Tokens a second of this many seqs, with the best number of drafts if all had drafts at hand and accepted them
+        at this rate; and without drafts."""
         verify_s = self.times.verify_times(num_seqs)
         start_s, further_s = self.times.draft_start_s(num_seqs), self.times.draft_further_s(num_seqs)
         best = max(
@@ -289,12 +289,12 @@ class SpeculationPolicy(ABC):
         return best, rate_of_alike(num_seqs, acceptance, 0, verify_s, 0.0)
 
     def should_extend(self, survival: float, acceptance: float) -> bool:
-        """Whether a chain should get another draft, which counts only if all before it are accepted: `survival`."""
+        """Whether a chain should get another draft. It only counts if all before it are accepted: `survival`."""
         return survival * acceptance >= max(self._tuning.min_survival, self.draft_step_cost)
 
     @property
     def draft_step_cost(self) -> float:
-        """Tokens that a draft step costs: in serial the target waits for it, in continuous it slows the target."""
+        """The cost of a draft step in tokens: in serial the target waits for it, in continuous it slows the target."""
         if self._step_cost is None:
             step_s = self.times.draft_step_s(1) if self.times.draft_is_known else 0.0
             self._step_cost = self.times.draft_share * step_s * self._price

@@ -1,4 +1,4 @@
-"""When to speculate again after it did not pay. Plain state machines that count target rounds and their seconds."""
+"""When to speculate again after it did not pay. Plain state machines that count target rounds and seconds."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from scheduler.policy.acceptance import AcceptancePrior
 class Tuning:
     """When speculation ends and is tried again. Together they reach what tests/unit/test_policy.py demands."""
 
-    start: float = 1.01  # times plain decoding that speculation must promise to start; not measured
-    # To end: it promises less than this for so many target rounds in a row, the worse the sooner; not measured.
+    start: float = 1.01  # goodput, relative to plain decoding, that speculation must promise to start; not measured
+    # It ends after promising less than this for so many target rounds in a row: the worse, the sooner; not measured.
     end: tuple[tuple[float, int], ...] = ((0.995, 32), (0.95, 12), (0.8, 0))
-    first_share: float = 0.016  # of the time that probes may take; not measured
-    last_share: float = 0.002  # after many in vain; not measured
+    first_share: float = 0.016  # share of the time that probes may take; not measured
+    last_share: float = 0.002  # the same after many failed probes; not measured
     max_probe_rounds: int = 12  # target rounds after which a probe without a verdict has failed; not measured
-    promising: float = 0.5  # acceptance from which another probe follows at once, if less was expected; not measured
+    promising: float = 0.5  # acceptance above which another probe follows at once, if less was expected; not measured
 
 
 _TUNING = Tuning()
@@ -32,11 +32,11 @@ class Switch:
         self._num_below = [count + 1 for count in self._num_below]
 
     def on_gap(self) -> None:
-        """This round the gain is not known: whether it was low for long is to be seen anew."""
+        """The gain of this round is unknown, so counting low rounds starts again."""
         self._num_below = [0] * len(_TUNING.end)
 
     def update(self, gain: float) -> bool:
-        """`gain`: expected goodput with speculation by that without."""
+        """`gain`: expected goodput with speculation divided by that without."""
         if not self.is_on:
             self.is_on = gain > _TUNING.start
             self.on_gap()
@@ -50,18 +50,18 @@ class Switch:
 
 
 class Probes:
-    """A few drafts now and then for a seq that has none, lest nobody notice that they would be accepted again.
+    """Gives a seq without drafts a few of them now and then, to notice when drafts would be accepted again.
 
-    What a probe costs must have been saved up: a share of the time that passes, halved with every probe in vain.
-    Probes that succeed against the estimate follow one another, until that says that speculation pays.
+    A probe may cost only what was saved up: a share of the time that passes, which halves after each failed probe.
+    Probes that do better than the estimate follow one another until the estimate says that speculation pays.
     """
 
     def __init__(self, prior: AcceptancePrior) -> None:
         self._prior = prior
         self._saved_s = 0.0
         self._share = _TUNING.first_share
-        self._num_rounds = 0  # of the probe that runs
-        self._expected = 0.0  # acceptance, by the estimate before it
+        self._num_rounds = 0  # of the current probe
+        self._expected = 0.0  # acceptance by the estimate before the probe
         self._begun_at: tuple[int, int] | None = None  # (accepted, trials) of the prior; None: no probe runs
 
     def on_round(self, run_s: float) -> None:
@@ -84,8 +84,8 @@ class Probes:
             self._share = max(_TUNING.last_share, self._share / 2)
 
     def may_run(self, cost_s: float, *, worth: float, expected: float, is_busy: bool) -> bool:
-        """Whether a probe that costs `cost_s` runs or may begin now. `worth`: what there is to be won, up to 1: the
-        share of what was saved up that it is worth; `expected`: acceptance; `is_busy`: none begins."""
+        """Whether a probe that costs `cost_s` runs or may begin now. `worth`: the possible gain, as the share (up to 1)
+        of the savings that it may spend; `expected`: acceptance; `is_busy`: none begins."""
         if self._begun_at is None and not is_busy and self._saved_s * worth >= cost_s:
             self._saved_s = 0.0
             self._begin(expected)

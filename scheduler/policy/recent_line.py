@@ -1,13 +1,13 @@
-"""A straight line through points of which older ones count less and less."""
+"""A straight line through points, the older of which count less."""
 
 
 class RecentLine:
-    """y = intercept + slope * x by least squares. `keep`: what every point counts of its former weight when the next
-    one comes."""
+    """y = intercept + slope * x by least squares. `keep`: factor on the weight of all earlier points when a new one
+    arrives."""
 
     def __init__(self, keep: float) -> None:
         self._keep = keep
-        self.weight = 0.0  # points, as they count now
+        self.weight = 0.0  # of all points together
         self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, x: float, y: float) -> None:
@@ -20,14 +20,14 @@ class RecentLine:
 
     @property
     def variance(self) -> float:
-        """Of x; some points must have been added."""
+        """Mean of x; needs at least one point."""
         return self._xx / self.weight - (self._x / self.weight) ** 2
 
     @property
     def slope(self) -> float:
-        """Only where x varies."""
+        """Defined only if x varies."""
         return (self._xy / self.weight - self._x * self._y / self.weight**2) / self.variance
 
     def intercept(self, slope: float) -> float:
-        """Of the line with this slope through the middle of the points; some must have been added."""
+        """Intercept of the line with this slope through the mean of the points; needs at least one point."""
         return (self._y - slope * self._x) / self.weight

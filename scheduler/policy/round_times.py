@@ -1,6 +1,6 @@
-"""What rounds take: of the target, of the draft beside it and alone, and how much one slows the other.
+"""How long rounds take: the target's, the draft's beside it and alone, and how much each slows the other.
 
-Pure classes that learn from the rounds they are told of; single forwards are `scheduler/policy/step_times.py`'s.
+Pure classes that learn from observed rounds. Single forwards are in `scheduler/policy/step_times.py`.
 """
 
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from scheduler.policy.step_times import DraftTimes, StepTimes, VerifyTimes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """Of `RoundTimes`. Together they reach what tests/unit/test_policy.py demands."""
+    """Settings of `RoundTimes`. Together they reach what tests/unit/test_policy.py demands."""
 
-    num_measured: int = 3  # draft rounds: before so many were seen, their times are not known; not measured
-    num_trusted: float = 4.0  # target rounds of a size, from which on it can tell a slowdown; not measured
-    first_slowdown: float = 1.03  # of a target round beside a draft round, until it is seen; not measured
-    max_slowdown: float = 1.5  # what is seen beyond that had another cause; not measured
-    first_step_s: float = 1e-3  # of a draft step, until one was seen; not measured
-    first_row_share: float = 0.1  # of that, which each seq adds; not measured
-    learned: float = 0.02  # share of a slowdown seen that is believed; not measured
+    num_measured: int = 3  # draft rounds to see before their times count as known; not measured
+    num_trusted: float = 4.0  # target rounds of a size to see before they can show a slowdown; not measured
+    first_slowdown: float = 1.03  # of a target round beside a draft round, until one is seen; not measured
+    max_slowdown: float = 1.5  # a larger one must have another cause; not measured
+    first_step_s: float = 1e-3  # of a draft step, until one is seen; not measured
+    first_row_share: float = 0.1  # share of that time that each seq adds; not measured
+    learned: float = 0.02  # weight of a new slowdown in the mean; not measured
 
 
 class RoundTimes:
-    """Where draft and target never run at the same time."""
+    """Times when draft and target never run at the same time."""
 
     def __init__(self, tuning: Tuning | None = None) -> None:
         self._tuning = tuning or Tuning()
@@ -33,14 +33,14 @@ class RoundTimes:
     # -- what happened ------------------------------------------------------------------------------------------------
 
     def observe_target(self, num_tokens: int, num_context: int, run_s: float) -> None:
-        """A target round over `num_tokens` tokens that attend to `num_context` cached ones took `run_s`."""
+        """A target round over `num_tokens` tokens, which attend to `num_context` cached ones, took `run_s`."""
         self._target.observe(num_tokens, run_s, num_context=num_context)
 
     def observe_draft(
         self, *, num_seqs: int, num_steps: int, num_chunk_tokens: int, run_s: float, beside_target: bool
     ) -> None:
-        """A draft round took `run_s`: a forward over `num_chunk_tokens` tokens that it caught up with, behind whose
-        last ones the first drafts were chosen, then one for each further draft of `num_seqs` seqs (`num_steps` in all).
+        """A draft round took `run_s`. Its first forward computed `num_chunk_tokens` tokens, after the last of which the
+        first drafts were chosen; then each further draft of `num_seqs` seqs took one forward (`num_steps` in all).
         `beside_target`: a target round ran meanwhile.
         """
         self._num_draft_rounds += 1
@@ -57,16 +57,16 @@ class RoundTimes:
         return self._target.is_known
 
     def target_weight(self, num_tokens: int) -> float:
-        """How many recent target rounds over so many tokens there were, the older the less they count."""
+        """The number of recent target rounds over this many tokens; older ones count less."""
         return self._target.weight(num_tokens)
 
     def target_s(self, num_tokens: int) -> float:
-        """Seconds of a target round over so many tokens."""
+        """Seconds of a target round over this many tokens."""
         return self._target.predict(num_tokens)
 
     def verify_times(self, num_rows: int, *, num_other_tokens: int = 0, num_fixed: int = 0) -> VerifyTimes:
-        """Of target rounds of `num_rows` seqs, with `num_other_tokens` of prompts; `num_fixed`: drafts that nobody has
-        a say in."""
+        """Times of target rounds of `num_rows` seqs with `num_other_tokens` prompt tokens; `num_fixed`: drafts whose
+        number is not the policy's choice."""
         return VerifyTimes(self._target, num_rows, num_other_tokens, num_fixed=num_fixed)
 
     # -- the draft ----------------------------------------------------------------------------------------------------
@@ -77,22 +77,22 @@ class RoundTimes:
 
     @property
     def is_measured(self) -> bool:
-        """Both sides, often enough to reckon with."""
+        """Whether both sides were seen often enough."""
         return self._target.is_known and self._num_draft_rounds >= self._tuning.num_measured
 
     @property
     def draft_share(self) -> float:
-        """Seconds that the target loses by a second of the draft's: it waits."""
+        """Seconds that the target loses per second of drafting: here it waits."""
         return 1.0
 
     def draft_step_s(self, num_seqs: int) -> float:
-        """Seconds of a draft step for so many seqs; a guess until one was seen."""
+        """Seconds of a draft step for this many seqs; a guess until one is seen."""
         if self._draft.is_known:
             return self._draft.step_s(num_seqs)
         return self._tuning.first_step_s * (1.0 + self._tuning.first_row_share * num_seqs)
 
     def draft_start_s(self, num_seqs: int) -> float:
-        """Seconds that a draft round takes however many drafts it brings."""
+        """Seconds that a draft round takes apart from its drafts."""
         return self._draft.start_s(num_seqs)
 
     def draft_further_s(self, num_seqs: int) -> float:
@@ -105,18 +105,18 @@ class RoundTimes:
 
 
 class OverlappedTimes(RoundTimes):
-    """Where the draft may go on while the target verifies."""
+    """Times when the draft may continue while the target verifies."""
 
     def __init__(self, tuning: Tuning | None = None) -> None:
         super().__init__(tuning)
-        self.runs_ahead = True  # the draft goes on while the target verifies: the policy says so
+        self.runs_ahead = True  # the draft continues while the target verifies; the policy decides it
         self.slowdown = self._tuning.first_slowdown  # of a target round while the draft runs
         self.num_alone = 0  # draft rounds that the target waited for
-        self._draft_alone = DraftTimes()  # of those: the target may share memory with the draft
+        self._draft_alone = DraftTimes()  # times of those rounds: the target may share memory with the draft
         self._has_drafted = False  # since the last target round
 
     def observe_target(self, num_tokens: int, num_context: int, run_s: float) -> None:
-        """Where the draft has run since the last round, it has slowed this one down."""
+        """If the draft has run since the last round, it slowed this one down."""
         if self._has_drafted and self.runs_ahead:
             self._learn_slowdown(num_tokens, num_context, run_s)
             run_s /= self.slowdown
@@ -151,7 +151,7 @@ class OverlappedTimes(RoundTimes):
 
     @property
     def draft_share(self) -> float:
-        """Seconds that the target loses by a second of the draft's: it is slowed down."""
+        """Seconds that the target loses per second of drafting: here it is slowed down."""
         return self.slowdown - 1.0
 
     def waited_step_s(self, num_seqs: int) -> float:

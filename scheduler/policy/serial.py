@@ -17,7 +17,7 @@ class SerialPolicy(SpeculationPolicy):
 
     @property
     def _verifies_any(self) -> bool:
-        # Drafts that are never verified could not show that they are better than thought.
+        # Drafts that are never verified cannot show that they are better than thought.
         return self._has_ordered or super()._verifies_any
 
     def _window_of(self, num_drafts: int, row: Row) -> int:
@@ -38,7 +38,7 @@ class SerialPolicy(SpeculationPolicy):
         return self._explored(rows, plan.lengths[: len(rows)])
 
     def _explored(self, rows: Sequence[Row], lengths: list[int]) -> list[int]:
-        """Now and then a draft more or less, to learn what that takes."""
+        """Now and then one draft more or less, to learn how long that takes."""
         if not self._is_exploring:
             return lengths
         change = 1 if self._num_rounds // self._tuning.explore_every % 2 else -1

@@ -1,9 +1,9 @@
 """How long a forward takes, learned while serving.
 
-A forward's time is no line in its tokens: captured graphs make it a staircase, and a few rows may cost as much as
-one. So the mean of every batch size seen is kept, exact sizes up to 64 and a handful an octave above. What was not
-seen is guessed, on the fast side, so that it is tried and known: between two sizes the time stays near the smaller's,
-and beyond the largest it goes on as it rose last.
+A forward's time is not linear in its tokens: captured graphs make it a staircase, and a few rows may cost as much as
+one. So each observed batch size has its own mean: exact sizes up to 64, then a few sizes per octave. Sizes not seen yet
+are guessed on the fast side, so that they are tried and become known. Between two sizes the time stays near that of the
+smaller one. Beyond the largest it keeps rising as it rose last.
 """
 
 from bisect import bisect_left, bisect_right
@@ -17,27 +17,27 @@ from scheduler.policy.recent_line import RecentLine
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """How times are learned. Together they reach what tests/unit/test_policy.py demands."""
+    """How times are learned. Together these values reach what tests/unit/test_policy.py demands."""
 
-    max_exact: int = 64  # tokens of a forward that are told apart exactly; not measured
-    per_octave: int = 6  # groups of sizes above that; not measured
-    memory: float = 24.0  # observations of a size that its mean is of; not measured
-    near: float = 1.3  # sizes closer than this factor leave no room for a surprise between them; not measured
-    forget_every: int = 1000  # observations, after which old ones count half and rare sizes are dropped; not measured
-    trusted: float = 4.0  # observations of a size, or of sizes alike, that are enough; not measured
-    alike: float = 1.15  # sizes that differ by no more than this factor support each other; not measured
+    max_exact: int = 64  # forwards of up to this many tokens each have their own size; not measured
+    per_octave: int = 6  # size groups per octave above that; not measured
+    memory: float = 24.0  # most observations in the mean of a size; not measured
+    near: float = 1.3  # sizes closer than this factor hide no surprise between them; not measured
+    forget_every: int = 1000  # observations after which old ones count half and rare sizes are dropped; not measured
+    trusted: float = 4.0  # observations of a size, or of similar sizes, that are enough; not measured
+    alike: float = 1.15  # sizes within this factor support each other; not measured
     num_first: int = 3  # first ones of a size may be far too long: kernels compile, caches fill; not measured
-    keep: float = 0.98  # of what is known of a round's fixed part, when another is seen; not measured
-    least_spread: float = 0.25  # variance of the number of steps, below which there is no line; not measured
-    least_per_step: float = 0.5  # of the mean step: least that a further one costs; not measured
-    least_s: float = 1e-6  # no forward is faster; a clock may say 0; not measured
+    keep: float = 0.98  # weight that earlier observations of a round's fixed part keep; not measured
+    least_spread: float = 0.25  # variance of the number of steps below which no line is fitted; not measured
+    least_per_step: float = 0.5  # least cost of a further step, relative to the mean step; not measured
+    least_s: float = 1e-6  # no forward is faster, though a clock may say 0; not measured
     max_surprise: float = 3.0  # times a size's mean: an observation counts for no more; not measured
-    warm: float = 0.5  # times the mean of a size's first ones: one that is shorter takes their place; not measured
-    least_weight: float = 0.5  # observations of a size that is not forgotten; not measured
-    context_keep: float = 0.99  # of what is known of the time by context, when another is seen; not measured
-    least_context: float = 0.1  # times a forward's time: least that it takes with less context; not measured
-    growth: float = 2.0  # times the largest size seen ...; not measured
-    growth_tokens: int = 8  # ... and so many tokens more: the largest that is tried next; not measured
+    warm: float = 0.5  # one shorter than this many times the mean of a size's first ones replaces them; not measured
+    least_weight: float = 0.5  # a size with fewer observations is forgotten; not measured
+    context_keep: float = 0.99  # weight that earlier observations of time by context keep; not measured
+    least_context: float = 0.1  # least share of a forward's time that is left with less context; not measured
+    growth: float = 2.0  # the next size to try is at most this many times the largest seen ...
+    growth_tokens: int = 8  # ... or this many tokens larger; not measured
 
 
 _TUNING = Tuning()
@@ -58,7 +58,7 @@ class _Bucket:
 
 
 class StepTimes:
-    """Seconds of one forward by the tokens in it and the KV that they attend to."""
+    """Seconds of one forward, by its tokens and by the KV that they attend to."""
 
     def __init__(self) -> None:
         self._buckets: dict[int, _Bucket] = {}
@@ -66,7 +66,7 @@ class StepTimes:
         self._is_stale = False
         self._num_observed = 0
         self._num_context = 0.0  # of the last forward
-        self._context_num = 0.0  # what seconds by context is the quotient of
+        self._context_num = 0.0  # seconds by context is a quotient, of which this is the numerator
         self._context_den = 0.0
         self._per_context = 0.0  # seconds that one cached token adds
 
@@ -80,12 +80,12 @@ class StepTimes:
         return max((bucket.num_tokens for bucket in self._buckets.values()), default=0.0)
 
     def weight(self, num_tokens: int) -> float:
-        """How many recent observations of this size there are."""
+        """The number of recent observations of this size."""
         bucket = self._buckets.get(_bucket(num_tokens))
         return 0.0 if bucket is None else bucket.weight
 
     def observe(self, num_tokens: int, run_s: float, *, num_context: float = 0.0) -> None:
-        """A forward over `num_tokens` tokens that attend to `num_context` cached ones took `run_s`."""
+        """A forward over `num_tokens` tokens, which attend to `num_context` cached ones, took `run_s`."""
         run_s = max(run_s, _TUNING.least_s)
         self._is_stale = True
         self._num_context = num_context
@@ -111,33 +111,33 @@ class StepTimes:
         self._update_per_context()
 
     def _forget(self) -> None:
-        """A machine changes: what was long not seen is to be seen again."""
+        """A machine changes, so sizes not seen for long have to be seen again."""
         for bucket in self._buckets.values():
             bucket.weight /= 2
         kept = {index: bucket for index, bucket in self._buckets.items() if bucket.weight >= _TUNING.least_weight}
         self._buckets = kept or self._buckets
 
     def _learn_context(self, bucket: _Bucket, num_context: float, run_s: float) -> None:
-        """Compare within a size only: more tokens tend to come with more context."""
+        """Compare within one size only, because more tokens tend to come with more context."""
         off = num_context - bucket.num_context
         keep = _TUNING.context_keep
         self._context_num = keep * self._context_num + off * (run_s - bucket.run_s)
         self._context_den = keep * self._context_den + off * off
 
     def _update_per_context(self) -> None:
-        """Next to nothing as long as contexts differed little beside the longest that it is applied to: noise would be
-        multiplied."""
+        """Almost 0 as long as contexts differed little compared with the longest to which it is applied: otherwise it
+        would multiply noise."""
         longest = max(self._num_context, *(bucket.num_context for bucket in self._buckets.values()))
         den = self._context_den + longest * longest
         self._per_context = max(0.0, self._context_num / den) if den > 0.0 else 0.0
 
     def _at_context(self, run_s: float, num_more: float) -> float:
-        """What took `run_s`, with so many cached tokens more (or fewer) to attend to."""
+        """Correct `run_s` for this many more (or fewer) cached tokens to attend to."""
         return max(_TUNING.least_context * run_s, run_s + self._per_context * num_more)
 
     def predict(self, num_tokens: float, *, num_context: float | None = None) -> float:
-        """Expected seconds of a forward, by default with as much context as the last one had; something must have been
-        observed (`is_known`)."""
+        """Expected seconds of a forward, by default with as much context as the last one had. Needs at least one
+        observation (`is_known`)."""
         assert self._buckets, "no forward was observed yet"
         if self._is_stale:
             self._curve = self._rising_curve()
@@ -146,8 +146,8 @@ class StepTimes:
         return run_s if num_context is None else self._at_context(run_s, num_context - self._num_context)
 
     def _rising_curve(self) -> list[tuple[float, float]]:
-        """Through the means. Sizes that were seen a few times only, as were those near them, count little against what
-        the others let expect: had the one time been a slow one, they would not be tried again."""
+        """A curve through the means. A size that was seen only a few times, like its neighbours, counts little against
+        the time that the others predict: if its one time was slow by chance, it would never be tried again."""
         means = [
             (
                 bucket.num_tokens,
@@ -169,7 +169,7 @@ class StepTimes:
 
 
 def _support(means: list[tuple[float, float, float]]) -> list[float]:
-    """Of each size, the observations of it and of sizes near it."""
+    """For each size, the number of observations of it and of similar sizes."""
     sizes = [tokens for tokens, _, _ in means]
     sums = [0.0, *accumulate(weight for _, _, weight in means)]
     return [
@@ -184,7 +184,7 @@ def _shrunk(run_s: float, expected_s: float, weight: float) -> float:
 
 
 def _rising(means: list[tuple[float, float, float]]) -> list[tuple[float, float]]:
-    """Neighbours that fall pooled: more tokens never take less time, so that is noise. `means`: (tokens, seconds,
+    """Pool neighbours whose times fall: more tokens never take less time, so that is noise. `means`: (tokens, seconds,
     weight)."""
     pools: list[tuple[list[float], float, float]] = []  # (tokens, seconds, weight)
     for num_tokens, base_s, weight in means:
@@ -212,14 +212,14 @@ def _on(curve: list[tuple[float, float]], num_tokens: float) -> float:
 
 
 class _RoundStart:
-    """What rounds take, in steps of the mean length: a fixed part and one for each step, a line through those seen.
-    Until rounds of different lengths were seen, nothing is fixed."""
+    """The time of a round as a fixed part plus one part per step of mean length: a line through the rounds seen. The
+    fixed part is 0 until rounds of different lengths were seen."""
 
     def __init__(self) -> None:
         self._line = RecentLine(_TUNING.keep)
 
     def observe(self, num_steps: int, num_means: float) -> None:
-        """A round of so many steps took as long as so many steps of the mean length."""
+        """A round of `num_steps` steps took as long as `num_means` steps of mean length."""
         self._line.add(float(num_steps), min(num_means, _TUNING.max_surprise * num_steps))
 
     @property
@@ -235,7 +235,7 @@ class _RoundStart:
 
 
 class DraftTimes:
-    """Seconds of a draft round: a forward over what the draft has to catch up, then one a further draft."""
+    """Seconds of a draft round: one forward over the tokens to catch up with, then one per further draft."""
 
     def __init__(self) -> None:
         self._forward = StepTimes()
@@ -254,7 +254,7 @@ class DraftTimes:
             if num_more:
                 self._forward.observe(num_seqs, share_s)
             return
-        # Which forward was how much off is not known: all by the same factor.
+        # Which forward was off by how much is unknown, so all get the same factor.
         first_s, step_s = self._forward.predict(first), self._forward.predict(num_seqs)
         if num_steps and num_chunk_tokens <= 2 * num_seqs:
             self._start.observe(num_steps, run_s / step_s)
@@ -264,11 +264,11 @@ class DraftTimes:
             self._forward.observe(num_seqs, step_s * factor)
 
     def step_s(self, num_seqs: int) -> float:
-        """Seconds of one draft for each of `num_seqs` seqs, with its share of what a round takes besides."""
+        """Seconds of one draft for each of `num_seqs` seqs, including its share of the fixed part of a round."""
         return self._forward.predict(max(1, num_seqs))
 
     def start_s(self, num_seqs: int) -> float:
-        """Seconds that a round takes however many drafts it brings."""
+        """Seconds that a round takes apart from its drafts."""
         return self._start.fixed * self.step_s(num_seqs)
 
     def further_s(self, num_seqs: int) -> float:
@@ -281,10 +281,11 @@ class DraftTimes:
 
 
 class VerifyTimes:
-    """Seconds of a target round by the drafts in it.
+    """Seconds of a target round by the number of its drafts.
 
-    Prompts in the round are not its seqs' doing: what drafts add to it counts on top of a round without prompts. Rounds
-    far bigger than any seen take for ever: sizes are tried step by step. `num_fixed`: drafts that nobody has a say in.
+    The seqs do not cause the prompts in a round, so the time that drafts add is counted on top of a round without
+    prompts. Rounds far bigger than any seen count as infinitely long, so sizes grow step by step. `num_fixed`: drafts
+    whose number is not the policy's choice.
     """
 
     __slots__ = ("_base_s", "_most", "_num_before", "_slowdown", "_times")

@@ -1,4 +1,4 @@
-"""The stream of rounds to one engine of a worker group, opened again when it breaks."""
+"""The stream of rounds to one engine of a worker group, reopened when it breaks."""
 
 import asyncio
 import logging
@@ -25,7 +25,7 @@ _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
 _INFO_TIMEOUT_S = 5.0
 _SECOND_LOOK_S = 1.0
-_CALL_ON_IDLE_S = 2.0  # how often a group is asked whether it is there, while it has no round to answer
+_CALL_ON_IDLE_S = 2.0  # how often an idle group is asked whether it is there
 _IDLE_PATIENCE_S = 15.0
 _SIZES = ("vocab_size", "num_blocks", "block_size", "num_slots", "max_model_len", "max_num_batched_tokens")
 
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
 
 class GroupError(RuntimeError):
-    """The group answers, but it is not the one that was expected."""
+    """The group answers, but it is not the expected one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupEvents:
-    """What a client reports, on the event loop."""
+    """Callbacks of a client, on the event loop."""
 
     connected: Callable[[worker_pb2.EngineInfo, int], None]  # engine, incarnation
     result: Callable[[worker_pb2.RoundResult], None]
@@ -51,9 +51,9 @@ class GroupEvents:
 class GroupClient:
     """Sends rounds to the leader of a group and reports their results.
 
-    A round that is not answered as long as there is patience, or within `round_timeout_s` (0: no limit at all), counts
-    as a lost group. A group is connected when it has answered a round without rows: one that still hangs in what it was
-    last asked is not. `name` is what error messages call it.
+    The group counts as lost when a round is not answered within its patience or within `round_timeout_s` (0: no limit
+    at all). A group is connected once it has answered a round without rows; one that still hangs in its last request
+    is not. `name` is what error messages call it.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class GroupClient:
         events: GroupEvents,
     ) -> None:
         self.name = name
-        self.attempted = asyncio.Event()  # the first attempt to connect is over, well or not
+        self.attempted = asyncio.Event()  # the first attempt to connect has ended, successfully or not
         self.last_error = ""
-        self.silent_since: float | None = None  # on the loop's clock: no answer to the question of an idle group
+        self.silent_since: float | None = None  # on the loop's clock: since when an idle group has not answered
         self._endpoint = endpoint
         self._role = role
         self._version = version
@@ -79,7 +79,7 @@ class GroupClient:
         self._last_sent = worker_pb2.Round()
         self._num_in_flight = 0
         self._watchdog: asyncio.TimerHandle | None = None
-        self._timed_out_s: float | None = None  # how long the round was waited for that never came back
+        self._timed_out_s: float | None = None  # how long the client waited for the round that never came back
         self._was_connected = False
 
     def send(self, message: worker_pb2.Round) -> None:
@@ -126,7 +126,7 @@ class GroupClient:
                 self._stop()
 
     async def _probe(self, call: "RoundsCall", answers: "Answers", incarnation: int) -> None:
-        """Whether the group does a round."""
+        """Wait until the group has done a round."""
         await call.write(worker_pb2.RoundRequest(round=worker_pb2.Round(incarnation=incarnation)))
         try:
             if await asyncio.wait_for(anext(answers, None), self._round_timeout_s or None) is None:
@@ -159,7 +159,7 @@ class GroupClient:
     def _stop(self) -> None:
         if self._watchdog is not None:
             self._watchdog.cancel()
-            self._watchdog = None  # what the next stream's first round looks at
+            self._watchdog = None  # it belongs to the old stream's first round
         self.silent_since = None
 
     async def _write(self, call: "RoundsCall") -> None:
@@ -174,7 +174,7 @@ class GroupClient:
                 return  # the reader sees the same end of the stream, and says why
 
     async def _call_on_idle(self, stub: "worker_pb2_grpc.WorkerAsyncStub", call: "RoundsCall") -> None:
-        """Whether a group is there that has no round to answer. (For others the watchdog looks at the clock.)"""
+        """Ask a group that has no round to answer whether it is there. (Otherwise the watchdog looks at the clock.)"""
         now = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(_CALL_ON_IDLE_S)
@@ -221,7 +221,7 @@ class GroupClient:
             self._watchdog = asyncio.get_running_loop().call_later(limit_s, self._look_again, call, limit_s)
 
     def _look_again(self, call: "RoundsCall", limit_s: float) -> None:
-        """If this process has stood still itself, the answer has come meanwhile and waits to be read."""
+        """If this process itself stood still, the answer may have arrived meanwhile and only waits to be read."""
         again_s = min(limit_s, _SECOND_LOOK_S)
         self._watchdog = asyncio.get_running_loop().call_later(again_s, self._give_up, call, limit_s)
 

@@ -1,4 +1,4 @@
-"""What waits to be sent to a gateway, and the messages that it becomes."""
+"""Outputs that wait to be sent to a gateway, and the messages that they become."""
 
 import asyncio
 
@@ -7,12 +7,12 @@ from scheduler.requests.outputs import Chunk, Completed, Failed, Output
 
 
 class Outbox:
-    """What waits to be sent to one gateway: one chunk a sample at most, however slowly it reads."""
+    """Outputs that wait for one gateway: at most one chunk a sample, however slowly it reads."""
 
     def __init__(self) -> None:
         self.request_ids: set[str] = set()  # of requests that run for this gateway
         self._pending: list[list[Output]] = []  # chunks of a sample, to be merged, or one output of another kind
-        self._growing: dict[str, dict[int, list[Output]]] = {}  # of a request, of a sample: those that take more
+        self._growing: dict[str, dict[int, list[Output]]] = {}  # by request and sample: the chunks that still grow
         self._filled = asyncio.Event()
 
     def put(self, output: Output) -> None:
@@ -23,11 +23,11 @@ class Outbox:
             samples[output.index].append(output)
         else:
             self._pending.append([output])
-            self._growing.pop(output.request_id, None)  # what comes under this id from now on stands behind it
+            self._growing.pop(output.request_id, None)  # later outputs under this id come after this one
         self._filled.set()
 
     async def take_all(self) -> scheduler_pb2.SchedulerReplies:
-        """All that is ready, as soon as there is anything."""
+        """All that is ready; waits until there is something."""
         while not self._pending:
             self._filled.clear()
             await self._filled.wait()
@@ -38,7 +38,7 @@ class Outbox:
 
 
 def _merged(outputs: list[Output]) -> Output:
-    """The chunks of a sample as one. Joined once: a long wait would make adding each to those before it quadratic."""
+    """Join the chunks of a sample. Once only: appending each to those before it would be quadratic in a long wait."""
     first = outputs[0]
     if len(outputs) == 1 or not isinstance(first, Chunk):
         return first

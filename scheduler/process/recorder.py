@@ -1,4 +1,4 @@
-"""Records what engines do for a while: every round, as it left and as it came back."""
+"""Records what engines do for a while: every round, as it left and as it returned."""
 
 import asyncio
 import time
@@ -16,8 +16,8 @@ class RecorderBusyError(RuntimeError):
 
 
 class RoundRecorder:
-    """Sees every round of a replica. Without a recording it looks and passes on; with one, it asks the round's ranks
-    for their spans (`Round.trace`)."""
+    """Sees every round of a replica. While it records, it asks the round's ranks for their spans (`Round.trace`);
+    otherwise it does nothing."""
 
     def __init__(
         self, read_status: ReadStatus, *, is_colocated: bool, now_ns: Callable[[], int] = time.monotonic_ns
@@ -28,7 +28,7 @@ class RoundRecorder:
         self._recording: Recording | None = None
 
     def start(self, *, max_rounds: int = 0) -> "Recording":
-        """Record from now on until `max_rounds` rounds of the target were sent (0: no limit) or somebody ends it."""
+        """Record until `max_rounds` rounds of the target were sent (0: no limit) or the caller ends it."""
         if self._recording is not None and not self._recording.is_over:
             raise RecorderBusyError("another recording runs; try again when it has ended")
         self._recording = Recording(
@@ -37,7 +37,7 @@ class RoundRecorder:
         return self._recording
 
     def stop(self, recording: "Recording") -> None:
-        """Nobody reads the recording any more."""
+        """The recording is not read any longer."""
         if self._recording is recording:
             self._recording = None
 
@@ -63,7 +63,7 @@ class _Sent:
 
 
 class Recording:
-    """The events of one recording, in the order in which they ended; iterate over them once. On one event loop."""
+    """The events of one recording, in the order in which they ended. Iterate over them once, on one event loop."""
 
     def __init__(
         self, read_status: ReadStatus, *, is_colocated: bool, max_rounds: int, now_ns: Callable[[], int]
@@ -82,11 +82,11 @@ class Recording:
 
     @property
     def is_over(self) -> bool:
-        """Nothing more will come."""
+        """No more events will come."""
         return not self._is_open and not self._in_flight
 
     def close(self) -> None:
-        """Record no more rounds; those on their way are waited for."""
+        """Record no more rounds; wait for those in flight."""
         if self._is_open:
             self._is_open = False
             self._end_if_over()
@@ -132,7 +132,7 @@ class Recording:
         self._end_if_over()
 
     def _note_wait(self, engine: EngineRole.ValueType, now_ns: int) -> None:
-        """What the engine was idle for, though wanted, since its last round: this one has ended it."""
+        """The engine's idle time, though wanted, since its last round. This round ended it."""
         idle_s = _idle_s(self._read_status(), engine)
         grown_ns = round((idle_s - self._idle_s[engine]) * 1e9)
         self._idle_s[engine] = idle_s

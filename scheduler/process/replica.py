@@ -1,4 +1,4 @@
-"""Drives the core: hands it what happened, sends the rounds that it plans, delivers what it puts out."""
+"""Drives the core: tells it what happened, sends the rounds that it plans, and delivers its outputs."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 Role: TypeAlias = "worker_pb2.EngineRole.ValueType"
 _TARGET, _DRAFT = worker_pb2.ENGINE_ROLE_TARGET, worker_pb2.ENGINE_ROLE_DRAFT
-_MIN_SILENCE_S = 2.0  # what is shorter is not worth telling
+_MIN_SILENCE_S = 2.0  # shorter silences are not reported
 
 
 def _group_client(spec: process_pb2.SchedulerSpec, role: Role, events: GroupEvents) -> GroupClient:
@@ -30,7 +30,7 @@ def _group_client(spec: process_pb2.SchedulerSpec, role: Role, events: GroupEven
 
 
 class Replica:
-    """The running scheduler of one replica. Lives on one event loop; nothing here blocks."""
+    """The running scheduler of one replica. It lives on one event loop, and nothing here blocks."""
 
     def __init__(
         self,
@@ -46,12 +46,12 @@ class Replica:
         self._outboxes: dict[str, Outbox] = {}
         self._pump_is_due = False
         self._deadline: asyncio.TimerHandle | None = None
-        self._release: asyncio.TimerHandle | None = None  # of the first seq that is held for drafts
+        self._release: asyncio.TimerHandle | None = None  # timer of the first seq that is held for drafts
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
         self.ready = False
-        self._away_since = {_TARGET: self._now(), _DRAFT: self._now()}  # groups that are not connected
+        self._away_since = {_TARGET: self._now(), _DRAFT: self._now()}  # groups that are not connected, and since when
         self._is_colocated = spec.draft.address == spec.target.address
         self.recorder = RoundRecorder(core.status, is_colocated=self._is_colocated)
         events = GroupEvents(
@@ -93,7 +93,7 @@ class Replica:
         self._pump_soon()
 
     def drop(self, outbox: Outbox) -> None:
-        """The gateway is gone: so are its requests."""
+        """The gateway is gone, and so are its requests."""
         for request_id in list(outbox.request_ids):
             self.cancel(request_id)
 
@@ -113,7 +113,7 @@ class Replica:
         return status
 
     async def drain(self, grace_s: float) -> None:
-        """Take no new requests and wait for the running ones, `grace_s` at most."""
+        """Take no new requests and wait for the running ones, for at most `grace_s`."""
         self._draining = True
         self._on_ready(False)
         logger.info("draining: %d requests run", self._core.num_requests)
@@ -177,14 +177,14 @@ class Replica:
         self._away_since[role] = min(self._now(), self._late_since(role))
 
     def _patience_s(self, role: Role, other: Role) -> float:
-        """How long the oldest round of an engine may take. In one process it may have to wait for the other's."""
+        """How long the oldest round of an engine may take. In a shared process it may wait for the other's."""
         engine, neighbour = self._core.engines[role], self._core.engines[other]
         patience_s = inf if engine is None else engine.lost_s
         return patience_s + neighbour.lost_s if self._is_colocated and _is_busy(neighbour) else patience_s
 
     def _silent_s(self, role: Role, other: Role) -> float:
-        """For how long a group has not answered, though it was asked for longer than it usually takes, or is not
-        connected; 0: it answers, or has just been asked."""
+        """For how long a group has been disconnected or has taken longer than usual to answer; 0 if it answers in time
+        or was asked only now."""
         if role in self._away_since:
             return self._now() - self._away_since[role]
         group = self.target if role == _TARGET else self.draft
@@ -192,12 +192,12 @@ class Replica:
             return self._now() - group.silent_since
         since = self._late_since(role)
         if self._is_colocated and _is_busy(self._core.engines[other]):
-            since = max(since, self._late_since(other))  # one of them answers: the other has to wait for it
+            since = max(since, self._late_since(other))  # one of them answers, and the other has to wait for it
         silent_s = self._now() - since
         return silent_s if silent_s >= _MIN_SILENCE_S else 0.0
 
     def _late_since(self, role: Role) -> float:
-        """When the oldest round of an engine could have begun, if it is late; else inf."""
+        """When the oldest round of an engine could have begun, if it is late; otherwise inf."""
         engine = self._core.engines[role]
         return engine.waiting_since() if engine is not None and engine.late_at() <= self._now() else inf
 
@@ -210,20 +210,20 @@ class Replica:
         asyncio.get_running_loop().call_soon(self._run, callback)
 
     def _run(self, callback: Callable[[], None]) -> None:
-        """A callback of the loop: where an error would only be logged, with the state behind it broken."""
+        """A callback of the loop. There an error would only be logged, and the state after it would be broken."""
         try:
             callback()
         except Exception as error:  # noqa: BLE001  # the edge of the event loop; the process ends with it
             self._on_failure(error)
 
     def _pump_soon(self) -> None:
-        """Plan once for all that arrives in this turn of the loop."""
+        """Plan once for everything that arrives in this turn of the loop."""
         if not self._pump_is_due:
             self._pump_is_due = True
             self._soon(self._pump)
 
     def _pump(self) -> None:
-        """The whole loop of a scheduler: every round that the core wants to send now, then what it puts out."""
+        """The main cycle of a scheduler: send every round that the core wants now, then deliver its outputs."""
         self._pump_is_due = False
         is_going = True
         while is_going:
@@ -234,7 +234,7 @@ class Replica:
             self._send(self.target, _TARGET, verifying)
             is_going = drafting is not None or verifying is not None
         self._arm_release()
-        self._soon(self._deliver)  # after the tasks that write the rounds
+        self._soon(self._deliver)  # after the tasks that send the rounds
 
     def _send(self, group: GroupClient | None, role: Role, message: worker_pb2.Round | None) -> None:
         if group is not None and message is not None:

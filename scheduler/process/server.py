@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 _OPTIONS = [
     ("grpc.so_reuseport", 0),  # a taken port is an error, not a server that gets half the calls
     ("grpc.max_send_message_length", -1),
-    # Five million token ids. A message is parsed between rounds, so a longer one would hold everybody up.
+    # Five million token ids. Messages are parsed between rounds, so a longer one would delay every request.
     ("grpc.max_receive_message_length", 16 << 20),
 ]
 _SERVICE_NAME = "echelon.v1.Scheduler"
-_MAX_TRACE_S = 86400.0  # a timer of the loop: NaN would break the order of all others
+_MAX_TRACE_S = 86400.0  # a timer of the loop; NaN would break the order of all others
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[scheduler_pb2.SchedulerRequest, scheduler_pb2.SchedulerReplies]
@@ -54,7 +54,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
             self._replica.drop(outbox)
 
     def _handle(self, request: scheduler_pb2.SchedulerRequest, outbox: Outbox) -> None:
-        """A stream rules its own requests and no others."""
+        """A stream controls its own requests only."""
         match request.WhichOneof("message"):
             case "submit":
                 self._replica.submit(request.submit, outbox)
@@ -88,7 +88,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
             recording = recorder.start(max_rounds=request.num_rounds)
         except RecorderBusyError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-        await context.send_initial_metadata(())  # it has begun, though there may be nothing to say for long
+        await context.send_initial_metadata(())  # the recording has begun, though there may be no event for a while
         if request.duration_s:
             asyncio.get_running_loop().call_later(request.duration_s, recording.close)
         try:
@@ -109,11 +109,11 @@ class SchedulerServer:
         core = SchedulerCore(SchedulerConfig.from_spec(spec), table)
         self.replica = Replica(core, spec, on_ready=self._set_health, on_failure=self._fail)
         self._tasks: set[asyncio.Task[None]] = set()
-        # Set when a part of the scheduler has died of an error: nothing it says can be relied on any more.
+        # Set when a part of the scheduler has died of an error: its state can no longer be trusted.
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def start(self, connect_timeout_s: float) -> str:
-        """Connect to the groups and listen -> "host:port". ConfigError where that fails."""
+        """Connect to the groups and listen. Returns "host:port". Raises ConfigError if that fails."""
         scheduler_pb2_grpc.add_SchedulerServicer_to_server(SchedulerService(self.replica), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         address = f"{self._spec.host}:{self._spec.port}"
@@ -141,7 +141,7 @@ class SchedulerServer:
             await self.replica.draft.attempted.wait()
 
     async def stop(self, grace_s: float) -> None:
-        """Finish what runs within `grace_s`, then close."""
+        """Finish the running requests within `grace_s`, then close."""
         await self.replica.drain(grace_s)
         await self._server.stop(1.0)
         for task in self._tasks:

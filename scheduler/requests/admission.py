@@ -1,4 +1,4 @@
-"""What a client asks for becomes a request, or an error that names the field."""
+"""Turns a client's Submit into a request, or into an error that names the field."""
 
 from collections.abc import Iterable
 
@@ -23,7 +23,7 @@ def build_request(
     number: int,
     now: float,
 ) -> Request:
-    """A request with its seqs, none of them started. `number` is its place in the order of arrival.
+    """A request with its seqs, none of them started. `number`: its place in the order of arrival.
 
     Raises InvalidRequestError.
     """

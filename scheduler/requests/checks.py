@@ -1,4 +1,4 @@
-"""What a Submit may say. The gateway has checked it for its client; whoever owns the state checks what it is told."""
+"""What a Submit may contain. The gateway has checked it for its client; the owner of the state checks it again."""
 
 import math
 from collections.abc import Callable, Collection
@@ -8,7 +8,7 @@ from typing import Literal
 from echelon.pb import sampling_pb2, scheduler_pb2
 
 _MAX_REQUEST_ID_CHARS = 128
-# Every character of the output is compared with every stop string, between rounds.
+# Every character of the output is compared with every stop string between rounds.
 _MAX_STOPS = 64
 _MAX_STOP_CHARS = 1024
 
@@ -17,7 +17,7 @@ class InvalidRequestError(ValueError):
     """A request that can never be served; the message names the field."""
 
 
-# Sampling settings whose zero is not their default: a Submit without them would mean something else.
+# Sampling settings whose default is not zero: a Submit that leaves them unset would mean something else.
 _RESOLVED: tuple[Literal["temperature", "top_p", "repetition_penalty", "n", "skip_special_tokens"], ...] = (
     "temperature",
     "top_p",
@@ -51,8 +51,8 @@ _RULES = (
 
 
 def check_submit(submit: scheduler_pb2.Submit, *, max_model_len: int, vocab_size: int) -> None:
-    """Raises InvalidRequestError for what a correct gateway does not send. The ids of the prompt are left to
-    `check_token_ids`, which is five times as fast on the list that they become."""
+    """Raises InvalidRequestError for what a correct gateway does not send. The prompt's ids are left to
+    `check_token_ids`, which is five times as fast because it works on a list."""
     if not 1 <= len(submit.request_id) <= _MAX_REQUEST_ID_CHARS:
         raise InvalidRequestError(
             f"request_id must have 1 to {_MAX_REQUEST_ID_CHARS} characters, got {len(submit.request_id)}"

@@ -1,4 +1,4 @@
-"""What waits to be delivered: tokens become chunks only when they are taken, while the engines work."""
+"""Output that waits to be delivered. Tokens become chunks only when they are taken, while the engines work."""
 
 from typing import NamedTuple
 
@@ -9,16 +9,16 @@ from scheduler.requests.request import Seq
 
 
 class Fresh(NamedTuple):
-    """Tokens that were committed and are not yet a chunk."""
+    """Committed tokens that are not a chunk yet."""
 
     seq: Seq
-    offset: int  # output tokens before them
+    offset: int  # number of output tokens before them
     token_ids: list[int]
     answer: worker_pb2.RowResult | None  # with their log-probabilities, and perhaps those of tokens after the end
 
 
 class Delivery:
-    """In the order in which it was put."""
+    """Keeps outputs in the order in which they were added."""
 
     def __init__(self, table: TokenTable) -> None:
         self._table = table
@@ -28,7 +28,7 @@ class Delivery:
         self._waiting.append(output)
 
     def take(self) -> list[Output]:
-        """All that was put since the last call, without chunks that say nothing."""
+        """All that was added since the last call, without empty chunks."""
         outputs: list[Output] = []
         for output in self._waiting:
             if not isinstance(output, Fresh):
@@ -56,7 +56,7 @@ class Delivery:
     def take_prompt_logprobs(
         self, entries: list[sampling_pb2.PositionLogprobs | None], answer: worker_pb2.RowResult
     ) -> None:
-        """Enter those of a row's answer among a request's. `entries` changes."""
+        """Write the log-probabilities of a row's answer into those of its request. Changes `entries`."""
         for position, entry in enumerate(answer.prompt_logprobs, start=answer.prompt_logprobs_start):
             if 1 <= position <= len(entries):
                 self._add_text(entry)

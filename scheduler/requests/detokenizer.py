@@ -1,7 +1,7 @@
-"""Token ids to text, a token at a time, never half a character.
+"""Turns token ids into text, one token at a time, never half a character.
 
-A table of bytes (`checkpoint/token_table.py`) and an incremental UTF-8 decoder give exactly the text of the whole, at a
-constant cost a token. Bytes that are no UTF-8 become U+FFFD as soon as no further byte could complete them.
+A table of bytes (`checkpoint/token_table.py`) and an incremental UTF-8 decoder give exactly the text of the whole
+output at constant cost per token. Invalid UTF-8 becomes U+FFFD as soon as no further byte could complete it.
 """
 
 import codecs
@@ -14,8 +14,8 @@ _new_utf8_decoder = codecs.getincrementaldecoder("utf-8")
 class Detokenizer:
     """The text of one seq's output.
 
-    `follows_text` says whether visible text stands before the first token: where a text starts, some decoders remove
-    the space in front of the first word.
+    `follows_text`: whether visible text precedes the first token. At the start of a text, some decoders remove the
+    space before the first word.
     """
 
     __slots__ = ("_bytes_of", "_is_first", "_num_spaces_to_drop", "_skipped", "_starts", "_table", "_utf8")
@@ -30,7 +30,7 @@ class Detokenizer:
         self._starts = self._is_first or self._num_spaces_to_drop > 0
 
     def push(self, token_id: int) -> str:
-        """The text that is certain with this token; bytes of an unfinished character wait for the next."""
+        """The text that becomes certain with this token. Bytes of an unfinished character wait for the next token."""
         if token_id in self._skipped or token_id >= len(self._bytes_of):
             return ""
         if self._starts:
@@ -38,11 +38,11 @@ class Detokenizer:
         return self._utf8.decode(self._bytes_of[token_id])
 
     def flush(self) -> str:
-        """The end of the output: an unfinished character becomes U+FFFD."""
+        """The output has ended: an unfinished character becomes U+FFFD."""
         return self._utf8.decode(b"", final=True)
 
     def _start(self, token_id: int) -> str:
-        """Like `push` where the text starts, which it does until a token is no space that is dropped."""
+        """Like `push`, at the start of the text, where spaces are dropped until a token is something else."""
         data = self._table.first_bytes_of(token_id) if self._is_first else self._bytes_of[token_id]
         self._is_first = False
         text = self._utf8.decode(data)

@@ -1,4 +1,4 @@
-"""Chained digests of token blocks: equal digests mean equal tokens from the first one on."""
+"""Chained digests of token blocks: equal digests mean that all tokens up to the end of the block are equal."""
 
 from array import array
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ Digest = bytes  # 128 bits: no two different prefixes are ever taken for each ot
 
 
 def root_digest(model_name: str, block_size: int) -> Digest:
-    """Where a chain starts: KV of another model or layout is never found."""
+    """The start of a chain. It differs between models and layouts, so the KV of another is never found."""
     return blake2b(f"{model_name}\0{block_size}".encode(), digest_size=16).digest()
 
 

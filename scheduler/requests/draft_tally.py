@@ -1,4 +1,4 @@
-"""What became of drafts, counted for a request or for all."""
+"""Counts the fate of drafts, for one request or for all."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from echelon.pb import inference_pb2
 
 @dataclass(slots=True)
 class DraftTally:
-    """The fields of SpeculationStats (inference.proto) as Python numbers, which are faster to count in."""
+    """The fields of SpeculationStats (inference.proto) as Python numbers, which are faster to update."""
 
     num_rounds: int = 0
     num_rounds_with_drafts: int = 0

@@ -1,4 +1,4 @@
-"""What the scheduler delivers of a request."""
+"""What the scheduler delivers for a request."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from echelon.pb import inference_pb2, sampling_pb2
 
 @dataclass(slots=True, kw_only=True)
 class Chunk:
-    """Tokens of one sample, with the text that became certain."""
+    """Tokens of one sample, and the text that became certain with them."""
 
     request_id: str
     index: int
-    offset: int  # output tokens before this chunk
+    offset: int  # number of output tokens before this chunk
     token_ids: list[int]
     text: str
     logprobs: list[sampling_pb2.PositionLogprobs]

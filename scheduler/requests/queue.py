@@ -9,7 +9,7 @@ _by_order = attrgetter("order")
 
 
 class WaitingQueue:
-    """Ordered by arrival: a preempted seq is older than all that have never run, so it comes back first."""
+    """Ordered by arrival. A preempted seq is older than all that have never run, so it comes back first."""
 
     def __init__(self) -> None:
         self._seqs: list[Seq] = []

@@ -1,4 +1,4 @@
-"""A request from admission to its last message, and its samples: a history and its output each."""
+"""A request from admission to its last message, and its samples, each with history and output."""
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -24,7 +24,7 @@ class Request:
     is_finished: bool = False
     num_cached_tokens: int = 0
     # [i]: of prompt token i + 1, None while it has not been computed.
-    prompt_logprobs: list[sampling_pb2.PositionLogprobs | None] | None = None  # None: not asked for
+    prompt_logprobs: list[sampling_pb2.PositionLogprobs | None] | None = None  # None: not requested
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -58,7 +58,7 @@ class Request:
 
 
 class SeqStatus(Enum):
-    HELD = auto()  # waits until the first sample of its request has computed the prompt
+    HELD = auto()  # until the first sample of its request has computed the prompt
     WAITING = auto()  # for a slot and blocks
     RUNNING = auto()
     FINISHED = auto()
@@ -72,11 +72,11 @@ class Seq:
     index: int  # which of n
     order: tuple[int, int]  # arrival; smaller is older
     token_ids: list[int]  # prompt, then committed output
-    max_len: int  # tokens, prompt included, at which it ends
+    max_len: int  # most tokens, prompt included
     sampling: sampling_pb2.SeqSampling
     output: OutputText
     digests: DigestChain
-    status: SeqStatus = SeqStatus.HELD  # only the planner of the target changes it
+    status: SeqStatus = SeqStatus.HELD  # only the target's planner changes it
     finish: Finish | None = None
 
     @property

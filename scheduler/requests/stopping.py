@@ -1,4 +1,4 @@
-"""When a seq ends, and which text its tokens become."""
+"""Decides when a seq ends and which text its tokens become."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Finish:
 
 
 class StopStrings:
-    """Tables that find stop strings in a stream of characters (Knuth, Morris, Pratt). Shared by a request's seqs."""
+    """Tables to find stop strings in a stream of characters (Knuth, Morris, Pratt). A request's seqs share them."""
 
     def __init__(self, strings: Iterable[str]) -> None:
         self.strings = tuple(dict.fromkeys(s for s in strings if s))
@@ -35,7 +35,7 @@ def _fallback_table(string: str) -> list[int]:
 
 
 class StopScan:
-    """Finds the stop string that ends first (the longest of those), however the text is cut into pieces."""
+    """Finds the stop string that ends first (the longest of those), wherever the text is cut into pieces."""
 
     __slots__ = ("_held", "_matched", "_stops")
 
@@ -45,7 +45,7 @@ class StopScan:
         self._held = ""
 
     def push(self, piece: str) -> tuple[str, str | None]:
-        """-> (text that no stop string can take back, stop string found behind it if any)."""
+        """Returns the text that no stop string can take back, and the stop string found after it, if any."""
         text = self._held + piece
         for i, char in enumerate(piece, start=len(self._held) + 1):
             found = self._step(char)
@@ -84,10 +84,10 @@ class StopRules:
 
 
 class OutputText:
-    """The output of one seq: counts its tokens, decodes them, and says when it is over.
+    """The output of one seq: counts its tokens, decodes them and says when it has ended.
 
-    The result depends on the tokens alone, not on how many of them one round brought. Without stop strings the text
-    decides nothing, so tokens are decoded only when it is asked for, while the next round already runs.
+    The result depends on the tokens alone, not on how many of them a round brought. Without stop strings the text does
+    not affect when a seq ends, so tokens are decoded only on demand, while the next round already runs.
     """
 
     __slots__ = ("_detokenizer", "_pieces", "_rules", "_scan", "_undecoded", "num_tokens")
@@ -101,7 +101,7 @@ class OutputText:
         self.num_tokens = 0
 
     def push(self, token_id: int) -> Finish | None:
-        """Add a token; a seq that is finished takes no further one."""
+        """Add a token. A finished seq takes no more tokens."""
         rules = self._rules
         self.num_tokens += 1
         if token_id in rules.stop_token_ids and self.num_tokens > rules.min_tokens:
@@ -126,7 +126,7 @@ class OutputText:
         return text
 
     def end(self) -> str | None:
-        """Nothing more will come: what was held back is text after all, unless it completes a stop string."""
+        """No more tokens will come: text that was held back is released, unless it completes a stop string."""
         self._decode()
         rest = self._detokenizer.flush()
         if self._scan is None:

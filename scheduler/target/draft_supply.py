@@ -1,4 +1,4 @@
-"""What the target has to know of those who draft for it."""
+"""What the target needs to know about the draft sources."""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -12,21 +12,21 @@ class DraftSupply(Protocol):
 
     @property
     def target_waits(self) -> bool:
-        """No round begins before drafts have come."""
+        """Whether no round may begin before drafts have come."""
 
     def expects_drafts(self, running: Iterable[TargetState]) -> bool:
-        """Somebody may have drafts to verify when the round on its way is back."""
+        """Whether some seq may have drafts to verify when the current round comes back."""
 
     def choose(
         self, targets: Sequence[TargetState], now: float, *, num_other_tokens: int, num_waiting: int
     ) -> dict[TargetState, Sequence[int]]:
-        """Drafts for each of these seqs, whose turn it is to decode; those that are left out wait for theirs.
+        """Drafts for each of these seqs, whose turn it is to decode. Seqs that are left out wait for theirs.
 
-        `num_other_tokens`: of prompts in the same round; `num_waiting`: requests that wait for their first round.
+        `num_other_tokens`: prompt tokens in the same round; `num_waiting`: requests that wait for their first round.
         """
 
     def holds(self, target: TargetState) -> bool:
-        """The seq's next row waits for drafts, as `choose` has said."""
+        """Whether the seq's next row waits for drafts, as `choose` decided."""
 
     def release(self, seq: Seq) -> None:
         """The seq needs no drafts before it runs again."""

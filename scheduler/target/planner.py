@@ -23,19 +23,19 @@ _by_order = attrgetter("seq.order")
 class Tuning:
     """Of the planner."""
 
-    seqs_per_reserve: int = 8  # a newcomer leaves a block free, and one more for so many running seqs; not measured
-    draft_share: int = 2  # of the token budget, 1 divided by it: most that drafts take from prompts; not measured
+    seqs_per_reserve: int = 8  # a newcomer leaves one block free, plus one per this many running seqs; not measured
+    draft_share: int = 2  # drafts may take at most the token budget divided by this from prompts; not measured
 
 
 _TUNING = Tuning()
 
 
 class TargetPlanner:
-    """The seqs that run and those that wait, and the rounds that they become.
+    """The running and the waiting seqs, and the rounds planned from them.
 
-    A round holds a row for each seq that decodes, then chunks of prompts (prefill.py), and the drafts that are at
-    hand for as many tokens as are left. When a seq finds no block for its next token, the youngest running seq gives
-    back its own and waits, before all that arrived later, to be computed anew from its history.
+    A round holds a row for each seq that decodes, then chunks of prompts (prefill.py). The tokens left go to the drafts
+    at hand. When there is no free block for a seq's next token, the youngest running seq is preempted: it returns its
+    blocks and waits, ahead of all that arrived later, to be recomputed from its history.
     """
 
     def __init__(self, config: SchedulerConfig, drafts: DraftSupply) -> None:
@@ -58,14 +58,14 @@ class TargetPlanner:
         self._cost = RoundCost()
 
     def detach(self) -> None:
-        """The engine is gone; no seq may be left."""
+        """The engine is gone; no seq may be left on it."""
         assert not self.running, "seqs run on an engine that is gone"
         self.engine = None
         self._refusal = None
 
     def add(self, request: Request) -> list[TargetState]:
-        """Queue a request's first seq; its siblings follow when that has computed the prompt (`enqueue`) -> the states
-        of all of them."""
+        """Queue a request's first seq. Its siblings follow when that seq has computed the prompt (`enqueue`). Returns
+        the states of all of them."""
         states = [TargetState(seq=seq) for seq in request.seqs]
         self._states.update((state.seq, state) for state in states)
         self.num_queued += 1
@@ -78,11 +78,11 @@ class TargetPlanner:
         self._waiting.push(seq)
 
     def forget(self, request: Request) -> None:
-        """The request is over."""
+        """The request has ended."""
         self.num_queued -= request.admitted_s is None
 
     def release(self, seq: Seq) -> None:
-        """The seq is over: slots and blocks are free behind the rounds already sent."""
+        """The seq has ended. Its slots and blocks are free after the rounds already sent."""
         state = self._states.pop(seq)
         if seq.status is SeqStatus.WAITING:
             self._waiting.remove(seq)
@@ -107,12 +107,12 @@ class TargetPlanner:
         return record
 
     def publish(self, row: PlannedRow, num_tokens: int) -> None:
-        """The first `num_tokens` tokens of the row's seq are committed: let others find their KV."""
+        """The first `num_tokens` tokens of the row's seq are committed: let other seqs find their KV."""
         if self.engine is not None and not row.seat.is_released:
             self.engine.publish(row.seq, row.seat, num_tokens)
 
     def unpublish(self, row: PlannedRow) -> None:
-        """What the row's seat holds is not to be found any more."""
+        """Let no seq find what the row's seat holds."""
         if self.engine is not None and not row.seat.is_released:
             self.engine.blocks.forget(row.seat.block_ids[: row.seat.num_published])
 
@@ -126,7 +126,7 @@ class TargetPlanner:
         drafts = self._choose_drafts(now)
         self._plan_decodes(engine, rows, drafts)
         if self.num_preemptions == num_preemptions and self._admit(engine, now) and not rows:
-            # Who was to wait for drafts would now wait for the newcomers' prompts.
+            # Seqs that should wait for drafts would now wait for the newcomers' prompts.
             drafts = self._choose_drafts(now)
             self._plan_decodes(engine, rows, drafts)
         self._plan_prefills(engine, rows, now, sum(map(len, drafts.values())))
@@ -142,8 +142,8 @@ class TargetPlanner:
             return False
         if not engine.in_flight:
             return True
-        # A second round goes behind one that decodes (prefill.py says why), and none while drafts may come: what is
-        # verified next depends on the verdict.
+        # A second round may be queued after one that only decodes (prefill.py says why), but not while drafts may come:
+        # the verdict decides what is verified next.
         return (
             len(engine.in_flight) < self._config.max_rounds_in_flight
             and not engine.in_flight[-1].is_prefill
@@ -151,7 +151,7 @@ class TargetPlanner:
         )
 
     def _choose_drafts(self, now: float) -> dict[TargetState, Sequence[int]]:
-        """Drafts to verify for each seq that decodes in this round; a seq that waits for drafts is left out."""
+        """Drafts to verify for each seq that decodes in this round. A seq that waits for drafts is left out."""
         decoding = [state for state in self.running if state.may_decode]
         num_prefilling = sum(state.num_uncomputed for state in self.running if state.may_step) - len(decoding)
         return self._drafts.choose(decoding, now, num_other_tokens=num_prefilling, num_waiting=self.num_queued)
@@ -167,7 +167,7 @@ class TargetPlanner:
     def _make_room(
         self, engine: EngineView, state: TargetState, seat: Seat, rows: dict[TargetState, PlannedRow]
     ) -> bool:
-        """A block for the seq's next token, taken from the youngest seq if need be (possibly itself)."""
+        """Take a block for the seq's next token, from the youngest seq if necessary (possibly the seq itself)."""
         while not engine.grow(seat, seat.num_computed + 1):
             victim = self.running[-1]
             self._preempt(engine, victim)
@@ -186,12 +186,12 @@ class TargetPlanner:
         self.num_preemptions += 1
 
     def _admit(self, engine: EngineView, now: float) -> bool:
-        """Seqs that wait begin to run, as many as there is room for; whether any did."""
+        """Start as many waiting seqs as there is room for. Returns whether any started."""
         num_running = len(self.running)
         limit = min(self._config.max_num_seqs, self._budget(engine))
         while (seq := self._waiting.first()) is not None:
             state = self._states[seq]
-            # A preempted seq with a row on its way comes back with the token that the row commits.
+            # A preempted seq with a row in flight comes back with the token that the row commits.
             if state.num_rows_in_flight or engine.num_free_slots == 0 or len(self.running) >= limit:
                 break
             if self.running and self._refusal == (seq, engine.blocks.num_free):
@@ -208,13 +208,13 @@ class TargetPlanner:
         return len(self.running) > num_running
 
     def _seat(self, engine: EngineView, state: TargetState) -> bool:
-        """A slot and the blocks of its known prefix, if there is room for the first chunk behind it too."""
+        """Take a slot and the blocks of the known prefix, if there is also room for the first chunk after it."""
         seq, blocks = state.seq, engine.blocks
         reuse = not (seq.sampling.HasField("prompt_logprobs") and seq.request.wants_prompt_logprobs)
         found = engine.find_prefix(seq) if reuse else []
         num_cached = len(found) * blocks.block_size
         first_chunk = min(len(seq.token_ids) - num_cached, self._budget(engine))
-        # A few blocks in reserve, so that the newcomer is not preempted by the next decode steps.
+        # Keep a few blocks in reserve, so that the next decode steps do not preempt the newcomer.
         watermark = 1 + len(self.running) // _TUNING.seqs_per_reserve if self.running else 0
         needed = blocks.num_blocks_for(first_chunk) + blocks.num_idle_among(found) + watermark
         if needed > blocks.num_free and self.running:
@@ -255,7 +255,7 @@ class TargetPlanner:
     def _plan_drafts(
         self, engine: EngineView, rows: dict[TargetState, PlannedRow], chosen: Mapping[TargetState, Sequence[int]]
     ) -> None:
-        """Add the chosen drafts to decode rows, as far as tokens and free blocks go: they preempt nobody."""
+        """Add the chosen drafts to decode rows, as far as tokens and free blocks allow; drafts preempt no seq."""
         budget = self._budget(engine) - sum(row.chunk_len for row in rows.values())
         for state, row in rows.items():
             wanted = chosen.get(state)

@@ -1,16 +1,16 @@
-"""How a round's tokens are shared among the prompts that are being computed.
+"""How the prompts being computed share the tokens of a round.
 
-The rule. Decode rows come first; what they leave of the token budget goes to prompts. Where one prompt arrived alone,
-it gets all of it, and so do prompts of similar length, oldest first. While shorter prompts keep arriving, a prompt more
-than twice as long as the shortest of the last ten seconds is *long*: short ones are computed whole, oldest first, and
-the long ones together get a chunk per round that is a quarter of the shortest arrival, so that an arrival waits little
-for a round that has begun and little for company in its own, but never less than twice the knee (the number of tokens
-whose time equals the fixed time of a round, measured), so that a long prompt keeps two thirds of its speed, nor less
-than half of what the short ones take, so that it is not starved by many of them. Of several long prompts the oldest
-gets half the chunk and the one with the least left gets the other half. Behind a round that computes prompts no second
-one is queued: an arrival would have to wait for both. With short prompts of at least eight knees that keep the target
-busy for up to a quarter of the time, each prompt, the long one included, has its first token within twice the time it
-would take alone.
+Decode rows come first, and prompts share the rest of the token budget. A prompt that arrived alone gets all of it.
+Prompts of similar length are computed one after another, oldest first. While shorter prompts keep arriving, a prompt is
+*long* if it is more than twice as long as the shortest of the last ten seconds. Short prompts are computed whole,
+oldest first. The long ones together get one chunk per round, a quarter of the shortest arrival. So an arrival waits
+little for the round that has begun and loses little to company in its own. The chunk has two lower bounds. It is at
+least twice the knee (the number of tokens whose time equals the fixed time of a round, measured), so that a long prompt
+keeps two thirds of its speed. And it is at least half of what the short prompts take, so that many of them do not
+starve it. Of several long prompts, the oldest gets half the chunk, and the one with the fewest tokens left gets the
+other half. No second round is queued after one that computes prompts, because an arrival would have to wait for both.
+If short prompts have at least eight knees and keep the target busy for up to a quarter of the time, each prompt,
+including the long one, has its first token within twice the time that it would take alone.
 """
 
 from collections import deque
@@ -23,14 +23,14 @@ from scheduler.policy.recent_line import RecentLine
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """How long prompts are told from short ones. The module's docstring says what follows from it."""
+    """How long prompts are distinguished from short ones. The module's docstring says what follows from it."""
 
     recent_s: float = 10.0  # how long an arrival counts; not measured
-    first_knee: float = 64.0  # tokens that take as long as the fixed part of a round, until seen; not measured
-    keep: float = 0.99  # of what is known of a round's time, when another is seen; not measured
+    first_knee: float = 64.0  # tokens that take as long as the fixed part of a round, until measured; not measured
+    keep: float = 0.99  # weight that earlier observations of a round's time keep; not measured
     long_ratio: int = 2  # times the shortest recent prompt; not measured
-    num_recent: int = 64  # arrivals that are remembered at most; not measured
-    # Rounds, as they count now, and the variance of their tokens, below which there is no slope to trust; not measured.
+    num_recent: int = 64  # most arrivals that are remembered; not measured
+    # Weight of the rounds seen, and variance of their tokens, below which the slope is not trusted; not measured.
     least_rounds: float = 2.0
     least_variance: float = 64.0
     knees: tuple[int, int] = (8, 1024)  # tokens: bounds of the knee; not measured
@@ -40,7 +40,7 @@ _TUNING = Tuning()
 
 
 class RoundCost:
-    """Fits round time = fixed + per_token * tokens to the rounds seen; older ones count less and less."""
+    """Fits round time = fixed + per_token * tokens to the rounds seen; older ones count less."""
 
     def __init__(self, *, knee: float = _TUNING.first_knee) -> None:
         self._knee = knee
@@ -64,7 +64,7 @@ class RoundCost:
 
 
 class Arrivals:
-    """The lengths of the prompts that arrived lately."""
+    """The lengths of the prompts that arrived recently."""
 
     def __init__(self) -> None:
         self._recent: deque[tuple[float, int]] = deque(maxlen=_TUNING.num_recent)
@@ -81,11 +81,11 @@ class Arrivals:
 
 class Prompt(NamedTuple):
     remaining: int  # tokens left to compute
-    length: int  # tokens that there were to compute in all
+    length: int  # tokens to compute in all
 
 
 def share_prefill(prompts: Sequence[Prompt], budget: int, *, shortest: int | None, knee: int) -> list[int]:
-    """Tokens to compute now of each prompt, `budget` in all at most.
+    """Tokens of each prompt to compute now, at most `budget` in all.
 
     prompts: oldest first. shortest, knee: see Arrivals and RoundCost.
     """
@@ -102,7 +102,7 @@ def share_prefill(prompts: Sequence[Prompt], budget: int, *, shortest: int | Non
     num_short = sum(shares)
     if long:
         _share_chunk(shares, prompts, long, min(budget - num_short, max(chunk, num_short // 2)))
-    if shares[0] == 0 and budget > 0:  # the oldest always advances, so that everyone does in the end
+    if shares[0] == 0 and budget > 0:  # the oldest always advances, so that each is computed in the end
         shares[shares.index(max(shares))] -= 1 if sum(shares) == budget else 0
         shares[0] = 1
     return shares

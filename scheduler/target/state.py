@@ -9,23 +9,23 @@ from scheduler.requests.request import Seq
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class TargetState:
-    """Of one seq, from its arrival to its end. Only this wing changes it."""
+    """Target state of one seq, from its arrival to its end. Only scheduler/target/ changes it."""
 
     seq: Seq
     seat: Seat | None = None
-    num_reused: int = 0  # tokens that the prefix cache gave the seat
+    num_reused: int = 0  # tokens that the seat got from the prefix cache
     num_rows_in_flight: int = 0  # of this seat or an earlier one
-    num_pending: int = 0  # tokens that those rows will certainly commit
-    num_verifying: int = 0  # drafts of one of them: nobody knows how many tokens it will commit
+    num_pending: int = 0  # tokens that those rows are certain to commit
+    num_verifying: int = 0  # drafts of one of them, which may commit any number of tokens
 
     @property
     def num_tokens_ahead(self) -> int:
-        """Length of the history when the rounds in flight have run (unless one verifies drafts)."""
+        """Length of the history after the rounds in flight (unless one verifies drafts)."""
         return len(self.seq.token_ids) + self.num_pending
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens of the history that are yet to be computed; 1 is a decode step."""
+        """Tokens of the history still to compute; 1 means a decode step."""
         assert self.seat is not None, "a seq without a seat has nothing to compute"
         return self.num_tokens_ahead - self.seat.num_computed
 
@@ -35,17 +35,17 @@ class TargetState:
 
     @property
     def is_decoding(self) -> bool:
-        """The prompt is computed, and all but the last token of the history."""
+        """Whether the prompt is computed, and all but the last token of the history."""
         return self.seat is not None and self.seq.num_outputs > 0 and (self.is_verifying or self.num_uncomputed <= 1)
 
     @property
     def may_step(self) -> bool:
-        """Whether a further row makes sense before the rounds in flight are back."""
+        """Whether another row makes sense before the rounds in flight come back."""
         return not self.is_verifying and self.num_tokens_ahead < self.seq.max_len
 
     @property
     def may_decode(self) -> bool:
-        """The seq has one token to compute, its last, and may commit another."""
+        """Whether the seq has one token to compute, its last, and may commit another."""
         seat = self.seat
         return seat is not None and self.may_step and self.num_tokens_ahead - seat.num_computed == 1
 
@@ -59,7 +59,7 @@ class TargetState:
             self.num_pending += 1
 
     def land(self, row: PlannedRow, num_accepted: int) -> None:
-        """The row is back. `num_accepted`: drafts of it whose KV stays."""
+        """The row has come back. `num_accepted`: drafts of it whose KV stays."""
         if self.seat is row.seat:
             self.seat.num_computed += num_accepted
         self.num_rows_in_flight -= 1
