@@ -1,4 +1,4 @@
-"""What a rank did when, in a round that asks for it."""
+"""What a rank did and when, in a round that asks for it."""
 
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +14,8 @@ _NOT_RECORDED = nullcontext()
 
 
 class Tracer:
-    """Spans of one rank, recorded between `start` and `stop`; otherwise `span` costs a look and an empty context.
-    For the thread that runs rounds. Spans may stand in each other; names are those of worker.proto."""
+    """Spans of one rank, recorded between `start` and `stop`; otherwise `span` costs a check and an empty context.
+    For the thread that runs rounds. Spans may nest; worker.proto defines their names."""
 
     def __init__(self, rank: int = 0) -> None:
         self.is_on = False
@@ -35,18 +35,18 @@ class Tracer:
         return self._spans
 
     def span(self, name: str) -> AbstractContextManager[None]:
-        """Says what the block does."""
+        """Record a span around the block, under this name."""
         return _Recording(self, name) if self.is_on else _NOT_RECORDED
 
     def now_ns(self) -> int:
-        """Since the round began. Kernels run behind their launch: a traced round waits for them at both ends of each
-        span. That makes it slower, but only so do the spans say when the device worked."""
+        """Time since the round began. Kernels run after their launch, so a traced round waits for them at both ends of
+        each span. That makes it slower, but only then do the spans say when the device worked."""
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has it without types
             torch.cuda.synchronize()
         return time.monotonic_ns() - self._started_ns
 
     def add(self, name: str, start_ns: int) -> None:
-        """Something has ended now."""
+        """Record that something has ended now."""
         self._spans.append(Span(rank=self._rank, name=name, start_ns=start_ns, run_ns=self.now_ns() - start_ns))
 
 
@@ -66,7 +66,7 @@ class _Recording:
 
 
 class TracedGroup:
-    """A Group whose collectives count as waiting: for ranks that are not there yet, and for the wire."""
+    """A Group whose collectives count as waiting: for late ranks, and for the wire."""
 
     def __init__(self, group: Group, tracer: Tracer) -> None:
         self._group = group

@@ -1,4 +1,4 @@
-"""The draft: extends a chain of tokens for each seq, a whole batch a step."""
+"""The draft: extends a chain of tokens for each seq, one token per step for the whole batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class _Span:
     slot: int
     start: int
     end: int
-    chain: _Chain | None  # grows behind them
+    chain: _Chain | None  # grows after these tokens
 
 
 class DraftEngine(ModelEngine):
@@ -42,9 +42,9 @@ class DraftEngine(ModelEngine):
     Drafts are chosen by the target's rule with the target's noise (same seed, same absolute positions), which makes
     equal choices likely. Source: arXiv 2408.07978.
 
-    Where the model is layer-parallel a step that drafts leaves approximate KV; calibration replaces that of tokens that
-    were accepted. Source: arXiv 2502.02493. So a round is a forward of the exact model, for history and calibration of
-    all rows, and then a step a token for the chains that grow.
+    In a layer-parallel model, a step that drafts leaves approximate KV. Calibration replaces the KV of tokens that were
+    accepted. Source: arXiv 2502.02493. So a round begins with a forward of the exact model, for history and calibration
+    of all rows. Then each step adds a token to the chains that grow.
     """
 
     def __init__(self, runner: ModelRunner, table: SeqTable, info: EngineInfo) -> None:
@@ -70,8 +70,8 @@ class DraftEngine(ModelEngine):
         return num_steps
 
     def _spans(self, active: list[ActiveRow]) -> tuple[list[_Span], list[_Span], list[_Chain]]:
-        """What is computed exactly, what is in a second forward because the first one leaves a gap before it, and the
-        chains that go on where they were."""
+        """The spans to compute exactly, the spans for a second forward because the first leaves a gap before them, and
+        the chains that continue where they were."""
         exact: list[_Span] = []
         late: list[_Span] = []
         chains: list[_Chain] = []
@@ -93,7 +93,8 @@ class DraftEngine(ModelEngine):
         return exact, late, chains
 
     def _compute_exactly(self, spans: list[_Span]) -> tuple[Tensor, list[_Chain]]:
-        """Hidden states [num_chains, hidden_size] behind the spans of which chains grow, and these."""
+        """Compute the spans. Returns hidden states [num_chains, hidden_size] at the ends of those whose chains grow,
+        and these chains."""
         slots = [span.slot for span in spans]
         counts = [span.end - span.start for span in spans]
         starts = [span.start for span in spans]
@@ -105,10 +106,10 @@ class DraftEngine(ModelEngine):
         return hidden[rows], [chain for _, chain in last_rows]
 
     def _step_name(self, spans: list[_Span]) -> str:
-        """What a trace calls a forward of all these spans."""
+        """The name of a forward of all these spans in a trace."""
         if any(span.start < self._table.num_computed[span.slot] for span in spans):
             return "calibrate"
-        # A chain grows behind its last token and, after a verdict, what the target put behind that.
+        # A chain grows after its last token and, after a verdict, the target's token that follows it.
         return "draft" if all(span.chain and span.end - span.start <= 2 for span in spans) else "prefill"
 
     def _step(self, chains: list[_Chain]) -> Tensor:
@@ -122,7 +123,7 @@ class DraftEngine(ModelEngine):
         return hidden
 
     def _grow(self, chains: list[_Chain], hidden: Tensor, round_: Round) -> list[_Chain]:
-        """Append one token to each chain, hidden [num_chains, hidden_size]; returns those that want another."""
+        """Append one token to each chain; hidden [num_chains, hidden_size]. Returns the chains that want another."""
         if not chains:
             return []
         table = self._table
@@ -135,7 +136,7 @@ class DraftEngine(ModelEngine):
         return [chain for chain in grown if chain.remaining]
 
     def _fill_in(self, chains: list[_Chain], sampled: SampledRows) -> list[_Chain]:
-        """The drafts join the answers; returns the chains that have got one."""
+        """Add the drafts to the answers. Returns the chains that got one."""
         alternatives = None if sampled.alternatives is None else sampled.alternatives.tolist()
         confidences = None if sampled.confidences is None else sampled.confidences.tolist()
         grown = []
@@ -153,8 +154,8 @@ class DraftEngine(ModelEngine):
         return grown
 
     def _end(self, chain: _Chain) -> None:
-        """Its logits are not finite. What it has got stays, as if no more had been ordered."""
+        """The chain's logits are not finite. Its earlier drafts stay, as if no more had been ordered."""
         if chain.result.token_ids:
-            self._table.forget_last(chain.slot)  # of the drafts in an answer the last one has no KV
+            self._table.forget_last(chain.slot)  # the last draft of an answer has no KV
         else:
             chain.result.non_finite = True

@@ -1,4 +1,4 @@
-"""What the engines of both roles share: the seam to the server, and a model with its caches and its sampler."""
+"""What the engines of both roles share: their interface to the server, and a model with its caches and sampler."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ from workers.sampling.sampler import SampledRows, Sampler
 from workers.trace import Tracer
 from workers.upload import upload
 
-NO_TOKEN = -2  # the choice where logits were not finite; equals no token and no draft
+NO_TOKEN = -2  # the choice if logits were not finite; equals no token and no draft
 
 
 class Engine(Protocol):
@@ -34,17 +34,17 @@ class Engine(Protocol):
 
     @property
     def num_ranks(self) -> int:
-        """The first so many ranks of the group take part in its rounds."""
+        """Ranks 0 to num_ranks - 1 of the group take part in its rounds."""
 
     def check(self, round_: Round, behind: Sequence[Round] = ()) -> None:
-        """Raises ProtocolError if the round does not fit the state, which stays untouched. Takes out of the round what
-        the rounds that are queued `behind` it have made useless."""
+        """Raises ProtocolError if the round does not fit the state, which stays untouched. Removes from the round what
+        the rounds queued `behind` it have made useless."""
 
     def run(self, round_: Round) -> RoundResult:
-        """Does a round that `check` lets pass; fills in `rows` and `num_steps`. Every rank calls it for each round."""
+        """Run a round that `check` accepted; fill in `rows` and `num_steps`. Every rank calls it for each round."""
 
     def reset(self) -> None:
-        """Frees all slots: another scheduler took over."""
+        """Free all slots: another scheduler has taken over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,25 +55,25 @@ class ModelRunner:
     kv_caches: KVCaches
     kv_addresses: CacheAddresses  # of kv_caches
     sampler: Sampler
-    num_ranks: int  # that share the model, and its vocabulary
+    num_ranks: int  # the number of ranks that share the model and its vocabulary
     device: torch.device
     is_approximate: bool = False  # draft_forward differs from forward: the model is layer-parallel
     tracer: Tracer = field(default_factory=Tracer)
-    tile_rows: int = SAMPLING_TILE_ROWS  # most rows whose logits are held at a time
+    tile_rows: int = SAMPLING_TILE_ROWS  # most rows whose logits are in memory at a time
 
     def forward(self, batch: Batch) -> Tensor:
-        """Hidden states [num_tokens, hidden_size]; K and V of the batch's tokens are in the cache afterwards."""
+        """Hidden states [num_tokens, hidden_size]. Afterwards the cache holds K and V of the batch's tokens."""
         with torch.inference_mode():
             return self.model.forward(batch, self.kv_caches)
 
     def draft_forward(self, batch: Batch) -> Tensor:
-        """As `forward`, where approximate hidden states, keys and values will do: equal to it unless
+        """As `forward`, for callers that accept approximate hidden states, keys and values. Equal to `forward` unless
         `is_approximate`."""
         with torch.inference_mode():
             return self.model.draft_forward(batch, self.kv_caches)
 
     def copy_blocks(self, sources: Mapping[int, int]) -> None:
-        """KV of all layers, to each key from its value. No block is both."""
+        """Copy the KV of all layers from each value to its key. No block is both."""
         with self.tracer.span("transfer"):
             from_blocks, to_blocks = (
                 upload(list(blocks), torch.int64, self.device) for blocks in (sources.values(), sources)
@@ -83,7 +83,7 @@ class ModelRunner:
     def choose(
         self, hidden: Tensor, entries: Sequence[RowEntry], *, num_alternatives: int = 0, with_confidence: bool = False
     ) -> SampledRows:
-        """A token for each row of hidden [num_rows, hidden_size], a tile of rows at a time; see Sampler.sample."""
+        """Choose a token for each row of hidden [num_rows, hidden_size], tile by tile; see Sampler.sample."""
         with torch.inference_mode(), self.tracer.span("sample"):
             return SampledRows.join(
                 [
@@ -99,7 +99,8 @@ class ModelRunner:
             )
 
     def prompt_logprobs(self, hidden: Tensor, next_token_ids: Tensor, num_top: int) -> list[PositionLogprobs]:
-        """Of the tokens int64 [num_rows] that follow rows of hidden [num_rows, hidden_size], in tiles as `choose`."""
+        """Logprobs of the tokens int64 [num_rows] after rows of hidden [num_rows, hidden_size], tiled as in
+        `choose`."""
         result: list[PositionLogprobs] = []
         with torch.inference_mode():
             for rows, tile in self._tiles(hidden):
@@ -112,8 +113,8 @@ class ModelRunner:
         return result
 
     def _tiles(self, hidden: Tensor) -> list[tuple[slice, Tensor]]:
-        """The rows of hidden [num_rows, hidden_size] that each tile holds, and the tile. Of several tiles the last is
-        padded to `tile_rows`: a product of fewer rows may round differently."""
+        """The slice of rows of hidden [num_rows, hidden_size] in each tile, and the tile. If there are several, the
+        last is padded to `tile_rows`, because a product of fewer rows may round differently."""
         size, num_rows = self.tile_rows, hidden.shape[0]
         if num_rows > size:
             hidden = F.pad(hidden, (0, 0, 0, -num_rows % size))
@@ -131,7 +132,7 @@ class ModelRunner:
 
 @dataclass(frozen=True, slots=True)
 class ActiveRow:
-    """A row that computes something, and its answer, which is to be filled in."""
+    """A row that computes something, and the answer to fill in."""
 
     row: Row
     plan: RowPlan
@@ -139,7 +140,7 @@ class ActiveRow:
 
 
 class ModelEngine(ABC):
-    """An Engine around a model: what target and draft have in common."""
+    """An Engine around a model: the code that target and draft share."""
 
     def __init__(
         self,
@@ -185,8 +186,8 @@ class ModelEngine(ABC):
 
 
 def apply_changes(round_: Round, table: SeqTable) -> dict[int, int]:
-    """All of a round that comes before its chunks: frees, inits, forks, crops, new tokens and blocks. Returns blocks to
-    be copied before any chunk: from which, by the block that it goes to."""
+    """Apply all of a round that comes before its chunks: frees, inits, forks, crops, new tokens and blocks. Returns the
+    blocks to copy before any chunk runs: destination -> source."""
     for slot in round_.free_slots:
         table.free(slot)
     for seq in round_.init_seqs:
@@ -195,7 +196,7 @@ def apply_changes(round_: Round, table: SeqTable) -> dict[int, int]:
     for fork in round_.forks:
         if blocks := table.fork(fork):
             source, own = blocks
-            sources[own] = sources.get(source, source)  # all copies are made at once, that of a copy too
+            sources[own] = sources.get(source, source)  # all copies run at once, so a copy of a copy takes the original
     for row in round_.rows:
         if table.is_void[row.slot]:
             continue

@@ -13,7 +13,7 @@ KVCaches = list[tuple[Tensor, Tensor]]  # of each layer: k, v [num_blocks, block
 
 
 class KVCacheError(ValueError):
-    """The memory for KV does not hold one sequence of max_model_len tokens. Names numbers and remedy."""
+    """The memory for KV holds less than one sequence of max_model_len tokens. Names numbers and remedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +33,13 @@ class KVLayout:
 
     def allocate(self, num_blocks: int, device: torch.device) -> KVCaches:
         """Zeroed caches: what attention masks out must still be finite, since 0 * NaN is NaN. The keys of all layers
-        lie behind each other in memory, and so do the values."""
+        are consecutive in memory, and so are the values."""
         keys = self._layers(self.num_layers, num_blocks, device)
         values = self._layers(self.num_layers, num_blocks, device)
         return list(zip(keys.unbind(), values.unbind(), strict=True))
 
     def allocate_shared(self, num_blocks: int, device: torch.device) -> KVCaches:
-        """One cache that all layers overwrite: enough to see how much memory a forward takes."""
+        """One cache that all layers overwrite: enough to measure how much memory a forward takes."""
         keys, values = self._layers(2, num_blocks, device).unbind()
         return [(keys, values)] * self.num_layers
 
@@ -69,7 +69,7 @@ def activation_bytes(
     max_model_len: int,
     device: torch.device,
 ) -> int:
-    """What the largest forward takes on a GPU beside weights and KV: one of `num_tokens` is run to see it."""
+    """Memory of the largest forward on a GPU, besides weights and KV. Runs one of `num_tokens` to measure it."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -1,8 +1,8 @@
-"""Rows of a draft engine that a round behind them has made useless.
+"""Removes rows of a draft engine that a later round has made useless.
 
-A scheduler keeps a second round queued, so that the engine does not stand idle while an answer travels. Where a verdict
-has ended a chain meanwhile, the round that starts it again, or frees its slot, may have arrived before the queued one
-runs. What nobody will look at is then not computed.
+A scheduler keeps a second round queued, so that the engine is not idle while an answer travels. Suppose that a verdict
+ends a chain meanwhile. Then the round that restarts the chain, or frees its slot, may arrive before the queued round
+runs. Results that the scheduler would drop are then not computed.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from workers.engine.seq_state import SeqTable
 
 
 def drop_overtaken(round_: Round, behind: Sequence[Round], table: SeqTable) -> None:
-    """Takes the work out of those rows of the round that rounds `behind` it overtake: the row of a slot that they free,
-    or crop to tokens that have KV before the row. What else the round changes stays."""
+    """Remove the work of rows that rounds `behind` it overtake: they free the row's slot, or crop it to tokens that
+    have KV before the row. The other changes of the round stay."""
     if not behind:
         return
     freed = {slot for later in behind for slot in later.free_slots}
@@ -33,5 +33,5 @@ def drop_overtaken(round_: Round, behind: Sequence[Round], table: SeqTable) -> N
 
 
 def _holds_already(slot: int, round_: Round, table: SeqTable) -> bool:
-    """The slot has not been given to another seq by this round."""
+    """This round has not given the slot to another seq."""
     return table.holds(slot) and slot not in round_.free_slots

@@ -1,4 +1,4 @@
-"""Plans a round and checks it, before anything is touched."""
+"""Plans a round and checks it, before any state changes."""
 
 import math
 from collections.abc import Sequence
@@ -9,25 +9,25 @@ from echelon.pb.worker_pb2 import Fork, Round, Row, SeqInit
 from workers.engine.seq_state import Limits, SeqTable
 from workers.engine.slot import SlotState
 
-_MAX_ALTERNATIVES = 64  # of a draft; a scheduler asks for a few
+_MAX_ALTERNATIVES = 64  # per draft; a scheduler asks for a few
 _MAX_LOGPROBS = 20
 
 
 class ProtocolError(ValueError):
-    """A round that no correct scheduler sends. Names round, row and field; no state was touched."""
+    """A round that no correct scheduler sends. Names round, row and field; no state has changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """What one row of a round does, given the state it will find."""
+    """What one row of a round does, given the state at its start."""
 
     slot: int
-    chunk_len: int  # tokens that go through the model, drafts to be verified not counted
+    chunk_len: int  # tokens that go through the model, excluding drafts to verify
     at_end: bool  # a token is chosen after the chunk
-    num_drafts: int  # target: drafts to be verified; draft: tokens to be drafted
-    num_ordered: int = 0  # draft: tokens that the row asks for, max_model_len aside
-    calibrate_len: int = 0  # draft: tokens whose approximate KV is computed exactly first
-    goes_on: bool = False  # draft: extends a chain of earlier rounds; its chunk is one token, approximate KV will do
+    num_drafts: int  # target: drafts to verify; draft: tokens to draft
+    num_ordered: int = 0  # draft: tokens that the row asks for, ignoring max_model_len
+    calibrate_len: int = 0  # draft: tokens whose approximate KV is first computed exactly
+    goes_on: bool = False  # draft: extends an earlier round's chain; its chunk is one token, approximate KV is enough
 
     @property
     def is_idle(self) -> bool:
@@ -37,8 +37,8 @@ class RowPlan:
 def plan_target(round_: Round, table: SeqTable) -> list[RowPlan]:
     """Plan the rows of a round on a target engine.
 
-    Drafts count only if they continue the history they were made for. A seq that reached max_model_len while the round
-    was on its way loses its drafts first. If no token fits any more, its decode row does nothing.
+    Drafts count only if they continue the history for which they were made. A seq that reached max_model_len while the
+    round was in flight loses its drafts first. If no token fits, its decode row does nothing.
 
     Raises:
         ProtocolError: The round does not fit the state.
@@ -58,8 +58,8 @@ def plan_target(round_: Round, table: SeqTable) -> list[RowPlan]:
 def plan_draft(round_: Round, table: SeqTable) -> list[RowPlan]:
     """Plan the rows of a round on a draft engine.
 
-    A chain ends at max_model_len, or where the logits are not finite. Rounds already on their way may ask for more of
-    it. Their rows find nothing to do, and neither do the rows of a branch that should fork past its end.
+    A chain ends at max_model_len, or where the logits are not finite. Rounds in flight may ask for more of it. Their
+    rows then find nothing to do. The same holds for rows of a branch that should fork after its end.
 
     Raises:
         ProtocolError: The round does not fit the state.
@@ -104,7 +104,7 @@ def _draft_row(row: Row, state: SlotState, limits: Limits, where: str) -> RowPla
 
 
 def _views(round_: Round, table: SeqTable) -> list[tuple[Row, SlotState, Limits, str]]:
-    """Each row with the state it will find, after the round's frees, inits and forks and the row's own changes."""
+    """Each row with its state after the round's frees, inits and forks and the row's own changes."""
     where = f"round {round_.round_id}:"
     started = _started(round_, table, where)
     seen: set[int] = set()
@@ -173,7 +173,7 @@ def _check_init(seq: SeqInit, limits: Limits, where: str) -> SlotState:
 
 
 def _check_sampling(sampling: SeqSampling, limits: Limits, where: str) -> None:
-    """A value that is no number would spoil the rows beside it. (Suppressed ids outside the vocabulary have no
+    """Values that are not numbers would spoil neighbouring rows. (Suppressed ids outside the vocabulary have no
     effect.)"""
     is_valid = {
         "temperature": 0 <= sampling.temperature < math.inf,
@@ -255,7 +255,7 @@ def _check_blocks(num_tokens: int, state: SlotState, limits: Limits, where: str)
 
 
 def _check_new_blocks(num_blocks: int, block_ids: Sequence[int], limits: Limits, where: str) -> None:
-    """Whether `block_ids` may join the `num_blocks` that a seq has."""
+    """Check that `block_ids` may join the `num_blocks` that a seq has."""
     if num_blocks + len(block_ids) > limits.max_blocks:
         raise ProtocolError(
             f"{where}: make {num_blocks + len(block_ids)} blocks, a seq has {limits.max_blocks} at most"

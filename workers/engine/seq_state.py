@@ -1,4 +1,4 @@
-"""What a worker group remembers of each seq in a slot, laid out so that indexing builds a batch."""
+"""What a worker group knows about the seq in each slot, laid out so that indexing builds a batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from workers.sampling.state import SeqSamplingState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How much an engine can hold. A round that asks for more is a protocol error."""
+    """The capacity of an engine. A round that asks for more is a protocol error."""
 
     num_slots: int
-    max_model_len: int  # tokens of one seq, prompt and output
+    max_model_len: int  # of one seq, prompt and output
     vocab_size: int
     block_size: int
     num_blocks: int
@@ -27,20 +27,20 @@ class Limits:
 
     @property
     def max_blocks(self) -> int:
-        """Blocks of one seq."""
+        """Most blocks of one seq."""
         return -(-self.max_model_len // self.block_size)
 
 
 class SeqTable:
     """The slots of one engine.
 
-    A seq has a history `token_ids[slot, :lengths[slot]]` (on a draft engine followed by the chain of its own drafts),
-    of which the first `num_computed[slot]` tokens have KV, in the blocks `block_table[slot, :num_blocks[slot]]`.
-    A draft engine knows two more things. The first `num_given[slot]` tokens came from the scheduler, and it drafted the
-    rest itself. The exact model computed the KV of the first `num_exact[slot]` tokens. Later KV may be approximate.
+    A seq has a history `token_ids[slot, :lengths[slot]]`; on a draft engine the chain of its own drafts follows in it.
+    The first `num_computed[slot]` tokens have KV, in the blocks `block_table[slot, :num_blocks[slot]]`. A draft engine
+    knows two more things. The first `num_given[slot]` tokens came from the scheduler, and the engine drafted the rest.
+    The exact model computed the KV of the first `num_exact[slot]` tokens. Later KV may be approximate.
 
-    Each property of all slots is one array, so that no Python runs per token and little per seq. SlotState knows how
-    the changes of a round move them. Not thread-safe. Methods trust their arguments, which rounds.py has checked.
+    Each property of all slots is one array, so that no Python runs per token and little per seq. SlotState defines
+    how the changes of a round move these values. Not thread-safe. Methods trust their arguments; rounds.py checks them.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -48,7 +48,7 @@ class SeqTable:
         self.limits = limits
         self.token_ids: NDArray[np.int32] = np.zeros(
             (slots, limits.max_model_len), np.int32
-        )  # no page is touched before use
+        )  # the system gives memory to a page on first use
         self.block_table: NDArray[np.int32] = np.zeros((slots, limits.max_blocks), np.int32)
         self.lengths: NDArray[np.int64] = np.zeros(slots, np.int64)
         self.num_prompt: NDArray[np.int64] = np.zeros(slots, np.int64)
@@ -56,9 +56,9 @@ class SeqTable:
         self.num_exact: NDArray[np.int64] = np.zeros(slots, np.int64)
         self.num_given: NDArray[np.int64] = np.zeros(slots, np.int64)
         self.num_blocks: NDArray[np.int64] = np.zeros(slots, np.int64)
-        self.fell_short: NDArray[np.bool_] = np.zeros(slots, np.bool_)  # the chain ended before all tokens asked for
+        self.fell_short: NDArray[np.bool_] = np.zeros(slots, np.bool_)  # the chain ended before all ordered tokens
         self.is_void: NDArray[np.bool_] = np.zeros(slots, np.bool_)  # a branch of tokens that were never drafted
-        self.num_prompt_logprobs: list[int | None] = [None] * slots  # top-n wanted, None: not asked for
+        self.num_prompt_logprobs: list[int | None] = [None] * slots  # top-n wanted; None: not requested
         self._sampling: list[SeqSamplingState | None] = [None] * slots
 
     def holds(self, slot: int) -> bool:
@@ -70,7 +70,7 @@ class SeqTable:
         return state
 
     def state(self, slot: int) -> SlotState:
-        """A copy of the counters of a slot."""
+        """A copy of a slot's counters."""
         return SlotState(
             length=int(self.lengths[slot]),
             num_computed=int(self.num_computed[slot]),
@@ -105,11 +105,11 @@ class SeqTable:
         self._sampling[slot] = state
 
     def fork(self, fork: Fork) -> tuple[int, int] | None:
-        """Put a branch into a free slot, with its parent's settings and first tokens and the blocks these fill.
+        """Put a branch into a free slot. It has its parent's settings and first tokens, and the blocks that these fill.
 
         Returns:
-            The parent's block that must be copied and the branch's own block that it goes to, or None if there is no
-            such block. If the parent has fewer tokens, the branch is void: its slot is taken and does nothing.
+            The parent's block to copy and the branch's own block that receives it, or None if there is nothing to copy.
+            If the parent has fewer tokens, the branch is void: it occupies its slot and does nothing.
         """
         slot, parent, length = fork.slot, fork.parent_slot, fork.length
         sampling = self.sampling(parent)
@@ -134,14 +134,14 @@ class SeqTable:
         self._sampling = [None] * len(self._sampling)
 
     def crop(self, slot: int, length: int) -> None:
-        """Cut the history to `length` tokens. KV beyond them is stale."""
+        """Cut the history to `length` tokens. The KV of later tokens is stale."""
         state = self.state(slot)
         state.crop(length)
         self._store(slot, state)
         self.sampling(slot).truncate(length)
 
     def give(self, slot: int, token_ids: Sequence[int]) -> None:
-        """Add the scheduler's own tokens to the history, without KV."""
+        """Append the scheduler's tokens to the history, without KV."""
         state = self.state(slot)
         start = state.length
         state.give(len(token_ids))
@@ -150,7 +150,7 @@ class SeqTable:
         self.sampling(slot).extend(token_ids)
 
     def append(self, slots: Sequence[int], token_ids: Sequence[Sequence[int]]) -> None:
-        """Add `token_ids[i]` to the history of `slots[i]`, without KV. No slot is named twice."""
+        """Append `token_ids[i]` to the history of `slots[i]`, without KV. Slots are distinct."""
         slot = np.array(slots, np.int64)  # [num_seqs]
         count = np.fromiter(map(len, token_ids), np.int64, len(slot))
         positions = _ranges(self.lengths[slot], count)
@@ -162,7 +162,7 @@ class SeqTable:
     def compute(
         self, slots: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: torch.device
     ) -> Batch:
-        """Pack counts[i] tokens of slots[i] from starts[i] on for the exact model, and count them as computed by it.
+        """Pack counts[i] tokens of slots[i], from starts[i] on, for the exact model and count their KV as exact.
 
         Some of them may have KV already.
         """
@@ -172,7 +172,7 @@ class SeqTable:
         self.num_computed[slot] = start
         batch = self.pack(slots, counts, device)
         self.num_computed[slot] = np.maximum(held, end)
-        # What the exact model computes from approximate KV is approximate all the same.
+        # KV that the exact model computes from approximate KV is still approximate.
         self.num_exact[slot] = np.where(start <= exact, np.maximum(exact, end), exact)
         return batch
 
@@ -182,7 +182,7 @@ class SeqTable:
         self.num_exact[slot] = min(self.num_exact[slot], self.num_computed[slot])
 
     def put_behind(self, slot: int, draft_token_ids: Sequence[int]) -> None:
-        """Write tokens after the history without adding them to it, as the input of a verify step."""
+        """Write tokens after the end of the history without adding them, as the input of a verify step."""
         start = int(self.lengths[slot])
         self.token_ids[slot, start : start + len(draft_token_ids)] = draft_token_ids
 
@@ -230,7 +230,7 @@ class SeqTable:
 
 
 def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each i the counts[i] numbers starts[i], starts[i] + 1, ..., in one row."""
+    """For each i the counts[i] numbers starts[i], starts[i] + 1, ..., all in one array."""
     ends = counts.cumsum()
     total = int(ends[-1]) if len(ends) else 0
     numbers: NDArray[np.int64] = np.arange(total, dtype=np.int64) + np.repeat(starts - ends + counts, counts)

@@ -1,7 +1,7 @@
-"""How far the seq of a slot has come, and how the changes of a round move it.
+"""The progress of a slot's seq, and how the changes of a round move it.
 
-Both users go through this class, so they cannot disagree. The check of a round (rounds.py) moves copies and may give up
-halfway. SeqTable (seq_state.py) stores the result, once the round has passed the check.
+Both users go through this class, so they cannot disagree. The check of a round (rounds.py) moves copies and may stop
+halfway. SeqTable (seq_state.py) stores the result once the round has passed the check.
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ class SlotState:
 
     @classmethod
     def of_init(cls, seq: SeqInit) -> "SlotState":
-        """The state of a seq that takes a slot with its whole history, all of it the scheduler's own."""
+        """The state of a seq that takes a slot with its whole history, which came from the scheduler."""
         return cls(
             length=len(seq.token_ids),
             num_computed=seq.num_computed_tokens,
@@ -40,7 +40,7 @@ class SlotState:
         return self.length - self.num_computed
 
     def crop(self, length: int) -> None:
-        """Cut the history to `length` tokens. KV beyond them is stale."""
+        """Cut the history to `length` tokens. The KV of later tokens is stale."""
         self.length = length
         self.num_computed = min(self.num_computed, length)
         self.num_exact = min(self.num_exact, length)
@@ -48,7 +48,7 @@ class SlotState:
         self.fell_short = False
 
     def give(self, num_tokens: int) -> None:
-        """Add tokens of the scheduler to the history. They have no KV yet."""
+        """Append the scheduler's tokens to the history. They have no KV yet."""
         self.length += num_tokens
         self.num_given = self.length
         self.fell_short = False
@@ -59,7 +59,7 @@ class SlotState:
     def fork(self, length: int, block_size: int) -> "SlotState":
         """A branch of the first `length` tokens that shares the blocks they fill.
 
-        It is void where this seq has fewer tokens or is void itself.
+        The branch is void if this seq has fewer tokens or is void itself.
         """
         if self.is_void or length > self.length:
             return replace(self, is_void=True)

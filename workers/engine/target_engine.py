@@ -25,12 +25,12 @@ _NO_DRAFT = -1
 
 @dataclass(frozen=True, slots=True)
 class _Verify:
-    """A seq for which a token is chosen in this round."""
+    """A seq for which this round chooses a token."""
 
     plan: RowPlan
     result: RowResult
     draft_token_ids: Sequence[int]
-    first_row: int  # in the packed batch: the last token of the history; the drafts follow it
+    first_row: int  # in the packed batch: the last token of the history, followed by the drafts
 
 
 class TargetEngine(ModelEngine):
@@ -39,8 +39,8 @@ class TargetEngine(ModelEngine):
     def __init__(
         self, runner: ModelRunner, table: SeqTable, info: EngineInfo, *, forced_acceptance: float = 0.0
     ) -> None:
-        """`forced_acceptance`: the share of drafts that count as right, whatever they say; for benchmarks only, 0 is
-        off. Raises ValueError for what is no share."""
+        """`forced_acceptance`: the share of drafts that count as right, whatever they are. For benchmarks only; 0 turns
+        it off. Raises ValueError if it is not between 0 and 1."""
         super().__init__(runner, table, info, plan_target)
         if not 0 <= forced_acceptance <= 1:
             raise ValueError(f"engines: forced_acceptance {forced_acceptance} must be between 0 and 1")
@@ -59,7 +59,7 @@ class TargetEngine(ModelEngine):
         return self._step([(each.plan, each.result) for each in active])
 
     def _step(self, active: list[tuple[RowPlan, RowResult]]) -> int:
-        """All rows in one forward, and in a second one those that their drafts have spoiled. Returns how many."""
+        """Run all rows in one forward, and rows spoiled by their drafts in a second. Returns the number of forwards."""
         table = self._table
         slots = [plan.slot for plan, _ in active]
         counts = [plan.chunk_len + plan.num_drafts for plan, _ in active]
@@ -77,16 +77,16 @@ class TargetEngine(ModelEngine):
         return 1 + (self._step([self._undo(seq) for seq in spoiled]) if spoiled else 0)
 
     def _undo(self, seq: _Verify) -> tuple[RowPlan, RowResult]:
-        """The row as it was, without its drafts. What follows a token is hidden from it by a factor of 0, which does
-        not hide NaN; and a stream must not depend on its drafts."""
+        """The row without its drafts. Attention hides later tokens with a factor of 0, which does not hide NaN, and a
+        stream must not depend on its drafts."""
         self._table.num_computed[seq.plan.slot] -= seq.plan.chunk_len
         seq.result.Clear()
         seq.result.slot = seq.plan.slot
         return replace(seq.plan, num_drafts=0), seq.result
 
     def _verify(self, hidden: Tensor, verifies: list[_Verify]) -> list[_Verify]:
-        """Choose a token at each position behind a history and its drafts; commit as far as they agree. Returns the
-        seqs with drafts whose logits were not finite; for them nothing was committed."""
+        """Choose a token at each position after a history and its drafts; commit drafts as far as they agree. Returns
+        the seqs with drafts whose logits were not finite; nothing was committed for them."""
         cu_rows = [0, *accumulate(len(seq.draft_token_ids) + 1 for seq in verifies)]
         sampled, verdicts = self._verdicts(hidden, verifies, cu_rows)
         committing, spoiled = [], []
@@ -101,18 +101,18 @@ class TargetEngine(ModelEngine):
                 spoiled.append(seq)
             else:
                 seq.result.non_finite = True
-                self._table.num_computed[seq.plan.slot] -= 1  # the next row finds the last token again
+                self._table.num_computed[seq.plan.slot] -= 1  # the next row computes the last token again
         if committing:
             slots = [seq.plan.slot for seq in committing]
             self._table.append(slots, [seq.result.token_ids for seq in committing])
-            # Of what was committed the last token alone has no KV yet.
+            # Of the committed tokens only the last has no KV yet.
             self._table.num_computed[slots] += [seq.result.num_accepted_tokens for seq in committing]
         return spoiled
 
     def _verdicts(
         self, hidden: Tensor, verifies: list[_Verify], cu_rows: list[int]
     ) -> tuple[SampledRows, list[list[int]]]:
-        """The choices, and for each seq how many drafts they confirm and which token follows them."""
+        """The choices, and for each seq the number of drafts that they confirm and the token that follows these."""
         rows: list[int] = []
         entries: list[RowEntry] = []
         draft_token_ids: list[int] = []
@@ -155,10 +155,10 @@ class TargetEngine(ModelEngine):
 def force_acceptance(
     choices: Tensor, draft_token_ids: Tensor, entries: Sequence[RowEntry], rate: float
 ) -> tuple[Tensor, Tensor]:
-    """Choices and drafts, int64 [num_rows] each, of which the share `rate` agrees and no others do.
+    """Choices and drafts, int64 [num_rows] each, changed so that they agree with probability `rate`.
 
-    Seed and position of a row decide alone, so that every rank, and a second run, decides alike. NO_TOKEN and _NO_DRAFT
-    stay as they are.
+    Only seed and position of a row decide, so every rank, and a second run, decides alike. NO_TOKEN and _NO_DRAFT stay
+    as they are.
     """
     draws = [random.Random(f"{entry.state.seed} {entry.position}").random() for entry in entries]
     agree = torch.tensor(draws, dtype=torch.float64, device=choices.device) < rate
@@ -168,7 +168,7 @@ def force_acceptance(
 
 
 def _step_name(plans: Sequence[RowPlan]) -> str:
-    """What a trace calls a forward of all these rows."""
+    """The name of a forward of all these rows in a trace."""
     if any(plan.num_drafts for plan in plans):
         return "verify"
     return "prefill" if any(plan.chunk_len > 1 for plan in plans) else "decode"

@@ -1,4 +1,4 @@
-"""How layers come by their parameters: allocated here, filled later with this rank's slices of a checkpoint."""
+"""How layers get their parameters: allocated here, filled later with this rank's slices of a checkpoint."""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Linear = Callable[[Tensor, Weight, Tensor | None], Tensor]
 
 
 class Packable(Protocol):
-    """A layer whose weight nothing but `ctx.linear` reads."""
+    """A layer whose weight only `ctx.linear` reads."""
 
     weight: Weight
 
@@ -25,14 +25,14 @@ class WeightSlice:
     """Part of a checkpoint tensor that this rank needs: target = tensor.narrow(dim, start, target.shape[dim])."""
 
     name: str
-    full_shape: tuple[int, ...]  # of the tensor in the checkpoint, which checkpoint.weights expects
+    full_shape: tuple[int, ...]  # of the checkpoint tensor, as checkpoint.weights expects it
     dim: int
     start: int
     target: Tensor  # a parameter or a view into a fused one
 
 
 class BuildContext:
-    """What the constructor of a layer is told, and the list of slices that it leaves for the loader."""
+    """Settings for the constructors of layers, and the list of slices that they leave for the loader."""
 
     def __init__(self, group: Group, *, dtype: torch.dtype, device: torch.device, batch_invariant: bool) -> None:
         self.group = group
@@ -46,32 +46,32 @@ class BuildContext:
 
     @property
     def num_bytes(self) -> int:
-        """Of all parameters allocated so far."""
+        """Bytes of all parameters allocated so far."""
         return sum(self._sizes)
 
     def over(self, group: Group) -> "BuildContext":
-        """The same for layers that another group shares: what either builds is counted, read and packed with this."""
+        """The same for layers that another group shares. Whatever either builds is counted, read and packed here."""
         other = copy.copy(self)
         other.group = group
         return other
 
     def empty(self, *shape: int) -> Tensor:
-        """A parameter without contents: say with `read` what fills it."""
+        """A parameter without contents; call `read` to say what fills it."""
         parameter = torch.empty(shape, dtype=self.dtype, device=self.device)
         self._sizes.append(parameter.nbytes)
         return parameter
 
     def read(self, name: str, full_shape: tuple[int, ...], target: Tensor, *, dim: int = 0, start: int = 0) -> None:
-        """Lets `target` be filled with checkpoint tensor `name`, narrowed along `dim` from `start` on."""
+        """Fill `target` from the checkpoint tensor `name`, narrowed along `dim` from `start` on."""
         self.slices.append(WeightSlice(name=name, full_shape=full_shape, dim=dim, start=start, target=target))
 
     def packable(self, layer: Packable) -> None:
-        """Lets the weight of `layer` change its layout once it is filled."""
+        """Let the weight of `layer` change its layout once it is filled."""
         self._packable.append(layer)
 
     def pack(self) -> None:
-        """Brings the filled weights into the layout that `linear` reads fastest, one at a time."""
-        self.slices.clear()  # they hold the weights that are replaced
+        """Convert the filled weights, one at a time, to the layout that `linear` reads fastest."""
+        self.slices.clear()  # they refer to the weights that are replaced
         for layer in self._packable:
             assert isinstance(layer.weight, Tensor), "a weight is packed once"
             layer.weight = pack_weight(layer.weight, batch_invariant=self.batch_invariant)

@@ -19,7 +19,7 @@ class ColumnPart:
 
 
 class ColumnParallelLinear:
-    """y = x W^T + b with the outputs split: one product for all parts, whose outputs lie side by side."""
+    """y = x W^T + b, split by outputs: one product for all parts, whose outputs lie side by side."""
 
     def __init__(self, parts: list[ColumnPart], in_features: int, *, bias: bool, ctx: BuildContext) -> None:
         self._linear = ctx.linear
@@ -51,8 +51,8 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
 
 
 class QKVParallelLinear(ColumnParallelLinear):
-    """Query, key and value projection, split by heads. Ranks beyond the number of KV heads share them: with fewer
-    KV heads than ranks each rank holds the one head that its query heads attend with."""
+    """Query, key and value projection, split by heads. With fewer KV heads than ranks, ranks share KV heads: each rank
+    holds the one head that its query heads attend with."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class QKVParallelLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear:
-    """y = x W^T + b with the inputs split: partial products are summed over the ranks."""
+    """y = x W^T + b, split by inputs: the partial products are summed over the ranks."""
 
     def __init__(self, name: str, in_features: int, out_features: int, *, bias: bool, ctx: BuildContext) -> None:
         self._linear = ctx.linear
@@ -101,4 +101,4 @@ class RowParallelLinear:
 
     def __call__(self, x: Tensor) -> Tensor:  # [num_tokens, in_features / tp_size] -> [num_tokens, out_features]
         y = self._all_reduce(self._linear(x, self.weight, None))
-        return y if self.bias is None else y + self.bias  # behind the sum, so that it counts once
+        return y if self.bias is None else y + self.bias  # after the sum, so that it counts once

@@ -25,7 +25,7 @@ def _inv_freq(rope: Rope, head_dim: int) -> Tensor:
             return _llama3(rope, 1.0 / powers)
         case YarnRope():
             return _yarn(rope, powers, head_dim)
-    return 1.0 / powers  # also of DynamicRope, which scales nothing within the original length
+    return 1.0 / powers  # also for DynamicRope, which does not scale within the original length
 
 
 def _llama3(rope: Llama3Rope, inv_freq: Tensor) -> Tensor:

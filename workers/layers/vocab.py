@@ -14,7 +14,7 @@ def vocab_range(vocab_size: int, rank: int, tp_size: int) -> tuple[int, int]:
 
 
 class VocabParallelEmbedding:
-    """Rows of the tokens of other ranks count as zero; the sum over the ranks is the embedding."""
+    """Rows of other ranks' tokens are zero here, so the sum over the ranks is the embedding."""
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, *, ctx: BuildContext) -> None:
         self._all_reduce = ctx.group.all_reduce
@@ -31,7 +31,7 @@ class VocabParallelEmbedding:
 
 
 class ParallelLMHead:
-    """Logits of this rank's tokens. Takes the embedding's weight where they are tied."""
+    """Logits of this rank's tokens. Uses the embedding's weight if they are tied."""
 
     def __init__(
         self, name: str, vocab_size: int, hidden_size: int, *, tied_to: Tensor | None, ctx: BuildContext
@@ -39,8 +39,8 @@ class ParallelLMHead:
         self._linear = ctx.linear
         self.vocab_range = vocab_range(vocab_size, ctx.group.rank, ctx.group.size)
         if tied_to is not None:
-            # Packing makes a copy (on CPU alone), since the embedding reads rows: of a small draft the head is the
-            # largest matrix, and a packed one takes half the time.
+            # Packing makes a copy (only on CPU), because the embedding reads rows of the original. In a small draft the
+            # head is the largest matrix, and its product takes half the time when packed.
             self.weight: Weight = tied_to
             ctx.packable(self)
             return

@@ -1,4 +1,4 @@
-"""The attention sublayer of a layer on its own, which any rank may compute."""
+"""The attention sublayer of a layer on its own, so that any rank can compute it."""
 
 from dataclasses import dataclass
 
@@ -35,14 +35,14 @@ class AttentionLayer:
         return self.attention(rms_norm(stream, self.norm, self.eps), step, kv_cache)
 
     def with_kv(self, stream: Tensor, step: Step, kv_cache: KVCache) -> Tensor:
-        """The same, followed by the keys and values that it has written, as they were before RoPE: flat."""
+        """The same, followed by the keys and values that it wrote, as they were before RoPE: flat."""
         q, k, v = self.attention.heads(self.attention.qkv_proj(rms_norm(stream, self.norm, self.eps)))
         output = self.attention.o_proj(self.attention.attend(q, k, v, step=step, kv_cache=kv_cache).flatten(1))
         return torch.cat((output.flatten(), k.flatten(), v.flatten()))
 
 
 def write_kv(kv: Tensor, step: Step, kv_cache: KVCache) -> None:
-    """Writes keys and values of another rank's `with_kv` as that rank did, bit for bit."""
+    """Write the keys and values of another rank's `with_kv` as that rank did, bit for bit."""
     num_kv_heads, head_dim = kv_cache[0].shape[2:]
     k, v = kv.view(2, step.batch.input_ids.shape[0], num_kv_heads, head_dim)
     no_query = k.new_zeros(k.shape[0], 1, head_dim)

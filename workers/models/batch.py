@@ -10,13 +10,13 @@ from kernels.attention.paged_kv import SeqLengths
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Token t of the batch belongs to seq b iff cu_seqlens_q[b] <= t < cu_seqlens_q[b + 1]. A seq's tokens are
-    consecutive and are the last ones of its seq_lens[b] tokens; the KV of those before them is in its blocks already.
-    All tensors are on the device of the model."""
+    consecutive and are the last of its seq_lens[b] tokens; the KV of the earlier ones is already in its blocks. All
+    tensors are on the device of the model."""
 
     input_ids: Tensor  # int64 [num_tokens]
     positions: Tensor  # int64 [num_tokens]
     slot_mapping: Tensor  # int64 [num_tokens]: block_id * block_size + offset; -1: the token's KV is not kept
-    block_table: Tensor  # int32 [num_seqs, max_blocks]: entries behind a seq's last block are not read
+    block_table: Tensor  # int32 [num_seqs, max_blocks]: entries after a seq's last block are not read
     seq_lens: Tensor  # int32 [num_seqs]: KV length, the new tokens included
     cu_seqlens_q: Tensor  # int32 [num_seqs + 1]: starts at 0, ends at num_tokens
     lengths: SeqLengths  # seq_lens and cu_seqlens_q on the host, so that no step waits for the device

@@ -15,14 +15,14 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in total
 
 
 class Checkpoint:
-    """The weights of a model. Opening reads the headers only, and checks them against the config: LoadError."""
+    """The weights of a model. Opening reads only the headers and checks them against the config; raises LoadError."""
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         self.folder = folder
         self._weights = read_weights(folder, config)
 
     def read(self, slices: Sequence[WeightSlice], progress: Progress) -> None:
-        """Fills the targets, converting to their dtype. Reads nothing but the slices; each file is opened once."""
+        """Fill the targets, converting to their dtype. Reads only the slices; each file is opened once."""
         total = sum(part.target.nbytes for part in slices)
         done = 0
         progress(0, total)

@@ -1,4 +1,4 @@
-"""One decoder for all dense families: what differs between them is in ModelConfig."""
+"""One decoder for all dense families; ModelConfig holds their differences."""
 
 from dataclasses import dataclass
 
@@ -44,7 +44,7 @@ def make_step(batch: Batch, cos_sin: Tensor, kv_cache: KVCache) -> Step:
 
 
 class Attention:
-    """Causal attention over the paged KV cache, which it extends by the batch's tokens."""
+    """Causal attention over the paged KV cache, to which it adds the batch's tokens."""
 
     def __init__(self, prefix: str, layer: int, *, config: ModelConfig, ctx: BuildContext) -> None:
         self._head_dim = config.head_dim
@@ -71,7 +71,7 @@ class Attention:
         return self.o_proj(self.attend(q, k, v, step=step, kv_cache=kv_cache).flatten(1))
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [num_tokens, heads, head_dim] of the projection's [num_tokens, features]."""
+        """Split the projection's [num_tokens, features] into queries, keys and values [num_tokens, heads, head_dim]."""
         qkv = qkv.view(qkv.shape[0], -1, self._head_dim)
         q, k, v = torch.split(qkv, self._heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -80,7 +80,7 @@ class Attention:
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, step: Step, kv_cache: KVCache) -> Tensor:
-        """Rotates q and k, writes k and v into the cache and attends: like q, which is overwritten."""
+        """Rotate q and k, write k and v into the cache, and attend. Returns a tensor like q, which is overwritten."""
         batch = step.batch
         k_cache, v_cache = kv_cache
         reshape_and_cache(q, k, v, step.rotary, batch.slot_mapping, k_cache, v_cache)
@@ -112,7 +112,7 @@ class MLP:
 
 
 class DecoderLayer:
-    """Attention and MLP, each on the normalised sum of what came before."""
+    """Attention and MLP, each on the normalised sum of all earlier outputs."""
 
     def __init__(self, layer: int, *, config: ModelConfig, ctx: BuildContext) -> None:
         prefix = f"model.layers.{layer}"
@@ -124,7 +124,7 @@ class DecoderLayer:
 
     def __call__(self, hidden: Tensor, residual: Tensor | None, step: Step, kv_cache: KVCache) -> tuple[Tensor, Tensor]:
         """`hidden` is the last sublayer's output, `residual` the stream without it; both [num_tokens, hidden_size].
-        None: `hidden` is the stream itself."""
+        `residual` None: `hidden` is the stream itself."""
         if residual is None:
             hidden, residual = rms_norm(hidden, self.input_norm, self._eps), hidden
         else:
@@ -135,7 +135,7 @@ class DecoderLayer:
 
 
 class CausalLM:
-    """This rank's part of a model. Call it under torch.inference_mode; parameters never change after loading."""
+    """This rank's part of a model. Call it under torch.inference_mode; parameters do not change after loading."""
 
     def __init__(self, config: ModelConfig, *, max_model_len: int, ctx: BuildContext) -> None:
         self.config = config
@@ -152,7 +152,7 @@ class CausalLM:
 
     @property
     def num_kv_layers(self) -> int:
-        """Layers whose keys and values this rank keeps."""
+        """Layers whose keys and values this rank holds."""
         return len(self.layers)
 
     @property
@@ -176,11 +176,11 @@ class CausalLM:
         return fused_add_rms_norm(hidden, residual, self.norm, self._eps)[0]
 
     def draft_forward(self, batch: Batch, kv_caches: list[KVCache]) -> Tensor:
-        """For a draft's own tokens, where an approximation will do: see LayerParallelLM. Here it is `forward`."""
+        """For a draft's own tokens, where an approximation is enough: see LayerParallelLM. Here it is `forward`."""
         return self.forward(batch, kv_caches)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Logits of this rank's tokens for chosen rows of `forward`'s result: [rows, hidden_size] -> fp32
-        [rows, end - start] with (start, end) = vocab_range. Ranks may differ in width: all hold
-        ceil(vocab_size / tp_size) columns but the last ones, which may hold fewer; none holds padding."""
+        [rows, end - start] with (start, end) = vocab_range. Ranks hold ceil(vocab_size / tp_size) columns each; the
+        last ranks may hold fewer. There is no padding."""
         return self.head(hidden)

@@ -1,5 +1,5 @@
-"""Attention of several layers on one device as one batch: each layer's tokens are seqs of their own, whose blocks lie
-behind those of the layer before."""
+"""Attention of several layers on one device as one batch: each layer's tokens are seqs of their own, whose blocks
+follow those of the layer before."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from workers.models.decoder import KVCache, Step, make_step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackedWeights:
-    """Weights of a group of layers side by side, so that one launch goes through all of them."""
+    """Weights of a group of layers side by side, so that one launch covers all of them."""
 
     norm: Tensor  # [num_layers, hidden_size]
     qkv: Tensor  # [num_layers, features, hidden_size]
@@ -30,7 +30,7 @@ class StackedWeights:
 
     @classmethod
     def of(cls, layers: Sequence[AttentionLayer]) -> "StackedWeights":
-        """The layers' own matrices become views of the result, so that none is held twice."""
+        """The layers' own matrices become views of the result, so that each is held once."""
         projections = [layer.attention.qkv_proj for layer in layers]
         outputs = [layer.attention.o_proj for layer in layers]
         return cls(
@@ -46,13 +46,13 @@ class StackedWeights:
         return layer_parallel_qkv(stream, self.norm, self.qkv, self.qkv_bias, self.eps)
 
     def combine(self, attended: Tensor) -> Sequence[Tensor]:
-        """[num_layers, num_tokens, features] -> of each layer [num_tokens, hidden_size]"""
+        """[num_layers, num_tokens, features] -> one [num_tokens, hidden_size] per layer"""
         y = torch.bmm(attended, self.output.transpose(1, 2))
         return (y if self.output_bias is None else y + self.output_bias.unsqueeze(1)).unbind()
 
 
 class _OneByOne:
-    """The same with the layers' own products: on a CPU they are as fast, and have the bits of a layer alone."""
+    """The same with the layers' own products: on a CPU they are as fast, and have the bits of a single layer."""
 
     def __init__(self, layers: Sequence[AttentionLayer]) -> None:
         self._layers = layers
@@ -76,7 +76,7 @@ class Steps:
         self.of_one = make_step(batch, cos_sin, kv_cache)
 
     def of_several(self, num_layers: int, kv_cache: KVCache) -> Step:
-        """For the caches of so many layers joined into `kv_cache`."""
+        """The step for the caches of this many layers, joined into `kv_cache`."""
         if num_layers not in self._of_several:
             num_blocks, block_size = kv_cache[0].shape[:2]
             batch = _repeat(self._batch, num_layers, num_blocks=num_blocks // num_layers, block_size=block_size)
@@ -91,9 +91,9 @@ def attend_at_once(
     caches: Sequence[KVCache],
     stacked: StackedWeights | None,
 ) -> Sequence[Tensor]:
-    """Each layer's attention on the same stream [num_tokens, hidden_size]: as many of that shape. Without stacked
-    weights the bits on a CPU are those of the layers one by one, which is how they go if their caches do not lie behind
-    each other or if they see differently far."""
+    """Each layer's attention on the same stream [num_tokens, hidden_size]: one result of that shape per layer. Without
+    stacked weights, the bits on a CPU are those of the layers one by one. The layers do run one by one if their caches
+    are not consecutive in memory or if their windows differ."""
     joined = _join(caches)
     if joined is None or len({layer.sliding_window for layer in layers}) > 1:
         return [layer(stream, steps.of_one, cache) for layer, cache in zip(layers, caches, strict=True)]
@@ -128,7 +128,7 @@ def _stack_biases(biases: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _join(caches: Sequence[KVCache]) -> KVCache | None:
-    """The blocks of all caches as those of one, without a copy; None unless they lie behind each other in memory."""
+    """The blocks of all caches as those of one, without a copy; None unless they are consecutive in memory."""
     joined = []
     for tensors in zip(*caches, strict=True):
         first = tensors[0]
@@ -142,7 +142,7 @@ def _join(caches: Sequence[KVCache]) -> KVCache | None:
 
 
 def _repeat(batch: Batch, num_layers: int, *, num_blocks: int, block_size: int) -> Batch:
-    """The batch once for each layer, in blocks of its own: layer i has i * num_blocks and so on."""
+    """The batch once for each layer, with blocks of its own: those of layer i start at i * num_blocks."""
     num_tokens = batch.input_ids.shape[0]
     layer = torch.arange(num_layers, dtype=torch.int32, device=batch.input_ids.device)
     slots = batch.slot_mapping + layer.view(-1, 1) * (num_blocks * block_size)  # [num_layers, num_tokens]

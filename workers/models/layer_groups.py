@@ -1,4 +1,4 @@
-"""Which layers of a draft attend at once, and which rank does which of them (arXiv 2502.02493)."""
+"""Which layers of a draft attend at once, and which rank computes each of them (arXiv 2502.02493)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from checkpoint.layer_parallel import LayerGroups, layer_groups_problem
 
 
 class Weights(StrEnum):
-    """Where attention weights and KV are."""
+    """Which ranks hold attention weights and KV."""
 
     REPLICATED = "replicated"  # every rank holds all layers
     SHARDED = "sharded"  # a rank holds the layers that it owns
@@ -18,8 +18,8 @@ class Weights(StrEnum):
 class MLPs(StrEnum):
     """How a rank takes part in an MLP."""
 
-    REPLICATED = "replicated"  # every rank computes it whole
-    TENSOR_PARALLEL = "tensor_parallel"  # a slice each
+    REPLICATED = "replicated"  # every rank computes all of it
+    TENSOR_PARALLEL = "tensor_parallel"  # each rank computes a slice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +40,8 @@ class LayerParallelPlan:
         return any(len(group) > 1 for group in self.groups)
 
     def owners(self) -> tuple[int, ...]:
-        """The rank of each layer. A full group has one layer for each rank, in order; a shorter one goes to the ranks
-        with the fewest layers so far, so that sharded KV caches are of equal size."""
+        """The rank of each layer. A full group has one layer for each rank, in order. A shorter group goes to the ranks
+        with the fewest layers so far, so that sharded KV caches have equal size."""
         owners: list[int] = []
         loads = [0] * self.num_ranks
         for group in self.groups:
@@ -58,7 +58,7 @@ def one_by_one(num_layers: int) -> LayerGroups:
 
 
 def check_groups(groups: Sequence[Sequence[int]], *, num_layers: int, lp_size: int) -> LayerGroups:
-    """The groups, if they name every layer once and in order and none is empty or longer than lp_size.
+    """The groups, if they name every layer once and in order and each has 1 to lp_size layers.
 
     Raises:
         LoadError: They do not; names the first wrong group.
@@ -70,18 +70,18 @@ def check_groups(groups: Sequence[Sequence[int]], *, num_layers: int, lp_size: i
 
 
 def choose_groups(similarity: Sequence[Sequence[float]], *, lp_size: int, least_similarity: float) -> LayerGroups:
-    """As few groups as possible of at most lp_size layers, whose layers see an input similar to their own. Of several
-    such choices that with the greatest similarity. The first and the last layer stand alone.
+    """As few groups as possible, of at most lp_size layers each, whose layers see an input similar to their own. Of
+    several such choices, the one with the greatest similarity. The first and the last layer stand alone.
 
     Args:
         similarity: [num_layers][num_layers], of the inputs of two layers; the second is not before the first.
-        least_similarity: between the input of a group and that of each of its layers.
+        least_similarity: minimum between the input of a group and that of each of its layers.
     """
     num_layers = len(similarity)
     if num_layers < 3:
         return one_by_one(num_layers)
     last = num_layers - 1
-    # By the layer at which the next group begins: number of groups, dissimilarity, and where the last group began.
+    # By the layer at which the next group begins: number of groups, dissimilarity, start of the last group.
     best: dict[int, tuple[int, float, int]] = {1: (0, 0.0, 1)}
     for start in range(1, last):
         num_groups, loss, _ = best[start]

@@ -6,9 +6,9 @@ the true stream:
     A_i = attention_i(norm_i(s))  for all i of the group, at once: a rank each, or as one batch
     for i = a .. b:   s = s + A_i;   s = s + mlp_i(norm'_i(s))
 
-Groups of one layer make the ordinary model, so the exact forward and the approximate one are the same code. With a
-rank for each layer of a group one all_gather carries all A_i; the rest runs on every rank alike, so all ranks have the
-same stream, bit for bit.
+With groups of one layer this is the ordinary model, so the exact and the approximate forward share their code. If
+each layer of a group has its own rank, one all_gather carries all A_i. All other work runs alike on every rank, so all
+ranks have the same stream, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -40,9 +40,9 @@ class MLPLayer:
 class LayerParallelLM:
     """This rank's part of a draft; the model is that of CausalLM. Call it under torch.inference_mode.
 
-    Embedding and head: the head is split over the ranks by vocabulary, since of a small draft it is the largest matrix.
-    The embedding is whole where weights are replicated (a tied head is then a part of it, and looking up needs no
-    communication), and split like the head where they are sharded.
+    The head is split over the ranks by vocabulary, because it is the largest matrix of a small draft. The embedding is
+    whole if weights are replicated: a tied head is then a part of it, and looking up needs no communication. If weights
+    are sharded, it is split like the head.
     """
 
     def __init__(self, config: ModelConfig, plan: LayerParallelPlan, *, max_model_len: int, ctx: BuildContext) -> None:
@@ -71,7 +71,7 @@ class LayerParallelLM:
 
     @property
     def num_kv_layers(self) -> int:
-        """Layers whose keys and values this rank keeps."""
+        """Layers whose keys and values this rank holds."""
         return len(self.attention_layers)
 
     @property
@@ -84,8 +84,8 @@ class LayerParallelLM:
         return self.head.vocab_range
 
     def stack_weights(self) -> None:
-        """Lets one launch go through the weights of all layers of a group. For one rank, after loading; the weights
-        must not be packed."""
+        """Let one launch cover the weights of all layers of a group. For a single rank, after loading; the weights must
+        not be packed."""
         assert self.plan.num_ranks == 1, "a rank of several computes one layer of a group"
         for group in self.plan.groups:
             if len(group) > 1:
@@ -96,12 +96,12 @@ class LayerParallelLM:
         return self._run(self._exact_groups, batch, kv_caches)
 
     def draft_forward(self, batch: Batch, kv_caches: list[KVCache]) -> Tensor:
-        """The approximate one. The keys and values that it writes are approximate, too, until an exact forward of the
+        """The approximate model. The keys and values that it writes are approximate too, until an exact forward of the
         same tokens replaces them."""
         return self._run(self.plan.groups, batch, kv_caches)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """As CausalLM.compute_logits, with num_ranks for tp_size."""
+        """As CausalLM.compute_logits, with num_ranks in place of tp_size."""
         return self.head(hidden)
 
     def _build_attention(self, ctx: BuildContext) -> dict[int, AttentionLayer]:
@@ -154,8 +154,8 @@ class LayerParallelLM:
     def _attend_and_share(
         self, group: tuple[int, ...], owners: list[int], stream: Tensor, steps: Steps, kv_caches: list[KVCache]
     ) -> Sequence[Tensor]:
-        """As _attend, where every rank has all layers: keys and values travel with the outputs, so that the caches of
-        all ranks hold the same and each can go on behind them, exactly or not."""
+        """As _attend, when every rank holds all layers: keys and values travel with the outputs. So the caches of all
+        ranks hold the same, and each can continue from there, exactly or not."""
         mine = self._own_layer(group)
         kv_size = 2 * stream.shape[0] * self.config.num_kv_heads * self.config.head_dim
         if mine is None:

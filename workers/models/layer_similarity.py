@@ -1,7 +1,7 @@
-"""How alike the inputs of a draft's layers are: what decides which of them may attend at once.
+"""How similar the inputs of a draft's layers are, which decides which layers may attend at once.
 
-Measured once at load, with the exact model on a bundled text, and a layer at a time, so that no more than a layer's
-weights are in memory beside what the process holds.
+Measured once at load, with the exact model on a bundled text. It runs one layer at a time, so that only one layer's
+weights are in memory besides what the process already holds.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ from workers.models.decoder import DecoderLayer, KVCache, Step, make_step
 
 MAX_TOKENS = 256
 
-# Prose, dialogue and code, since layers differ more on some text than on other.
+# Prose, dialogue and code, because layers differ more on some texts than on others.
 TEXT = '''The harbour was quiet before sunrise. Two fishing boats lay side by side at the wooden pier, and between them
 a heron stood in the shallow water without moving. "If the wind turns," said the older man, "we shall be back by noon.
 If it does not, keep some soup for us." His daughter laughed, because he said the same thing every Friday, and because
@@ -77,7 +77,7 @@ def _token_ids(folder: Path, max_tokens: int, vocab_size: int) -> Tensor:  # int
 def _streams(
     checkpoint: Checkpoint, config: ModelConfig, token_ids: Tensor, dtype: torch.dtype, progress: Progress
 ) -> Tensor:  # [num_layers, num_tokens, hidden_size]
-    """What enters each layer, if the token ids are one seq."""
+    """The input of each layer, if the token ids are one seq."""
 
     def context() -> BuildContext:
         return BuildContext(SoloGroup(), dtype=dtype, device=token_ids.device, batch_invariant=False)

@@ -29,10 +29,10 @@ def load_model(
     batch_invariant: bool = False,
     progress: Progress | None = None,
 ) -> CausalLM:
-    """This rank's part of the model in `folder`, in `dtype`, whatever the checkpoint's. Reads only the slices that
-    the rank needs; calls nobody, so ranks may load at different speeds. `progress(done, total)` counts bytes in
-    memory. `batch_invariant`: a row's result does not depend on the batch around it (give a group with ordered sums).
-    Raises LoadError."""
+    """This rank's part of the model in `folder`, in `dtype`, whatever the checkpoint's dtype is. Reads only the slices
+    that the rank needs. Needs no other rank, so ranks may load at different speeds. `progress(done, total)` counts
+    bytes in memory. `batch_invariant`: a row's result does not depend on the batch around it (give a group with ordered
+    sums). Raises LoadError."""
     config = load_model_config(folder)
     config.check_tp_size(group.size)
     config.check_max_model_len(max_model_len)
@@ -64,14 +64,14 @@ def load_layer_parallel_model(
     ctx = BuildContext(group, dtype=dtype, device=device, batch_invariant=batch_invariant)
     model = LayerParallelLM(config, plan, max_model_len=max_model_len, ctx=ctx)
     _fill(model, checkpoint, ctx, progress or _ignore)
-    # A CPU gains nothing from fewer calls, and products of several layers at once round as the batch has it.
+    # A CPU gains nothing from fewer calls, and the rounding of joint products of several layers depends on the batch.
     if plan.num_ranks == 1 and device.type == "cuda" and not batch_invariant:
         model.stack_weights()
     return model
 
 
 def _fill(model: CausalLM | LayerParallelLM, checkpoint: Checkpoint, ctx: BuildContext, progress: Progress) -> None:
-    """Reads what the layers of a model have asked `ctx` for."""
+    """Read what the layers of a model have asked `ctx` for."""
     started_s = time.monotonic()
     checkpoint.read(ctx.slices, progress)
     with torch.inference_mode():
@@ -82,4 +82,4 @@ def _fill(model: CausalLM | LayerParallelLM, checkpoint: Checkpoint, ctx: BuildC
 
 
 def _ignore(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Ignores progress."""

@@ -14,7 +14,7 @@ from echelon.pb.process_pb2 import WorkerSpec
 from workers.collectives import Group, SoloGroup, TorchGroup
 from workers.trace import TracedGroup, Tracer
 
-START_TIMEOUT_S = 1800.0  # ranks load at different speed; who starts them has a shorter limit of its own
+START_TIMEOUT_S = 1800.0  # ranks load at different speeds; whoever starts them has a shorter limit
 _GLOO_ON_HOST = "gloo_on_host"
 
 
@@ -39,7 +39,7 @@ class Cohort:
             host, port = _split(spec.store_address)
             store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
             return cls(spec.rank, spec.world_size, store)
-        listener = socket.create_server((spec.host, 0))  # left to itself the store listens on every address
+        listener = socket.create_server((spec.host, 0))  # by default the store would listen on every address
         port = listener.getsockname()[1]
         store = TCPStore(
             spec.host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
@@ -56,7 +56,7 @@ class Cohort:
             self._store.set(key, value)
 
     def read(self, key: str) -> str:
-        """What some rank has published under `key`; waits for it."""
+        """The value that some rank has published under `key`; waits for it."""
         assert self._store is not None, f"nobody else can publish {key}"
         value: bytes = self._store.get(key)
         return value.decode()
@@ -69,10 +69,10 @@ class Cohort:
         return [self.read(f"{key}/{rank}") for rank in range(self.world_size)]
 
     def join(self, spec: WorkerSpec) -> None:
-        """Makes the process group of all ranks. Its collectives fail after spec.collective_timeout_s."""
+        """Make the process group of all ranks. Its collectives fail after spec.collective_timeout_s."""
         if self._store is None:
             return
-        device_ids = self.gather("device", _device_id(spec))  # also: everyone is there, so that no short timeout counts
+        device_ids = self.gather("device", _device_id(spec))  # also waits for all ranks before short timeouts apply
         use_nccl = spec.device == "cuda" and len(set(device_ids)) == self.world_size
         _register_gloo(spec.host)
         dist.init_process_group(

@@ -1,4 +1,4 @@
-"""From an engine's spec to the plan by which its ranks share a draft's layers."""
+"""Turns an engine's spec into the plan by which its ranks share a draft's layers."""
 
 import json
 import statistics
@@ -21,10 +21,10 @@ from workers.models.layer_similarity import layer_input_similarity
 from workers.process.cohort import Cohort
 
 # Between the stream that enters a group and the one that each of its layers would see. EasySpec finds 0.8 and more in
-# groups of four; of the demo draft a group of six, whose last layer is at 0.70, loses 2.6 % of the acceptance.
+# groups of four. With the demo draft, a group of six whose last layer is at 0.70 loses 2.6 % of the acceptance.
 LEAST_SIMILARITY = 0.7
 _AUTO = "auto"
-_SCRATCH_BYTES = 256 << 20  # MLP weights that are timed: more than a processor caches
+_SCRATCH_BYTES = 256 << 20  # MLP weights to time: more than fits in a processor's cache
 _TIMED_RUNS = 5
 
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
@@ -36,10 +36,11 @@ def is_layer_parallel(spec: EngineSpec) -> bool:
 
 
 def num_ranks(spec: EngineSpec, world_size: int) -> int:
-    """Ranks that run an engine. Layers of a draft that has fewer devices than lp_size run as one batch, on the leader.
+    """The number of ranks that run an engine. If a draft has fewer devices than lp_size, its layers run as one batch,
+    on the leader.
 
     Raises:
-        SpecError: The spec asks for what does not go together.
+        SpecError: The spec combines settings that exclude each other.
     """
     if not is_layer_parallel(spec):
         return spec.tp_size
@@ -52,7 +53,7 @@ def num_ranks(spec: EngineSpec, world_size: int) -> int:
 
 
 def time_mlps(config: ModelConfig, group: Group, ctx: BuildContext) -> float:
-    """Seconds of a token through some MLPs of the model's shape, split as `ctx` says, on all ranks together."""
+    """Seconds of one token through some MLPs of the model's shape, split as `ctx` says, on all ranks together."""
     bytes_each = 3 * config.hidden_size * config.intermediate_size * ctx.dtype.itemsize
     num_layers = max(1, min(config.num_layers, _SCRATCH_BYTES // bytes_each))
     mlps = [MLP(f"scratch.{layer}", config=config, ctx=ctx) for layer in range(num_layers)]
@@ -65,7 +66,7 @@ def time_mlps(config: ModelConfig, group: Group, ctx: BuildContext) -> float:
 
 
 def _time(mlps: list[MLP], x: torch.Tensor, group: Group) -> float:
-    group.all_gather(x).flatten()[0].item()  # all start together, with nothing left to do on the device
+    group.all_gather(x).flatten()[0].item()  # all ranks start together, with their devices idle
     started_s = time.perf_counter()
     for mlp in mlps:
         x = mlp(x)
@@ -82,14 +83,14 @@ def resolve_plan(
     *,
     time_mlps: TimeMLPs = time_mlps,
 ) -> LayerParallelPlan:
-    """What the spec leaves open is measured and decided, the same on all ranks of `group`, which all call this.
+    """Measure and decide what the spec leaves open. All ranks of `group` call it and get the same plan.
 
     Args:
-        time_mlps: measures here how long a token takes through MLPs that are split as the context says.
+        time_mlps: measures how long a token takes through MLPs that are split as the context says.
 
     Raises:
         LoadError: The groups of the spec are not those of the model, or the folder cannot be read.
-        SpecError: A field of the spec is none of its values.
+        SpecError: A field of the spec has a value that it does not allow.
     """
     config = load_model_config(Path(spec.model))
     weights = _choice("layer_parallel_weights", spec.layer_parallel_weights or Weights.REPLICATED, [*Weights])
@@ -138,7 +139,7 @@ def _groups(
 def _faster_mlps(
     spec: EngineSpec, config: ModelConfig, group: Group, device: torch.device, time_mlps: TimeMLPs
 ) -> MLPs:
-    """What takes the slowest rank less time for one token. All ranks see the same times and decide alike."""
+    """The option with the shorter time of the slowest rank for one token. All ranks see the same times and agree."""
     if config.intermediate_size % group.size:
         return MLPs.REPLICATED
 

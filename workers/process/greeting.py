@@ -1,7 +1,7 @@
-"""How connections to a leader begin: each says who it is, with a token that only the ranks of the group have.
+"""Greetings on connections to a leader: a rank says who it is, with a token that only ranks of the group know.
 
-Anybody can connect to the port, say nothing or something else. So the leader listens to all connections at once, and a
-stranger delays no rank.
+Anybody can connect to the port and send nothing or something else. So the leader listens to all connections at once,
+and a stranger delays no rank.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 TOKEN_BYTES = 16
 _WHO = struct.Struct("<HB")  # rank, channel
-_MAX_UNKNOWN = 64  # connections that have not said who they are; of more the oldest is closed
+_MAX_UNKNOWN = 64  # connections that have not greeted yet; the oldest is closed when there are more
 
 Peer = tuple[int, int]  # rank and channel
 
@@ -30,9 +30,9 @@ def greet(connection: socket.socket, token: bytes, peer: Peer) -> None:
 def accept_peers(
     listener: socket.socket, token: bytes, expected: Collection[Peer], timeout_s: float
 ) -> dict[Peer, socket.socket]:
-    """Waits until each of these has connected and greeted; their connections block. All others are closed.
+    """Wait until each of these has connected and greeted; their connections block. All others are closed.
 
-    Raises TimeoutError naming who has not come within `timeout_s`.
+    Raises TimeoutError naming a missing rank after `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
     with (
@@ -54,11 +54,11 @@ def accept_peers(
 
 
 class _Reception:
-    """Reads greetings as they come in, from many connections."""
+    """Reads greetings from many connections as they arrive."""
 
     def __init__(self, token: bytes, expected: Collection[Peer], selector: selectors.BaseSelector) -> None:
         self.peers: dict[Peer, socket.socket] = {}
-        self.unknown: dict[socket.socket, bytes] = {}  # what each has said so far; oldest first
+        self.unknown: dict[socket.socket, bytes] = {}  # bytes that each has sent so far; oldest first
         self._token = token
         self._expected = expected
         self._selector = selector
@@ -70,7 +70,7 @@ class _Reception:
     def admit(self, listener: socket.socket) -> None:
         try:
             connection, _ = listener.accept()
-        except OSError:  # it is gone again
+        except OSError:  # it has already disconnected
             return
         connection.setblocking(False)
         self.unknown[connection] = b""
@@ -80,7 +80,7 @@ class _Reception:
 
     def hear(self, connection: socket.socket) -> None:
         if connection not in self.unknown:
-            return  # turned away a moment ago
+            return  # closed a moment ago
         size = TOKEN_BYTES + _WHO.size
         try:
             said = connection.recv(size - len(self.unknown[connection]))
@@ -93,7 +93,7 @@ class _Reception:
             self._recognise(connection, self.unknown[connection])
 
     def close(self) -> None:
-        """Whoever has not said by now that it is a peer is none."""
+        """Close all connections that have not greeted by now: they are not peers."""
         for connection in self.unknown:
             connection.close()
 

@@ -1,4 +1,4 @@
-"""From the spec of a worker to engines that are ready for rounds."""
+"""Turns the spec of a worker into engines that are ready for rounds."""
 
 import logging
 import time
@@ -41,7 +41,7 @@ Engines = dict[EngineRole.ValueType, Engine]
 
 
 class _LoadOptions(TypedDict):
-    """What loading a model is told, however its ranks share it."""
+    """Settings for loading a model, however its ranks share it."""
 
     dtype: torch.dtype
     device: torch.device
@@ -63,10 +63,10 @@ class _Loaded:
 
 
 def load_engines(spec: WorkerSpec, cohort: Cohort, on_progress: OnProgress) -> Engines:
-    """The engines of this rank. All ranks call it; those beyond an engine's ranks do not have it.
+    """The engines of this rank. All ranks call it; a rank that takes no part in an engine does not get it.
 
     Raises:
-        LoadError: A model folder that cannot be served as asked; names tensor, shape or bytes.
+        LoadError: A model folder cannot be served as requested; names tensor, shape or bytes.
         KVCacheError: Too little memory for one sequence.
         SpecError: A field of the spec is wrong.
     """
@@ -131,7 +131,7 @@ def _load_model(
 
 
 def _probe(model: CausalLM | LayerParallelLM, *, dtype: torch.dtype, device: torch.device) -> None:
-    """Batch invariance rests on the machine's matrix products: one weight of each shape is tried, and attention."""
+    """Batch invariance depends on the machine's matrix products, so try one weight of each shape, and attention."""
     attention, mlp = _sublayers(model)
     with torch.inference_mode():
         for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj, model.head):
@@ -141,7 +141,7 @@ def _probe(model: CausalLM | LayerParallelLM, *, dtype: torch.dtype, device: tor
 
 
 def _sublayers(model: CausalLM | LayerParallelLM) -> tuple[Attention, MLP]:
-    """One of each on this rank: those of all layers have the same shapes."""
+    """One weight of each shape on this rank: all layers have the same shapes."""
     if isinstance(model, LayerParallelLM):
         return next(iter(model.attention_layers.values())).attention, model.mlp_layers[0].mlp
     return model.layers[0].attention, model.layers[0].mlp
@@ -153,8 +153,8 @@ def _require(finding: str | None) -> None:
 
 
 def _own_num_blocks(loaded: Sequence[_Loaded], device: torch.device) -> dict[EngineRole.ValueType, int]:
-    """How many blocks this rank has memory for, by role. Engines that share what is left of a GPU get equally many:
-    a seq has as many tokens on the draft as on the target."""
+    """How many blocks this rank has memory for, by role. Engines that share the free memory of a GPU get equally many,
+    because a seq has as many tokens on the draft as on the target."""
     sharing = [entry for entry in loaded if entry.spec.kv_cache_bytes == 0]
     left = _bytes_left(sharing, device) if sharing else 0
     shared_blocks = left // sum(entry.layout.block_bytes for entry in sharing) if sharing else 0
@@ -167,7 +167,7 @@ def _own_num_blocks(loaded: Sequence[_Loaded], device: torch.device) -> dict[Eng
 
 
 def _bytes_left(sharing: Sequence[_Loaded], device: torch.device) -> int:
-    """What gpu_memory_utilization leaves beside weights and activations."""
+    """The memory that gpu_memory_utilization leaves after weights and activations."""
     if device.type != "cuda":
         raise SpecError("engines: kv_cache_bytes must be set on cpu (kv_cache.device_bytes in the deployment file)")
     activations = max(
@@ -187,7 +187,7 @@ def _bytes_left(sharing: Sequence[_Loaded], device: torch.device) -> int:
 
 
 def reserved_sampling_bytes(spec: EngineSpec, *, vocab_size: int, num_ranks: int) -> int:
-    """What choosing tokens takes on one rank."""
+    """Memory for choosing tokens on one rank."""
     num_rows = num_sampled_rows(
         verifies=spec.role == EngineRole.ENGINE_ROLE_TARGET,
         max_num_seqs=spec.max_num_seqs,

@@ -1,11 +1,11 @@
-"""The round channel: the leader repeats each round to the other ranks and all watch each other.
+"""The round channel: the leader repeats each round to the other ranks, and all watch each other.
 
-Plain TCP, not a collective: on two busy cores a send to one rank and its answer took 14 us, to three 45 us, where a
-gloo broadcast with its answer took 164 us and 555 us (p90 2 and 4 ms: gloo has threads of its own to be scheduled).
-A rank that dies is seen at once, as the end of its connection.
+Plain TCP, not a collective. On two busy cores a send to one rank and its answer took 14 us, to three 45 us. A gloo
+broadcast with its answer took 164 us and 555 us (p90 2 and 4 ms, because gloo's own threads have to be scheduled). A
+rank that dies is noticed at once, as the end of its connection.
 
-Each follower has two connections to the leader: `rounds` carries frames, in order, and answers where a round wants
-some; `pulse` is a byte to and fro each second, served by a thread of its own, so that a rank that is gone or frozen is
+Each follower has two connections to the leader. `rounds` carries frames, in order, and answers to rounds that want
+them. `pulse` carries a byte each way every second, from a thread of its own, so that a rank that is gone or frozen is
 noticed during rounds and between them.
 """
 
@@ -37,7 +37,7 @@ class Kind(IntEnum):
     ROUND = 1  # run it; the payload is a Round
     RESET = 2  # free all slots of an engine
     STOP = 3  # end, with success
-    ANSWER = 4  # nothing: it is the follower's own, behind a round that asks for one
+    ANSWER = 4  # nothing: the follower sends it, after a round that asks for one
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +48,10 @@ class Frame:
 
 
 class Leader:
-    """Rank 0's end. `send` is for one thread. With no followers it does nothing."""
+    """Rank 0's end. Only one thread may call `send`. Without followers it does nothing."""
 
     def __init__(self, rounds: Sequence[socket.socket], pulses: Sequence[socket.socket], timeout_s: float) -> None:
-        """`rounds` and `pulses` by rank, from rank 1 on."""
+        """`rounds` and `pulses` by rank, starting with rank 1."""
         self._rounds = rounds
         self._pulses = pulses
         self._timeout_s = timeout_s
@@ -59,7 +59,7 @@ class Leader:
 
     @classmethod
     def accept(cls, cohort: Cohort, host: str, timeout_s: float) -> "Leader":
-        """Waits until every other rank has connected. Raises TimeoutError when one does not."""
+        """Wait until every other rank has connected. Raises TimeoutError if one does not."""
         if cohort.world_size == 1:
             return cls([], [], timeout_s)
         token = secrets.token_bytes(TOKEN_BYTES)
@@ -71,7 +71,7 @@ class Leader:
         return cls([connections[rank, 0] for rank in ranks], [connections[rank, 1] for rank in ranks], timeout_s)
 
     def send(self, frame: Frame, num_ranks: int) -> None:
-        """To the ranks below `num_ranks`. Raises LostRank."""
+        """Send to the ranks below `num_ranks`. Raises LostRank."""
         data = _pack(frame)
         for rank, connection in enumerate(self._rounds[: num_ranks - 1], start=1):
             try:
@@ -80,7 +80,7 @@ class Leader:
                 raise LostRank(f"lost rank {rank}: {err}") from err
 
     def collect(self, num_ranks: int) -> list[bytes]:
-        """What each other rank below `num_ranks` answers; blocks until it does. Raises LostRank."""
+        """The answers of the other ranks below `num_ranks`; blocks until they come. Raises LostRank."""
         answers = []
         for rank, connection in enumerate(self._rounds[: num_ranks - 1], start=1):
             try:
@@ -90,7 +90,7 @@ class Leader:
         return answers
 
     def watch(self, on_lost: OnLost) -> None:
-        """Calls `on_lost` from a thread when a follower dies or does not answer for `timeout_s`."""
+        """Call `on_lost` from a thread when a follower dies or does not answer for `timeout_s`."""
         for rank, pulse in enumerate(self._pulses, start=1):
             thread = threading.Thread(
                 target=self._beat, args=(rank, pulse, on_lost), name=f"pulse of rank {rank}", daemon=True
@@ -98,7 +98,7 @@ class Leader:
             thread.start()
 
     def stop(self) -> None:
-        """Tells the followers to end; those that are gone already do not matter any more."""
+        """Tell the followers to end; those already gone no longer matter."""
         self._stopping.set()
         with contextlib.suppress(OSError):
             self.send(Frame(Kind.STOP, 0, b""), len(self._rounds) + 1)
@@ -121,7 +121,7 @@ class Leader:
 
 
 class Follower:
-    """The end of another rank. `receive` is for one thread."""
+    """The end of another rank. Only one thread may call `receive`."""
 
     def __init__(self, rounds: socket.socket, pulse: socket.socket, timeout_s: float) -> None:
         self._rounds = rounds
@@ -136,7 +136,7 @@ class Follower:
         return cls(rounds, pulse, timeout_s)
 
     def receive(self) -> Frame:
-        """The next frame; blocks as long as the leader lives. Raises LostRank when it does not."""
+        """The next frame; blocks as long as the leader lives. Raises LostRank if it dies."""
         try:
             frame = _receive(self._rounds)
         except OSError as err:
@@ -146,14 +146,14 @@ class Follower:
         return frame
 
     def answer(self, payload: bytes) -> None:
-        """To the round that was received last. Raises LostRank."""
+        """Answer the round received last. Raises LostRank."""
         try:
             self._rounds.sendall(_pack(Frame(Kind.ANSWER, 0, payload)))
         except OSError as err:
             raise LostRank(f"lost rank 0, the leader: it died ({err})") from err
 
     def watch(self, on_lost: OnLost) -> None:
-        """Calls `on_lost` from a thread when the leader dies or does not ask for `timeout_s`."""
+        """Call `on_lost` from a thread when the leader dies or does not ask for `timeout_s`."""
         threading.Thread(target=self._answer, args=(on_lost,), name="pulse", daemon=True).start()
 
     def _answer(self, on_lost: OnLost) -> None:

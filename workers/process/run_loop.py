@@ -1,4 +1,4 @@
-"""The one thread that runs rounds: takes them in order of arrival, whatever engine they are for."""
+"""The one thread that runs rounds, in order of arrival, for all engines."""
 
 import logging
 import queue
@@ -30,7 +30,7 @@ class Session(Protocol):
     def deliver(self, result: RoundResult) -> None: ...
 
     def reject(self, error: str) -> None:
-        """Ends the stream with INVALID_ARGUMENT; it is not open any more when this returns."""
+        """End the stream with INVALID_ARGUMENT; it is no longer open when this returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A round came in."""
+    """A round has arrived."""
 
     session: Session
     round_: Round
@@ -51,7 +51,7 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """End behind the round that runs."""
+    """End after the current round."""
 
 
 Work = Opened | Arrived | Stop
@@ -67,17 +67,17 @@ class RunLoop:
         self._channel = channel
         self._tracer = tracer
         self._work: queue.SimpleQueue[Work] = queue.SimpleQueue()
-        self._next: deque[Work] = deque()  # taken from the queue to be looked at, in order
+        self._next: deque[Work] = deque()  # taken from the queue to look ahead, in order
         self._owners: dict[EngineRole.ValueType, Session] = {}
         self._stopping = False
 
     def submit(self, work: Work) -> None:
         if isinstance(work, Stop):
-            self._stopping = True  # overtakes the rounds that are queued
+            self._stopping = True  # takes effect before the queued rounds
         self._work.put(work)
 
     def run(self) -> None:
-        """Until Stop. Raises whatever ends the incarnation: a lost rank, a failed collective, a bug."""
+        """Run until Stop. Raises whatever ends the incarnation: a lost rank, a failed collective, a bug."""
         while True:
             work = self._take()
             if self._stopping:
@@ -88,7 +88,7 @@ class RunLoop:
                 self._run_round(work)
 
     def _take(self) -> Work:
-        """The next piece of work, as soon as there is one. Behind it `_next` holds all that has arrived."""
+        """The next piece of work; waits for one. `_next` then holds everything that has arrived after it."""
         if not self._next:
             self._next.append(self._work.get())
         while not self._work.empty():
@@ -107,7 +107,7 @@ class RunLoop:
     def _run_round(self, work: Arrived) -> None:
         session, round_ = work.session, work.round_
         if self._owners[session.role] is not session or not session.is_open:
-            return  # nobody waits for it
+            return  # its stream has ended
         engine = self._engines[session.role]
         started_ns = time.monotonic_ns()
         behind = [other.round_ for other in self._next if isinstance(other, Arrived) and other.session is session]

@@ -28,11 +28,11 @@ from workers.process.run_loop import Arrived, Opened, Work
 logger = logging.getLogger(__name__)
 
 _OPTIONS = [
-    ("grpc.so_reuseport", 0),  # a taken port is an error
+    ("grpc.so_reuseport", 0),  # fail if the port is taken
     ("grpc.max_receive_message_length", WireLimit.WIRE_LIMIT_MESSAGE_BYTES),
     ("grpc.max_send_message_length", WireLimit.WIRE_LIMIT_MESSAGE_BYTES),
 ]
-_MAX_PENDING_ROUNDS = 64  # of a stream; a scheduler has three on their way
+_MAX_PENDING_ROUNDS = 64  # per stream; a scheduler has at most three in flight
 _FAIL_GRACE_S = 1.0
 _SERVICE_NAME = "echelon.v1.Worker"
 _HEALTH_NAMES = {EngineRole.ENGINE_ROLE_TARGET: "target", EngineRole.ENGINE_ROLE_DRAFT: "draft"}
@@ -45,14 +45,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a stream ends before the scheduler ends it."""
+    """The status of a stream that this side ends."""
 
     code: grpc.StatusCode
     message: str
 
 
 class RoundStream:
-    """See workers.run_loop.Session. What is not thread-safe belongs to the event loop."""
+    """See workers.process.run_loop.Session. State that is not thread-safe belongs to the event loop."""
 
     def __init__(self, hello: Hello) -> None:
         self.role: EngineRole.ValueType = hello.role
@@ -71,12 +71,12 @@ class RoundStream:
         self.end(Ending(grpc.StatusCode.INVALID_ARGUMENT, error))
 
     def end(self, ending: Ending) -> None:
-        """Thread-safe. Answers that are on their way still go first."""
+        """Thread-safe. Answers in flight are still sent first."""
         self.is_open = False
         self._loop.call_soon_threadsafe(self._answers.put_nowait, ending)
 
     def accept(self, round_: Round) -> bool:
-        """Whether a round that came in may be queued; if not the stream ends."""
+        """Whether an arriving round may be queued; if not, the stream ends."""
         if not self.is_open:
             return False
         where = f"round {round_.round_id}:"
@@ -94,7 +94,7 @@ class RoundStream:
         return False
 
     def half_close(self) -> None:
-        """No more rounds will come; the stream ends behind the last answer."""
+        """No more rounds will come; the stream ends after the last answer."""
         self._half_closed = True
         if self._num_pending == 0:
             self._answers.put_nowait(None)
@@ -178,7 +178,7 @@ class Servicer(WorkerServicer):
 
 
 class ServerThread:
-    """Serves from `start` to `stop`. Methods are for other threads than its own, and block."""
+    """Serves from `start` to `stop`. Call the methods from other threads than its own; they block."""
 
     def __init__(self, info: WorkerInfo, submit: Callable[[Work], None]) -> None:
         self._info = info
@@ -193,7 +193,7 @@ class ServerThread:
         return self._call(self._start(host)).result()
 
     def fail(self, error: str) -> None:
-        """The group is broken: tells everybody who listens, then stops. Raises nothing: worse has happened."""
+        """The group is broken: tell all listeners, then stop. Raises nothing: a worse error is already known."""
         try:
             self._call(self._fail(error)).result(timeout=2 * _FAIL_GRACE_S)
         except Exception:  # as the docstring says

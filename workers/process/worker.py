@@ -31,7 +31,7 @@ Fail = Callable[[str], None]
 
 
 def main(build_engines: BuildEngines = load_engines) -> None:
-    """Runs the worker that standard input describes; ends the process.
+    """Run the worker that standard input describes; ends the process.
 
     Args:
         build_engines: makes the engines of this rank. A benchmark of rounds passes one that makes instant engines.
@@ -66,7 +66,7 @@ def _work(spec: WorkerSpec, events: EventWriter, build_engines: BuildEngines) ->
 
 def _bind_to_device(spec: WorkerSpec) -> None:
     if spec.cpu_ids:
-        os.sched_setaffinity(0, spec.cpu_ids)  # before torch starts its threads: they inherit it
+        os.sched_setaffinity(0, spec.cpu_ids)  # before torch starts its threads, which inherit it
     if spec.threads:
         torch.set_num_threads(spec.threads)
     if spec.device == "cuda":
@@ -82,8 +82,8 @@ def _lead(
     failing = threading.Lock()
 
     def fail(error: str) -> None:
-        """From any thread, once: streams and health learn it, then the parent, then the process ends."""
-        failing.acquire()  # never released: whoever comes second waits for the end
+        """Called from any thread; acts once. Tells streams and health, then the parent, then ends the process."""
+        failing.acquire()  # never released: a second caller waits for the end
         server.fail(error)
         events.fail(error)
 
@@ -117,7 +117,7 @@ def _follow(
 
 
 def _exit_after_leader(signum: int, frame: FrameType | None) -> None:
-    """A group is stopped by signalling all its ranks; the leader ends its round and says stop. Leave it that time."""
+    """A group is stopped by a signal to all its ranks. The leader ends its round and says stop; leave it that time."""
     timer = threading.Timer(STOP_GRACE_S, os._exit, args=(0,))
     timer.daemon = True
     timer.start()

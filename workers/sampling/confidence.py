@@ -1,7 +1,7 @@
-"""How likely a model holds the token that was chosen, over a sharded vocabulary.
+"""The probability that a model gives the chosen token, over a sharded vocabulary.
 
-Every rank contributes two numbers a row, and all compute the answer from the same gathered bytes by the same IEEE
-operations in the order of ranks, so that they get the same bits.
+Every rank contributes two numbers per row. All ranks compute the answer from the same gathered bytes with the same IEEE
+operations in rank order, so they get the same bits.
 """
 
 import torch
@@ -16,7 +16,7 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 def confidence_words(logits: Tensor, temperature: Tensor, columns: Tensor) -> Tensor:
-    """What this rank knows of each row, as bits: its best token's scaled logit, and its part of the softmax's sum.
+    """What this rank knows about each row, as bits: its best token's scaled logit, and its part of the softmax's sum.
 
     Args:
         logits: fp32 [num_rows, shard_size] without NaN.
@@ -40,7 +40,7 @@ def confidences(words: Tensor, winner: Tensor) -> Tensor:
         fp32 [num_rows]; 0 where every token is excluded.
     """
     chosen, _, largest, total = words.view(torch.float32).unbind(dim=2)  # [tp_size, num_rows] each
-    if words.shape[0] == 1:  # nobody has to agree
+    if words.shape[0] == 1:  # no other rank has to agree
         return torch.where(total > 0, (chosen - largest).exp_() / total, 0.0)[0]
     base = largest.amax(dim=0).clamp(min=LOWEST)
     weights = probability_mass(largest.T, base).to(torch.float64)  # [num_rows, tp_size], units cancel below

@@ -18,7 +18,7 @@ _MAX_LOGITS_AT_ONCE = 1 << 22  # bounds the 8-byte temporaries of a long prompt 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogprobRows:
-    """What is asked of each row."""
+    """What each row asks for."""
 
     token_ids: Tensor  # int64 [num_rows], the chosen tokens
     num_top: Sequence[int]
@@ -28,7 +28,7 @@ class LogprobRows:
 def position_logprobs(
     group: Group, logits: Tensor, wanted: LogprobRows, *, vocab_start: int, vocab_size: int
 ) -> list[PositionLogprobs]:
-    """Logprobs of each row, the same bits for every tp_size and batch. Collective.
+    """Logprobs of each row, with the same bits for every tp_size and batch. Collective.
 
     Args:
         logits: fp32 [num_rows, shard_size], without NaN; -Inf beyond the vocabulary.

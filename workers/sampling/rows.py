@@ -27,7 +27,7 @@ class RowEntry:
 
 @dataclass(frozen=True, slots=True)
 class TokenEntries:
-    """Single logits of a batch, named by row and token, each with one or more numbers."""
+    """Single logits of a batch, identified by row and token, each with one or more numbers."""
 
     rows: Tensor  # int64 [num_entries]
     token_ids: Tensor  # int64 [num_entries], of the whole vocabulary
@@ -47,7 +47,7 @@ class TokenEntries:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitEdits:
-    """Penalties, bias and masks of a batch, in the order they apply."""
+    """Penalties, bias and masks of a batch, in the order in which they apply."""
 
     penalised: TokenEntries | None  # values: seen, output_counts
     penalty_settings: Tensor  # fp32 [num_rows, 3]
@@ -88,7 +88,7 @@ class SamplingRows:
 
     @staticmethod
     def build(entries: Sequence[RowEntry], device: torch.device) -> "SamplingRows":
-        """Takes a few Python steps per row, and more only for rows that need more."""
+        """Takes a few Python steps per row, and more only for rows that need them."""
         states = [entry.state for entry in entries]
         keys = _integers(
             device,
@@ -113,7 +113,7 @@ class SamplingRows:
 def _integers(device: torch.device, *columns: Iterable[int]) -> Tensor:
     rows = [list(column) for column in columns]
     num_rows = len(rows[0])
-    padding = [0] * (num_rows % 2)  # columns start at multiples of 16 bytes, else Triton compiles a kernel again
+    padding = [0] * (num_rows % 2)  # columns start at multiples of 16 bytes, else Triton recompiles a kernel
     return upload([row + padding for row in rows], torch.int64, device)[:, :num_rows]
 
 

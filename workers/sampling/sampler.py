@@ -1,7 +1,7 @@
 """Choosing tokens from vocabulary-parallel logits: every rank calls with its shard and gets the same tokens.
 
-What each rank decides it computes from gathered bytes that are the same everywhere, so ranks agree by construction.
-And everything is a maximum, a count or an integer sum, so the result is that of one rank with the whole vocabulary.
+Each rank decides from gathered bytes that are the same everywhere, so ranks agree by construction. Every result is a
+maximum, a count or an integer sum, so it equals that of one rank with the whole vocabulary.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from workers.sampling.rows import SamplingRows
 from workers.upload import upload
 
 _NON_FINITE_KEY = torch.iinfo(torch.int64).max  # above the key of every number
-_TOP_P_CANDIDATES = 512  # of each shard; a nucleus is rarely larger, and if it is the whole row is gathered
+_TOP_P_CANDIDATES = 512  # of each shard; a nucleus is rarely larger, and for one that is, the whole row is gathered
 _MAX_CANDIDATES = 1024
 
 
@@ -37,17 +37,17 @@ class SampledRows:
 
     token_ids: Tensor  # int64 [num_rows]; 0 where non_finite
     non_finite: Tensor  # bool [num_rows], the raw logits hold NaN or Inf
-    logprobs: Sequence[PositionLogprobs | None] | None  # a row each, None unless asked for; None if no row asked
-    # int64 [num_rows, num_alternatives]: the runners-up of the choice, best first. Where the processors leave fewer
-    # tokens the last one is repeated; void where non_finite.
+    logprobs: Sequence[PositionLogprobs | None] | None  # one per row, None unless requested; None if no row asked
+    # int64 [num_rows, num_alternatives]: the runners-up of the choice, best first. If the processors leave fewer
+    # tokens, the last one is repeated; void where non_finite.
     alternatives: Tensor | None
-    # fp32 [num_rows]: softmax probability of the chosen token at the row's temperature, at temperature 0 at 1, behind
+    # fp32 [num_rows]: softmax probability of the chosen token at the row's temperature (1 for temperature 0), after
     # penalties, bias and masks, before min-p, top-k and top-p; void where non_finite.
     confidences: Tensor | None
 
     @staticmethod
     def join(parts: Sequence["SampledRows"]) -> "SampledRows":
-        """The rows of all parts, which were sampled with the same wishes."""
+        """Join the rows of all parts, which were sampled with the same options."""
         if len(parts) == 1:
             return parts[0]
         return SampledRows(
@@ -88,15 +88,13 @@ class Sampler:
         num_alternatives: int = 0,
         with_confidence: bool = False,
     ) -> SampledRows:
-        """Chooses a token for each row. Collective: every rank calls with the same rows.
+        """Choose a token for each row. Collective: every rank calls with the same rows.
 
         Args:
-            logits_shard: fp32 [num_rows, shard_size], this rank's logits, not changed. All shards have one size; what
-                lies beyond the vocabulary is padding and is not looked at.
-            vocab_start: token id of the first column.
-            rows: settings of each row.
-            num_alternatives: runners-up that are wanted of each row.
-            with_confidence: whether the probability of each choice is wanted.
+            logits_shard: fp32 [num_rows, shard_size], this rank's logits, not changed. All shards have one size;
+            columns after the vocabulary are padding and are ignored. vocab_start: token id of the first column. rows:
+            settings of each row. num_alternatives: number of runners-up to return for each row. with_confidence:
+            whether to return the probability of each choice.
         """
         raw, non_finite = self._screen(logits_shard, vocab_start)
         processed = raw
@@ -135,7 +133,7 @@ class Sampler:
     def _agree(
         self, choice: "_Choice", non_finite: Tensor, words: Tensor | None
     ) -> tuple["_Choice", Tensor, Tensor | None, Tensor]:
-        """The best tokens of all shards, and the rank whose token is the best. `words` [1, ...] become those of all."""
+        """The best tokens of all shards, and the rank that has the best one. `words` [1, ...] become those of all."""
         num = choice.values.shape[1]
         sent = torch.where(non_finite.unsqueeze(1), _NON_FINITE_KEY, pack_sort_key(choice.values, choice.token_ids))
         if words is not None:
@@ -181,7 +179,7 @@ class Sampler:
         return padded, non_finite
 
     def _thresholds(self, logits: Tensor, rows: SamplingRows) -> Tensor | None:
-        """What min-p, top-k and top-p leave of each row, fp32 [num_rows]; None where they are off."""
+        """The threshold of min-p, top-k and top-p for each row, fp32 [num_rows]; None if they are off."""
         truncated = rows.truncated_rows
         if rows.truncation is None or truncated is None:
             return None
@@ -191,8 +189,8 @@ class Sampler:
         return torch.full_like(rows.temperature, -torch.inf).index_copy_(0, truncated, found)
 
     def truncation_thresholds(self, logits: Tensor, temperature: Tensor, truncation: Truncation) -> Tensor:
-        """Thresholds of rows over the whole vocabulary: of several shards first from their candidates, then, for the
-        rows that these do not settle, from all their logits."""
+        """Thresholds of rows over the whole vocabulary. Several shards first exchange candidates, then all logits of
+        the rows that the candidates do not settle."""
         if self._group.size == 1:
             return truncation_threshold(logits, temperature, truncation)
         thresholds, covered = self._from_candidates(scale_by_temperature(logits, temperature), truncation)

@@ -1,4 +1,4 @@
-"""What the choice of a seq's next token depends on besides the logits: its settings and its history."""
+"""What decides a seq's next token besides the logits: its settings and its history."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from echelon.pb.sampling_pb2 import SeqSampling
 
 IntArray = NDArray[np.int64]
 
-# Dividing by less would overflow fp32 where logits are large; the most likely token has all of the probability anyway.
+# Dividing by less would overflow fp32 for large logits; the most likely token has all of the probability anyway.
 _GREEDY_BELOW_TEMPERATURE = 1e-5
 
 
@@ -26,7 +26,7 @@ class TokenCounts:
 
 
 class _History:
-    """Counts of a seq's tokens, kept up to date in steps."""
+    """Counts of a seq's tokens, updated step by step."""
 
     def __init__(self, prompt_token_ids: Sequence[int]) -> None:
         distinct = np.unique(np.asarray(prompt_token_ids, dtype=np.int64))
@@ -77,10 +77,10 @@ class _History:
 
 
 class SeqSamplingState:
-    """The sampling settings of one seq in the form that a batch is built from, and its history as far as they need it.
+    """The sampling settings of one seq in the form that batches are built from, with the history that they need.
 
-    `extend` and `truncate` follow the committed history (on a draft engine: with the chain of its drafts); they cost
-    next to nothing unless a penalty is on. Not thread-safe.
+    `extend` and `truncate` follow the committed history (on a draft engine, together with the chain of its drafts).
+    They cost almost nothing unless a penalty is on. Not thread-safe.
     """
 
     __slots__ = (
@@ -131,7 +131,7 @@ class SeqSamplingState:
         return self._history is not None or len(self.bias[0]) > 0 or len(self.suppressed_at(position)) > 0
 
     def branch(self, length: int) -> "SeqSamplingState":
-        """The same settings behind the first `length` tokens; what either takes in later is not the other's."""
+        """The same settings after the first `length` tokens. Later changes to either do not affect the other."""
         twin = copy(self)
         if self._history is not None:
             twin._history = self._history.copy()
@@ -145,16 +145,16 @@ class SeqSamplingState:
             self._history.extend(token_ids)
 
     def truncate(self, length: int) -> None:
-        """Cuts the history to `length` tokens, prompt included; never into the prompt."""
+        """Cut the history to `length` tokens, prompt included; never into the prompt."""
         assert self.num_prompt_tokens <= length <= self.length, f"cannot cut {self.length} tokens to {length}"
         self.length = length
         if self._history is not None:
             self._history.truncate(length - self.num_prompt_tokens)
 
     def counts_behind(self, hypothetical: Sequence[int]) -> TokenCounts | None:
-        """Counts of the history followed by drafted tokens; None where no penalty is on."""
+        """Counts of the history followed by drafted tokens; None if no penalty is on."""
         return None if self._history is None else self._history.counts_behind(hypothetical)
 
     def suppressed_at(self, position: int) -> IntArray:
-        """Token ids that must not stand at this absolute position: end tokens before min_tokens."""
+        """Token ids that must not be chosen at this absolute position: end tokens before min_tokens."""
         return self.suppressed if position < self.suppressed_before else self.suppressed[:0]
