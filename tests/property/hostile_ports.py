@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import grpc
-
+from childproc.wires import open_blocking_channel
 from cluster.deployment.settings import KvCacheSettings, SchedulerSettings
 from cluster.local import LocalDeployment, LocalDraft, local_settings
 from cluster.processes.status import ProcessStatus
@@ -90,7 +89,7 @@ def main() -> None:
 def _attack(process: ProcessStatus, rng: random.Random, stack: contextlib.ExitStack) -> Callable[[], None]:
     assert process.pid is not None, "it runs"
     doors = sorted(listening_sockets([process.pid]))
-    channel = stack.enter_context(grpc.insecure_channel(process.address)) if process.address else None
+    channel = stack.enter_context(open_blocking_channel(process.address)) if process.address else None
     num_held = 0
 
     def attack() -> None:

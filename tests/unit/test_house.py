@@ -265,6 +265,17 @@ def test_constants_that_only_their_module_reads_begin_with_an_underscore() -> No
             assert is_private(name) or is_read_elsewhere, f"{path.relative_to(ROOT)}: {name}"
 
 
+def test_channels_are_opened_where_proxies_are_thought_of() -> None:
+    """By `childproc.wires` and by the two clients: any other would go through the proxies of the environment."""
+    opening = {
+        str(path.relative_to(ROOT))
+        for folder in (*ARROWS, "bench", "models", "tests")
+        for path in sources(folder)
+        if "insecure_channel(" in path.read_text() and path.parent != Path(__file__).parent
+    }
+    assert opening == {"childproc/wires.py", "echelon/client.py", "echelon/control.py"}
+
+
 def test_no_file_is_too_long() -> None:
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files = {name for name in listed.split() if not name.startswith(("tests/", "echelon/pb/"))}

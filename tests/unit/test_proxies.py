@@ -87,21 +87,6 @@ def test_others_may_be_behind_a_proxy(address: str) -> None:
     assert channel_options(address, ("grpc.keepalive_time_ms", 1)) == (("grpc.keepalive_time_ms", 1),)
 
 
-def test_our_sources_open_channels_in_two_places() -> None:
-    """A third would be one that forgets about proxies."""
-    calls = {
-        str(path.relative_to(ROOT)): path.read_text().count("insecure_channel(")
-        for folder in ("bench", "cluster", "childproc", "echelon", "gateway", "scheduler", "tests", "workers")
-        for path in (ROOT / folder).rglob("*.py")
-        if path != Path(__file__)
-    }
-    assert {path: count for path, count in calls.items() if count} == {
-        "childproc/wires.py": 2,
-        "echelon/client.py": 2,
-        "echelon/control.py": 1,
-    }
-
-
 def test_the_variables_do_break_a_channel_that_heeds_them() -> None:
     """Or the tests above would prove nothing."""
     channel = grpc.insecure_channel("127.0.0.1:2")
