@@ -219,7 +219,7 @@ class Settings:
 
 
 def resolve_scheduler(wanted: SchedulerSettings, target: ModelSettings) -> SchedulerSettings:
-    """If max_model_len is left open, it becomes the target's own limit, at most 32768: a longer one must be asked for."""
+    """An open max_model_len becomes the target's own limit, at most 32768; a longer context must be asked for."""
     if wanted.max_model_len is not None:
         return wanted
     return replace(wanted, max_model_len=min(target.folder.config.max_len, _DEFAULT_MAX_MODEL_LEN))

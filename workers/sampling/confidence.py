@@ -23,7 +23,7 @@ def confidence_words(logits: Tensor, temperature: Tensor, columns: Tensor) -> Te
         temperature: fp32 [num_rows]; 0 counts as 1.
         columns: int64 [num_rows], of this rank's best token.
     Returns:
-        int64 [num_rows, _NUM_WORDS].
+        int64 [num_rows, 2].
     """
     chosen = scale_by_temperature(logits.gather(1, columns.unsqueeze(1)), temperature).squeeze(1)
     largest, total = softmax_sum(logits, temperature)
@@ -34,7 +34,7 @@ def confidences(words: Tensor, winner: Tensor) -> Tensor:
     """The softmax probability of the chosen token of each row.
 
     Args:
-        words: int64 [tp_size, num_rows, _NUM_WORDS], of all ranks.
+        words: int64 [tp_size, num_rows, 2], of all ranks.
         winner: int64 [num_rows], the rank whose token was chosen.
     Returns:
         fp32 [num_rows]; 0 where every token is excluded.

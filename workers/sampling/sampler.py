@@ -138,7 +138,7 @@ class Sampler:
         sent = torch.where(non_finite.unsqueeze(1), _NON_FINITE_KEY, pack_sort_key(choice.values, choice.token_ids))
         if words is not None:
             sent = torch.cat((sent, words[0]), dim=1)
-        gathered = self._group.all_gather(sent)  # [tp_size, num_rows, num (+ NUM_WORDS)]
+        gathered = self._group.all_gather(sent)  # [tp_size, num_rows, num (+ 2 with words)]
         sort_keys = gathered[:, :, :num]
         best_keys, winner = sort_keys[:, :, 0].max(dim=0)  # [num_rows]
         if num == 1:
