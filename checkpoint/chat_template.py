@@ -145,7 +145,7 @@ def _mark_end(chat: list[dict[str, Any]], template: _Compiled) -> None:
 
 
 def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message without what is null, its reasoning under the names that templates know."""
+    """The message without null fields, with its reasoning under the names that templates know."""
     given = {key: value for key, value in message.items() if value is not None}
     reasoning = next((given[key] for key in _REASONING_KEYS if key in given), None)
     return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}

@@ -164,12 +164,12 @@ def _are_counts(values: Any) -> TypeGuard[list[int]]:
 
 
 def _check_layout(file: Path, in_order: Sequence[TensorInfo], *, data_start: int, size: int) -> None:
-    """Tensors lie one behind the other and fill the file."""
+    """Tensors follow one another without gaps and fill the file."""
     end = data_start
     for info in in_order:
         if info.start != end:
             raise LoadError(f"{file} has a damaged header: tensors overlap or leave a gap at byte {end}", _AGAIN)
         end += info.num_bytes
     if size != end:
-        state = "is truncated" if size < end else "has bytes behind its data"
+        state = "is truncated" if size < end else "has bytes after its data"
         raise LoadError(f"{file} {state}: {end} bytes expected, {size} found", _AGAIN)

@@ -138,8 +138,8 @@ def _word_piece(token: str, component: Component, *, is_first: bool) -> str:
 
 
 def _byte_level_alphabet() -> dict[int, int]:
-    """From the character that byte-level BPE writes for a byte (GPT-2) to that byte, and from those below 256 that it
-    writes for none to what is no byte."""
+    """Maps each character that byte-level BPE (GPT-2) writes for a byte to that byte. Other characters below 256 map to
+    values that are no bytes."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return dict.fromkeys(others, 256) | {0x100 + index: byte for index, byte in enumerate(others)}

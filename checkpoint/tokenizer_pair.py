@@ -99,7 +99,7 @@ def _splitting_note(target: Tokenizer, draft: Tokenizer) -> str:
 
 
 def _keep_common_scores(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Which tokens there are is no matter of splitting; which of them are preferred is (Unigram: [token, score])."""
+    """Which tokens exist does not decide how texts split; which are preferred does (Unigram: [token, score])."""
     vocabularies = [model.pop("vocab") for model in (ours, theirs)]
     if all(isinstance(vocabulary, list) for vocabulary in vocabularies):
         first, second = (dict(vocabulary) for vocabulary in vocabularies)

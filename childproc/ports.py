@@ -1,4 +1,4 @@
-"""Ports that a child process is to listen on: its parent asks before the start, the process itself when it cannot."""
+"""Whether a process can listen on a port. The parent asks before the start, the child after it has failed to."""
 
 import socket
 

@@ -2,11 +2,11 @@
 
 import grpc
 
-_DIRECT = (("grpc.enable_http_proxy", 0),)  # http_proxy and its kin are for the way out of the machines
+_DIRECT = (("grpc.enable_http_proxy", 0),)  # http_proxy and the like are for traffic that leaves the machines
 
 
 def open_channel(address: str, *options: tuple[str, int]) -> grpc.aio.Channel:
-    """A channel of the running loop to another process of the deployment, host:port."""
+    """A channel on the running event loop to another process of the deployment, at host:port."""
     return grpc.aio.insecure_channel(address, options=(*_DIRECT, *options))
 
 

@@ -8,7 +8,7 @@ _MAX_SHOWN_CHARS = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One thing to mend: where it stands, what stands there, what is wrong with it and what to do."""
+    """One problem: where it is, the value there, what is wrong with it and what to do."""
 
     path: str  # "target.tensor_parallel_size"
     message: str

@@ -31,7 +31,7 @@ class LayerParallel:
     mlps: Mlps = "auto"
 
     def weight_bytes(self, folder: ModelFolder) -> int:
-        """Bytes on the fullest rank; where MLPs are still to be chosen, with whole ones."""
+        """Bytes on the fullest rank. If the split of MLPs is still to be chosen, MLPs count whole."""
         most_layers = self._most_layers(folder)
         num_elements = sum(self._elements(name, tensor, most_layers) for name, tensor in folder.weights.items())
         return num_elements * folder.value_bytes
@@ -81,7 +81,7 @@ def layer_parallel(
 def layer_parallel_key_problems(
     size: int, config: ModelConfig, *, tp_size: int, groups: Sequence[Sequence[int]] | None, mlps: Mlps
 ) -> Iterator[Problem]:
-    """What of these keys of the draft section does not fit together or the model."""
+    """The keys of the draft section that fit neither together nor the model."""
     if size == 1:
         if groups is not None:
             remedy = "set draft.layer_parallel_size, or leave it out"

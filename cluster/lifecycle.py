@@ -64,7 +64,7 @@ def up(
 ) -> DeploymentStatus:
     """Deploy and return when it serves; on any failure, Ctrl-C included, everything is taken down again.
 
-    `ray_address` (or RAY_ADDRESS) names a cluster; without, a private Ray is started. `timeout_s` overrides the
+    `ray_address` (or RAY_ADDRESS) names a cluster; without one, a private Ray is started. `timeout_s` overrides the
     file's startup_timeout_s. Raises ConfigError, PlanError, StartError.
     """
     settings = load_deployment(path)
@@ -143,7 +143,7 @@ def _clean_up(name: str) -> None:
     except DeploymentNotFoundError:
         logger.info("%s has been taken down by somebody else", name)
     except StartError as err:
-        logger.warning("%s is not wholly gone: %s; run: echelon down %s", name, err, name)
+        logger.warning("%s is not entirely gone: %s; run: echelon down %s", name, err, name)
 
 
 def _take_down(record: Record, *, grace_s: float) -> None:

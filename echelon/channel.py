@@ -6,7 +6,7 @@ ChannelOptions = tuple[tuple[str, int], ...]
 
 
 def channel_options(address: str, *options: tuple[str, int]) -> ChannelOptions:
-    """`options`, and no proxy on the way to this machine itself: http_proxy and its kin lead away from it."""
+    """`options`, and no proxy to this machine itself: http_proxy and the like are for other machines."""
     return (*options, ("grpc.enable_http_proxy", 0)) if _is_here(address) else options
 
 

@@ -167,7 +167,7 @@ class Client:
 
     def set_speculation(self, request_id: str, **options: Unpack[SpeculationOptions]) -> bool:
         """Changes how a running request speculates, from its next round on; its tokens stay the same. Keywords are
-        those of `SpeculationOptions` and replace the former wish, so none at all means what the deployment says.
+        those of `SpeculationOptions` and replace the earlier ones; without any, the deployment's settings apply.
         False if no such request runs."""
         request = inference_pb2.SetSpeculationRequest(request_id=request_id, speculation=build_speculation(options))
         try:
@@ -233,7 +233,7 @@ class AsyncClient:
 
     async def set_speculation(self, request_id: str, **options: Unpack[SpeculationOptions]) -> bool:
         """Changes how a running request speculates, from its next round on; its tokens stay the same. Keywords are
-        those of `SpeculationOptions` and replace the former wish, so none at all means what the deployment says.
+        those of `SpeculationOptions` and replace the earlier ones; without any, the deployment's settings apply.
         False if no such request runs."""
         request = inference_pb2.SetSpeculationRequest(request_id=request_id, speculation=build_speculation(options))
         try:

@@ -32,7 +32,7 @@ from cluster.layer_parallel import LayerParallel, layer_parallel, layer_parallel
 
 T = TypeVar("T")
 
-# By pydantic's names of what is wrong. Where there is none the message says what must stand there.
+# By pydantic's error types. Where there is no remedy, the message says what the value must be.
 _REMEDIES = {
     "int_type": "write a whole number, without quotes",
     "float_type": "write a number, without quotes",
@@ -122,7 +122,7 @@ def _resolve(file: DeploymentFile, base: Path) -> tuple[Settings | None, list[Pr
         draft = replace(draft, layer_parallel=_layer_parallel(file.draft, target))
         problems += _layer_parallel_problems(file.draft, draft)
     if method is not None and method not in DRAFT_MODEL_METHODS:
-        draft = None  # a file says none or suffix to compare: what it says of the draft may stay
+        draft = None  # none and suffix are for comparisons, so the file may keep its draft section
     settings = _settings(file, target, draft)
     if file.scheduler.max_model_len is None and settings.device == "cpu":
         settings = _cap_max_model_len(settings)

@@ -56,7 +56,7 @@ def _one_only(what: str) -> AfterValidator:
 
 
 def _count_or(word: str, *, most: int, off: bool = False) -> BeforeValidator:
-    """An integer from 1 to `most`, `word`, or, where it may be, off (which YAML reads as false)."""
+    """An integer from 1 to `most`, `word`, or, if allowed, off (which YAML reads as false)."""
 
     def check(value: Any) -> Any:
         if off and (value is False or value == "off"):
@@ -116,7 +116,7 @@ class Draft(Section):
 class Speculation(Section):
     method: Method | None = Field(default=None, description="default: draft_model if a draft is given, else none")
     num_speculative_tokens: Annotated[int | Literal["auto"], _count_or("auto", most=16)] = Field(
-        default="auto", description="auto: chosen for each seq and round; else so many, 1 to 16"
+        default="auto", description="auto: chosen for each seq and round; or a fixed number, 1 to 16"
     )
     pipeline: Pipeline | None = Field(default=None, description="serial: the target waits while the draft drafts")
     window: Annotated[int | Literal["auto"], _count_or("auto", most=64)] = Field(
@@ -147,12 +147,14 @@ class Scheduler(Section):
 
 class Cpu(Section):
     threads_per_worker: Annotated[int, Field(ge=1, le=1024)] = 1
-    compile: Literal["auto", "off"] = Field(default="auto", description="C++ kernels for the CPU, where a compiler is")
+    compile: Literal["auto", "off"] = Field(
+        default="auto", description="C++ kernels for the CPU, if there is a compiler"
+    )
 
 
 class Server(Section):
     insecure: bool = Field(default=False, description="listen beyond loopback without TLS and tokens")
-    host: str = "127.0.0.1"  # behind `insecure`, which its check needs
+    host: str = "127.0.0.1"  # after `insecure`, which its check needs
     grpc_port: Port = 50051
     http_port: Port | None = Field(default=None, description="where /metrics is served; default: nowhere")
     tls: NotBuilt = None

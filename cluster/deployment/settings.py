@@ -146,7 +146,7 @@ class Settings:
     kv_cache: KvCacheSettings = KvCacheSettings()
     scheduler: SchedulerSettings
     server: ServerSettings = ServerSettings()
-    forced_acceptance: float = 0.0  # benchmarks only: drafts are right so often, whatever they are; 0: they are checked
+    forced_acceptance: float = 0.0  # benchmarks only: the share of drafts that count as right; 0: drafts are checked
     batch_invariant: bool = False
     startup_timeout_s: float = 120.0
     collective_timeout_s: float = 60.0

@@ -60,7 +60,7 @@ def _target_notes(model: ModelSettings, tokenizer: Tokenizer) -> Iterator[str]:
     if moved := list(_moved_tokens(model, tokenizer)):
         yield (
             f"{len(moved)} added tokens of the target have other ids than their file says ({moved[0]}): those that "
-            "tokenizer.json lacks are numbered behind it in order, as transformers does it"
+            "tokenizer.json lacks are numbered after it in order, as transformers does it"
         )
     vocab_size = model.folder.config.vocab_size
     if beyond := tokens_from(tokenizer, vocab_size):

@@ -51,7 +51,7 @@ def read_document(path: Path) -> Document:
         raise _error(path, Problem(path="YAML", message=message, remedy="take it out", line=line)) from err
     except RecursionError as err:
         raise _error(path, Problem(path="YAML", message="is nested too deeply", remedy="flatten it")) from err
-    # PyYAML's own for a value that is not what it looks like, or what its tag says: a date, say, or !!int.
+    # PyYAML raises it for a value that is not what it looks like or what its tag says, such as a date or !!int.
     except (ValueError, LookupError, TypeError, AttributeError) as err:
         message = f"a value is not what it looks like: {err}"
         raise _error(path, Problem(path="YAML", message=message, remedy="put it in quotes, without a tag")) from err
@@ -88,7 +88,9 @@ def _collect_lines(
         lines[key_path] = line
         if any(value_node is parent for parent in around):
             remedy = "write the keys out"
-            problems.append(Problem(path=dotted, message="is an alias of what it stands in", remedy=remedy, line=line))
+            problems.append(
+                Problem(path=dotted, message="is an alias of a section that contains it", remedy=remedy, line=line)
+            )
         elif isinstance(value_node, yaml.MappingNode):
             problems += _collect_lines(value_node, key_path, lines, around=around)
     return problems

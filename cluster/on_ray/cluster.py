@@ -64,7 +64,7 @@ def connected(address: str, *, token: str = "") -> Iterator[None]:
 
 @contextmanager
 def _authenticated(token: str) -> Iterator[None]:
-    """Ray takes its token from the environment, once for a process; here it is read anew and put back after.
+    """Ray reads its token from the environment once per process. This reads it again and restores it afterwards.
 
     A Ray with a token is one of our own (runtime.py) and really listens on 127.0.0.1, which Ray would replace.
     """

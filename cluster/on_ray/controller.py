@@ -36,7 +36,7 @@ _FAILED_GRACE_S = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DesiredState:
-    """What a controller is to bring about."""
+    """What a controller has to bring up."""
 
     settings: Settings
     plan: Plan
@@ -103,7 +103,7 @@ class Controller:
             )
         except StartError as err:
             self._give_up(err)
-        except Exception as err:  # the edge of the thread: whatever it is, who waits for the start must hear of it
+        except Exception as err:  # the edge of the thread: whoever waits for the start must hear of every error
             logger.exception("the start of %s broke", settings.name)
             self._give_up(StartError(f"{type(err).__name__}: {err}", traceback.format_exc()))
 
@@ -152,7 +152,7 @@ class Controller:
         )
 
     def _verdict(self, board: Board) -> tuple[State, str, str]:
-        """State, reason, and the traceback or log tail behind it."""
+        """State, reason, and the traceback or log tail that explains it."""
         if self._failure is not None:
             return State.FAILED, str(self._failure), self._failure.detail
         state, reason = board.deployment()

@@ -41,8 +41,8 @@ class PrivateRay:
 def start_private_ray(log_path: Path) -> PrivateRay:
     """Start a head node on the loopback address and return when it answers. Raises StartError with Ray's own words."""
     token = uuid.uuid4().hex
-    # Short and in /tmp: Ray puts sockets below it, and their paths may have 107 characters. Ray opens the folder that
-    # it is given to everybody, so that is one in a folder which stays the owner's.
+    # Short and in /tmp, because Ray puts sockets below it and their paths may have 107 characters. Ray makes the
+    # folder that it is given accessible to everybody, so that one lies in a folder that only the owner can open.
     temp_dir = Path(tempfile.mkdtemp(prefix="ech-", dir="/tmp"))
     ray_dir = temp_dir / "ray"
     log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,8 +116,8 @@ def _environment(token: str) -> dict[str, str]:
     return {
         **inherited,
         _TOKEN_VARIABLE: token,
-        # Ray's name for: a cluster of this machine alone. It then takes 127.0.0.1 for an address of its own, which it
-        # else replaces by the machine's outer one, and listens on loopback only.
+        # Ray's name for a cluster on this machine alone. Ray then keeps 127.0.0.1 as its address, which it would
+        # otherwise replace by the machine's outer one, and listens on loopback only.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # Ray runs the code of whoever connects, unless it asks for a token.
         "RAY_AUTH_MODE": "token",

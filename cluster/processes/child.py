@@ -108,7 +108,7 @@ class ChildProcess:
             try:
                 self._process.wait(timeout=timeout_s)
             except subprocess.TimeoutExpired:
-                logger.debug("%s closed its standard output and goes on", self.name)
+                logger.debug("%s closed its standard output and keeps running", self.name)
         return event
 
     def poll(self) -> int | None:

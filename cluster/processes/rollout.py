@@ -35,7 +35,7 @@ def process_ids(plan: Plan, *, gateway: bool = True) -> list[ProcessId]:
 
 
 def stop_order(plan: Plan) -> list[str]:
-    """The front door closes first, so that nothing is asked of what is already gone."""
+    """The gateway stops first, so that nothing is asked of processes that are already gone."""
     return [plan.gateway.name, plan.scheduler.name]
 
 

@@ -13,7 +13,7 @@ _ROLES = {"target": worker_pb2.ENGINE_ROLE_TARGET, "draft": worker_pb2.ENGINE_RO
 
 
 def worker_specs(settings: Settings, bundles: Sequence[Bundle], incarnation: int) -> list[process_pb2.WorkerSpec]:
-    """One spec a rank of a group; the store's address is filled in when the leader has opened it."""
+    """One spec for each rank of a group. The store's address is filled in once the leader has opened it."""
     return [
         process_pb2.WorkerSpec(
             name=bundle.name,

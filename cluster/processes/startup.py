@@ -97,7 +97,7 @@ class ProcessSet:
             self._changed.notify_all()
 
     def read(self, look: Callable[[Board], T]) -> T:
-        """What `look` returns of the board, which it must not keep."""
+        """What `look` returns for the board; it must not keep the board."""
         with self._changed:
             return look(self._board)
 
@@ -123,7 +123,7 @@ class ProcessSet:
             watcher.join(timeout=_WATCHER_GRACE_S)
 
     def _take(self, child: Child) -> bool:
-        """Watch a child; False where stop() came while it was spawned, and so knows nothing of it."""
+        """Watch a child. False if stop() came while the child was being spawned and so does not know it."""
         watcher = threading.Thread(target=self._watch, args=(child,), name=f"watch {child.name}", daemon=True)
         with self._changed:
             if self._stopped:

@@ -41,7 +41,7 @@ class DeploymentStatus:
     name: str
     state: State
     reason: str = ""  # why it is not READY
-    detail: str = ""  # traceback or log tail behind the reason
+    detail: str = ""  # traceback or log tail that explains the reason
     endpoint: str = ""  # host:port of the public gRPC server
     metrics_url: str = ""  # where Prometheus finds metrics; empty: nowhere
     model: str = ""

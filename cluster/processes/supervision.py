@@ -38,7 +38,7 @@ class Board:
         return self._workers[name]
 
     def detail(self, name: str) -> str:
-        """Traceback or log tail behind the error of a failed process."""
+        """Traceback or log tail that explains the error of a failed process."""
         return self._details.get(name, "")
 
     def is_ready(self, names: Iterable[str]) -> bool:

@@ -14,7 +14,7 @@ from echelon.pb import inference_pb2, inference_pb2_grpc, scheduler_pb2, schedul
 
 _INTERVAL_S = 2.0
 _TIMEOUT_S = 2.0
-_SILENT_S = 5.0  # more than a question and its time-out: on a busy machine one may stay without answer
+_SILENT_S = 5.0  # longer than a question and its timeout: on a busy machine one may go unanswered
 _WITHOUT_DRAFTS = "requests are decoded without drafts"
 
 

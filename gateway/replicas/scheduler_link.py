@@ -21,8 +21,8 @@ _Connection = grpc.aio.StreamStreamCall[scheduler_pb2.SchedulerRequest, schedule
 
 _STATUS_INTERVAL_S = 0.5
 STATUS_TIMEOUT_S = 2.0  # with the interval: a scheduler that hangs is seen within 2.5 s
-# Questions in a row that stay without answer, and no reply to a request meanwhile, before requests are given up: 7 s,
-# since on a busy machine a scheduler, or this gateway, may stand still for a while.
+# Unanswered questions in a row, with no reply to any request meanwhile, after which requests are given up: 7 s,
+# because on a busy machine a scheduler or this gateway may stall for a while.
 _MAX_UNANSWERED = 3
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
 _CHANNEL_OPTIONS = (
@@ -61,7 +61,7 @@ class SchedulerLink:
         self._stub = cast("scheduler_pb2_grpc.SchedulerAsyncStub", scheduler_pb2_grpc.SchedulerStub(self._channel))
         self._outgoing: asyncio.Queue[scheduler_pb2.SchedulerRequest] | None = None  # None: no stream
         self._connection: _Connection | None = None
-        self._num_unanswered = 0  # questions for the status, since the scheduler was last heard of
+        self._num_unanswered = 0  # questions for the status since the scheduler was last heard from
         self._running: dict[str, _Running] = {}
 
     @property

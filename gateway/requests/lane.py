@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(order=True, slots=True)
 class _Job:
-    """The smaller one first: it is the sooner done, and who sends many large ones keeps no small one waiting."""
+    """The smaller one first: it is done sooner, and many large requests keep no small one waiting."""
 
     num_bytes: int
     number: int
@@ -50,7 +50,7 @@ class Lane:
             self._worker = asyncio.create_task(self._work())
 
     async def close(self) -> None:
-        """Ends the process; who still waits for an answer is cancelled."""
+        """Ends the process and cancels everyone who still waits for an answer."""
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""`batch_invariant` in bf16: a row has the same bits however its seq came and whatever came beside it."""
+"""`batch_invariant` in bf16: a row has the same bits however its seq is fed and whatever is batched with it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_every_row_on_one_rank(
 
 
 def test_every_row_on_four_ranks(folder: Callable[[int], Path], tmp_path: Path) -> None:
-    """Sums of a backend's own order would not do."""
+    """Sums in a backend's own order would not be enough."""
     work = {size: [*cases(folder(size)), without(folder(size), ordered_sum=False)] for size in SIZES}
     for rank in run_on_ranks(count_on_rank, 4, tmp_path, work):
         for *found, control in rank.values():

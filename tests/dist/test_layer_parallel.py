@@ -73,7 +73,7 @@ def chains(driver: Driver) -> list[list[int]]:
     driver.run(*((seq, driver.draft_row(seq, 2 + index)) for index, seq in enumerate(seqs)))
     first = [list(seq.output) for seq in seqs]
     # Of seq 0 and seq 1 two drafts are accepted, but only one of seq 1 is calibrated: what follows them is computed
-    # behind approximate KV.
+    # after approximate KV.
     works = []
     for seq, num_kept, num_approximate in zip(seqs, (2, 2, 0), (0, 1, 0), strict=True):
         row = driver.draft_row(seq, 3, crop_len=seq.num_prompt + num_kept, append=[50 + num_kept])

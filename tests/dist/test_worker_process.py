@@ -96,7 +96,7 @@ def test_the_stream_does_not_depend_on_tp_size(tiny: Path, tmp_path: Path, solo:
 
 
 def test_a_trace_shows_all_ranks(tiny: Path, tmp_path: Path) -> None:
-    """Both wait for each other in the collectives of the step; the round before and the one behind are not traced."""
+    """Both wait for each other in the collectives of the step. The rounds before and after are not traced."""
     with WorkerGroup(tmp_path, 2, [engine_spec(tiny, TARGET, tp_size=2)]) as group:
         address = group.spawn().wait_ready().ready.address
         with RoundStream(address, TARGET) as stream:
@@ -232,7 +232,7 @@ def test_another_version_is_refused(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_rank_ends_the_incarnation(tiny: Path, tmp_path: Path, how: signal.Signals) -> None:
-    """Dead or frozen: the stream, the health check and the parent learn it within collective_timeout_s."""
+    """Dead or frozen: the stream, the health check and the parent notice within collective_timeout_s."""
     engines = [engine_spec(tiny, TARGET, tp_size=2)]
     with WorkerGroup(tmp_path, 2, engines, collective_timeout_s=3.0) as group:
         group.spawn().wait_ready()

@@ -1,8 +1,8 @@
 """The product's promise, on whole deployments: drafts, their number and tensor parallelism never change a token.
 
-Requests of all settings and of all numbers of drafts run side by side. In fp32, sums of another order may turn a choice
-whose best two candidates are within TIE of each other; such a place is shown as a warning, and ends its comparison. In
-bf16 with `batch_invariant` nothing may differ.
+Requests of all settings and of all numbers of drafts run side by side. In fp32, another order of sums may change a
+choice whose two best candidates are within TIE of each other. Such a place is shown as a warning and ends its
+comparison. In bf16 with `batch_invariant` nothing may differ.
 """
 
 import itertools
@@ -98,7 +98,7 @@ def assert_equal_but_for_ties(
         lags = rule.lags(case.prompt, expected.token_ids[: place + 1], case.settings)[place]
         choices = [expected.token_ids[place], actual.token_ids[place]]
         behind = [lags[choice].item() for choice in choices]
-        message = f"{name}, k = {k}: output token {place} is {choices}, which are {behind} behind the best candidate"
+        message = f"{name}, k = {k}: output token {place} is {choices}, which are {behind} below the best candidate"
         assert max(behind) < TIE, message
         warnings.warn(message, stacklevel=2)
         num_ties += 1
@@ -139,7 +139,7 @@ def test_plain_decoding_follows_the_rule(
         tokens = torch.tensor(streams[name, 0].token_ids)
         lags = rule.lags(case.prompt, tokens.tolist(), case.settings).gather(1, tokens.unsqueeze(1))
         assert len(tokens) == NUM_TOKENS
-        assert lags.max() < TIE, f"{name}: token {lags.argmax()} is {lags.max()} behind the best candidate"
+        assert lags.max() < TIE, f"{name}: token {lags.argmax()} is {lags.max()} below the best candidate"
     sampled = [tuple(stream.token_ids) for (name, _), stream in streams.items() if name.endswith("temperature 1")]
     assert len(set(sampled)) > len(SETTINGS) // 2, "the settings make no difference"
 
@@ -162,7 +162,7 @@ def test_drafts_change_no_token(
 
 def test_drafts_are_those_of_the_draft_model(fp32: Callable[[int], Streams], cases: dict[str, Case]) -> None:
     """As many are accepted as if the draft model had computed each chain from the true history: what it holds is cut
-    right behind each verdict. Which rounds have no drafts, before the first and now and then, is a matter of time."""
+    right after each verdict. Which rounds have no drafts is a matter of timing."""
     draft_rule = rule_of(DRAFT)
     predicted, found = inference_pb2.SpeculationStats(), inference_pb2.SpeculationStats()
     for (name, k), stream in fp32(1).items():

@@ -1,4 +1,4 @@
-"""Seqs whose attention can be asked for in any pieces and company, with `batch_invariant`."""
+"""Seqs whose attention can be computed in any pieces and batches, with `batch_invariant`."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ BLOCK_SIZE = 16
 
 
 class Seqs:
-    """A few seqs with all their queries, keys and values, of which any pieces can be asked for in any company."""
+    """A few seqs with all their queries, keys and values. Any pieces of them can be computed in any batch."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""A server that speaks inference.proto as the test tells it: the edge behind which client and CLI are tested."""
+"""A server that speaks inference.proto as the test tells it, for tests of the client and the CLI."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -99,7 +99,7 @@ class FakeControl(control_pb2_grpc.ControlServicer):
     statuses: list[control_pb2.GetReplicasResponse] = field(default_factory=list)
     events: list[scheduler_pb2.TraceEvent] = field(default_factory=list)
     traces: list[control_pb2.ReplicaTraceRequest] = field(default_factory=list)
-    lost: bool = False  # the connection, behind the last event
+    lost: bool = False  # the connection, after the last event
 
     def GetReplicas(self, request: Any, context: grpc.ServicerContext) -> control_pb2.GetReplicasResponse:
         return self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]

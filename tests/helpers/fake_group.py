@@ -84,7 +84,7 @@ class _Slot:
     blocks: list[int]
     sampling: sampling_pb2.SeqSampling
     num_exact: int = 0  # leading tokens whose KV is that of the exact model
-    num_given: int = 0  # tokens that came from the scheduler; behind them stand drafts of this engine
+    num_given: int = 0  # tokens that came from the scheduler; drafts of this engine follow them
     fell_short: bool = False  # the chain ended before all drafts that were ordered
 
 
@@ -250,7 +250,7 @@ class FakeEngine:
         prefix = self._compute(slot, row.chunk_len, approximately=goes_on and self.lp_size > 1)
         self._add_prompt_logprobs(slot, start, result)
         if slot.num_computed < len(slot.history):
-            _require(not row.draft_token_ids and not row.num_draft_tokens, "drafts stand behind the whole history")
+            _require(not row.draft_token_ids and not row.num_draft_tokens, "drafts follow the whole history")
         elif self.role == worker_pb2.ENGINE_ROLE_DRAFT:
             self._draft(slot, prefix, row.num_draft_tokens, result)
             self._add_runners_up(slot, message, result)
@@ -297,7 +297,7 @@ class FakeEngine:
             prefix = _mix(prefix, slot.history[position])
             held = self._kv.get(self._place(slot, position))
             _require(held == prefix, f"KV at position {position} is that of the history")
-        # Behind approximate KV there is no other, whichever model computes it.
+        # After approximate KV, all KV is approximate, whichever model computes it.
         approximately = approximately or slot.num_exact < slot.num_computed
         for position in range(slot.num_computed, slot.num_computed + count):
             prefix = _mix(prefix, slot.history[position])

@@ -1,4 +1,4 @@
-"""Serves fake engines over gRPC: the edge behind which the scheduler process is tested."""
+"""Serves fake engines over gRPC, for tests of the scheduler process."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""A scheduler that does what the test says: the edge behind which the gateway is tested."""
+"""A scheduler that does what the test says, for tests of the gateway."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""What clients may do to a gateway, beside what `tests/helpers/hostile.py` does to any port; all of it from a seed."""
+"""What clients may do to a gateway, besides what `tests/helpers/hostile.py` does to any port. All of it is seeded."""
 
 import random
 from collections.abc import Callable

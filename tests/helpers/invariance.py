@@ -16,7 +16,7 @@ from workers.models import CausalLM, load_model
 
 DTYPE = torch.bfloat16
 
-# What a forward computes of each seq: so many tokens of it, and behind them so many that are not its own and will be
+# What a forward computes of each seq: so many tokens of it, and after them so many that are not its own and will be
 # overwritten, like drafts that are rejected.
 Step = dict[int, tuple[int, int]]
 Feed = Callable[[list[int]], Step]  # from the number of tokens that each seq has left

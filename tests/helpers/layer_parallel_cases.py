@@ -208,7 +208,7 @@ ROUNDS = [({0: 3, 1: 3, 2: 1, 3: 2}, {0: 3, 1: 1, 2: 0, 3: 2}), ({0: 1, 2: 3, 3:
 
 
 def draft_rounds(runner: DraftRunner, draft_forward: DraftForward) -> list[Tensor]:
-    """Prompts, then ROUNDS of approximate steps with a calibration behind each. Hidden states of all forwards."""
+    """Prompts, then ROUNDS of approximate steps with a calibration after each. Hidden states of all forwards."""
     runner_tokens = [list(prompt) for prompt in PROMPTS]
     hidden = [runner.forward(dict(enumerate(runner_tokens)))]
     for num_drafts, num_kept in ROUNDS:
@@ -233,7 +233,7 @@ class Outcome:
     hidden: list[Tensor]
     logits: Tensor  # of the last hidden states: this rank's tokens
     kv: list[list[Tensor]]  # of each seq, at the end
-    approximate_kv: list[list[Tensor]]  # of each seq behind another round of approximate steps
+    approximate_kv: list[list[Tensor]]  # of each seq after another round of approximate steps
     fresh_kv: list[list[Tensor]]  # of a prefill of the same tokens in one piece
     weight_bytes: int
     num_kv_layers: int

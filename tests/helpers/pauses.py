@@ -1,4 +1,4 @@
-"""How long an event loop does not get to run."""
+"""For how long an event loop cannot run."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""An environment as behind a company's proxy, which leads nowhere from here."""
+"""An environment with a company's proxy, which cannot be reached from here."""
 
 import pytest
 

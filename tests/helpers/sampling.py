@@ -29,7 +29,7 @@ def state(vocab_size: int, output: Sequence[int] = (), **settings: Any) -> SeqSa
 
 
 def rows_of(states: Sequence[SeqSamplingState]) -> SamplingRows:
-    """One row each, behind the history."""
+    """One row each, after the history."""
     return SamplingRows.build([RowEntry(item, item.length, ()) for item in states], CPU)
 
 

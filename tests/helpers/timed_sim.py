@@ -96,8 +96,8 @@ class TimedSimulation(Simulation):
         return True
 
     def _check_drafts(self, message: worker_pb2.Round) -> None:
-        """No draft is verified but what the draft model chooses behind exactly this history: one of an abandoned chain
-        would (nearly always) be another."""
+        """Every verified draft is what the draft model chooses after exactly this history. One of an abandoned chain
+        would nearly always differ."""
         assert self.draft is not None
         seqs = {slot: (seq.history, seq.sampling, seq.num_prompt) for slot, seq in self.target.slots.items()}
         # One that was preempted may come back with drafts: what it had computed was still cached.
@@ -106,7 +106,7 @@ class TimedSimulation(Simulation):
             if not row.draft_token_ids:
                 continue
             history, sampling, num_prompt = seqs[row.slot]
-            assert row.draft_base_len == len(history), "drafts stand behind the history as it is"
+            assert row.draft_base_len == len(history), "drafts follow the history as it is"
             history = list(history)
             for token_id in row.draft_token_ids:
                 expected = self.draft.model.choose_after(history, sampling, num_prompt)

@@ -1,4 +1,4 @@
-"""The rule of docs/sampling.md once more, as plainly as it can be written: what any stream must follow.
+"""The rule of docs/sampling.md, which every stream must follow, written as plainly as possible.
 
 Logits come from one forward of one process over the whole stream, so no draft, batch, chunk or other rank is involved.
 """
@@ -21,7 +21,7 @@ class TokenRule:
         self._model = model
 
     def lags(self, prompt: Sequence[int], output: Sequence[int], settings: Mapping[str, Any]) -> Tensor:
-        """By how much each candidate for each output token falls short of the best one, behind the output before it:
+        """By how much each candidate for each output token falls short of the best one, after the output before it:
         fp64 [len(output), vocab_size]. 0 is the right token, infinity one that the settings exclude."""
         runner = PagedRunner(self._model, num_seqs=1, max_len=len(prompt) + len(output), dtype=torch.float32)
         logits = runner.step({0: [*prompt, *output[:-1]]})[0][len(prompt) - 1 :].double()

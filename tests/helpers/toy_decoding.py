@@ -135,7 +135,7 @@ class ToyEngine:
 
 
 def logits_behind(table: Tensor, contexts: Sequence[Sequence[int]]) -> Tensor:
-    """Logits [num_contexts, V] behind token sequences."""
+    """Logits [num_contexts, V] after token sequences."""
     return table[[context[-2] for context in contexts], [context[-1] for context in contexts]]
 
 

@@ -103,7 +103,7 @@ def write_random_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], dty
 
 
 def read_with_header(path: Path) -> tuple[Any, bytes]:
-    """The header and the data behind it."""
+    """The header and the data after it."""
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     return json.loads(content[8 : 8 + length]), content[8 + length :]

@@ -9,7 +9,7 @@ from kernels.attention.paged_attention import paged_attention
 from tests.helpers.attention import Case, tree_words
 
 pytestmark = pytest.mark.usefixtures("implementation")
-# (length, new tokens): around block and tile borders, decode, verify and prefill rows, long chunks behind a prefix.
+# (length, new tokens): around block and tile borders, decode, verify and prefill rows, long chunks after a prefix.
 # A context past 1024 keys and short ones go different ways.
 RAGGED = [(1, 1), (16, 16), (17, 5), (33, 0), (0, 0), (256, 1), (257, 2), (511, 8), (700, 100), (1024, 2), (1100, 3)]
 SHORT = [(7, 1), (0, 0), (5, 5), (12, 3)]

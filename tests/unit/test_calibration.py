@@ -148,7 +148,7 @@ def test_a_mismatch_calibrates_with_the_correction_in_one_forward(
 
 @pytest.mark.parametrize("num_agreed", [1, 3, 4])
 def test_a_chain_goes_on_behind_what_was_calibrated(blurred: Blurred, tiny: Path, num_agreed: int) -> None:
-    """Outstanding drafts stay in flight: the exact forward comes first, and the steps behind it read its KV."""
+    """Outstanding drafts stay in flight: the exact forward comes first, and the steps after it read its KV."""
     driver, seq = blurred.driver, blurred.start()
     blurred.steps()
     driver.run((seq, driver.draft_row(seq, 2, calibrate_len=num_agreed)))
@@ -180,7 +180,7 @@ def test_what_is_computed_behind_approximate_kv_has_to_be_calibrated(blurred: Bl
 
 
 def test_a_token_of_the_target_is_never_computed_approximately(blurred: Blurred) -> None:
-    """Not even a lone one behind approximate KV: it opens a chain."""
+    """Not even a single one after approximate KV: it opens a chain."""
     driver, seq = blurred.driver, blurred.start()
     blurred.steps()
     driver.run((seq, driver.draft_row(seq, 2, crop_len=NUM_PROMPT + 2, append=[OTHER])))

@@ -22,7 +22,7 @@ def pieces(table: TokenTable, token_ids: list[int], *, skip: bool = True, follow
 
 
 def streamed(table: TokenTable, prompt: list[int], output: list[int], *, skip: bool) -> str:
-    """The text of an output behind a prompt."""
+    """The text of an output after a prompt."""
     follows_text = table.shows(prompt, skip_special_tokens=skip)
     return "".join(pieces(table, output, skip=skip, follows_text=follows_text))
 

@@ -330,7 +330,7 @@ def test_a_chain_goes_on_in_the_next_round(draft: Driver, target: Driver) -> Non
 
 
 def blind_row(driver: Driver, seq: Seq, num_drafts: int, *, num_known: int) -> Row:
-    """A chain goes on by so many drafts, behind rounds whose answers are not known: it should have num_known tokens."""
+    """A chain grows by so many drafts, after rounds whose answers are not known. It should have num_known tokens."""
     return Row(
         slot=seq.slot,
         chunk_len=1,
@@ -471,7 +471,7 @@ def test_rounds_behind_a_chain_that_broke_are_harmless(sick_draft: Driver, num_a
 
 
 def test_a_crop_behind_a_row_that_drafted_nothing_finds_what_it_expects(sick_draft: Driver) -> None:
-    """The verdict came while that row was under way: history up to the last token that was seen, and one behind it."""
+    """The verdict came while that row was under way: history up to the last token that was seen, and one after it."""
     driver = sick_draft
     settings = greedy(logit_bias={POISON: 100.0})
     seq = driver.start(0, [*PROMPTS[0], POISON], settings)

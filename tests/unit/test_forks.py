@@ -120,7 +120,7 @@ def test_a_branch_that_is_freed_leaves_its_slot(draft: Driver) -> None:
 
 @pytest.fixture
 def short(tiny: Path, tmp_path: Path) -> tuple[Driver, Seq]:
-    """Of 4 drafts that were ordered one has come, behind which logits are not finite."""
+    """One of 4 ordered drafts has come. After it, logits are not finite."""
     driver = drive(make_engine(poisoned_model(tiny, tmp_path / "poisoned"), DRAFT))
     seq = driver.start(0, PROMPT, greedy(logit_bias={POISON: 100.0}))
     row = driver.draft_row(seq, 4)

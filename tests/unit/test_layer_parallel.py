@@ -129,7 +129,7 @@ def test_an_exact_pass_replaces_approximate_kv(folders: dict[str, Path], weights
 def test_ranks_that_hold_all_layers_hold_the_same_kv(
     folders: dict[str, Path], lp_size: int, dtype: torch.dtype
 ) -> None:
-    """Also behind approximate steps, so that a rank can compute anything behind them."""
+    """Also after approximate steps, so that a rank can compute anything after them."""
     (batched,) = outcomes(Case(folder=folders["qwen3"], lp_size=lp_size, num_ranks=1, dtype=dtype))
     for outcome in outcomes(Case(folder=folders["qwen3"], lp_size=lp_size, num_ranks=lp_size, dtype=dtype)):
         for own, expected in zip(outcome.approximate_kv, batched.approximate_kv, strict=True):

@@ -84,7 +84,7 @@ def test_a_failure_to_clean_up_does_not_hide_why_the_start_failed(
     monkeypatch.setattr(ray_lifecycle, "end", fail_too)
     with pytest.raises(StartError, match="Ray is out of cheese"):
         lifecycle.up(DEMO, ray_address="10.0.0.1:6379")
-    assert "demo is not wholly gone: Ray still has a gateway; run: echelon down demo" in caplog.text
+    assert "demo is not entirely gone: Ray still has a gateway; run: echelon down demo" in caplog.text
 
 
 def test_a_private_ray_that_hangs_is_ended_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

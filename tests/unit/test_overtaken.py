@@ -1,4 +1,4 @@
-"""Rows of a queued round that a round behind it has made useless."""
+"""Rows of a queued round that a later round has made useless."""
 
 from pathlib import Path
 

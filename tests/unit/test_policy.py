@@ -342,7 +342,7 @@ def test_a_window_is_bounded_as_configured() -> None:
 
 
 def test_probes_wait_for_their_cost_to_be_saved_up() -> None:
-    """The further behind the draft is, the rarer it is asked to catch up."""
+    """The further behind the draft is, the less often it is asked to catch up."""
 
     def num_probes(num_behind: int) -> int:
         policy = taught("serial", verify_s=COMPUTE)

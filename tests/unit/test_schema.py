@@ -270,7 +270,7 @@ def test_yaml_errors(folder: Path) -> None:
     repeated = HEAD + "target: {model: target}\ntarget: {model: other}\n"
     assert problems_of(folder, repeated) == ["line 5: target: is given twice, first in line 4; keep one of them"]
     assert problems_of(folder, HEAD + "cpu: &a {b: *a}\n") == [
-        "line 4: cpu.b: is an alias of what it stands in; write the keys out"
+        "line 4: cpu.b: is an alias of a section that contains it; write the keys out"
     ]
     assert problems_of(folder, HEAD + "target: {model: 2026-13-45}\n") == [
         "YAML: a value is not what it looks like: month must be in 1..12; put it in quotes, without a tag"

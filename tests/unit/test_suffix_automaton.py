@@ -13,7 +13,7 @@ TEXTS = st.lists(st.integers(0, 2), max_size=60)
 
 
 def ends_of(text: list[int], context: list[int]) -> list[int]:
-    """Positions behind every occurrence."""
+    """Positions after every occurrence."""
     size = len(context)
     return [end for end in range(size, len(text) + 1) if text[end - size : end] == context]
 
