@@ -12,7 +12,7 @@ from bench.kernel_bench.attention import BLOCK_SIZE, DTYPE, Heads
 from bench.kernel_bench.machine import CACHES_TO_EXCEED, Machine, Step
 from bench.report import table
 from kernels.kv.reshape_and_cache import gather_rotary, reshape_and_cache
-from kernels.layers.linear import linear_batch_invariant
+from kernels.layers.linear import linear, linear_batch_invariant, pack_weight
 from kernels.layers.rms_norm import fused_add_rms_norm, rms_norm
 from kernels.layers.silu_and_mul import silu_and_mul
 from kernels.sampling.sample import NoiseKeys, sample
@@ -27,7 +27,7 @@ TOP_K, TOP_P = 50, 0.95
 def layer_table(
     num_rows: Sequence[int], heads: Heads, machine: Machine, *, intermediate: int, copy_bytes_per_us: float
 ) -> str:
-    """Operators that move data: their time, their share of copy bandwidth, and the time of torch's if there is one."""
+    """Operators that move data, with the share of copy bandwidth that they reach, beside torch's where it has one."""
     rows = []
     for count in num_rows:
         steps = _layer_steps(count, heads, machine.device, intermediate=intermediate)
@@ -39,16 +39,17 @@ def layer_table(
 
 
 def linear_table(num_rows: Sequence[int], machine: Machine, *, in_features: int, intermediate: int) -> str:
-    """The product that gives the same bits for any number of rows and torch's, on a gate and up projection."""
+    """torch's product on a gate and up projection beside ours, for a packed weight and with `batch_invariant`."""
     weight = torch.randn(2 * intermediate, in_features, device=machine.device, dtype=DTYPE)
+    packed, invariant = pack_weight(weight), pack_weight(weight, batch_invariant=True)
     rows = []
     for count in num_rows:
         x = torch.randn(count, in_features, device=machine.device, dtype=DTYPE)
-        dense, invariant = machine.time_in_turn(
-            [partial(F.linear, x, weight), partial(linear_batch_invariant, x, weight)]
+        spreads = machine.time_in_turn(
+            [partial(F.linear, x, weight), partial(linear, x, packed), partial(linear_batch_invariant, x, invariant)]
         )
-        rows.append([str(count), f"{dense:.0f}", f"{invariant:.0f}"])
-    return table(["rows", "F.linear us", "linear_batch_invariant us"], rows)
+        rows.append([str(count), *(f"{spread:.0f}" for spread in spreads)])
+    return table(["rows", "F.linear us", "linear us", "linear_batch_invariant us"], rows)
 
 
 def sample_table(num_rows: int, vocab_size: int, machine: Machine) -> str:
@@ -111,7 +112,7 @@ def sample_steps(num_rows: int, vocab_size: int, device: torch.device) -> dict[s
 def _layer_steps(
     count: int, heads: Heads, device: torch.device, *, intermediate: int
 ) -> dict[str, tuple[Step, int | None]]:
-    """Each step with the bytes that it has to move; None for the step that it is compared with."""
+    """Each with the bytes that it has to move; None for those beside it."""
     hidden = heads.num_q_heads * heads.head_dim
     x, residual = torch.randn(2, count, hidden, device=device, dtype=DTYPE)
     norm_weight = torch.ones(hidden, device=device, dtype=DTYPE)
@@ -143,6 +144,6 @@ def _copies(weight_bytes: int, machine: Machine) -> int:
 
 
 def _rotating(steps: Sequence[Step]) -> Step:
-    """A step that runs the next of `steps` on each call."""
+    """One after the other, a call each."""
     turn = cycle(steps)
     return lambda: next(turn)()
