@@ -68,7 +68,7 @@ def run(
     client = connect(stub)
     wanted = requests(tokenizer)
     for number, (request_id, (prompt, sampling)) in enumerate(wanted.items(), start=1):
-        client.submit(request_id, prompt, num_drafts=num_drafts, **sampling)
+        client.submit(request_id, prompt, num_drafts=num_drafts, ignore_eos=True, **sampling)
         if not together:
             while len(client.ends) < number:
                 client.next_reply()

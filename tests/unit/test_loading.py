@@ -40,6 +40,12 @@ NUM_ELEMENTS = 2 * (2 * 8 + (24 + 12 + 12) * 8 + 8 * 24 + 3 * 12 * 8) + 2 * 11 *
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 
 
+@pytest.fixture(autouse=True)
+def weights_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the layout of the checkpoint, so that they can be compared with it."""
+    monkeypatch.setenv("ECHELON_COMPILE", "off")
+
+
 class StandIn(SoloGroup):
     """One rank of several, for looking at what it loads: nothing is ever exchanged."""
 
