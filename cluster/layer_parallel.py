@@ -81,7 +81,7 @@ def layer_parallel(
 def layer_parallel_key_problems(
     size: int, config: ModelConfig, *, tp_size: int, groups: Sequence[Sequence[int]] | None, mlps: Mlps
 ) -> Iterator[Problem]:
-    """The keys of the draft section that fit neither together nor the model."""
+    """What is wrong with these keys of the draft section, with each other or with the model."""
     if size == 1:
         if groups is not None:
             remedy = "set draft.layer_parallel_size, or leave it out"

@@ -1,4 +1,4 @@
-"""Whatever drafts, wherever and whenever it does, the stream is that of plain decoding, to the last bit."""
+"""Whatever drafts, wherever and whenever, the stream is that of plain decoding, bit for bit."""
 
 from typing import Any
 

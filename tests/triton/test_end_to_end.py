@@ -1,4 +1,4 @@
-"""A whole deployment whose workers run nothing but Triton kernels writes what one writes that runs none."""
+"""A deployment whose workers run only Triton kernels writes the same as one whose workers run none."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Who may join a group's round channel: ranks that know the token, whoever else knocks."""
+"""Only ranks that know the token may join a group's round channel, whoever else connects."""
 
 import contextlib
 import socket

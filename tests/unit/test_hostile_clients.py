@@ -1,4 +1,4 @@
-"""A gateway under attack: everybody gets a status, and who behaves well notices nothing.
+"""A gateway under attack: every call gets a status, and well-behaved clients notice nothing.
 
 `python -m tests.property.hostile_clients` is the long and strict run; here the machine may be busy with other things.
 """

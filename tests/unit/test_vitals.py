@@ -1,4 +1,4 @@
-"""What `status` says of processes that live: whether they answer, and since when not."""
+"""What `status` says of live processes: whether they answer, and if not, since when."""
 
 import pytest
 
