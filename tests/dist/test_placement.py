@@ -1,4 +1,4 @@
-"""Placement on a real Ray of three nodes with pretend GPUs: hosts start where the plan says, each on its own devices."""
+"""Placement on a real Ray of three nodes with pretend GPUs: hosts start where the plan says, on their own devices."""
 
 import logging
 import time
