@@ -1,7 +1,7 @@
-"""Decides for the whole folder which implementation of an operator runs.
+"""Decides for all of kernels/ which implementation of an operator runs.
 
-CUDA tensors take the Triton kernel. CPU tensors take the CPU path, or, in a process started with TRITON_INTERPRET=1,
-the kernel through the interpreter of Triton (for tests: it is slow, and Triton reads the variable at decoration).
+CUDA tensors take the Triton kernel. CPU tensors take the CPU path. In a process started with TRITON_INTERPRET=1 they
+take the kernel through Triton's interpreter (for tests: it is slow, and Triton reads the variable at decoration).
 """
 
 from torch import Tensor

@@ -12,12 +12,12 @@ from kernels.dispatch import INTERPRETED
 
 
 def accept_loop_bounds() -> None:
-    """Make `range(begin, end)` in interpreted kernels accept scalars. May be called again."""
+    """Make `range(begin, end)` in interpreted kernels accept scalars. Safe to call again."""
     original = interpreter._patch_lang_tensor
     if not INTERPRETED or original.__module__ == __name__:
         return
 
-    def patch_lang_tensor(tensor: Any, scope: Any) -> None:  # what the interpreter calls before each kernel
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:  # the interpreter calls it before each kernel
         original(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 

@@ -33,7 +33,7 @@ class AttentionCall:
 
 
 def check_arguments(call: AttentionCall) -> None:
-    """Check shapes, layouts and dtypes. SeqLengths checks what the tensors hold, as far as the host knows it.
+    """Check shapes, layouts and dtypes. SeqLengths checks the values in the tensors, as far as the host knows them.
 
     Raises ValueError naming the argument that does not fit.
     """

@@ -1,8 +1,8 @@
-"""What the attention kernels share, in Triton: the rows of a query tile, and the walk of a tile over its keys.
+"""What the attention kernels share, in Triton: the rows of a query tile, and the loop of a tile over its keys.
 
 A *query tile* is some consecutive new tokens of one seq and the query heads of one KV head, row = token * GROUP + head,
-padded to ROWS. A *key tile* is the KEYS positions [i * KEYS, (i + 1) * KEYS) of a seq: tile borders stand at fixed
-positions, so a row meets the same tiles in the same order whatever else is computed. For each key tile
+padded to ROWS. A *key tile* is the KEYS positions [i * KEYS, (i + 1) * KEYS) of a seq. Tile borders have fixed
+positions, so a row visits the same tiles in the same order whatever else is computed. For each key tile
 
     scores  = q k^T * scale                 hidden keys get -inf
     peak'   = max(peak, max(scores))        decay = 2^(peak - peak')
@@ -10,8 +10,8 @@ positions, so a row meets the same tiles in the same order whatever else is comp
     total   = total * decay + sum(weights)
     acc     = acc * decay + weights v
 
-and acc / total at the end: the online softmax of FlashAttention (arXiv 2205.14135), with scores in units of log 2. A
-tile of which a row sees nothing changes none of its bits: decay is 1 and all weights are 0.
+and acc / total at the end. This is the online softmax of FlashAttention (arXiv 2205.14135), with scores in units of
+log 2. A tile of which a row sees nothing does not change its bits: decay is 1 and all weights are 0.
 """
 
 import triton
@@ -26,7 +26,7 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def popcount(words):
-    """Number of bits set in int64 words. Shifts are arithmetic, and the masks also remove the copies of the sign."""
+    """The number of bits set in int64 words. Shifts are arithmetic, and the masks also remove copies of the sign."""
     words = words - ((words >> 1) & 0x5555555555555555)
     words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
     words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
@@ -37,9 +37,9 @@ def popcount(words):
 
 @triton.jit
 def key_range(seq_len, num_new, first_new, WINDOW: tl.constexpr, TREE: tl.constexpr, TOKENS: tl.constexpr):
-    """Positions [begin, end) that the query tile from new token `first_new` on sees of its seq.
+    """Positions [begin, end) of its seq that the query tile starting at new token `first_new` sees.
 
-    A node of a tree stands at num_prefix + depth, no further back than the first new token, and may see any of them.
+    A tree node has position num_prefix + depth, at least that of the first new token, and may see any new token.
     """
     num_prefix = seq_len - num_new
     begin = 0
@@ -62,7 +62,7 @@ def query_positions(
     num_prefix,
     new_token,  # [ROWS], of the seq
 ):
-    """([ROWS] position of each query in its seq, [ROWS] its word of ancestors or 0)"""
+    """Returns ([ROWS] position of each query in its seq, [ROWS] its word of ancestors or 0)."""
     words = tl.zeros_like(new_token)
     positions = num_prefix + new_token
     if ancestors_ptr is not None:
@@ -84,10 +84,10 @@ def open_query_tile(
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """(q [ROWS, DIM], rows, seq, keys) of a query tile. q is 0 in padded rows and features.
+    """Load a query tile: (q [ROWS, DIM], rows, seq, keys). q is 0 in padded rows and features.
 
-    rows: (token in the batch, query head, whether it is a row at all, position, word of ancestors), [ROWS] each.
-    seq: (its number, its first token in the batch, length of its prefix, its length). keys: what key_range gives.
+    rows: (token in the batch, query head, whether it is a real row, position, word of ancestors), [ROWS] each.
+    seq: (its index, its first token in the batch, length of its prefix, its length). keys: the result of key_range.
     """
     q_ptr, q_token_stride, q_head_stride = queries
     seq_lens_ptr, cu_seqlens_q_ptr = lengths
@@ -118,10 +118,10 @@ def visible_keys(
     seq_len,
     positions,  # [ROWS], from query_positions
     words,  # [ROWS]
-    slots,  # [KEYS], places in the seq
+    slots,  # [KEYS], positions in the seq
     WINDOW: tl.constexpr,
 ):
-    """Which keys each row sees: [ROWS, KEYS]"""
+    """Which keys each row sees: [ROWS, KEYS]."""
     key_positions = slots
     if ancestors_ptr is not None:
         index = slots - num_prefix  # among the new tokens
@@ -159,9 +159,9 @@ def attend_keys(
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,  # False: every row sees all keys of all these tiles
 ):
-    """`softmax` after the key tiles `tiles`.
+    """`softmax` after it has also taken in the key tiles `tiles`.
 
-    Slots that no row sees are not even read, so what they hold, NaN included, has no influence.
+    Slots that no row sees are not read, so their contents, NaN included, have no influence.
     """
     peak, total, acc = softmax
     k_ptr, v_ptr, blocks_ptr = cache
@@ -183,7 +183,7 @@ def attend_keys(
             visible = visible_keys(ancestors_ptr, first_token, num_prefix, seq_len, positions, words, slots, WINDOW)
             scores = tl.where(visible, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # of a row that has seen nothing: -inf - -inf is NaN
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # if a row has seen nothing, -inf - -inf is NaN
         decay = tl.exp2(peak - base)
         weights = tl.exp2(scores - base[:, None])
         total = total * decay + tl.sum(weights, axis=1)
@@ -204,7 +204,7 @@ def store_rows(
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Write results, and the logarithms of their softmax sums: 0 and -inf for a row that has seen nothing."""
+    """Write results and the logarithms of their softmax sums: 0 and -inf for a row that has seen nothing."""
     token, head, valid, _, _ = rows
     peak, total, acc = softmax
     feature = tl.arange(0, DIM)

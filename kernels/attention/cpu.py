@@ -1,10 +1,10 @@
 """Paged attention on CPU.
 
-The compiled kernel (native.py) computes whatever it can. What is left goes one of three ways.
+The compiled kernel (native.py) computes whatever it can. There are three ways to compute the rest.
 
-*SDPA* is torch's own: one call, one parallel region. A row is a query head of a new token. A lone row is computed
-twice, since SDPA takes half as long for two. *SDPA side by side* serves several similar, short seqs. Calling an
-operator costs as much as copying half a megabyte, so their keys and values are gathered for one call. *Tiles*
+*SDPA* is torch's own: one call, one parallel region. A row is a query head of a new token. A single row is computed
+twice, because SDPA takes half as long for two. *SDPA side by side* serves several short seqs of similar length. Calling
+an operator costs as much as copying half a megabyte, so their keys and values are gathered for one call. *Tiles*
 (tiles.py) serve `batch_invariant`, because SDPA's rounding of a row depends on the number of other rows. They also
 serve calls that want the softmax sums, which SDPA does not return.
 """
@@ -20,9 +20,9 @@ from kernels.attention.native import can_attend, native_attention
 from kernels.attention.paged_kv import AlikeSeqs, SeqBatch, SeqRows
 from kernels.attention.tiles import attend_rows, attend_rows_invariant, first_key, hidden_keys, queries_of_rows
 
-# Query tokens per call of SDPA. Bounds the mask, and skips keys that none of them sees. A tree always fits.
+# Query tokens per SDPA call. Bounds the mask, and skips keys that no query token sees. A tree always fits.
 _SDPA_TOKENS = 64
-# Keys and values of one seq. Gathering more takes longer than a separate call.
+# Of one seq's keys and values. Gathering more takes longer than a separate call.
 _MAX_GATHERED_BYTES = 1 << 19
 
 
@@ -64,7 +64,7 @@ def _attend_side_by_side(call: AttentionCall, batch: SeqBatch) -> None:
     q = q.reshape(num_seqs, call.num_kv_heads, num_rows, -1)
     visible = batch.visible
     if visible is not None:
-        if batch.num_new > 1:  # the rows of one token see the same
+        if batch.num_new > 1:  # all rows of a single token see the same keys
             visible = visible.repeat_interleave(call.group, dim=1)
         visible = visible.unsqueeze(1)
     result = F.scaled_dot_product_attention(
@@ -79,11 +79,11 @@ def _attend_side_by_side(call: AttentionCall, batch: SeqBatch) -> None:
 
 
 def _attend_sdpa(call: AttentionCall, seq: SeqRows) -> None:
-    """_SDPA_TOKENS new tokens at a time, against the keys up to the last of them.
+    """Compute _SDPA_TOKENS new tokens at a time, against the keys up to the last of them.
 
     For a prefill chunk this is a third faster than one call with is_causal, which does not skip the keys above the
-    diagonal (and aligns it to the first key, which is wrong after a prefix). The query heads of a KV head are rows of
-    one product, since enable_gqa would read the keys once for each.
+    diagonal (and aligns the diagonal to the first key, which is wrong after a prefix). The query heads of a KV head are
+    rows of one product, because enable_gqa would read the keys once for each of them.
     """
     base, end = first_key(call, seq.first_position), seq.num_keys
     k = seq.read(call.k_cache, base, end).transpose(0, 1).unsqueeze(0)  # [1, num_kv_heads, keys, head_dim]

@@ -1,4 +1,4 @@
-"""Attention on a CPU by attention.cpp: one call for all seqs of a batch, and a row's bits depend on the row alone."""
+"""Attention on a CPU by attention.cpp: one call for all seqs of a batch. A row's bits depend on the row alone."""
 
 import ctypes
 import functools
@@ -17,7 +17,7 @@ _MAX_GROUP = 32
 
 
 def can_attend(call: AttentionCall) -> bool:
-    """Whether `native_attention` computes such a call on this machine."""
+    """Whether `native_attention` can compute this call on this machine."""
     q = call.q
     return (
         q.dtype in DTYPES
@@ -31,7 +31,7 @@ def can_attend(call: AttentionCall) -> bool:
 
 
 def native_attention(call: AttentionCall) -> None:
-    """Writes the results of a checked call that `can_attend` accepts to call.out. Sums are fp32, by position."""
+    """Write the results of a checked call that `can_attend` accepts to call.out. Sums are fp32, by position."""
     q, table = call.q, call.block_table
     _function(q.dtype)(
         pool(),

@@ -1,18 +1,18 @@
 """Attention of packed query tokens over a paged KV cache: the launcher and its reference.
 
 Query token t belongs to seq b iff cu_seqlens_q[b] <= t < cu_seqlens_q[b + 1]. The new tokens of a seq are its last
-ones. Their keys and values are already in the cache, and each attends to all positions up to its own:
+tokens. Their keys and values are already in the cache. Each attends to all positions up to its own:
 
     seq_lens[b] = 7, three new tokens        key position   0 1 2 3 4 5 6
                                              new token 4    x x x x x . .
                                              new token 5    x x x x x x .
                                              new token 6    x x x x x x x
 
-So prefill chunks, verify rows and decode rows are one operator and differ only in how many tokens are new. Which
-kernel computes a seq is decided in schedule.py; on CPU, in cpu.py.
+So prefill chunks, verify rows and decode rows are one operator and differ only in how many tokens are new.
+schedule.py decides which kernel computes a seq; on CPU, cpu.py does.
 
-Where the new tokens are a tree of drafts, each sees the prefix and those of its word of `ancestors`: bit j stands for
-new token j of its seq. Slots are in the order of tokens, positions follow the depth, which counts for sliding windows.
+If the new tokens are a tree of drafts, each sees the prefix and the tokens in its word of `ancestors`: bit j stands for
+new token j of its seq. Slots follow the order of tokens. Positions follow the depth, which matters to sliding windows.
 """
 
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ _MAX_TREE_TOKENS = 64  # bits of a word
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What all layers of a step can share. They run one after another on one stream."""
+    """Data that all layers of a step can share. The layers run one after another on one stream."""
 
     lengths: SeqLengths
     seqs: list[AlikeSeqs] | None  # None: on a device that runs the kernels
@@ -51,10 +51,10 @@ def plan_attention(
     block_size: int,
     lengths: SeqLengths | None = None,
 ) -> AttentionPlan:
-    """The plan of all calls of paged_attention with these lengths and blocks, in caches of one shape.
+    """Plan all calls of paged_attention with these lengths and blocks, in caches of one shape.
 
-    lengths: what seq_lens and cu_seqlens_q hold. Without it they are read, which waits for the device. Raises
-    ValueError for impossible lengths and, where the CPU computes, for impossible blocks.
+    lengths: the values of seq_lens and cu_seqlens_q. Without it they are read, which waits for the device. Raises
+    ValueError for impossible lengths and, if the CPU computes, for impossible blocks.
     """
     if lengths is None:
         lengths = SeqLengths.read(seq_lens, cu_seqlens_q)

@@ -1,4 +1,4 @@
-"""The new tokens of each seq of an attention call, and where its keys and values lie, as the host sees them."""
+"""The new tokens of each seq of an attention call, and where its keys and values are, as the host sees them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ _MAX_GATHERED_KEYS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeqRows:
-    """The new tokens of one seq, and where its keys lie."""
+    """The new tokens of one seq, and where its keys are."""
 
     first_token: int  # row in q
     num_tokens: int
     first_position: int
     blocks: list[int]
-    neighbours: bool  # the blocks follow each other in memory
+    neighbours: bool  # the blocks are consecutive in memory
 
     @property
     def num_keys(self) -> int:
@@ -40,7 +40,7 @@ class SeqRows:
 
 @dataclass(frozen=True, slots=True)
 class SeqBatch:
-    """Several seqs with equally many new tokens, none with twice as many keys as another, side by side.
+    """Several seqs, side by side, with equally many new tokens; none has more than twice as many keys as another.
 
     A seq with fewer keys than the longest is padded with its last key.
     """
@@ -76,10 +76,10 @@ class SeqBatch:
 
 @dataclass(frozen=True, slots=True)
 class AlikeSeqs:
-    """Seqs with equally many new tokens, none with twice as many keys as another."""
+    """Seqs with equally many new tokens; none has more than twice as many keys as another."""
 
     seqs: Sequence[SeqRows]
-    batch: SeqBatch | None  # of all of them, where they are several
+    batch: SeqBatch | None  # all of them together, if there are several
 
 
 def alike_seqs(seqs: Sequence[SeqRows], block_size: int) -> list[AlikeSeqs]:
@@ -94,7 +94,7 @@ def alike_seqs(seqs: Sequence[SeqRows], block_size: int) -> list[AlikeSeqs]:
 
 
 def _are_short(seqs: Sequence[SeqRows]) -> bool:
-    """Whether these are several seqs that may be worth gathering. The size of a key decides as well."""
+    """Whether these are several seqs that may be worth gathering. The size of a key matters too."""
     return len(seqs) > 1 and seqs[0].num_tokens <= _MAX_GATHERED_TOKENS and seqs[0].num_keys <= _MAX_GATHERED_KEYS
 
 

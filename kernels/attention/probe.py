@@ -1,5 +1,5 @@
-"""Whether attention with `batch_invariant` keeps its promise on this machine: it rests on products that round a row the
-same way wherever it stands in a tile, which is a property of the machine."""
+"""Whether attention with `batch_invariant` keeps its promise on this machine. It needs products that round a row the
+same way wherever it is in a tile, which is a property of the machine."""
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ def probe_paged_attention(
 ) -> str | None:
     """Compare the rows of a prefill in one piece with the same rows in pieces and alone, bit for bit.
 
-    On CPU the products are fp32 whatever the cache holds, so one probe serves all dtypes. Returns None where they agree
-    on this machine (on CPU, with this number of threads), else one sentence for the user.
+    On CPU the products are fp32 whatever the cache holds, so one probe serves all dtypes. Returns None if the bits
+    agree on this machine (on CPU, with this number of threads), else one sentence for the user.
     """
     generator = torch.Generator().manual_seed(0)
     num_blocks = -(-_LENGTH // BLOCK_SIZE)

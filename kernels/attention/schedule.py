@@ -2,13 +2,13 @@
 
 Two kernels share the work (core.py says what a query tile and a key tile are):
 
-*split* (split.py): few new tokens of a seq against many keys, as in decoding and verifying. All pairs
-of query tile and key tile stand in one row, and each program takes an equal stretch of it, across the borders of seqs
-and heads: stream-K, LeanAttention (arXiv 2405.10480). So unequal lengths make equal work.
+*split* (split.py): few new tokens of a seq against many keys, as in decoding and verifying. All pairs of query tile and
+key tile form one sequence. Each program takes an equal stretch of it, across the borders of seqs and heads: stream-K,
+LeanAttention (arXiv 2405.10480). So unequal lengths still give every program equal work.
 
-*whole* (whole.py): a program takes one query tile through all of its keys. For chunks of prompts, whose
-many query tiles fill the device by themselves, and for everything with `batch_invariant`: with one tile shape and no
-split, a row's bits follow from its own query and keys.
+*whole* (whole.py): a program takes one query tile through all of its keys. It serves chunks of prompts, whose many
+query tiles fill the device by themselves, and everything with `batch_invariant`: with one tile shape and no split, a
+row's bits depend only on its own query and keys.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from kernels.attention.paged_kv import SeqLengths
 
-# Of the keys of a tile, and as much of its values. Two or three such tiles are on their way to a program (64 to 96 KB),
-# so that two programs share the 227 KB of an H100's multiprocessor; for more, each takes too many registers.
+# Of the keys of a tile, and as much of its values. Two or three such tiles are in flight to a program (64 to 96 KB), so
+# that two programs share the 227 KB of an H100's multiprocessor. More programs do not fit: each needs too many
+# registers.
 _KEY_TILE_BYTES = 16 << 10
 _MAX_KEYS = 128
 _PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -38,7 +39,7 @@ _ALIGNED_NUMBERS = 4  # int32 in 16 bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What decides the schedule of a call, besides the lengths."""
+    """What decides the schedule of a call besides the lengths."""
 
     head_dim: int
     element_size: int  # bytes
@@ -73,17 +74,17 @@ class WholeWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitWork:
-    """Equal stretches of key tiles for num_programs programs, and where they leave the parts of split query tiles.
+    """Equal stretches of key tiles for num_programs programs, and where programs leave the parts of split query tiles.
 
-    `counters` says how many programs have left their part of a query tile. The program that completes a count resets it
-    to zero, so all layers of a step, which run one after another, share one schedule without clearing it in between.
+    `counters` counts the programs that have left their part of a query tile. The program that completes a count resets
+    it to zero. So all layers of a step, which run one after another, share one schedule without clearing it in between.
     """
 
     tiling: Tiling
     num_programs: int
     query_tiles: Tensor  # int32 [num_query_tiles, 2]: seq, first of its new tokens
-    tile_starts: Tensor  # int32 [num_query_tiles + 1]: key tiles of all query tiles before, for one KV head
-    first_query_tiles: Tensor  # int32 [num_programs]: where the stretch of a program begins
+    tile_starts: Tensor  # int32 [num_query_tiles + 1]: number of key tiles of all earlier query tiles, for one KV head
+    first_query_tiles: Tensor  # int32 [num_programs]: where a program's stretch begins
     parts: Tensor  # fp32 [num_programs, 2, rows, padded head_dim]: sums of weights v; a stretch has two ends
     part_stats: Tensor  # fp32 [num_programs, 2, 2, rows]: peak and total
     counters: Tensor  # int32 [num_kv_heads * num_query_tiles], zeros
@@ -128,7 +129,7 @@ def resident_programs(device: torch.device) -> int:
 
 
 def choose_tiling(settings: Settings, num_rows: int) -> Tiling:
-    """Rows: the least power of two from num_rows up that holds all heads of a token, fewer in fp32.
+    """Rows: the smallest power of two, num_rows or more, that holds all heads of a token; fewer in fp32.
 
     Stages: Triton 3.6 keeps two key tiles in flight with 3 stages if there are enough rows for warp-group products.
     Otherwise it needs 5, since the block table has to be read first.
@@ -141,7 +142,7 @@ def choose_tiling(settings: Settings, num_rows: int) -> Tiling:
 
 
 def choose_whole_tiling(settings: Settings) -> Tiling:
-    """With batch_invariant it follows from the model alone. Else it is wide if a tile's results fit in registers."""
+    """With batch_invariant it depends on the model alone. Otherwise it is wide if a tile's results fit in registers."""
     wide = padded(settings.head_dim) <= 128 and not settings.batch_invariant
     return choose_tiling(settings, _WHOLE_ROWS if wide else _INVARIANT_ROWS)
 
@@ -152,7 +153,7 @@ def _whole_work(
     if len(seqs) == 0:
         return None
     query_tiles, num_key_tiles = _query_tiles(settings, lengths, seqs, tiling)
-    longest_first = np.argsort(-num_key_tiles, kind="stable")  # so that none is left running alone at the end
+    longest_first = np.argsort(-num_key_tiles, kind="stable")  # so that no long tile runs alone at the end
     (uploaded,) = _upload(device, query_tiles[longest_first])
     return WholeWork(tiling=tiling, query_tiles=uploaded)
 

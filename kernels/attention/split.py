@@ -1,10 +1,10 @@
-"""Attention of few new tokens a seq over many keys: equal stretches of key tiles for all programs, in one launch.
+"""Attention of few new tokens per seq over many keys: equal stretches of key tiles for all programs, in one launch.
 
-Stream-K, LeanAttention (arXiv 2405.10480): the key tiles of all query tiles of all KV heads stand in one row, and
+Stream-K, LeanAttention (arXiv 2405.10480): the key tiles of all query tiles of all KV heads form one sequence, and
 program p of P takes the tiles [p * N / P, (p + 1) * N / P). A query tile whose keys fall into several stretches is
-*split*: each of its programs leaves its part in scratch memory and counts itself. The program that completes the count
-merges the parts in order of position, whatever the order of their arrival. No program waits for another, so they may
-run in any order and any number at a time.
+*split*: each of its programs leaves its part in scratch memory and increments a counter. The program that completes the
+count merges the parts in order of position, whatever the order of their arrival. No program waits for another, so they
+may run in any order and any number at a time.
 """
 
 import math
@@ -33,14 +33,14 @@ def _leave_part(part_ptr, stats_ptr, slot, valid, softmax, ROWS: tl.constexpr, D
 def _merge_parts(
     part_ptr, stats_ptr, first_slot, first_program, last_program, valid, ROWS: tl.constexpr, DIM: tl.constexpr
 ):
-    """(peak, total, acc) of a split query tile. Its first part may be the second of that program, others are first."""
+    """(peak, total, acc) of a split query tile. Its first part may be its program's second; all others are first."""
     row, feature = tl.arange(0, ROWS), tl.arange(0, DIM)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
     for program in range(first_program, last_program + 1):
         slot = tl.where(program == first_program, first_slot, 2 * program)
-        # .cg reads the cache that all multiprocessors share, which holds the parts of other programs.
+        # .cg reads the cache that all multiprocessors share; it holds the parts of other programs.
         stats = stats_ptr + slot * 2 * ROWS + row
         part_peak = tl.load(stats, mask=valid, other=float("-inf"), cache_modifier=".cg")
         part_total = tl.load(stats + ROWS, mask=valid, other=0.0, cache_modifier=".cg")
@@ -108,7 +108,7 @@ def paged_attention_kernel(
             WINDOW,
             ROWS,
         )
-        # Its key tiles are [own_start, own_stop) of the row of all; this program has [position, part_stop).
+        # Its key tiles are [own_start, own_stop) of the whole sequence; this program has [position, part_stop).
         own_start = kv_head * tiles_of_head.to(tl.int64) + tl.load(tile_starts_ptr + query_tile)
         own_stop = kv_head * tiles_of_head.to(tl.int64) + tl.load(tile_starts_ptr + query_tile + 1)
         part_stop = tl.minimum(own_stop, stop)
@@ -145,7 +145,7 @@ def paged_attention_kernel(
         if first_program < last_program:
             slot = 2 * program + (position > start).to(tl.int32)
             _leave_part(parts_ptr, part_stats_ptr, slot, rows[2], softmax, ROWS, DIM)
-            tl.debug_barrier()  # all threads of the program have written before one of them counts it
+            tl.debug_barrier()  # all threads of the program have written before one of them increments the counter
             counter = counters_ptr + kv_head * num_query_tiles + query_tile
             num_before = tl.atomic_add(counter, 1, sem="acq_rel")
             is_complete = num_before == last_program - first_program

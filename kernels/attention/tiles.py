@@ -8,12 +8,11 @@ For each tile of keys (positions 0..511, 512..1023, ...) and some query rows of 
     total   = total * decay + sum(weights)
     result  = result * decay + weights v
 
-and result / total at the end: the online softmax of FlashAttention (arXiv 2205.14135), merged in order of position.
-
-`attend_rows` does this for all new rows of a seq at once. `attend_rows_invariant` gives a row the same bits whatever
-else is computed. It gives every matrix product one shape: the rows of a fixed number of tokens and _FIXED_KEYS keys,
-both padded. On one machine with a fixed number of threads, a row of a GEMM of fixed shape has the same bits at every
-position and beside any other rows, and a hidden or padded key adds exactly 0.0. So only the row's own query and keys
+and result / total at the end. This is the online softmax of FlashAttention (arXiv 2205.14135), merged in order of
+position. `attend_rows` does this for all new rows of a seq at once. `attend_rows_invariant` gives a row the same bits
+whatever else is computed. It gives every matrix product one shape: the rows of a fixed number of tokens and _FIXED_KEYS
+keys, both padded. On one machine with a fixed number of threads, a row of a GEMM of fixed shape has the same bits at
+every position and beside any other rows. A hidden or padded key adds exactly 0.0. So only the row's own query and keys
 matter.
 """
 
@@ -29,11 +28,11 @@ from kernels.attention.paged_kv import SeqRows
 
 _TILE_KEYS = 512
 _FIXED_KEYS = 256
-# Unless one token has more. A decode step pays for all rows and uses one token's, so few; prefill would like more.
+# Unless one token has more. A decode step pays for all rows but uses those of one token, so few; prefill prefers more.
 _FIXED_ROWS = 8
-# Query tiles that go through the keys together: bounds the memory for scores (13 MB with 12 heads).
+# Query tiles that go through the keys together. Bounds the memory for scores (13 MB with 12 heads).
 _MAX_QUERY_TILES = 32
-# A score that no real key has. Finite, so that a row which sees nothing of a tile makes no NaN: whatever it adds up
+# A score that no real key has. It is finite, so a row that sees nothing of a tile makes no NaN: whatever it adds up
 # there is multiplied by decay = exp(HIDDEN - real peak) = 0.0 as soon as it sees a key, at the latest its own.
 HIDDEN = -1e30
 
@@ -45,7 +44,7 @@ class Queries:
     Both tensors have, or broadcast to, the shape of their scores with a last dimension of 1.
     """
 
-    first: int  # position of the first token, in order of slots
+    first: int  # position of the first token, by slot
     end: int
     positions: Tensor  # int64
     words: Tensor | None  # int64: their ancestors, see paged_attention
@@ -64,7 +63,7 @@ def first_key(call: AttentionCall, position: int) -> int:
 
 
 def hidden_keys(call: AttentionCall, seq: SeqRows, slots: Tensor, queries: Queries) -> Tensor:
-    """Which keys, [keys] by their place in the seq, a query must not see: bool [..., keys]."""
+    """Which keys, [keys] by their position in the seq, a query must not see: bool [..., keys]."""
     if queries.words is not None:
         return _hidden_in_tree(call, seq, slots, queries.words)
     hidden = slots > queries.positions
@@ -118,7 +117,7 @@ def queries_of_rows(call: AttentionCall, seq: SeqRows, first: int, end: int) -> 
 
 
 def attend_rows_invariant(call: AttentionCall, seq: SeqRows) -> None:
-    """As attend_rows, with bits that depend neither on the other tokens of this call nor on its other seqs."""
+    """As attend_rows, but the bits depend neither on other tokens of this call nor on its other seqs."""
     tokens_per_tile = max(1, _FIXED_ROWS // call.group)
     step = tokens_per_tile * _MAX_QUERY_TILES
     for start in range(0, seq.num_tokens, step):
@@ -166,7 +165,7 @@ def _key_tiles(call: AttentionCall, seq: SeqRows, queries: Queries, *, fixed: bo
     """The tiles that the queries see, in order; `fixed` pads the last with zeros."""
     tile_keys = _FIXED_KEYS if fixed else _TILE_KEYS
     first, end = queries.first, queries.end
-    if queries.words is not None:  # a tree's nodes see any of them, and none stands before the first one's position
+    if queries.words is not None:  # a tree's nodes see any new token, and none comes before the first one
         first, end = seq.first_position, seq.num_keys
     for start in range(first_key(call, first) // tile_keys * tile_keys, end, tile_keys):
         num_keys = min(tile_keys, end - start)
@@ -204,7 +203,8 @@ def _merge(q: Tensor, tiles: Iterable[KeyTile]) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a [heads, rows, x] or [tiles, heads, rows, x] times b [heads, x, y]: a product of shape rows * x * y for each."""
+    """a [heads, rows, x] or [tiles, heads, rows, x] times b [heads, x, y]: one product of shape rows * x * y for
+    each."""
     if a.ndim == 3:
         return torch.bmm(a, b)
     out = a.new_empty(*a.shape[:3], b.shape[2])

@@ -1,7 +1,7 @@
 """Attention of many new tokens per seq over prefix and chunk: a program takes one query tile through all of its keys.
 
-With `batch_invariant` it takes every seq, decode and verify rows too: one shape of tile for a model, key tiles at fixed
-positions, one program from a row's first key to its last. Then a row's bits follow from its own query and keys.
+With `batch_invariant` it takes every seq, including decode and verify rows: one tile shape for a model, key tiles at
+fixed positions, one program from a row's first key to its last. So a row's bits depend only on its own query and keys.
 """
 
 import math
@@ -38,7 +38,7 @@ def prefill_attention_kernel(
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    ONE_PASS: tl.constexpr,  # mask all key tiles, also those of which every row sees everything
+    ONE_PASS: tl.constexpr,  # mask all key tiles, even those that every row sees completely
 ):
     query_tile = tl.program_id(0) // NUM_KV_HEADS
     kv_head = tl.program_id(0) % NUM_KV_HEADS
@@ -88,7 +88,7 @@ def prefill_attention_kernel(
 def launch_whole(call: AttentionCall, work: WholeWork, *, one_pass: bool) -> None:
     """Write the results of the seqs in `work` to call.out and call.lse.
 
-    one_pass: masked and unmasked key tiles go through the same instructions. batch_invariant needs that, since a
+    one_pass: masked and unmasked key tiles go through the same instructions. batch_invariant needs that, because a
     compiler may round them differently.
     """
     head_dim = call.q.shape[2]

@@ -1,8 +1,8 @@
 """Copies of KV in all layers at once: blocks to a staging buffer and back, block to block, and slot to slot.
 
 Each layer's caches are separate tensors, so a kernel finds them through a table of their addresses, keys and values of
-layer 0 first. One launch replaces two small launches per layer. Everything is copied as 32-bit words, so bits stay as
-they are, NaN included, whatever the dtype.
+layer 0 first. One launch replaces two small launches per layer. Everything is copied as 32-bit words, so all bits stay
+the same, NaN included, whatever the dtype.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from triton import language as tl
 
 from kernels.dispatch import runs_triton
 
-KVCaches = Sequence[tuple[Tensor, Tensor]]  # of each layer: k, v [num_blocks, block_size, num_kv_heads, head_dim]
+KVCaches = Sequence[tuple[Tensor, Tensor]]  # per layer: k, v [num_blocks, block_size, num_kv_heads, head_dim]
 _WORD_BYTES = 4
 _ALIGNED_BYTES = 16  # that a thread reads at once
-TILE_WORDS = 2048  # 8 KiB a program: 16 bytes for each of 128 threads, four times
-MOVES_AT_ONCE = 16  # by MOVE_TILE_WORDS: what a program reads before it writes
+TILE_WORDS = 2048  # 8 KiB per program: four times 16 bytes for each of 128 threads
+MOVES_AT_ONCE = 16  # per MOVE_TILE_WORDS: what a program reads before it writes
 MOVE_TILE_WORDS = 128
 
 
@@ -54,7 +54,7 @@ def cache_addresses(kv_caches: KVCaches) -> CacheAddresses:
 
 @triton.jit
 def _words_at(table_ptr, part):
-    """The cache of a part as a pointer to its words; cache_addresses has seen that it is aligned."""
+    """The cache of a part as a pointer to its words. cache_addresses has checked that it is aligned."""
     return tl.multiple_of(tl.load(table_ptr + part).to(tl.pointer_type(tl.int32)), 16)
 
 
@@ -71,7 +71,7 @@ def copy_blocks_kernel(table_ptr, src_ptr, dst_ptr, block_words, TILE: tl.conste
 
 @triton.jit(do_not_specialize=["num_moves"], do_not_specialize_on_alignment=["src_ptr", "dst_ptr"])
 def move_slots_kernel(table_ptr, src_ptr, dst_ptr, num_moves, slot_words, MOVES: tl.constexpr, TILE: tl.constexpr):
-    """A program moves the same few words of every slot, so moves that meet in a slot meet in one program."""
+    """A program moves the same few words of every slot, so moves that touch the same slot meet in one program."""
     cache_ptr = _words_at(table_ptr, tl.program_id(0))
     word = tl.program_id(1) * TILE + tl.arange(0, TILE)
     start = 0
@@ -115,8 +115,8 @@ def copy_blocks(
 ) -> None:
     """Copy block src_blocks[i] over block dst_blocks[i] in all layers, keys and values.
 
-    src_blocks, dst_blocks: int64 [num_copies] on the device of the caches; a source may occur often, a destination
-    once, and none in both. addresses: from cache_addresses for these caches; without it every call works them out,
+    src_blocks, dst_blocks: int64 [num_copies] on the device of the caches. A source may occur often, a destination
+    once, and no block in both. addresses: from cache_addresses for these caches. Without it every call computes them,
     which on a GPU costs a copy from the host. Raises ValueError naming the argument that does not fit.
     """
     _check_pairs("src_blocks", src_blocks, "dst_blocks", dst_blocks)
@@ -134,12 +134,12 @@ def copy_blocks(
 def move_slots(
     kv_caches: KVCaches, src_slots: Tensor, dst_slots: Tensor, *, addresses: CacheAddresses | None = None
 ) -> None:
-    """Copy slot src_slots[i] over slot dst_slots[i] in all layers, in order of i: re-packs accepted tree nodes.
+    """Copy slot src_slots[i] over slot dst_slots[i] in all layers, in order of i: packs accepted tree nodes.
 
-    src_slots, dst_slots: int64 [num_moves] on the device of the caches; slot = block_id * block_size + offset, and -1
-    as a source is no move. A destination occurs once, and no later move reads it. Tree nodes that are numbered level by
-    level always obey this, since each stays or moves towards the front. addresses: as for
-    copy_blocks. Raises ValueError naming the argument that does not fit.
+    src_slots, dst_slots: int64 [num_moves] on the device of the caches; slot = block_id * block_size + offset. A source
+    of -1 means no move. A destination occurs once, and no later move reads it. Tree nodes that are numbered level by
+    level always obey this, because each stays or moves towards the front. addresses: as for copy_blocks. Raises
+    ValueError naming the argument that does not fit.
     """
     _check_pairs("src_slots", src_slots, "dst_slots", dst_slots)
     if not runs_triton(src_slots):
@@ -166,7 +166,7 @@ def move_slots(
 def gather_blocks(
     kv_caches: KVCaches, block_ids: Tensor, staging: Tensor, *, addresses: CacheAddresses | None = None
 ) -> None:
-    """Copy blocks of all layers into `staging`, one after the other: what offloading reads.
+    """Copy blocks of all layers into `staging`, one after the other, for offloading.
 
     block_ids: int64 [num_blocks] on the device of the caches. staging: [num_blocks, num_layers, 2, block_size,
     num_kv_heads, head_dim] in dtype and device of the caches, keys before values; blocks and layers may be strided (a
@@ -179,7 +179,7 @@ def gather_blocks(
 def scatter_blocks(
     kv_caches: KVCaches, block_ids: Tensor, staging: Tensor, *, addresses: CacheAddresses | None = None
 ) -> None:
-    """Copy `staging` into blocks of all layers: the way back of gather_blocks. A block id may occur once."""
+    """Copy `staging` into blocks of all layers: the inverse of gather_blocks. A block id may occur once."""
     _stage_blocks(kv_caches, block_ids, staging, addresses, gather=False)
 
 
@@ -190,7 +190,7 @@ def copy_blocks_reference(kv_caches: KVCaches, src_blocks: Tensor, dst_blocks: T
 
 
 def move_slots_reference(kv_caches: KVCaches, src_slots: Tensor, dst_slots: Tensor) -> None:
-    """The definition. Reads everything before it writes, which makes no difference for moves that obey the rule."""
+    """The definition. Reads everything before it writes, which makes no difference to moves that obey the rule."""
     moved = (src_slots >= 0).nonzero().squeeze(1)
     src, dst = src_slots[moved], dst_slots[moved]
     for cache in chain.from_iterable(kv_caches):

@@ -7,7 +7,7 @@ from triton import language as tl
 
 from kernels.dispatch import runs_triton
 
-TILE_ELEMENTS = 1024  # of half a head by ROWS heads: one 16-byte load of each half a lane, in 16-bit types
+TILE_ELEMENTS = 1024  # half a head times ROWS heads: each lane loads 16 bytes of each half at once, in 16-bit types
 NUM_WARPS = 4
 
 
@@ -56,14 +56,14 @@ def reshape_and_cache_kernel(
     v_stride_token,
     v_stride_head,
     v_stride,
-    rotary_stride_sin,  # from cosines to sines
+    rotary_stride_sin,  # distance from cosines to sines
     rotary_stride_token,
     slot_stride,
     NUM_Q_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,  # of the features that rotate
-    ROWS: tl.constexpr,  # heads a program, of one token or of several
+    ROWS: tl.constexpr,  # heads per program, of one token or of several
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,  # for the features that do not rotate; 0: there are none
 ):
@@ -79,7 +79,7 @@ def reshape_and_cache_kernel(
     mask = row_mask & (column < HALF)
     cos_ptr = rotary_ptr + token * rotary_stride_token + column
     cos = tl.load(cos_ptr, mask=mask, other=0.0)
-    sin = tl.load(cos_ptr + rotary_stride_sin + HALF, mask=mask, other=0.0)  # the second half has the plain sign
+    sin = tl.load(cos_ptr + rotary_stride_sin + HALF, mask=mask, other=0.0)  # the second half has the unchanged sign
 
     if is_q:
         head_ptr = q_ptr + token * q_stride_token + head * q_stride_head
@@ -108,7 +108,7 @@ def reshape_and_cache_kernel(
 
 
 def gather_rotary(cos_sin_cache: Tensor, positions: Tensor) -> Tensor:
-    """The rotation factors of tokens at these positions, once a step for all layers.
+    """The rotation factors of tokens at these positions, computed once per step for all layers.
 
     cos_sin_cache: fp32 [max_position, rotary_dim], cosines in its first half, sines in its second. positions: int64
     [num_tokens]. Returns fp32 [2, num_tokens, 1, rotary_dim]: (cos, cos) and (-sin, sin), so that a head x rotates as

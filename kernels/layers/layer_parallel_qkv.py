@@ -1,7 +1,7 @@
 """RMSNorm and QKV projection of several layers on one shared input, as one batch (arXiv 2502.02493).
 
 Layers that attend in parallel get the same hidden states. Their norms share the root mean square and differ only in
-their weights. The projections are one launch with the tiles of all layers, which are enough to read the weights at full
+their weights. One launch computes the tiles of all layers' projections, which are enough to read the weights at full
 speed. The tiles of a single layer would leave multiprocessors idle.
 """
 
@@ -33,7 +33,7 @@ def layer_parallel_qkv_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """A tile of one layer. Each program sums the squares of its rows itself: the rows are few and in the L2 cache."""
+    """A tile of one layer. Each program sums the squares of its rows itself: there are few rows, and L2 holds them."""
     layer = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     feature = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -69,8 +69,9 @@ def layer_parallel_qkv(
     """rms_norm(hidden_states) @ weight^T + bias for every layer: [num_layers, num_tokens, qkv_features].
 
     hidden_states: [num_tokens, hidden], rows may be strided; norm_weights: [num_layers, hidden]; qkv_weights:
-    [num_layers, qkv_features, hidden]; qkv_biases: [num_layers, qkv_features]; of one dtype, weights contiguous. Made
-    for the few tokens of a draft: every 16 of them read the weights once. Raises ValueError naming what does not fit.
+    [num_layers, qkv_features, hidden]; qkv_biases: [num_layers, qkv_features]. All have one dtype; weights are
+    contiguous. Made for the few tokens of a draft: every 16 of them read the weights once. Raises ValueError naming
+    what does not fit.
     """
     _check(hidden_states, norm_weights, qkv_weights, qkv_biases)
     if runs_triton(hidden_states):
@@ -92,7 +93,8 @@ def layer_parallel_qkv_reference(
 def layer_parallel_qkv_cpu(
     hidden_states: Tensor, norm_weights: Tensor, qkv_weights: Tensor, qkv_biases: Tensor | None, eps: float
 ) -> Tensor:
-    """One norm without weights and one batched product: for 4 layers of 640 and 1 row a third faster than 4 and 4."""
+    """One norm without weights and one batched product: for 4 layers of 640 and 1 row, a third faster than 4 of
+    each."""
     x = hidden_states.float()
     x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
     normed = (x * norm_weights.float().unsqueeze(1)).to(hidden_states.dtype)  # [num_layers, num_tokens, hidden]
@@ -104,7 +106,7 @@ def layer_parallel_qkv_cpu(
 
 def tile_options(dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes and launch options of a dtype."""
-    if dtype == torch.float32:  # no tensor cores: operands lie in registers, so tiles are small
+    if dtype == torch.float32:  # no tensor cores: operands are in registers, so tiles are small
         return {"ROWS": 16, "BLOCK_OUT": 64, "BLOCK_IN": 32, "num_warps": 4, "num_stages": 3}
     return {"ROWS": 16, "BLOCK_OUT": 64, "BLOCK_IN": 128, "num_warps": 4, "num_stages": 4}
 

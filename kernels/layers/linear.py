@@ -1,7 +1,7 @@
 """Matrix products: fast ones, and ones whose rows do not depend on the batch.
 
 Reading the weight bounds a product with few rows, and a CPU reads memory fastest in the order of its addresses.
-`pack_weight` puts a weight into the order of use once, and `linear` takes all forms:
+`pack_weight` stores a weight once in the order of use, and `linear` takes all forms:
 
 - `NativeWeight` for the C++ of kernels/native, where it can be compiled. It serves fp32, bf16 on a CPU without bf16
   instructions, and everything with `batch_invariant`, whose promise it keeps at no cost.
@@ -12,19 +12,19 @@ Reading the weight bounds a product with few rows, and a CPU reads memory fastes
 
 `linear_batch_invariant` is what `batch_invariant: true` runs instead.
 
-A GEMM library picks its blocking, and so the order in which a row's products are added, by the shape of the call. On
+A GEMM library chooses its blocking, and so the order in which a row's products are added, by the shape of the call. On
 CUDA `linear_batch_invariant` is a Triton kernel whose tiles and order of addition are the same for any number of rows.
 Each tile adds the products of SPLIT_FEATURES inputs one after another, from zero, and then adds these partial sums in
-order. If few rows give few tiles, the partial sums are computed side by side and added by a second launch. The
+order. If few rows give few tiles, the partial sums are computed side by side and a second launch adds them. The
 additions and their order are the same, so the bits are too, and there are enough programs to read the weight at full
 speed.
 
-On CPU a weight that is no NativeWeight goes through the library, in few shapes only. Measured with torch 2.13 on
+On CPU a weight that is not a NativeWeight goes through the library, in few shapes only. Measured with torch 2.13 on
 AVX512-bf16 (every row compared):
 
 - bf16 on an AMD EPYC gives a row the same bits in any batch of 2 to 256 rows, but other bits if it is alone (from
-  1536 inputs up). With AMX (an Intel Xeon) the bits are the same for 1 to 32 rows and may change above. So a lone row
-  runs as two, and larger batches run in tiles of at most 256 rows, or 32 where the CPU has AMX.
+  1536 inputs up). With AMX (an Intel Xeon) the bits are the same for 1 to 32 rows and may change above. So a single row
+  runs as two, and larger batches run in tiles of at most 256 rows, or 32 if the CPU has AMX.
 - fp32 changes with almost every row count, but within calls of one shape a row gets the same bits at every position.
   So rows run in tiles of exactly 16, the last one padded.
 
@@ -46,12 +46,12 @@ from kernels.native.linear import NativeWeight
 accept_loop_bounds()
 
 SPLIT_FEATURES = 1024  # inputs whose products one partial sum adds
-ENOUGH_TILES = 264  # two for each multiprocessor of an H100 or H200: then nothing is gained by splitting sums
+ENOUGH_TILES = 264  # two for each multiprocessor of an H100 or H200; with more, splitting sums gains nothing
 MERGE_ELEMENTS = 1024
 _MAX_TILE_ROWS = 256
 _MAX_TILE_ROWS_AMX = 32
 _PADDED_TILE_ROWS = 16
-_PACKED_FOR_ROWS = 8  # a hint: the layout is as good for 1 row and for 512
+_PACKED_FOR_ROWS = 8  # a hint: the layout is equally good for 1 row and for 512
 _MIN_PACKED_ROWS = 4  # fewer take longer
 _PROBED_ROWS = (1, 2, 3, 8, 17, 64, 255, 256, 300)
 Weight = Tensor | NativeWeight
@@ -124,17 +124,17 @@ def add_partial_sums_kernel(
 
 
 def pack_weight(weight: Tensor, *, batch_invariant: bool = False) -> Weight:
-    """The same weight in the layout that is read fastest; the caller drops the original.
+    """Convert a weight to the layout that is read fastest; the caller drops the original.
 
-    weight: [out_features, in_features]. batch_invariant: it is for `linear_batch_invariant`. A weight that no layout
-    makes faster is returned as it is.
+    weight: [out_features, in_features]. batch_invariant: it is for `linear_batch_invariant`. Returns the weight as it
+    is if no layout makes it faster.
     """
     if weight.device.type != "cpu":
         return weight
     by_onednn = weight.dtype == torch.bfloat16 and _onednn_multiplies_bf16()
     if weight.dtype in native.DTYPES and (batch_invariant or not by_onednn) and native.why_not() is None:
         return native.pack(weight)
-    if by_onednn and not batch_invariant:  # its row bits are tested for weights as they are
+    if by_onednn and not batch_invariant:  # tests of its row bits use weights as they are
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS)
         return packed
     return weight
@@ -163,8 +163,8 @@ def linear_batch_invariant(x: Tensor, weight: Weight, bias: Tensor | None = None
     """x @ weight^T + bias with row bits that do not depend on the other rows.
 
     x: [..., in_features]; weight: [out_features, in_features], as it is or from pack_weight(batch_invariant=True);
-    bias: [out_features]; all of one dtype. Returns [..., out_features]. Holds for a fixed number of threads, where
-    probe_linear_batch_invariant says None. Raises ValueError naming the argument that does not fit.
+    bias: [out_features]; all of one dtype. Returns [..., out_features]. Holds for a fixed number of threads, provided
+    that probe_linear_batch_invariant returns None. Raises ValueError naming the argument that does not fit.
     """
     _check(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
@@ -180,16 +180,16 @@ def linear_batch_invariant(x: Tensor, weight: Weight, bias: Tensor | None = None
 
 
 def linear_batch_invariant_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The definition, in fp32: what the product is, without the promise about bits."""
+    """The definition, in fp32: the product, without the promise about bits."""
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
 def probe_linear_batch_invariant(weight: Weight, bias: Tensor | None = None) -> str | None:
     """Compare rows in batches of 1 to 300 on this weight, machine and thread count, bit for bit.
 
-    Where the kernel runs they are also compared with rows of a batch so large that it does not split its sums. Returns
-    None where every row is the same in all of them, else one sentence for the user. Costs about a thousand rows of the
-    product; weights of one shape, dtype and device behave alike, so one of each is enough.
+    If the Triton kernel runs, rows are also compared with those of a batch so large that it does not split its sums.
+    Returns None if every row is the same in all of them, else one sentence for the user. Costs about a thousand rows of
+    the product. Weights of one shape, dtype and device behave alike, so one of each is enough.
     """
     generator = torch.Generator().manual_seed(0)
     num_rows = max(_PROBED_ROWS)
@@ -210,12 +210,12 @@ def probe_linear_batch_invariant(weight: Weight, bias: Tensor | None = None) -> 
 
 
 def tile_options(dtype: torch.dtype) -> dict[str, int | str]:
-    """Tile sizes and launch options. They follow from the dtype alone, so bits do not depend on the number of rows."""
+    """Tile sizes and launch options. They depend on the dtype alone, so bits do not depend on the number of rows."""
     if dtype == torch.float32:  # no tensor cores: multiplies and adds in fp32
         tile = {"BLOCK_ROWS": 32, "BLOCK_OUT": 64, "BLOCK_IN": 32, "num_stages": 3}
         return {**tile, "num_warps": 4, "PRECISION": "ieee"}
     tile = {"BLOCK_ROWS": 64, "BLOCK_OUT": 128, "BLOCK_IN": 64, "num_stages": 4}
-    return {**tile, "num_warps": 4, "PRECISION": "tf32"}  # the name is for fp32 only
+    return {**tile, "num_warps": 4, "PRECISION": "tf32"}  # only fp32 uses this name
 
 
 def _launch(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -227,7 +227,7 @@ def _launch(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     options = tile_options(rows.dtype)
     num_tiles = triton.cdiv(num_rows, options["BLOCK_ROWS"]) * triton.cdiv(out_features, options["BLOCK_OUT"])
     num_splits = triton.cdiv(in_features, SPLIT_FEATURES)
-    apart = num_splits > 1 and num_tiles < ENOUGH_TILES  # what _rows_that_need_no_splits turns round
+    apart = num_splits > 1 and num_tiles < ENOUGH_TILES  # _rows_that_need_no_splits inverts this condition
     sums = torch.empty(num_splits, *out.shape, device=out.device) if apart else out
     linear_kernel[(num_tiles, num_splits if apart else 1)](
         rows,
@@ -242,7 +242,7 @@ def _launch(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         APART=apart,
         SPLIT=SPLIT_FEATURES,
         **options,
-        enable_fp_fusion=True,  # said, because its default changes in Triton 3.10
+        enable_fp_fusion=True,  # explicit, because its default changes in Triton 3.10
     )
     return add_partial_sums(sums, bias, out) if apart else out
 
@@ -271,20 +271,20 @@ def _onednn_multiplies_bf16() -> bool:
 
 
 def _linear_in_bounded_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Tiles of 2 rows to as many as the CPU rounds alike."""
+    """Compute in tiles of 2 rows up to as many as the CPU rounds alike."""
     num_rows = rows.shape[0]
     if num_rows == 1:
         return F.linear(rows.expand(2, -1), weight, bias)[:1]
     max_tile_rows = _MAX_TILE_ROWS_AMX if torch.cpu._is_amx_tile_supported() else _MAX_TILE_ROWS
     if num_rows <= max_tile_rows:
         return F.linear(rows, weight, bias)
-    # tensor_split balances the tiles, so that none is a lone row.
+    # tensor_split balances the tiles, so none is a single row.
     num_tiles = -(-num_rows // max_tile_rows)
     return torch.cat([F.linear(tile, weight, bias) for tile in rows.tensor_split(num_tiles)])
 
 
 def _linear_in_padded_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Tiles of exactly _PADDED_TILE_ROWS rows."""
+    """Compute in tiles of exactly _PADDED_TILE_ROWS rows."""
     num_rows = rows.shape[0]
     if num_rows == 0:
         return F.linear(rows, weight, bias)

@@ -1,7 +1,7 @@
 """RMSNorm, alone and fused with the residual addition (arXiv 1910.07467).
 
-Each row is reduced on its own and in one fixed order, so the bits of a row never depend on the rest of the batch. The
-shape of a program follows from the length of a row alone.
+Each row is reduced on its own and in one fixed order, so its bits never depend on the rest of the batch. The shape of a
+program depends on the length of a row alone.
 """
 
 import torch
@@ -12,8 +12,8 @@ from triton import language as tl
 
 from kernels.dispatch import runs_triton
 
-TILE_ELEMENTS = 2048  # at least so many a program: rows of a head come several at a time
-_ELEMENTS_PER_WARP = 1024  # 32 a lane: four 16-byte loads in flight in 16-bit types
+TILE_ELEMENTS = 2048  # per program, at least: short rows, such as heads, come several at a time
+_ELEMENTS_PER_WARP = 1024  # 32 per lane: four 16-byte loads in flight in 16-bit types
 _MAX_WARPS = 16
 
 
@@ -63,7 +63,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check(x, weight)
     if runs_triton(x):
         return _launch(x, None, weight, eps)
-    # The bits of rms_norm_reference in one call: 11 us against 14 us for a row of 1536 (a test compares them).
+    # The bits of rms_norm_reference in one call: 11 us instead of 14 us for a row of 1536 (a test compares them).
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -91,7 +91,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def tile_shape(hidden: int) -> tuple[int, int, int]:
-    """(rows per program, columns of its tile, warps). Follows from the row length alone, so the batch changes no bits.
+    """(rows per program, columns of its tile, warps). Depends on the row length alone, so the batch changes no bits.
 
     The columns are a power of two, at least `hidden`.
     """
@@ -123,13 +123,13 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> T
         ROWS=rows,
         BLOCK=block,
         num_warps=num_warps,
-        enable_fp_fusion=False,  # so that the same bits come out however a launch specialises on strides
+        enable_fp_fusion=False,  # so that bits do not depend on how a launch specialises on strides
     )
     return out
 
 
 def _as_3d(x: Tensor) -> Tensor:
-    """[..., hidden] as [outer, inner, hidden] in the same memory."""
+    """View [..., hidden] as [outer, inner, hidden] in the same memory."""
     if x.ndim == 3:
         return x
     return x.view(1, 1, -1) if x.ndim == 1 else x.unsqueeze(1)

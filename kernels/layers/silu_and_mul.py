@@ -8,7 +8,7 @@ from triton import language as tl
 
 from kernels.dispatch import runs_triton
 
-TILE_ELEMENTS = 2048  # results of a program: two 16-byte loads of each half in flight a lane, in 16-bit types
+TILE_ELEMENTS = 2048  # results of a program: each lane has two 16-byte loads of each half in flight, in 16-bit types
 NUM_WARPS = 4
 
 
@@ -37,7 +37,7 @@ def silu_and_mul_kernel(
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """silu of the first half times the second half: [num_tokens, 2 * intermediate] -> [num_tokens, intermediate].
 
-    Rows may be strided. An element's bits depend on its own gate and up only, not on where it lies in the batch.
+    Rows may be strided. An element's bits depend only on its own gate and up, not on its place in the batch.
     Raises ValueError unless gate_up is two-dimensional, floating, and even in its last dimension.
     """
     if gate_up.ndim != 2 or gate_up.shape[1] % 2:
@@ -56,8 +56,8 @@ def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
 def silu_and_mul_cpu(gate_up: Tensor) -> Tensor:
     """Uses the fewest torch calls whose vectorised body and scalar tail round alike.
 
-    Where a tail begins depends on the number of rows and threads. In 16-bit types F.silu rounds every input the same in
-    both (tests try all 65,536). In fp32 it does not, so the quotient is written in operators that do.
+    Where a tail begins depends on the number of rows and threads. In 16-bit types, F.silu rounds every input alike in
+    both (tests try all 65,536). In fp32 it does not, so the quotient is computed with operators that do.
     """
     gate, up = gate_up.chunk(2, dim=-1)
     if gate_up.dtype != torch.float32:

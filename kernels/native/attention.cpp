@@ -1,4 +1,4 @@
-// Causal attention over a paged KV cache on a CPU, with row bits that depend on nothing but the row and what it sees.
+// Causal attention over a paged KV cache on a CPU. A row's bits depend only on the row and on the keys that it sees.
 //
 // A row is a query head of a token. It goes through its keys in order of position, in blocks and sections that begin at
 // fixed positions:
@@ -6,8 +6,8 @@
 //   section of kSectionKeys keys: block of kBlockKeys keys: scores, their peak, weights = exp(score - peak), then
 //   total = total * decay + sum(weights), result = result * decay + weights * values
 //
-// (the online softmax of FlashAttention, arXiv 2205.14135), and the sections are merged in order. Which rows are
-// computed together, by which thread and in how many calls decides none of these operations.
+// (the online softmax of FlashAttention, arXiv 2205.14135). The sections are merged in order. None of these operations
+// depends on which rows are computed together, by which thread, or in how many calls.
 
 #include <algorithm>
 #include <cmath>
@@ -53,17 +53,17 @@ struct Range {
     bool operator==(const Range&) const = default;
 };
 
-// What a row has gathered from a section, or from all sections so far.
+// What a row has accumulated over a section, or over all sections so far.
 struct RowState {
     float peak, total;
     float result[kMaxHeadDim];
 };
 
-// Scratch of a thread.
+// A thread's scratch memory.
 struct Scratch {
     float queries[kTileRows][kMaxHeadDim];
     RowState section[kTileRows], whole[kTileRows];
-    float keys[kBlockKeys * kMaxHeadDim], values[kBlockKeys * kMaxHeadDim];  // a row every head_dim: stays in the cache
+    float keys[kBlockKeys * kMaxHeadDim], values[kBlockKeys * kMaxHeadDim];  // one row per head_dim: stays in the cache
     const float* key_rows[kBlockKeys];
     const float* value_rows[kBlockKeys];
 };
@@ -80,7 +80,7 @@ float exp_of(float x) {
     return lanes[0];
 }
 
-// Scores of kRows queries, which lie side by side, for a range of keys. kDots products are summed at a time.
+// Scores of kRows adjacent queries for a range of keys. kDots products are summed at a time.
 template <int kRows>
 void score(const float (*queries)[kMaxHeadDim], const float* const* keys, Range range, int64_t head_dim,
            float (*scores)[kBlockKeys]) {
@@ -101,7 +101,7 @@ void score(const float (*queries)[kMaxHeadDim], const float* const* keys, Range 
     }
 }
 
-// result = result * decay + weights * values for features first to first + kVectors * kLanes of kRows rows.
+// result = result * decay + weights * values for the kVectors * kLanes features from `first` on, for kRows rows.
 template <int kRows, int kVectors>
 void add_values(const float (*weights)[kBlockKeys], const float* const* values, Range keys, int64_t first,
                 const float* decays, RowState* states) {
@@ -119,7 +119,7 @@ void add_values(const float (*weights)[kBlockKeys], const float* const* values, 
         for (int v = 0; v < kVectors; ++v) store(states[row].result + first + v * kLanes, sums[row][v]);
 }
 
-// Makes weights of the scores of a row and adds them to its total; returns the decay of what it had.
+// Turns the scores of a row into weights and adds them to its total. Returns the decay of the earlier total.
 float weigh(float* scores, Range keys, RowState& state) {
     constexpr float kHidden = -std::numeric_limits<float>::infinity();
     std::fill(scores, scores + keys.begin, kHidden);
@@ -137,7 +137,7 @@ float weigh(float* scores, Range keys, RowState& state) {
     return decay;
 }
 
-// kRows rows, which see the same keys of a block: those at places [begin, end) of it.
+// kRows rows that see the same keys of a block: those at places [begin, end) in it.
 template <int kRows>
 void attend_block(const float (*queries)[kMaxHeadDim], const Scratch& block, Range keys, int64_t head_dim,
                   RowState* states) {
@@ -201,7 +201,7 @@ class Attention {
         return tiles;
     }
 
-    // Keys that the token at this position sees.
+    // The keys that the token at this position sees.
     Range visible(int64_t position) const {
         return {shape_.window ? std::max<int64_t>(0, position - shape_.window + 1) : 0, position + 1};
     }
@@ -237,13 +237,13 @@ class Attention {
         }
     }
 
-    // Where in a block the keys are that a row sees.
+    // The places in a block of the keys that a row sees.
     Range places(const Tile& tile, int64_t row, int64_t block) const {
         const Range seen = visible(tile.first_position + row / shape_.group);
         return {std::max(block, seen.begin) - block, std::min(block + kBlockKeys, seen.end) - block};
     }
 
-    // Lets the rows of the scratch point to the keys and values at these positions; the others of the block repeat one.
+    // Points the rows of the scratch at the keys and values at these positions; the block's other rows repeat one.
     void load_block(const Tile& tile, int64_t block, Range positions, Scratch& scratch) const {
         const int32_t* table = arrays_.block_table + tile.seq * shape_.table_stride;
         for (int64_t position = positions.begin; position < positions.end; ++position) {

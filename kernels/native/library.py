@@ -1,4 +1,4 @@
-"""The C++ of this folder: compiled on first use for the CPU at hand, kept in a cache, loaded with ctypes."""
+"""The C++ of this folder: compiled on first use for this CPU, kept in a cache, loaded with ctypes."""
 
 import ctypes
 import functools
@@ -24,14 +24,14 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 
 
 class CompileError(RuntimeError):
-    """The native kernels cannot be used here; says why."""
+    """The native kernels cannot be used here; the message says why."""
 
 
 def load_library() -> ctypes.CDLL:
     """The compiled kernels.
 
-    Raises CompileError where the environment says ECHELON_COMPILE=off, the CPU has no AVX2, there is no C++ compiler,
-    or the compiler fails.
+    Raises CompileError if the environment says ECHELON_COMPILE=off, the CPU has no AVX2, there is no C++ compiler, or
+    the compiler fails.
     """
     if os.environ.get(_SWITCH) == "off":
         raise CompileError(f"{_SWITCH}=off")
@@ -53,8 +53,8 @@ def cache_folder() -> Path:
 
 
 def compile_library(folder: Path) -> Path:
-    """The shared library in `folder`, which is compiled unless these sources already were for such a CPU, with this
-    compiler. Several processes may do so at the same time. Raises CompileError."""
+    """The shared library in `folder`. Compiles it unless these sources were already compiled there by this compiler for
+    such a CPU. Several processes may do so at the same time. Raises CompileError."""
     compiler = _find_compiler()
     options = (*_OPTIONS, *_cpu_options())
     library = folder / f"native-{_fingerprint(compiler, options)}.so"
@@ -64,7 +64,7 @@ def compile_library(folder: Path) -> Path:
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 built = Path(scratch, library.name)
                 _run([compiler, *options, *map(str, sorted(_SOURCES.glob("*.cpp"))), "-o", str(built)])
-                built.replace(library)  # at once: nobody loads half a file
+                built.replace(library)  # atomically: no process loads half a file
         except OSError as error:
             raise CompileError(f"{folder}: cannot keep compiled kernels there: {error.strerror}") from error
     return library
@@ -79,7 +79,7 @@ def _find_compiler() -> str:
 
 
 def _cpu_options() -> tuple[str, ...]:
-    """Compiler options for the instructions of this CPU that the sources know."""
+    """Compiler options for those instructions of this CPU that the sources use."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX2":
         return _AVX2
@@ -89,7 +89,7 @@ def _cpu_options() -> tuple[str, ...]:
 
 
 def _fingerprint(compiler: str, options: tuple[str, ...]) -> str:
-    """Of all that decides what the library does."""
+    """Digest of everything that decides what the library does."""
     sources = sorted(_SOURCES.glob("*.[ch]pp"))
     parts = [path.read_bytes() for path in sources]
     parts += [_run([compiler, "--version"]).encode(), " ".join(options).encode()]

@@ -1,11 +1,11 @@
-// y = x W^T + b on a CPU, as fast as memory for a few rows, with row bits that depend on nothing but the row.
+// y = x W^T + b on a CPU. Few rows run at the speed of memory, and a row's bits depend on the row alone.
 //
-// An output adds its products in the order of the inputs, in fp32, one accumulator each. Tiles, blocks, chunks and
-// threads decide who adds when, never in which order; so a row has the same bits alone and among 500 others, with 1
-// thread and with 64.
+// Each output adds its products in the order of the inputs, in fp32, in one accumulator. Tiles, blocks, chunks and
+// threads decide who adds and when, but never in which order. So a row has the same bits alone and among 500 others,
+// with 1 thread and with 64.
 //
-// A weight is packed into panels of 16 outputs: for input 0 the weights of all 16, then for input 1, and so on. bf16 has
-// the weights of two inputs side by side in 32 bits, which is what the bf16 instructions of AVX-512 multiply.
+// A weight is packed into panels of 16 outputs: the weights of all 16 for input 0, then for input 1, and so on. In
+// bf16, the weights of two inputs lie side by side in 32 bits, which is what the bf16 instructions of AVX-512 multiply.
 
 #include <algorithm>
 #include <memory>
@@ -79,7 +79,7 @@ struct Bf16 {
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Some steps of some rows and panels.
+// Some steps for some rows and panels.
 template <typename F>
 struct Part {
     const typename F::Input* x;  // rows are x_stride apart
@@ -176,7 +176,7 @@ class Product {
 
   private:
     void add_chunk(const Input* inputs, int64_t rows, int64_t first_panel, int64_t panels, float* sums) const {
-        // Rows of one tile read each weight once: blocks would gain nothing.
+        // The rows of one tile read each weight once, so blocks would gain nothing.
         const int64_t block = rows <= kTileRows ? num_steps_ : kBlockBytes / (kPanel * F::kTogether * sizeof(Stored));
         const int64_t panel_stride = num_steps_ * F::kTogether * kPanel;
         for (int64_t step = 0; step < num_steps_; step += block) {

@@ -1,8 +1,8 @@
-"""Products on a CPU by linear.cpp: as fast as memory for a few rows, and a row's bits depend on the row alone.
+"""Products on a CPU by linear.cpp. Few rows run at the speed of memory, and a row's bits depend on the row alone.
 
-torch's libraries read weights slowly where rows are few: on an AMD EPYC with AVX2 alone and two threads, a bf16 weight
-of [9216, 1536] at 1 to 4 GB/s, an fp32 one with 2 to 8 rows at 1 to 2 GB/s. This reads both at 12 to 22 GB/s
-(see bench/results).
+torch's libraries read weights slowly if rows are few. On an AMD EPYC with only AVX2 and two threads, they read a bf16
+weight of [9216, 1536] at 1 to 4 GB/s, and an fp32 weight for 2 to 8 rows at 1 to 2 GB/s. linear.cpp reads both at 12 to
+22 GB/s (see bench/results).
 """
 
 import ctypes
@@ -38,7 +38,7 @@ class NativeWeight:
 
 
 def why_not() -> str | None:
-    """Why this machine cannot use the native kernels; None: it can."""
+    """Why this machine cannot use the native kernels; None if it can."""
     try:
         load_library()
     except CompileError as error:
@@ -48,7 +48,7 @@ def why_not() -> str | None:
 
 @functools.cache
 def _wrong_product() -> str | None:
-    """A compiler, or an instruction set that no test has run on, may be wrong: one product of each kind is compared."""
+    """Compare one product of each kind, because a compiler, or an instruction set never tested, may be wrong."""
     generator = torch.Generator().manual_seed(0)
     for dtype in DTYPES:
         x, weight = (torch.randn(rows, 67, generator=generator).to(dtype) for rows in (9, 35))
@@ -60,9 +60,9 @@ def _wrong_product() -> str | None:
 
 
 def pack(weight: Tensor) -> NativeWeight:
-    """The same weight for `native_linear`; the caller drops the original.
+    """Pack a weight for `native_linear`; the caller drops the original.
 
-    weight: [out_features, in_features] on the CPU, in one of DTYPES. Raises CompileError where `why_not` says so.
+    weight: [out_features, in_features] on the CPU, in one of DTYPES. Raises CompileError if `why_not` returns a reason.
     """
     out_features, in_features = weight.shape
     if weight.stride(1) != 1:
@@ -101,7 +101,7 @@ def native_linear(x: Tensor, weight: NativeWeight, bias: Tensor | None = None) -
 
 
 class _Functions(NamedTuple):
-    """What linear.cpp has for one dtype."""
+    """The functions of linear.cpp for one dtype."""
 
     pack: Callable[..., None]
     linear: Callable[..., None]

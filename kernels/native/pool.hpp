@@ -10,16 +10,16 @@
 
 namespace echelon {
 
-// The caller of `run` works too. Whoever is free takes the next chunk, so a thread that the system does not schedule
-// holds up nobody but for the chunk that it has begun. A thread without work spins for a moment, because the next job of
-// a forward is near, and then sleeps: on a busy machine it leaves its core to others.
+// The caller of `run` works too. Any free thread takes the next chunk, so a thread that the system does not schedule
+// delays only the chunk that it has begun. A thread without work spins for a moment, because the next job of a forward
+// comes soon. Then it sleeps: on a busy machine it leaves its core to others.
 class Pool {
   public:
     explicit Pool(int num_threads) : num_threads_(num_threads) {
         for (int i = 1; i < num_threads; ++i) std::thread([this] { serve(); }).detach();
     }
 
-    Pool(const Pool&) = delete;  // and nobody ends one: its threads serve as long as the process lives
+    Pool(const Pool&) = delete;  // never destroyed: the threads live as long as the process
 
     int num_threads() const { return num_threads_; }
 
@@ -40,7 +40,7 @@ class Pool {
         num_jobs_.notify_all();
         take_chunks();
         is_open_ = false;
-        // Nobody enters any more; those inside may still be at their last chunk.
+        // No thread enters any longer; those inside may still work on their last chunk.
         for (int inside; (inside = num_inside_) > 0;) wait_while(num_inside_, inside);
     }
 
@@ -72,7 +72,7 @@ class Pool {
 
     const int num_threads_;
     std::mutex turn_;
-    std::atomic<int> num_jobs_{0};  // wraps around; only whether it has changed counts
+    std::atomic<int> num_jobs_{0};  // wraps around; only a change matters
     std::atomic<int> num_inside_{0};
     std::atomic<bool> is_open_{false};
     std::atomic<int64_t> next_chunk_{0};

@@ -9,7 +9,7 @@ from kernels.native.library import load_library
 
 
 def pool() -> int:
-    """Address of the process's pool of as many threads as torch has, which sleep while nobody calls."""
+    """Address of the process's thread pool. It has as many threads as torch; they sleep while there is no work."""
     return _pool(torch.get_num_threads())
 
 

@@ -1,4 +1,4 @@
-// Vectors of fp32 and what products need of them: AVX2, AVX-512 and AVX-512 with bf16 instructions.
+// Vectors of fp32 and the operations that products need: AVX2, AVX-512 and AVX-512 with bf16 instructions.
 #pragma once
 
 #include <immintrin.h>

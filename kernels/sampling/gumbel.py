@@ -1,9 +1,9 @@
 """Gumbel noise with the same bits on every device: one number for each (seed, sample, position, token).
 
-The logarithm is our own, since libraries differ in the last bits and the noise decides which token is chosen. It uses
+The logarithm is our own, because libraries differ in the last bits and the noise decides which token is chosen. It uses
 only +, -, *, / on fp32 (each correctly rounded by IEEE 754) and integer operations, one torch operator each, so no
-multiply is ever fused with an add. A kernel that calls the versions that end in _jit must be launched with
-`enable_fp_fusion=False` (EXACT). The method and the coefficients are those of FreeBSD's e_logf.c.
+multiply is ever fused with an add. A kernel that calls the functions ending in _jit must be launched with
+`enable_fp_fusion=False` (EXACT). The method and the coefficients come from FreeBSD's e_logf.c.
 """
 
 import torch
@@ -13,15 +13,15 @@ from triton import language as tl
 
 from kernels.sampling.philox import token_words, token_words_jit
 
-# Options of every launch whose result depends on single bits. Said each time: Triton's default differs by version.
+# Options of every launch whose result depends on single bits. Explicit, because Triton's default differs by version.
 EXACT = {"enable_fp_fusion": False}
 
-# Bounds of the noise with a margin of over 0.02; it really lies in [-2.8114, 22.8739].
+# Bounds of the noise with a margin of over 0.02; its true range is [-2.8114, 22.8739].
 NOISE_MIN = -2.9
 NOISE_MAX = 22.9
 
 LARGEST_UNIFORM = 1.0 - 2.0**-24  # the largest fp32 below 1
-LN2_HIGH = float.fromhex("0x1.62e300p-1")  # 17 bits: times a small integer it is exact
+LN2_HIGH = float.fromhex("0x1.62e300p-1")  # 17 bits, so its product with a small integer is exact
 LN2_LOW = float.fromhex("0x1.2fefa2p-17")
 _LOG_1 = float.fromhex("0xaaaaaap-24")
 _LOG_2 = float.fromhex("0xccce13p-25")
@@ -65,7 +65,7 @@ def log1p_negated(w: Tensor) -> Tensor:
     """log(1 - w) for fp32 w in [2^-33, 1 - 2^-24], within 2 units in the last place."""
     exponent = _exponent(1.0 - w)
     scale = _power_of_two(-exponent)
-    # Scaled before the subtraction, which is then exact (Sterbenz), so that no bit of a small w is lost.
+    # Scaled before the subtraction, which is then exact (Sterbenz), so no bit of a small w is lost.
     return _log_of_scaled((scale - 1.0) - w * scale, exponent)
 
 
@@ -73,7 +73,7 @@ def noise_from_words(words: Tensor) -> Tensor:
     """Gumbel noise -log(-log1p(-w)) of 32 random bits each: int64 in [0, 2^32) -> fp32.
 
     w = min((word + 1/2) / 2^32, 1 - 2^-24). The large noise that decides who wins comes from small w, where fp32 still
-    tells all 2^32 words apart; uniforms near 1, or of 24 bits, would tie at the top.
+    distinguishes all 2^32 words. Uniforms near 1, or with 24 bits, would tie at the top.
     """
     w = ((words.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=LARGEST_UNIFORM)
     return -log_fp32(-log1p_negated(w))
@@ -110,7 +110,7 @@ _KERNEL_LOG_4 = tl.constexpr(_LOG_4)
 _KERNEL_SQRT_HALF_BITS = tl.constexpr(_SQRT_HALF_BITS)
 _KERNEL_ONE_BITS = tl.constexpr(_ONE_BITS)
 _KERNEL_MANTISSA_BITS = tl.constexpr(_MANTISSA_BITS)
-_BOUND_MARGIN = tl.constexpr(1e-3)  # far over the roundings
+_BOUND_MARGIN = tl.constexpr(1e-3)  # far larger than the rounding errors
 _LN2 = tl.constexpr(LN2_HIGH + LN2_LOW)
 
 
@@ -155,11 +155,11 @@ def noise_from_words_jit(words):
 
 @triton.jit
 def noise_bounds_jit(words):
-    """Lower and upper bound of the noise of a word, at a tenth of its cost. They are close where the noise is large.
+    """Lower and upper bound of the noise of a word, at a tenth of its cost. They are close if the noise is large.
 
     The bits of a float, read as an integer, are a logarithm: log2(w) lies up to 0.0861 above bits / 2^23 - 127.
-    Up to w = 1/2, w <= -log1p(-w) <= w * e^w, so the noise lies between -log(w) - w and -log(w); behind it, never more
-    than log(16.7) < 3 below the latter.
+    Up to w = 1/2, w <= -log1p(-w) <= w * e^w, so the noise is between -log(w) - w and -log(w). For larger w it is at
+    most log(16.7) < 3 below -log(w).
     """
     w = _uniform_jit(words)
     below = w.to(tl.int32, bitcast=True).to(tl.float32) * (_LN2 * 2.0**-23) - 127 * _LN2

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoiseKeys:
-    """What the noise of a row depends on besides the token. All int64 [num_rows]."""
+    """What decides the noise of a row besides the token. All int64 [num_rows]."""
 
     seeds: Tensor  # the 64 bits of an unsigned seed
     sample_indices: Tensor  # j of n samples of one request
@@ -22,5 +22,5 @@ class NoiseKeys:
 
 def scale_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
     """logits [num_rows, num_tokens] / temperature [num_rows]; rows of temperature 0 stay as they are."""
-    # A tensor divided by a scalar may be multiplied by its rounded reciprocal instead; a tensor by a tensor never is.
+    # Dividing a tensor by a scalar may multiply by the scalar's rounded reciprocal; dividing by a tensor never does.
     return logits / torch.where(temperature > 0, temperature, 1.0).unsqueeze(1)

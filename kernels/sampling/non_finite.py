@@ -1,4 +1,4 @@
-"""Finds rows of logits with NaN or Inf. No model should produce them, but one such row must not harm the others."""
+"""Finds rows of logits with NaN or Inf. No model should produce them, but one such row must not affect the others."""
 
 import torch
 import triton
@@ -24,7 +24,7 @@ def screen(logits: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         logits: fp32 [num_rows, num_tokens], rows without gaps.
     Returns:
-        logits: the given ones where the kernels of this folder bear such rows, else with zeros in them.
+        logits: the given logits if the kernels of this folder tolerate such rows, else with zeros in those rows.
         non_finite: bool [num_rows].
     """
     check_logits(logits)
@@ -45,5 +45,5 @@ def _non_finite_triton(logits: Tensor) -> Tensor:
 
 
 def non_finite_reference(logits: Tensor) -> Tensor:
-    """bool [num_rows]. NaN shows in the extremes, which are much faster to find than to test each logit."""
+    """bool [num_rows]. NaN shows in the extremes, which are much faster to find than testing each logit."""
     return ~(logits.amin(dim=1).isfinite() & logits.amax(dim=1).isfinite())

@@ -14,7 +14,7 @@ from kernels.dispatch import runs_triton
 from kernels.sampling.gumbel import EXACT
 from kernels.sampling.tile import check_logits
 
-# Far above any logit and far enough below the largest fp32 that dividing by a temperature cannot overflow.
+# Far above any logit, and small enough that dividing it by a temperature cannot overflow fp32.
 _LOGIT_LIMIT = 1e30
 BLOCK = 256
 PENALISE, BIAS, MASK = range(3)
@@ -74,14 +74,14 @@ def apply_penalties(
     output_counts: Tensor,
     settings: Tensor,
 ) -> None:
-    """Penalises repeated tokens, with the meaning that vLLM gives the three settings.
+    """Penalises repeated tokens. The three settings mean what they mean in vLLM.
 
     Args:
         rows, token_ids: int64 [num_entries].
-        seen: bool [num_entries], the token stands in the prompt or the output: its positive logit is divided by the
-            repetition penalty, its negative one multiplied.
-        output_counts: fp32 [num_entries], occurrences in the output: each costs the frequency penalty, the first one
-            the presence penalty besides.
+        seen: bool [num_entries], the token occurs in the prompt or the output: its logit is divided by the repetition
+            penalty if positive, multiplied by it if negative.
+        output_counts: fp32 [num_entries], occurrences in the output: each costs the frequency penalty, and the
+            first also costs the presence penalty.
         settings: fp32 [num_rows, 3], contiguous: repetition, presence and frequency penalty.
     """
     if runs_triton(logits):
@@ -98,7 +98,7 @@ def apply_penalties(
 def apply_penalties_reference(
     logits: Tensor, rows: Tensor, columns: Tensor, *, seen: Tensor, output_counts: Tensor, settings: Tensor
 ) -> None:
-    """`apply_penalties` of entries that all lie in the shard."""
+    """`apply_penalties` for entries that are all in the shard."""
     repetition, presence, frequency = settings[rows].unbind(dim=1)
     values = logits[rows, columns]
     repeated = torch.where(values > 0, values / repetition, values * repetition)
@@ -118,7 +118,7 @@ def apply_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, bias: Tensor, *,
 
 
 def apply_mask(logits: Tensor, rows: Tensor, token_ids: Tensor, *, first_token_id: int = 0) -> None:
-    """Excludes tokens. Here a pair may occur more than once."""
+    """Exclude tokens. Here a pair may occur more than once."""
     if runs_triton(logits):
         _edit(logits, rows, token_ids, first_token_id, edit=MASK)
         return

@@ -1,8 +1,8 @@
 """Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC 2011): random bits as a pure function of a counter and a key.
 
-Counters and keys are 32-bit words held in int64 tensors, since torch has no 32 x 32 -> 64 bit product of unsigned
-words. No intermediate leaves the range of int64, so nothing depends on how a device wraps. Kernels call the versions
-that end in _jit, which work on uint32. On CPU numpy is several times faster, since it has unsigned words and can work
+Counters and keys are 32-bit words held in int64 tensors, because torch has no 32 x 32 -> 64 bit product of unsigned
+words. No intermediate leaves the range of int64, so nothing depends on how a device wraps. Kernels call the functions
+ending in _jit, which work on uint32. On CPU numpy is several times faster, because it has unsigned words and can work
 in place.
 """
 
@@ -27,8 +27,8 @@ _HALF = np.uint64(32)
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     """High and low word of word * multiplier, for a word in [0, 2^32)."""
-    # multiplier - 2^32 lies in (-2^30, 0), so the product fits into int64; the 2^32 * word taken away is given back
-    # to the high word. The shift is arithmetic, that is, it rounds down, as it must.
+    # multiplier - 2^32 is in (-2^30, 0), so the product fits into int64. The 2^32 * word subtracted is added back to
+    # the high word. The shift is arithmetic, so it rounds down, as required.
     product = word * (multiplier - (1 << 32))
     return (product >> 32) + word, product & _WORD_MASK
 
@@ -69,7 +69,7 @@ def token_words_numpy(
 ) -> NDArray[np.uint64]:
     """`token_words`: [num_columns] thrice and groups [num_lines, num_columns] -> [4, num_lines, num_columns].
 
-    Fast as long as the results stay in the cache: a few thousand groups.
+    Fast as long as the results stay in the cache: up to a few thousand groups.
     """
     words = np.empty((4, *token_groups.shape), dtype=np.uint64)
     c0, c1, c2, c3 = words

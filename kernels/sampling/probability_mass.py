@@ -20,9 +20,9 @@ _EXP_COEFFICIENTS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
 def probability_mass(logits: Tensor, largest: Tensor) -> Tensor:
     """exp(logits - largest) in units of 2^-43, rounded down.
 
-    Separate fp32 operations as in kernels/sampling/gumbel.py: the same integers on every device and in every position
-    of a tensor (library exponentials differ between the vectorised body and the scalar tail of one tensor). Relative
-    error below 2e-7; logits 30 and more below the largest have mass 0.
+    Uses separate fp32 operations as in kernels/sampling/gumbel.py, so the integers are the same on every device and at
+    every position of a tensor (library exponentials differ between the vectorised body and the scalar tail of a
+    tensor). Relative error below 2e-7; logits 30 or more below the largest have mass 0.
 
     Args:
         logits: fp32 [num_rows, num_tokens]; -Inf has mass 0; no NaN.
@@ -109,10 +109,10 @@ def _mass_and_rank_triton(logits: Tensor, largest: Tensor, values: Tensor, thres
 
 
 def mass_and_rank(logits: Tensor, largest: Tensor, values: Tensor) -> Tensor:
-    """The integers behind the log-softmax of one token per row. They add up over the shards of a vocabulary.
+    """The integers from which the log-softmax of one token per row follows. They add up over a vocabulary's shards.
 
     Args:
-        logits: fp32 [num_rows, num_tokens], rows without gaps; -Inf has mass 0; a row with NaN gets a void answer.
+        logits: fp32 [num_rows, num_tokens], rows without gaps; -Inf has mass 0; the result of a row with NaN is void.
         largest: fp32 [num_rows], finite and not below any logit of its row.
         values: fp32 [num_rows], logits of the tokens in question.
     Returns:
@@ -130,7 +130,7 @@ def mass_and_rank_reference(logits: Tensor, largest: Tensor, values: Tensor) -> 
 
 
 def total_mass(logits: Tensor, largest: Tensor, threshold: Tensor | None = None) -> Tensor:
-    """Sum of the masses of each row, of the logits not below its threshold if there is one.
+    """The sum of the masses of each row; with a threshold, only of the logits not below it.
 
     fp32 [num_rows, num_tokens], [num_rows], [num_rows] -> int64 [num_rows].
     """

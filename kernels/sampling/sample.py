@@ -53,7 +53,7 @@ def sample_tiles_kernel(
     HAS_THRESHOLDS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The best token of a tile. Bounds of the noise, a tenth of its price, nearly always leave one candidate, and the
+    """The best token of a tile. Bounds of the noise cost a tenth as much and nearly always leave one candidate, so the
     exact noise is computed for that one alone."""
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_ptr + row)
@@ -78,7 +78,7 @@ def sample_tiles_kernel(
         low1, high1 = noise_bounds_jit(w1)
         low2, high2 = noise_bounds_jit(w2)
         low3, high3 = noise_bounds_jit(w3)
-        # Rounding is monotone: what cannot reach this cannot even tie with the token that has it.
+        # Rounding is monotone: a token that cannot reach this value cannot even tie with the one that has it.
         certain = tl.max(tl.maximum(tl.maximum(s0 + low0, s1 + low1), tl.maximum(s2 + low2, s3 + low3)), axis=0)
         c0 = (s0 + high0 >= certain).to(tl.int32)
         c1 = (s1 + high1 >= certain).to(tl.int32)
@@ -102,7 +102,7 @@ def sample_tiles_kernel(
 def best_tile_kernel(values_ptr, token_ids_ptr, best_ptr, num_tiles, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, BLOCK)
-    # The last tile repeats where there are no more.
+    # If there are no more tiles, the last one repeats.
     best = tl.max(tl.load(best_ptr + row * num_tiles + tl.minimum(tile, num_tiles - 1)), axis=0)
     value, token_id = unpack_sort_key_jit(best)
     tl.store(values_ptr + row, value)
@@ -148,18 +148,18 @@ def sample(
     first_token_id: int = 0,
     thresholds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Chooses a token in each row of a vocabulary or of a shard of it.
+    """Choose a token in each row of a vocabulary or of a shard of it.
 
     Args:
         logits: fp32 [num_rows, num_tokens], rows without gaps; -Inf excludes a token; void for NaN.
         temperature: fp32 [num_rows]; 0 is greedy.
         keys: of the noise, contiguous.
         first_token_id: the token of column 0.
-        thresholds: fp32 [num_rows]; tokens with a scaled logit below are excluded (kernels/sampling/truncation.py).
+        thresholds: fp32 [num_rows]; tokens with a scaled logit below it are excluded (kernels/sampling/truncation.py).
     Returns:
         values: fp32 [num_rows], scaled logit plus noise of the winner; -Inf where every token is excluded.
-        token_ids: int64 [num_rows]. Of the shards of a vocabulary, the largest value and of equal ones the lowest id
-            is the choice in the whole vocabulary. first_token_id where every token is excluded.
+        token_ids: int64 [num_rows]; first_token_id if every token is excluded. Over the shards of a vocabulary,
+            the choice is the token with the largest value, of equal ones the lowest id.
     """
     check_logits(logits)
     check_row_values(logits, torch.float32, temperature=temperature, thresholds=thresholds)
@@ -178,7 +178,7 @@ def sample_reference(
     first_token_id: int = 0,
     thresholds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`sample` in its plainest form: noise for every token."""
+    """`sample` in its simplest form: noise for every token."""
     noise = gumbel_noise_range(
         keys.seeds, keys.sample_indices, keys.positions, first_token_id=first_token_id, num_tokens=logits.shape[1]
     )

@@ -1,6 +1,6 @@
-"""The best tokens of rows of logits on CPU, with noise only where it could matter.
+"""The best tokens of rows of logits on CPU, computing noise only where it could matter.
 
-Noise never exceeds NOISE_MAX, so whole tiles of tokens fall short of the best and are skipped. In the other tiles the
+Noise never exceeds NOISE_MAX, so whole tiles of tokens cannot reach the best and are skipped. In the other tiles the
 random words decide first: a large word means small noise, and comparing words is cheaper than two logarithms for each.
 The result has the same bits as with noise for every token.
 """
@@ -20,7 +20,7 @@ from kernels.sampling.sort_key import EXCLUDED_KEY, pack_sort_key, unpack_sort_k
 
 TILE = 64  # tokens
 _TILE_GROUPS = TILE // 4  # one call of Philox yields the words of four tokens
-LIKELY_TOKENS = 5  # makes it one case in 10^8 that fewer tokens than wanted reach the goal
+LIKELY_TOKENS = 5  # with it, fewer tokens than wanted reach the goal in one of 10^8 cases
 TILES_AT_ONCE = 1024  # whose words are in the cache together
 LOWEST = torch.finfo(torch.float32).min
 
@@ -56,10 +56,10 @@ def top_keys_cpu(
     first_token_id: int,
     thresholds: Tensor | None,
 ) -> Tensor:
-    """Sort keys of the `num` best tokens of each row, best first: int64 [num_rows, num]; EXCLUDED_KEY behind the last.
+    """Sort keys of each row's `num` best tokens, best first: int64 [num_rows, num]; EXCLUDED_KEY after the last token.
 
-    Looks for the tokens that reach a goal. `num` of them nearly always do. Otherwise it looks again with a goal that
-    `num` of them must reach.
+    Looks for the tokens that reach a goal. `num` of them nearly always do. Otherwise it searches again with a goal that
+    `num` of them are certain to reach.
     """
     noisy = temperature > 0
     if thresholds is None and not noisy.any() and num <= logits.shape[1]:
@@ -77,8 +77,9 @@ def top_keys_cpu(
         thresholds=thresholds,
     )
     certain = _certain_goal(tile_max, noisy, num)
-    # About e^-x tokens exceed the logarithm of the sum of exponentials by x, a Poisson number. The sum over the tiles'
-    # largest is a lower bound of the sum over all, so LIKELY_TOKENS * (3 + num) tokens or more reach this on average.
+    # The number of tokens that exceed the logarithm of the sum of exponentials by x is Poisson with mean about e^-x.
+    # The sum over the tiles' largest is a lower bound of the whole, so on average LIKELY_TOKENS * (3 + num) or more
+    # reach this.
     likely = tile_max.logsumexp(dim=1) - math.log(LIKELY_TOKENS * (3 + num))
     goal = torch.where(noisy & (likely > certain), likely, certain)
     best = search.run(goal, num)
@@ -97,7 +98,7 @@ def _top_logits(logits: Tensor, num: int, first_token_id: int) -> Tensor:
 
 
 def _tiles(logits: Tensor, first_token_id: int) -> tuple[Tensor, int]:
-    """Rows cut into tiles [num_rows, num_tiles, TILE], and the group of the first token of the first one."""
+    """Rows cut into tiles [num_rows, num_tiles, TILE], and the group of the first token of the first tile."""
     skipped = first_token_id % 4
     missing = -(skipped + logits.shape[1]) % TILE
     if skipped or missing:
@@ -117,8 +118,8 @@ def _certain_goal(tile_max: Tensor, noisy: Tensor, num: int) -> Tensor:
 
 
 def _largest_words(tile_max: NDArray[np.float64], goal: NDArray[np.float64]) -> NDArray[np.uint64]:
-    """Tokens whose word is larger do not reach the goal. Noise is at most -log((word + 1/2) / 2^32)."""
-    slack = 1e-3 + 2.0**-22 * (np.abs(tile_max) + np.abs(goal))  # far over what a sum in fp32 rounds
+    """The largest word with which a token can reach the goal. Noise is at most -log((word + 1/2) / 2^32)."""
+    slack = 1e-3 + 2.0**-22 * (np.abs(tile_max) + np.abs(goal))  # far larger than the rounding errors of an fp32 sum
     return (np.exp(np.minimum(tile_max - goal + slack, 0.0)) * 2.0**32).astype(np.uint64)
 
 
@@ -134,7 +135,7 @@ class _Search:
     thresholds: Tensor | None  # fp32 [num_rows]
 
     def run(self, goal: Tensor, num: int) -> Tensor:
-        """Sort keys int64 [num_rows, num] of the best tokens, all those that reach the goal of their row among them.
+        """Sort keys int64 [num_rows, num] of the best tokens, including all that reach the goal of their row.
 
         goal: fp32 [num_rows], above -Inf.
         """
@@ -152,7 +153,7 @@ class _Search:
             row, column, word = (torch.cat(both) for both in zip(drawn, plain, strict=True))
         logits = self.tiles.flatten(1)[row, column]
         scaled = scale_by_temperature(logits.unsqueeze(1), self.temperature[row]).squeeze(1)
-        possible = scaled + reach[row, 0] >= goal[row]  # until here the largest logit of the tile stood in
+        possible = scaled + reach[row, 0] >= goal[row]  # so far the largest logit of the tile stood in for it
         if self.thresholds is not None:
             possible &= scaled >= self.thresholds[row]
         row, column, word = row[possible], column[possible], word[possible]

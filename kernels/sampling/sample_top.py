@@ -1,4 +1,4 @@
-"""The best few tokens of each row, in the order in which `sample` would choose them if the better ones were missing."""
+"""The best few tokens of each row, in the order in which `sample` would choose them if better ones were missing."""
 
 import torch
 from torch import Tensor
@@ -21,11 +21,11 @@ def sample_top(
     first_token_id: int = 0,
     thresholds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The `num` tokens of each row with the largest logit / temperature + noise, best first, of equals the lowest id
-    first. Column 0 is what `sample` returns, which has the meaning of the other arguments.
+    """The `num` tokens of each row with the largest logit / temperature + noise, best first; of equal ones the lowest
+    id comes first. Column 0 is the result of `sample`, which defines the other arguments.
 
     Args:
-        num: of a few tokens; the kernel's time grows with it.
+        num: a small number; the kernel's time grows with it.
     Returns:
         values: fp32 [num_rows, num], scaled logit plus noise; -Inf where a row has no more tokens.
         token_ids: int64 [num_rows, num]; first_token_id where the value is -Inf.
@@ -57,7 +57,7 @@ def sample_top_reference(
     first_token_id: int = 0,
     thresholds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`sample_top` in its plainest form: noise for every token, and a sort."""
+    """`sample_top` in its simplest form: noise for every token, and a sort."""
     noise = gumbel_noise_range(
         keys.seeds, keys.sample_indices, keys.positions, first_token_id=first_token_id, num_tokens=logits.shape[1]
     )

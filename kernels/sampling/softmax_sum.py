@@ -51,7 +51,7 @@ def softmax_sum(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """The largest of the scaled logits of each row, and the sum of exp(scaled logit - largest).
 
     Args:
-        logits: fp32 [num_rows, num_tokens], rows without gaps; -Inf excludes a token; void for NaN.
+        logits: fp32 [num_rows, num_tokens], rows without gaps; -Inf excludes a token; the result for NaN is void.
         temperature: fp32 [num_rows]; 0 counts as 1.
     Returns:
         largest: fp32 [num_rows].

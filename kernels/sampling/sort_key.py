@@ -6,13 +6,13 @@ from torch import Tensor
 from triton import language as tl
 
 _ID_MASK = 0xFFFFFFFF
-EXCLUDED_KEY = -(0x7F800001 << 32)  # of -Inf and the largest id: not above the key of any token
+EXCLUDED_KEY = -(0x7F800001 << 32)  # of -Inf and the largest id: no token has a lower key
 _KERNEL_ID_MASK = tl.constexpr(_ID_MASK)
 
 
 def pack_sort_key(values: Tensor, token_ids: Tensor) -> Tensor:
     """fp32 values without NaN and int64 ids in [0, 2^32), broadcastable -> int64, the larger the better."""
-    bits = (values + 0.0).view(torch.int32)  # -0.0 + 0.0 is +0.0, so that the two are equal here as well
+    bits = (values + 0.0).view(torch.int32)  # -0.0 + 0.0 is +0.0, so the two are equal here too
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats: a larger magnitude becomes a smaller integer
     return (ordered.to(torch.int64) << 32) | (_ID_MASK - token_ids)
 

@@ -1,7 +1,7 @@
 """How the kernels over rows of logits cut a row into tiles and read a tile.
 
-A tile starts at a multiple of four tokens, since one call of Philox serves four. Its tokens are held as four blocks:
-token 4g + j of the groups g in block j.
+A tile starts at a multiple of four tokens, because one call of Philox serves four. Its tokens are held as four blocks:
+block j holds token 4g + j of each group g.
 """
 
 import torch
@@ -9,14 +9,14 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-TILE = 4096  # tokens of a program: 16 for each of 256 threads
+TILE = 4096  # tokens per program: 16 for each of 256 threads
 SMALL_TILE = 1024
 NUM_WARPS = {TILE: 8, SMALL_TILE: 4}
 ENOUGH_PROGRAMS = 1024  # a few for each multiprocessor
 
 
 def tile_for(num_rows: int, num_tokens: int) -> int:
-    """Tokens of a tile: few rows are cut finer, to fill a device. No result depends on it."""
+    """Tokens per tile: with few rows, tiles are smaller, to fill a device. No result depends on it."""
     return TILE if num_rows * num_tokens >= TILE * ENOUGH_PROGRAMS else SMALL_TILE
 
 
@@ -35,7 +35,7 @@ def check_logits(logits: Tensor) -> None:
 
 
 def check_row_values(logits: Tensor, dtype: torch.dtype, **values: Tensor | None) -> None:
-    """Raises ValueError unless each of `values` holds a number for each row of logits, side by side, or is None."""
+    """Raises ValueError unless each of `values` is None or holds a contiguous number for each row of logits."""
     for name, x in values.items():
         if x is not None and (x.shape != logits.shape[:1] or x.dtype != dtype or not x.is_contiguous()):
             raise ValueError(
@@ -46,7 +46,7 @@ def check_row_values(logits: Tensor, dtype: torch.dtype, **values: Tensor | None
 
 @triton.jit
 def divisor_jit(temperature):
-    """What the logits of a row of this temperature are divided by."""
+    """The divisor of the logits of a row with this temperature."""
     return tl.where(temperature > 0, temperature, 1.0)
 
 
@@ -61,5 +61,5 @@ def scaled_jit(row_ptr, columns, num_tokens, divisor, threshold):
 
 @triton.jit
 def token_ids_jit(columns, num_tokens, first_token_id):
-    """Token ids of columns. Columns beyond the row get the id of the nearest column."""
+    """Token ids of columns. Columns after the end of the row get the id of the nearest column."""
     return tl.minimum(tl.maximum(columns, 0), num_tokens - 1) + first_token_id

@@ -119,7 +119,7 @@ def top_keys_triton(
     keys: NoiseKeys | None = None,
     thresholds: Tensor | None = None,
 ) -> Tensor:
-    """Sort keys int64 [num_rows, num], best first, EXCLUDED_KEY behind the last token; with temperature and noise only
+    """Sort keys int64 [num_rows, num], best first, EXCLUDED_KEY after the last token. Temperature and noise apply only
     if `temperature` and `keys` are given."""
     num_rows, num_tokens = logits.shape
     tile = tile_for(num_rows, num_tokens)
@@ -159,7 +159,7 @@ def top_sort_keys(values: Tensor, num: int, *, first_token_id: int = 0) -> Tenso
 
     Args:
         values: fp32 [num_rows, num_tokens], rows without gaps; -Inf excludes a token; void for NaN.
-        num: of a few tokens; the kernel's time grows with it.
+        num: a small number; the kernel's time grows with it.
         first_token_id: the token of column 0.
     Returns:
         int64 [num_rows, num]; EXCLUDED_KEY where a row has no more tokens.
@@ -174,7 +174,7 @@ def top_sort_keys(values: Tensor, num: int, *, first_token_id: int = 0) -> Tenso
 def top_values(values: Tensor, num: int) -> Tensor:
     """The `num` largest values of each row, fp32 [num_rows, num_tokens] -> [num_rows, num], descending.
 
-    At most num_tokens of them; rows without gaps; a row with NaN gets a void answer.
+    num is at most num_tokens; rows without gaps; the result of a row with NaN is void.
     """
     check_logits(values)
     if runs_triton(values):
@@ -183,7 +183,7 @@ def top_values(values: Tensor, num: int) -> Tensor:
 
 
 def top_sort_keys_reference(values: Tensor, num: int, *, first_token_id: int = 0) -> Tensor:
-    """`top_sort_keys` by sorting everything: no two keys are equal, so nothing is left to how ties are ordered."""
+    """`top_sort_keys` by sorting everything. No two keys are equal, so the result does not depend on ties."""
     num_tokens = values.shape[1]
     token_ids = torch.arange(first_token_id, first_token_id + num_tokens, device=values.device)
     sort_keys = pack_sort_key(values, token_ids).masked_fill(values == -torch.inf, EXCLUDED_KEY)

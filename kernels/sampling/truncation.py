@@ -1,7 +1,7 @@
-"""Min-p, top-k and top-p as one threshold a row: a token stays if its scaled logit is not below it.
+"""Min-p, top-k and top-p as one threshold per row: a token stays if its scaled logit is not below it.
 
-Ties at a threshold stay, so the set depends neither on how a sort orders equals nor on how the vocabulary is sharded.
-The functions work on the largest logits of a vocabulary and say whether these were enough, so the shards of a
+Ties at a threshold stay, so the set depends neither on how a sort orders ties nor on how the vocabulary is sharded.
+The functions use the largest logits of a vocabulary and report whether these were enough, so the shards of a
 vocabulary need to exchange only a few candidates.
 """
 
@@ -38,7 +38,7 @@ class Candidates:
     """The largest scaled logits of each row of a vocabulary."""
 
     values: Tensor  # fp32 [num_rows, num_candidates], descending; the first is the largest of the row
-    rest: Tensor  # fp32 [num_rows]: no logit that is not among the candidates is above it; -Inf when none is missing
+    rest: Tensor  # fp32 [num_rows]: no logit outside the candidates is above it; -Inf if none is missing
 
 
 def min_p_top_k_threshold(candidates: Candidates, truncation: Truncation) -> tuple[Tensor, Tensor]:
@@ -53,8 +53,8 @@ def min_p_top_k_threshold(candidates: Candidates, truncation: Truncation) -> tup
     kth = values.gather(1, (top_k - 1).clamp(0, num_candidates - 1).unsqueeze(1)).squeeze(1)
     kth = torch.where((top_k > 0) & (top_k <= num_candidates), kth, -torch.inf)
     threshold = torch.maximum(values[:, 0] + truncation.log_min_p, kth)
-    # Every logit above `rest` is a candidate. A k-th candidate at or above `rest` is therefore the k-th of all, and one
-    # below means that the k-th of all is not above `rest`.
+    # Every logit above `rest` is a candidate. So a k-th candidate at or above `rest` is the k-th of all. If it is
+    # below, the k-th of all is not above `rest`.
     return threshold, (top_k == 0) | (threshold >= candidates.rest)
 
 

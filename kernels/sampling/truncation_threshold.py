@@ -1,7 +1,7 @@
 """The threshold that min-p, top-k and top-p set together on each row of a whole vocabulary.
 
-A threshold is the largest value above which enough tokens lie, by number or by mass. Bisection over the bits of the
-value finds it, without a sort. Counts and masses are integers, so the answer is the same in every order. The kernels
+A threshold is the largest value above which there are enough tokens, by number or by mass. Bisection over the bits of
+the value finds it without a sort. Counts and masses are integers, so the result is the same in every order. The kernels
 first find a lower bound of the threshold, then collect the tokens above it, usually a few hundred, and bisect among
 these.
 """
@@ -20,12 +20,12 @@ from kernels.sampling.tile import check_logits, check_row_values, divisor_jit, s
 from kernels.sampling.truncation import Candidates, Truncation, min_p_top_k_threshold, top_p_threshold
 
 TILE = 4096  # tokens of a program
-_PART_TOKENS = 128  # whose largest stands for a lower bound of the k-th largest
-BLOCK = 2048  # collected tokens that are looked at together
-_CPU_CANDIDATES = 512  # of a row with top-p; a nucleus is rarely larger, and if it is the whole row is sorted
+_PART_TOKENS = 128  # whose largest gives a lower bound of the k-th largest
+BLOCK = 2048  # collected tokens processed together
+_CPU_CANDIDATES = 512  # of a row with top-p; a nucleus is rarely larger, and for one that is, the whole row is sorted
 _MAX_CPU_CANDIDATES = 2048
 
-_MARGIN = tl.constexpr(0.1)  # in log space, far over the error of a hardware logarithm
+_MARGIN = tl.constexpr(0.1)  # in log space, far larger than the error of a hardware logarithm
 _SMALLEST_REST = tl.constexpr(1e-9)
 
 
@@ -70,7 +70,7 @@ def lower_bound_kernel(
     num_parts,
     BLOCK: tl.constexpr,
 ):
-    """A number that the threshold of a row is not below, and the row's largest scaled logit."""
+    """A lower bound of the threshold of a row, and the row's largest scaled logit."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
     maxima = tl.load(maxima_ptr + row * num_parts + part, mask=part < num_parts, other=-float("inf"))
@@ -148,7 +148,7 @@ def _sum_above_jit(collected_ptr, count, key, largest, MASS: tl.constexpr, BLOCK
 
 @triton.jit
 def _largest_key_jit(collected_ptr, count, wanted, largest, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key above or at which enough of the collected tokens lie."""
+    """The largest key such that enough of the collected tokens are not below it."""
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
     while bit > 0:
@@ -183,7 +183,7 @@ def threshold_kernel(
     top_p = tl.load(top_p_ptr + row)
     if (top_p < 1) & (count > 0):
         total = tl.load(totals_ptr + row)
-        if top_k > 0:  # what is left was collected, all of it
+        if top_k > 0:  # everything left was collected
             total = _sum_above_jit(collected_ptr, count, _biased_jit(threshold), largest, True, BLOCK)
         share = top_p * total.to(tl.float64)
         wanted = share.to(tl.int64)
@@ -233,11 +233,11 @@ def _threshold_triton(logits: Tensor, temperature: Tensor, truncation: Truncatio
 
 
 def truncation_threshold(logits: Tensor, temperature: Tensor, truncation: Truncation) -> Tensor:
-    """The scaled logit that a token must not be below to stay.
+    """The scaled logit below which a token is excluded.
 
     Args:
-        logits: fp32 [num_rows, num_tokens], the whole vocabulary, rows without gaps; -Inf excludes a token; a row with
-            NaN gets a void answer.
+        logits: fp32 [num_rows, num_tokens], the whole vocabulary, rows without gaps; -Inf excludes a token; the
+            result of a row with NaN is void.
         temperature: fp32 [num_rows]; 0 counts as 1.
         truncation: settings of each row.
     Returns:
@@ -269,7 +269,7 @@ def truncation_threshold_reference(scaled: Tensor, truncation: Truncation) -> Te
 
 
 def _threshold_from(scaled: Tensor, truncation: Truncation, num_candidates: int) -> tuple[Tensor, Tensor]:
-    """Thresholds [num_rows] from so many candidates, and which of them are proven."""
+    """Thresholds [num_rows] from this many candidates, and which of them are proven."""
     values = scaled.topk(num_candidates, dim=1).values
     complete = num_candidates == scaled.shape[1]
     candidates = Candidates(

@@ -7,7 +7,7 @@ from triton import language as tl
 
 from kernels.dispatch import runs_triton
 
-BLOCK = 32  # rows looked at together: more than nearly all chains have
+BLOCK = 32  # rows processed together: more than nearly all chains have
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def verify_chain_kernel(
 
 
 def verify_chain(target_token_ids: Tensor, draft_token_ids: Tensor, cu_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Accepts each chain while the drafts equal the target's own tokens.
+    """Accepts each chain as long as the drafts equal the target's own tokens.
 
     A seq with k drafts has k + 1 rows. Row j holds draft j and the token that the target chose after j drafts. The last
     row has no draft. The first target token that differs from the draft in its row *is* the next token: the target

@@ -1,1 +1,1 @@
-"""Kernels that are complete and tested but that no worker calls yet."""
+"""Kernels that are complete and tested, but not called by workers yet."""

@@ -56,9 +56,9 @@ def cascade_merge(first: Partial, second: Partial, *, out: Tensor | None = None)
     """Attention over the keys of both parts, from the attention over each.
 
     first, second: contiguous o [num_tokens, num_heads, head_dim] and natural lse, fp32 [num_tokens, num_heads]. A part
-    without keys has lse -inf, whatever stands in its o; a row without any gets o = 0 and lse -inf. Everything is
-    computed in fp32 and rounded once to the dtype of the o's: partials in fp32 lose nothing on the way. out: where o
-    goes, which may be one of the parts; without it a new tensor.
+    without keys has lse -inf, whatever its o holds. A row without any keys gets o = 0 and lse -inf. Everything is
+    computed in fp32 and rounded once to the dtype of the o's, so fp32 partials lose nothing on the way. out: where o
+    goes, possibly one of the parts; without it a new tensor.
 
     Returns (o, lse). The bits do not depend on which part comes first. Raises ValueError naming the argument that does
     not fit.
@@ -85,7 +85,7 @@ def cascade_merge(first: Partial, second: Partial, *, out: Tensor | None = None)
             HEAD_DIM=head_dim,
             ROWS=rows,
             DIM=dim,
-            enable_fp_fusion=False,  # a fused product would tell the first part from the second
+            enable_fp_fusion=False,  # a fused product would treat the two parts differently
         )
     return o, lse
 

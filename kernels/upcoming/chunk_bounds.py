@@ -1,12 +1,13 @@
-"""Bounds of the keys of a chunk, and by them an upper bound of every score a query can have in it.
+"""Bounds of the keys of a chunk, which give an upper bound of every score that a query can have in it.
 
-A chunk is `chunk_size` successive positions of a seq, its last one ragged. Elementwise least and greatest keys bound
-each product q_j * k_j, and the sum of these bounds the score (Quest, arXiv 2406.10774; LeoAM, arXiv 2506.20187):
+A chunk is `chunk_size` consecutive positions of a seq; the last one may be shorter. The elementwise least and greatest
+keys bound each product q_j * k_j, and the sum of these bounds bounds the score (Quest, arXiv 2406.10774; LeoAM, arXiv
+2506.20187):
 
     q . k <= sum_j max(q_j * least_j, q_j * greatest_j)        for every key k of the chunk
 
-so chunks whose bound is low can be left out, or not even be loaded. Least and greatest of a chunk cannot be taken back
-when keys are dropped: bounds are for chunks whose tokens are final.
+so chunks with a low bound can be skipped, or not even be loaded. Bounds cannot be updated when keys are dropped, so
+they are for chunks whose tokens are final.
 """
 
 import torch
@@ -18,7 +19,7 @@ from kernels.dispatch import runs_triton
 
 TILE_TOKENS = 64
 TILE_CHUNKS = 16
-_ULP = 2.0**-23  # of 1 in fp32: twice what one operation can be off
+_ULP = 2.0**-23  # of 1 in fp32: twice the error of one operation
 
 
 @triton.jit(do_not_specialize=["max_blocks", "num_chunks"])
@@ -101,7 +102,7 @@ def chunk_bounds(k_cache: Tensor, block_table: Tensor, seq_lens: Tensor, *, chun
     block_size; for the bounds of single blocks, pass each as a seq of its own.
 
     Returns [num_seqs, num_chunks, 2, num_kv_heads, head_dim] in the cache's dtype, exact, with num_chunks for
-    max_blocks full blocks; 0 is least, 1 greatest. Chunks behind the end of a seq are zero. What the cache holds
+    max_blocks full blocks; 0 is least, 1 greatest. Chunks after the end of a seq are zero. What the cache holds
     outside a seq's own slots, NaN included, has no influence. Raises ValueError naming the argument that does not fit.
     """
     _check_cache(k_cache, block_table, seq_lens, chunk_size)
@@ -130,14 +131,14 @@ def chunk_bounds(k_cache: Tensor, block_table: Tensor, seq_lens: Tensor, *, chun
 
 
 def chunk_scores(q: Tensor, bounds: Tensor, seq_lens: Tensor, *, chunk_size: int) -> Tensor:
-    """The most that a query of each seq can score with a key of each chunk, softmax_scale left out.
+    """The most that a query of each seq can score with a key of each chunk, without softmax_scale.
 
     q: [num_seqs, num_q_heads, head_dim], one token a seq; seqs and heads may be strided, features may not. bounds,
     chunk_size: of chunk_bounds. seq_lens: int32 [num_seqs], the keys that the bounds are of.
 
-    Returns fp32 [num_seqs, num_kv_heads, num_chunks]: the greatest over the query heads of a KV head, since they read
-    the same chunks, and -inf for chunks behind the end. Never below an exact score: what rounding may take away is
-    added. Raises ValueError naming the argument that does not fit.
+    Returns fp32 [num_seqs, num_kv_heads, num_chunks]: the greatest over the query heads of a KV head, because they
+    read the same chunks, and -inf for chunks after the end. Never below an exact score: the result includes the largest
+    possible rounding error. Raises ValueError naming the argument that does not fit.
     """
     _check_scores(q, bounds, seq_lens, chunk_size)
     if not runs_triton(q):
@@ -161,7 +162,7 @@ def chunk_scores(q: Tensor, bounds: Tensor, seq_lens: Tensor, *, chunk_size: int
         GROUP=q.shape[1] // num_kv_heads,
         TILE=TILE_CHUNKS,
         DIM=triton.next_power_of_2(head_dim),
-        enable_fp_fusion=False,  # the slack counts one rounding an operation
+        enable_fp_fusion=False,  # the slack counts one rounding per operation
     )
     return scores
 

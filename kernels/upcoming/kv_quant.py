@@ -1,17 +1,17 @@
-"""Quantised KV blocks for storage and transfer: 8 bits an element, of which a reader may take the upper 4 alone.
+"""Quantised KV blocks for storage and transfer: 8 bits per element, of which a reader may use only the upper 4.
 
 Asymmetric, keys per channel and values per token (KIVI, arXiv 2402.02750). A group of keys is one channel of one KV
-block, so scales live and move with the block; a group of values is one token of one KV head. With step = (greatest -
-least) / 255 an element is stored as code = round((x - least) / step), in two planes of nibbles (after QuantSpec, arXiv
+block, so scales stay with the block. A group of values is one token of one KV head. With step = (greatest - least) /
+255 an element is stored as code = round((x - least) / step), in two planes of nibbles (after QuantSpec, arXiv
 2502.10424, but as one code that is split):
 
     code = 16 * upper + lower        8 bits: least + step * code                   off by at most step / 2
                                      4 bits: least + step * (16 * upper + 7.5)     off by at most 8 steps
 
 8 steps are less than half a step of a quantiser with 4 bits alone, (greatest - least) / 30. A plane holds two channels
-a byte, those head_dim / 2 apart: channel i in the lower half of byte i, so that both halves of a head are read and
-written in whole. Scales are fp32, since the range of bf16 overflows fp16. Only full blocks make sense: an unused slot
-would count in the scales of its channel.
+per byte, head_dim / 2 apart, channel i in the lower half of byte i. So each half of a head is read and written as one
+piece. Scales are fp32, because the range of bf16 overflows fp16. Only full blocks make sense: an unused slot would
+count in the scales of its channel.
 """
 
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ from triton import language as tl
 from kernels.dispatch import runs_triton
 
 _LAST_CODE = tl.constexpr(255.0)
-_MIDDLE = tl.constexpr(7.5)  # of what a lower nibble may be
-# Below it fp32 loses bits, or is flushed to zero: the group counts as constant.
+_MIDDLE = tl.constexpr(7.5)  # the middle of a lower nibble's range
+# For smaller steps fp32 loses bits or flushes to zero, so the group counts as constant.
 _SMALLEST_STEP = tl.constexpr(2.0**-126)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantisedBlocks:
-    """KV blocks in codes. The leading dimensions [...] are those of the blocks: block and layer, say."""
+    """Quantised KV blocks. The leading dimensions [...] are those of the blocks: block and layer, say."""
 
     upper: Tensor  # uint8 [..., 2, block_size, num_kv_heads, head_dim / 2]; keys, then values
     lower: Tensor | None  # the same; None where only 4 bits were kept
@@ -192,9 +192,9 @@ def quantise_blocks(kv: Tensor) -> QuantisedBlocks:
 
 
 def dequantise_blocks(quantised: QuantisedBlocks, out: Tensor, *, bits: int = 8) -> None:
-    """Write KV blocks from their codes into `out`.
+    """Dequantise KV blocks into `out`.
 
-    bits: 8, or 4 for what the upper plane says alone; `lower` is then not read. out: contiguous floating [..., 2,
+    bits: 8, or 4 to use only the upper plane; `lower` is then not read. out: contiguous floating [..., 2,
     block_size, num_kv_heads, head_dim] of the blocks that were quantised.
     Raises ValueError naming the argument that does not fit.
     """
@@ -253,7 +253,7 @@ def _codes_and_scales(x: Tensor, *, group_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _both_channels(plane: Tensor) -> Tensor:
-    """fp32 nibbles of a plane, one a channel: [..., head_dim / 2] -> [..., head_dim]."""
+    """fp32 nibbles of a plane, one per channel: [..., head_dim / 2] -> [..., head_dim]."""
     return torch.cat([plane & 15, plane >> 4], dim=-1).float()
 
 

@@ -1,9 +1,9 @@
-"""MXFP4, the 4-bit weights of the OCP Microscaling format v1.0: the direct cast and the way back.
+"""MXFP4, the 4-bit weights of the OCP Microscaling format v1.0: the direct cast and its inverse.
 
 32 neighbours along the inputs share a scale byte X (E8M0): 2^(X - 127), 255 for NaN. An element is a code of 4 bits
 (E2M1): a sign and one of 0, 0.5, 1, 1.5, 2, 3, 4, 6. Element 2i is the low nibble of byte i, element 2i + 1 the high
-one: 4.25 bits a weight. The cast takes 2^(floor(log2(largest)) - 2) as the scale of a block and rounds to nearest, ties
-to the even code; what is beyond 6 becomes 6.
+one. That is 4.25 bits per weight. The cast takes 2^(floor(log2(largest)) - 2) as the scale of a block and rounds to
+nearest, ties to the even code. Values beyond 6 become 6.
 
 The kernel rounds the bits of fp32 as integers, so that no device's flush to zero can change a code.
 """
@@ -20,7 +20,7 @@ from kernels.dispatch import runs_triton
 BLOCK_SIZE = 32  # elements that share a scale
 _SCALE_BIAS = 127
 _NAN_SCALE = 255
-_ELEMENT_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; 8 more are the negative ones
+_ELEMENT_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; codes 8 and up are their negatives
 _LARGEST_EXPONENT = 2  # of an element: 4 = 2^2
 _TILE_BLOCKS = 32  # of one program
 _REFERENCE_ELEMENTS = 1 << 22  # at a time, to bound memory
@@ -42,7 +42,7 @@ def quantize_kernel(
     offsets = (row * row_stride + column)[:, None] + tl.arange(0, 32)[None, :]
     values = tl.load(weight_ptr + offsets, mask[:, None], other=0.0).to(tl.float32)
     bits = values.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF  # integers order like the magnitudes they stand for
+    magnitude = bits & 0x7FFFFFFF  # these integers have the order of the magnitudes
     exponent = magnitude >> 23
     largest = tl.max(exponent, axis=1)
     scale = tl.where(largest == 255, 255, tl.maximum(largest - 2, 0))
@@ -91,7 +91,7 @@ def quantize_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_mxfp4_reference(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition: scale each block, compare with the borders of rounding. A few rows at a time."""
+    """The definition: scale each block, compare with the rounding thresholds. A few rows at a time."""
     packed = torch.empty(weight.shape[0], weight.shape[1] // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(weight.shape[0], weight.shape[1] // BLOCK_SIZE, dtype=torch.uint8, device=weight.device)
     rows_at_once = max(1, _REFERENCE_ELEMENTS // max(1, weight.shape[1]))
@@ -107,9 +107,9 @@ def quantize_mxfp4_reference(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_mxfp4(packed: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weights that codes and scales represent: [out_features, in_features] in `dtype`.
 
-    bf16 holds all of them exactly, up to products beyond its range, which are infinite as the format says; fp32 gets
-    the same numbers, fp16 rounds them. Looks up four elements at once: 0.4 ns a weight on a core with AVX-512.
-    Raises ValueError where they do not fit.
+    bf16 holds all of them exactly, except products beyond its range, which become infinite as the format says. fp32
+    gets the same numbers, fp16 rounds them. Looks up four elements at once: 0.4 ns per weight on a core with AVX-512.
+    Raises ValueError if the arguments do not fit.
     """
     check_mxfp4(packed, scales)
     quads = packed.flatten().view(torch.uint16).int()

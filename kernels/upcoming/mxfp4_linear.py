@@ -1,10 +1,10 @@
 """Products of a few rows with an MXFP4 weight, made to read its 4.25 bits per element once, at full speed.
 
-The kernel takes 8 codes at a time, as the 32-bit word they lie in, and never moves them between threads: shifts and
-masks make four words of it that hold two 16-bit floats each, elements j and j + 4, whose exponent is too small by a
-constant. Two multiplications, by that constant and by the factor of their block, make them weights. The inputs are put
-into the same order, element j + 4 beside element j, which costs little, as they are few. The code for sm_90 has about 5
-instructions a weight in all; a multiprocessor of an H200 has time for 3.3 while codes come at 4.8 TB/s.
+The kernel takes 8 codes at a time, as the 32-bit word that holds them, and never moves them between threads. Shifts and
+masks turn it into four words of two 16-bit floats each, elements j and j + 4, whose exponent is too small by a
+constant. Multiplying by that constant and by the factor of their block makes them weights. The inputs are put into the
+same order, element j + 4 beside element j, which costs little because they are few. The code for sm_90 has about 5
+instructions per weight in all; a multiprocessor of an H200 has time for 3.3 while codes come at 4.8 TB/s.
 
 Codes 1 and 9 are subnormal before the multiplication. Neither PTX's bf16 multiplication nor the fp16 one without .ftz
 flushes them to zero. bf16 and fp32 hold every weight exactly, fp16 those of 2^-24 to 65504.
@@ -23,7 +23,7 @@ from kernels.upcoming.mxfp4 import check_mxfp4, dequantize_mxfp4
 
 accept_loop_bounds()
 
-_MAX_KERNEL_ROWS = 64  # beyond, the tensor cores are busy enough to make the whole weight a dense one first
+_MAX_KERNEL_ROWS = 64  # with more, the tensor cores are so busy that expanding the whole weight first pays
 ENOUGH_PROGRAMS = 528  # four for each multiprocessor of an H100 or H200
 MIN_SPLIT_FEATURES = 512
 _CPU_TILE_WEIGHTS = 1 << 19  # dequantised at a time: stays in the cache of a core
@@ -135,10 +135,10 @@ def mxfp4_linear_reference(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
 
 
 def mxfp4_linear_cpu(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """Some output features at a time, whose dense weights stay in the cache.
+    """Computes a few output features at a time, so that their dense weights stay in the cache.
 
-    A CPU has no time to spare for decoding: 0.5 ns a weight and core in all (torch 2.13, AVX-512), several times what a
-    packed bf16 weight takes for one row. It saves memory, not time.
+    A CPU has no time to spare for decoding: 0.5 ns per weight and core in all (torch 2.13, AVX-512), several times what
+    a packed bf16 weight takes for one row. It saves memory, not time.
     """
     out_features, in_features = packed.shape[0], x.shape[1]
     features_at_once = max(1, _CPU_TILE_WEIGHTS // max(1, in_features))

@@ -1,6 +1,6 @@
 """Decides from block tables and lengths which seqs of a batch read the keys of a common prefix together.
 
-It pays if the saved readings of the prefix outweigh the merge of two results per query token (shared_prefix.py).
+It pays if the prefix reads saved outweigh the merge of two results per query token (shared_prefix.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ _LAUNCH_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixGroup:
-    """Successive seqs of a batch whose block tables begin with the same blocks, all of them full."""
+    """Consecutive seqs of a batch whose block tables begin with the same blocks, all of them full."""
 
     first_seq: int
     num_seqs: int
@@ -23,7 +23,7 @@ class PrefixGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVShape:
-    """What decides the bytes of an attention call, besides lengths."""
+    """What decides the bytes of an attention call besides lengths."""
 
     num_q_heads: int
     num_kv_heads: int
@@ -35,7 +35,7 @@ class KVShape:
 def prefix_saving_bytes(num_prefix_tokens: int, num_new: Sequence[int], shape: KVShape) -> int:
     """Bytes saved per layer if seqs with `num_new` query tokens share the reading of a prefix.
 
-    The keys and values saved, minus the results of the parts, which are written and read once more.
+    The saved keys and values, minus the results of the parts, which are written and read once more.
     """
     group = shape.num_q_heads // shape.num_kv_heads
     kv_bytes = 2 * num_prefix_tokens * shape.num_kv_heads * shape.head_dim * shape.element_size
@@ -54,10 +54,11 @@ def choose_prefix_groups(
     *,
     launch_bytes: int = _LAUNCH_BYTES,
 ) -> list[PrefixGroup]:
-    """The runs of successive seqs for which a shared reading of their common prefix pays, if any does.
+    """The runs of consecutive seqs for which sharing the reading of their common prefix pays.
 
-    All three hold one entry a seq; num_new: its query tokens, whose keys belong to no prefix. The saving of all groups
-    together has to exceed launch_bytes, what the device could move in the time of the additional launches.
+    All three hold one entry per seq; num_new: its query tokens, whose keys are not part of any prefix. The saving of
+    all groups together has to exceed launch_bytes, the bytes that the device could move in the time of the extra
+    launches.
     """
     groups, saving = [], 0
     for first, end in _runs(block_tables):
@@ -85,7 +86,7 @@ def _passes(num_tokens: int, group: int) -> int:
 
 
 def _runs(block_tables: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
-    """Ranges of successive seqs whose first block is the same: [first, end)."""
+    """Ranges of consecutive seqs whose first block is the same: [first, end)."""
     first = 0
     for seq in range(1, len(block_tables) + 1):
         if seq == len(block_tables) or block_tables[seq][:1] != block_tables[first][:1]:
@@ -95,7 +96,7 @@ def _runs(block_tables: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
 
 
 def _num_common(block_tables: Sequence[Sequence[int]]) -> int:
-    """Leading blocks that all tables name."""
+    """Leading blocks that all tables share."""
     for column, blocks in enumerate(zip(*block_tables, strict=False)):
         if len(set(blocks)) > 1:
             return column

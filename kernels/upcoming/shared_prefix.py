@@ -1,12 +1,12 @@
 """Attention in which the keys of a prefix that seqs share are read once for all of them (Hydragen, arXiv 2402.05099).
 
-Seqs share a prefix where their block tables begin with the same blocks. All their query tokens then attend to it as one
-seq, each seq's own tokens to what follows, and the two results are merged (cascade_merge.py): exact but for rounding,
-with one more rounding of each part to the dtype of q. KV read: S_p + sum of S_s, where alone it is B S_p + sum of S_s.
-prefix_groups.py decides whether that pays.
+Seqs share a prefix if their block tables begin with the same blocks. All their query tokens attend to it as one seq.
+Then each seq's own tokens attend to what follows, and the two results are merged (cascade_merge.py). This is exact
+except for rounding: each part is rounded once more to the dtype of q. KV read is S_p + sum of S_s instead of
+B S_p + sum of S_s. prefix_groups.py decides whether that pays.
 
-The part of the prefix is paged_attention too. The last keys of the prefix pass for those of its query tokens, and these
-for a tree in which each sees all, so each sees exactly the prefix.
+The part of the prefix is paged_attention too. The last keys of the prefix stand in for those of its query tokens, which
+form a tree in which each sees all others. So each sees exactly the prefix.
 """
 
 from collections.abc import Sequence
@@ -36,9 +36,9 @@ class AttentionInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedPrefixPlan:
-    """What all layers of a step can share."""
+    """Data that all layers of a step can share."""
 
-    tokens: list[slice]  # of the groups, in the batch
+    tokens: list[slice]  # of each group, in the batch
     prefix: AttentionInputs  # a "seq" is a chunk of the query tokens of a group
     ancestors: Tensor  # int64 [tokens of all groups]: each sees all of its chunk
     suffix: AttentionInputs
@@ -54,9 +54,9 @@ def plan_shared_prefix(
     block_size: int,
     lengths: SeqLengths | None = None,
 ) -> SharedPrefixPlan:
-    """The plan of all calls of shared_prefix_attention with these lengths and blocks, in caches of one shape.
+    """Plan all calls of shared_prefix_attention with these lengths and blocks, in caches of one shape.
 
-    groups: at least one, in the order of the batch. Other arguments: as for plan_attention. Raises ValueError where a
+    groups: at least one, in the order of the batch. Other arguments: as for plan_attention. Raises ValueError if a
     group does not fit the batch, or its prefix would hold new tokens.
     """
     if lengths is None:
@@ -76,7 +76,7 @@ def plan_shared_prefix(
     columns = np.minimum(np.arange(num_prefix_blocks.max()), num_prefix_blocks[:, None] - 1)
     ancestors = np.array([(1 << chunk) - 1 for chunk in chunks.tolist()], dtype=np.uint64).view(np.int64)
 
-    shifts = np.zeros(num_seqs, dtype=np.int64)  # blocks that a seq has in its prefix
+    shifts = np.zeros(num_seqs, dtype=np.int64)  # number of a seq's blocks that are in its prefix
     for group in groups:
         shifts[group.first_seq : group.first_seq + group.num_seqs] = group.num_blocks
     suffix_columns = np.minimum(np.arange(num_columns) + shifts[:, None], num_columns - 1)
@@ -96,9 +96,9 @@ def plan_shared_prefix(
 def shared_prefix_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: SharedPrefixPlan, *, softmax_scale: float
 ) -> Tensor:
-    """What paged_attention gives for the batch of `plan`, but for rounding. q, k_cache, v_cache: as there.
+    """The result of paged_attention for the batch of `plan`, except for rounding. q, k_cache, v_cache: as there.
 
-    Causal within the new tokens of a seq; there is no sliding window, which would hide a prefix from some.
+    Causal within the new tokens of a seq. There is no sliding window, because it would hide a prefix from some seqs.
     """
 
     def attend(queries: Tensor, inputs: AttentionInputs, ancestors: Tensor | None = None) -> tuple[Tensor, Tensor]:

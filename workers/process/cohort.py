@@ -100,16 +100,16 @@ def _split(address: str) -> tuple[str, int]:
 
 
 def _device_id(spec: WorkerSpec) -> str:
-    """Tells devices of a group apart: two ranks on one GPU cannot use NCCL (they get gloo; meant for tests)."""
+    """Tells the devices of a group apart. Two ranks on one GPU cannot use NCCL, so they get gloo (meant for tests)."""
     if spec.device == "cuda":
         return str(torch.cuda.get_device_properties(0).uuid)
     return f"cpu-{spec.rank}"
 
 
 def _register_gloo(host: str) -> None:
-    """gloo that listens on the address of the spec, and no longer than the ranks need to connect.
+    """A gloo group that listens on the address in the spec, and no longer than the ranks need to connect.
 
-    By itself it takes the interface that the machine's hostname resolves to, and has no argument for another
+    By default it takes the interface that the machine's hostname resolves to, and has no argument for another
     (init_process_group drops gloo's options). It listens for good and keeps every stray connection: the rank would die
     when it has no descriptor left.
     """

@@ -92,9 +92,11 @@ class Sampler:
 
         Args:
             logits_shard: fp32 [num_rows, shard_size], this rank's logits, not changed. All shards have one size;
-            columns after the vocabulary are padding and are ignored. vocab_start: token id of the first column. rows:
-            settings of each row. num_alternatives: number of runners-up to return for each row. with_confidence:
-            whether to return the probability of each choice.
+                columns after the vocabulary are padding and are ignored.
+            vocab_start: token id of the first column.
+            rows: settings of each row.
+            num_alternatives: number of runners-up to return for each row.
+            with_confidence: whether to return the probability of each choice.
         """
         raw, non_finite = self._screen(logits_shard, vocab_start)
         processed = raw
