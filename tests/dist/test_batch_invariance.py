@@ -70,6 +70,8 @@ def num_differing(counts: dict[str, Count]) -> int:
 def test_every_row_on_one_rank(
     folder: Callable[[int], Path], hidden_size: int, compile_: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if compile_ == "off" and hidden_size > 256 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("torch takes minutes for products of this size on a CPU without bf16 instructions")
     monkeypatch.setenv("ECHELON_COMPILE", compile_)
     assert_no_row_differs([count_alone(case) for case in cases(folder(hidden_size))])
     if compile_ == "auto":
