@@ -84,8 +84,8 @@ def test_query_heads_that_need_more_kv_heads_are_refused() -> None:
 @pytest.mark.parametrize(
     ("size", "complaint"),
     [
-        ({"hidden": 128}, "--hidden 128: the model has 256 already"),
-        ({"layers": 4}, "--layers 4: the model has 8 already"),
+        ({"hidden": 128}, "--hidden 128: the model already has 256"),
+        ({"layers": 4}, "--layers 4: the model already has 8"),
         ({"heads": 10}, "--heads 10: must be a multiple of --kv-heads 4"),
         ({"hidden": 260}, "--hidden 260: must be a multiple of --heads 8"),
     ],

@@ -189,9 +189,14 @@ def test_a_process_that_dies_later_changes_the_deployments_state(tmp_path: Path,
     assert reason.startswith("target-0.0: was killed by SIGKILL")
 
 
-def test_threads_spin_only_on_cores_of_their_own(tmp_path: Path, to_stop: list[ProcessSet]) -> None:
+@pytest.mark.parametrize(("compile_", "waits"), [("off", "default"), ("auto", "passive")])
+def test_threads_spin_only_on_cores_of_their_own(
+    tmp_path: Path, to_stop: list[ProcessSet], compile_: str, waits: str
+) -> None:
+    """Compiled kernels have threads too, which share the cores with torch's."""
     pinned = spec()
     pinned.cpu_ids.extend([0, 1])
+    pinned.compile = compile_
     group, processes = start_worker_group([pinned], Spawner(tmp_path), timeout_s=ANSWER_S)
     to_stop.append(processes)
-    assert group.info.device.endswith("omp=2 default")
+    assert group.info.device.endswith(f"omp=2 {waits}")
