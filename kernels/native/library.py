@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import shutil
 import subprocess
@@ -11,8 +10,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-
-logger = logging.getLogger(__name__)
 
 _SWITCH = "ECHELON_COMPILE"  # auto | off
 _SOURCES = Path(__file__).parent
@@ -35,16 +32,23 @@ def load_library() -> ctypes.CDLL:
     """
     if os.environ.get(_SWITCH) == "off":
         raise CompileError(f"{_SWITCH}=off")
-    return _load_library()
+    found = _load_once()
+    if isinstance(found, CompileError):
+        raise found
+    return found
 
 
 @functools.cache
-def _load_library() -> ctypes.CDLL:
-    path = compile_library(cache_folder())
+def _load_once() -> ctypes.CDLL | CompileError:
+    """A failure is remembered too: every attention call asks, and none may wait for a compiler that fails again."""
+    try:
+        path = compile_library(cache_folder())
+    except CompileError as error:
+        return error
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise CompileError(f"{path}: {error}; delete the file to have it compiled again") from error
+        return CompileError(f"{path}: {error}; delete the file to have it compiled again")
 
 
 def cache_folder() -> Path:

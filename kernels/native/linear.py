@@ -2,7 +2,7 @@
 
 torch's libraries read weights slowly if rows are few. On an AMD EPYC with only AVX2 and two threads, they read a bf16
 weight of [9216, 1536] at 1 to 4 GB/s, and an fp32 weight for 2 to 8 rows at 1 to 2 GB/s. linear.cpp reads both at 12 to
-22 GB/s (see bench/results).
+22 GB/s (see docs/kernels.md).
 """
 
 import ctypes

@@ -123,11 +123,13 @@ def test_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_machine_without_a_compiler_uses_torch(tmp_path: Path) -> None:
     program = """
+import shutil
 import torch
 from kernels.layers.linear import linear, pack_weight
 from kernels.native.linear import why_not
 x, weight = torch.randn(3, 64), torch.randn(32, 64)
 torch.testing.assert_close(linear(x, pack_weight(weight)), x @ weight.T)
+shutil.which = None  # whoever looks for a compiler again fails
 print(why_not())
 """
     environment = {**os.environ, "PATH": "", "CXX": "", "XDG_CACHE_HOME": str(tmp_path)}
