@@ -215,6 +215,7 @@ class EngineSpec(google.protobuf.message.Message):
     LAYER_PARALLEL_WEIGHTS_FIELD_NUMBER: builtins.int
     LAYER_PARALLEL_MLP_FIELD_NUMBER: builtins.int
     FORCED_ACCEPTANCE_FIELD_NUMBER: builtins.int
+    TIERS_FIELD_NUMBER: builtins.int
     role: echelon.pb.worker_pb2.EngineRole.ValueType
     model: builtins.str
     """folder in Hugging Face layout"""
@@ -249,6 +250,8 @@ class EngineSpec(google.protobuf.message.Message):
     def layer_groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[echelon.pb.worker_pb2.LayerGroup]:
         """every layer, in order; empty: chosen by the similarity of hidden states"""
 
+    @property
+    def tiers(self) -> global___TierSpec: ...
     def __init__(
         self,
         *,
@@ -268,10 +271,42 @@ class EngineSpec(google.protobuf.message.Message):
         layer_parallel_weights: builtins.str = ...,
         layer_parallel_mlp: builtins.str = ...,
         forced_acceptance: builtins.float = ...,
+        tiers: global___TierSpec | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["batch_invariant", b"batch_invariant", "block_size", b"block_size", "dtype", b"dtype", "forced_acceptance", b"forced_acceptance", "gpu_memory_utilization", b"gpu_memory_utilization", "kv_cache_bytes", b"kv_cache_bytes", "layer_groups", b"layer_groups", "layer_parallel_mlp", b"layer_parallel_mlp", "layer_parallel_weights", b"layer_parallel_weights", "lp_size", b"lp_size", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "role", b"role", "tp_size", b"tp_size"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["tiers", b"tiers"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["batch_invariant", b"batch_invariant", "block_size", b"block_size", "dtype", b"dtype", "forced_acceptance", b"forced_acceptance", "gpu_memory_utilization", b"gpu_memory_utilization", "kv_cache_bytes", b"kv_cache_bytes", "layer_groups", b"layer_groups", "layer_parallel_mlp", b"layer_parallel_mlp", "layer_parallel_weights", b"layer_parallel_weights", "lp_size", b"lp_size", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "role", b"role", "tiers", b"tiers", "tp_size", b"tp_size"]) -> None: ...
 
 global___EngineSpec = EngineSpec
+
+@typing.final
+class TierSpec(google.protobuf.message.Message):
+    """Where an engine's KV blocks go when the device has no room for them."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUM_HOST_SLOTS_FIELD_NUMBER: builtins.int
+    DISK_PATH_FIELD_NUMBER: builtins.int
+    DISK_BYTES_FIELD_NUMBER: builtins.int
+    DISK_READ_ONLY_FIELD_NUMBER: builtins.int
+    num_host_slots: builtins.int
+    """blocks in host memory; 0: none, and then no disk tier either"""
+    disk_path: builtins.str
+    """a folder for all ranks; each makes its own under it. Empty: no disk tier"""
+    disk_bytes: builtins.int
+    """of this rank and engine"""
+    disk_read_only: builtins.bool
+    """read what another process writes, write nothing"""
+    def __init__(
+        self,
+        *,
+        num_host_slots: builtins.int = ...,
+        disk_path: builtins.str = ...,
+        disk_bytes: builtins.int = ...,
+        disk_read_only: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["disk_bytes", b"disk_bytes", "disk_path", b"disk_path", "disk_read_only", b"disk_read_only", "num_host_slots", b"num_host_slots"]) -> None: ...
+
+global___TierSpec = TierSpec
 
 @typing.final
 class SchedulerSpec(google.protobuf.message.Message):

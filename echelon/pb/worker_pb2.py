@@ -15,43 +15,53 @@ _sym_db = _symbol_database.Default()
 from echelon.pb import sampling_pb2 as echelon_dot_pb_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65\x63helon/pb/worker.proto\x12\nechelon.v1\x1a\x19\x65\x63helon/pb/sampling.proto\"a\n\x0cRoundRequest\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.echelon.v1.HelloH\x00\x12\"\n\x05round\x18\x02 \x01(\x0b\x32\x11.echelon.v1.RoundH\x00\x42\t\n\x07message\"S\n\x05Hello\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.echelon.v1.EngineRole\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\t\"\xe8\x01\n\x05Round\x12\x10\n\x08round_id\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x12\n\nfree_slots\x18\x03 \x03(\r\x12&\n\tinit_seqs\x18\x04 \x03(\x0b\x32\x13.echelon.v1.SeqInit\x12\x1f\n\x05\x66orks\x18\x06 \x03(\x0b\x32\x10.echelon.v1.Fork\x12\x1d\n\x04rows\x18\x05 \x03(\x0b\x32\x0f.echelon.v1.Row\x12\x18\n\x10num_alternatives\x18\x07 \x01(\r\x12\r\n\x05trace\x18\x08 \x01(\x08\x12\x13\n\x0b\x63onfidences\x18\t \x01(\x08\"\xa2\x01\n\x07SeqInit\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\r\x12\x13\n\x0b\x62lock_table\x18\x05 \x03(\r\x12)\n\x08sampling\x18\x06 \x01(\x0b\x32\x17.echelon.v1.SeqSampling\"P\n\x04\x46ork\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x13\n\x0bparent_slot\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\x12\x15\n\rnew_block_ids\x18\x04 \x03(\r\"\xdd\x01\n\x03Row\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x15\n\x08\x63rop_len\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x10\x61ppend_token_ids\x18\x03 \x03(\r\x12\x15\n\rnew_block_ids\x18\x04 \x03(\r\x12\x15\n\rcalibrate_len\x18\t \x01(\r\x12\x11\n\tchunk_len\x18\x05 \x01(\r\x12\x17\n\x0f\x64raft_token_ids\x18\x06 \x03(\r\x12\x16\n\x0e\x64raft_base_len\x18\x07 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x08 \x01(\rB\x0b\n\t_crop_len\"\xaf\x01\n\x0bRoundResult\x12\x10\n\x08round_id\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12#\n\x04rows\x18\x03 \x03(\x0b\x32\x15.echelon.v1.RowResult\x12\x10\n\x08queue_ns\x18\x04 \x01(\x04\x12\x0e\n\x06run_ns\x18\x05 \x01(\x04\x12\x11\n\tnum_steps\x18\x06 \x01(\r\x12\x1f\n\x05spans\x18\x07 \x03(\x0b\x32\x10.echelon.v1.Span\"D\n\x04Span\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08start_ns\x18\x03 \x01(\x04\x12\x0e\n\x06run_ns\x18\x04 \x01(\x04\"\xb4\x02\n\tRowResult\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13num_accepted_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_verified_tokens\x18\x04 \x01(\r\x12.\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1c.echelon.v1.PositionLogprobs\x12\x35\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x1c.echelon.v1.PositionLogprobs\x12\x1d\n\x15prompt_logprobs_start\x18\x07 \x01(\r\x12\x12\n\nnon_finite\x18\x08 \x01(\x08\x12\x1d\n\x15\x61lternative_token_ids\x18\t \x03(\r\x12\x13\n\x0b\x63onfidences\x18\n \x03(\x02\"\x16\n\x14GetWorkerInfoRequest\"\x7f\n\nWorkerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x12\n\nworld_size\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\'\n\x07\x65ngines\x18\x05 \x03(\x0b\x32\x16.echelon.v1.EngineInfo\"\xa0\x03\n\nEngineInfo\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.echelon.v1.EngineRole\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0f\n\x07tp_size\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x11\n\tnum_slots\x18\x08 \x01(\r\x12\x15\n\rmax_model_len\x18\t \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\n \x01(\r\x12\x14\n\x0cweight_bytes\x18\x0b \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\x0c \x01(\x04\x12\x0e\n\x06load_s\x18\r \x01(\x01\x12\x0f\n\x07lp_size\x18\x0e \x01(\r\x12,\n\x0clayer_groups\x18\x0f \x03(\x0b\x32\x16.echelon.v1.LayerGroup\x12\x1e\n\x16layer_parallel_weights\x18\x10 \x01(\t\x12\x1a\n\x12layer_parallel_mlp\x18\x11 \x01(\t\"\x1c\n\nLayerGroup\x12\x0e\n\x06layers\x18\x01 \x03(\r*X\n\nEngineRole\x12\x1b\n\x17\x45NGINE_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45NGINE_ROLE_TARGET\x10\x01\x12\x15\n\x11\x45NGINE_ROLE_DRAFT\x10\x02*H\n\tWireLimit\x12\x1a\n\x16WIRE_LIMIT_UNSPECIFIED\x10\x00\x12\x1f\n\x18WIRE_LIMIT_MESSAGE_BYTES\x10\x80\x80\x80 2\x94\x01\n\x06Worker\x12?\n\x06Rounds\x12\x18.echelon.v1.RoundRequest\x1a\x17.echelon.v1.RoundResult(\x01\x30\x01\x12I\n\rGetWorkerInfo\x12 .echelon.v1.GetWorkerInfoRequest\x1a\x16.echelon.v1.WorkerInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65\x63helon/pb/worker.proto\x12\nechelon.v1\x1a\x19\x65\x63helon/pb/sampling.proto\"\x88\x01\n\x0cRoundRequest\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.echelon.v1.HelloH\x00\x12\"\n\x05round\x18\x02 \x01(\x0b\x32\x11.echelon.v1.RoundH\x00\x12%\n\x04move\x18\x03 \x01(\x0b\x32\x15.echelon.v1.MoveOrderH\x00\x42\t\n\x07message\"\x94\x01\n\nRoundReply\x12)\n\x06result\x18\x01 \x01(\x0b\x32\x17.echelon.v1.RoundResultH\x00\x12&\n\x04move\x18\x02 \x01(\x0b\x32\x16.echelon.v1.MoveResultH\x00\x12(\n\x04\x64isk\x18\x03 \x01(\x0b\x32\x18.echelon.v1.DiskContentsH\x00\x42\t\n\x07message\"S\n\x05Hello\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.echelon.v1.EngineRole\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\t\"\xe8\x01\n\x05Round\x12\x10\n\x08round_id\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x12\n\nfree_slots\x18\x03 \x03(\r\x12&\n\tinit_seqs\x18\x04 \x03(\x0b\x32\x13.echelon.v1.SeqInit\x12\x1f\n\x05\x66orks\x18\x06 \x03(\x0b\x32\x10.echelon.v1.Fork\x12\x1d\n\x04rows\x18\x05 \x03(\x0b\x32\x0f.echelon.v1.Row\x12\x18\n\x10num_alternatives\x18\x07 \x01(\r\x12\r\n\x05trace\x18\x08 \x01(\x08\x12\x13\n\x0b\x63onfidences\x18\t \x01(\x08\"\xa2\x01\n\x07SeqInit\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\r\x12\x13\n\x0b\x62lock_table\x18\x05 \x03(\r\x12)\n\x08sampling\x18\x06 \x01(\x0b\x32\x17.echelon.v1.SeqSampling\"P\n\x04\x46ork\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x13\n\x0bparent_slot\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\x12\x15\n\rnew_block_ids\x18\x04 \x03(\r\"\xdd\x01\n\x03Row\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x15\n\x08\x63rop_len\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x10\x61ppend_token_ids\x18\x03 \x03(\r\x12\x15\n\rnew_block_ids\x18\x04 \x03(\r\x12\x15\n\rcalibrate_len\x18\t \x01(\r\x12\x11\n\tchunk_len\x18\x05 \x01(\r\x12\x17\n\x0f\x64raft_token_ids\x18\x06 \x03(\r\x12\x16\n\x0e\x64raft_base_len\x18\x07 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x08 \x01(\rB\x0b\n\t_crop_len\"\xaf\x01\n\x0bRoundResult\x12\x10\n\x08round_id\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12#\n\x04rows\x18\x03 \x03(\x0b\x32\x15.echelon.v1.RowResult\x12\x10\n\x08queue_ns\x18\x04 \x01(\x04\x12\x0e\n\x06run_ns\x18\x05 \x01(\x04\x12\x11\n\tnum_steps\x18\x06 \x01(\r\x12\x1f\n\x05spans\x18\x07 \x03(\x0b\x32\x10.echelon.v1.Span\"D\n\x04Span\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08start_ns\x18\x03 \x01(\x04\x12\x0e\n\x06run_ns\x18\x04 \x01(\x04\"\xb4\x02\n\tRowResult\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13num_accepted_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_verified_tokens\x18\x04 \x01(\r\x12.\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1c.echelon.v1.PositionLogprobs\x12\x35\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x1c.echelon.v1.PositionLogprobs\x12\x1d\n\x15prompt_logprobs_start\x18\x07 \x01(\r\x12\x12\n\nnon_finite\x18\x08 \x01(\x08\x12\x1d\n\x15\x61lternative_token_ids\x18\t \x03(\r\x12\x13\n\x0b\x63onfidences\x18\n \x03(\x02\"\xe5\x01\n\tMoveOrder\x12\x0f\n\x07move_id\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12(\n\x04kind\x18\x03 \x01(\x0e\x32\x1a.echelon.v1.MoveOrder.Kind\x12\x11\n\tblock_ids\x18\x04 \x03(\r\x12\x12\n\nhost_slots\x18\x05 \x03(\r\x12\x0f\n\x07\x64igests\x18\x06 \x03(\x0c\"P\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\t\n\x05STORE\x10\x01\x12\x08\n\x04LOAD\x10\x02\x12\t\n\x05WRITE\x10\x03\x12\x08\n\x04READ\x10\x04\x12\x08\n\x04\x44ROP\x10\x05\"r\n\nMoveResult\x12\x0f\n\x07move_id\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x03 \x03(\r\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x0e\n\x06run_ns\x18\x05 \x01(\x04\x12\x0f\n\x07\x65victed\x18\x06 \x03(\x0c\"0\n\x0c\x44iskContents\x12\x0f\n\x07\x64igests\x18\x01 \x03(\x0c\x12\x0f\n\x07is_last\x18\x02 \x01(\x08\"\x16\n\x14GetWorkerInfoRequest\"\x7f\n\nWorkerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x12\n\nworld_size\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\'\n\x07\x65ngines\x18\x05 \x03(\x0b\x32\x16.echelon.v1.EngineInfo\"\xe6\x03\n\nEngineInfo\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.echelon.v1.EngineRole\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0f\n\x07tp_size\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x11\n\tnum_slots\x18\x08 \x01(\r\x12\x15\n\rmax_model_len\x18\t \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\n \x01(\r\x12\x14\n\x0cweight_bytes\x18\x0b \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\x0c \x01(\x04\x12\x0e\n\x06load_s\x18\r \x01(\x01\x12\x0f\n\x07lp_size\x18\x0e \x01(\r\x12,\n\x0clayer_groups\x18\x0f \x03(\x0b\x32\x16.echelon.v1.LayerGroup\x12\x1e\n\x16layer_parallel_weights\x18\x10 \x01(\t\x12\x1a\n\x12layer_parallel_mlp\x18\x11 \x01(\t\x12\x13\n\x0b\x62lock_bytes\x18\x12 \x01(\x04\x12\x16\n\x0enum_host_slots\x18\x13 \x01(\r\x12\x17\n\x0fnum_disk_blocks\x18\x14 \x01(\r\"\x1c\n\nLayerGroup\x12\x0e\n\x06layers\x18\x01 \x03(\r*X\n\nEngineRole\x12\x1b\n\x17\x45NGINE_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45NGINE_ROLE_TARGET\x10\x01\x12\x15\n\x11\x45NGINE_ROLE_DRAFT\x10\x02*H\n\tWireLimit\x12\x1a\n\x16WIRE_LIMIT_UNSPECIFIED\x10\x00\x12\x1f\n\x18WIRE_LIMIT_MESSAGE_BYTES\x10\x80\x80\x80 2\x93\x01\n\x06Worker\x12>\n\x06Rounds\x12\x18.echelon.v1.RoundRequest\x1a\x16.echelon.v1.RoundReply(\x01\x30\x01\x12I\n\rGetWorkerInfo\x12 .echelon.v1.GetWorkerInfoRequest\x1a\x16.echelon.v1.WorkerInfob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'echelon.pb.worker_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_ENGINEROLE']._serialized_start=2117
-  _globals['_ENGINEROLE']._serialized_end=2205
-  _globals['_WIRELIMIT']._serialized_start=2207
-  _globals['_WIRELIMIT']._serialized_end=2279
-  _globals['_ROUNDREQUEST']._serialized_start=66
-  _globals['_ROUNDREQUEST']._serialized_end=163
-  _globals['_HELLO']._serialized_start=165
-  _globals['_HELLO']._serialized_end=248
-  _globals['_ROUND']._serialized_start=251
-  _globals['_ROUND']._serialized_end=483
-  _globals['_SEQINIT']._serialized_start=486
-  _globals['_SEQINIT']._serialized_end=648
-  _globals['_FORK']._serialized_start=650
-  _globals['_FORK']._serialized_end=730
-  _globals['_ROW']._serialized_start=733
-  _globals['_ROW']._serialized_end=954
-  _globals['_ROUNDRESULT']._serialized_start=957
-  _globals['_ROUNDRESULT']._serialized_end=1132
-  _globals['_SPAN']._serialized_start=1134
-  _globals['_SPAN']._serialized_end=1202
-  _globals['_ROWRESULT']._serialized_start=1205
-  _globals['_ROWRESULT']._serialized_end=1513
-  _globals['_GETWORKERINFOREQUEST']._serialized_start=1515
-  _globals['_GETWORKERINFOREQUEST']._serialized_end=1537
-  _globals['_WORKERINFO']._serialized_start=1539
-  _globals['_WORKERINFO']._serialized_end=1666
-  _globals['_ENGINEINFO']._serialized_start=1669
-  _globals['_ENGINEINFO']._serialized_end=2085
-  _globals['_LAYERGROUP']._serialized_start=2087
-  _globals['_LAYERGROUP']._serialized_end=2115
-  _globals['_WORKER']._serialized_start=2282
-  _globals['_WORKER']._serialized_end=2430
+  _globals['_ENGINEROLE']._serialized_start=2776
+  _globals['_ENGINEROLE']._serialized_end=2864
+  _globals['_WIRELIMIT']._serialized_start=2866
+  _globals['_WIRELIMIT']._serialized_end=2938
+  _globals['_ROUNDREQUEST']._serialized_start=67
+  _globals['_ROUNDREQUEST']._serialized_end=203
+  _globals['_ROUNDREPLY']._serialized_start=206
+  _globals['_ROUNDREPLY']._serialized_end=354
+  _globals['_HELLO']._serialized_start=356
+  _globals['_HELLO']._serialized_end=439
+  _globals['_ROUND']._serialized_start=442
+  _globals['_ROUND']._serialized_end=674
+  _globals['_SEQINIT']._serialized_start=677
+  _globals['_SEQINIT']._serialized_end=839
+  _globals['_FORK']._serialized_start=841
+  _globals['_FORK']._serialized_end=921
+  _globals['_ROW']._serialized_start=924
+  _globals['_ROW']._serialized_end=1145
+  _globals['_ROUNDRESULT']._serialized_start=1148
+  _globals['_ROUNDRESULT']._serialized_end=1323
+  _globals['_SPAN']._serialized_start=1325
+  _globals['_SPAN']._serialized_end=1393
+  _globals['_ROWRESULT']._serialized_start=1396
+  _globals['_ROWRESULT']._serialized_end=1704
+  _globals['_MOVEORDER']._serialized_start=1707
+  _globals['_MOVEORDER']._serialized_end=1936
+  _globals['_MOVEORDER_KIND']._serialized_start=1856
+  _globals['_MOVEORDER_KIND']._serialized_end=1936
+  _globals['_MOVERESULT']._serialized_start=1938
+  _globals['_MOVERESULT']._serialized_end=2052
+  _globals['_DISKCONTENTS']._serialized_start=2054
+  _globals['_DISKCONTENTS']._serialized_end=2102
+  _globals['_GETWORKERINFOREQUEST']._serialized_start=2104
+  _globals['_GETWORKERINFOREQUEST']._serialized_end=2126
+  _globals['_WORKERINFO']._serialized_start=2128
+  _globals['_WORKERINFO']._serialized_end=2255
+  _globals['_ENGINEINFO']._serialized_start=2258
+  _globals['_ENGINEINFO']._serialized_end=2744
+  _globals['_LAYERGROUP']._serialized_start=2746
+  _globals['_LAYERGROUP']._serialized_end=2774
+  _globals['_WORKER']._serialized_start=2941
+  _globals['_WORKER']._serialized_end=3088
 # @@protoc_insertion_point(module_scope)

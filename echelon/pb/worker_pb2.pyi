@@ -61,21 +61,53 @@ class RoundRequest(google.protobuf.message.Message):
 
     HELLO_FIELD_NUMBER: builtins.int
     ROUND_FIELD_NUMBER: builtins.int
+    MOVE_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> global___Hello: ...
     @property
     def round(self) -> global___Round: ...
+    @property
+    def move(self) -> global___MoveOrder: ...
     def __init__(
         self,
         *,
         hello: global___Hello | None = ...,
         round: global___Round | None = ...,
+        move: global___MoveOrder | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["hello", b"hello", "message", b"message", "round", b"round"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["hello", b"hello", "message", b"message", "round", b"round"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["hello", "round"] | None: ...
+    def HasField(self, field_name: typing.Literal["hello", b"hello", "message", b"message", "move", b"move", "round", b"round"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["hello", b"hello", "message", b"message", "move", b"move", "round", b"round"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["hello", "round", "move"] | None: ...
 
 global___RoundRequest = RoundRequest
+
+@typing.final
+class RoundReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RESULT_FIELD_NUMBER: builtins.int
+    MOVE_FIELD_NUMBER: builtins.int
+    DISK_FIELD_NUMBER: builtins.int
+    @property
+    def result(self) -> global___RoundResult: ...
+    @property
+    def move(self) -> global___MoveResult: ...
+    @property
+    def disk(self) -> global___DiskContents:
+        """after the hello, if the engine has a disk tier"""
+
+    def __init__(
+        self,
+        *,
+        result: global___RoundResult | None = ...,
+        move: global___MoveResult | None = ...,
+        disk: global___DiskContents | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["disk", b"disk", "message", b"message", "move", b"move", "result", b"result"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["disk", b"disk", "message", b"message", "move", b"move", "result", b"result"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["result", "move", "disk"] | None: ...
+
+global___RoundReply = RoundReply
 
 @typing.final
 class Hello(google.protobuf.message.Message):
@@ -448,6 +480,148 @@ class RowResult(google.protobuf.message.Message):
 global___RowResult = RowResult
 
 @typing.final
+class MoveOrder(google.protobuf.message.Message):
+    """Copies KV between the tiers of an engine's cache: blocks of the device, slots of host memory of the same size, and a
+    disk, where a block is found by its digest. Every rank moves its own part.
+
+    A store or load begins when the rounds sent before it have run, and runs beside later ones. Moves may run side by side
+    and end in any order. So until a move is answered, no round may write what it reads, none may touch what it writes, and
+    no other move may either.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    class _Kind:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _KindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[MoveOrder._Kind.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        KIND_UNSPECIFIED: MoveOrder._Kind.ValueType  # 0
+        STORE: MoveOrder._Kind.ValueType  # 1
+        """device block -> host slot"""
+        LOAD: MoveOrder._Kind.ValueType  # 2
+        """host slot -> device block"""
+        WRITE: MoveOrder._Kind.ValueType  # 3
+        """host slot -> disk"""
+        READ: MoveOrder._Kind.ValueType  # 4
+        """disk -> host slot"""
+        DROP: MoveOrder._Kind.ValueType  # 5
+        """forget on disk"""
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
+    KIND_UNSPECIFIED: MoveOrder.Kind.ValueType  # 0
+    STORE: MoveOrder.Kind.ValueType  # 1
+    """device block -> host slot"""
+    LOAD: MoveOrder.Kind.ValueType  # 2
+    """host slot -> device block"""
+    WRITE: MoveOrder.Kind.ValueType  # 3
+    """host slot -> disk"""
+    READ: MoveOrder.Kind.ValueType  # 4
+    """disk -> host slot"""
+    DROP: MoveOrder.Kind.ValueType  # 5
+    """forget on disk"""
+
+    MOVE_ID_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    BLOCK_IDS_FIELD_NUMBER: builtins.int
+    HOST_SLOTS_FIELD_NUMBER: builtins.int
+    DIGESTS_FIELD_NUMBER: builtins.int
+    move_id: builtins.int
+    """ascending on a stream"""
+    incarnation: builtins.int
+    kind: global___MoveOrder.Kind.ValueType
+    @property
+    def block_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """store, load"""
+
+    @property
+    def host_slots(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """all but drop"""
+
+    @property
+    def digests(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """write, read, drop: 16 bytes each"""
+
+    def __init__(
+        self,
+        *,
+        move_id: builtins.int = ...,
+        incarnation: builtins.int = ...,
+        kind: global___MoveOrder.Kind.ValueType = ...,
+        block_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        host_slots: collections.abc.Iterable[builtins.int] | None = ...,
+        digests: collections.abc.Iterable[builtins.bytes] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_ids", b"block_ids", "digests", b"digests", "host_slots", b"host_slots", "incarnation", b"incarnation", "kind", b"kind", "move_id", b"move_id"]) -> None: ...
+
+global___MoveOrder = MoveOrder
+
+@typing.final
+class MoveResult(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MOVE_ID_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    FAILED_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    RUN_NS_FIELD_NUMBER: builtins.int
+    EVICTED_FIELD_NUMBER: builtins.int
+    move_id: builtins.int
+    incarnation: builtins.int
+    error: builtins.str
+    """the first one, for people; empty: none, or the block was simply not there"""
+    run_ns: builtins.int
+    """of the slowest rank, once the move had begun"""
+    @property
+    def failed(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Indexes of the blocks that failed on some rank. A slot that should have been read holds anything. A block that could
+        not be written or read is on no rank's disk any more, as far as the group knows.
+        """
+
+    @property
+    def evicted(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """write: other digests that made room and are no longer on every rank's disk"""
+
+    def __init__(
+        self,
+        *,
+        move_id: builtins.int = ...,
+        incarnation: builtins.int = ...,
+        failed: collections.abc.Iterable[builtins.int] | None = ...,
+        error: builtins.str = ...,
+        run_ns: builtins.int = ...,
+        evicted: collections.abc.Iterable[builtins.bytes] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["error", b"error", "evicted", b"evicted", "failed", b"failed", "incarnation", b"incarnation", "move_id", b"move_id", "run_ns", b"run_ns"]) -> None: ...
+
+global___MoveResult = MoveResult
+
+@typing.final
+class DiskContents(google.protobuf.message.Message):
+    """What every rank's disk tier holds when the stream begins. Large sets come in several messages."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIGESTS_FIELD_NUMBER: builtins.int
+    IS_LAST_FIELD_NUMBER: builtins.int
+    is_last: builtins.bool
+    @property
+    def digests(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """least recently written first"""
+
+    def __init__(
+        self,
+        *,
+        digests: collections.abc.Iterable[builtins.bytes] | None = ...,
+        is_last: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digests", b"digests", "is_last", b"is_last"]) -> None: ...
+
+global___DiskContents = DiskContents
+
+@typing.final
 class GetWorkerInfoRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -506,6 +680,9 @@ class EngineInfo(google.protobuf.message.Message):
     LAYER_GROUPS_FIELD_NUMBER: builtins.int
     LAYER_PARALLEL_WEIGHTS_FIELD_NUMBER: builtins.int
     LAYER_PARALLEL_MLP_FIELD_NUMBER: builtins.int
+    BLOCK_BYTES_FIELD_NUMBER: builtins.int
+    NUM_HOST_SLOTS_FIELD_NUMBER: builtins.int
+    NUM_DISK_BLOCKS_FIELD_NUMBER: builtins.int
     role: global___EngineRole.ValueType
     model: builtins.str
     dtype: builtins.str
@@ -529,6 +706,12 @@ class EngineInfo(google.protobuf.message.Message):
     """as in EngineSpec"""
     layer_parallel_mlp: builtins.str
     """as used"""
+    block_bytes: builtins.int
+    """of one block on this rank, all layers"""
+    num_host_slots: builtins.int
+    """the lowest of the group's ranks; 0: no host tier"""
+    num_disk_blocks: builtins.int
+    """that fit on disk, the lowest of the group's ranks; 0: no disk tier"""
     @property
     def layer_groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LayerGroup]:
         """draft, as chosen: every layer, in order"""
@@ -553,8 +736,11 @@ class EngineInfo(google.protobuf.message.Message):
         layer_groups: collections.abc.Iterable[global___LayerGroup] | None = ...,
         layer_parallel_weights: builtins.str = ...,
         layer_parallel_mlp: builtins.str = ...,
+        block_bytes: builtins.int = ...,
+        num_host_slots: builtins.int = ...,
+        num_disk_blocks: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "dtype", b"dtype", "kv_cache_bytes", b"kv_cache_bytes", "layer_groups", b"layer_groups", "layer_parallel_mlp", b"layer_parallel_mlp", "layer_parallel_weights", b"layer_parallel_weights", "load_s", b"load_s", "lp_size", b"lp_size", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "model", b"model", "num_blocks", b"num_blocks", "num_slots", b"num_slots", "role", b"role", "tp_size", b"tp_size", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_bytes", b"block_bytes", "block_size", b"block_size", "dtype", b"dtype", "kv_cache_bytes", b"kv_cache_bytes", "layer_groups", b"layer_groups", "layer_parallel_mlp", b"layer_parallel_mlp", "layer_parallel_weights", b"layer_parallel_weights", "load_s", b"load_s", "lp_size", b"lp_size", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "model", b"model", "num_blocks", b"num_blocks", "num_disk_blocks", b"num_disk_blocks", "num_host_slots", b"num_host_slots", "num_slots", b"num_slots", "role", b"role", "tp_size", b"tp_size", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]) -> None: ...
 
 global___EngineInfo = EngineInfo
 

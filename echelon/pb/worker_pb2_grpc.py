@@ -19,7 +19,7 @@ class WorkerStub(object):
         self.Rounds = channel.stream_stream(
                 '/echelon.v1.Worker/Rounds',
                 request_serializer=echelon_dot_pb_dot_worker__pb2.RoundRequest.SerializeToString,
-                response_deserializer=echelon_dot_pb_dot_worker__pb2.RoundResult.FromString,
+                response_deserializer=echelon_dot_pb_dot_worker__pb2.RoundReply.FromString,
                 )
         self.GetWorkerInfo = channel.unary_unary(
                 '/echelon.v1.Worker/GetWorkerInfo',
@@ -36,6 +36,7 @@ class WorkerServicer(object):
     def Rounds(self, request_iterator, context):
         """The first message down is a hello. Then each round is one message down and one up, in order. Further
         rounds can be sent before the first is answered. A first round without rows shows that the group does rounds.
+        Move orders are in order with the rounds, but their answers are not: see MoveOrder.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -53,7 +54,7 @@ def add_WorkerServicer_to_server(servicer, server):
             'Rounds': grpc.stream_stream_rpc_method_handler(
                     servicer.Rounds,
                     request_deserializer=echelon_dot_pb_dot_worker__pb2.RoundRequest.FromString,
-                    response_serializer=echelon_dot_pb_dot_worker__pb2.RoundResult.SerializeToString,
+                    response_serializer=echelon_dot_pb_dot_worker__pb2.RoundReply.SerializeToString,
             ),
             'GetWorkerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetWorkerInfo,
@@ -85,7 +86,7 @@ class Worker(object):
             metadata=None):
         return grpc.experimental.stream_stream(request_iterator, target, '/echelon.v1.Worker/Rounds',
             echelon_dot_pb_dot_worker__pb2.RoundRequest.SerializeToString,
-            echelon_dot_pb_dot_worker__pb2.RoundResult.FromString,
+            echelon_dot_pb_dot_worker__pb2.RoundReply.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

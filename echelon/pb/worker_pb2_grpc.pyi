@@ -25,10 +25,11 @@ class WorkerStub:
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
     Rounds: grpc.StreamStreamMultiCallable[
         echelon.pb.worker_pb2.RoundRequest,
-        echelon.pb.worker_pb2.RoundResult,
+        echelon.pb.worker_pb2.RoundReply,
     ]
     """The first message down is a hello. Then each round is one message down and one up, in order. Further
     rounds can be sent before the first is answered. A first round without rows shows that the group does rounds.
+    Move orders are in order with the rounds, but their answers are not: see MoveOrder.
     """
 
     GetWorkerInfo: grpc.UnaryUnaryMultiCallable[
@@ -43,10 +44,11 @@ class WorkerAsyncStub:
 
     Rounds: grpc.aio.StreamStreamMultiCallable[
         echelon.pb.worker_pb2.RoundRequest,
-        echelon.pb.worker_pb2.RoundResult,
+        echelon.pb.worker_pb2.RoundReply,
     ]
     """The first message down is a hello. Then each round is one message down and one up, in order. Further
     rounds can be sent before the first is answered. A first round without rows shows that the group does rounds.
+    Move orders are in order with the rounds, but their answers are not: see MoveOrder.
     """
 
     GetWorkerInfo: grpc.aio.UnaryUnaryMultiCallable[
@@ -64,9 +66,10 @@ class WorkerServicer(metaclass=abc.ABCMeta):
         self,
         request_iterator: _MaybeAsyncIterator[echelon.pb.worker_pb2.RoundRequest],
         context: _ServicerContext,
-    ) -> typing.Union[collections.abc.Iterator[echelon.pb.worker_pb2.RoundResult], collections.abc.AsyncIterator[echelon.pb.worker_pb2.RoundResult]]:
+    ) -> typing.Union[collections.abc.Iterator[echelon.pb.worker_pb2.RoundReply], collections.abc.AsyncIterator[echelon.pb.worker_pb2.RoundReply]]:
         """The first message down is a hello. Then each round is one message down and one up, in order. Further
         rounds can be sent before the first is answered. A first round without rows shows that the group does rounds.
+        Move orders are in order with the rounds, but their answers are not: see MoveOrder.
         """
 
     @abc.abstractmethod
