@@ -24,7 +24,17 @@ from cluster.processes.worker_group import RunningGroup, start_worker_group
 from echelon import __version__
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.sampling_pb2 import SeqSampling
-from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, Hello, LayerGroup, Round, RoundRequest, RoundResult, Row, SeqInit
+from echelon.pb.worker_pb2 import (
+    ENGINE_ROLE_DRAFT,
+    Hello,
+    LayerGroup,
+    Round,
+    RoundReply,
+    RoundRequest,
+    RoundResult,
+    Row,
+    SeqInit,
+)
 from echelon.pb.worker_pb2_grpc import WorkerStub
 from workers.models.layer_groups import MLPs
 
@@ -80,17 +90,17 @@ class DraftGroup:
         self._channel.close()
         self._processes.stop(STOP_GRACE_S)
 
-    def _connect(self, group: RunningGroup) -> tuple[grpc.Channel, Iterator[RoundResult]]:
+    def _connect(self, group: RunningGroup) -> tuple[grpc.Channel, Iterator[RoundReply]]:
         channel = open_blocking_channel(group.address)
         hello = Hello(role=ENGINE_ROLE_DRAFT, incarnation=INCARNATION, version=__version__)
         self._requests.put(RoundRequest(hello=hello))
-        results: Iterator[RoundResult] = WorkerStub(channel).Rounds(iter(self._requests.get, None))
+        results: Iterator[RoundReply] = WorkerStub(channel).Rounds(iter(self._requests.get, None))
         return channel, results
 
     def _run(self, row: Row, *inits: SeqInit) -> RoundResult:
         round_ = Round(round_id=next(self._round_ids), incarnation=INCARNATION, init_seqs=inits, rows=[row])
         self._requests.put(RoundRequest(round=round_))
-        return next(self._results)
+        return next(self._results).result
 
     def _spawn(self, launch: Launch) -> Child:
         path = self._log_dir / f"{launch.spec.name}.log"

@@ -30,8 +30,8 @@ _IDLE_PATIENCE_S = 15.0
 _SIZES = ("vocab_size", "num_blocks", "block_size", "num_slots", "max_model_len", "max_num_batched_tokens")
 
 if TYPE_CHECKING:
-    RoundsCall = grpc.aio.StreamStreamCall[worker_pb2.RoundRequest, worker_pb2.RoundResult]
-    Answers = AsyncIterator[worker_pb2.RoundResult]
+    RoundsCall = grpc.aio.StreamStreamCall[worker_pb2.RoundRequest, worker_pb2.RoundReply]
+    Answers = AsyncIterator[worker_pb2.RoundReply]
 
 
 class GroupError(RuntimeError):
@@ -193,9 +193,9 @@ class GroupClient:
 
     async def _read(self, call: "RoundsCall", answers: "Answers") -> None:
         try:
-            async for result in answers:
+            async for reply in answers:
                 self._num_in_flight -= 1
-                self._events.result(result)
+                self._events.result(reply.result)
                 self._arm(call)
             raise GroupError(f"ended the stream: {await call.details() or 'no reason given'}")
         except (grpc.aio.AioRpcError, asyncio.CancelledError, GroupError, UnexpectedAnswerError) as error:

@@ -60,7 +60,7 @@ class FakeGroupServer(worker_pb2_grpc.WorkerServicer):
 
     async def Rounds(
         self, request_iterator: AsyncIterator[worker_pb2.RoundRequest], context: Any
-    ) -> AsyncIterator[worker_pb2.RoundResult]:
+    ) -> AsyncIterator[worker_pb2.RoundReply]:
         hello = (await anext(aiter(request_iterator))).hello
         self.num_streams += 1
         engine = self.engines[hello.role]
@@ -76,7 +76,7 @@ class FakeGroupServer(worker_pb2_grpc.WorkerServicer):
             if result is None:
                 dropped.cancel()
                 return
-            yield result
+            yield worker_pb2.RoundReply(result=result)
 
     async def _next_result(
         self, engine: FakeEngine, requests: AsyncIterator[worker_pb2.RoundRequest]

@@ -139,7 +139,7 @@ class RoundStream:
 
     def receive(self) -> RoundResult:
         """Raises grpc.RpcError when the worker ended the stream."""
-        return next(self._results)
+        return next(self._results).result
 
     def call(self, round_: Round) -> RoundResult:
         self.send(round_)
@@ -151,7 +151,7 @@ class RoundStream:
         self._requests.put(None)
 
     def rest(self) -> list[RoundResult]:
-        return list(self._results)
+        return [reply.result for reply in self._results]
 
     def ending(self) -> tuple[grpc.StatusCode, str]:
         """How the worker ends the stream."""

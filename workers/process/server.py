@@ -17,6 +17,7 @@ from echelon.pb.worker_pb2 import (
     GetWorkerInfoRequest,
     Hello,
     Round,
+    RoundReply,
     RoundRequest,
     RoundResult,
     WireLimit,
@@ -39,7 +40,7 @@ _HEALTH_NAMES = {EngineRole.ENGINE_ROLE_TARGET: "target", EngineRole.ENGINE_ROLE
 
 T = TypeVar("T")
 if TYPE_CHECKING:
-    RoundsContext = grpc.aio.ServicerContext[RoundRequest, RoundResult]
+    RoundsContext = grpc.aio.ServicerContext[RoundRequest, RoundReply]
     InfoContext = grpc.aio.ServicerContext[GetWorkerInfoRequest, WorkerInfo]
 
 
@@ -59,7 +60,7 @@ class RoundStream:
         self.incarnation = hello.incarnation
         self.is_open = True
         self._loop = asyncio.get_running_loop()
-        self._answers: asyncio.Queue[RoundResult | Ending | None] = asyncio.Queue()
+        self._answers: asyncio.Queue[RoundReply | Ending | None] = asyncio.Queue()
         self._last_round_id = -1
         self._num_pending = 0
         self._half_closed = False
@@ -99,12 +100,12 @@ class RoundStream:
         if self._num_pending == 0:
             self._answers.put_nowait(None)
 
-    async def next_answer(self) -> RoundResult | Ending | None:
+    async def next_answer(self) -> RoundReply | Ending | None:
         return await self._answers.get()
 
     def _on_result(self, result: RoundResult) -> None:
         self._num_pending -= 1
-        self._answers.put_nowait(result)
+        self._answers.put_nowait(RoundReply(result=result))
         if self._half_closed and self._num_pending == 0:
             self._answers.put_nowait(None)
 
@@ -119,7 +120,7 @@ class Servicer(WorkerServicer):
 
     async def Rounds(
         self, request_iterator: AsyncIterator[RoundRequest], context: "RoundsContext"
-    ) -> AsyncIterator[RoundResult]:
+    ) -> AsyncIterator[RoundReply]:
         stream = await self._open(request_iterator, context)
         reader = asyncio.create_task(self._read(request_iterator, stream))
         try:
