@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
@@ -20,6 +21,7 @@ from checkpoint.side_files import read_side_files
 
 _CONFIG = "tokenizer_config.json"
 _FILE = "chat_template.jinja"
+_MAX_SOURCE_CHARS = 128 << 10  # some have 40,000; jinja2 takes up to 15 s for so many, by the square of their number
 _MAX_CHARS = 16 << 20  # of a rendered conversation
 _END_OF_MESSAGE = "CONTINUE_FINAL_MESSAGE_TAG "
 # What a message's reasoning is called, in the order in which it is looked for; templates read the first.
@@ -44,11 +46,33 @@ class _GenerationBlock(Extension):
         return caller()
 
 
+class _UnfoldingGenerator(CodeGenerator):
+    """Computes nothing while it compiles: `{{ 9 ** (9 ** 9) }}` costs who renders it, not who reads the folder.
+
+    `optimized=False` of an environment leaves constants alone everywhere but in the two places below.
+    """
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: CodeGenerator._FinalizeInfo) -> str:
+        if not isinstance(node, nodes.TemplateData):
+            raise nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
+
+    def visit_EvalContextModifier(self, node: nodes.EvalContextModifier, frame: Frame) -> None:
+        if not all(isinstance(option.value, nodes.Const) for option in node.options):
+            self.fail("autoescape takes true or false", node.lineno)
+        super().visit_EvalContextModifier(node, frame)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    code_generator_class = _UnfoldingGenerator
+
+
 class ChatTemplate:
     """A compiled template. `special_tokens` are the variables bos_token, eos_token ... that it may use.
 
     Templates come with a model's files and are code of somebody else: they run in jinja2's immutable sandbox. That does
-    not bound what they cost. Raises ChatError for a template that does not compile.
+    not bound what `render` costs; to compile one takes time and memory by its length alone. Raises ChatError for a
+    template that does not compile.
     """
 
     def __init__(self, source: str, *, special_tokens: Mapping[str, str], source_with_tools: str | None = None) -> None:
@@ -81,8 +105,10 @@ class ChatTemplate:
 
 class _Compiled:
     def __init__(self, source: str) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+        if len(source) > _MAX_SOURCE_CHARS:
+            raise ChatError(f"chat template: has {len(source)} characters, and at most {_MAX_SOURCE_CHARS} are read")
+        environment = _Environment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols], optimized=False
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
@@ -91,7 +117,9 @@ class _Compiled:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as err:
             raise ChatError(f"chat template, line {err.lineno}: {err.message}") from err
-        except (SyntaxError, ValueError, ArithmeticError, RecursionError) as err:  # of Python, which it becomes
+        except (RecursionError, MemoryError) as err:
+            raise ChatError("chat template: is nested too deeply") from err
+        except (SyntaxError, ValueError, ArithmeticError) as err:  # of Python, which it becomes
             raise ChatError(f"chat template: {err}") from err
         self.reads_content = "content" in source
 

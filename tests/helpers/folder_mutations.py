@@ -70,7 +70,8 @@ _GENERATION_KEYS: dict[str, list[Any]] = {
 }
 _TOKENIZER_KEYS: dict[str, list[Any]] = {
     "chat_template": ["{% if %}", "{{ x | nofilter }}", "{% for a in b %}" * 30, 3, [], [{"name": "default"}], None,
-                      "ok", [{"name": "default", "template": "x"}], {"default": "x"}, "{{" * 2000],
+                      "ok", [{"name": "default", "template": "x"}], {"default": "x"}, "{{" * 2000,
+                      "{{ 9 ** (9 ** 9) }}"],
     "eos_token": [None, "</s>", 3, {"content": "</s>"}, {"content": 3}],
     "added_tokens_decoder": [{"2": {"content": "</s>"}}, {"x": {}}, []],
     "split_special_tokens": [True, 1],

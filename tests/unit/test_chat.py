@@ -1,6 +1,7 @@
 """Tokenisation and chat templates: the same tokens as `transformers`, and never two BOS."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,46 @@ def test_what_a_template_writes_is_limited() -> None:
 def test_a_template_that_does_not_compile_names_its_line() -> None:
     with pytest.raises(ChatError, match="line 2"):
         ChatTemplate("ok\n{% if %}", special_tokens={})
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "is nested too deeply"),
+        ("{% if a %}" + "{% elif b %}" * 10_000 + "{% endif %}", "is nested too deeply"),
+        ("{{ a }}" * 20_000, "has 140000 characters, and at most 131072 are read"),
+        ("{% autoescape 'a' * 10000000 %}{% endautoescape %}", "line 1: autoescape takes true or false"),
+    ],
+    ids=["parentheses", "branches", "length", "autoescape"],
+)
+def test_a_template_beyond_reason_is_refused(source: str, words: str) -> None:
+    with pytest.raises(ChatError, match=words):
+        ChatTemplate(source, special_tokens={})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 10000000 }}",
+        "{{ 'b' ~ 'a' * 10000000 }}",
+        "{{ ('a' * 10000000)[3] }}",
+        "{{ 'a' | center(10000000) }}",
+        "{% set a = 'a' * 10000000 %}",
+        "{% if ('a' * 10000000) is string %}{% endif %}",
+        "{% for a in ['a' * 10000000] %}{% endfor %}",
+        "{% macro f(a='a' * 10000000) %}{% endmacro %}",
+        "{% filter center(10000000) %}a{% endfilter %}",
+    ],
+)
+def test_a_template_computes_nothing_before_it_is_rendered(source: str) -> None:
+    """`plan` and the gateway compile it in their own processes, and `{{ 9 ** (9 ** 9) }}` never ends."""
+    tracemalloc.start()
+    try:
+        ChatTemplate(source, special_tokens={})
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 5_000_000
 
 
 def test_the_date_of_today() -> None:

@@ -23,7 +23,7 @@ from gateway.requests.refusal import Refusal
 from gateway.requests.validation import build_validator
 from tests.helpers.demo_folders import make_folder
 
-# Ends at once, loops, takes memory or calls itself, as the first message says.
+# Ends at once, loops, takes memory, calls itself or computes without a break, as the first message says.
 WILD = """
 {%- set wish = messages[0].content -%}
 {%- macro again() -%}{{ again() }}{%- endmacro -%}
@@ -33,6 +33,8 @@ WILD = """
   {{- wish * 1000000000 -}}
 {%- elif wish == "recursion" -%}
   {{- again() -}}
+{%- elif wish == "power" -%}
+  {{- 9 ** (9 ** 9) -}}
 {%- else -%}
   {{- wish -}}
 {%- endif -%}
@@ -98,11 +100,12 @@ async def test_wild_templates_are_refused_and_the_next_request_is_read(spec: Gat
 async def test_a_process_that_does_not_answer_is_replaced(spec: GatewaySpec) -> None:
     processes = Processes(spec, cpu_limit_s=FOR_EVER_S)
     lane = lane_before(processes, limit_s=2.0)
-    refused = await refusal(lane, chat("loop"))
-    assert refused.code == grpc.StatusCode.INVALID_ARGUMENT
-    assert "given up, because it did not answer within 2 s" in refused.message
+    for wish in ("loop", "power"):
+        refused = await refusal(lane, chat(wish))
+        assert refused.code == grpc.StatusCode.INVALID_ARGUMENT
+        assert "given up, because it did not answer within 2 s" in refused.message
     assert (await lane.read(chat("Hi"))).request_id == "r"
-    assert [process.is_alive for process in processes.started] == [False, True]
+    assert [process.is_alive for process in processes.started] == [False, False, True]
     await lane.close()
     assert not processes.started[-1].is_alive
 
