@@ -1,4 +1,4 @@
-"""The memory that choosing tokens takes: what the plan expects and the worker reserves."""
+"""The memory that choosing tokens and turning heads takes: what the plan expects and the worker has."""
 
 SAMPLING_TILE_ROWS = 256
 """Rows of logits that are held at a time: the default max_num_seqs, so a decode round stays one tile. The head is read
@@ -9,6 +9,7 @@ once a tile; on an H200 a product of about 200 rows takes as long as reading its
 # Measured on CPU: 9.1 (tests/unit/test_sampling_tiles.py).
 _LOGIT_COPIES = 10
 _LOGIT_BYTES = 4
+_ANGLE_BYTES = 4  # fp32
 
 
 def num_sampled_rows(*, verifies: bool, max_num_seqs: int, max_num_batched_tokens: int) -> int:
@@ -22,3 +23,8 @@ def sampling_bytes(*, vocab_size: int, num_ranks: int, num_rows: int) -> int:
     """Bytes on one of `num_ranks` ranks that share the vocabulary."""
     shard_size = -(-vocab_size // num_ranks)
     return num_rows * shard_size * _LOGIT_BYTES * _LOGIT_COPIES
+
+
+def rope_table_bytes(*, head_dim: int, num_positions: int) -> int:
+    """Bytes of cosines and sines that every rank holds, as it holds weights: half a GiB for a million positions."""
+    return num_positions * head_dim * _ANGLE_BYTES

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from checkpoint.memory import num_sampled_rows, sampling_bytes
+from checkpoint.memory import num_sampled_rows, rope_table_bytes, sampling_bytes
 from cluster.deployment.settings import ModelSettings, Role, Settings
 from cluster.errors import PlanError
 from cluster.planning.plan import Bundle, ControlProcess, Inventory, MemoryEstimate, Node, Plan
@@ -104,8 +104,9 @@ def _rank(group: Role, rank: int, models: list[ModelSettings], settings: Setting
     memory = MemoryEstimate(
         weight_bytes=sum(model.weight_bytes for model in models),
         kv_cache_bytes=sum(_kv_cache_bytes(model, settings) for model in models),
-        # Engines of one device take turns, so only the larger working set counts.
-        activation_bytes=max(_activation_bytes(model, settings) for model in models),
+        # Engines of one device take turns, so only the larger working set counts. Their tables stay.
+        activation_bytes=max(_activation_bytes(model, settings) for model in models)
+        + sum(_rope_table_bytes(model, settings) for model in models),
     )
     return _Rank(group=group, rank=rank, engines=tuple(model.role for model in models), memory=memory)
 
@@ -123,6 +124,11 @@ def _kv_cache_bytes(model: ModelSettings, settings: Settings) -> int:
 def _activation_bytes(model: ModelSettings, settings: Settings) -> int:
     forward = model.folder.activation_bytes(model.tp_size, num_tokens=settings.scheduler.max_num_batched_tokens)
     return forward + expected_sampling_bytes(model, settings)
+
+
+def _rope_table_bytes(model: ModelSettings, settings: Settings) -> int:
+    num_positions = settings.max_model_len_of(model.role)
+    return rope_table_bytes(head_dim=model.folder.config.head_dim, num_positions=num_positions)
 
 
 def expected_sampling_bytes(model: ModelSettings, settings: Settings) -> int:

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from checkpoint.config_json import parse_config, read_config_json
 from checkpoint.memory import SAMPLING_TILE_ROWS, sampling_bytes
 from cluster.deployment.settings import (
     CpuSettings,
@@ -18,12 +20,13 @@ from cluster.deployment.settings import (
 from cluster.errors import PlanError
 from cluster.local import LOCAL_SCHEDULER, LocalDraft, local_settings
 from cluster.planning.inventory import visible_gpus
-from cluster.planning.plan import ControlProcess, Inventory, Node, Plan, check_followed
+from cluster.planning.plan import ControlProcess, Inventory, MemoryEstimate, Node, Plan, check_followed
 from cluster.planning.planner import GIB, expected_sampling_bytes, make_plan
 from cluster.process_id import ProcessId
 from cluster.processes.specs import scheduler_spec, worker_specs
 from echelon.pb import process_pb2
 from tests.helpers.model_folders import write_model_folder
+from workers.layers.rope import cos_sin_cache
 from workers.process.load import reserved_sampling_bytes
 
 SCHEDULER = ControlProcess(id=ProcessId(role="scheduler"), node_id="n", address="127.0.0.1")
@@ -215,6 +218,23 @@ def test_the_least_gpu_for_colocated_engines_holds_a_longest_seq(tmp_path: Path)
     enough = next(size for size in range(0, GIB, 4096) if not is_too_small(size))
     (spec,) = worker_specs(settings, make_plan(settings, gpu_of(enough)).group("target"), incarnation=1)
     assert spec.engines[0].kv_cache_bytes >= settings.max_model_len * settings.target.kv_bytes_per_token
+
+
+@pytest.mark.parametrize(("colocated", "num_tables"), [(False, 1), (True, 2)])
+def test_the_plan_counts_the_angles_that_a_rank_holds(tmp_path: Path, colocated: bool, num_tables: int) -> None:
+    folder = write_model_folder(tmp_path / "model", max_position_embeddings=4096)
+
+    def memory(max_model_len: int) -> MemoryEstimate:
+        settings = local_settings(
+            folder,
+            draft=LocalDraft(folder=folder, colocated=colocated),
+            scheduler=SchedulerSettings(max_model_len=max_model_len),
+        )
+        return make_plan(settings, cpu_nodes(8)).bundles[0].memory
+
+    config = parse_config(read_config_json(folder))
+    more = cos_sin_cache(config.rope, head_dim=config.head_dim, num_positions=1000, device=torch.device("cpu"))
+    assert memory(4000).total_bytes - memory(3000).total_bytes == num_tables * more.nbytes
 
 
 def test_wires_stay_on_a_single_machine(pair: tuple[Path, Path]) -> None:

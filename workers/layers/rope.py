@@ -9,10 +9,17 @@ from checkpoint.rope import LinearRope, Llama3Rope, Rope, YarnRope
 
 
 def cos_sin_cache(rope: Rope, *, head_dim: int, num_positions: int, device: torch.device) -> Tensor:
-    """Row p holds the cosines, then the sines of position p: fp32 [num_positions, head_dim]."""
+    """Row p holds the cosines, then the sines of position p: fp32 [num_positions, head_dim].
+
+    They are computed on the host in the table itself: with a million positions a copy would take half a GiB.
+    """
+    table = torch.empty(num_positions, head_dim)
+    cosines, sines = table.chunk(2, dim=1)
     positions = torch.arange(num_positions, dtype=torch.float32)
-    angles = torch.outer(positions, _inv_freq(rope, head_dim))  # [num_positions, head_dim / 2]
-    return (torch.cat((angles.cos(), angles.sin()), dim=1) * rope.attention_factor).to(device)
+    torch.outer(positions, _inv_freq(rope, head_dim), out=sines)  # angles, for now
+    torch.cos(sines, out=cosines)
+    sines.sin_()
+    return table.mul_(rope.attention_factor).to(device)
 
 
 def _inv_freq(rope: Rope, head_dim: int) -> Tensor:
