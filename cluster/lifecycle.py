@@ -21,6 +21,9 @@ from cluster.state_dir import Record
 
 logger = logging.getLogger(__name__)
 
+_STOP_GRACE_S = 10.0  # for each process to finish what it does; not measured
+_FAILED_GRACE_S = 1.0  # a start that failed has nothing to finish
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RayConnected:
@@ -102,7 +105,7 @@ def status(name: str) -> DeploymentStatus:
     return ray_lifecycle.status_of(record)
 
 
-def down(name: str, *, grace_s: float = 10.0) -> None:
+def down(name: str, *, grace_s: float = _STOP_GRACE_S) -> None:
     """End every process, actor and placement group of the deployment, and its Ray if it is a private one.
 
     Raises DeploymentNotFoundError, or StartError naming what could not be ended.
@@ -139,7 +142,7 @@ def _checked(ray_address: str) -> str:
 def _clean_up(name: str) -> None:
     """Take down what a failed start has left. What goes wrong here must not hide why the start failed."""
     try:
-        _take_down(state_dir.load(name), grace_s=1.0)
+        _take_down(state_dir.load(name), grace_s=_FAILED_GRACE_S)
     except DeploymentNotFoundError:
         logger.info("%s has been taken down by somebody else", name)
     except StartError as err:

@@ -12,6 +12,8 @@ from typing import Literal, Self
 from checkpoint.folder import read_model_folder
 from childproc.speculation import DRAFT_MODEL_METHODS
 from cluster.deployment.settings import (
+    DEFAULT_COLLECTIVE_TIMEOUT_S,
+    DEFAULT_STARTUP_TIMEOUT_S,
     CpuSettings,
     KvCacheSettings,
     ModelSettings,
@@ -77,8 +79,8 @@ def local_settings(
     server: ServerSettings = LOCAL_SERVER,
     forced_acceptance: float = 0.0,
     batch_invariant: bool = False,
-    startup_timeout_s: float = 120.0,
-    collective_timeout_s: float = 60.0,
+    startup_timeout_s: float = DEFAULT_STARTUP_TIMEOUT_S,
+    collective_timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S,
 ) -> Settings:
     """Settings from the sections of a deployment file.
 

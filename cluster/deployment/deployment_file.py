@@ -32,6 +32,9 @@ from cluster.layer_parallel import LayerParallel, layer_parallel, layer_parallel
 
 T = TypeVar("T")
 
+# How alike a key must be to a known one to be suggested, by difflib (1: equal); other sections have many keys.
+_ALIKE, _ALIKE_ELSEWHERE = 0.7, 0.85
+
 # By pydantic's error types. Where there is no remedy, the message says what the value must be.
 _REMEDIES = {
     "int_type": "write a whole number, without quotes",
@@ -87,11 +90,11 @@ def _nearest(path: tuple[str, ...]) -> str:
     section = known.get(".".join(parents), DeploymentFile)
     wanted = key.replace("-", "_").lower()
     by_lower = {name.lower(): name for name in section.model_fields}
-    close = difflib.get_close_matches(wanted, by_lower, n=1, cutoff=0.7)
+    close = difflib.get_close_matches(wanted, by_lower, n=1, cutoff=_ALIKE)
     if close:
         return f"did you mean {'.'.join([*parents, by_lower[close[0]]])}?"
     everywhere = [name for model in known.values() for name in model.model_fields]
-    alike = difflib.get_close_matches(wanted, everywhere, n=1, cutoff=0.85)
+    alike = difflib.get_close_matches(wanted, everywhere, n=1, cutoff=_ALIKE_ELSEWHERE)
     if alike:
         places = [f"{path}.{alike[0]}".lstrip(".") for path, model in known.items() if alike[0] in model.model_fields]
         return f"did you mean {' or '.join(places)}?"

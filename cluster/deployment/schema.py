@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-from cluster.deployment.settings import Method, Pipeline
+from cluster.deployment.settings import DEFAULT_COLLECTIVE_TIMEOUT_S, DEFAULT_STARTUP_TIMEOUT_S, Method, Pipeline
 from cluster.layer_parallel import Mlps, Weights
 
 _SIZE_PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*$", re.IGNORECASE)
@@ -195,8 +195,8 @@ class DeploymentFile(Section):
     device: Literal["cpu", "cuda"] = "cuda"
     cpu: Cpu = Cpu()
     server: Server = Server()
-    startup_timeout_s: Seconds = 120.0
-    collective_timeout_s: Seconds = 60.0
+    startup_timeout_s: Seconds = DEFAULT_STARTUP_TIMEOUT_S
+    collective_timeout_s: Seconds = DEFAULT_COLLECTIVE_TIMEOUT_S
 
 
 def json_schema() -> dict[str, Any]:

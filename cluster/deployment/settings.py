@@ -20,6 +20,7 @@ AUTO_VERDICT_CACHE_ROWS = 8
 _MAX_BRANCHES = 64  # of all seqs together: rows of a draft step that are not free any more
 _DEFAULT_MAX_MODEL_LEN = 32768  # a longer context must be asked for: its KV cache decides how many seqs fit
 _DEFAULT_DEVICE_BYTES = 1 << 30
+DEFAULT_STARTUP_TIMEOUT_S, DEFAULT_COLLECTIVE_TIMEOUT_S = 120.0, 60.0
 _MIN_ROUND_TIMEOUT_S = 60.0
 
 
@@ -148,8 +149,8 @@ class Settings:
     server: ServerSettings = ServerSettings()
     forced_acceptance: float = 0.0  # benchmarks only: the share of drafts that count as right; 0: drafts are checked
     batch_invariant: bool = False
-    startup_timeout_s: float = 120.0
-    collective_timeout_s: float = 60.0
+    startup_timeout_s: float = DEFAULT_STARTUP_TIMEOUT_S
+    collective_timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S
     notes: tuple[str, ...] = ()  # what a person should know of the models
 
     @property

@@ -29,6 +29,7 @@ NAMESPACE = "echelon"
 _PREFIX = "echelon"
 _PROBE_TIMEOUT_S = 60.0
 _POLL_S = 0.2
+_PLAN_PATIENCE_S = 5.0  # for Ray to see what was given back; not measured
 _HEAD_RESOURCE = "node:__internal_head__"
 _NODE_ID_LABEL = "ray.io/node-id"
 
@@ -118,7 +119,7 @@ def ray_inventory() -> Inventory:
     return Inventory(nodes=tuple(nodes), head_node_id=head)
 
 
-def plan_now(settings: Settings, *, patience_s: float = 5.0) -> Plan:
+def plan_now(settings: Settings, *, patience_s: float = _PLAN_PATIENCE_S) -> Plan:
     """A plan for what the cluster has free now; raises PlanError.
 
     Ray's view of what is free lags a moment behind what was given back, so a plan that fails is made again for a

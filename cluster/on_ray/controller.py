@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _RESERVE_TIMEOUT_S = 15.0  # the plan counts on free devices only, so this is Ray's own delay
 _FAILED_GRACE_S = 2.0
+_NUM_THREADS = 8  # each call of `status` that waits for news takes one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +190,7 @@ def create_controller(desired: DesiredState) -> Any:
             lifetime="detached",
             num_cpus=0,
             max_restarts=0,  # a restarted one would have lost its hosts: they belong to the one that made them
-            max_concurrency=8,
+            max_concurrency=_NUM_THREADS,
             scheduling_strategy=NodeAffinitySchedulingStrategy(desired.plan.gateway.node_id, soft=False),
         )
         .remote(desired)

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _LOST_HOST_STATUS = 255  # exit status of a process whose host died, as ssh reports a lost connection
 _CALL_TIMEOUT_S = 30.0
+_NUM_THREADS = 4  # a call that waits for events, one that stops, one that reads the log, and one to spare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,8 +135,8 @@ def host_on_node(name: str, node_id: str) -> Any:
 
 
 def _host(name: str, **options: Any) -> Any:
-    # Threads: one call that waits for events, one that stops, one that reads the log.
-    return ray.remote(ProcessHost).options(name=name, namespace=NAMESPACE, max_concurrency=4, **options).remote()
+    options |= {"name": name, "namespace": NAMESPACE, "max_concurrency": _NUM_THREADS}
+    return ray.remote(ProcessHost).options(**options).remote()
 
 
 def _first_line(err: Exception) -> str:

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 _LONG_POLL_S = 1.0
 _ANSWER_TIMEOUT_S = 30.0
 _LAUNCH_MARGIN_S = 60.0  # for the controller itself to come up and to report that it gave up
+_NUM_GRACES = 3  # gateway, scheduler and workers stop one after the other, and each has the grace
 _GONE_TIMEOUT_S = 30.0
 _POLL_S = 0.1
 
@@ -111,8 +112,7 @@ def _ask(controller: Any, *, newer_than: int) -> tuple[int, DeploymentStatus]:
 
 def _stop(controller: Any, grace_s: float) -> None:
     try:
-        # Gateway, scheduler and workers each have the grace.
-        ray.get(controller.stop.remote(grace_s), timeout=3 * grace_s + _ANSWER_TIMEOUT_S)
+        ray.get(controller.stop.remote(grace_s), timeout=_NUM_GRACES * grace_s + _ANSWER_TIMEOUT_S)
     except RayError as err:
         # It hangs or is dead: its end takes its hosts along, and theirs their children.
         logger.warning("the controller did not answer stop: %s", err)

@@ -27,6 +27,8 @@ _TOKEN_VARIABLE = "ECHELON_PRIVATE_RAY"
 START_TIMEOUT_S = 60.0
 _POLL_S = 0.05
 _CONNECT_TIMEOUT_S = 5.0  # not measured
+_FAILED_GRACE_S = 10.0  # for a Ray that did not come up to end its processes in order; not measured
+_TAIL_LINES = 30  # of its log, shown with the error
 _OBJECT_STORE_BYTES = 100 << 20  # nothing of ours goes through it
 
 
@@ -58,12 +60,12 @@ def start_private_ray(log_path: Path) -> PrivateRay:
     try:
         address = _wait_for_address(process, ray_dir / "ray_current_cluster", log_path)
     except BaseException:
-        _end(process.pid, token, temp_dir)
+        _end(process.pid, token, temp_dir, grace_s=_FAILED_GRACE_S)
         raise
     return PrivateRay(address=address, pid=process.pid, token=token, temp_dir=str(temp_dir))
 
 
-def stop_private_ray(private: PrivateRay, *, grace_s: float = 10.0) -> None:
+def stop_private_ray(private: PrivateRay, *, grace_s: float) -> None:
     """End its processes, whatever state they are in, and remove its folder. Idempotent."""
     _end(private.pid, private.token, Path(private.temp_dir), grace_s=grace_s)
 
@@ -139,10 +141,10 @@ def _wait_for_address(process: subprocess.Popen[bytes], address_file: Path, log_
 
 
 def _tail(log_path: Path) -> str:
-    return "\n".join(log_path.read_text(errors="replace").splitlines()[-30:])
+    return "\n".join(log_path.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
 
 
-def _end(pid: int, token: str, temp_dir: Path, *, grace_s: float = 10.0) -> None:
+def _end(pid: int, token: str, temp_dir: Path, *, grace_s: float) -> None:
     ours = processes_with(token)
     # `ray start --block` ends its node's processes in order; where it is gone, each is told.
     for ray_pid in [pid] if pid in ours or not Path("/proc").is_dir() else ours:

@@ -15,6 +15,7 @@ from cluster.process_id import ProcessId
 
 GIB = 1 << 30
 MIB = 1 << 20
+_CPU_STEPS = 100  # of a CPU: shares are rounded down to them, so that their sum fits the node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,7 +287,7 @@ def _cpu_bundles(
     bundles = []
     for rank, node_id, cpu_ids in zip(ranks, places, pins, strict=True):
         node = nodes[node_id]
-        share = min(float(settings.cpu.threads_per_worker), int(node.num_cpus / ranks_on[node_id] * 100) / 100)
+        fair_share = int(node.num_cpus / ranks_on[node_id] * _CPU_STEPS) / _CPU_STEPS
         bundles.append(
             Bundle(
                 group=rank.group,
@@ -295,7 +296,7 @@ def _cpu_bundles(
                 node_id=node_id,
                 address=node.address,
                 num_gpus=0,
-                num_cpus=share,
+                num_cpus=min(float(settings.cpu.threads_per_worker), fair_share),
                 cpu_ids=cpu_ids,
                 memory=rank.memory,
             )

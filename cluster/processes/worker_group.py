@@ -14,6 +14,7 @@ from echelon.pb.process_pb2 import GroupEndpoint, WorkerSpec
 from echelon.pb.worker_pb2 import WorkerInfo
 
 _WORKER_MODULE = "workers"
+_FAILED_GRACE_S = 1.0  # a start that failed has nothing to finish
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +72,7 @@ def start_worker_group(
     *,
     role: Role = "target",
     on_progress: Callable[[ProcessStatus], None] = lambda _: None,
-    timeout_s: float = 120.0,
+    timeout_s: float,
 ) -> tuple[RunningGroup, ProcessSet]:
     """One group alone, for tests and measurements; the caller stops the returned processes.
 
@@ -82,7 +83,7 @@ def start_worker_group(
     try:
         (running,) = start_groups(processes, [group], time.monotonic() + timeout_s)
     except StartError:
-        processes.stop(grace_s=1.0)
+        processes.stop(grace_s=_FAILED_GRACE_S)
         raise
     return running, processes
 

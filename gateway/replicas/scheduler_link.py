@@ -27,9 +27,9 @@ _MAX_UNANSWERED = 3
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),  # from our own scheduler; prompt logprobs can be long
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.initial_reconnect_backoff_ms", int(1e3 * MIN_BACKOFF_S)),
+    ("grpc.min_reconnect_backoff_ms", int(1e3 * MIN_BACKOFF_S)),
+    ("grpc.max_reconnect_backoff_ms", int(1e3 * MAX_BACKOFF_S)),
     ("grpc.use_local_subchannel_pool", 1),
 )
 

@@ -12,6 +12,9 @@ from gateway.requests.validation import RequestValidator, decode_request
 _INLINE_BYTES = 1024  # takes 1 ms at most; the way to another process and back takes half of one
 _QUICK_BYTES = 16 << 10
 _QUICK_CPU_S, _BULK_CPU_S = 1.0, 8.0  # a million tokens take 3 s
+_BULK_NICENESS = 5  # long requests leave the cores to short ones and to the event loop; not measured
+# Wall time for a CPU limit: others may have the cores, and a call into C ends before it is interrupted.
+_WALL_PER_CPU, _WALL_MARGIN_S = 2.0, 1.0
 _QUICK_WAITING_BYTES, _BULK_WAITING_BYTES = 16 << 20, 128 << 20
 
 
@@ -26,7 +29,7 @@ class RequestReader:
         self._validator = validator
         self._turn = asyncio.Lock()
         self._quick = _lane(spec, _QUICK_CPU_S, niceness=0, max_waiting_bytes=_QUICK_WAITING_BYTES)
-        self._bulk = _lane(spec, _BULK_CPU_S, niceness=5, max_waiting_bytes=_BULK_WAITING_BYTES)
+        self._bulk = _lane(spec, _BULK_CPU_S, niceness=_BULK_NICENESS, max_waiting_bytes=_BULK_WAITING_BYTES)
 
     def open(self) -> None:
         """Starts the processes, so that the first request need not wait for them."""
@@ -56,5 +59,4 @@ def _lane(spec: GatewaySpec, cpu_limit_s: float, *, niceness: int, max_waiting_b
     def start() -> Awaitable[ReaderProcess]:
         return ReaderProcess.start(spec, cpu_limit_s=cpu_limit_s, niceness=niceness)
 
-    # Twice, because others may have the cores, and a call into C ends before it is interrupted.
-    return Lane(start, limit_s=2 * cpu_limit_s + 1, max_waiting_bytes=max_waiting_bytes)
+    return Lane(start, limit_s=_WALL_PER_CPU * cpu_limit_s + _WALL_MARGIN_S, max_waiting_bytes=max_waiting_bytes)

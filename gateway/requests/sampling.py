@@ -11,6 +11,7 @@ from gateway.requests.refusal import invalid
 _MAX_STOPS = 64
 _MAX_STOP_CHARS = 1024
 _MAX_TOKEN_IDS = 1024  # each costs every round of the request
+_MAX_BIAS = 100  # as in OpenAI's API: enough to force or to exclude a token
 
 
 _RANGES = {
@@ -103,5 +104,5 @@ def _check_collections(sampling: SamplingParams, vocab_size: int) -> None:
     for token_id, bias in sampling.logit_bias.items():
         if not 0 <= token_id < vocab_size:
             raise invalid(f"sampling.logit_bias: token id must be in [0, {vocab_size}), got {token_id}")
-        if not -100 <= bias <= 100:
-            raise invalid(f"sampling.logit_bias[{token_id}]: must be in [-100, 100], got {bias:.7g}")
+        if not -_MAX_BIAS <= bias <= _MAX_BIAS:
+            raise invalid(f"sampling.logit_bias[{token_id}]: must be in [-{_MAX_BIAS}, {_MAX_BIAS}], got {bias:.7g}")

@@ -10,6 +10,8 @@ from checkpoint.eos import read_eos_tokens
 from checkpoint.tokenizer import load_tokenizer
 
 _PIECE_CHARS = 1 << 16  # some 50 ms and 20 MiB
+# Some models take a long word as one unknown token and a short one, as a cut makes it, by characters; not measured.
+_EXTRA_TOKENS_BY_WORD = 128
 _PLAUSIBLE_CHARS_PER_TOKEN = 8  # of a text as a whole; a text of blanks may have more
 
 
@@ -27,9 +29,9 @@ class PromptTokenizer:
     def __init__(self, model_dir: Path) -> None:
         self._model_dir = model_dir
         self._tokenizer: Tokenizer = load_tokenizer(model_dir)
-        # A cut falls within a token of this length at most. Twice that, for what a cut changes further on, and more,
-        # for models that take a long word as one unknown token and a short one by characters.
-        self._extra_tokens_by_cut = 2 * max(map(len, self._tokenizer.get_vocab()), default=0) + 128
+        # A cut falls within a token of this length at most. Twice that, for what a cut changes further on.
+        longest = max(map(len, self._tokenizer.get_vocab()), default=0)
+        self._extra_tokens_by_cut = 2 * longest + _EXTRA_TOKENS_BY_WORD
         self.chat_template: ChatTemplate | None = load_chat_template(model_dir)
 
     def eos_token_ids(self, vocab_size: int) -> list[int]:

@@ -6,18 +6,22 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """How acceptance is estimated. Together they reach what tests/unit/test_policy.py demands."""
+    """How acceptance is estimated. Together these values reach what the simulations of tests/unit/test_policy.py
+    demand. None is measured."""
 
-    # What a trained draft of the same family reaches, until verdicts say otherwise; not measured.
+    # What a trained draft of the same family reaches, until verdicts say otherwise.
     prior_mean: float = 0.7
-    prior_trials: float = 2.0  # weight of that guess: a handful of verdicts overrule it; not measured
-    prior_memory: float = 400.0  # trials; not measured
-    seq_prior_trials: float = 16.0  # weight of the prior in a seq's estimate: texts differ by 0.1 or so; not measured
-    changed_prior_trials: float = 3.0  # weight of the prior for a seq whose text has changed; not measured
-    # Trials. Long memories are steady, short ones notice a change; not measured.
+    prior_trials: float = 2.0  # trials that this guess counts for: a handful of verdicts overrules it
+    prior_memory: float = 400.0  # trials
+    # Trials that the mean of all seqs counts for in a seq's estimate: texts differ by 0.1 or so.
+    seq_prior_trials: float = 16.0
+    changed_prior_trials: float = 3.0  # the same for a seq whose text has changed
+    # Trials. Long memories are steady, short ones notice a change.
     memories: tuple[float, ...] = (300.0, 60.0, 12.0)
-    min_trials: float = 6.0  # with fewer trials a memory does not show a change; not measured
-    change_sigmas: float = 3.5  # how far a shorter memory must stray from a longer one to replace it; not measured
+    # A shorter memory replaces the longer ones if it differs from the longest by more than change_sigmas standard
+    # deviations, has at least min_trials trials and at most half of the longest one's.
+    min_trials: float = 6.0
+    change_sigmas: float = 3.5
 
 
 _TUNING = Tuning()

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """How confidences are calibrated."""
+    """How confidences are calibrated. Not measured."""
 
-    # Borders between confidences that are counted separately; not measured.
+    # Borders between confidences that are counted separately.
     bounds: tuple[float, ...] = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.995)
-    prior_trials: float = 8.0  # weight of the confidence itself, which is a fair guess (arXiv 2406.16858); not measured
-    memory: float = 400.0  # trials; not measured
+    prior_trials: float = 8.0  # trials that the confidence itself, a fair guess (arXiv 2406.16858), counts for
+    memory: float = 400.0  # trials of a bucket after which the first of them counts for a third
 
 
 _TUNING = Tuning()

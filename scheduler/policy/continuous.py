@@ -13,17 +13,20 @@ from scheduler.policy.step_times import VerifyTimes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HoldTuning:
-    """When the target waits for drafts. Together these values reach what tests/unit/test_policy.py demands."""
+    """When the target waits for drafts. Together these values reach what the simulations of tests/unit/test_policy.py
+    demand. None is measured."""
 
-    num_waited: int = 4  # draft rounds to wait for at first, to learn how fast the draft is alone; not measured
-    max_fine: int = 8  # seqs up to which every number of steps is tried; with more it takes too long; not measured
-    max_held: int = 64  # seqs; more hardly ever all lack drafts, and trying costs more than it gains; not measured
-    curious_steps: int = 2  # draft steps to wait for, to learn how fast they are alone; not measured
-    steady_rows: int = 8  # each so many seqs delay the recomputing of the steady state by a round; not measured
-    max_unverified: int = 4  # target rounds that decode plainly while drafts come; not measured
-    change_for: float = 1.02  # gain of running ahead over waiting that makes the policy switch to it; not measured
-    restart_steps: float = 0.5  # until a new chain's first step: on average half a step is still running; not measured
-    margin: float = 2.0  # by how much drafts may come later than expected; not measured
+    # The target waits for curious_steps draft steps although nothing is gained, to learn the draft's speed alone: until
+    # num_waited draft rounds have run with no target round beside them, and in exploring rounds.
+    num_waited: int = 4
+    curious_steps: int = 2
+    max_fine: int = 8  # with more seqs, only even numbers of draft steps are considered: trying all takes too long
+    max_held: int = 64  # with more seqs, the target never waits for a gain: they hardly ever all lack drafts
+    steady_rows: int = 8  # n rows: the steady state is recomputed every 1 + n // steady_rows target rounds
+    max_unverified: int = 4  # target rounds in a row without a verified draft, after which it waits for a draft step
+    change_for: float = 1.02  # tokens per second of running ahead, relative to waiting, that start running ahead
+    restart_steps: float = 0.5  # draft steps until a new chain begins: on average half a step is still running
+    margin: float = 2.0  # a wait ends after this many times the expected time
 
 
 class ContinuousPolicy(SpeculationPolicy):

@@ -14,9 +14,9 @@ from scheduler.policy.acceptance import expected_tokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """Limits of the search."""
+    """Limits of the search. Not measured."""
 
-    max_cuts: int = 24  # batch sizes whose time is looked up, of the many that a big batch can have; not measured
+    max_cuts: int = 24  # numbers of drafts whose time is looked up, evenly spaced; a big batch could have hundreds
 
 
 _TUNING = Tuning()

@@ -23,19 +23,23 @@ PLAIN_ROW = Row(0.0, 0)  # a seq that decodes without drafts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """Settings of both pipelines. Together they reach what tests/unit/test_policy.py demands."""
+    """Settings of both pipelines. Together they reach what the simulations of tests/unit/test_policy.py demand. None is
+    measured."""
 
-    num_unmeasured: int = 4  # drafts while the times are not known; not measured
-    max_unmeasured: int = 8  # seqs that get that many drafts meanwhile; of more, each gets 1; not measured
-    explore_every: int = 48  # target rounds; one of them tries another number of drafts to learn its time; not measured
-    num_timed: float = 4.0  # observations of plain decoding that average out noise; not measured
-    rest_rounds: int = 8  # target rounds before a policy that found drafts useless thinks again; not measured
-    decent_acceptance: float = 0.7  # acceptance assumed when deciding whether a seq should catch up; not measured
-    min_survival: float = 0.05  # a draft less likely than this is not worth its energy; not measured
-    probe_share: float = 0.25  # most that the drafts of a probe take, as a share of a target step; not measured
-    hoped_gain: float = 0.5  # gain of perfect drafts from which probes may spend all their savings; not measured
-    least_worth: float = 0.05  # least share of their savings that probes may spend: times change too; not measured
-    never_wrong: float = 0.99  # acceptance that a probe may hope for; not measured
+    # Until the times are known, each seq gets num_unmeasured drafts, or 1 if more than max_unmeasured seqs draft.
+    num_unmeasured: int = 4  # also the most drafts of a probe
+    max_unmeasured: int = 8
+    explore_every: int = 48  # target rounds; one of them tries what it would not choose, unless requests wait
+    num_timed: float = 4.0  # plain rounds of a size to time: the first one at once, the others in exploring rounds
+    rest_rounds: int = 8  # target rounds in which no drafts are expected, after the policy ordered none
+    decent_acceptance: float = 0.7  # catching up is judged by the acceptance of all seqs, but at least by this
+    min_survival: float = 0.05  # a chain ends where its next draft is less likely than this to be accepted
+    probe_share: float = 0.25  # of a target step: the time of a probe's drafts, unless already one draft takes longer
+    # A probe may spend a share of its savings: what drafts of acceptance never_wrong would add to the tokens per second
+    # (0.5 is half as many again), divided by hoped_gain. It is at least least_worth, since times change, and at most 1.
+    hoped_gain: float = 0.5
+    least_worth: float = 0.05
+    never_wrong: float = 0.99
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +198,7 @@ class SpeculationPolicy(ABC):
 
     @property
     def is_resting(self) -> bool:
-        """Whether the policy recently found that no seq should draft, and it is too early to think again."""
+        """Whether the policy ordered no drafts a few target rounds ago, so that none are expected yet."""
         return self._num_rounds < self._rests_until
 
     def _row(self, seq: Drafts) -> Row:

@@ -7,15 +7,17 @@ from scheduler.policy.acceptance import AcceptancePrior
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """When speculation ends and is tried again. Together they reach what tests/unit/test_policy.py demands."""
+    """When speculation ends and is tried again. Together these values reach what the simulations of
+    tests/unit/test_policy.py demand. None is measured."""
 
-    start: float = 1.01  # goodput, relative to plain decoding, that speculation must promise to start; not measured
-    # It ends after promising less than this for so many target rounds in a row: the worse, the sooner; not measured.
+    start: float = 1.01  # goodput, relative to plain decoding, that speculation must exceed to start
+    # It ends after goodput below the first number in as many target rounds as the second says: the worse, the sooner.
     end: tuple[tuple[float, int], ...] = ((0.995, 32), (0.95, 12), (0.8, 0))
-    first_share: float = 0.016  # share of the time that probes may take; not measured
-    last_share: float = 0.002  # the same after many failed probes; not measured
-    max_probe_rounds: int = 12  # target rounds after which a probe without a verdict has failed; not measured
-    promising: float = 0.5  # acceptance above which another probe follows at once, if less was expected; not measured
+    # Probes save up first_share of the target's time; half as much after each failed probe, down to last_share.
+    first_share: float = 0.016
+    last_share: float = 0.002
+    max_probe_rounds: int = 12  # target rounds after which a probe without a verdict has failed
+    promising: float = 0.5  # a probe with at least this acceptance, of which less was expected, is repeated at once
 
 
 _TUNING = Tuning()

@@ -10,15 +10,17 @@ from scheduler.policy.step_times import DraftTimes, StepTimes, VerifyTimes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """Settings of `RoundTimes`. Together they reach what tests/unit/test_policy.py demands."""
+    """Settings of `RoundTimes`. Together they reach what the simulations of tests/unit/test_policy.py demand. None is
+    measured."""
 
-    num_measured: int = 3  # draft rounds to see before their times count as known; not measured
-    num_trusted: float = 4.0  # target rounds of a size to see before they can show a slowdown; not measured
-    first_slowdown: float = 1.03  # of a target round beside a draft round, until one is seen; not measured
-    max_slowdown: float = 1.5  # a larger one must have another cause; not measured
-    first_step_s: float = 1e-3  # of a draft step, until one is seen; not measured
-    first_row_share: float = 0.1  # share of that time that each seq adds; not measured
-    learned: float = 0.02  # weight of a new slowdown in the mean; not measured
+    num_measured: int = 3  # draft rounds to see before the policy relies on times
+    num_trusted: float = 4.0  # target rounds of a size to see before one of that size can show a slowdown
+    first_slowdown: float = 1.03  # of a target round beside a draft round, until one is seen
+    max_slowdown: float = 1.5  # a larger one counts as this: it must have another cause
+    learned: float = 0.02  # weight of a new slowdown in the mean
+    # Until a draft step is seen, n seqs are taken to need first_step_s * (1 + first_row_share * n).
+    first_step_s: float = 1e-3
+    first_row_share: float = 0.1
 
 
 class RoundTimes:

@@ -17,27 +17,37 @@ from scheduler.policy.recent_line import RecentLine
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """How times are learned. Together these values reach what tests/unit/test_policy.py demands."""
+    """How times are learned. Together these values reach what the simulations of tests/unit/test_policy.py demand. None
+    is measured."""
 
-    max_exact: int = 64  # forwards of up to this many tokens each have their own size; not measured
-    per_octave: int = 6  # size groups per octave above that; not measured
-    memory: float = 24.0  # most observations in the mean of a size; not measured
-    near: float = 1.3  # sizes closer than this factor hide no surprise between them; not measured
-    forget_every: int = 1000  # observations after which old ones count half and rare sizes are dropped; not measured
-    trusted: float = 4.0  # observations of a size, or of similar sizes, that are enough; not measured
-    alike: float = 1.15  # sizes within this factor support each other; not measured
-    num_first: int = 3  # first ones of a size may be far too long: kernels compile, caches fill; not measured
-    keep: float = 0.98  # weight that earlier observations of a round's fixed part keep; not measured
-    least_spread: float = 0.25  # variance of the number of steps below which no line is fitted; not measured
-    least_per_step: float = 0.5  # least cost of a further step, relative to the mean step; not measured
-    least_s: float = 1e-6  # no forward is faster, though a clock may say 0; not measured
-    max_surprise: float = 3.0  # times a size's mean: an observation counts for no more; not measured
-    warm: float = 0.5  # one shorter than this many times the mean of a size's first ones replaces them; not measured
-    least_weight: float = 0.5  # a size with fewer observations is forgotten; not measured
-    context_keep: float = 0.99  # weight that earlier observations of time by context keep; not measured
-    least_context: float = 0.1  # least share of a forward's time that is left with less context; not measured
-    growth: float = 2.0  # the next size to try is at most this many times the largest seen ...
-    growth_tokens: int = 8  # ... or this many tokens larger; not measured
+    # Sizes: each number of tokens up to max_exact is one; beyond, each doubling of the tokens has per_octave sizes.
+    max_exact: int = 64
+    per_octave: int = 6
+    memory: float = 24.0  # a new observation counts for 1 / memory of its size's mean, more while there are fewer
+    # The first num_first observations of a size may be far too long: kernels compile, caches fill. One of them that
+    # takes less than `warm` of the expected time replaces the mean. Later ones count at most max_surprise times it.
+    num_first: int = 3  # also the least rounds from which a fixed part is told
+    warm: float = 0.5
+    max_surprise: float = 3.0
+    least_s: float = 1e-6  # a time below this counts as this, since a clock may say 0
+    # After every forget_every observations all weights are halved, and sizes with a weight below least_weight dropped.
+    forget_every: int = 1000
+    least_weight: float = 0.5
+    # A size with fewer than `trusted` observations, those of sizes within the factor `alike` included, is moved towards
+    # the time that the others predict, if it is slower.
+    trusted: float = 4.0
+    alike: float = 1.15
+    near: float = 1.3  # sizes within this factor: straight interpolation; others: the time stays near the smaller one's
+    context_keep: float = 0.99  # weight that earlier observations of time by context keep
+    least_context: float = 0.1  # a time that is corrected for less context keeps at least this share of itself
+    # A draft round's time is a line over its steps. Its slope is at least least_per_step of the mean step, and is the
+    # mean step if the variance of the steps is at most least_spread.
+    keep: float = 0.98  # weight that earlier rounds keep
+    least_spread: float = 0.25
+    least_per_step: float = 0.5
+    # A target round of more than growth times the most tokens seen, plus growth_tokens, counts as infinitely long.
+    growth: float = 2.0
+    growth_tokens: int = 8
 
 
 _TUNING = Tuning()
