@@ -640,10 +640,15 @@ class WorkerInfo(google.protobuf.message.Message):
     WORLD_SIZE_FIELD_NUMBER: builtins.int
     DEVICE_FIELD_NUMBER: builtins.int
     ENGINES_FIELD_NUMBER: builtins.int
+    SILENT_RANK_FIELD_NUMBER: builtins.int
+    SILENT_S_FIELD_NUMBER: builtins.int
     version: builtins.str
     incarnation: builtins.int
     world_size: builtins.int
     device: builtins.str
+    silent_rank: builtins.int
+    """The rank that owes the leader an answer for longest, and for how long; 0 while all have answered."""
+    silent_s: builtins.float
     @property
     def engines(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___EngineInfo]: ...
     def __init__(
@@ -654,8 +659,10 @@ class WorkerInfo(google.protobuf.message.Message):
         world_size: builtins.int = ...,
         device: builtins.str = ...,
         engines: collections.abc.Iterable[global___EngineInfo] | None = ...,
+        silent_rank: builtins.int = ...,
+        silent_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "engines", b"engines", "incarnation", b"incarnation", "version", b"version", "world_size", b"world_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "engines", b"engines", "incarnation", b"incarnation", "silent_rank", b"silent_rank", "silent_s", b"silent_s", "version", b"version", "world_size", b"world_size"]) -> None: ...
 
 global___WorkerInfo = WorkerInfo
 

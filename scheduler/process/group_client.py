@@ -26,6 +26,7 @@ _MAX_BACKOFF_S = 5.0
 _INFO_TIMEOUT_S = 5.0
 _SECOND_LOOK_S = 1.0
 _CALL_ON_IDLE_S = 2.0  # how often an idle group is asked whether it is there
+_RANK_PATIENCE_S = 5.0  # a rank that has not answered its leader for so long counts as a group that does not answer
 _IDLE_PATIENCE_S = 15.0
 _SIZES = ("vocab_size", "num_blocks", "block_size", "num_slots", "max_model_len", "max_num_batched_tokens")
 
@@ -139,6 +140,8 @@ class GroupClient:
             raise GroupError(f"runs version {info.version}, this scheduler is {self._version}")
         if self._endpoint.incarnation and info.incarnation != self._endpoint.incarnation:
             raise GroupError(f"is incarnation {info.incarnation}, expected {self._endpoint.incarnation}")
+        if info.silent_s >= _RANK_PATIENCE_S:
+            raise GroupError(f"rank {info.silent_rank} does not answer")
         for engine in info.engines:
             if engine.role == self._role:
                 if missing := [field for field in _SIZES if getattr(engine, field) < 1]:
@@ -178,18 +181,20 @@ class GroupClient:
         now = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(_CALL_ON_IDLE_S)
-            if self._num_in_flight > 0:
-                self.silent_since = None
-                continue
-            asked = now()
-            try:
-                await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=_INFO_TIMEOUT_S)
-                self.silent_since = None
-            except grpc.aio.AioRpcError:
-                self.silent_since = asked if self.silent_since is None else self.silent_since
-                silent_s = now() - self.silent_since
-                if silent_s > _IDLE_PATIENCE_S and self._num_in_flight == 0:
-                    self._give_up(call, silent_s)
+            self.silent_since = await self._ask(stub) if self._num_in_flight == 0 else None
+            silent_s = 0.0 if self.silent_since is None else now() - self.silent_since
+            if silent_s > _IDLE_PATIENCE_S and self._num_in_flight == 0:
+                self._give_up(call, silent_s)
+
+    async def _ask(self, stub: "worker_pb2_grpc.WorkerAsyncStub") -> float | None:
+        """Since when the leader or another rank has not answered; None if all are there."""
+        now = asyncio.get_running_loop().time
+        asked = now()
+        try:
+            info = await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=_INFO_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return asked if self.silent_since is None else self.silent_since
+        return now() - info.silent_s if info.silent_s >= _RANK_PATIENCE_S else None
 
     async def _read(self, call: "RoundsCall", answers: "Answers") -> None:
         try:

@@ -174,7 +174,7 @@ class Replica:
 
     def _note_loss(self, role: Role) -> None:
         self.recorder.lost(role)
-        self._away_since[role] = min(self._now(), self._late_since(role))
+        self._away_since[role] = min(self._now(), self._late_since(role), self._idle_silence(role))
 
     def _patience_s(self, role: Role, other: Role) -> float:
         """How long the oldest round of an engine may take. In a shared process it may wait for the other's."""
@@ -187,14 +187,18 @@ class Replica:
         or was asked only now."""
         if role in self._away_since:
             return self._now() - self._away_since[role]
-        group = self.target if role == _TARGET else self.draft
-        if group is not None and group.silent_since is not None:
-            return self._now() - group.silent_since
+        if (since := self._idle_silence(role)) < inf:
+            return self._now() - since
         since = self._late_since(role)
         if self._is_colocated and _is_busy(self._core.engines[other]):
             since = max(since, self._late_since(other))  # one of them answers, and the other has to wait for it
         silent_s = self._now() - since
         return silent_s if silent_s >= _MIN_SILENCE_S else 0.0
+
+    def _idle_silence(self, role: Role) -> float:
+        """Since when an idle group has not answered; inf if it does."""
+        group = self.target if role == _TARGET else self.draft
+        return inf if group is None or group.silent_since is None else group.silent_since
 
     def _late_since(self, role: Role) -> float:
         """When the oldest round of an engine could have begun, if it is late; otherwise inf."""

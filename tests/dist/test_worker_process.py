@@ -13,7 +13,7 @@ from childproc.edge import EXIT_PARENT_DIED
 from childproc.wires import open_blocking_channel
 from echelon import __version__
 from echelon.pb.sampling_pb2 import SeqSampling
-from echelon.pb.worker_pb2 import EngineRole, GetWorkerInfoRequest, Row
+from echelon.pb.worker_pb2 import EngineRole, GetWorkerInfoRequest, Row, WorkerInfo
 from echelon.pb.worker_pb2_grpc import WorkerStub
 from tests.helpers.engines import DRAFT, TARGET, engine_spec, interleave
 from tests.helpers.listening import listening_sockets
@@ -95,21 +95,42 @@ def test_the_stream_does_not_depend_on_tp_size(tiny: Path, tmp_path: Path, solo:
         assert [rank.popen.wait() for rank in group.ranks] == [0] * tp_size
 
 
-def test_a_trace_shows_all_ranks(tiny: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def duo(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerGroup]:
+    with WorkerGroup(tmp_path_factory.mktemp("duo"), 2, [engine_spec(tiny, TARGET, tp_size=2)]) as group:
+        yield group.spawn().wait_ready()
+
+
+def test_a_trace_shows_all_ranks(duo: WorkerGroup) -> None:
     """Both wait for each other in the collectives of the step. The rounds before and after are not traced."""
-    with WorkerGroup(tmp_path, 2, [engine_spec(tiny, TARGET, tp_size=2)]) as group:
-        address = group.spawn().wait_ready().ready.address
-        with RoundStream(address, TARGET) as stream:
-            driver = Driver(group.ready.worker.engines[0], stream.call)
-            seq = driver.start(0, PROMPTS[0], greedy())
-            for trace in (False, True, False):
-                row = driver.target_row(seq)
-                result = stream.call(driver.round([row], trace=trace))
-                driver.book(seq, row, result.rows[0])
-                names = [{span.name for span in result.spans if span.rank == rank} for rank in (0, 1)]
-                common = {"decode", "sample", "wait"} if trace else set()
-                assert names == [common | {"transfer"} if trace else common, common]
-                assert all(span.start_ns + span.run_ns <= result.run_ns for span in result.spans if span.rank == 0)
+    with RoundStream(duo.ready.address, TARGET) as stream:
+        driver = Driver(duo.ready.worker.engines[0], stream.call)
+        seq = driver.start(0, PROMPTS[0], greedy())
+        for trace in (False, True, False):
+            row = driver.target_row(seq)
+            result = stream.call(driver.round([row], trace=trace))
+            driver.book(seq, row, result.rows[0])
+            names = [{span.name for span in result.spans if span.rank == rank} for rank in (0, 1)]
+            common = {"decode", "sample", "wait"} if trace else set()
+            assert names == [common | {"transfer"} if trace else common, common]
+            assert all(span.start_ns + span.run_ns <= result.run_ns for span in result.spans if span.rank == 0)
+
+
+def test_an_idle_group_tells_which_rank_does_not_answer(duo: WorkerGroup) -> None:
+    with open_blocking_channel(duo.ready.address) as channel:
+
+        def wait_until_silent(is_silent: bool) -> WorkerInfo:
+            """Fails by the test's own time limit."""
+            while True:
+                info = WorkerStub(channel).GetWorkerInfo(GetWorkerInfoRequest())
+                if (info.silent_s > 1.5) == is_silent:
+                    return info
+
+        assert wait_until_silent(False).engines
+        duo.ranks[1].popen.send_signal(signal.SIGSTOP)
+        assert wait_until_silent(True).silent_rank == 1
+        duo.ranks[1].popen.send_signal(signal.SIGCONT)
+        wait_until_silent(False)
 
 
 def test_target_and_draft_take_turns_in_one_process(solo: WorkerGroup) -> None:

@@ -18,6 +18,7 @@ class FakeGroupServer(worker_pb2_grpc.WorkerServicer):
         self.engines = {engine.role: engine for engine in engines}
         self.version = version
         self.is_there = True  # False: like a stopped process, it keeps its connections and says nothing
+        self.silent_s = 0.0  # for how long rank 1 has not answered its leader
         self.num_streams = 0  # that were opened
         self.shift_round_ids = 0  # makes the group answer rounds that nobody sent
         self._resumed = asyncio.Event()
@@ -54,8 +55,10 @@ class FakeGroupServer(worker_pb2_grpc.WorkerServicer):
         return worker_pb2.WorkerInfo(
             version=self.version,
             incarnation=engines[0].incarnation,
-            world_size=1,
+            world_size=2,
             engines=[engine.info for engine in engines],
+            silent_rank=int(self.silent_s > 0),
+            silent_s=self.silent_s,
         )
 
     async def Rounds(

@@ -333,6 +333,20 @@ async def test_an_idle_group_that_is_gone_is_noticed(house: House, monkeypatch: 
     assert (await gateway.end_of("r")).HasField("complete")
 
 
+async def test_an_idle_group_with_a_rank_that_is_gone_is_noticed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_client, "_CALL_ON_IDLE_S", 0.1)
+    gateway = house.gateway()
+    house.target.silent_s = 7.0
+    await gateway.until(lambda status: status.target_silent_s >= 7)
+    house.target.silent_s = 16.0
+    await gateway.until(lambda status: status.not_ready_reason == "target group: rank 1 does not answer")
+    assert (await gateway.status()).target_silent_s >= 16
+    house.target.silent_s = 0.01  # asked just now
+    await gateway.until(lambda status: status.ready and status.target_silent_s == 0)
+    await gateway.submit(submit("r", PROMPT, max_tokens=9))
+    assert (await gateway.end_of("r")).HasField("complete")
+
+
 async def test_a_draft_that_hangs_is_left_behind_and_catches_up(house: House) -> None:
     """Its rounds were quick, so the target does not wait for one that is not; when it is back, it drafts again."""
     gateway = house.gateway()

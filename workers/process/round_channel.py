@@ -6,7 +6,7 @@ rank that dies is noticed at once, as the end of its connection.
 
 Each follower has two connections to the leader. `rounds` carries frames, in order, and answers to rounds that want
 them. `pulse` carries a byte each way every second, from a thread of its own, so that a rank that is gone or frozen is
-noticed during rounds and between them.
+noticed during rounds and between them. The leader tells the scheduler who owes an answer when it is asked for its info.
 """
 
 import contextlib
@@ -14,10 +14,12 @@ import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import product
+from math import inf
 
 from workers.process.cohort import Cohort
 from workers.process.greeting import TOKEN_BYTES, accept_peers, greet
@@ -55,6 +57,7 @@ class Leader:
         self._rounds = rounds
         self._pulses = pulses
         self._timeout_s = timeout_s
+        self._asked_s = [inf] * len(pulses)  # when each was asked, if it has not answered since
         self._stopping = threading.Event()
 
     @classmethod
@@ -97,6 +100,12 @@ class Leader:
             )
             thread.start()
 
+    def silence(self) -> tuple[int, float]:
+        """The rank that has owed an answer for longest, and for how many seconds; zeros if all have answered. Callable
+        from any thread."""
+        asked_s, rank = min(((asked_s, rank) for rank, asked_s in enumerate(self._asked_s, 1)), default=(inf, 0))
+        return (0, 0.0) if asked_s == inf else (rank, time.monotonic() - asked_s)
+
     def stop(self) -> None:
         """Tell the followers to end; those already gone no longer matter."""
         self._stopping.set()
@@ -106,11 +115,9 @@ class Leader:
     def _beat(self, rank: int, pulse: socket.socket, on_lost: OnLost) -> None:
         pulse.settimeout(self._timeout_s)
         try:
-            pulse.sendall(b"?")
-            while pulse.recv(1):
+            while self._is_answered(rank, pulse):
                 if self._stopping.wait(_PULSE_INTERVAL_S):
                     return
-                pulse.sendall(b"?")
             reason = "it died"
         except TimeoutError:
             reason = f"it did not answer for {self._timeout_s:g} s"
@@ -118,6 +125,13 @@ class Leader:
             reason = f"it died ({err})"
         if not self._stopping.is_set():
             on_lost(f"lost rank {rank}: {reason}")
+
+    def _is_answered(self, rank: int, pulse: socket.socket) -> bool:
+        self._asked_s[rank - 1] = time.monotonic()
+        pulse.sendall(b"?")
+        answer = pulse.recv(1)
+        self._asked_s[rank - 1] = inf
+        return bool(answer)
 
 
 class Follower:

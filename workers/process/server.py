@@ -39,6 +39,7 @@ _SERVICE_NAME = "echelon.v1.Worker"
 _HEALTH_NAMES = {EngineRole.ENGINE_ROLE_TARGET: "target", EngineRole.ENGINE_ROLE_DRAFT: "draft"}
 
 T = TypeVar("T")
+Silence = Callable[[], tuple[int, float]]
 if TYPE_CHECKING:
     RoundsContext = grpc.aio.ServicerContext[RoundRequest, RoundReply]
     InfoContext = grpc.aio.ServicerContext[GetWorkerInfoRequest, WorkerInfo]
@@ -113,8 +114,9 @@ class RoundStream:
 class Servicer(WorkerServicer):
     """Translates between streams and the run loop."""
 
-    def __init__(self, info: WorkerInfo, submit: Callable[[Work], None]) -> None:
+    def __init__(self, info: WorkerInfo, silence: Silence, submit: Callable[[Work], None]) -> None:
         self._info = info
+        self._silence = silence
         self._submit = submit
         self._streams: dict[EngineRole.ValueType, RoundStream] = {}
 
@@ -133,7 +135,10 @@ class Servicer(WorkerServicer):
             reader.cancel()
 
     async def GetWorkerInfo(self, request: GetWorkerInfoRequest, context: "InfoContext") -> WorkerInfo:
-        return self._info
+        rank, silent_s = self._silence()
+        info = WorkerInfo(silent_rank=rank, silent_s=silent_s)
+        info.MergeFrom(self._info)
+        return info
 
     def end_all(self, ending: Ending) -> None:
         for stream in self._streams.values():
@@ -181,9 +186,10 @@ class Servicer(WorkerServicer):
 class ServerThread:
     """Serves from `start` to `stop`. Call the methods from other threads than its own; they block."""
 
-    def __init__(self, info: WorkerInfo, submit: Callable[[Work], None]) -> None:
+    def __init__(self, info: WorkerInfo, silence: Silence, submit: Callable[[Work], None]) -> None:
+        """`silence`: see round_channel.Leader."""
         self._info = info
-        self._servicer = Servicer(info, submit)
+        self._servicer = Servicer(info, silence, submit)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # made when the package is imported
         self._loop = asyncio.new_event_loop()
         self._server: grpc.aio.Server | None = None

@@ -78,7 +78,7 @@ def _lead(
 ) -> None:
     info = _info(spec, engines)
     loop = RunLoop(engines, channel, tracer)
-    server = ServerThread(info, loop.submit)
+    server = ServerThread(info, channel.silence, loop.submit)
     failing = threading.Lock()
 
     def fail(error: str) -> None:
