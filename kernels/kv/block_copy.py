@@ -15,6 +15,7 @@ from torch import Tensor
 from triton import language as tl
 
 from kernels.dispatch import runs_triton
+from kernels.kv.native import can_stage, native_stage_blocks
 
 KVCaches = Sequence[tuple[Tensor, Tensor]]  # per layer: k, v [num_blocks, block_size, num_kv_heads, head_dim]
 _WORD_BYTES = 4
@@ -87,22 +88,25 @@ def move_slots_kernel(table_ptr, src_ptr, dst_ptr, num_moves, slot_words, MOVES:
         start += MOVES
 
 
-@triton.jit(do_not_specialize_on_alignment=["block_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["block_ptr", "row_ptr"])
 def stage_blocks_kernel(
     table_ptr,
     block_ptr,
+    row_ptr,
     staging_ptr,
-    block_stride,  # words from a block of the staging buffer to the next
+    row_stride,  # words from a row of the staging buffer to the next
     layer_stride,
     block_words,
     GATHER: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     number = tl.program_id(0).to(tl.int64)
+    row = tl.load(row_ptr + number) if HAS_ROWS else number
     part = tl.program_id(1).to(tl.int64)
     word = tl.program_id(2) * TILE + tl.arange(0, TILE)
     cached = _words_at(table_ptr, part) + tl.load(block_ptr + number) * block_words + word
-    staged = staging_ptr.to(tl.pointer_type(tl.int32)) + number * block_stride + (part // 2) * layer_stride
+    staged = staging_ptr.to(tl.pointer_type(tl.int32)) + row * row_stride + (part // 2) * layer_stride
     staged += (part % 2) * block_words + word
     if GATHER:
         tl.store(staged, tl.load(cached, mask=word < block_words), mask=word < block_words)
@@ -164,23 +168,34 @@ def move_slots(
 
 
 def gather_blocks(
-    kv_caches: KVCaches, block_ids: Tensor, staging: Tensor, *, addresses: CacheAddresses | None = None
+    kv_caches: KVCaches,
+    block_ids: Tensor,
+    staging: Tensor,
+    *,
+    rows: Tensor | None = None,
+    addresses: CacheAddresses | None = None,
 ) -> None:
     """Copy blocks of all layers into `staging`, one after the other, for offloading.
 
-    block_ids: int64 [num_blocks] on the device of the caches. staging: [num_blocks, num_layers, 2, block_size,
-    num_kv_heads, head_dim] in dtype and device of the caches, keys before values; blocks and layers may be strided (a
-    few layers of a larger buffer), the rest is contiguous. A block is then one piece of memory, to be hashed, sent or
-    written to disk. addresses: as for copy_blocks. Raises ValueError naming the argument that does not fit.
+    block_ids: int64 [num_blocks] on the device of the caches. staging: [num_rows, num_layers, 2, block_size,
+    num_kv_heads, head_dim] in dtype and device of the caches, keys before values; rows and layers may be strided (a
+    few layers of a larger buffer), the rest is contiguous. A row is then one piece of memory, to be hashed, sent or
+    written to disk. rows: int64 [num_blocks] on the same device, the row of each block; without it there are as many
+    rows as blocks, in order. addresses: as for copy_blocks. Raises ValueError naming the argument that does not fit.
     """
-    _stage_blocks(kv_caches, block_ids, staging, addresses, gather=True)
+    _stage_blocks(kv_caches, block_ids, staging, rows, addresses, gather=True)
 
 
 def scatter_blocks(
-    kv_caches: KVCaches, block_ids: Tensor, staging: Tensor, *, addresses: CacheAddresses | None = None
+    kv_caches: KVCaches,
+    block_ids: Tensor,
+    staging: Tensor,
+    *,
+    rows: Tensor | None = None,
+    addresses: CacheAddresses | None = None,
 ) -> None:
-    """Copy `staging` into blocks of all layers: the inverse of gather_blocks. A block id may occur once."""
-    _stage_blocks(kv_caches, block_ids, staging, addresses, gather=False)
+    """Copy rows of `staging` into blocks of all layers: the inverse of gather_blocks. A block id may occur once."""
+    _stage_blocks(kv_caches, block_ids, staging, rows, addresses, gather=False)
 
 
 def copy_blocks_reference(kv_caches: KVCaches, src_blocks: Tensor, dst_blocks: Tensor) -> None:
@@ -198,50 +213,95 @@ def move_slots_reference(kv_caches: KVCaches, src_slots: Tensor, dst_slots: Tens
         slots.index_copy_(0, dst, slots.index_select(0, src))
 
 
-def gather_blocks_reference(kv_caches: KVCaches, block_ids: Tensor, staging: Tensor) -> None:
+def gather_blocks_reference(
+    kv_caches: KVCaches, block_ids: Tensor, staging: Tensor, rows: Tensor | None = None
+) -> None:
     """The definition, one layer at a time."""
+    at = slice(None) if rows is None else rows
     for number, (k_cache, v_cache) in enumerate(kv_caches):
-        staging[:, number, 0] = k_cache[block_ids]
-        staging[:, number, 1] = v_cache[block_ids]
+        staging[at, number, 0] = k_cache[block_ids]
+        staging[at, number, 1] = v_cache[block_ids]
 
 
-def scatter_blocks_reference(kv_caches: KVCaches, block_ids: Tensor, staging: Tensor) -> None:
+def scatter_blocks_reference(
+    kv_caches: KVCaches, block_ids: Tensor, staging: Tensor, rows: Tensor | None = None
+) -> None:
     """The definition, one layer at a time."""
+    at = slice(None) if rows is None else rows
     for number, (k_cache, v_cache) in enumerate(kv_caches):
-        k_cache[block_ids] = staging[:, number, 0]
-        v_cache[block_ids] = staging[:, number, 1]
+        k_cache[block_ids] = staging[at, number, 0]
+        v_cache[block_ids] = staging[at, number, 1]
 
 
 def _stage_blocks(
-    kv_caches: KVCaches, block_ids: Tensor, staging: Tensor, addresses: CacheAddresses | None, *, gather: bool
+    kv_caches: KVCaches,
+    block_ids: Tensor,
+    staging: Tensor,
+    rows: Tensor | None,
+    addresses: CacheAddresses | None,
+    *,
+    gather: bool,
 ) -> None:
-    _check_staging(kv_caches, block_ids, staging)
-    if not runs_triton(staging):
-        _check_caches(kv_caches)
-        copy = gather_blocks_reference if gather else scatter_blocks_reference
-        copy(kv_caches, block_ids, staging)
-        return
-    addresses = addresses or cache_addresses(kv_caches)
+    _check_staging(kv_caches, block_ids, staging, rows)
     if not block_ids.numel():
         return
+    if not runs_triton(staging):
+        _stage_blocks_cpu(kv_caches, block_ids, staging, rows, addresses, gather=gather)
+        return
+    addresses = addresses or cache_addresses(kv_caches)
     grid = (block_ids.numel(), addresses.table.numel(), triton.cdiv(addresses.block_words, TILE_WORDS))
     stage_blocks_kernel[grid](
         addresses.table,
         block_ids,
+        block_ids if rows is None else rows,
         staging,
         staging.stride(0) * staging.element_size() // _WORD_BYTES,
         staging.stride(1) * staging.element_size() // _WORD_BYTES,
         addresses.block_words,
         GATHER=gather,
+        HAS_ROWS=rows is not None,
         TILE=TILE_WORDS,
     )
 
 
-def _check_staging(kv_caches: KVCaches, block_ids: Tensor, staging: Tensor) -> None:
-    if block_ids.ndim != 1 or block_ids.dtype != torch.int64 or not block_ids.is_contiguous():
-        raise ValueError(f"block_ids: expected contiguous int64 [n], got {block_ids.dtype} {list(block_ids.shape)}")
+def _stage_blocks_cpu(
+    kv_caches: KVCaches,
+    block_ids: Tensor,
+    staging: Tensor,
+    rows: Tensor | None,
+    addresses: CacheAddresses | None,
+    *,
+    gather: bool,
+) -> None:
+    if addresses is None:
+        _check_caches(kv_caches)
+    _check_range("block_ids", block_ids, kv_caches[0][0].shape[0])
+    if rows is not None:
+        _check_range("rows", rows, staging.shape[0])
+    if can_stage():
+        addresses = addresses or cache_addresses(kv_caches)
+        native_stage_blocks(addresses.table, block_ids, staging, rows, gather=gather)
+    elif gather:
+        gather_blocks_reference(kv_caches, block_ids, staging, rows)
+    else:
+        scatter_blocks_reference(kv_caches, block_ids, staging, rows)
+
+
+def _check_range(name: str, ids: Tensor, end: int) -> None:
+    low, high = (int(limit) for limit in ids.aminmax())
+    if low < 0 or high >= end:
+        raise ValueError(f"{name}: expected 0 to {end - 1}, got {low if low < 0 else high}")
+
+
+def _check_staging(kv_caches: KVCaches, block_ids: Tensor, staging: Tensor, rows: Tensor | None) -> None:
+    for name, ids in (("block_ids", block_ids), ("rows", block_ids if rows is None else rows)):
+        if ids.ndim != 1 or ids.dtype != torch.int64 or not ids.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous int64 [n], got {ids.dtype} {list(ids.shape)}")
+    if rows is not None and rows.shape != block_ids.shape:
+        raise ValueError(f"rows: expected {list(block_ids.shape)} like block_ids, got {list(rows.shape)}")
     cache = _first_cache(kv_caches)
-    expected = (block_ids.numel(), len(kv_caches), 2, *cache.shape[1:])
+    num_rows = block_ids.numel() if rows is None else staging.shape[0]
+    expected = (num_rows, len(kv_caches), 2, *cache.shape[1:])
     if staging.shape != expected or staging.dtype != cache.dtype or staging.device != cache.device:
         raise ValueError(
             f"staging: expected {list(expected)} {cache.dtype} on {cache.device}, got {list(staging.shape)} "

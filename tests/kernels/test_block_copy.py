@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.kv import block_copy
-from kernels.kv.block_copy import cache_addresses, copy_blocks, gather_blocks, move_slots, scatter_blocks
+from kernels.kv.block_copy import (
+    cache_addresses,
+    copy_blocks,
+    gather_blocks,
+    gather_blocks_reference,
+    move_slots,
+    scatter_blocks,
+    scatter_blocks_reference,
+)
 from tests.helpers.compile_sm90 import compile_for_sm90
 from tests.helpers.kv_caches import clone, flat, random_caches, same_bits
 
@@ -49,6 +57,7 @@ def test_a_source_of_minus_one_is_no_move() -> None:
         assert torch.equal(after.view(12, 2, 8), expected)
 
 
+@pytest.mark.usefixtures("implementation")
 def test_blocks_come_back_from_staging_wherever_they_go() -> None:
     caches = random_caches(6)
     staging = torch.empty(3, 3, 2, 4, 2, 8)
@@ -62,12 +71,64 @@ def test_blocks_come_back_from_staging_wherever_they_go() -> None:
         assert torch.equal(there, torch.stack([nothing, here[3], here[5], nothing, here[0], nothing]))
 
 
+@pytest.mark.usefixtures("implementation")
+def test_blocks_go_to_the_rows_that_are_named_and_come_back_from_them() -> None:
+    caches, elsewhere = random_caches(6), random_caches(6)
+    staging = torch.full((5, 3, 2, 4, 2, 8), torch.nan)
+    gather_blocks(caches, torch.tensor([5, 0, 3]), staging, rows=torch.tensor([4, 1, 2]))
+    assert torch.equal(staging[2, 1, 0], caches[1][0][3])
+    assert torch.equal(staging[4, 2, 1], caches[2][1][5])
+    assert staging[[0, 3]].isnan().all()
+    scatter_blocks(elsewhere, torch.tensor([0, 2]), staging, rows=torch.tensor([4, 2]))
+    for there, here in zip(flat(elsewhere), flat(caches), strict=True):
+        assert torch.equal(there, torch.stack([here[5], here[1], here[3], *here[3:]]))
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize(
+    ("block_size", "num_kv_heads", "head_dim", "dtype"),
+    [
+        (1, 1, 1, torch.float32),  # 4 bytes: no vector
+        (3, 1, 10, torch.float16),  # 60 bytes: most pieces do not lie at multiples of a vector
+        (4, 1, 24, torch.bfloat16),  # 192 bytes: lines alone
+        (5, 3, 8, torch.float32),  # 480 bytes: lines and a rest
+        (16, 8, 128, torch.bfloat16),  # 32 KiB
+    ],
+)
+def test_blocks_of_any_size_are_staged_bit_by_bit(
+    block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    shape = {"block_size": block_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    caches = random_caches(7, num_layers=2, dtype=dtype, **shape)
+    caches[0][1][3] = torch.nan
+    blocks, rows = torch.tensor([6, 3, 0]), torch.tensor([1, 3, 0])
+    staging, expected = (torch.zeros(4, 2, 2, *shape.values(), dtype=dtype) for _ in range(2))
+    gather_blocks(caches, blocks, staging, rows=rows)
+    gather_blocks_reference(caches, blocks, expected, rows)
+    assert torch.equal(staging.view(torch.uint8), expected.view(torch.uint8))
+    theirs, ours = clone(caches), clone(caches)
+    scatter_blocks(ours, blocks.roll(1), staging, rows=rows)
+    scatter_blocks_reference(theirs, blocks.roll(1), expected, rows)
+    assert same_bits(ours, theirs)
+
+
+@pytest.mark.usefixtures("implementation")
 def test_one_layer_can_be_staged_in_a_buffer_for_all() -> None:
     caches = random_caches(6)
     staging = torch.full((2, 3, 2, 4, 2, 8), torch.nan)
     gather_blocks(caches[1:2], torch.tensor([5, 0]), staging[:, 1:2])
     assert torch.equal(staging[:, 1, 0], caches[1][0][[5, 0]])
     assert staging[:, [0, 2]].isnan().all()
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize(("block", "row"), [(6, 0), (-1, 0), (0, 2), (0, -1)])
+def test_staging_touches_no_memory_outside_of_its_arguments(block: int, row: int) -> None:
+    """Addresses are computed from them, so the compiled copy would."""
+    caches, staging = random_caches(6), torch.empty(2, 3, 2, 4, 2, 8)
+    for copy in (gather_blocks, scatter_blocks):
+        with pytest.raises(ValueError, match=r"(block_ids: expected 0 to 5|rows: expected 0 to 1), got (6|2|-1)"):
+            copy(caches, torch.tensor([0, block]), staging, rows=torch.tensor([1, row]))
 
 
 def test_nothing_to_copy_is_no_change() -> None:
@@ -94,6 +155,8 @@ def test_what_does_not_fit_is_named() -> None:
         gather_blocks([], blocks, torch.empty(2, 0, 2, 4, 2, 8))
     with pytest.raises(ValueError, match=r"staging: expected \[2, 3, 2, 4, 2, 8\]"):
         gather_blocks(caches, blocks, torch.empty(2, 2, 2, 4, 2, 8))
+    with pytest.raises(ValueError, match=r"rows: expected \[2\] like block_ids, got \[1\]"):
+        gather_blocks(caches, blocks, torch.empty(2, 3, 2, 4, 2, 8), rows=torch.tensor([0]))
     with pytest.raises(ValueError, match="in one piece"):
         gather_blocks(caches, blocks, torch.empty(2, 3, 2, 4, 8, 2).transpose(-1, -2))
     with pytest.raises(ValueError, match="multiple of 4 bytes"):
@@ -121,14 +184,16 @@ def test_what_does_not_fit_is_named() -> None:
                 "stage_blocks_kernel",
                 {
                     "block_ptr": "*i64",
+                    "row_ptr": "*i64",
                     "staging_ptr": "*bf16",
-                    "block_stride": "i32:16",
+                    "row_stride": "i32:16",
                     "layer_stride": "i32:16",
                     "block_words": "i32:16",
                 },
-                {"GATHER": gather, "TILE": block_copy.TILE_WORDS},
+                {"GATHER": gather, "HAS_ROWS": has_rows, "TILE": block_copy.TILE_WORDS},
             )
             for gather in (True, False)
+            for has_rows in (True, False)
         ),
     ],
 )

@@ -64,6 +64,19 @@ def test_gather_and_scatter(caches: Caches, device: torch.device) -> None:
     assert same_bits(caches, theirs)
 
 
+def test_gather_into_rows_and_scatter_from_them(caches: Caches, device: torch.device) -> None:
+    blocks, rows = torch.tensor([6, 3, 0], device=device), torch.tensor([4, 0, 2], device=device)
+    shape = (5, 2, 2, *caches[0][0].shape[1:])
+    expected, found = (torch.zeros(shape, dtype=caches[0][0].dtype, device=device) for _ in range(2))
+    gather_blocks_reference(caches, blocks, expected, rows)
+    gather_blocks(caches, blocks, found, rows=rows)
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    theirs = clone(caches)
+    scatter_blocks_reference(theirs, blocks.roll(1), expected, rows)
+    scatter_blocks(caches, blocks.roll(1), found, rows=rows)
+    assert same_bits(caches, theirs)
+
+
 def test_one_layer_of_a_larger_buffer(caches: Caches, device: torch.device) -> None:
     blocks = torch.tensor([6, 2], device=device)
     shape = (5, 2, 4, 2, *caches[0][0].shape[1:])  # layers outside, blocks inside: both strided

@@ -38,7 +38,7 @@ WING_ARROWS = {
     "gateway.doors": "gateway gateway.replicas gateway.requests",
     "gateway.replicas": "gateway gateway.requests",
     "kernels.attention": "kernels kernels.native",
-    "kernels.kv": "kernels",
+    "kernels.kv": "kernels kernels.native",
     "kernels.layers": "kernels kernels.native",
     "kernels.sampling": "kernels",
     "kernels.upcoming": "kernels kernels.attention kernels.layers",
