@@ -54,6 +54,7 @@ WING_ARROWS = {
     "workers.models": "workers workers.layers",
     "workers.process": "workers workers.engine workers.layers workers.models workers.sampling",
     "workers.sampling": "workers",
+    "workers.tiers": "",
 }
 TORCH = {"torch", "transformers", "triton"}
 FORBIDDEN = {
