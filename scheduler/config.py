@@ -73,6 +73,19 @@ def _known(kind: type[_Name], value: str, where: str) -> _Name:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TierConfig:
+    """How KV moves between device, host memory and disk."""
+
+    load_timeout_s: float = 2.0  # for which a seq waits for its blocks; then they are computed
+    writes_disk: bool = True  # False: the disk is only read
+    writes_at_once: bool = False  # to disk; otherwise only blocks that were used again or leave host memory
+
+    def __post_init__(self) -> None:
+        if not self.load_timeout_s > 0:
+            raise ConfigError(f"kv_cache.load_timeout_s must be > 0, got {self.load_timeout_s:g}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     model_name: str
     eos_token_ids: frozenset[int] = frozenset()
@@ -83,6 +96,7 @@ class SchedulerConfig:
     enable_prefix_caching: bool = True
     max_rounds_in_flight: int = 2  # at the target
     speculation: SpeculationConfig = SpeculationConfig()
+    tiers: TierConfig = TierConfig()
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_queue"):
@@ -100,4 +114,5 @@ class SchedulerConfig:
             **_fields_of(spec.scheduler),
             max_rounds_in_flight=spec.max_rounds_in_flight,
             speculation=SpeculationConfig.from_spec(spec.speculation),
+            tiers=TierConfig(**_fields_of(spec.tiers)) if spec.HasField("tiers") else TierConfig(),
         )

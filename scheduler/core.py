@@ -17,6 +17,8 @@ from scheduler.config import SchedulerConfig
 from scheduler.drafting.speculation import Speculation
 from scheduler.engines.engine import EngineView, PlannedRow
 from scheduler.engines.idle_meter import IdleMeter
+from scheduler.kv_cache.moves import UnexpectedMoveError
+from scheduler.kv_cache.tiers import Tiers
 from scheduler.requests.admission import build_request
 from scheduler.requests.checks import InvalidRequestError
 from scheduler.requests.delivery import Delivery, Fresh
@@ -73,7 +75,12 @@ class SchedulerCore:
         self._speculation.detach()
 
     def _new_engine(self, info: worker_pb2.EngineInfo, incarnation: int) -> EngineView:
-        return EngineView(info, incarnation, enable_prefix_caching=self._config.enable_prefix_caching)
+        return EngineView(
+            info,
+            incarnation,
+            enable_prefix_caching=self._config.enable_prefix_caching,
+            tiers=self._config.tiers,
+        )
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -146,11 +153,12 @@ class SchedulerCore:
         return self._deadlines[0][0] if self._deadlines else None
 
     def next_release(self) -> float | None:
-        """When to call `plan_target` again even if nothing happens: by then drafts were waited for long enough."""
+        """When to plan again even if nothing happens: by then drafts, or blocks from other tiers, were waited for long
+        enough."""
         idle_since = self._target_idle_since
-        if idle_since is None:
-            return None  # the round in flight comes back first
-        release = self._speculation.stops_waiting_at(idle_since)
+        release = min((tiers.next_deadline() for _, tiers in self._tiers()), default=inf)
+        if idle_since is not None:  # otherwise the round in flight comes back first
+            release = min(release, self._speculation.stops_waiting_at(idle_since))
         return release if release < inf else None
 
     @property
@@ -258,6 +266,33 @@ class SchedulerCore:
             if seq.status is SeqStatus.HELD:
                 self._target.enqueue(seq)
 
+    # -- tiers of the KV cache ----------------------------------------------------------------------------------------
+
+    def order_moves(self, now: float) -> list[tuple["worker_pb2.EngineRole.ValueType", worker_pb2.MoveOrder]]:
+        """The moves to order from the groups now. Call it after planning rounds."""
+        orders = []
+        for role, tiers in self._tiers():
+            tiers.expire(now)
+            orders += [(role, order) for order in tiers.orders(now)]
+        return orders
+
+    def on_moved(self, role: "worker_pb2.EngineRole.ValueType", result: worker_pb2.MoveResult, now: float) -> None:
+        """Raises UnexpectedMoveError."""
+        self._tiers_of(role).on_moved(result, now)
+
+    def on_disk_contents(self, role: "worker_pb2.EngineRole.ValueType", contents: worker_pb2.DiskContents) -> None:
+        """Raises UnexpectedMoveError."""
+        self._tiers_of(role).on_disk_contents(contents)
+
+    def _tiers(self) -> list[tuple["worker_pb2.EngineRole.ValueType", Tiers]]:
+        return [(role, engine.tiers) for role, engine in self.engines.items() if engine is not None and engine.tiers]
+
+    def _tiers_of(self, role: "worker_pb2.EngineRole.ValueType") -> Tiers:
+        engine = self.engines[role]
+        if engine is None or engine.tiers is None:
+            raise UnexpectedMoveError("an engine without tiers answered a move")
+        return engine.tiers
+
     # -- ends ---------------------------------------------------------------------------------------------------------
 
     def _finish(self, seq: Seq, finish: Finish, now: float, last: Fresh) -> None:
@@ -316,5 +351,6 @@ class SchedulerCore:
             status.num_free_blocks = self._target.engine.blocks.num_free
         status.draft_idle_seconds_total = self._draft_idle.idle_s
         status.verify_wait_seconds_total = self._verify_wait.idle_s
+        status.tiers.extend(report for role, tiers in self._tiers() for report in tiers.report(role))
         self._speculation.report(status)
         return status

@@ -57,6 +57,7 @@ class GenerateRequest(google.protobuf.message.Message):
     SAMPLING_FIELD_NUMBER: builtins.int
     SPECULATION_FIELD_NUMBER: builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
+    CACHE_SALT_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """chosen by the server when empty; unique among running requests"""
     model: builtins.str
@@ -64,6 +65,8 @@ class GenerateRequest(google.protobuf.message.Message):
     text: builtins.str
     add_special_tokens: builtins.bool
     """text: let the tokenizer add BOS and the like. Default true."""
+    cache_salt: builtins.str
+    """Requests with different salts share no KV cache, so none can learn from its timing what another has sent."""
     @property
     def chat(self) -> global___ChatMessages: ...
     @property
@@ -83,9 +86,10 @@ class GenerateRequest(google.protobuf.message.Message):
         sampling: echelon.pb.sampling_pb2.SamplingParams | None = ...,
         speculation: global___Speculation | None = ...,
         add_special_tokens: builtins.bool | None = ...,
+        cache_salt: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "input", b"input", "sampling", b"sampling", "speculation", b"speculation", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "input", b"input", "model", b"model", "request_id", b"request_id", "sampling", b"sampling", "speculation", b"speculation", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "model", b"model", "request_id", b"request_id", "sampling", b"sampling", "speculation", b"speculation", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_add_special_tokens", b"_add_special_tokens"]) -> typing.Literal["add_special_tokens"] | None: ...
     @typing.overload
@@ -368,19 +372,27 @@ class Usage(google.protobuf.message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: builtins.int
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    CACHED_PROMPT_TOKENS_FROM_HOST_FIELD_NUMBER: builtins.int
+    CACHED_PROMPT_TOKENS_FROM_DISK_FIELD_NUMBER: builtins.int
     prompt_tokens: builtins.int
     completion_tokens: builtins.int
     """of all samples"""
     cached_prompt_tokens: builtins.int
-    """taken from the prefix cache"""
+    """taken from the prefix cache: the device's, or ..."""
+    cached_prompt_tokens_from_host: builtins.int
+    """... of them, brought from host memory"""
+    cached_prompt_tokens_from_disk: builtins.int
+    """... or from disk"""
     def __init__(
         self,
         *,
         prompt_tokens: builtins.int = ...,
         completion_tokens: builtins.int = ...,
         cached_prompt_tokens: builtins.int = ...,
+        cached_prompt_tokens_from_host: builtins.int = ...,
+        cached_prompt_tokens_from_disk: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "cached_prompt_tokens_from_disk", b"cached_prompt_tokens_from_disk", "cached_prompt_tokens_from_host", b"cached_prompt_tokens_from_host", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]) -> None: ...
 
 global___Usage = Usage
 

@@ -325,6 +325,7 @@ class SchedulerSpec(google.protobuf.message.Message):
     SCHEDULER_FIELD_NUMBER: builtins.int
     ROUND_TIMEOUT_S_FIELD_NUMBER: builtins.int
     MAX_ROUNDS_IN_FLIGHT_FIELD_NUMBER: builtins.int
+    TIERS_FIELD_NUMBER: builtins.int
     name: builtins.str
     host: builtins.str
     port: builtins.int
@@ -349,6 +350,10 @@ class SchedulerSpec(google.protobuf.message.Message):
     def speculation(self) -> global___SpeculationSpec: ...
     @property
     def scheduler(self) -> global___SchedulerSection: ...
+    @property
+    def tiers(self) -> global___TierSection:
+        """unset: the defaults of scheduler/config.py"""
+
     def __init__(
         self,
         *,
@@ -365,11 +370,35 @@ class SchedulerSpec(google.protobuf.message.Message):
         scheduler: global___SchedulerSection | None = ...,
         round_timeout_s: builtins.float = ...,
         max_rounds_in_flight: builtins.int = ...,
+        tiers: global___TierSection | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["draft", b"draft", "scheduler", b"scheduler", "speculation", b"speculation", "target", b"target"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["draft", b"draft", "eos_token_ids", b"eos_token_ids", "host", b"host", "max_rounds_in_flight", b"max_rounds_in_flight", "model_name", b"model_name", "name", b"name", "port", b"port", "round_timeout_s", b"round_timeout_s", "scheduler", b"scheduler", "speculation", b"speculation", "target", b"target", "tokenizer_dir", b"tokenizer_dir", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["draft", b"draft", "scheduler", b"scheduler", "speculation", b"speculation", "target", b"target", "tiers", b"tiers"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["draft", b"draft", "eos_token_ids", b"eos_token_ids", "host", b"host", "max_rounds_in_flight", b"max_rounds_in_flight", "model_name", b"model_name", "name", b"name", "port", b"port", "round_timeout_s", b"round_timeout_s", "scheduler", b"scheduler", "speculation", b"speculation", "target", b"target", "tiers", b"tiers", "tokenizer_dir", b"tokenizer_dir", "version", b"version"]) -> None: ...
 
 global___SchedulerSpec = SchedulerSpec
+
+@typing.final
+class TierSection(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LOAD_TIMEOUT_S_FIELD_NUMBER: builtins.int
+    WRITES_DISK_FIELD_NUMBER: builtins.int
+    WRITES_AT_ONCE_FIELD_NUMBER: builtins.int
+    load_timeout_s: builtins.float
+    """for which a seq waits for blocks from other tiers"""
+    writes_disk: builtins.bool
+    writes_at_once: builtins.bool
+    """to disk; otherwise only blocks that were used again or leave host memory"""
+    def __init__(
+        self,
+        *,
+        load_timeout_s: builtins.float = ...,
+        writes_disk: builtins.bool = ...,
+        writes_at_once: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["load_timeout_s", b"load_timeout_s", "writes_at_once", b"writes_at_once", "writes_disk", b"writes_disk"]) -> None: ...
+
+global___TierSection = TierSection
 
 @typing.final
 class SchedulerSection(google.protobuf.message.Message):

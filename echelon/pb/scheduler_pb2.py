@@ -17,7 +17,7 @@ from echelon.pb import sampling_pb2 as echelon_dot_pb_dot_sampling__pb2
 from echelon.pb import worker_pb2 as echelon_dot_pb_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65\x63helon/pb/scheduler.proto\x12\nechelon.v1\x1a\x1a\x65\x63helon/pb/inference.proto\x1a\x19\x65\x63helon/pb/sampling.proto\x1a\x17\x65\x63helon/pb/worker.proto\"\x8f\x01\n\x10SchedulerRequest\x12$\n\x06submit\x18\x01 \x01(\x0b\x32\x12.echelon.v1.SubmitH\x00\x12$\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x12.echelon.v1.CancelH\x00\x12$\n\x06\x61\x64just\x18\x03 \x01(\x0b\x32\x12.echelon.v1.AdjustH\x00\x42\t\n\x07message\"\xb8\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.echelon.v1.SamplingParams\x12,\n\x0bspeculation\x18\x04 \x01(\x0b\x32\x17.echelon.v1.Speculation\x12\x16\n\ttimeout_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"J\n\x06\x41\x64just\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x0bspeculation\x18\x02 \x01(\x0b\x32\x17.echelon.v1.Speculation\"?\n\x10SchedulerReplies\x12+\n\x07replies\x18\x01 \x03(\x0b\x32\x1a.echelon.v1.SchedulerReply\"\xb8\x01\n\x0eSchedulerReply\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x19.echelon.v1.GenerateChunkH\x00\x12\x30\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x1c.echelon.v1.GenerateCompleteH\x00\x12)\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x18.echelon.v1.RequestErrorH\x00\x42\t\n\x07message\"-\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x1b\n\x19GetSchedulerStatusRequest\"\xb0\x07\n\x0fSchedulerStatus\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x02 \x01(\t\x12\x13\n\x0b\x64raft_ready\x18\x03 \x01(\x08\x12\x17\n\x0ftarget_silent_s\x18\x1f \x01(\x01\x12\x16\n\x0e\x64raft_silent_s\x18  \x01(\x01\x12\x1e\n\x16\x64raft_not_ready_reason\x18! \x01(\t\x12\x1c\n\x14num_requests_running\x18\x04 \x01(\r\x12\x1c\n\x14num_requests_waiting\x18\x05 \x01(\r\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x07 \x01(\r\x12\x18\n\x10num_draft_blocks\x18\x08 \x01(\r\x12\x1d\n\x15num_free_draft_blocks\x18\t \x01(\r\x12\x1b\n\x13prompt_tokens_total\x18\n \x01(\x04\x12\x1f\n\x17generation_tokens_total\x18\x0b \x01(\x04\x12\x1a\n\x12\x64raft_tokens_total\x18\x0c \x01(\x04\x12\x37\n\x11speculation_total\x18\x1e \x01(\x0b\x32\x1c.echelon.v1.SpeculationStats\x12\x1c\n\x14prefix_cache_queries\x18\x0e \x01(\x04\x12\x19\n\x11prefix_cache_hits\x18\x0f \x01(\x04\x12\x1d\n\x15num_preemptions_total\x18\x10 \x01(\x04\x12\x1b\n\x13target_rounds_total\x18\x11 \x01(\x04\x12\x1a\n\x12\x64raft_rounds_total\x18\x12 \x01(\x04\x12\x1b\n\x13lookup_tokens_total\x18\x15 \x01(\x04\x12!\n\x19wasted_draft_tokens_total\x18\x1d \x01(\x04\x12 \n\x18verdict_cache_hits_total\x18\x16 \x01(\x04\x12\"\n\x1averdict_cache_misses_total\x18\x17 \x01(\x04\x12 \n\x18\x64raft_idle_seconds_total\x18\x18 \x01(\x01\x12!\n\x19verify_wait_seconds_total\x18\x19 \x01(\x01\x12\x18\n\x10window_occupancy\x18\x1a \x01(\x01\x12\x17\n\x0f\x61\x63\x63\x65ptance_rate\x18\x1b \x01(\x01\x12\x1f\n\x17\x64rafts_per_verification\x18\x1c \x01(\x01\x12\x1d\n\x15non_finite_rows_total\x18\x13 \x01(\x04J\x04\x08\r\x10\x0eJ\x04\x08\x14\x10\x15\"6\n\x0cTraceRequest\x12\x12\n\nnum_rounds\x18\x01 \x01(\r\x12\x12\n\nduration_s\x18\x02 \x01(\x01\"g\n\nTraceEvent\x12(\n\x05round\x18\x01 \x01(\x0b\x32\x17.echelon.v1.TracedRoundH\x00\x12&\n\x04wait\x18\x02 \x01(\x0b\x32\x16.echelon.v1.TracedWaitH\x00\x42\x07\n\x05\x65vent\"\xe4\x01\n\x0bTracedRound\x12&\n\x06\x65ngine\x18\x01 \x01(\x0e\x32\x16.echelon.v1.EngineRole\x12\r\n\x05group\x18\x02 \x01(\t\x12\x10\n\x08round_id\x18\x03 \x01(\x04\x12\x0f\n\x07sent_ns\x18\x04 \x01(\x04\x12\x13\n\x0breceived_ns\x18\x05 \x01(\x04\x12\x10\n\x08queue_ns\x18\x06 \x01(\x04\x12\x0e\n\x06run_ns\x18\x07 \x01(\x04\x12\x10\n\x08num_rows\x18\x08 \x01(\r\x12\x11\n\tnum_steps\x18\t \x01(\r\x12\x1f\n\x05spans\x18\n \x03(\x0b\x32\x10.echelon.v1.Span\"V\n\nTracedWait\x12&\n\x06\x65ngine\x18\x01 \x01(\x0e\x32\x16.echelon.v1.EngineRole\x12\x10\n\x08start_ns\x18\x02 \x01(\x04\x12\x0e\n\x06run_ns\x18\x03 \x01(\x04\x32\xed\x01\n\tScheduler\x12I\n\x07\x43onnect\x12\x1c.echelon.v1.SchedulerRequest\x1a\x1c.echelon.v1.SchedulerReplies(\x01\x30\x01\x12X\n\x12GetSchedulerStatus\x12%.echelon.v1.GetSchedulerStatusRequest\x1a\x1b.echelon.v1.SchedulerStatus\x12;\n\x05Trace\x12\x18.echelon.v1.TraceRequest\x1a\x16.echelon.v1.TraceEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65\x63helon/pb/scheduler.proto\x12\nechelon.v1\x1a\x1a\x65\x63helon/pb/inference.proto\x1a\x19\x65\x63helon/pb/sampling.proto\x1a\x17\x65\x63helon/pb/worker.proto\"\x8f\x01\n\x10SchedulerRequest\x12$\n\x06submit\x18\x01 \x01(\x0b\x32\x12.echelon.v1.SubmitH\x00\x12$\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x12.echelon.v1.CancelH\x00\x12$\n\x06\x61\x64just\x18\x03 \x01(\x0b\x32\x12.echelon.v1.AdjustH\x00\x42\t\n\x07message\"\xcc\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.echelon.v1.SamplingParams\x12,\n\x0bspeculation\x18\x04 \x01(\x0b\x32\x17.echelon.v1.Speculation\x12\x16\n\ttimeout_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\ncache_salt\x18\x06 \x01(\tB\x0c\n\n_timeout_s\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"J\n\x06\x41\x64just\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x0bspeculation\x18\x02 \x01(\x0b\x32\x17.echelon.v1.Speculation\"?\n\x10SchedulerReplies\x12+\n\x07replies\x18\x01 \x03(\x0b\x32\x1a.echelon.v1.SchedulerReply\"\xb8\x01\n\x0eSchedulerReply\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x19.echelon.v1.GenerateChunkH\x00\x12\x30\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x1c.echelon.v1.GenerateCompleteH\x00\x12)\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x18.echelon.v1.RequestErrorH\x00\x42\t\n\x07message\"-\n\x0cRequestError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x1b\n\x19GetSchedulerStatusRequest\"\xd7\x07\n\x0fSchedulerStatus\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x02 \x01(\t\x12\x13\n\x0b\x64raft_ready\x18\x03 \x01(\x08\x12\x17\n\x0ftarget_silent_s\x18\x1f \x01(\x01\x12\x16\n\x0e\x64raft_silent_s\x18  \x01(\x01\x12\x1e\n\x16\x64raft_not_ready_reason\x18! \x01(\t\x12\x1c\n\x14num_requests_running\x18\x04 \x01(\r\x12\x1c\n\x14num_requests_waiting\x18\x05 \x01(\r\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x07 \x01(\r\x12\x18\n\x10num_draft_blocks\x18\x08 \x01(\r\x12\x1d\n\x15num_free_draft_blocks\x18\t \x01(\r\x12\x1b\n\x13prompt_tokens_total\x18\n \x01(\x04\x12\x1f\n\x17generation_tokens_total\x18\x0b \x01(\x04\x12\x1a\n\x12\x64raft_tokens_total\x18\x0c \x01(\x04\x12\x37\n\x11speculation_total\x18\x1e \x01(\x0b\x32\x1c.echelon.v1.SpeculationStats\x12\x1c\n\x14prefix_cache_queries\x18\x0e \x01(\x04\x12\x19\n\x11prefix_cache_hits\x18\x0f \x01(\x04\x12\x1d\n\x15num_preemptions_total\x18\x10 \x01(\x04\x12\x1b\n\x13target_rounds_total\x18\x11 \x01(\x04\x12\x1a\n\x12\x64raft_rounds_total\x18\x12 \x01(\x04\x12\x1b\n\x13lookup_tokens_total\x18\x15 \x01(\x04\x12!\n\x19wasted_draft_tokens_total\x18\x1d \x01(\x04\x12 \n\x18verdict_cache_hits_total\x18\x16 \x01(\x04\x12\"\n\x1averdict_cache_misses_total\x18\x17 \x01(\x04\x12 \n\x18\x64raft_idle_seconds_total\x18\x18 \x01(\x01\x12!\n\x19verify_wait_seconds_total\x18\x19 \x01(\x01\x12\x18\n\x10window_occupancy\x18\x1a \x01(\x01\x12\x17\n\x0f\x61\x63\x63\x65ptance_rate\x18\x1b \x01(\x01\x12\x1f\n\x17\x64rafts_per_verification\x18\x1c \x01(\x01\x12\x1d\n\x15non_finite_rows_total\x18\x13 \x01(\x04\x12%\n\x05tiers\x18\" \x03(\x0b\x32\x16.echelon.v1.TierStatusJ\x04\x08\r\x10\x0eJ\x04\x08\x14\x10\x15\"\xd8\x02\n\nTierStatus\x12&\n\x06\x65ngine\x18\x01 \x01(\x0e\x32\x16.echelon.v1.EngineRole\x12\x0c\n\x04tier\x18\x02 \x01(\t\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x17\n\x0fnum_used_blocks\x18\x04 \x01(\r\x12\x13\n\x0b\x62lock_bytes\x18\x05 \x01(\x04\x12\x1b\n\x13stored_blocks_total\x18\x06 \x01(\x04\x12\x1c\n\x14\x66\x65tched_blocks_total\x18\x07 \x01(\x04\x12\x1b\n\x13\x66\x61iled_blocks_total\x18\x08 \x01(\x04\x12\x1c\n\x14\x65victed_blocks_total\x18\t \x01(\x04\x12\x1b\n\x13store_seconds_total\x18\n \x01(\x01\x12\x1b\n\x13\x66\x65tch_seconds_total\x18\x0b \x01(\x01\x12\x0e\n\x06paused\x18\x0c \x01(\x08\x12\x12\n\nlast_error\x18\r \x01(\t\"6\n\x0cTraceRequest\x12\x12\n\nnum_rounds\x18\x01 \x01(\r\x12\x12\n\nduration_s\x18\x02 \x01(\x01\"g\n\nTraceEvent\x12(\n\x05round\x18\x01 \x01(\x0b\x32\x17.echelon.v1.TracedRoundH\x00\x12&\n\x04wait\x18\x02 \x01(\x0b\x32\x16.echelon.v1.TracedWaitH\x00\x42\x07\n\x05\x65vent\"\xe4\x01\n\x0bTracedRound\x12&\n\x06\x65ngine\x18\x01 \x01(\x0e\x32\x16.echelon.v1.EngineRole\x12\r\n\x05group\x18\x02 \x01(\t\x12\x10\n\x08round_id\x18\x03 \x01(\x04\x12\x0f\n\x07sent_ns\x18\x04 \x01(\x04\x12\x13\n\x0breceived_ns\x18\x05 \x01(\x04\x12\x10\n\x08queue_ns\x18\x06 \x01(\x04\x12\x0e\n\x06run_ns\x18\x07 \x01(\x04\x12\x10\n\x08num_rows\x18\x08 \x01(\r\x12\x11\n\tnum_steps\x18\t \x01(\r\x12\x1f\n\x05spans\x18\n \x03(\x0b\x32\x10.echelon.v1.Span\"V\n\nTracedWait\x12&\n\x06\x65ngine\x18\x01 \x01(\x0e\x32\x16.echelon.v1.EngineRole\x12\x10\n\x08start_ns\x18\x02 \x01(\x04\x12\x0e\n\x06run_ns\x18\x03 \x01(\x04\x32\xed\x01\n\tScheduler\x12I\n\x07\x43onnect\x12\x1c.echelon.v1.SchedulerRequest\x1a\x1c.echelon.v1.SchedulerReplies(\x01\x30\x01\x12X\n\x12GetSchedulerStatus\x12%.echelon.v1.GetSchedulerStatusRequest\x1a\x1b.echelon.v1.SchedulerStatus\x12;\n\x05Trace\x12\x18.echelon.v1.TraceRequest\x1a\x16.echelon.v1.TraceEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -27,29 +27,31 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_SCHEDULERREQUEST']._serialized_start=123
   _globals['_SCHEDULERREQUEST']._serialized_end=266
   _globals['_SUBMIT']._serialized_start=269
-  _globals['_SUBMIT']._serialized_end=453
-  _globals['_CANCEL']._serialized_start=455
-  _globals['_CANCEL']._serialized_end=483
-  _globals['_ADJUST']._serialized_start=485
-  _globals['_ADJUST']._serialized_end=559
-  _globals['_SCHEDULERREPLIES']._serialized_start=561
-  _globals['_SCHEDULERREPLIES']._serialized_end=624
-  _globals['_SCHEDULERREPLY']._serialized_start=627
-  _globals['_SCHEDULERREPLY']._serialized_end=811
-  _globals['_REQUESTERROR']._serialized_start=813
-  _globals['_REQUESTERROR']._serialized_end=858
-  _globals['_GETSCHEDULERSTATUSREQUEST']._serialized_start=860
-  _globals['_GETSCHEDULERSTATUSREQUEST']._serialized_end=887
-  _globals['_SCHEDULERSTATUS']._serialized_start=890
-  _globals['_SCHEDULERSTATUS']._serialized_end=1834
-  _globals['_TRACEREQUEST']._serialized_start=1836
-  _globals['_TRACEREQUEST']._serialized_end=1890
-  _globals['_TRACEEVENT']._serialized_start=1892
-  _globals['_TRACEEVENT']._serialized_end=1995
-  _globals['_TRACEDROUND']._serialized_start=1998
-  _globals['_TRACEDROUND']._serialized_end=2226
-  _globals['_TRACEDWAIT']._serialized_start=2228
-  _globals['_TRACEDWAIT']._serialized_end=2314
-  _globals['_SCHEDULER']._serialized_start=2317
-  _globals['_SCHEDULER']._serialized_end=2554
+  _globals['_SUBMIT']._serialized_end=473
+  _globals['_CANCEL']._serialized_start=475
+  _globals['_CANCEL']._serialized_end=503
+  _globals['_ADJUST']._serialized_start=505
+  _globals['_ADJUST']._serialized_end=579
+  _globals['_SCHEDULERREPLIES']._serialized_start=581
+  _globals['_SCHEDULERREPLIES']._serialized_end=644
+  _globals['_SCHEDULERREPLY']._serialized_start=647
+  _globals['_SCHEDULERREPLY']._serialized_end=831
+  _globals['_REQUESTERROR']._serialized_start=833
+  _globals['_REQUESTERROR']._serialized_end=878
+  _globals['_GETSCHEDULERSTATUSREQUEST']._serialized_start=880
+  _globals['_GETSCHEDULERSTATUSREQUEST']._serialized_end=907
+  _globals['_SCHEDULERSTATUS']._serialized_start=910
+  _globals['_SCHEDULERSTATUS']._serialized_end=1893
+  _globals['_TIERSTATUS']._serialized_start=1896
+  _globals['_TIERSTATUS']._serialized_end=2240
+  _globals['_TRACEREQUEST']._serialized_start=2242
+  _globals['_TRACEREQUEST']._serialized_end=2296
+  _globals['_TRACEEVENT']._serialized_start=2298
+  _globals['_TRACEEVENT']._serialized_end=2401
+  _globals['_TRACEDROUND']._serialized_start=2404
+  _globals['_TRACEDROUND']._serialized_end=2632
+  _globals['_TRACEDWAIT']._serialized_start=2634
+  _globals['_TRACEDWAIT']._serialized_end=2720
+  _globals['_SCHEDULER']._serialized_start=2723
+  _globals['_SCHEDULER']._serialized_end=2960
 # @@protoc_insertion_point(module_scope)

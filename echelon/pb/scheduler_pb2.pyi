@@ -54,9 +54,12 @@ class Submit(google.protobuf.message.Message):
     SAMPLING_FIELD_NUMBER: builtins.int
     SPECULATION_FIELD_NUMBER: builtins.int
     TIMEOUT_S_FIELD_NUMBER: builtins.int
+    CACHE_SALT_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     timeout_s: builtins.float
     """remaining time, including the queue"""
+    cache_salt: builtins.str
+    """as in GenerateRequest"""
     @property
     def prompt_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
@@ -73,9 +76,10 @@ class Submit(google.protobuf.message.Message):
         sampling: echelon.pb.sampling_pb2.SamplingParams | None = ...,
         speculation: echelon.pb.inference_pb2.Speculation | None = ...,
         timeout_s: builtins.float | None = ...,
+        cache_salt: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "sampling", b"sampling", "speculation", b"speculation", "timeout_s", b"timeout_s"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "speculation", b"speculation", "timeout_s", b"timeout_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "speculation", b"speculation", "timeout_s", b"timeout_s"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_timeout_s", b"_timeout_s"]) -> typing.Literal["timeout_s"] | None: ...
 
 global___Submit = Submit
@@ -236,6 +240,7 @@ class SchedulerStatus(google.protobuf.message.Message):
     ACCEPTANCE_RATE_FIELD_NUMBER: builtins.int
     DRAFTS_PER_VERIFICATION_FIELD_NUMBER: builtins.int
     NON_FINITE_ROWS_TOTAL_FIELD_NUMBER: builtins.int
+    TIERS_FIELD_NUMBER: builtins.int
     ready: builtins.bool
     """the target group answers; the draft group need not"""
     not_ready_reason: builtins.str
@@ -287,6 +292,10 @@ class SchedulerStatus(google.protobuf.message.Message):
     def speculation_total(self) -> echelon.pb.inference_pb2.SpeculationStats:
         """of all requests, including running ones"""
 
+    @property
+    def tiers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TierStatus]:
+        """of each engine: host memory, then disk, as far as they exist"""
+
     def __init__(
         self,
         *,
@@ -321,11 +330,73 @@ class SchedulerStatus(google.protobuf.message.Message):
         acceptance_rate: builtins.float = ...,
         drafts_per_verification: builtins.float = ...,
         non_finite_rows_total: builtins.int = ...,
+        tiers: collections.abc.Iterable[global___TierStatus] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["speculation_total", b"speculation_total"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["acceptance_rate", b"acceptance_rate", "draft_idle_seconds_total", b"draft_idle_seconds_total", "draft_not_ready_reason", b"draft_not_ready_reason", "draft_ready", b"draft_ready", "draft_rounds_total", b"draft_rounds_total", "draft_silent_s", b"draft_silent_s", "draft_tokens_total", b"draft_tokens_total", "drafts_per_verification", b"drafts_per_verification", "generation_tokens_total", b"generation_tokens_total", "lookup_tokens_total", b"lookup_tokens_total", "non_finite_rows_total", b"non_finite_rows_total", "not_ready_reason", b"not_ready_reason", "num_blocks", b"num_blocks", "num_draft_blocks", b"num_draft_blocks", "num_free_blocks", b"num_free_blocks", "num_free_draft_blocks", b"num_free_draft_blocks", "num_preemptions_total", b"num_preemptions_total", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens_total", b"prompt_tokens_total", "ready", b"ready", "speculation_total", b"speculation_total", "target_rounds_total", b"target_rounds_total", "target_silent_s", b"target_silent_s", "verdict_cache_hits_total", b"verdict_cache_hits_total", "verdict_cache_misses_total", b"verdict_cache_misses_total", "verify_wait_seconds_total", b"verify_wait_seconds_total", "wasted_draft_tokens_total", b"wasted_draft_tokens_total", "window_occupancy", b"window_occupancy"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["acceptance_rate", b"acceptance_rate", "draft_idle_seconds_total", b"draft_idle_seconds_total", "draft_not_ready_reason", b"draft_not_ready_reason", "draft_ready", b"draft_ready", "draft_rounds_total", b"draft_rounds_total", "draft_silent_s", b"draft_silent_s", "draft_tokens_total", b"draft_tokens_total", "drafts_per_verification", b"drafts_per_verification", "generation_tokens_total", b"generation_tokens_total", "lookup_tokens_total", b"lookup_tokens_total", "non_finite_rows_total", b"non_finite_rows_total", "not_ready_reason", b"not_ready_reason", "num_blocks", b"num_blocks", "num_draft_blocks", b"num_draft_blocks", "num_free_blocks", b"num_free_blocks", "num_free_draft_blocks", b"num_free_draft_blocks", "num_preemptions_total", b"num_preemptions_total", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens_total", b"prompt_tokens_total", "ready", b"ready", "speculation_total", b"speculation_total", "target_rounds_total", b"target_rounds_total", "target_silent_s", b"target_silent_s", "tiers", b"tiers", "verdict_cache_hits_total", b"verdict_cache_hits_total", "verdict_cache_misses_total", b"verdict_cache_misses_total", "verify_wait_seconds_total", b"verify_wait_seconds_total", "wasted_draft_tokens_total", b"wasted_draft_tokens_total", "window_occupancy", b"window_occupancy"]) -> None: ...
 
 global___SchedulerStatus = SchedulerStatus
+
+@typing.final
+class TierStatus(google.protobuf.message.Message):
+    """One tier of an engine's KV cache. Blocks and bytes are of all ranks together unless noted otherwise."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ENGINE_FIELD_NUMBER: builtins.int
+    TIER_FIELD_NUMBER: builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: builtins.int
+    NUM_USED_BLOCKS_FIELD_NUMBER: builtins.int
+    BLOCK_BYTES_FIELD_NUMBER: builtins.int
+    STORED_BLOCKS_TOTAL_FIELD_NUMBER: builtins.int
+    FETCHED_BLOCKS_TOTAL_FIELD_NUMBER: builtins.int
+    FAILED_BLOCKS_TOTAL_FIELD_NUMBER: builtins.int
+    EVICTED_BLOCKS_TOTAL_FIELD_NUMBER: builtins.int
+    STORE_SECONDS_TOTAL_FIELD_NUMBER: builtins.int
+    FETCH_SECONDS_TOTAL_FIELD_NUMBER: builtins.int
+    PAUSED_FIELD_NUMBER: builtins.int
+    LAST_ERROR_FIELD_NUMBER: builtins.int
+    engine: echelon.pb.worker_pb2.EngineRole.ValueType
+    tier: builtins.str
+    """"host" | "disk" """
+    num_blocks: builtins.int
+    """that fit"""
+    num_used_blocks: builtins.int
+    block_bytes: builtins.int
+    """on one rank"""
+    stored_blocks_total: builtins.int
+    """that came into the tier"""
+    fetched_blocks_total: builtins.int
+    """that were read from it for the tier above"""
+    failed_blocks_total: builtins.int
+    """of both directions"""
+    evicted_blocks_total: builtins.int
+    """host"""
+    store_seconds_total: builtins.float
+    fetch_seconds_total: builtins.float
+    paused: builtins.bool
+    """disk: left alone for a while after errors"""
+    last_error: builtins.str
+    def __init__(
+        self,
+        *,
+        engine: echelon.pb.worker_pb2.EngineRole.ValueType = ...,
+        tier: builtins.str = ...,
+        num_blocks: builtins.int = ...,
+        num_used_blocks: builtins.int = ...,
+        block_bytes: builtins.int = ...,
+        stored_blocks_total: builtins.int = ...,
+        fetched_blocks_total: builtins.int = ...,
+        failed_blocks_total: builtins.int = ...,
+        evicted_blocks_total: builtins.int = ...,
+        store_seconds_total: builtins.float = ...,
+        fetch_seconds_total: builtins.float = ...,
+        paused: builtins.bool = ...,
+        last_error: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_bytes", b"block_bytes", "engine", b"engine", "evicted_blocks_total", b"evicted_blocks_total", "failed_blocks_total", b"failed_blocks_total", "fetch_seconds_total", b"fetch_seconds_total", "fetched_blocks_total", b"fetched_blocks_total", "last_error", b"last_error", "num_blocks", b"num_blocks", "num_used_blocks", b"num_used_blocks", "paused", b"paused", "store_seconds_total", b"store_seconds_total", "stored_blocks_total", b"stored_blocks_total", "tier", b"tier"]) -> None: ...
+
+global___TierStatus = TierStatus
 
 @typing.final
 class TraceRequest(google.protobuf.message.Message):

@@ -101,8 +101,13 @@ class Drafter(ABC):
         self.is_left_behind = False
         self.cache.clear()
         for state in self._states.values():
-            state.seat = None
+            state.seat = state.fetch = None
             state.forget_window()
+
+    def prefetch(self, state: DraftState, now: float) -> None:
+        """Begin to bring KV of the seq's prefix to the device, if it is known to other tiers."""
+        if self.seats is not None and state.wants_draft_model:
+            self.seats.prefetch(state, now)
 
     def release(self, state: DraftState) -> None:
         """The seq needs no more drafts: it has finished, was preempted or was given up."""

@@ -4,12 +4,13 @@ Everything here is best effort: no seq waits for slots or blocks of the draft en
 without drafts.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from echelon.pb import worker_pb2
 from scheduler.drafting.chain import Drafted, DraftSeat
 from scheduler.drafting.state import DraftState
-from scheduler.engines.engine import EngineView, ForkFrom, InFlight, PlannedRow
+from scheduler.engines.engine import EngineView, ForkFrom, InFlight, NoRoomError, PlannedRow
 from scheduler.requests.request import Seq
 
 
@@ -20,10 +21,17 @@ class DraftSeats:
         self.engine = engine
         self._is_approximate = engine.info.lp_size > 1  # drafts leave KV that needs calibration
 
+    def prefetch(self, state: DraftState, now: float) -> None:
+        """Begin to bring the known start of the seq's history to the device; its seat waits for it."""
+        if state.seat is not None or state.fetch is not None:
+            return
+        with contextlib.suppress(NoRoomError):
+            state.fetch = self.engine.fetch(state.seq, now, num_spare=1, takes_part=False)
+
     def seat_newcomers(self, states: Iterable[DraftState]) -> None:
         """Give a seat to each seq that has none, as long as there are slots. `states`: oldest first."""
         for state in states:
-            if state.seat is not None:
+            if state.seat is not None or (state.fetch is not None and not state.fetch.is_over):
                 continue
             if self.engine.num_free_slots == 0:
                 return
@@ -39,9 +47,15 @@ class DraftSeats:
         return max(token_ids, default=0) < self.engine.info.vocab_size
 
     def release(self, state: DraftState) -> None:
+        self._leave_fetch(state)
         if state.seat is not None:
             self.engine.release(state.seat)
             state.seat = None
+
+    def _leave_fetch(self, state: DraftState) -> None:
+        if state.fetch is not None and self.engine.tiers is not None:
+            self.engine.tiers.fetching.leave(state.fetch)
+        state.fetch = None
 
     def _seat(self, state: DraftState) -> bool:
         """Allocate blocks for the whole history at once, so that catching up never gets stuck halfway."""
@@ -54,7 +68,8 @@ class DraftSeats:
         if not self.knows(seq.token_ids):
             state.has_draft_model = False
             return False
-        blocks.hold(found)
+        self.engine.take_prefix(seq, found)
+        self._leave_fetch(state)
         num_found = len(found) * blocks.block_size
         state.seat = DraftSeat(
             slot=self.engine.take_slot(),
@@ -191,7 +206,7 @@ class DraftSeats:
                 self.engine.publish(row.seq, seat, row.num_exact)
                 seat.extend(row.num_draft_tokens, _drafted(row.seq, answer, odds))
             else:
-                self.engine.blocks.forget(seat.block_ids[: seat.num_published])
+                self.engine.unpublish(seat)
             yield row, answer
 
 

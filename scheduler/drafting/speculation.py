@@ -71,6 +71,10 @@ class Speculation:
             if self._lookup is not None:
                 self._lookup.welcome(target.seq)
 
+    def prefetch(self, seq: Seq, now: float) -> None:
+        """The seq's prefix is on its way to the target's device: bring the draft's to its own."""
+        self.drafter.prefetch(self._states[seq], now)
+
     def release(self, seq: Seq) -> None:
         """The seq needs no more drafts, or none before it runs again."""
         state = self._states[seq]

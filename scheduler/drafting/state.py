@@ -6,6 +6,7 @@ from typing import Self
 from echelon.pb import inference_pb2
 from scheduler.config import SpeculationConfig
 from scheduler.drafting.chain import DraftSeat
+from scheduler.kv_cache.fetching import Fetch
 from scheduler.policy.acceptance import Acceptance
 from scheduler.requests.request import Seq
 from scheduler.target.state import TargetState
@@ -42,6 +43,7 @@ class DraftState:
     window: int = 0  # drafts that the chain may run ahead, as the policy last chose; 0: the draft pauses
     window_chosen_at: int = -1  # length of the history when the policy chose it
     num_drafted_at: int = 0  # serial: length of the history when drafts were last ordered
+    fetch: Fetch | None = None  # brings blocks of its prefix to the draft's device, or has brought them
     num_free_at_refusal: int = -1  # free draft blocks when they were too few for the seq
 
     def forget_window(self) -> None:

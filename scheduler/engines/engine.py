@@ -6,14 +6,23 @@ from dataclasses import dataclass, field
 from math import inf
 
 from echelon.pb import sampling_pb2, worker_pb2
-from scheduler.engines.blocks import BlockManager
+from scheduler.config import TierConfig
 from scheduler.engines.patience import Patience
+from scheduler.engines.round_cost import RoundCost
 from scheduler.engines.seat import Seat
+from scheduler.kv_cache.blocks import BlockManager
+from scheduler.kv_cache.fetching import Fetch
+from scheduler.kv_cache.tiers import Tiers
+from scheduler.requests.digests import Digest
 from scheduler.requests.request import Seq
 
 
 class UnexpectedAnswerError(RuntimeError):
     """A worker group sent an answer that no round asked for."""
+
+
+class NoRoomError(RuntimeError):
+    """Too few blocks are free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +75,18 @@ class EngineView:
     next holder's round runs after the last one that writes for the old holder.
     """
 
-    def __init__(self, info: worker_pb2.EngineInfo, incarnation: int, *, enable_prefix_caching: bool) -> None:
+    def __init__(
+        self,
+        info: worker_pb2.EngineInfo,
+        incarnation: int,
+        *,
+        enable_prefix_caching: bool,
+        tiers: TierConfig | None = None,
+    ) -> None:
         self.blocks = BlockManager(info.num_blocks, info.block_size, enable_prefix_caching=enable_prefix_caching)
+        self.cost = RoundCost()
+        has_tiers = enable_prefix_caching and info.num_host_slots > 0
+        self.tiers = Tiers(self.blocks, info, incarnation, tiers or TierConfig()) if has_tiers else None
         self.info = info
         self.in_flight: deque[InFlight] = deque()
         self.num_rounds = 0
@@ -117,8 +136,42 @@ class EngineView:
 
     def find_prefix(self, seq: Seq) -> list[int]:
         """Blocks that hold the start of the seq's history; its last token always stays to be computed."""
+        return self.blocks.match(self._reusable(seq))
+
+    def take_prefix(self, seq: Seq, found: list[int]) -> None:
+        """A seat of the seq begins with these blocks, which `find_prefix` has found."""
+        self.blocks.hold(found)
+        if self.tiers is not None:
+            self.tiers.use(found, self._reusable(seq)[: len(found)])
+
+    def fetch(self, seq: Seq, now: float, *, num_spare: int, takes_part: bool) -> Fetch | None:
+        """Begin to bring blocks of the seq's prefix from host memory or disk, if that is faster than computing them.
+
+        Args:
+            num_spare: free blocks that it must leave.
+            takes_part: take as many as there is room for; otherwise too little room is an error.
+
+        Raises NoRoomError.
+        """
+        if self.tiers is None:
+            return None
+        found = self.find_prefix(seq)
+        missing = self._reusable(seq)[len(found) :]
+        room = self.blocks.num_free - self.blocks.num_idle_among(found) - num_spare
+        fetch = self.tiers.fetch(missing, found, now, room=room, recompute_s=self._recompute_s)
+        if isinstance(fetch, Fetch):
+            return fetch
+        if fetch > room and not takes_part:
+            raise NoRoomError
+        return self.tiers.fetching.start(missing[:room], found, now) if fetch and room > 0 else None
+
+    def _recompute_s(self, num_blocks: int) -> float:
+        return self.cost.seconds(num_blocks * self.blocks.block_size, self.info.max_num_batched_tokens)
+
+    def _reusable(self, seq: Seq) -> list[Digest]:
+        """Digests of the blocks with which a seat of the seq may begin."""
         num_blocks = (len(seq.token_ids) - 1) // self.blocks.block_size
-        return self.blocks.match(seq.digests.extend(seq.token_ids, num_blocks)[:num_blocks])
+        return seq.digests.extend(seq.token_ids, num_blocks)[:num_blocks]
 
     def grow(self, seat: Seat, num_tokens: int) -> bool:
         """Make the seat's blocks cover `num_tokens` positions. Returns False and changes nothing if too few are
@@ -142,8 +195,15 @@ class EngineView:
             return
         digests = seq.digests.extend(seq.token_ids, num_full)
         for i in range(seat.num_published, num_full):
-            self.blocks.publish(seat.block_ids[i], digests[i])
+            if self.blocks.publish(seat.block_ids[i], digests[i]) and self.tiers is not None:
+                self.tiers.store(seat.block_ids[i], digests[i])
         seat.num_published = num_full
+
+    def unpublish(self, seat: Seat) -> None:
+        """Let no seq find what the seat holds: it is not to be trusted."""
+        forgotten = self.blocks.forget(seat.block_ids[: seat.num_published])
+        if self.tiers is not None:
+            self.tiers.forget(forgotten)
 
     def launch(
         self, rows: list[PlannedRow], now: float, *, num_alternatives: int = 0, confidences: bool = False
@@ -200,6 +260,8 @@ class EngineView:
         record.wall_s = max(result.run_ns * 1e-9, now - began_s)
         record.was_late = record.wall_s > self.patience.late_s(record.work)
         self.patience.observe(record.work, record.wall_s)
+        if not record.was_late and not any(row.num_draft_tokens for row in record.rows):
+            self.cost.observe(record.num_tokens, result.run_ns)
         self._landed_s = now
         return record
 

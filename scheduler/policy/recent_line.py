@@ -28,6 +28,11 @@ class RecentLine:
         """Defined only if x varies."""
         return (self._xy / self.weight - self._x * self._y / self.weight**2) / self.variance
 
+    @property
+    def mean_ratio(self) -> float:
+        """Slope of the line from the origin to the mean of the points; needs a point with x > 0."""
+        return self._y / self._x
+
     def intercept(self, slope: float) -> float:
         """Intercept of the line with this slope through the mean of the points; needs at least one point."""
         return (self._y - slope * self._x) / self.weight

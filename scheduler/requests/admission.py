@@ -34,7 +34,7 @@ def build_request(
     max_len = _max_len(submit, max_model_len)
     request = _new_request(submit, now)
     rules = _stop_rules(sampling, config, max_tokens=max_len - len(prompt))
-    root = root_digest(config.model_name, block_size)
+    root = root_digest(config.model_name, block_size, submit.cache_salt)
     request.seqs += [
         Seq(
             request=request,

@@ -7,9 +7,9 @@ from hashlib import blake2b
 Digest = bytes  # 128 bits: no two different prefixes are ever taken for each other
 
 
-def root_digest(model_name: str, block_size: int) -> Digest:
-    """The start of a chain. It differs between models and layouts, so the KV of another is never found."""
-    return blake2b(f"{model_name}\0{block_size}".encode(), digest_size=16).digest()
+def root_digest(model_name: str, block_size: int, salt: str = "") -> Digest:
+    """The start of a chain. It differs between models, layouts and salts, so the KV of another is never found."""
+    return blake2b(f"{model_name}\0{block_size}\0{salt}".encode(), digest_size=16).digest()
 
 
 class DigestChain:

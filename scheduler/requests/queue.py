@@ -1,6 +1,7 @@
 """Seqs that wait for a slot, oldest first."""
 
 from bisect import insort
+from collections.abc import Iterator
 from operator import attrgetter
 
 from scheduler.requests.request import Seq
@@ -16,6 +17,9 @@ class WaitingQueue:
 
     def __len__(self) -> int:
         return len(self._seqs)
+
+    def __iter__(self) -> Iterator[Seq]:
+        return iter(self._seqs)
 
     def push(self, seq: Seq) -> None:
         insort(self._seqs, seq, key=_by_order)

@@ -10,6 +10,15 @@ from scheduler.requests.outputs import Completed
 from scheduler.requests.stopping import Finish, OutputText
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedTokens:
+    """Tokens of a prompt that need not be computed, by where their KV was."""
+
+    total: int = 0  # the rest was on the device
+    from_host: int = 0
+    from_disk: int = 0
+
+
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Request:
     request_id: str
@@ -22,7 +31,7 @@ class Request:
     admitted_s: float | None = None
     first_token_s: float | None = None
     is_finished: bool = False
-    num_cached_tokens: int = 0
+    cached: CachedTokens = CachedTokens()  # of the first sample
     # [i]: of prompt token i + 1, None while it has not been computed.
     prompt_logprobs: list[sampling_pb2.PositionLogprobs | None] | None = None  # None: not requested
 
@@ -36,7 +45,9 @@ class Request:
             usage=inference_pb2.Usage(
                 prompt_tokens=self.num_prompt_tokens,
                 completion_tokens=sum(seq.num_outputs for seq in self.seqs),
-                cached_prompt_tokens=self.num_cached_tokens,
+                cached_prompt_tokens=self.cached.total,
+                cached_prompt_tokens_from_host=self.cached.from_host,
+                cached_prompt_tokens_from_disk=self.cached.from_disk,
             ),
             speculation=self.speculation.message(),
             seed=self.seed,
@@ -60,6 +71,7 @@ class Request:
 class SeqStatus(Enum):
     HELD = auto()  # until the first sample of its request has computed the prompt
     WAITING = auto()  # for a slot and blocks
+    FETCHING = auto()  # waits for blocks from other tiers of the KV cache
     RUNNING = auto()
     FINISHED = auto()
 

@@ -28,5 +28,8 @@ class DraftSupply(Protocol):
     def holds(self, target: TargetState) -> bool:
         """Whether the seq's next row waits for drafts, as `choose` decided."""
 
+    def prefetch(self, seq: Seq, now: float) -> None:
+        """The seq's prefix is on its way to the target's device: bring the draft's to its own."""
+
     def release(self, seq: Seq) -> None:
         """The seq needs no drafts before it runs again."""

@@ -8,12 +8,12 @@ from operator import attrgetter
 
 from echelon.pb import worker_pb2
 from scheduler.config import SchedulerConfig
-from scheduler.engines.engine import EngineView, InFlight, PlannedRow, UnexpectedAnswerError
+from scheduler.engines.engine import EngineView, InFlight, NoRoomError, PlannedRow, UnexpectedAnswerError
 from scheduler.engines.seat import Seat
 from scheduler.requests.queue import WaitingQueue
-from scheduler.requests.request import Request, Seq, SeqStatus
+from scheduler.requests.request import CachedTokens, Request, Seq, SeqStatus
 from scheduler.target.draft_supply import DraftSupply
-from scheduler.target.prefill import Arrivals, Prompt, RoundCost, share_prefill
+from scheduler.target.prefill import Arrivals, Prompt, share_prefill
 from scheduler.target.state import TargetState
 
 _by_order = attrgetter("seq.order")
@@ -46,7 +46,7 @@ class TargetPlanner:
         self.running: list[TargetState] = []  # oldest first
         self._waiting = WaitingQueue()
         self._arrivals = Arrivals()
-        self._cost = RoundCost()
+        self._fetching: list[TargetState] = []  # those that wait for blocks from other tiers
         self._refusal: tuple[Seq, int] | None = None  # the seq that found too few free blocks, and how many there were
         self.num_queued = 0  # requests that have never run
         self.num_preemptions = 0
@@ -55,7 +55,6 @@ class TargetPlanner:
 
     def attach(self, engine: EngineView) -> None:
         self.engine = engine
-        self._cost = RoundCost()
 
     def detach(self) -> None:
         """The engine is gone; no seq may be left on it."""
@@ -88,6 +87,9 @@ class TargetPlanner:
             self._waiting.remove(seq)
         elif seq.status is SeqStatus.RUNNING:
             self.running.remove(state)
+        elif seq.status is SeqStatus.FETCHING:
+            self._fetching.remove(state)
+        self._leave_fetch(state)
         if state.seat is not None and self.engine is not None:
             self.engine.release(state.seat)
             state.seat = None
@@ -98,8 +100,6 @@ class TargetPlanner:
         if self.engine is None:
             raise UnexpectedAnswerError("a result came from an engine that is not connected")
         record = self.engine.land(result, now)
-        if not record.was_late:
-            self._cost.observe(record.num_tokens, result.run_ns)
         for row, answer in record.answered:
             state = self._states.get(row.seq)
             if state is not None:
@@ -114,12 +114,15 @@ class TargetPlanner:
     def unpublish(self, row: PlannedRow) -> None:
         """Let no seq find what the row's seat holds."""
         if self.engine is not None and not row.seat.is_released:
-            self.engine.blocks.forget(row.seat.block_ids[: row.seat.num_published])
+            self.engine.unpublish(row.seat)
 
     def plan(self, now: float) -> worker_pb2.Round | None:
         """The next round for the target, None while it has enough to do or nothing can run."""
         engine = self.engine
-        if engine is None or not (self.running or self._waiting) or not self._may_queue(engine):
+        if engine is None:
+            return None
+        self._end_fetches()
+        if not (self.running or self._waiting) or not self._may_queue(engine):
             return None
         rows: dict[TargetState, PlannedRow] = {}
         num_preemptions = self.num_preemptions
@@ -180,6 +183,7 @@ class TargetPlanner:
         assert state.seat is not None, "a running seq has a seat"
         engine.release(state.seat)
         state.seat = None
+        state.has_fetched = False
         self._drafts.release(state.seq)
         self.running.remove(state)
         self.enqueue(state.seq)
@@ -196,7 +200,13 @@ class TargetPlanner:
                 break
             if self.running and self._refusal == (seq, engine.blocks.num_free):
                 break
-            if not self._seat(engine, state):
+            try:
+                if self._fetch(engine, state, now):
+                    continue
+                self._seat(engine, state)
+            except NoRoomError:
+                if self._let_go_others(state):
+                    continue
                 self._refusal = (seq, engine.blocks.num_free)
                 break
             self._waiting.remove(seq)
@@ -207,27 +217,73 @@ class TargetPlanner:
                 self.num_queued -= 1
         return len(self.running) > num_running
 
-    def _seat(self, engine: EngineView, state: TargetState) -> bool:
-        """Take a slot and the blocks of the known prefix, if there is also room for the first chunk after it."""
+    def _fetch(self, engine: EngineView, state: TargetState, now: float) -> bool:
+        """Begin to bring more of the seq's prefix to the device, if that pays. Returns whether the seq waits for it;
+        others may start meanwhile. Raises NoRoomError."""
+        if state.has_fetched or not _may_reuse(state.seq):
+            return False
+        num_spare = self._reserve() + 1  # for the first chunk after it
+        fetch = engine.fetch(state.seq, now, num_spare=num_spare, takes_part=not self.running)
+        state.has_fetched = True
+        if fetch is None:
+            return False
+        self._waiting.remove(state.seq)
+        state.seq.status = SeqStatus.FETCHING
+        state.fetch = fetch
+        self._fetching.append(state)
+        self._drafts.prefetch(state.seq, now)
+        return True
+
+    def _end_fetches(self) -> None:
+        """Seqs whose blocks have come, or will not come, wait for a slot like others."""
+        for state in [state for state in self._fetching if state.fetch is None or state.fetch.is_over]:
+            self._fetching.remove(state)
+            self.enqueue(state.seq)
+
+    def _leave_fetch(self, state: TargetState) -> None:
+        if state.fetch is not None and self.engine is not None and self.engine.tiers is not None:
+            self.engine.tiers.fetching.leave(state.fetch)
+        state.fetch = None
+
+    def _others_holding(self, state: TargetState) -> list[TargetState]:
+        """Waiting seqs whose blocks have been fetched and are kept for them."""
+        if self.engine is None or self.engine.tiers is None:
+            return []
+        waiting = [self._states[seq] for seq in self._waiting]
+        return [other for other in waiting if other is not state and other.fetch is not None]
+
+    def _let_go_others(self, state: TargetState) -> bool:
+        """Blocks that were fetched for seqs behind this one may be evicted, since it finds too few. Returns whether
+        there are any."""
+        holding = self._others_holding(state)
+        for other in holding:
+            self._leave_fetch(other)
+        return bool(holding)
+
+    def _reserve(self) -> int:
+        """Blocks to keep free, so that the next decode steps do not preempt a newcomer."""
+        return 1 + len(self.running) // _TUNING.seqs_per_reserve if self.running else 0
+
+    def _seat(self, engine: EngineView, state: TargetState) -> None:
+        """Take a slot and the blocks of the known prefix. Raises NoRoomError if there is none for the first chunk after
+        it."""
         seq, blocks = state.seq, engine.blocks
-        reuse = not (seq.sampling.HasField("prompt_logprobs") and seq.request.wants_prompt_logprobs)
+        reuse = _may_reuse(seq)
         found = engine.find_prefix(seq) if reuse else []
         num_cached = len(found) * blocks.block_size
         first_chunk = min(len(seq.token_ids) - num_cached, self._budget(engine))
-        # Keep a few blocks in reserve, so that the next decode steps do not preempt the newcomer.
-        watermark = 1 + len(self.running) // _TUNING.seqs_per_reserve if self.running else 0
-        needed = blocks.num_blocks_for(first_chunk) + blocks.num_idle_among(found) + watermark
-        if needed > blocks.num_free and self.running:
-            return False
-        blocks.hold(found)
+        needed = blocks.num_blocks_for(first_chunk) + blocks.num_idle_among(found) + self._reserve()
+        if needed > blocks.num_free and (self.running or self._others_holding(state)):
+            raise NoRoomError
+        engine.take_prefix(seq, found)
         state.seat = Seat(slot=engine.take_slot(), block_ids=found, num_computed=num_cached, num_published=len(found))
         state.num_reused = num_cached
         if seq.request.admitted_s is None:
-            seq.request.num_cached_tokens = num_cached
+            seq.request.cached = _cached_tokens(state, num_cached, blocks.block_size)
+        self._leave_fetch(state)
         if reuse:
             self.num_tokens_looked_up += len(seq.token_ids)
             self.num_tokens_found += num_cached
-        return True
 
     def _plan_prefills(
         self, engine: EngineView, rows: dict[TargetState, PlannedRow], now: float, num_drafts: int
@@ -242,7 +298,7 @@ class TargetPlanner:
             [Prompt(state.num_uncomputed, state.num_tokens_ahead - state.num_reused) for state in prefilling],
             budget - min(num_drafts, budget // _TUNING.draft_share),
             shortest=self._arrivals.shortest(now),
-            knee=self._cost.knee,
+            knee=engine.cost.knee,
         )
         for state, share in zip(prefilling, shares, strict=True):
             seat = state.seat
@@ -271,3 +327,17 @@ class TargetPlanner:
 
     def _budget(self, engine: EngineView) -> int:
         return min(self._config.max_num_batched_tokens, engine.info.max_num_batched_tokens)
+
+
+def _may_reuse(seq: Seq) -> bool:
+    """Whether the seq may begin with KV of others: log-probabilities of its prompt come from computing it."""
+    return not (seq.sampling.HasField("prompt_logprobs") and seq.request.wants_prompt_logprobs)
+
+
+def _cached_tokens(state: TargetState, num_cached: int, block_size: int) -> CachedTokens:
+    """Where the tokens came from that need not be computed."""
+    if state.fetch is None:
+        return CachedTokens(total=num_cached)
+    from_host = min(state.fetch.num_come, state.fetch.num_from_host)
+    from_disk = state.fetch.num_come - from_host
+    return CachedTokens(total=num_cached, from_host=from_host * block_size, from_disk=from_disk * block_size)

@@ -18,49 +18,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from scheduler.policy.recent_line import RecentLine
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
     """How long prompts are distinguished from short ones. The module's docstring says what follows from it."""
 
     recent_s: float = 10.0  # how long an arrival counts; not measured
-    first_knee: float = 64.0  # tokens that take as long as the fixed part of a round, until measured; not measured
-    keep: float = 0.99  # weight that earlier observations of a round's time keep; not measured
     long_ratio: int = 2  # times the shortest recent prompt; not measured
     num_recent: int = 64  # most arrivals that are remembered; not measured
-    # Weight of the rounds seen, and variance of their tokens, below which the slope is not trusted; not measured.
-    least_rounds: float = 2.0
-    least_variance: float = 64.0
-    knees: tuple[int, int] = (8, 1024)  # tokens: bounds of the knee; not measured
 
 
 _TUNING = Tuning()
-
-
-class RoundCost:
-    """Fits round time = fixed + per_token * tokens to the rounds seen; older ones count less."""
-
-    def __init__(self, *, knee: float = _TUNING.first_knee) -> None:
-        self._knee = knee
-        self._line = RecentLine(keep=_TUNING.keep)
-
-    def observe(self, num_tokens: int, run_ns: int) -> None:
-        self._line.add(float(num_tokens), run_ns * 1e-9)
-
-    @property
-    def knee(self) -> int:
-        """Tokens that take as long as the fixed part of a round; a guess until different sizes were seen."""
-        line = self._line
-        if line.weight < _TUNING.least_rounds or line.variance < _TUNING.least_variance:
-            return int(self._knee)
-        per_token = line.slope
-        fixed = line.intercept(per_token)
-        if per_token <= 0.0 or fixed <= 0.0:
-            return int(self._knee)
-        least, most = _TUNING.knees
-        return max(least, min(most, int(fixed / per_token)))
 
 
 class Arrivals:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from scheduler.engines.engine import PlannedRow
 from scheduler.engines.seat import Seat
+from scheduler.kv_cache.fetching import Fetch
 from scheduler.requests.request import Seq
 
 
@@ -13,6 +14,8 @@ class TargetState:
 
     seq: Seq
     seat: Seat | None = None
+    fetch: Fetch | None = None  # brings blocks of its prefix to the device, or has brought them
+    has_fetched: bool = False  # since it was last seated: a fetch has begun, or none pays
     num_reused: int = 0  # tokens that the seat got from the prefix cache
     num_rows_in_flight: int = 0  # of this seat or an earlier one
     num_pending: int = 0  # tokens that those rows are certain to commit

@@ -5,16 +5,14 @@ simulated KV cache: a block that is freed, shared or reused too early changes th
 same without any of this, so a stream is right exactly when it equals that.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from echelon.pb import sampling_pb2, worker_pb2
+from tests.helpers.fake_tiers import LOAD, STORE, FakeTiers, SchedulerFaultError
 
 _MASK = (1 << 64) - 1
-
-
-class SchedulerFaultError(AssertionError):
-    """The scheduler sent what no correct scheduler sends."""
 
 
 def _mix(state: int, value: int) -> int:
@@ -111,6 +109,9 @@ class FakeEngine:
     num_overtaken: int = 0  # rows
     _overtaken: set[tuple[int, int]] = field(default_factory=set)  # (round_id, slot) of these
     _last_round_id: int = -1
+    tiers: FakeTiers | None = None
+    _reading: list[int] = field(default_factory=list)  # blocks that moves in flight read
+    _filling: list[int] = field(default_factory=list)  # blocks that they write
 
     @property
     def info(self) -> worker_pb2.EngineInfo:
@@ -123,12 +124,58 @@ class FakeEngine:
             max_model_len=self.max_model_len,
             max_num_batched_tokens=self.max_num_batched_tokens,
             lp_size=self.lp_size,
+            block_bytes=1,
+            num_host_slots=self.tiers.num_slots if self.tiers else 0,
+            num_disk_blocks=self.tiers.num_disk_blocks if self.tiers else 0,
         )
+
+    def order(self, order: worker_pb2.MoveOrder) -> None:
+        """A move is in flight from now on."""
+        assert self.tiers is not None, "an engine without tiers moves nothing"
+        self.tiers.order(order)
+        if order.kind == STORE:
+            self._reading += order.block_ids
+        if order.kind == LOAD:
+            _require(not set(order.block_ids) & {*self._reading, *self._filling}, "no other move touches the block")
+            self._filling += order.block_ids
+
+    def receive(self, message: worker_pb2.Round) -> None:
+        """A round is on its way, behind the moves ordered so far."""
+        named = [seq.block_table for seq in message.init_seqs]
+        named += [each.new_block_ids for each in (*message.forks, *message.rows)]
+        _require(
+            not set(chain.from_iterable(named)) & set(self._filling), "a block that is being loaded belongs to no seq"
+        )
+
+    def move(self, order: worker_pb2.MoveOrder, fails: Collection[int] = (), error: str = "") -> worker_pb2.MoveResult:
+        """Do an ordered move; the blocks at the indexes `fails` are not moved."""
+        assert self.tiers is not None, "an engine without tiers moves nothing"
+        size = self.block_size
+        blocks = {
+            block_id: tuple(self._kv.get((block_id, offset)) for offset in range(size)) for block_id in order.block_ids
+        }
+        if order.kind == STORE:
+            places = {(block_id, offset) for block_id in order.block_ids for offset in range(size)}
+            _require(not places & self._approximate, "KV that is stored is exact")
+            _require(all(None not in contents for contents in blocks.values()), "blocks that are stored are full")
+        result = self.tiers.run(order, blocks, fails, error)
+        for index, block_id in enumerate(order.block_ids):
+            (self._reading if order.kind == STORE else self._filling).remove(block_id)
+            if order.kind == LOAD and index not in fails:
+                for offset, held in enumerate(blocks[block_id]):
+                    _require(held is not None, "blocks that are loaded are full")
+                    self._kv[block_id, offset] = held or 0
+                    self._mark((block_id, offset), approximate=False)
+        return result
 
     def reset(self) -> None:
         """A new stream: all slots are free."""
         self.slots.clear()
         self._overtaken.clear()
+        self._reading.clear()
+        self._filling.clear()
+        if self.tiers is not None:
+            self.tiers.reset()
         self._last_round_id = -1
 
     def overtake(self, message: worker_pb2.Round, behind: Iterable[worker_pb2.Round]) -> None:
@@ -301,6 +348,8 @@ class FakeEngine:
         approximately = approximately or slot.num_exact < slot.num_computed
         for position in range(slot.num_computed, slot.num_computed + count):
             prefix = _mix(prefix, slot.history[position])
+            block_id, _ = self._place(slot, position)
+            _require(block_id not in self._reading, "a block that is stored is not written")
             self._kv[self._place(slot, position)] = prefix
             self._mark(self._place(slot, position), approximate=approximately)
         slot.num_computed += count

@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models
@@ -82,6 +82,8 @@ class Simulation:
             self.core.connect_draft(draft.info, draft.incarnation)
         self.target_rounds: deque[worker_pb2.Round] = deque()
         self.draft_rounds: deque[worker_pb2.Round] = deque()
+        self.moves: list[tuple[FakeEngine, worker_pb2.MoveOrder, int]] = []  # and the rounds sent before
+        self._num_sent = {worker_pb2.ENGINE_ROLE_TARGET: 0, worker_pb2.ENGINE_ROLE_DRAFT: 0}
         self.chunks: list[Chunk] = []
         self.tokens: dict[tuple[str, int], list[int]] = {}
         self.text: dict[tuple[str, int], str] = {}
@@ -112,6 +114,8 @@ class Simulation:
         assert self.draft is not None, "there is no draft engine to lose"
         self.core.disconnect_draft()
         self.draft_rounds.clear()
+        self.moves = [move for move in self.moves if move[0] is not self.draft]
+        self._num_sent[self.draft.role] = 0
         self.draft.reset()
         self.core.connect_draft(self.draft.info, self.draft.incarnation)
 
@@ -119,12 +123,41 @@ class Simulation:
         """Send every round that the core wants to send."""
         while True:
             draft, target = self.core.plan_draft(self.now), self.core.plan_target(self.now)
+            self._order_moves()
             if draft is not None:
+                assert self.draft is not None
+                self.draft.receive(draft)
                 self.draft_rounds.append(draft)
+                self._num_sent[worker_pb2.ENGINE_ROLE_DRAFT] += 1
             if target is not None:
+                self.target.receive(target)
                 self.target_rounds.append(target)
+                self._num_sent[worker_pb2.ENGINE_ROLE_TARGET] += 1
             if draft is None and target is None:
                 return
+
+    def _order_moves(self) -> None:
+        for role, order in self.core.order_moves(self.now):
+            engine = self.target if role == worker_pb2.ENGINE_ROLE_TARGET else self.draft
+            assert engine is not None
+            engine.order(order)
+            self.moves.append((engine, order, self._num_sent[role]))
+
+    def ready_moves(self) -> list[int]:
+        """Moves that may run now: of stores and loads those whose turn has come."""
+        waiting = {
+            worker_pb2.ENGINE_ROLE_TARGET: len(self.target_rounds),
+            worker_pb2.ENGINE_ROLE_DRAFT: len(self.draft_rounds),
+        }
+        return [
+            index
+            for index, (engine, order, num_before) in enumerate(self.moves)
+            if not order.block_ids or num_before <= self._num_sent[engine.role] - waiting[engine.role]
+        ]
+
+    def run_move(self, index: int, fails: Collection[int] = (), error: str = "") -> None:
+        engine, order, _ = self.moves.pop(index)
+        self.core.on_moved(engine.role, engine.move(order, fails, error), self.now)
 
     def run_target_round(self) -> worker_pb2.RoundResult:
         result = self.target.run(self.target_rounds.popleft())
@@ -141,10 +174,14 @@ class Simulation:
     def step(self, rng: random.Random | None = None) -> bool:
         """One engine does one round; False when there is none to do."""
         self.plan()
-        ready = [queue for queue in (self.draft_rounds, self.target_rounds) if queue]
+        moves = self.ready_moves()
+        ready = [queue for queue in (self.draft_rounds, self.target_rounds, moves) if queue]
         if not ready:
             return self._wait_for_release()
-        if (rng.choice(ready) if rng else ready[0]) is self.draft_rounds:
+        chosen = rng.choice(ready) if rng else ready[0]
+        if chosen is moves:
+            self.run_move(rng.choice(moves) if rng else moves[0])
+        elif chosen is self.draft_rounds:
             self.run_draft_round()
         else:
             self.run_target_round()

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from scheduler.engines.blocks import BlockManager, FreeRuns
+from scheduler.kv_cache.blocks import BlockManager, FreeRuns
 from scheduler.requests.digests import DigestChain, root_digest
 
 

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from scheduler.target.prefill import Prompt, RoundCost, share_prefill
+from scheduler.engines.round_cost import RoundCost
+from scheduler.target.prefill import Prompt, share_prefill
 from tests.helpers.fake_group import FakeEngine
 from tests.helpers.scheduler_sim import Simulation, submit
 

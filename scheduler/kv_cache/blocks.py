@@ -157,19 +157,25 @@ class BlockManager:
                 self._idle[block_id] = None
         self._free.give(free)
 
-    def publish(self, block_id: int, digest: Digest) -> None:
-        """Let the block be found from now on: it is full, its tokens are committed and their KV is computed."""
-        if self._caching and digest not in self._by_digest:
-            self._by_digest[digest] = block_id
-            self._digest_of[block_id] = digest
+    def publish(self, block_id: int, digest: Digest) -> bool:
+        """Let the block be found from now on: it is full, its tokens are committed and their KV is computed. Returns
+        whether it will be: another block with the same contents may be known already."""
+        if not self._caching or digest in self._by_digest:
+            return False
+        self._by_digest[digest] = block_id
+        self._digest_of[block_id] = digest
+        return True
 
-    def forget(self, block_ids: Iterable[int]) -> None:
-        """Never let these held blocks be found again: their contents are not to be trusted."""
-        for block_id in block_ids:
-            digest = self._digest_of[block_id]
-            if digest is not None:
-                del self._by_digest[digest]
-                self._digest_of[block_id] = None
+    def has(self, block_id: int, digest: Digest) -> bool:
+        """Whether the block is the one that is found by this digest."""
+        return self._digest_of[block_id] == digest
+
+    def forget(self, block_ids: Iterable[int]) -> list[Digest]:
+        """Let these blocks not be found again. Returns the digests by which they were."""
+        forgotten = [digest for block_id in block_ids if (digest := self._digest_of[block_id]) is not None]
+        for digest in forgotten:
+            self._digest_of[self._by_digest.pop(digest)] = None
+        return forgotten
 
     def _evict(self, count: int) -> None:
         # Evict a few more than needed at a time, so that neighbours come back together and form runs.

@@ -1,0 +1,199 @@
+"""Host memory and disk behind the device blocks of one engine's KV cache."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import inf
+
+from echelon.pb import scheduler_pb2, worker_pb2
+from scheduler.config import TierConfig
+from scheduler.kv_cache.blocks import BlockManager
+from scheduler.kv_cache.disk import DiskTier
+from scheduler.kv_cache.fetching import Fetch, Fetching
+from scheduler.kv_cache.host import HostTier
+from scheduler.kv_cache.moves import LOAD, READ, STORE, WRITE, Moves
+from scheduler.kv_cache.storing import Storing
+from scheduler.kv_cache.writing import Writing
+from scheduler.requests.digests import Digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Sizes and numbers of moves."""
+
+    move_bytes: int = 16 << 20  # of one move on one rank; so a load waits little for a store; not measured
+    most_reads: int = 8  # in flight; not measured
+    most_writes: int = 2  # in flight; not measured
+    held_share: int = 16  # stores hold at most one device block in this many; not measured
+    spare_share: int = 8  # one host slot in this many is kept free, by writing old blocks to disk; not measured
+    uses_to_write: int = 2  # a block that so many seqs began with is written to disk; not measured
+
+
+_TUNING = Tuning()
+
+
+class Tiers:
+    """Decides which blocks move where, and knows what lies where once the moves are answered.
+
+    A block is stored to host memory when it is complete, and written to disk when it has been used again or is about to
+    leave host memory. Until a move is answered, the blocks that it touches are held and their slots are pinned. So
+    nothing changes under a move.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        info: worker_pb2.EngineInfo,
+        incarnation: int,
+        config: TierConfig,
+        tuning: Tuning = _TUNING,
+    ) -> None:
+        most = max(1, tuning.move_bytes // max(1, info.block_bytes))
+        self.host = HostTier(info.num_host_slots)
+        self.disk = DiskTier(info.num_disk_blocks)
+        self.moves = Moves(incarnation)
+        self.fetching = Fetching(
+            blocks,
+            self.host,
+            self.disk,
+            self.moves,
+            timeout_s=config.load_timeout_s,
+            most=most,
+            most_reads=tuning.most_reads,
+        )
+        self._writing = Writing(
+            self.host,
+            self.disk,
+            self.moves,
+            most=most,
+            most_in_flight=tuning.most_writes,
+            num_spare=-(-info.num_host_slots // tuning.spare_share),
+        )
+        self.storing = Storing(
+            blocks,
+            self.host,
+            self.moves,
+            most=min(most, max(1, info.num_blocks // tuning.held_share)),
+            on_stored=self._on_stored,
+        )
+        self._config = config
+        self._block_bytes = info.block_bytes
+        self._uses_to_write = tuning.uses_to_write
+        self._writes = config.writes_disk and info.num_disk_blocks > 0
+
+    # -- what seqs do -------------------------------------------------------------------------------------------------
+
+    def store(self, block_id: int, digest: Digest) -> None:
+        """The device block is complete: keep a copy."""
+        self.storing.add(block_id, digest)
+
+    def use(self, block_ids: Sequence[int], digests: Sequence[Digest]) -> None:
+        """A seq begins with these device blocks."""
+        for block in self.host.use(digests):
+            if self._writes and block.num_uses >= self._uses_to_write:
+                self._writing.add(block.digest)
+        for block_id, digest in zip(block_ids, digests, strict=True):
+            self.storing.add(block_id, digest)  # host memory may have evicted it
+
+    def forget(self, digests: Iterable[Digest]) -> None:
+        """Never give these to a seq again: their contents are not to be trusted."""
+        for digest in digests:
+            self.host.forget(digest)
+            self._writing.forget(digest)
+
+    def fetch(
+        self,
+        digests: Sequence[Digest],
+        held_ids: list[int],
+        now: float,
+        *,
+        room: int,
+        recompute_s: Callable[[int], float],
+    ) -> Fetch | int:
+        """Begin to bring the start of `digests`, which follow one another, to the device, if that is faster than
+        computing it, or wait for a fetch of the same blocks that has begun.
+
+        Args:
+            held_ids: device blocks of the prefix before them.
+            room: device blocks that it may take.
+            recompute_s: seconds to compute the tokens of so many blocks.
+
+        Returns the fetch, or the number of blocks that should be fetched if that is 0 or more than `room`.
+        """
+        joined = self.fetching.join(digests[0]) if digests else None
+        if joined is not None:
+            return joined
+        num_wanted = self.fetching.num_worthwhile(digests, now, recompute_s=recompute_s)
+        if not 0 < num_wanted <= room:
+            return num_wanted
+        return self.fetching.start(digests[:num_wanted], held_ids, now)
+
+    # -- moves --------------------------------------------------------------------------------------------------------
+
+    def orders(self, now: float) -> Iterator[worker_pb2.MoveOrder]:
+        """The moves to order now."""
+        yield from self.fetching.orders(now)
+        if (store := self.storing.order(now)) is not None:
+            yield store
+        while self._writes and (write := self._writing.order(now)) is not None:
+            yield write
+
+    def on_moved(self, result: worker_pb2.MoveResult, now: float) -> None:
+        """Raises UnexpectedMoveError."""
+        move = self.moves.land(result, now)
+        for digest in result.evicted:
+            self.disk.discard(digest)
+        if move.needs_disk and result.error:
+            self.disk.failed(result.error, now)
+        elif move.needs_disk and not move.is_late:
+            self.disk.worked()
+
+    def on_disk_contents(self, contents: worker_pb2.DiskContents) -> None:
+        self.disk.announce(contents.digests, is_last=contents.is_last)
+
+    def expire(self, now: float) -> None:
+        """Let seqs go on whose blocks have not come in time, and note disk moves that take too long."""
+        self.fetching.expire(now)
+        for move in self.moves:
+            if move.needs_disk and not move.is_late and now >= move.sent_s + self._config.load_timeout_s:
+                move.is_late = True
+                self.disk.failed(f"no answer within {self._config.load_timeout_s:g} s", now)
+
+    def next_deadline(self) -> float:
+        """When to call `expire`; inf if nothing is awaited."""
+        late = (move.sent_s for move in self.moves if move.needs_disk and not move.is_late)
+        return min(self.fetching.next_deadline(), min(late, default=inf) + self._config.load_timeout_s)
+
+    def report(self, role: "worker_pb2.EngineRole.ValueType") -> Iterator[scheduler_pb2.TierStatus]:
+        stored, loaded, written, read = (self.moves.totals[kind] for kind in (STORE, LOAD, WRITE, READ))
+        yield scheduler_pb2.TierStatus(
+            engine=role,
+            tier="host",
+            num_blocks=self.host.num_slots,
+            num_used_blocks=len(self.host),
+            block_bytes=self._block_bytes,
+            stored_blocks_total=stored.num_blocks,
+            fetched_blocks_total=loaded.num_blocks,
+            failed_blocks_total=stored.num_failed + loaded.num_failed,
+            evicted_blocks_total=self.host.num_evictions,
+            store_seconds_total=stored.run_s,
+            fetch_seconds_total=loaded.run_s,
+        )
+        if self.disk.num_blocks:
+            yield scheduler_pb2.TierStatus(
+                engine=role,
+                tier="disk",
+                num_blocks=self.disk.num_blocks,
+                num_used_blocks=len(self.disk),
+                block_bytes=self._block_bytes,
+                stored_blocks_total=written.num_blocks,
+                fetched_blocks_total=read.num_blocks,
+                failed_blocks_total=written.num_failed + read.num_failed,
+                store_seconds_total=written.run_s,
+                fetch_seconds_total=read.run_s,
+                paused=self.disk.is_failing,
+                last_error=self.disk.last_error,
+            )
+
+    def _on_stored(self, digest: Digest) -> None:
+        if self._writes and self._config.writes_at_once:
+            self._writing.add(digest)

@@ -1,0 +1,175 @@
+"""KV moves between device, host memory and disk, and no stream's tokens change."""
+
+import random
+from typing import Any
+
+import pytest
+
+from echelon.pb import worker_pb2
+from scheduler.config import Pipeline, TierConfig
+from tests.helpers.fake_group import FakeEngine, FakeModel
+from tests.helpers.fake_tiers import LOAD, STORE, FakeTiers
+from tests.helpers.scheduler_sim import Simulation, submit
+
+BLOCK = 4
+PIPELINES: list[dict[str, Any]] = [
+    {"pipeline": Pipeline.SERIAL},
+    {"pipeline": Pipeline.SERIAL, "adaptive": True},
+    {"pipeline": Pipeline.CONTINUOUS},
+    {"pipeline": Pipeline.CONTINUOUS, "verdict_cache_rows": 6},
+]
+
+
+def tiered(
+    num_blocks: int = 16, num_slots: int = 64, num_disk_blocks: int = 0, *, draft: bool = False, **config: Any
+) -> Simulation:
+    def engine(role: "worker_pb2.EngineRole.ValueType") -> FakeEngine:
+        tiers = FakeTiers(num_slots=num_slots, num_disk_blocks=num_disk_blocks)
+        return FakeEngine(
+            role=role, num_blocks=num_blocks, block_size=BLOCK, max_model_len=BLOCK * num_blocks, tiers=tiers
+        )
+
+    target = engine(worker_pb2.ENGINE_ROLE_TARGET)
+    sim = Simulation(target=target, draft=engine(worker_pb2.ENGINE_ROLE_DRAFT) if draft else None, **config)
+    list_disks(sim)
+    return sim
+
+
+def list_disks(sim: Simulation) -> None:
+    for each in (sim.target, sim.draft):
+        if each is not None and each.tiers is not None:
+            sim.core.on_disk_contents(each.role, each.tiers.contents())
+
+
+def prompt(seed: int, num_tokens: int = 40) -> list[int]:
+    return random.Random(seed).choices(range(30), k=num_tokens)
+
+
+def ask(sim: Simulation, request_id: str, token_ids: list[int], **fields: Any) -> Any:
+    message = submit(request_id, token_ids, max_tokens=4, **fields)
+    sim.submit(message)
+    sim.run()
+    sim.assert_plain(message)
+    return sim.completed[request_id].usage
+
+
+def flood(sim: Simulation, *seeds: int) -> None:
+    """Other requests push everything out of the device."""
+    for seed in seeds:
+        ask(sim, f"flood-{seed}", prompt(1000 + seed, 56))
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_prefix_that_left_the_device_comes_back_from_host_memory(draft: bool) -> None:
+    sim = tiered(draft=draft)
+    ask(sim, "first", prompt(1))
+    flood(sim, 1, 2)
+    computed = sim.target.num_tokens
+    usage = ask(sim, "again", prompt(1))
+    assert usage.cached_prompt_tokens == usage.cached_prompt_tokens_from_host == 36
+    assert sim.target.num_tokens - computed < 2 * BLOCK + 10
+    for engine in (sim.target, sim.draft):
+        if engine is not None:
+            assert engine.tiers.num_moved[LOAD] == 9
+    sim.assert_all_free()
+
+
+def test_a_prefix_that_left_host_memory_comes_back_from_disk_after_a_restart() -> None:
+    sim = tiered(num_slots=24, num_disk_blocks=200)
+    ask(sim, "first", prompt(1))
+    flood(sim, *range(4))
+    usage = ask(sim, "again", prompt(1))
+    assert usage.cached_prompt_tokens_from_disk == 36
+    restarted = tiered(num_slots=24, num_disk_blocks=200)
+    restarted.target.tiers.disk = sim.target.tiers.disk
+    list_disks(restarted)
+    usage = ask(restarted, "again", prompt(1))
+    assert usage.cached_prompt_tokens_from_disk == 36
+
+
+def test_each_block_is_stored_once() -> None:
+    sim = tiered()
+    for number in range(4):
+        ask(sim, f"r{number}", prompt(1))
+    assert sim.target.tiers.num_moved[STORE] == 10  # 40 prompt tokens, and 4 outputs of which the last has no KV
+
+
+def random_engine(rng: random.Random, role: "worker_pb2.EngineRole.ValueType") -> FakeEngine:
+    return FakeEngine(
+        role=role,
+        model=FakeModel(foresight=rng.choice([0, 50, 90, 100]))
+        if role == worker_pb2.ENGINE_ROLE_DRAFT
+        else FakeModel(),
+        num_blocks=rng.choice([16, 24, 40]),
+        block_size=BLOCK,
+        num_slots=rng.choice([2, 8]),
+        max_model_len=64,
+        lp_size=rng.choice([1, 4]) if role == worker_pb2.ENGINE_ROLE_DRAFT else 1,
+        tiers=FakeTiers(num_slots=rng.choice([1, 8, 32, 100]), num_disk_blocks=rng.choice([0, 10, 200])),
+    )
+
+
+def random_simulation(rng: random.Random, speculation: dict[str, Any]) -> Simulation:
+    has_draft = rng.random() < 0.7
+    sim = Simulation(
+        target=random_engine(rng, worker_pb2.ENGINE_ROLE_TARGET),
+        draft=random_engine(rng, worker_pb2.ENGINE_ROLE_DRAFT) if has_draft else None,
+        k=rng.randint(1, 6),
+        speculation=speculation if has_draft else None,
+        max_num_batched_tokens=rng.choice([8, 16, 64]),
+        max_rounds_in_flight=rng.choice([1, 2]),
+        tiers=TierConfig(writes_at_once=rng.random() < 0.5, load_timeout_s=0.05),
+    )
+    list_disks(sim)
+    return sim
+
+
+def random_submit(rng: random.Random, number: int) -> Any:
+    shared = prompt(rng.randrange(3), 40)
+    fields: dict[str, Any] = {"seed": rng.randrange(3), "max_tokens": rng.randint(1, 12), "n": rng.choice([1, 1, 3])}
+    if rng.random() < 0.1:
+        fields["prompt_logprobs"] = 1
+    return submit(f"r{number}", shared[: rng.randint(1, 40)] + prompt(number, rng.randint(1, 8)), **fields)
+
+
+def random_move(sim: Simulation, rng: random.Random) -> None:
+    """One of the moves in flight ends; now and then some of its blocks do not arrive."""
+    index = rng.choice(sim.ready_moves())
+    order = sim.moves[index][1]
+    num_blocks = max(len(order.host_slots), len(order.digests))
+    fails = [i for i in range(num_blocks) if rng.random() < 0.3] if rng.random() < 0.1 else []
+    sim.run_move(index, fails, "EIO" if fails and rng.random() < 0.5 else "")
+
+
+@pytest.mark.parametrize("speculation", PIPELINES, ids=str)
+@pytest.mark.parametrize("seed", range(30))
+def test_any_interleaving_of_moves_rounds_aborts_and_failures_gives_the_plain_streams(
+    seed: int, speculation: dict[str, Any]
+) -> None:
+    rng = random.Random(seed)
+    sim = random_simulation(rng, speculation)
+    messages = [random_submit(rng, number) for number in range(20)]
+    waiting = list(messages)
+    while waiting or sim.core.num_requests:
+        if waiting and rng.random() < 0.3:
+            sim.submit(waiting.pop())
+        if rng.random() < 0.02:
+            sim.cancel(rng.choice(messages).request_id)
+        if sim.draft and rng.random() < 0.01:
+            sim.reconnect_draft()
+            list_disks(sim)
+        if rng.random() < 0.05:
+            sim.now += 0.02
+        sim.plan()
+        if sim.ready_moves() and rng.random() < 0.3:
+            random_move(sim, rng)
+        elif sim.draft_rounds or sim.target_rounds:
+            assert sim.step(rng)
+        elif not waiting:
+            assert sim.step(rng) or not sim.core.num_requests, "stuck"
+    while sim.moves or sim.draft_rounds:
+        assert sim.step(rng)
+    for message in messages:
+        for index in range(message.sampling.n):
+            sim.assert_plain(message, index)
+    sim.assert_all_free()
