@@ -276,22 +276,15 @@ class SchedulerCore:
             orders += [(role, order) for order in tiers.orders(now)]
         return orders
 
-    def on_moved(self, role: "worker_pb2.EngineRole.ValueType", result: worker_pb2.MoveResult, now: float) -> None:
-        """Raises UnexpectedMoveError."""
-        self._tiers_of(role).on_moved(result, now)
-
-    def on_disk_contents(self, role: "worker_pb2.EngineRole.ValueType", contents: worker_pb2.DiskContents) -> None:
-        """Raises UnexpectedMoveError."""
-        self._tiers_of(role).on_disk_contents(contents)
+    def tiers_of(self, role: "worker_pb2.EngineRole.ValueType") -> Tiers:
+        """For what a group says of its moves. Raises UnexpectedMoveError if its engine has no tiers."""
+        engine = self.engines[role]
+        if engine is None or engine.tiers is None:
+            raise UnexpectedMoveError("an engine without tiers moved blocks")
+        return engine.tiers
 
     def _tiers(self) -> list[tuple["worker_pb2.EngineRole.ValueType", Tiers]]:
         return [(role, engine.tiers) for role, engine in self.engines.items() if engine is not None and engine.tiers]
-
-    def _tiers_of(self, role: "worker_pb2.EngineRole.ValueType") -> Tiers:
-        engine = self.engines[role]
-        if engine is None or engine.tiers is None:
-            raise UnexpectedMoveError("an engine without tiers answered a move")
-        return engine.tiers
 
     # -- ends ---------------------------------------------------------------------------------------------------------
 

@@ -12,9 +12,10 @@ from pydantic_core import ErrorDetails
 from checkpoint.errors import LoadError
 from checkpoint.folder import ModelFolder, find_model, read_model_folder
 from childproc.speculation import DRAFT_MODEL_METHODS
-from cluster.deployment.schema import DeploymentFile, Draft, Section, Target
+from cluster.deployment.schema import DeploymentFile, Draft, KvCache, Section, Target
 from cluster.deployment.settings import (
     CpuSettings,
+    DiskSettings,
     KvCacheSettings,
     ModelSettings,
     Role,
@@ -126,7 +127,7 @@ def _resolve(file: DeploymentFile, base: Path) -> tuple[Settings | None, list[Pr
         problems += _layer_parallel_problems(file.draft, draft)
     if method is not None and method not in DRAFT_MODEL_METHODS:
         draft = None  # none and suffix are for comparisons, so the file may keep its draft section
-    settings = _settings(file, target, draft)
+    settings = _settings(file, base, target, draft)
     if file.scheduler.max_model_len is None and settings.device == "cpu":
         settings = _cap_max_model_len(settings)
     text = check_text(settings, {"target": file.target.model, "draft": file.draft.model if file.draft else ""})
@@ -171,7 +172,7 @@ def _layer_parallel_problems(section: Draft, draft: ModelSettings) -> Iterator[P
     )
 
 
-def _settings(file: DeploymentFile, target: ModelSettings, draft: ModelSettings | None) -> Settings:
+def _settings(file: DeploymentFile, base: Path, target: ModelSettings, draft: ModelSettings | None) -> Settings:
     colocated = draft is not None and file.draft is not None and file.draft.placement == "colocated"
     return Settings(
         name=file.name,
@@ -184,7 +185,7 @@ def _settings(file: DeploymentFile, target: ModelSettings, draft: ModelSettings 
         colocated=colocated,
         device=file.device,
         cpu=_section(CpuSettings, file.cpu),
-        kv_cache=_section(KvCacheSettings, file.kv_cache),
+        kv_cache=_kv_cache(file.kv_cache, base),
         scheduler=resolve_scheduler(_section(SchedulerSettings, file.scheduler), target),
         server=_section(ServerSettings, file.server),
         batch_invariant=file.batch_invariant,
@@ -197,6 +198,14 @@ def _section(kind: type[T], section: Section) -> T:
     """A section of the file as settings: keys of the same name, defaults for those that are left open."""
     values = {field.name: getattr(section, field.name) for field in fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: value for name, value in values.items() if value is not None})
+
+
+def _kv_cache(section: KvCache, base: Path) -> KvCacheSettings:
+    settings = _section(KvCacheSettings, section)
+    if section.disk is None:
+        return settings
+    disk = _section(DiskSettings, section.disk)
+    return replace(settings, disk=replace(disk, path=str((base / Path(disk.path).expanduser()).resolve())))
 
 
 def _served_name(model: str, folder: ModelFolder) -> str:
@@ -239,6 +248,19 @@ def _limit_problems(settings: Settings) -> Iterator[Problem]:
         message = f"is less than max_num_seqs ({settings.scheduler.max_num_seqs}): a round could not decode all seqs"
         yield _limit_problem("max_num_batched_tokens", settings.scheduler.max_num_batched_tokens, message, "raise it")
     yield from _kv_problems(settings)
+    yield from _tier_problems(settings)
+
+
+def _tier_problems(settings: Settings) -> Iterator[Problem]:
+    cache = settings.kv_cache
+    if cache.cpu_bytes and not settings.scheduler.enable_prefix_caching:
+        message = "keeps prefixes, and scheduler.enable_prefix_caching is false"
+        yield Problem(
+            path="kv_cache.cpu_bytes", value=str(cache.cpu_bytes), message=message, remedy="leave one of them out"
+        )
+    if cache.disk is not None and not cache.cpu_bytes:
+        message = "blocks go to disk through host memory"
+        yield Problem(path="kv_cache.disk", message=message, remedy="set kv_cache.cpu_bytes too")
 
 
 def _limit_problem(key: str, value: int, message: str, remedy: str) -> Problem:

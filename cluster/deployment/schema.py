@@ -127,12 +127,26 @@ class Speculation(Section):
     )
 
 
+class Disk(Section):
+    path: str = Field(description="a folder on each node (relative to this file)", min_length=1)
+    bytes: Size = Field(description="that the folder may take on one node")
+    write: Literal["reused", "all"] = Field(
+        default="reused", description="reused: blocks that were used again, or that host memory evicts"
+    )
+    read_only: bool = Field(default=False, description="read what another deployment writes")
+
+
 class KvCache(Section):
     block_size: Annotated[int, Field(ge=1, le=256)] = 16
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1, description="cuda only")] = 0.9
     device_bytes: Size | None = Field(default=None, description="cpu only: KV cache of one device; default 1GiB")
-    cpu_bytes: NotBuilt = None
-    disk: NotBuilt = None
+    cpu_bytes: Size | None = Field(
+        default=None, description="host memory of one node for blocks that leave its devices; default: none"
+    )
+    disk: Disk | None = Field(default=None, description="where blocks go that host memory has no room for")
+    load_timeout_s: Seconds = Field(
+        default=2.0, description="for which a sequence waits for blocks from host memory or disk"
+    )
 
 
 class Scheduler(Section):

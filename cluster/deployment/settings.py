@@ -104,10 +104,23 @@ def resolve_speculation(wanted: SpeculationSettings, *, has_draft: bool, colocat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiskSettings:
+    """The section `kv_cache.disk`."""
+
+    path: str  # of a folder on each node
+    bytes: int  # of one node
+    write: Literal["reused", "all"] = "reused"  # reused: blocks that were used again, or that host memory evicts
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KvCacheSettings:
     block_size: int = 16
     device_bytes: int = _DEFAULT_DEVICE_BYTES  # cpu: of one device, shared by the engines on it
     gpu_memory_utilization: float = 0.9  # cuda
+    cpu_bytes: int = 0  # host memory of one node for blocks that leave its devices; 0: none
+    disk: DiskSettings | None = None
+    load_timeout_s: float = 2.0  # for which a seq waits for blocks from host memory or disk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

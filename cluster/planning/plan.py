@@ -42,9 +42,11 @@ class MemoryEstimate:
     weight_bytes: int
     kv_cache_bytes: int  # cuda: what gpu_memory_utilization leaves; at least one longest seq
     activation_bytes: int
+    host_bytes: int = 0  # of the node's memory, beside the device's, for KV blocks
 
     @property
     def total_bytes(self) -> int:
+        """Of the device."""
         return self.weight_bytes + self.kv_cache_bytes + self.activation_bytes
 
 
@@ -62,6 +64,8 @@ class Bundle:
     num_cpus: float  # as asked of Ray; less than threads_per_worker where cores are shared
     cpu_ids: tuple[int, ...]  # cores to be pinned to; empty: not pinned
     memory: MemoryEstimate
+    num_host_slots: int = 0  # KV blocks in host memory, of each engine
+    num_disk_blocks: int = 0  # on disk
 
     @property
     def id(self) -> ProcessId:

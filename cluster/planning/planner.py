@@ -11,8 +11,13 @@ from checkpoint.memory import num_sampled_rows, rope_table_bytes, sampling_bytes
 from cluster.deployment.settings import ModelSettings, Role, Settings
 from cluster.errors import PlanError
 from cluster.planning.plan import Bundle, ControlProcess, Inventory, MemoryEstimate, Node, Plan
+from cluster.planning.tiers import tier_notes, with_tiers
 from cluster.process_id import ProcessId
 
+_HOST_MEMORY_KEYS = {
+    "cpu": "kv_cache.device_bytes, kv_cache.cpu_bytes or scheduler.max_num_batched_tokens",
+    "cuda": "kv_cache.cpu_bytes",
+}
 GIB = 1 << 30
 MIB = 1 << 20
 _CPU_STEPS = 100  # of a CPU: shares are rounded down to them, so that their sum fits the node
@@ -38,16 +43,17 @@ def make_plan(settings: Settings, inventory: Inventory) -> Plan:
         raise PlanError("the Ray cluster has no live node; start one, or leave --ray-address out to use a private Ray")
     ranks = _ranks(settings)
     if settings.device == "cuda":
-        bundles = _place_on_gpus(settings, inventory, ranks)
+        bundles = with_tiers(_place_on_gpus(settings, inventory, ranks), settings)
         notes = (
             []
             if all(node.gpu_memory_bytes for node in inventory.nodes if node.num_gpus)
             else ["GPU memory is not known, so whether the models fit shows only at start"]
         )
     else:
-        bundles, notes = _place_on_cpus(settings, inventory, ranks)
-        _check_host_memory(bundles, inventory)
-    notes += [*_layer_parallel_notes(settings), *_draft_limit_notes(settings)]
+        placed, notes = _place_on_cpus(settings, inventory, ranks)
+        bundles = with_tiers(placed, settings)
+    _check_host_memory(bundles, inventory, settings)
+    notes += [*_layer_parallel_notes(settings), *_draft_limit_notes(settings), *tier_notes(bundles, settings)]
     leader = bundles[0]
     head = next((node for node in inventory.nodes if node.node_id == inventory.head_node_id), inventory.nodes[0])
     plan = Plan(
@@ -321,16 +327,17 @@ def _pin(threads: int, places: list[Node]) -> tuple[list[tuple[int, ...]], list[
     return pins, notes
 
 
-def _check_host_memory(bundles: Iterable[Bundle], inventory: Inventory) -> None:
-    """Device memory on cpu is the node's own: what all its workers take must be free."""
+def _check_host_memory(bundles: Iterable[Bundle], inventory: Inventory, settings: Settings) -> None:
+    """What all workers of a node take of its memory must be free. Device memory on cpu is the node's own."""
     addresses = {node.node_id: node.address for node in inventory.nodes}
     needed: Counter[str] = Counter()
     for bundle in bundles:
-        needed[addresses[bundle.node_id]] += bundle.memory.total_bytes
+        device_bytes = bundle.memory.total_bytes if settings.device == "cpu" else 0
+        needed[addresses[bundle.node_id]] += device_bytes + bundle.memory.host_bytes
     for node in inventory.nodes:
         if node.memory_bytes is not None and needed[node.address] > node.memory_bytes:
             names = ", ".join(bundle.name for bundle in bundles if addresses[bundle.node_id] == node.address)
             raise PlanError(
                 f"no place for {names} on node {node.label}: they need {_size(needed[node.address])} of memory, "
-                f"{_size(node.memory_bytes)} is free; lower kv_cache.device_bytes or scheduler.max_num_batched_tokens"
+                f"{_size(node.memory_bytes)} is free; lower {_HOST_MEMORY_KEYS[settings.device]}"
             )

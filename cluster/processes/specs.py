@@ -52,6 +52,19 @@ def _engine_spec(settings: Settings, role: Role, bundle: Bundle) -> process_pb2.
     )
     if model.layer_parallel is not None:
         _add_layer_parallel(spec, model.layer_parallel)
+    if bundle.num_host_slots:
+        spec.tiers.CopyFrom(_tier_spec(settings, role, bundle))
+    return spec
+
+
+def _tier_spec(settings: Settings, role: Role, bundle: Bundle) -> process_pb2.TierSpec:
+    disk = settings.kv_cache.disk
+    spec = process_pb2.TierSpec(num_host_slots=bundle.num_host_slots)
+    if disk is not None:
+        block_bytes = settings.kv_cache.block_size * settings.model(role).kv_bytes_per_token
+        spec.disk_path = disk.path
+        spec.disk_bytes = bundle.num_disk_blocks * block_bytes
+        spec.disk_read_only = disk.read_only
     return spec
 
 
@@ -93,6 +106,16 @@ def scheduler_spec(
         scheduler=process_pb2.SchedulerSection(**asdict(settings.scheduler)),
         round_timeout_s=settings.round_timeout_s,
         max_rounds_in_flight=settings.max_rounds_in_flight,
+        tiers=_tier_section(settings),
+    )
+
+
+def _tier_section(settings: Settings) -> process_pb2.TierSection:
+    disk = settings.kv_cache.disk
+    return process_pb2.TierSection(
+        load_timeout_s=settings.kv_cache.load_timeout_s,
+        writes_disk=disk is not None and not disk.read_only,
+        writes_at_once=disk is not None and disk.write == "all",
     )
 
 

@@ -157,7 +157,7 @@ class Simulation:
 
     def run_move(self, index: int, fails: Collection[int] = (), error: str = "") -> None:
         engine, order, _ = self.moves.pop(index)
-        self.core.on_moved(engine.role, engine.move(order, fails, error), self.now)
+        self.core.tiers_of(engine.role).on_moved(engine.move(order, fails, error), self.now)
 
     def run_target_round(self) -> worker_pb2.RoundResult:
         result = self.target.run(self.target_rounds.popleft())

@@ -218,6 +218,12 @@ def test_all_problems_at_once_each_with_its_line(folder: Path) -> None:
         ("speculation: {verdict_cache: true}\n", "True: must be auto, off or an integer from 1 to 16"),
         ("speculation: {window: 65}\n", "window: 65: must be auto or an integer from 1 to 64"),
         ("speculation: {method: ngram}\n", "'ngram': must be 'none', 'draft_model', 'suffix' or 'hybrid'"),
+        ("kv_cache: {disk: {path: /x, bytes: 1GiB}}\n", "kv_cache.disk: blocks go to disk through host memory; set kv"),
+        ("kv_cache: {cpu_bytes: 1GiB, disk: {path: /x}}\n", "kv_cache.disk.bytes: is missing"),
+        (
+            "kv_cache: {cpu_bytes: 1GiB}\nscheduler: {enable_prefix_caching: false}\n",
+            "kv_cache.cpu_bytes: 1073741824: keeps prefixes, and scheduler.enable_prefix_caching is false",
+        ),
         ("server: {host: 0.0.0.0}\n", "server.host: '0.0.0.0': is reachable by others"),
         ("server: {host: 0.0.0.0, insecure: false}\n", "or set server.insecure: true to insist"),
         ("startup_timeout_s: .inf\n", "startup_timeout_s: inf: must be a finite number"),
@@ -235,8 +241,6 @@ def test_wrong_values(folder: Path, text: str, problem: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "kv_cache: {cpu_bytes: 64GiB}\n",
-        "kv_cache: {disk: {path: /x, bytes: 1GiB}}\n",
         "replicas: {max: 4}\n",
         "replicas: {min: 2, max: 2}\n",
         "replicas: {target_ongoing_requests: 16}\n",

@@ -38,7 +38,16 @@ def tiered(
 def list_disks(sim: Simulation) -> None:
     for each in (sim.target, sim.draft):
         if each is not None and each.tiers is not None:
-            sim.core.on_disk_contents(each.role, each.tiers.contents())
+            sim.core.tiers_of(each.role).on_disk_contents(each.tiers.contents())
+
+
+def assert_nothing_is_pinned(sim: Simulation) -> None:
+    """Every host slot can be taken by a new block."""
+    for each in (sim.target, sim.draft):
+        if each is not None:
+            host = sim.core.tiers_of(each.role).host
+            taken = [host.reserve(bytes([number])) for number in range(host.num_slots)]
+            assert len({block.slot for block in taken if block is not None}) == host.num_slots
 
 
 def prompt(seed: int, num_tokens: int = 40) -> list[int]:
@@ -72,6 +81,7 @@ def test_a_prefix_that_left_the_device_comes_back_from_host_memory(draft: bool) 
         if engine is not None:
             assert engine.tiers.num_moved[LOAD] == 9
     sim.assert_all_free()
+    assert_nothing_is_pinned(sim)
 
 
 def test_a_prefix_that_left_host_memory_comes_back_from_disk_after_a_restart() -> None:
@@ -173,3 +183,4 @@ def test_any_interleaving_of_moves_rounds_aborts_and_failures_gives_the_plain_st
         for index in range(message.sampling.n):
             sim.assert_plain(message, index)
     sim.assert_all_free()
+    assert_nothing_is_pinned(sim)
