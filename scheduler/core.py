@@ -270,11 +270,7 @@ class SchedulerCore:
 
     def order_moves(self, now: float) -> list[tuple["worker_pb2.EngineRole.ValueType", worker_pb2.MoveOrder]]:
         """The moves to order from the groups now. Call it after planning rounds."""
-        orders = []
-        for role, tiers in self._tiers():
-            tiers.expire(now)
-            orders += [(role, order) for order in tiers.orders(now)]
-        return orders
+        return [(role, order) for role, tiers in self._tiers() for order in tiers.orders(now)]
 
     def tiers_of(self, role: "worker_pb2.EngineRole.ValueType") -> Tiers:
         """For what a group says of its moves. Raises UnexpectedMoveError if its engine has no tiers."""

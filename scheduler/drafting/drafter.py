@@ -211,6 +211,7 @@ class Drafter(ABC):
         self._served = served
         if self.seats is None:
             return None
+        self.seats.engine.expire_fetches(now)
         speculating = [state for state in running if state.wants_draft_model and self._may_follow(self.seats, state)]
         if not speculating:
             return None

@@ -165,6 +165,11 @@ class EngineView:
             raise NoRoomError
         return self.tiers.fetching.start(missing[:room], found, now) if fetch and room > 0 else None
 
+    def expire_fetches(self, now: float) -> None:
+        """Let seqs go on whose blocks have not come in time."""
+        if self.tiers is not None:
+            self.tiers.expire(now)
+
     def _recompute_s(self, num_blocks: int) -> float:
         return self.cost.seconds(num_blocks * self.blocks.block_size, self.info.max_num_batched_tokens)
 

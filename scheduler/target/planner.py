@@ -121,6 +121,7 @@ class TargetPlanner:
         engine = self.engine
         if engine is None:
             return None
+        engine.expire_fetches(now)
         self._end_fetches()
         if not (self.running or self._waiting) or not self._may_queue(engine):
             return None

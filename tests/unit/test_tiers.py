@@ -7,9 +7,9 @@ import pytest
 
 from echelon.pb import worker_pb2
 from scheduler.config import Pipeline, TierConfig
-from tests.helpers.fake_group import FakeEngine, FakeModel
-from tests.helpers.fake_tiers import LOAD, STORE, FakeTiers
-from tests.helpers.scheduler_sim import Simulation, submit
+from tests.helpers.fake_group import FakeEngine, FakeModel, plain_tokens
+from tests.helpers.fake_tiers import LOAD, READ, STORE, WRITE, FakeTiers
+from tests.helpers.scheduler_sim import Simulation, seq_sampling, submit
 
 BLOCK = 4
 PIPELINES: list[dict[str, Any]] = [
@@ -95,6 +95,63 @@ def test_a_prefix_that_left_host_memory_comes_back_from_disk_after_a_restart() -
     list_disks(restarted)
     usage = ask(restarted, "again", prompt(1))
     assert usage.cached_prompt_tokens_from_disk == 36
+
+
+def test_what_a_broken_seq_computed_is_not_kept_in_any_tier() -> None:
+    message = submit("bad", prompt(1))
+    bad = plain_tokens(prompt(1), seq_sampling(message), 5)
+    sim = tiered(num_slots=200, num_disk_blocks=200, tiers=TierConfig(writes_at_once=True))
+    sim.target.model = FakeModel(bad_prefix=tuple(bad[3:5]))
+    sim.submit(message)
+    sim.run()
+    assert "bad" in sim.failed
+    flood(sim, 1, 2)
+    assert sim.target.tiers.disk, "the others are kept"
+    sim.submit(submit("again", prompt(1), max_tokens=1))
+    sim.run()
+    assert sim.completed["again"].usage.cached_prompt_tokens == 0
+
+
+def test_a_disk_that_hangs_delays_a_seq_by_its_deadline_and_nobody_else() -> None:
+    sim = tiered(num_slots=24, num_disk_blocks=200)
+    ask(sim, "first", prompt(1))
+    flood(sim, *range(4))
+    stuck = submit("stuck", prompt(1), max_tokens=4)
+    sim.submit(stuck)
+    sim.plan()
+    reads = [move for move in sim.moves if move[1].kind == READ]
+    assert reads, "the prefix is on disk"
+    sim.moves = [move for move in sim.moves if move[1].kind != READ]  # never answered
+    began_s = sim.now
+    other = submit("other", prompt(7, 12), max_tokens=4)
+    sim.submit(other)
+    sim.run()
+    assert sim.ended_at["other"] == began_s
+    assert sim.ended_at["stuck"] == pytest.approx(began_s + 2.0)
+    sim.assert_plain(stuck)
+    sim.assert_plain(other)
+    assert sim.completed["stuck"].usage.cached_prompt_tokens == 0
+
+
+def test_a_disk_with_errors_is_left_alone_and_tried_again() -> None:
+    sim = tiered(num_slots=24, num_disk_blocks=200, tiers=TierConfig(writes_at_once=True))
+    disk = sim.core.tiers_of(sim.target.role).disk
+    while not disk.is_failing:
+        sim.submit(submit(f"r{sim.core.status().prompt_tokens_total}", prompt(sim.target.num_rounds), max_tokens=1))
+        while sim.core.num_requests or sim.moves:
+            sim.plan()
+            writes = [index for index in sim.ready_moves() if sim.moves[index][1].kind == WRITE]
+            if writes:
+                sim.run_move(writes[0], fails=[0], error="no space left on device")
+            else:
+                sim.step()
+    assert sim.core.status().tiers[1].paused
+    ask(sim, "meanwhile", prompt(77))
+    assert not any(order.kind == WRITE for _, order, _ in sim.moves)
+    sim.now += 31.0
+    ask(sim, "later", prompt(78))
+    assert not disk.is_failing
+    assert sim.target.tiers.num_moved[WRITE] > 0
 
 
 def test_each_block_is_stored_once() -> None:
