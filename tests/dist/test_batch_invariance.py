@@ -18,7 +18,7 @@ SIZES: dict[int, dict[str, Any]] = {
 }
 LENGTHS = (700, 300, 530, 40)  # of the seqs
 CHUNKS = ("7", "16", "64", "300")
-PREFILLED = 500  # tokens that come in one piece where the rest comes in single tokens and pass position 512
+PREFILLED = 500  # tokens computed in one piece; the rest comes in single tokens and crosses position 512
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def assert_no_row_differs(counts: list[dict[str, Count]]) -> None:
 
 
 def without(folder: Path, **flag: bool) -> Case:
-    """The control: the same model less one of its means."""
+    """The control: the same model without one of the measures that make it invariant."""
     return Case(folder=folder, token_ids=seqs(600), feeds=("64", "verify"), num_prefilled=PREFILLED, **flag)
 
 
@@ -75,12 +75,12 @@ def test_every_row_on_one_rank(
     monkeypatch.setenv("ECHELON_COMPILE", compile_)
     assert_no_row_differs([count_alone(case) for case in cases(folder(hidden_size))])
     if compile_ == "auto":
-        return  # the same bits with and without the flag
+        return  # here the bits are the same with and without the flag
     assert num_differing(count_alone(without(folder(hidden_size), batch_invariant=False))) > 0, "the flag does nothing"
 
 
 def test_every_row_on_four_ranks(folder: Callable[[int], Path], tmp_path: Path) -> None:
-    """Sums in a backend's own order would not be enough."""
+    """The order in which a backend adds would not be enough."""
     size = 256  # four ranks of the larger model take a minute on two cores, and sum in the same way
     work = {size: [*cases(folder(size)), without(folder(size), ordered_sum=False)]}
     for rank in run_on_ranks(count_on_rank, 4, tmp_path, work):

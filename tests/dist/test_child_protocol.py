@@ -1,4 +1,4 @@
-"""Gateway, scheduler and workers as their parent sees them: the same protocol, whichever it is."""
+"""Gateway, scheduler and workers as their parent sees them: all follow the same protocol."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ MODULES = ["gateway", "scheduler", "workers"]
 NOBODY = "127.0.0.1:1"
 LIMIT_S = 60.0
 
-# Enough for each to wait: for a scheduler, for a target, for the other rank.
+# With these specs each process waits: for a scheduler, for a target, for the other rank.
 WAITING = {
     "gateway": {
         "server": {"host": "127.0.0.1"},
@@ -39,7 +39,7 @@ WAITING = {
     "workers": {"host": "127.0.0.1", "device": "cpu", "worldSize": 2, "engines": [{"model": str(DEMO)}]},
 }
 
-# What a library might do, at a moment when standard output already belongs to the events.
+# A library might do this when standard output already belongs to the events.
 NOISY = """
 import os, runpy, sys
 from childproc import edge
@@ -56,14 +56,14 @@ pytestmark = pytest.mark.parametrize("module", MODULES)
 
 
 def run(module: str, spec: object, *, code: str | None = None) -> "subprocess.CompletedProcess[str]":
-    """Runs the process with one line on a standard input that ends after it."""
+    """Runs the process with one line on standard input, which then ends."""
     command = [sys.executable, "-m", module] if code is None else [sys.executable, "-c", code, module]
     line = json.dumps(spec) + "\n"
     return subprocess.run(command, cwd=ROOT, input=line, capture_output=True, text=True, timeout=LIMIT_S)
 
 
 def events_of(done: "subprocess.CompletedProcess[str]") -> list[ProcessEvent]:
-    """Every line of standard output; each must be an event."""
+    """All lines of standard output; each must be an event."""
     return [json_format.Parse(line, ProcessEvent()) for line in done.stdout.splitlines()]
 
 

@@ -1,4 +1,4 @@
-"""Collectives over gloo: right for every dtype that layers and sampling send, and ordered where order matters."""
+"""Collectives over gloo: correct for every dtype that layers and sampling send, and ordered where order matters."""
 
 import pytest
 import torch

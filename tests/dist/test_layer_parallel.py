@@ -1,4 +1,4 @@
-"""Layer-parallel drafts as they are deployed: processes, gloo, and whole workers."""
+"""Layer-parallel drafts as deployed: processes, gloo and whole workers."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def _worst(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _worst_kv(outcome: Outcome) -> float:
-    """Between KV after approximate steps and exact passes, and KV of a prefill."""
+    """The largest difference between KV after approximate steps and exact passes and KV of a prefill."""
     return max(
         _worst(*pair) for seq in zip(outcome.kv, outcome.fresh_kv, strict=True) for pair in zip(*seq, strict=True)
     )
@@ -65,14 +65,15 @@ def layers(lp_size: int) -> list[LayerGroup]:
 
 
 def chains(driver: Driver) -> list[list[int]]:
-    """What a draft writes for three seqs in rounds of ragged length, some of it dropped in between, some calibrated."""
+    """What a draft writes for three seqs in rounds of different lengths, with some drafts dropped and some
+    calibrated."""
     seqs = [
         driver.start(slot, prompt, sampling)
         for slot, (prompt, sampling) in enumerate(zip(PROMPTS, (greedy(), seeded(3), greedy()), strict=True))
     ]
     driver.run(*((seq, driver.draft_row(seq, 2 + index)) for index, seq in enumerate(seqs)))
     first = [list(seq.output) for seq in seqs]
-    # Of seq 0 and seq 1 two drafts are accepted, but only one of seq 1 is calibrated: what follows them is computed
+    # Two drafts each of seq 0 and seq 1 are accepted, but only one of seq 1's is calibrated: what follows is computed
     # after approximate KV.
     works = []
     for seq, num_kept, num_approximate in zip(seqs, (2, 2, 0), (0, 1, 0), strict=True):
@@ -80,13 +81,13 @@ def chains(driver: Driver) -> list[list[int]]:
         row.calibrate_len = num_approximate
         works.append((seq, row))
     driver.run(*works)
-    driver.run((seqs[2], driver.draft_row(seqs[2], 4)))  # its chain goes on
+    driver.run((seqs[2], driver.draft_row(seqs[2], 4)))  # its chain continues
     return first + [list(seq.output) for seq in seqs]
 
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> list[list[int]]:
-    """Of a batch of layers in this process."""
+    """What a batch of layers in this process writes."""
     return chains(drive(make_engine(folder, DRAFT, lp_size=2, layer_groups=layers(2))))
 
 
@@ -113,7 +114,7 @@ def test_a_group_of_workers_drafts_like_one(
 
 
 def test_what_is_left_open_is_decided_once_for_all_ranks(tmp_path: Path) -> None:
-    """Groups by similarity, MLPs by time; beside a target in the same processes, whose ranks are as many."""
+    """Groups are chosen by similarity, MLPs by time, beside a target with as many ranks in the same processes."""
     engines = [
         engine_spec(DEMO_DRAFT, TARGET, tp_size=2),
         engine_spec(DEMO_DRAFT, DRAFT, lp_size=2, layer_parallel_weights=Weights.SHARDED),

@@ -28,7 +28,7 @@ START_S = 60.0
 
 @pytest.fixture(scope="module")
 def node_ids() -> Iterator[dict[str, str]]:
-    """The ids of three nodes, by what they have: no GPU (the head), two, and three."""
+    """The ids of three nodes: the head without GPUs, one with two GPUs and one with three."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0})
     two = cluster.add_node(num_cpus=1, num_gpus=2)
     three = cluster.add_node(num_cpus=1, num_gpus=3)
@@ -48,7 +48,7 @@ def settings_for(folders: tuple[Path, Path], tp_size: int) -> Settings:
 
 
 def reserved(plan: Plan, node_ids: dict[str, str]) -> list[str]:
-    """Where Ray has the deployment's bundles: the names of the nodes, the target's first."""
+    """The nodes on which Ray has put the deployment's bundles, the target's first."""
     names = {node_id: name for name, node_id in node_ids.items()}
     tables = {table["name"]: table for table in placement_group_table().values() if table["state"] == "CREATED"}
     return [

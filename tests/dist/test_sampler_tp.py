@@ -12,7 +12,7 @@ from tests.helpers.sampling import LOGITS, mixed_states, rows_of, sample_sharded
 from workers.collectives import SoloGroup, TorchGroup
 from workers.sampling.sampler import SampledRows, Sampler
 
-VOCAB_SIZE = 131  # no shard is even
+VOCAB_SIZE = 131  # does not divide evenly into shards
 LARGE_VOCAB_SIZE = 5001  # shards larger than what is exchanged at first
 
 

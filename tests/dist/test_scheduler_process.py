@@ -1,4 +1,4 @@
-"""`python -m scheduler` as its parent sees it: a line in, lines out, and an end in every case."""
+"""`python -m scheduler` as its parent sees it: a line in, lines out, and it always ends."""
 
 import asyncio
 import json

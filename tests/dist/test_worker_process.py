@@ -1,4 +1,4 @@
-"""Worker groups as they are deployed: processes, gloo, gRPC."""
+"""Worker groups as deployed: processes, gloo, gRPC."""
 
 import random
 import signal
@@ -38,7 +38,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def solo(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerGroup]:
-    """Target and draft in one process; ends by SIGTERM."""
+    """Target and draft in one process, which SIGTERM ends."""
     engines = [engine_spec(tiny, TARGET), engine_spec(tiny, DRAFT)]
     with WorkerGroup(tmp_path_factory.mktemp("solo"), 1, engines) as group:
         yield group.spawn().wait_ready()
@@ -47,7 +47,7 @@ def solo(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worke
 
 
 def streams(group: WorkerGroup) -> list[list[int]]:
-    """What the group generates for all prompts, plainly and in any mix of chunks and drafts."""
+    """What the group generates for all prompts: by plain decoding, and in a mix of chunks and drafts."""
     with RoundStream(group.ready.address, TARGET) as stream:
         driver = Driver(group.ready.worker.engines[0], stream.call)
         plain = []
@@ -60,7 +60,7 @@ def streams(group: WorkerGroup) -> list[list[int]]:
 
 
 def in_flight_stream(group: WorkerGroup, sampling: SeqSampling, depth: int) -> list[int]:
-    """Plain decoding with `depth` rounds under way; the rounds are made without knowing any answer."""
+    """Plain decoding with `depth` rounds in flight; each round is built before any answer."""
     with RoundStream(group.ready.address, TARGET) as stream:
         driver = Driver(group.ready.worker.engines[0], stream.call)
         seq = driver.start(0, PROMPTS[0], sampling)
@@ -85,7 +85,7 @@ def test_the_stream_does_not_depend_on_tp_size(tiny: Path, tmp_path: Path, solo:
     with WorkerGroup(tmp_path, tp_size, [engine_spec(tiny, TARGET, tp_size=tp_size)]) as group:
         group.spawn().wait_ready()
         assert streams(group) == streams(solo)
-        # The leader has its store and its server; the others listen to nobody once they have met.
+        # The leader listens for its store and its server; the others stop listening once the ranks have met.
         doors = [len(listening_sockets([rank.popen.pid])) for rank in group.ranks]
         assert doors == [2, *[0] * (tp_size - 1)]
         expected = in_flight_stream(group, seeded(8), depth=1)
@@ -102,7 +102,7 @@ def duo(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker
 
 
 def test_a_trace_shows_all_ranks(duo: WorkerGroup) -> None:
-    """Both wait for each other in the collectives of the step. The rounds before and after are not traced."""
+    """Both ranks wait for each other in the collectives of the step. The rounds before and after are not traced."""
     with RoundStream(duo.ready.address, TARGET) as stream:
         driver = Driver(duo.ready.worker.engines[0], stream.call)
         seq = driver.start(0, PROMPTS[0], greedy())
@@ -134,7 +134,7 @@ def test_an_idle_group_tells_which_rank_does_not_answer(duo: WorkerGroup) -> Non
 
 
 def test_target_and_draft_take_turns_in_one_process(solo: WorkerGroup) -> None:
-    """Draft, verify, crop: as a scheduler does it. The draft is the target itself, so every draft is accepted."""
+    """Draft, verify, crop, as a scheduler does. The draft is the target itself, so every draft is accepted."""
     address, (target_info, draft_info) = solo.ready.address, solo.ready.worker.engines
     with RoundStream(address, TARGET) as target_stream, RoundStream(address, DRAFT) as draft_stream:
         target, draft = Driver(target_info, target_stream.call), Driver(draft_info, draft_stream.call)
@@ -253,7 +253,7 @@ def test_another_version_is_refused(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_rank_ends_the_incarnation(tiny: Path, tmp_path: Path, how: signal.Signals) -> None:
-    """Dead or frozen: the stream, the health check and the parent notice within collective_timeout_s."""
+    """Whether it is dead or frozen, stream, health check and parent notice within collective_timeout_s."""
     engines = [engine_spec(tiny, TARGET, tp_size=2)]
     with WorkerGroup(tmp_path, 2, engines, collective_timeout_s=3.0) as group:
         group.spawn().wait_ready()

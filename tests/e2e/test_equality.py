@@ -1,8 +1,8 @@
-"""The product's promise, on whole deployments: drafts, their number and tensor parallelism never change a token.
+"""The promise of the product on whole deployments: drafts, their number and tensor parallelism never change a token.
 
-Requests of all settings and of all numbers of drafts run side by side. In fp32, another order of sums may change a
-choice whose two best candidates are within TIE of each other. Such a place is shown as a warning and ends its
-comparison. In bf16 with `batch_invariant` nothing may differ.
+Requests with all settings and numbers of drafts run side by side. In fp32, another order of additions may change a
+choice whose two best candidates are within TIE of each other. Such a place gives a warning and ends the comparison of
+its stream. In bf16 with `batch_invariant` nothing may differ.
 """
 
 import itertools
@@ -59,7 +59,7 @@ def rule_of(folder: Path) -> TokenRule:
 
 @pytest.fixture(scope="module")
 def fp32(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Streams]:
-    """Streams in fp32 by the target's tp_size; one deployment runs at a time. The draft of the first has a context so
+    """Streams in fp32 by the target's tp_size; one deployment runs at a time. In the first, the draft's context is so
     short that the long case outgrows it."""
     made: dict[int, Streams] = {}
     short = LocalDraft(folder=shortened(DRAFT, tmp_path_factory.mktemp("draft"), len(cases["long"].prompt) + 16))
@@ -76,7 +76,7 @@ def fp32(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 
 def shortened(model: Path, folder: Path, max_len: int) -> Path:
-    """The same model, but made for texts of `max_len` tokens."""
+    """The same model with a context of `max_len` tokens."""
     for file in model.iterdir():
         (folder / file.name).symlink_to(file)
     config = json.loads((model / "config.json").read_text())
@@ -114,7 +114,7 @@ def assert_logprobs_are_close(expected: Stream, actual: Stream, num_tokens: int)
 
 
 def assert_really_speculated(streams: Streams) -> None:
-    """Without drafts of every depth that were accepted, and others that were not, equal streams would prove nothing."""
+    """Equal streams prove something only if drafts at every depth were accepted, and others were not."""
     for temperature, k in itertools.product((0, 1), {k for _, k in streams} - {0}):
         stats = [
             stream.speculation
@@ -133,7 +133,7 @@ def assert_really_speculated(streams: Streams) -> None:
 def test_plain_decoding_follows_the_rule(
     fp32: Callable[[int], Streams], rule: TokenRule, cases: dict[str, Case]
 ) -> None:
-    """Each token is the best candidate of a forward of its own, so what is equal below is also right."""
+    """Each token is the best candidate of a separate forward, so streams that are equal below are also right."""
     streams = fp32(1)
     for name, case in cases.items():
         tokens = torch.tensor(streams[name, 0].token_ids)
@@ -145,7 +145,7 @@ def test_plain_decoding_follows_the_rule(
 
 
 def test_a_seq_that_outgrows_the_draft_goes_on_without_it(fp32: Callable[[int], Streams]) -> None:
-    """That its tokens stay the same is for the tests around this one."""
+    """The tests around this one check that its tokens stay the same."""
     stats = [fp32(1)["long", k].speculation for k in NUM_DRAFTS if k]
     assert sum(entry.num_draft_tokens for entry in stats) > 0
     assert all(entry.num_accepted_tokens < 16 for entry in stats), "none is accepted beyond the draft's context"
@@ -161,8 +161,8 @@ def test_drafts_change_no_token(
 
 
 def test_drafts_are_those_of_the_draft_model(fp32: Callable[[int], Streams], cases: dict[str, Case]) -> None:
-    """As many are accepted as if the draft model had computed each chain from the true history: what it holds is cut
-    right after each verdict. Which rounds have no drafts is a matter of timing."""
+    """As many are accepted as if the draft model had computed each chain from the true history, so its state is cut
+    correctly after each verdict. Which rounds have no drafts depends on timing."""
     draft_rule = rule_of(DRAFT)
     predicted, found = inference_pb2.SpeculationStats(), inference_pb2.SpeculationStats()
     for (name, k), stream in fp32(1).items():
@@ -178,7 +178,7 @@ def test_drafts_are_those_of_the_draft_model(fp32: Callable[[int], Streams], cas
 
 
 def simulate(agrees: torch.Tensor, k: int, stats: inference_pb2.SpeculationStats) -> None:
-    """Rounds over a stream of which the draft model would write the tokens `agrees` (bool [NUM_TOKENS])."""
+    """Simulates rounds over a stream. `agrees`, bool [NUM_TOKENS]: where the draft model would write the same token."""
     place = 1  # the prompt's last token gave the first
     while (num_drafts := min(k, NUM_TOKENS - 1 - place)) > 0:
         num_accepted = int(agrees[place : place + num_drafts].cumprod(dim=0).sum())
@@ -215,7 +215,7 @@ def test_batch_invariance_leaves_no_difference(cases: dict[str, Case], tp_size: 
 
 
 def test_a_draft_that_is_the_target_is_never_rejected(cases: dict[str, Case]) -> None:
-    """It has the target's logits to the last bit, and must have its noise, penalties and candidates too."""
+    """It has the target's logits to the last bit, and must use the same noise, penalties and candidates too."""
     streams = generate(
         cases, [4], target=DRAFT, draft=SMALL, dtype="bfloat16", batch_invariant=True, speculation=SERIAL
     )

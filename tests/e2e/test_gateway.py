@@ -144,7 +144,7 @@ def test_speculation_is_switched_off_and_on_while_a_request_runs(deployment: Loc
     with client.stream(PROMPT, request_id="switched", **options) as stream:
         read(stream, 32)
         assert client.set_speculation("switched", enabled=False)
-        read(stream, 32)  # what was on its way
+        read(stream, 32)  # what was in flight
         before = drafted()
         read(stream, 32)
         assert drafted() == before
@@ -213,7 +213,7 @@ def test_bad_bytes(channel: grpc.Channel, raw: bytes, message: str) -> None:
 
 
 def endless(client: Client, **options: Any) -> Any:
-    """A stream that has begun and would go on for long."""
+    """A stream that has begun and would continue for a long time."""
     stream = client.stream(PROMPT, max_tokens=MAX_MODEL_LEN - 64, ignore_eos=True, **options)
     next(stream)
     return stream
@@ -310,7 +310,7 @@ def test_reflection_describes_the_services(channel: grpc.Channel) -> None:
 
 @contextmanager
 def stopped(deployment: LocalDeployment, name: str) -> Iterator[None]:
-    """A process that keeps its connections and does nothing."""
+    """Stops a process, which keeps its connections and does nothing."""
     pid = deployment.processes.read(lambda board: board.process(name).pid)
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)

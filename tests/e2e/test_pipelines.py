@@ -1,4 +1,4 @@
-"""Whatever drafts, wherever and whenever, the stream is that of plain decoding, bit for bit."""
+"""The stream is that of plain decoding, bit for bit, whatever drafts, and wherever and whenever it does."""
 
 from typing import Any
 
@@ -53,5 +53,5 @@ def test_every_drafter_leaves_the_stream_as_it_is(cases: dict[str, Case], settin
         assert stream.token_ids == streams[name, 0].token_ids, f"{name}, k = {k}"
         assert stream.logprobs == streams[name, 0].logprobs, f"{name}, k = {k}"
     fixed = [stream.speculation for (_, k), stream in streams.items() if k == 3]
-    # How many depends on how fast three busy workers are on this machine; that there are any does not.
+    # How many depends on how fast three busy workers run on this machine; whether there are any does not.
     assert sum(stats.num_draft_tokens for stats in fixed) > 0

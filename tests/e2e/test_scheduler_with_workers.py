@@ -26,7 +26,8 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def stub() -> Iterator[scheduler_pb2_grpc.SchedulerStub]:
-    """One deployment with a draft; requests switch speculation on and off. Sums are the same in every batch."""
+    """One deployment with a draft; requests switch speculation on and off. With `batch_invariant`, sums are the same in
+    every batch."""
     settings = local_settings(
         MODELS / "demo-target",
         draft=LocalDraft(folder=MODELS / "demo-draft"),
@@ -48,7 +49,7 @@ def connect(stub: scheduler_pb2_grpc.SchedulerStub) -> SchedulerClient:
 
 
 def requests(tokenizer: Tokenizer) -> dict[str, tuple[list[int], dict[str, Any]]]:
-    """Greedy and sampled ones of every kind, to run side by side."""
+    """Greedy and sampled requests of every kind, to run side by side."""
     prompts = [tokenizer.encode(text).ids for text in PROMPTS]
     long = [token_id for _ in range(12) for prompt in prompts for token_id in prompt]
     return {

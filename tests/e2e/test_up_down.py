@@ -1,4 +1,4 @@
-"""`up`, `status` and `down` with real workers: on somebody's Ray of two nodes, and on a private Ray beside it."""
+"""`up`, `status` and `down` with real workers, on a user's Ray of two nodes and on a private Ray beside it."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ GONE_S = 30.0
 
 @pytest.fixture(scope="module")
 def ray_address() -> Iterator[str]:
-    """Somebody's Ray: a head with one CPU and a second node with another."""
+    """A user's Ray: a head with one CPU and a second node with one CPU."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0})
     cluster.add_node(num_cpus=1, num_gpus=0)
     yield cluster.address
@@ -39,7 +39,7 @@ def ray_address() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """State in a folder of the test's own, and nothing running after it."""
+    """Keeps state in the test's own folder, and leaves nothing running."""
     monkeypatch.setenv("ECHELON_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     yield
@@ -146,7 +146,7 @@ def test_a_failed_start_says_why_and_leaves_nothing(ray_address: str, tmp_path: 
     def note(event: UpEvent) -> None:
         if isinstance(event, ProcessChanged) and event.process.pid is not None:
             pids.add(event.process.pid)
-            # The plan has checked the folder; what vanishes now only the worker can tell.
+            # The plan has checked the folder, so only the worker can notice what vanishes now.
             (broken / "model.safetensors").unlink(missing_ok=True)
 
     with pytest.raises(StartError, match=r"^target-0\.0: .*broken"):

@@ -1,11 +1,11 @@
-"""A gateway under attack: what a stream, a health check and the gateway's own event loop feel of it.
+"""A gateway under attack: what a stream, a health check and the gateway's event loop notice.
 
     python -m tests.property.hostile_clients --count 100 --seed 1 --max-model-len 131072
 
-The attackers run in another process: large requests and senseless ones in turn, with noise at both ports between them.
-Prints the longest times while nobody attacks and under attack, and how the calls ended. Exit status 1 if the event
-loop once computed for more than 20 ms above what it does idle before it came back, or a call had no status. The pauses
-themselves hold the waits for a core too: give it three.
+The attackers run in another process: they send large requests and senseless ones in turn, with noise at both ports
+between them. Prints the longest times without and under attack, and how the calls ended. The exit status is 1 if the
+event loop once computed for 20 ms longer in one go than when idle, or if a call had no status. The pauses include waits
+for a core, so run it on three cores or more.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _SIDE_BY_SIDE = 8
 
 
 async def attack(address: str, http_port: int, count: int, seed: int, max_bytes: int) -> Counter[str]:
-    """How many of `count` calls ended with which status."""
+    """How many of `count` calls ended with each status."""
     rng = random.Random(seed)
     large = large_requests(max_bytes)
     turns = asyncio.Semaphore(_SIDE_BY_SIDE)
@@ -54,7 +54,7 @@ async def attack(address: str, http_port: int, count: int, seed: int, max_bytes:
 async def _call(channel: grpc.aio.Channel, data: bytes, turns: asyncio.Semaphore) -> str:
     async with turns:
         call = channel.unary_stream("/echelon.v1.Inference/Generate")(data, timeout=_CALL_S)
-        # What is accepted runs until somebody cancels it: the scheduler is told, and does not answer.
+        # An accepted request runs until somebody cancels it: the scheduler receives it and does not answer.
         waiting = asyncio.create_task(call.code())
         done, _ = await asyncio.wait([waiting], timeout=None if len(data) > 65536 else 1.0)
         if not done:

@@ -2,8 +2,8 @@
 
     python -m tests.property.hostile_ports --seconds 30 --seed 1
 
-prints for each process how long a stream waited between two chunks while its ports were attacked, and while nobody
-was. A fault is a process that ends, a stream that fails, or another token.
+prints for each process how long a stream waited between two chunks while its ports were attacked, and without attack. A
+fault is a process that ends, a stream that fails, or a different token.
 """
 
 import argparse
@@ -34,7 +34,7 @@ _MAX_HELD = 100  # connections that are left open
 
 @dataclass
 class Victim:
-    """Streams again and again, and notes what it notices."""
+    """Streams again and again, and records what goes wrong."""
 
     client: Client
     expected: tuple[int, ...]

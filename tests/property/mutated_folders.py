@@ -2,7 +2,7 @@
 
     python -m tests.property.mutated_folders --count 10000 --seed 1
 
-prints how many ended how, and every fault with the number that repeats it (`--only`). A fault is a traceback of the
+counts the outcomes, and prints every fault with the number that repeats it (`--only`). A fault is a traceback of the
 plan, a message without file or remedy, or a deployment that the plan accepts and a process then cannot load.
 """
 
@@ -42,7 +42,7 @@ class Case:
 
 
 class Folders:
-    """Valid folders, made when they are first wanted."""
+    """Valid folders, made on first use."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -55,7 +55,7 @@ class Folders:
 
 
 def run_case(number: int, seed: int, folders: Folders, scratch: Path) -> Case:
-    """One deployment with 1 to 3 changes, the same whenever it is repeated."""
+    """One deployment with 1 to 3 changes; the same arguments give the same case."""
     rng = random.Random(f"{seed}/{number}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

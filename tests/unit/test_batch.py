@@ -1,4 +1,4 @@
-"""What the host knows of a batch agrees with what the device is told."""
+"""What the host knows about a batch agrees with what the device receives."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Forced acceptance: as many drafts are committed as asked for, right or wrong, and no deployment can switch it on."""
+"""Forced acceptance commits the wanted share of drafts, right or wrong, and no deployment file can switch it on."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 
 def commit(tiny: TinyModel, rate: float) -> list[tuple[int, list[int]]]:
-    """For each of many seeds how many of DRAFTS are accepted, and what is committed."""
+    """For each of many seeds: how many of DRAFTS are accepted, and what is committed."""
     driver = drive(make_engine(tiny.folder, TARGET, forced_acceptance=rate))
     verdicts = []
     for first_seed in range(0, NUM_SEEDS, 4):

@@ -1,4 +1,4 @@
-"""Who holds which block, and which prefix can be found again."""
+"""Which seq holds which block, and which prefixes can be found again."""
 
 import random
 
@@ -18,7 +18,7 @@ def test_a_seq_grows_into_neighbouring_ids() -> None:
     blocks = BlockManager(64, 4)
     first, second = blocks.allocate(3), blocks.allocate(3)
     assert first == list(range(first[0], first[0] + 3))
-    for _ in range(8):  # both grow by turns and stay runs
+    for _ in range(8):  # both grow in turn, and the blocks of each stay consecutive
         first += blocks.allocate(1, first[-1])
         second += blocks.allocate(1, second[-1])
     assert first == list(range(first[0], first[0] + 11))

@@ -22,7 +22,7 @@ OTHER = 77
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlurredRunner(ModelRunner):
-    """Its drafting steps leave other KV and other hidden states than the model's. Writes down what goes through."""
+    """Its drafting steps leave KV and hidden states that differ from the model's. Logs what goes through the model."""
 
     log: list[tuple[str, list[int]]] = field(default_factory=list)  # which forward, positions
 
@@ -48,7 +48,7 @@ class Blurred:
     driver: Driver
 
     def kv(self, slot: int, start: int, end: int) -> Tensor:
-        """Of the positions start .. end - 1: [num_layers, 2, end - start, kv_size]."""
+        """KV at positions start to end - 1: [num_layers, 2, end - start, kv_size]."""
         block_size = self.driver.info.block_size
         table = torch.from_numpy(self.table.block_table[slot]).long()
         positions = torch.arange(start, end)
@@ -67,7 +67,7 @@ class Blurred:
         return steps
 
     def start(self, *, slot: int = 0, num_drafts: int = 5) -> Seq:
-        """A prompt and a chain, of which all but the last token have approximate KV."""
+        """Makes a prompt and a chain; all tokens of the chain but the last have approximate KV."""
         seq = self.driver.start(slot, PROMPT, seeded(3))
         self.driver.run((seq, self.driver.draft_row(seq, num_drafts)))
         return seq
@@ -90,7 +90,7 @@ def blurred(tiny: Path) -> Blurred:
 
 
 def exact_kv(tiny: Path, token_ids: Sequence[int]) -> Tensor:
-    """KV of a fresh prefill."""
+    """The KV of a fresh prefill."""
     fresh = make_blurred(tiny)
     seq = fresh.driver.start(0, token_ids, greedy())
     fresh.driver.run((seq, fresh.driver.draft_row(seq, 0)))
@@ -98,7 +98,7 @@ def exact_kv(tiny: Path, token_ids: Sequence[int]) -> Tensor:
 
 
 def is_exact(blurred: Blurred, tiny: Path, seq: Seq) -> list[bool]:
-    """For each token with KV of a seq."""
+    """For each token of a seq that has KV: whether that KV is exact."""
     found = blurred.kv(seq.slot, 0, seq.num_computed)
     expected = exact_kv(tiny, seq.token_ids[: seq.num_computed])
     return [torch.allclose(found[:, :, i], expected[:, :, i], atol=1e-5) for i in range(seq.num_computed)]
@@ -129,7 +129,7 @@ def test_the_first_draft_behind_a_history_is_that_of_the_exact_model(blurred: Bl
 def test_a_mismatch_calibrates_with_the_correction_in_one_forward(
     blurred: Blurred, tiny: Path, num_accepted: int
 ) -> None:
-    """Then the chain goes on as that of a fresh seq with this history."""
+    """Then the chain continues like that of a fresh seq with this history."""
     driver, seq = blurred.driver, blurred.start()
     base = NUM_PROMPT + num_accepted
     blurred.steps()
@@ -148,7 +148,7 @@ def test_a_mismatch_calibrates_with_the_correction_in_one_forward(
 
 @pytest.mark.parametrize("num_agreed", [1, 3, 4])
 def test_a_chain_goes_on_behind_what_was_calibrated(blurred: Blurred, tiny: Path, num_agreed: int) -> None:
-    """Outstanding drafts stay in flight: the exact forward comes first, and the steps after it read its KV."""
+    """Drafts that are not verified yet stay: the exact forward comes first, and the steps after it read its KV."""
     driver, seq = blurred.driver, blurred.start()
     blurred.steps()
     driver.run((seq, driver.draft_row(seq, 2, calibrate_len=num_agreed)))
@@ -168,7 +168,7 @@ def test_a_chain_that_grows_by_one_a_round_is_approximate_too(blurred: Blurred, 
 
 
 def test_what_is_computed_behind_approximate_kv_has_to_be_calibrated(blurred: Blurred, tiny: Path) -> None:
-    """A commit that is longer than the chain, appended without calibration; later all of it is calibrated."""
+    """A commit that is longer than the chain is appended without calibration; later all of it is calibrated."""
     driver, seq = blurred.driver, blurred.start(num_drafts=3)
     blurred.steps()
     driver.run((seq, driver.draft_row(seq, 2, append=[OTHER])))
@@ -180,7 +180,7 @@ def test_what_is_computed_behind_approximate_kv_has_to_be_calibrated(blurred: Bl
 
 
 def test_a_token_of_the_target_is_never_computed_approximately(blurred: Blurred) -> None:
-    """Not even a single one after approximate KV: it opens a chain."""
+    """Not even a single token after approximate KV: it starts a chain."""
     driver, seq = blurred.driver, blurred.start()
     blurred.steps()
     driver.run((seq, driver.draft_row(seq, 2, crop_len=NUM_PROMPT + 2, append=[OTHER])))

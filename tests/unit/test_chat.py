@@ -1,4 +1,4 @@
-"""Tokenisation and chat templates: the same tokens as `transformers`, and never two BOS."""
+"""Tokenisation and chat templates give the same tokens as `transformers`, and never two BOS."""
 
 import json
 import tracemalloc
@@ -14,7 +14,7 @@ from tests.helpers.demo_folders import MODEL_DIR, make_folder
 BOS = "<|endoftext|>"
 MAX_TOKENS = 1 << 20
 
-# Written for these tests in the manner of the models that people serve.
+# Written for these tests, in the style of the models that people serve.
 LLAMA3 = """{{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}
     {%- set system = messages[0]['content'] | trim %}
@@ -112,7 +112,7 @@ def test_a_text_far_too_long_is_refused_by_its_beginning(line: str) -> None:
 
 
 def test_a_long_text_of_few_tokens_is_read() -> None:
-    """What matters is tokens: no bound on characters tells them."""
+    """The limit is on tokens, and no limit on characters can stand in for it."""
     tokenizer = PromptTokenizer(MODEL_DIR)
     text = " " * 300_000
     whole = AutoTokenizer.from_pretrained(MODEL_DIR)(text).input_ids

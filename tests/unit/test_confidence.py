@@ -1,4 +1,4 @@
-"""How likely a draft is accepted, from its confidence and what verdicts have said of others."""
+"""How likely a draft is to be accepted, estimated from its confidence and the verdicts on other drafts."""
 
 import random
 

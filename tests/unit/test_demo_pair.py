@@ -42,7 +42,7 @@ class LineCounter:
 
 @pytest.fixture(scope="module")
 def beside_the_script() -> Iterator[None]:
-    """Modules are found as they are when the script runs."""
+    """Makes modules importable as they are when the script runs."""
     sys.path.insert(0, str(MODELS))
     yield
     sys.path.remove(str(MODELS))

@@ -1,4 +1,4 @@
-"""Chunks of text joined together are the text of the whole, and never hold half a character."""
+"""Streamed chunks of text join to the text of the whole output, and none holds half a character."""
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +22,7 @@ def pieces(table: TokenTable, token_ids: list[int], *, skip: bool = True, follow
 
 
 def streamed(table: TokenTable, prompt: list[int], output: list[int], *, skip: bool) -> str:
-    """The text of an output after a prompt."""
+    """The streamed text of an output after a prompt."""
     follows_text = table.shows(prompt, skip_special_tokens=skip)
     return "".join(pieces(table, output, skip=skip, follows_text=follows_text))
 
@@ -31,13 +31,13 @@ def streamed(table: TokenTable, prompt: list[int], output: list[int], *, skip: b
 @given(st.data(), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_pieces_join_to_the_whole(kind: str, data: st.DataObject, skip: bool) -> None:
-    """Any tokens, most of which are no valid UTF-8 together."""
+    """Random tokens, which mostly are not valid UTF-8 when joined."""
     tokenizer, table = TOKENIZERS[kind], TABLES[kind]
     token_ids = data.draw(st.lists(st.integers(0, len(table.bytes_of) - 1), max_size=20))
     whole = tokenizer.decode(token_ids, skip_special_tokens=skip)
     joined = streamed(table, [], token_ids, skip=skip)
     if "\ufffd" in joined and kind != "byte_level":
-        # In an invalid run of byte tokens the tokenizer gives up the valid characters too; we do not.
+        # In an invalid run of byte tokens the tokenizer drops the valid characters too; we keep them.
         assert "\ufffd" in whole
     else:
         assert joined == whole
@@ -121,7 +121,7 @@ def test_special_tokens_are_shown_on_request() -> None:
     [
         (decoders.CTC(), "CTC"),
         (decoders.BPEDecoder(), "BPEDecoder"),
-        (decoders.Strip(" ", 1, 0), "Strip"),  # of each token, where nothing has joined them
+        (decoders.Strip(" ", 1, 0), "Strip"),  # applies to each token, since nothing has joined them
         (decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "c")]), "Replace"),  # across tokens
         (None, "no decoder"),
     ],

@@ -1,4 +1,4 @@
-"""What the documents point to exists: links, headings, and paths of the source."""
+"""Everything that the documents point to exists: links, headings and paths of the source."""
 
 import re
 from collections.abc import Iterator
@@ -25,12 +25,12 @@ SOURCE_FILE = re.compile(r"[\w./-]+\.(?:py|proto|md|yaml|jsonl|sh|toml)")
 
 
 def prose(page: Path) -> str:
-    """The page without its fenced blocks, which show files and commands of the reader's."""
+    """The page without its fenced blocks, which show the reader's own files and commands."""
     return re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 def anchors(page: Path) -> set[str]:
-    """The names that a heading gets on GitHub."""
+    """The anchors that GitHub gives to the headings."""
     headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

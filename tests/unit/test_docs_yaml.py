@@ -1,4 +1,4 @@
-"""Deployment files that the documents show are valid; only the model folders are not there."""
+"""The deployment files in the documents are valid; only their model folders do not exist."""
 
 import re
 import textwrap
@@ -37,7 +37,7 @@ def test_the_documents_show_deployment_files() -> None:
 
 @pytest.mark.parametrize("name", sorted(BLOCKS))
 def test_every_block_follows_the_schema(name: str) -> None:
-    """A block that shows some sections is completed by the required ones."""
+    """A block that shows only some sections is completed with the required ones."""
     DeploymentFile.model_validate({**SECTIONS, **yaml.safe_load(BLOCKS[name])})
 
 

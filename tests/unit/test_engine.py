@@ -1,4 +1,4 @@
-"""Engines, one process, tiny random models in fp32: the stream never depends on how it was computed."""
+"""Engines in one process with tiny random models in fp32: a stream never depends on how it was computed."""
 
 import json
 import math
@@ -71,7 +71,7 @@ def draft(tiny: TinyModel) -> Driver:
 
 
 def plain(driver: Driver, prompt: list[int], sampling: SeqSampling, num_tokens: int = NUM_TOKENS) -> list[int]:
-    """The stream of plain decoding: whole prompt, then a token a round. Leaves slot 7 free."""
+    """The stream of plain decoding: the whole prompt, then one token per round. Leaves slot 7 free."""
     seq = driver.start(7, prompt, sampling)
     output = driver.generate(seq, num_tokens)
     driver.send(driver.round([], free_slots=[7]))
@@ -144,7 +144,7 @@ def test_drafts_for_another_history_are_dropped(target: Driver) -> None:
 
 
 def test_a_decode_row_stands_for_the_last_token_whatever_it_was(target: Driver) -> None:
-    """Rounds made before the answer to the one before is known, as with two in flight."""
+    """Each round is built before the previous one is answered, as with two rounds in flight."""
     stream = plain(target, PROMPTS[1], seeded(3))
     seq = target.start(0, PROMPTS[1], seeded(3))
     rounds = [target.round([target.target_row(seq)])]
@@ -154,7 +154,7 @@ def test_a_decode_row_stands_for_the_last_token_whatever_it_was(target: Driver) 
 
 
 def test_a_rebuilt_seq_goes_on_where_it_was(target: Driver) -> None:
-    """Preemption and death: output comes back as part of the history and counts as output."""
+    """As after preemption: earlier output comes back as part of the history and still counts as output."""
     sampling = SAMPLINGS["processed"][1]
     stream = plain(target, PROMPTS[0], sampling)
     half = NUM_TOKENS // 2
@@ -177,7 +177,7 @@ def test_shared_blocks_are_not_computed_again(target: Driver) -> None:
 
 
 def test_a_seq_ends_at_max_model_len(target: Driver) -> None:
-    """Rounds in flight do not know how long it is by now: drafts go first, then rows come back empty."""
+    """Rounds in flight were built without its current length: drafts are dropped first, then rows come back empty."""
     seq = target.start(0, [7] * (MAX_MODEL_LEN - 3), greedy())
     target.run((seq, target.target_row(seq)))
     (result,) = target.run((seq, target.target_row(seq, drafts=[1, 2, 3, 4])))
@@ -216,7 +216,7 @@ def test_prompt_logprobs_do_not_depend_on_the_chunks(target: Driver, tiny: TinyM
 
 
 def test_prompt_logprobs_are_equal_bit_for_bit_however_the_prompt_is_cut(tmp_path: Path) -> None:
-    """With batch_invariant. A chunk longer than a tile of 256 rows leaves a remainder."""
+    """With batch_invariant; a chunk longer than a tile of 256 rows leaves a remainder."""
     folder = write_deep_model(tmp_path / "model", "llama", num_hidden_layers=1, max_position_embeddings=512)
     prompt = [(7 * i * i + 3 * i) % 100 for i in range(300)]
     changes = {"max_num_batched_tokens": 512, "max_model_len": 512, "batch_invariant": True}
@@ -239,12 +239,12 @@ def test_prompt_logprobs_are_equal_bit_for_bit_however_the_prompt_is_cut(tmp_pat
 
 # -- target: rows that go wrong -------------------------------------------------------------------------------------
 
-NEVER = {POISON: -100.0}  # logit bias with which the model does not choose it
+NEVER = {POISON: -100.0}  # a logit bias that keeps the model from choosing it
 
 
 @pytest.fixture
 def poisoned(tiny: TinyModel, tmp_path: Path) -> Driver:
-    """A target whose model breaks when it reads token POISON."""
+    """A target whose model gives non-finite logits after it has read token POISON."""
     return drive(make_engine(poisoned_model(tiny.folder, tmp_path / "poisoned"), TARGET))
 
 
@@ -265,7 +265,7 @@ def test_a_row_that_is_not_finite_harms_no_other(poisoned: Driver, target: Drive
 
 
 def test_blocks_of_a_sick_seq_are_fit_for_the_next(poisoned: Driver, target: Driver) -> None:
-    """NaN in KV that attention masks out must not come through: 0 * NaN is NaN."""
+    """NaN in KV that attention masks out must not reach the result: 0 * NaN is NaN."""
     sick = poisoned.start(0, [POISON] * 8, greedy())
     row = poisoned.target_row(sick)
     poisoned.run((sick, row))
@@ -287,7 +287,7 @@ def test_a_draft_that_breaks_the_model_does_not_break_the_stream(poisoned: Drive
 
 
 def test_the_stream_up_to_the_breakdown_is_that_of_plain_decoding(poisoned: Driver) -> None:
-    """The target itself chooses POISON: it is committed, and what would follow fails, with drafts as without."""
+    """The target itself chooses POISON: it is committed, and the next token fails, with and without drafts."""
     settings = greedy(logit_bias={POISON: 100.0})
     seq = poisoned.start(0, PROMPTS[0], settings)
     poisoned.run((seq, poisoned.target_row(seq)))
@@ -307,7 +307,7 @@ def test_the_stream_up_to_the_breakdown_is_that_of_plain_decoding(poisoned: Driv
 
 
 def test_a_draft_of_the_same_model_guesses_right(draft: Driver, target: Driver) -> None:
-    """Same rule, same noise at the same absolute positions."""
+    """It uses the same rule and the same noise at the same absolute positions."""
     streams = [plain(target, prompt, seeded(slot)) for slot, prompt in enumerate(PROMPTS)]
     seqs = [draft.start(slot, prompt, seeded(slot, logprobs=3)) for slot, prompt in enumerate(PROMPTS)]
     wanted = [5, 1, 3]
@@ -330,7 +330,7 @@ def test_a_chain_goes_on_in_the_next_round(draft: Driver, target: Driver) -> Non
 
 
 def blind_row(driver: Driver, seq: Seq, num_drafts: int, *, num_known: int) -> Row:
-    """A chain grows by so many drafts, after rounds whose answers are not known. It should have num_known tokens."""
+    """Lets a chain grow by so many drafts while rounds are unanswered. The chain should have num_known tokens."""
     return Row(
         slot=seq.slot,
         chunk_len=1,
@@ -342,7 +342,7 @@ def blind_row(driver: Driver, seq: Seq, num_drafts: int, *, num_known: int) -> R
 @pytest.mark.parametrize("settings", SAMPLINGS)
 @pytest.mark.parametrize("pieces", [(1, 1, 6), (3, 5), (2, 4, 1, 1)])
 def test_a_chain_in_pieces_is_that_of_one_round(draft: Driver, settings: str, pieces: tuple[int, ...]) -> None:
-    """The rounds are made without knowing any answer, as those that are queued."""
+    """All rounds are built before any answer, like queued ones."""
     seqs = [draft.start(slot, prompt, SAMPLINGS[settings][slot]) for slot, prompt in enumerate(PROMPTS)]
     draft.run(*[(seq, draft.draft_row(seq, 8)) for seq in seqs])
     others = [draft.start(slot + 3, prompt, SAMPLINGS[settings][slot]) for slot, prompt in enumerate(PROMPTS)]
@@ -357,7 +357,7 @@ def test_a_chain_in_pieces_is_that_of_one_round(draft: Driver, settings: str, pi
 
 
 def test_drafts_come_with_what_came_next_and_how_likely_they_were(draft: Driver, target: Driver) -> None:
-    """The same model as target says it in logprobs."""
+    """The same model, as a target, reports this in its logprobs."""
     seq = target.start(0, PROMPTS[0], greedy(logprobs=4))
     expected = []
     for _ in range(5):
@@ -393,7 +393,7 @@ def test_a_row_without_drafts_only_catches_up(draft: Driver) -> None:
 
 @pytest.mark.parametrize("accepted", [0, 1, 2, 3])
 def test_a_cropped_chain_is_that_of_a_fresh_engine(draft: Driver, accepted: int) -> None:
-    """After a verdict: the accepted drafts stay, the correction is appended, stale KV is not read."""
+    """After a verdict the accepted drafts stay, the correction is appended, and stale KV is not read."""
     sampling = seeded(9, repetition_penalty=1.5, presence_penalty=1.0)
     seq = draft.start(0, PROMPTS[0], sampling)
     draft.run((seq, draft.draft_row(seq, 4)))
@@ -413,7 +413,7 @@ def test_a_chain_ends_at_max_model_len(draft: Driver) -> None:
 
 
 def test_rounds_behind_the_end_of_a_context_draft_nothing(draft: Driver) -> None:
-    """They were sent before it was known that the chain had come to max_model_len. Then the verdict is a mismatch."""
+    """They were sent before it was known that the chain had reached max_model_len. Then the verdict is a mismatch."""
     num_prompt = MAX_MODEL_LEN - 3
     seq = draft.start(0, [7] * num_prompt, greedy())
     rounds = [draft.round([draft.draft_row(seq, 5)])]
@@ -430,7 +430,7 @@ def test_rounds_behind_the_end_of_a_context_draft_nothing(draft: Driver) -> None
 
 @pytest.fixture
 def sick_draft(tiny: TinyModel, tmp_path: Path) -> Driver:
-    """An engine whose model breaks when it reads token POISON."""
+    """A draft engine whose model gives non-finite logits after it has read token POISON."""
     return drive(make_engine(poisoned_model(tiny.folder, tmp_path / "poisoned"), DRAFT))
 
 
@@ -447,7 +447,7 @@ def test_a_draft_that_is_not_finite_ends_its_chain_only(sick_draft: Driver) -> N
 
 @pytest.mark.parametrize("num_appended", [1, 2])
 def test_rounds_behind_a_chain_that_broke_are_harmless(sick_draft: Driver, num_appended: int) -> None:
-    """Of 4 drafts one came. Three rounds that take them for granted are under way; then comes what the target says."""
+    """One of 4 ordered drafts came. Three rounds that rely on all four are in flight; then the verdict comes."""
     driver = sick_draft
     num_prompt = len(PROMPTS[0])
     sick = driver.start(0, PROMPTS[0], greedy(logit_bias={POISON: 100.0}))
@@ -471,7 +471,7 @@ def test_rounds_behind_a_chain_that_broke_are_harmless(sick_draft: Driver, num_a
 
 
 def test_a_crop_behind_a_row_that_drafted_nothing_finds_what_it_expects(sick_draft: Driver) -> None:
-    """The verdict came while that row was under way: history up to the last token that was seen, and one after it."""
+    """The verdict came while that row was in flight: history up to the last token seen, and one after it."""
     driver = sick_draft
     settings = greedy(logit_bias={POISON: 100.0})
     seq = driver.start(0, [*PROMPTS[0], POISON], settings)
@@ -487,7 +487,7 @@ def test_a_crop_behind_a_row_that_drafted_nothing_finds_what_it_expects(sick_dra
 
 
 def test_a_chain_that_did_not_end_cannot_go_on_twice(draft: Driver) -> None:
-    """Leniency is for chains that ended early only."""
+    """Only chains that ended early are treated leniently."""
     seq = draft.start(0, PROMPTS[0], greedy())
     draft.run((seq, draft.draft_row(seq, 2)))
     draft.send(draft.round([Row(slot=0, chunk_len=1)]))

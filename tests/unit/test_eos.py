@@ -1,4 +1,4 @@
-"""With which tokens a stream stops, and what the plan says of it."""
+"""Which tokens end a stream, and what the plan says about them."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,8 @@ EOS_OBJECT = {"__type": "AddedToken", "content": "</s>", "lstrip": False, "speci
 def eos_of(
     path: Path, *, config: Any = None, generation: Any = None, vocab_size: int = 100, **tokenizer_config: Any
 ) -> list[tuple[int, list[str]]]:
-    """Ids and files of a folder with these eos_token_id and this tokenizer_config.json."""
+    """EOS ids of a folder with these values of eos_token_id and this tokenizer_config.json, with the files that name
+    them."""
     folder = write_model_folder(path / "target", eos_token_id=config, vocab_size=vocab_size)
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))

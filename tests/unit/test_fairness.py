@@ -1,4 +1,4 @@
-"""How long prompts wait for their first token, in a fake time in which a round costs a fixed and a per-token part."""
+"""How long prompts wait for their first token, in simulated time: a round costs a fixed part and a part per token."""
 
 import random
 
@@ -21,7 +21,7 @@ def round_ns(num_tokens: int) -> int:
 
 
 class TimedSimulation(Simulation):
-    """The target takes its time; rounds and arrivals happen in the order of their times."""
+    """Target rounds take time; rounds and arrivals happen in the order of their times."""
 
     def __init__(self) -> None:
         target = FakeEngine(
@@ -44,7 +44,7 @@ class TimedSimulation(Simulation):
             if not self.target_rounds:
                 self.arrive(pending.pop(0))
                 continue
-            # The round has begun; whoever comes before its end is queued meanwhile.
+            # The round has begun; requests that arrive before its end are queued.
             tokens = sum(row.chunk_len for row in self.target_rounds[0].rows)
             end = self.now + round_ns(tokens) * 1e-9
             while pending and pending[0][0] < end:
@@ -74,7 +74,7 @@ def stream(start: float, count: int, gap_s: float) -> list[tuple[float, str, int
     return [(start + gap_s * (i + rng.random()), f"short{i}", SHORT, 12) for i in range(count)]
 
 
-# Of the target's time, shorts take about: 12 %, 18 %, 24 %.
+# Short prompts take about this share of the target's time: 12 %, 18 %, 24 %.
 @pytest.mark.parametrize("gap_s", [0.3, 0.2, 0.15])
 @pytest.mark.parametrize("phase", [0.0, 0.31, 0.62, 0.93])
 def test_first_tokens_come_within_twice_the_time_alone(gap_s: float, phase: float) -> None:
@@ -87,7 +87,7 @@ def test_first_tokens_come_within_twice_the_time_alone(gap_s: float, phase: floa
 
 
 def share(lengths: list[int], budget: int, *, shortest: int | None, knee: int) -> list[int]:
-    """Shares of prompts that have not begun."""
+    """The shares of prompts whose computation has not begun."""
     return share_prefill([Prompt(n, n) for n in lengths], budget, shortest=shortest, knee=knee)
 
 

@@ -1,4 +1,4 @@
-"""Every model folder and every deployment file of tests/corpus has the outcome that stands beside it."""
+"""Every model folder and deployment file in tests/corpus has the outcome that its case states."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def facts(settings: Settings) -> dict[str, Any]:
 
 
 def check(file: Path, expected: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
-    """What `plan` says and how it exits; what it accepts is also loaded."""
+    """What `plan` prints and its exit code; what it accepts is also loaded."""
     kind = Kind(expected["outcome"])
     outcome = outcome_of(file)
     assert outcome.kind is kind, outcome.text

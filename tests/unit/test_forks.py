@@ -1,4 +1,4 @@
-"""Branches of a draft engine: a fork is what a fresh seq with the same history would be."""
+"""Branches of a draft engine: a fork computes what a fresh seq with the same history would."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ SAMPLINGS = {
     "penalised": seeded(4, presence_penalty=1.5, repetition_penalty=1.3, frequency_penalty=0.5),
 }
 LENGTHS = range(len(PROMPT), len(PROMPT) + NUM_DRAFTS + 1)
-OTHER = 77  # a token that the chain does not have
+OTHER = 77  # a token that is not in the chain
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +35,14 @@ def draft(tiny: Path) -> Driver:
 
 
 def chain(driver: Driver, sampling: SeqSampling, slot: int = 0) -> Seq:
-    """A seq with a chain of drafts, of which the last has no KV."""
+    """A seq with a chain of drafts; the last one has no KV yet."""
     seq = driver.start(slot, PROMPT, sampling)
     driver.run((seq, driver.draft_row(seq, NUM_DRAFTS)))
     return seq
 
 
 def drafts(driver: Driver, seq: Seq, *append: int) -> tuple[list[int], list[float]]:
-    """The next drafts of a seq and how probable they were to it, which shows what it has read."""
+    """The next drafts of a seq and their probabilities, which show what it has read."""
     (result,) = driver.run((seq, driver.draft_row(seq, 5, append=append)), confidences=True)
     return list(result.token_ids), list(result.confidences)
 
@@ -72,7 +72,7 @@ def test_a_branch_drafts_what_a_fresh_seq_drafts(draft: Driver, tiny: Path, sett
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_branches_outlive_their_parent(draft: Driver, tiny: Path, length: int) -> None:
-    """Its slot goes to another seq; its blocks stay held, as the scheduler does with those that are shared."""
+    """The parent's slot goes to another seq; its blocks stay in use, as the scheduler keeps shared blocks."""
     parent = chain(draft, SAMPLINGS["penalised"])
     branch = draft.fork(parent, 1, length)
     draft.send(draft.round([]))
@@ -83,7 +83,8 @@ def test_branches_outlive_their_parent(draft: Driver, tiny: Path, length: int) -
 
 
 def test_branches_branch(draft: Driver, tiny: Path) -> None:
-    """All in one round, in which the parent goes on: each copies the block in which it parts from the others."""
+    """All in one round, while the parent continues: each branch copies the block in which it differs from the
+    others."""
     sampling = SAMPLINGS["penalised"]
     parent = chain(draft, sampling)
     child = draft.fork(parent, 1, 11)
@@ -120,7 +121,7 @@ def test_a_branch_that_is_freed_leaves_its_slot(draft: Driver) -> None:
 
 @pytest.fixture
 def short(tiny: Path, tmp_path: Path) -> tuple[Driver, Seq]:
-    """One of 4 ordered drafts has come. After it, logits are not finite."""
+    """A chain of which one of 4 ordered drafts came: after it, logits are not finite."""
     driver = drive(make_engine(poisoned_model(tiny, tmp_path / "poisoned"), DRAFT))
     seq = driver.start(0, PROMPT, greedy(logit_bias={POISON: 100.0}))
     row = driver.draft_row(seq, 4)

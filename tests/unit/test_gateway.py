@@ -88,7 +88,7 @@ async def test_streams_chunks_as_they_come_and_then_the_completion(house: House)
     assert list(submit.prompt_token_ids) == [5, 6, 7]
     assert submit.sampling.max_tokens == 9
     house.scheduler.send_chunk("r1", [10, 11], "he", offset=0)
-    assert (await first).text == "he"  # before anything else was sent
+    assert (await first).text == "he"  # it arrived before anything else was sent
     house.scheduler.send_chunk("r1", [12], "llo", offset=2)
     house.scheduler.send_complete("r1")
     completion = await stream.result()
@@ -124,7 +124,7 @@ async def test_a_dropped_stream_cancels_and_frees_its_id(house: House) -> None:
     await reading
     stream.close()
     assert await house.scheduler.next_cancel() == "dropped"
-    # Until the scheduler says that the old one has ended, a new one under its id would receive the old one's tokens.
+    # Until the scheduler reports the end of the old request, a new one with its id would receive the old one's tokens.
     with pytest.raises(InvalidRequestError, match="ALREADY_EXISTS: request_id: 'dropped'"):
         await house.client.generate("x", request_id="dropped")
     house.scheduler.send_chunk("dropped", [2], "late")
@@ -178,7 +178,7 @@ async def test_a_wish_about_speculation_reaches_the_scheduler_of_its_request(hou
 async def test_a_deadline_travels_as_remaining_time_and_cancels(house: House) -> None:
     call = asyncio.ensure_future(house.client.generate("x", timeout_s=0.5))
     submit = await house.scheduler.next_submit()
-    assert 0 < submit.timeout_s < 0.6  # how grpc rounds is its own affair
+    assert 0 < submit.timeout_s < 0.6  # grpc rounds the timeout in its own way
     with pytest.raises(DeadlineExceededError):
         await call
     assert await house.scheduler.next_cancel() == submit.request_id
@@ -217,7 +217,7 @@ async def test_a_client_that_does_not_read_holds_nobody_up(house: House) -> None
     assert (await quick).text == "done"
     house.scheduler.send_complete("slow")
     rest = [chunk async for chunk in slow]
-    assert len(rest) < 599  # what waited for the client was merged
+    assert len(rest) < 599  # chunks that waited for the client were merged
     completion = await slow.result()
     assert completion.token_ids == tuple(range(600))
     assert len(completion.text) == 600 * len(text)
@@ -254,7 +254,7 @@ async def test_a_lost_scheduler_ends_requests_and_health_tells(house: House) -> 
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     with pytest.raises(UnavailableError, match="no scheduler is ready"):
         await house.client.generate("x")
-    assert await house.health("") == "SERVING"  # the gateway itself lives
+    assert await house.health("") == "SERVING"  # the gateway itself is alive
 
     house.scheduler_server, _ = await serve(house.scheduler, port=int(house.scheduler_address.split(":")[1]))
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
@@ -341,7 +341,7 @@ async def test_a_taken_port_is_named(house: House) -> None:
         (
             {"server": {"host": "192.0.2.1"}},
             r"cannot listen on 192\.0\.2\.1:0 .*server\.host",
-        ),  # an address of documentation
+        ),  # an address reserved for documentation
         ({"model_dir": "/nowhere"}, "model_dir: /nowhere is no folder"),
     ],
 )
@@ -421,13 +421,13 @@ async def test_a_scheduler_that_falls_silent_ends_its_requests(house: House, mon
 
 
 async def test_a_scheduler_that_streams_is_not_silent(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long it takes to answer a question for its status."""
+    """However long it takes to answer a status question."""
     monkeypatch.setattr(scheduler_link, "STATUS_TIMEOUT_S", 0.2)
     stream = house.client.stream("x", request_id="r")
     reading = asyncio.ensure_future(anext(stream))
     await house.scheduler.next_submit()
     house.scheduler.answers = False
-    for _ in range(4):  # a chunk for each question
+    for _ in range(4):  # one chunk per status question
         await house.scheduler.asked.acquire()
         house.scheduler.send_chunk("r", [1], "a")
         await reading

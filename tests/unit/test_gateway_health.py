@@ -1,4 +1,4 @@
-"""What watchers of a gateway's health are told."""
+"""What a gateway tells those who watch its health."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from grpc_health.v1 import health_pb2
 from gateway.doors.health import READINESS, Health
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-CONTEXT: Any = None  # only asked to refuse unknown services
+CONTEXT: Any = None  # used only to refuse unknown services
 
 
 def request() -> Any:
@@ -19,7 +19,7 @@ async def test_a_watcher_that_is_slow_hears_the_end_too() -> None:
     health.set(READINESS, True)
     watch = health.Watch(request(), CONTEXT)
     assert (await anext(watch)).status == SERVING
-    health.close()  # while that answer is still on its way
+    health.close()  # while that answer is still in flight
     assert [response.status async for response in watch] == [NOT_SERVING]
 
 

@@ -1,4 +1,4 @@
-"""Metrics: what a request's life becomes, and what Prometheus reads from a gateway."""
+"""What the metrics say about requests, and what Prometheus reads from a gateway."""
 
 import asyncio
 import socket

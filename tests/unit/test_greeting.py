@@ -1,4 +1,4 @@
-"""Only ranks that know the token may join a group's round channel, whoever else connects."""
+"""Only ranks that know the token join a group's round channel, whoever else connects."""
 
 import contextlib
 import socket
@@ -46,7 +46,7 @@ def accepted(listener: socket.socket, stack: contextlib.ExitStack) -> dict[Peer,
 def is_closed(connection: socket.socket) -> bool:
     try:
         return connection.recv(1) == b""
-    except ConnectionResetError:  # it had said more than was read
+    except ConnectionResetError:  # it sent more than was read
         return True
 
 
@@ -56,10 +56,10 @@ def test_strangers_neither_join_nor_delay_the_ranks(listener: socket.socket, sta
         knock(listener, stack, TOKEN[:-1]),
         knock(listener, stack, b"GET / HTTP/1.1\r\n\r\n" * 100),
         knock(listener, stack, bytes(TOKEN_BYTES) + b"\x01\x00\x00"),
-        knock(listener, stack, TOKEN + b"\x09\x00\x00"),  # no rank of this group
+        knock(listener, stack, TOKEN + b"\x09\x00\x00"),  # not a rank of this group
     ]
     with socket.create_connection(listener.getsockname()):
-        pass  # gone before it is looked at
+        pass  # gone before anyone reads from it
     ranks = {peer: join(listener, stack, peer) for peer in reversed(PEERS)}
     peers = accepted(listener, stack)
     assert set(peers) == set(PEERS)

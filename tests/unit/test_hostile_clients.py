@@ -1,6 +1,6 @@
 """A gateway under attack: every call gets a status, and well-behaved clients notice nothing.
 
-`python -m tests.property.hostile_clients` is the long and strict run; here the machine may be busy with other things.
+`python -m tests.property.hostile_clients` is the long, strict run. This one allows for a busy machine.
 """
 
 import asyncio
@@ -8,9 +8,9 @@ import asyncio
 from tests.helpers.attacked_gateway import AttackedGateway
 
 COUNT = 24
-# What held up the event loop before took 1.5 s a request and more, of the same sizes.
+# The faults that once blocked the event loop took at least 1.5 s per request of these sizes.
 ALLOWED_ABOVE_IDLE_S = 0.5
-ALLOWED_COMPUTING_S = 0.1  # of the loop's own thread, which does not depend on how busy the machine is
+ALLOWED_COMPUTING_S = 0.1  # CPU time of the loop's own thread, which does not depend on how busy the machine is
 
 
 async def test_attacks_delay_neither_a_stream_nor_a_health_check() -> None:

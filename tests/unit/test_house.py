@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Whom a folder imports, beside itself. The CLI alone imports cluster from echelon, when a command needs it.
+# What a folder imports besides itself. Within echelon, only the CLI imports cluster, when a command needs it.
 ARROWS = {
     "echelon": "cluster",
     "cluster": "checkpoint childproc echelon",
@@ -26,7 +26,7 @@ ARROWS = {
     "checkpoint": "",
     "childproc": "echelon",
 }
-# The same between the wings of a folder. The folder's own name stands for the files beside its wings.
+# The same for the wings of a folder. The folder's own name stands for the files beside its wings.
 WING_ARROWS = {
     "cluster": "cluster.deployment cluster.on_ray cluster.planning cluster.processes",
     "cluster.deployment": "cluster",
@@ -86,7 +86,7 @@ def tree_of(path: Path) -> ast.Module:
 
 @functools.cache
 def imports_of(path: Path) -> frozenset[str]:
-    """Dotted names of all that a file imports, in function bodies and for type checkers alone too."""
+    """Dotted names of everything that a file imports, including in function bodies and for type checkers only."""
     names: set[str] = set()
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
@@ -112,7 +112,7 @@ def module_of(path: Path) -> str:
 
 @functools.cache
 def module_imports() -> dict[str, set[str]]:
-    """Whom each of our modules imports among them."""
+    """Which of our modules each of them imports."""
     modules = {module_of(path): path for folder in ARROWS for path in sources(folder)}
     return {
         module: {name if name in modules else name.rpartition(".")[0] for name in imports_of(path)} & modules.keys()
@@ -193,7 +193,7 @@ def fields_of(module: str, name: str) -> set[str]:
 
 
 def attributes_set_in(path: Path) -> set[str]:
-    """Names of the attributes that a file sets, but for those of `self`."""
+    """Names of the attributes that a file sets, except those of `self`."""
     stored = (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute))
     return {node.attr for node in stored if isinstance(node.ctx, ast.Store) and ast.unparse(node.value) != "self"}
 
@@ -212,7 +212,7 @@ def test_what_a_wing_knows_of_a_seq_is_changed_by_that_wing_alone() -> None:
 
 
 def private_names(path: Path) -> Iterator[str]:
-    """What a file imports of ours, or reads of anything but `self` and torch, although its name begins with one _."""
+    """Names with one leading underscore that a file imports from us, or reads from anything but `self` and torch."""
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom) and node.module and top(node.module) in ARROWS:
             yield from (f"{node.module}.{alias.name}" for alias in node.names if is_private(alias.name))
@@ -233,7 +233,7 @@ def test_tests_use_public_names() -> None:
 
 @functools.cache
 def names_read_by(path: Path) -> frozenset[str]:
-    """By their last part, those that a test replaces too."""
+    """By their last part, including those that a test replaces."""
     names = set()
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr"):
@@ -270,7 +270,7 @@ def test_constants_that_only_their_module_reads_begin_with_an_underscore() -> No
 
 
 def test_channels_are_opened_where_proxies_are_thought_of() -> None:
-    """By `childproc.wires` and by the two clients: any other would go through the proxies of the environment."""
+    """Only `childproc.wires` and the two clients open channels; others would go through the environment's proxies."""
     opening = {
         str(path.relative_to(ROOT))
         for folder in (*ARROWS, "bench", "models", "tests")

@@ -1,4 +1,4 @@
-"""An inflated model is bigger in every size, and computes the same."""
+"""An inflated model is bigger in every dimension and computes the same."""
 
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def test_transformers_writes_the_same_text(inflated: Path) -> None:
 
 
 def test_what_was_added_costs_work_in_every_layer(tmp_path: Path) -> None:
-    """New heads with keys and scores of their own, new MLP columns that are not multiplied away."""
+    """New heads have keys and scores of their own, and new MLP columns are not multiplied by zero."""
     inflate(TARGET, tmp_path / "big", BIGGER)
     model = reference(tmp_path / "big")
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (10, 320)

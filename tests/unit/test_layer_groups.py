@@ -71,7 +71,8 @@ def test_layers_of_a_group_have_different_owners_who_hold_equally_many() -> None
 
 
 def similar(num_layers: int, **at: float) -> list[list[float]]:
-    """Neighbours differ by 0.01, or by what `at` says for the step to a layer ("layer5")."""
+    """A similarity matrix: neighbouring layers differ by 0.01, or by what `at` says for the step to a layer
+    ("layer5")."""
     steps = [at.get(f"layer{layer}", 0.01) for layer in range(num_layers)]
     return [[1 - sum(steps[min(a, b) + 1 : max(a, b) + 1]) for b in range(num_layers)] for a in range(num_layers)]
 
@@ -90,7 +91,7 @@ def test_no_group_reaches_over_a_break() -> None:
 
 
 def test_groups_part_where_layers_differ_most() -> None:
-    """Two groups are needed either way."""
+    """Any division needs two groups."""
     assert choose_groups(similar(8, layer3=0.2), lp_size=4, least_similarity=0.5) == ((0,), (1, 2), (3, 4, 5, 6), (7,))
     assert choose_groups(similar(8, layer5=0.2), lp_size=4, least_similarity=0.5) == ((0,), (1, 2, 3, 4), (5, 6), (7,))
 

@@ -1,4 +1,4 @@
-"""Layer-parallel drafting with ranks as threads: every way to divide the layers computes the definition's bits."""
+"""Layer-parallel drafting with threads as ranks: every way to divide the layers computes the bits of the definition."""
 
 import json
 from dataclasses import replace
@@ -35,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def outcomes(case: Case) -> list[Outcome]:
-    """Of each rank."""
+    """The outcome of each rank."""
     if case.num_ranks == 1:
         return [run_case(SoloGroup(), case)]
     return run_ranks(case.num_ranks, lambda group: run_case(group, case))
@@ -66,7 +66,7 @@ def test_a_token_without_a_slot_leaves_every_layer_alone(folders: dict[str, Path
 def test_stacked_weights_compute_the_definition(
     folders: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, where no weight is packed. The exact forward goes on with the same weights."""
+    """As on a GPU, where no weight is packed. The exact forward uses the same weights."""
     monkeypatch.setenv("ECHELON_COMPILE", "off")
     case = Case(folder=folders[name], lp_size=3, num_ranks=1)
     model = case.load(SoloGroup())
@@ -98,7 +98,7 @@ def test_ranks_compute_the_definition(folders: dict[str, Path], name: str, lp_si
 
 
 def test_ranks_and_a_batch_agree_in_bf16(folders: dict[str, Path]) -> None:
-    """As they are deployed: weights in the layout that a CPU reads fastest."""
+    """As deployed: weights in the layout that a CPU reads fastest."""
     case = Case(folder=folders["llama"], lp_size=3, num_ranks=3, dtype=torch.bfloat16)
     (batched,) = outcomes(Case(folder=folders["llama"], lp_size=3, num_ranks=1, dtype=torch.bfloat16))
     for outcome in outcomes(case):
@@ -129,7 +129,7 @@ def test_an_exact_pass_replaces_approximate_kv(folders: dict[str, Path], weights
 def test_ranks_that_hold_all_layers_hold_the_same_kv(
     folders: dict[str, Path], lp_size: int, dtype: torch.dtype
 ) -> None:
-    """Also after approximate steps, so that a rank can compute anything after them."""
+    """This holds after approximate steps too, so any rank can compute what follows."""
     (batched,) = outcomes(Case(folder=folders["qwen3"], lp_size=lp_size, num_ranks=1, dtype=dtype))
     for outcome in outcomes(Case(folder=folders["qwen3"], lp_size=lp_size, num_ranks=lp_size, dtype=dtype)):
         for own, expected in zip(outcome.approximate_kv, batched.approximate_kv, strict=True):
@@ -147,7 +147,7 @@ def test_under_batch_invariance_an_exact_pass_leaves_the_bits_of_a_prefill(
 
 
 def test_without_an_exact_pass_kv_is_approximate(folders: dict[str, Path]) -> None:
-    """The two tests above would pass if drafting were exact."""
+    """Without this, the two tests above would pass with exact drafting."""
     model = Case(folder=folders["llama"], lp_size=3, num_ranks=1).load(SoloGroup())
     kv = {}
     for name, forward in (("draft", model.draft_forward), ("exact", model.forward)):
@@ -157,8 +157,8 @@ def test_without_an_exact_pass_kv_is_approximate(folders: dict[str, Path]) -> No
         runner.draft({0: [9]}, forward)
         kv[name] = runner.kv_of(0)
     differs = [bool((a != b).any()) for a, b in zip(kv["draft"], kv["exact"], strict=True)]
-    # Keys and values of layers 0 and 1, which see the exact stream of the first draft, and of those behind. The second
-    # draft's stream has passed no attention over approximate KV before layer 2.
+    # Keys and values of layers 0 and 1, which see the exact stream of the first draft, and of the later layers. The
+    # second draft's stream has passed no attention over approximate KV before layer 2.
     assert differs[:2] == [False, False]
     assert all(differs[4:])
 
@@ -205,7 +205,7 @@ def test_collectives_of_a_draft_step(folders: dict[str, Path], weights: Weights,
         model = case.load(group)
         runner = DraftRunner(model, num_seqs=1, dtype=torch.float32)
         runner.forward({0: PROMPTS[0]})
-        group.all_gather(torch.zeros(1))  # so that no rank counts while another is behind
+        group.all_gather(torch.zeros(1))  # a barrier: no rank counts while another still runs
         before = group.num_collectives
         runner.draft({0: [1]}, model.draft_forward)
         group.all_gather(torch.zeros(1))

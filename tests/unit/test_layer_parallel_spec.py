@@ -1,4 +1,4 @@
-"""What an engine's spec may ask of layer-parallel drafting, and what is decided where it leaves it open."""
+"""What a spec may ask of layer-parallel drafting, and what is decided where the spec leaves it open."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resolve_on(size: int, spec: EngineSpec, **measured_by: Any) -> list[LayerParallelPlan]:
-    """The plan of each rank; the groups must be named, since threads have no store to publish them in."""
+    """The plan of each rank. The spec must name the groups, since threads have no store to publish them in."""
 
     def resolve(group: ThreadGroup) -> LayerParallelPlan:
         cohort = Cohort(group.rank, size, None)

@@ -1,4 +1,4 @@
-"""What stays on this machine when a start fails: nothing, and the error says what went wrong."""
+"""A failed start leaves nothing on this machine, and the error says what went wrong."""
 
 import os
 import threading
@@ -43,7 +43,7 @@ def test_a_state_folder_that_cannot_be_written_is_named(root: Path) -> None:
 
 
 def test_an_empty_record_is_of_a_deployment_that_never_started(root: Path) -> None:
-    """Its `up` died between taking the name and writing down whose it is."""
+    """Its `up` died between taking the name and writing the record."""
     (root / "state" / "demo").mkdir(parents=True)
     (root / "state" / "demo" / "record.json").touch()
     assert lifecycle.status("demo").state is State.PENDING

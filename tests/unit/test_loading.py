@@ -1,4 +1,4 @@
-"""What happens between a model folder and a loaded model: formats, slices, and errors that say what is wrong."""
+"""From a model folder to a loaded model: formats, slices, and errors that say what is wrong."""
 
 import json
 from collections.abc import Callable
@@ -42,12 +42,12 @@ K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 
 @pytest.fixture(autouse=True)
 def weights_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the layout of the checkpoint, so that they can be compared with it."""
+    """Keeps weights in the checkpoint's layout, so that they can be compared with it."""
     monkeypatch.setenv("ECHELON_COMPILE", "off")
 
 
 class StandIn(SoloGroup):
-    """One rank of several, for looking at what it loads: nothing is ever exchanged."""
+    """One rank of several, to see what it loads: nothing is ever exchanged."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
@@ -138,7 +138,7 @@ def test_ranks_beyond_the_kv_heads_share_them(tmp_path: Path, rank: int) -> None
 
 
 def test_only_own_slices_are_read(tmp_path: Path) -> None:
-    """Progress counts the bytes that arrive, which is what the rank holds and about half of the model."""
+    """Progress counts the bytes that are read: as many as the rank holds, about half of the model."""
     write(tmp_path, random_tensors())
     calls: list[tuple[int, int]] = []
     model = load(tmp_path, rank=1, size=2, progress=lambda done, total: calls.append((done, total)))

@@ -1,4 +1,4 @@
-"""config.json of both generations of transformers, and refusals that name what is not supported."""
+"""config.json as either generation of transformers writes it, and refusals that name what is not supported."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the control plane reads of a model folder."""
+"""What the control plane reads from a model folder."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_weight_bytes_count_what_a_rank_holds(tmp_path: Path) -> None:
     assert model.weight_bytes(1) == 2 * (2 * layer + norms + embedding)
     assert model.weight_bytes(2) == 2 * (layer + norms + embedding // 2)
     assert read_model_folder(model.path, dtype="float32").weight_bytes(1) == 2 * model.weight_bytes(1)
-    # With 8 ranks each holds one of 4 key-value heads whole: twice an eighth.
+    # With 8 ranks, each holds one of the 4 key-value heads whole: two eighths.
     per_rank_layer = 32 * 32 // 8 + 2 * (16 * 32 // 4) + 32 * 32 // 8 + 3 * 64 * 32 // 8
     assert model.weight_bytes(8) == 2 * (2 * per_rank_layer + norms + 2 * 13 * 32), "13 of 100 tokens"
 

@@ -1,4 +1,4 @@
-"""A slice of tests/property/mutated_folders.py, the same on every run."""
+"""A slice of tests/property/mutated_folders.py, the same in every run."""
 
 from collections import Counter
 from pathlib import Path

@@ -20,7 +20,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Fixture:
-    """An engine with a chain of four drafts, of which the last has no KV, and a round that lets it grow, not sent."""
+    """An engine with a chain of four drafts, the last without KV, and a round that lets it grow, not sent yet."""
 
     def __init__(self, tiny: Path) -> None:
         self.engine: Engine = make_engine(tiny, DRAFT)
@@ -74,7 +74,7 @@ def test_a_slot_that_is_freed_meanwhile_does_nothing(fixture: Fixture) -> None:
 
 
 def test_a_branch_lives_on_when_its_parent_is_overtaken(fixture: Fixture, tiny: Path) -> None:
-    """A foreseen verdict: the chain's slot is freed while a round is queued in which both were to grow."""
+    """A foreseen verdict frees the chain's slot while a round is queued in which chain and branch were to grow."""
     driver = fixture.driver
     branch = driver.fork(fixture.seq, 1, len(PROMPT) + 2)
     rows = [driver.draft_row(branch, 3, append=[OTHER]), fixture.grow]
@@ -90,7 +90,7 @@ def test_what_calibrates_is_done(fixture: Fixture) -> None:
 
 
 def test_changes_of_an_overtaken_row_are_made(fixture: Fixture, tiny: Path) -> None:
-    """Blocks and tokens that it brings are not sent again."""
+    """The blocks and tokens that the row brings are not sent again."""
     driver, seq = fixture.driver, fixture.seq
     fixture.run(fixture.growing, [])
     seq.token_ids += [0, 0, 0]  # whatever was drafted: it is cut

@@ -1,4 +1,4 @@
-"""Logits equal those of transformers, for every family, however a prompt is fed; and each feature matters."""
+"""Logits equal those of transformers for every family, however a prompt is fed, and each feature changes them."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ VISIBLE = 1e-3  # a dropped feature moves some logit by more
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from a second thread, and lose 10x where the cores are busy."""
+    """Tensors this small gain nothing from a second thread, and run 10 times slower where the cores are busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,7 +63,7 @@ def test_logits_equal_transformers(tiny: Callable[[str], TinyModel], family: str
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama-biases-tied", "qwen2-window", "qwen3-tied"])
 def test_narrow_types_are_close_to_fp32(tiny: Callable[[str], TinyModel], family: str, dtype: torch.dtype) -> None:
-    """Layers that round to 8 bits (bf16) stay within 3 % of the logits' size; a wrong cast would not."""
+    """Logits stay within 3 % of their size though layers round to 8 bits (bf16); with a wrong cast they would not."""
     logits = torch.cat(run_seqs(load(tiny(family).folder, dtype), tiny(family).token_ids, "chunks", dtype=dtype))
     expected = torch.cat(tiny(family).logits)
     assert logits.dtype == torch.float32

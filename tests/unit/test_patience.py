@@ -1,4 +1,4 @@
-"""When a round is late, and when its group counts as lost: by what such rounds have taken."""
+"""When a round is late and when its group counts as lost, judged by the time that such rounds have taken."""
 
 from math import inf
 
@@ -48,7 +48,7 @@ def test_a_round_that_stood_still_teaches_little_and_a_machine_that_became_slow_
 
 
 def test_the_target_goes_on_without_a_draft_that_is_late() -> None:
-    """Serial: where it would else wait for the drafts until their group counts as lost."""
+    """In the serial pipeline, where it would otherwise wait for the drafts until their group counts as lost."""
     sim = Simulation(draft=FakeEngine(role=2))
     first, second = (submit(name, PROMPT, max_tokens=60) for name in ("first", "second"))
     sim.submit(first)

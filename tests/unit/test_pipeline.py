@@ -1,5 +1,5 @@
-"""Draft and target engine side by side, in simulated time: whatever overtakes whatever, the stream is that of plain
-decoding, and nobody waits longer than the policy said."""
+"""Draft and target engine side by side, in simulated time. Whatever overtakes whatever, the stream is that of plain
+decoding, and the target never waits longer than the policy said."""
 
 import random
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def target_engine() -> FakeEngine:
 
 def draft_engine(agreement: int, **fields: Any) -> FakeEngine:
     defaults = {"num_blocks": 2500, "num_slots": 128, "max_model_len": 500, "max_num_batched_tokens": 256}
-    model = FakeModel(agreement=agreement, foresight=70 if agreement else 0)  # nothing of a useless draft is of use
+    model = FakeModel(agreement=agreement, foresight=70 if agreement else 0)  # useless runners-up too
     return FakeEngine(role=DRAFT, model=model, **defaults | fields)
 
 
@@ -41,7 +41,7 @@ def simulate(
     delay_s: Callable[[], float] = lambda: 0.0004,
     **wish: Any,
 ) -> TimedSimulation:
-    """A run to its end. `draft_step`: a draft step in target rounds."""
+    """Runs to the end. `draft_step`: the time of a draft step, in target rounds."""
     sim = TimedSimulation(
         target=target_engine(),
         draft=draft_engine(agreement),
@@ -88,8 +88,8 @@ def test_the_target_never_stands_idle_when_the_draft_is_perfect() -> None:
 
 @pytest.mark.parametrize("speculation", [CONTINUOUS, CACHED], ids=["continuous", "cached"])
 def test_the_draft_does_not_stand_idle_while_its_answers_travel(speculation: dict[str, Any]) -> None:
-    """A message takes as long as a step here, each way: one round at a time would leave it idle for two steps of three,
-    and the target, which has nothing to do meanwhile, for much of it."""
+    """Here a message takes as long as a step, each way. With one round at a time the draft would be idle for two steps
+    of three, and the target, which has nothing else to do, for much of that time."""
     sim = simulate(90, speculation, draft_step=0.4, delay_s=lambda: 0.4 * TARGET_S)
     assert sim.draft_lane.busy_s > 0.6 * sim.now
 
@@ -118,7 +118,7 @@ def test_every_draft_is_of_use_or_wasted(speculation: dict[str, Any]) -> None:
 
 
 def test_what_is_committed_is_calibrated() -> None:
-    """A layer-parallel draft's KV of accepted drafts is approximate until it has been computed again."""
+    """In a layer-parallel draft, the KV of accepted drafts is approximate until it has been computed again."""
     sim = TimedSimulation(target=target_engine(), draft=draft_engine(90, lp_size=4), k=4, speculation=CACHED)
     message = submit("r", [1] * 9, max_tokens=200)
     sim.submit(message)
@@ -151,7 +151,7 @@ def test_any_timing_gives_the_plain_stream(seed: int, speculation: dict[str, Any
             lp_size=rng.choice([1, 4]),
             num_blocks=rng.choice([40, 400]),
             num_slots=rng.choice([4, 64]),
-            max_model_len=(90, 40, 20, 8)[seed % 4],  # a seq that outgrows the draft goes on without it
+            max_model_len=(90, 40, 20, 8)[seed % 4],  # a seq that outgrows the draft continues without it
         ),
         k=rng.randint(1, 6),
         speculation=speculation | {"adaptive": rng.random() < 0.5},
@@ -212,14 +212,14 @@ def test_a_request_switches_its_speculation_while_it_runs() -> None:
 
 
 def repetitive(seed: int) -> list[int]:
-    """A prompt that says the same thing over and over."""
+    """A prompt that repeats the same tokens over and over."""
     return [(7 * i + seed) % 40 for i in range(12)] * 4
 
 
 @pytest.mark.parametrize("pipeline", [Pipeline.SERIAL, Pipeline.CONTINUOUS])
 @pytest.mark.parametrize("method", [Method.SUFFIX, Method.HYBRID])
 def test_lookup_finds_what_was_said_before(method: Method, pipeline: Pipeline) -> None:
-    """The second of two equal requests is drafted from the first one's output, whatever the draft model is worth."""
+    """The second of two equal requests gets its drafts from the first one's output, however good the draft model is."""
     sim = TimedSimulation(
         target=target_engine(),
         draft=draft_engine(30),
@@ -241,7 +241,8 @@ def test_lookup_finds_what_was_said_before(method: Method, pipeline: Pipeline) -
 
 
 def test_a_token_that_the_draft_does_not_know_ends_its_drafts() -> None:
-    """The target's vocabulary may be the longer one: its padding can be drawn, or asked for by a bias."""
+    """The target's vocabulary may be longer than the draft's: a token of its padding can be drawn, or forced by a
+    bias."""
     engine = draft_engine(80)
     engine.model = FakeModel(agreement=80, vocab_size=39)
     sim = TimedSimulation(target=target_engine(), draft=engine, k=4, speculation=CACHED, looks_up=True)
@@ -255,7 +256,7 @@ def test_a_token_that_the_draft_does_not_know_ends_its_drafts() -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_branch_without_drafts_is_dropped(seed: int) -> None:
-    """Where a branch ends in logits that are not finite it must not be grown, nor take the place of the chain."""
+    """A branch that ends in non-finite logits must neither grow nor replace the chain."""
     message = submit("r", [1] * 9, seed=seed, max_tokens=120)
     truth = plain_tokens([1] * 9, seq_sampling(message), 120)
     engine = draft_engine(50)
@@ -269,7 +270,7 @@ def test_a_branch_without_drafts_is_dropped(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_branches_end_with_the_context(seed: int) -> None:
-    """No branch asks for more blocks than a seq of max_model_len has."""
+    """No branch takes more blocks than a seq of max_model_len has."""
     sim = TimedSimulation(
         target=FakeEngine(num_blocks=400, max_model_len=88),
         draft=draft_engine(60, max_model_len=88),
@@ -292,7 +293,7 @@ def test_branches_end_with_the_context(seed: int) -> None:
 def test_where_drafts_do_not_pay_rounds_are_queued_and_where_they_do_again_they_come_back(
     speculation: dict[str, Any],
 ) -> None:
-    """Many seqs keep the target computing, so that a draft costs what a token costs; then one is left."""
+    """With many seqs the target is bound by computation, so a draft costs as much as a token; then one seq is left."""
     sim = TimedSimulation(
         target=target_engine(),
         draft=draft_engine(80),
@@ -321,7 +322,7 @@ def test_where_drafts_do_not_pay_rounds_are_queued_and_where_they_do_again_they_
 
 
 def test_drafts_of_a_seat_that_is_gone_do_not_count_as_those_of_the_next() -> None:
-    """Serial: speculation goes off and on again while the seq's drafts are on their way."""
+    """Serial: speculation is switched off and on again while the seq's drafts are in flight."""
     sim = TimedSimulation(
         target=target_engine(),
         draft=draft_engine(60),
@@ -346,7 +347,7 @@ def test_drafts_of_a_seat_that_is_gone_do_not_count_as_those_of_the_next() -> No
 
 
 def test_nobody_waits_for_drafts_that_have_no_room() -> None:
-    """The draft engine holds a part of the seqs only: the target goes on without waiting for the others' drafts."""
+    """The draft engine has room for some of the seqs only: the target does not wait for drafts of the others."""
     sim = TimedSimulation(target=target_engine(), draft=draft_engine(90, num_blocks=60), k=8, speculation=CONTINUOUS)
     messages = [submit(f"r{i}", [i + 1] * 9, seed=i, max_tokens=100) for i in range(6)]
     for message in messages:
@@ -390,7 +391,8 @@ def test_a_request_gets_its_number_of_drafts_although_few_are_accepted() -> None
 
 
 def test_the_drafts_own_doubts_say_where_a_verdict_will_part_from_the_chain() -> None:
-    """Most drafts are safe and the draft knows it, the others are a coin's toss: branches leave from these."""
+    """The draft is sure of most of its drafts, and they are right; the others are a coin toss. Branches start at
+    these."""
     runs = []
     for knows_its_doubts in (True, False):
         engine = draft_engine(80)

@@ -1,4 +1,4 @@
-"""Placement: which rank goes where, and why one has no place."""
+"""Placement: which rank goes where, and the reason when a rank has no place."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ SCHEDULER = ControlProcess(id=ProcessId(role="scheduler"), node_id="n", address=
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
-    """A target of which one of four ranks needs a little over 1.5 GiB, and a small draft."""
+    """A small draft, and a target that needs a little over 1.5 GiB on each of four ranks."""
     target = write_model_folder(tmp_path / "target", hidden_size=4096, intermediate_size=16384, num_hidden_layers=12)
     return target, write_model_folder(tmp_path / "draft")
 
@@ -199,7 +199,7 @@ def test_a_draft_of_a_shorter_context_is_planned_for_it(tmp_path: Path) -> None:
 
 
 def test_the_least_gpu_for_colocated_engines_holds_a_longest_seq(tmp_path: Path) -> None:
-    """They divide its memory by tokens, so the draft's shorter context saves nothing."""
+    """Both get KV cache for the same number of tokens, so the draft's shorter context saves nothing."""
     target = write_model_folder(tmp_path / "target")
     short = write_model_folder(tmp_path / "draft", max_position_embeddings=96)
     settings = gpu_settings((target, short), 1, colocated=True)

@@ -1,4 +1,4 @@
-"""The speculation policy in simulated worlds whose best numbers are known."""
+"""The speculation policy in simulated worlds for which the best choice is known."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -20,12 +20,12 @@ def line(base_s: float, token_s: float) -> Law:
 
 
 def roofline(base_s: float, knee: int, token_s: float) -> Law:
-    """Bound by memory up to `knee` tokens."""
+    """Seconds of a round that is bound by memory up to `knee` tokens."""
     return lambda num_tokens: base_s + max(0, num_tokens - knee) * token_s
 
 
 def staircase(num_tokens: int) -> float:
-    """Captured shapes: powers of two."""
+    """Seconds of a round with graphs captured for powers of two."""
     return 0.010 * (1.0 + 0.15 * (num_tokens - 1).bit_length())
 
 
@@ -52,7 +52,7 @@ def new_policy(pipeline: str, **options: bool) -> SpeculationPolicy:
 
 
 def best_serial_rate(given: World, num_seqs: int) -> tuple[float, int]:
-    """Tokens a second with the best fixed number of drafts, 0 included, and that number."""
+    """Tokens per second with the best fixed number of drafts, which may be 0, and that number."""
 
     def rate(k: int) -> float:
         draft_s = given.step_s(2 * num_seqs) + (k - 1) * given.step_s(num_seqs) if k else 0.0
@@ -63,7 +63,7 @@ def best_serial_rate(given: World, num_seqs: int) -> tuple[float, int]:
 
 
 def best_continuous_rate(given: World) -> float:
-    """By brute force over drafts, window and hold."""
+    """The same for the continuous pipeline, by brute force over drafts, window and hold."""
     policies = [Fixed(num_drafts=0)]
     for k in (2, 3, 4, 6, 8):
         policies += [Fixed(num_drafts=k, window=w, num_held=h) for w in (k, 16) for h in (0, k // 2, k)]
@@ -135,7 +135,7 @@ def test_it_stops_when_drafts_become_bad(pipeline: str) -> None:
 
 @pytest.mark.parametrize("pipeline", ["serial", "continuous"])
 def test_load_that_comes_and_goes(pipeline: str) -> None:
-    """Speculation pays for one seq and costs sixteen."""
+    """Speculation pays with one seq and costs with sixteen."""
     given = World(
         verify_s=CPU,
         step_s=SMALL_DRAFT,
@@ -150,7 +150,7 @@ def test_load_that_comes_and_goes(pipeline: str) -> None:
 
 
 def shares_of(outcome: Outcome) -> list[tuple[float, float]]:
-    """Shares of the rounds at which 0.25, 0.75 and 0.85 of the tokens are committed."""
+    """The shares of the rounds after which 0.25, 0.75 and 0.85 of the tokens are committed."""
     total, num_rounds = outcome.num_tokens, len(outcome.rate_of)
     found = []
     for share in (0.25, 0.75, 0.85):
@@ -160,7 +160,7 @@ def shares_of(outcome: Outcome) -> list[tuple[float, float]]:
 
 
 def test_it_does_not_oscillate() -> None:
-    """Where speculation hardly pays, on and off are as good: changing costs."""
+    """Where speculation hardly pays, on and off are equally good, but each change costs."""
     given = world(CPU, BIG_DRAFT, 0.22)
     outcome = Simulation(given, new_policy("serial"), num_tokens=3000).serial()
     changes = sum(bool(a) != bool(b) for a, b in pairwise(outcome.verified))
@@ -174,7 +174,7 @@ def drafts(acceptance: float = 0.8, *, ready: int = 0, coming: int = 0, limit: i
 def taught(
     pipeline: str, *, verify_s: Law = CPU, step_s: Law = SMALL_DRAFT, adaptive: bool = True
 ) -> SpeculationPolicy:
-    """A policy that has seen every size."""
+    """A policy that has seen every batch size."""
     policy = new_policy(pipeline, adaptive=adaptive)
     for num_tokens in range(1, 65):
         for _ in range(4):
@@ -222,7 +222,7 @@ def test_prompts_in_the_round_are_not_kept_waiting() -> None:
 
 
 def test_compiling_kernels_is_not_what_a_draft_takes() -> None:
-    """The first rounds take seconds: that must not put the draft to sleep."""
+    """The first rounds take seconds because kernels compile: that must not switch drafting off."""
     policy = new_policy("serial")
     for run_s in (4.0, 2.0, *[CPU(1)] * 20):
         policy.observe_target(num_seqs=1, num_tokens=1, num_context=0, run_s=run_s)
@@ -267,7 +267,7 @@ def test_nobody_misses_a_round_while_a_request_gets_its_number() -> None:
 
 @pytest.mark.parametrize("pipeline", ["serial", "continuous"])
 def test_more_drafts_than_any_round_had_are_no_reason_to_fail(pipeline: str) -> None:
-    """Many requests ask for drafts of a number while rounds were small so far."""
+    """Many requests fix their number of drafts, while all rounds so far were small."""
     policy = new_policy(pipeline)
     for _ in range(10):
         policy.observe_target(num_seqs=20, num_tokens=20, num_context=100, run_s=0.1)
@@ -319,7 +319,7 @@ def test_a_draft_catches_up_only_where_that_will_be_made_up_for() -> None:
 
 
 def test_a_few_of_many_speculate_only_while_that_pays() -> None:
-    """The draft has caught up with one of eight: what it takes to draft for it saves nobody else time."""
+    """The draft has caught up with one seq of eight, so the time spent on its drafts saves nothing for the others."""
 
     def drafts_in_30_rounds(num_caught_up: int) -> int:
         policy = taught("serial", verify_s=line(0.100, 0.0002), step_s=line(0.012, 0.00002))
@@ -342,7 +342,7 @@ def test_a_window_is_bounded_as_configured() -> None:
 
 
 def test_probes_wait_for_their_cost_to_be_saved_up() -> None:
-    """The further behind the draft is, the less often it is asked to catch up."""
+    """The further behind the draft is, the less often a probe makes it catch up."""
 
     def num_probes(num_behind: int) -> int:
         policy = taught("serial", verify_s=COMPUTE)

@@ -1,4 +1,4 @@
-"""The speculation policy told anything at all: it answers, within the limits, and never raises."""
+"""The speculation policy with random input: it always answers, within the limits, and never raises."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Child processes: what they say arrives, and nothing of them stays. The children are small fakes."""
+"""Child processes: their events arrive, and nothing of them is left behind. The children are small fakes."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def start(tmp_path: Path, behaviour: str) -> ChildProcess:
 
 
 def events_of(child: ChildProcess, kind: str) -> ProcessEvent:
-    """Read on until an event of this kind."""
+    """Reads events until one of this kind comes."""
     while True:
         event = child.next_event(ANSWER_S)
         assert event is not None, f"{child.name} ended or stays silent; log: {child.stderr_tail()}"
@@ -99,7 +99,7 @@ def test_a_child_ends_when_its_parent_dies(tmp_path: Path) -> None:
 
 
 class Spawner:
-    """Starts fakes; `behaviours` by name, ready where none is given."""
+    """Starts fakes. `behaviours`: by name; the default is "ready"."""
 
     def __init__(self, tmp_path: Path, behaviours: dict[str, str] | None = None) -> None:
         self.children: list[ChildProcess] = []
@@ -159,7 +159,7 @@ def test_a_child_that_comes_up_during_the_stop_is_stopped_too(tmp_path: Path) ->
 
     def spawn(launch: Launch) -> Child:
         child = spawner(launch)
-        processes.stop(grace_s=1.0)  # by another thread, as it were, which has not seen this child yet
+        processes.stop(grace_s=1.0)  # as if by another thread, which has not seen this child yet
         return child
 
     processes = ProcessSet(spawn)
@@ -193,7 +193,7 @@ def test_a_process_that_dies_later_changes_the_deployments_state(tmp_path: Path,
 def test_threads_spin_only_on_cores_of_their_own(
     tmp_path: Path, to_stop: list[ProcessSet], compile_: str, waits: str
 ) -> None:
-    """Compiled kernels have threads too, which share the cores with torch's."""
+    """Compiled kernels have threads too, and those share the cores with torch's."""
     pinned = spec()
     pinned.cpu_ids.extend([0, 1])
     pinned.compile = compile_

@@ -1,4 +1,4 @@
-"""Whatever lies in tests/corpus/templates and tests/corpus/requests comes out as the file says."""
+"""Every case in tests/corpus/templates and tests/corpus/requests has the outcome that its file states."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def theirs() -> PreTrainedTokenizerBase:
 def test_a_conversation_becomes_what_transformers_makes_of_it(
     path: Path, tmp_path: Path, theirs: PreTrainedTokenizerBase
 ) -> None:
-    """All the way from the client's arguments to token ids."""
+    """This covers the whole way from the client's arguments to token ids."""
     case = json.loads(path.read_text())
     template = path.parent.with_suffix(".jinja").read_text(encoding="utf-8")
     options: GenerateOptions = {name: case[name] for name in _OPTIONS if name in case}  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Proxies that the environment names lead out of the machines: nothing of ours goes through them."""
+"""Our own connections never go through the proxies that the environment names."""
 
 import asyncio
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_others_may_be_behind_a_proxy(address: str) -> None:
 
 
 def test_the_variables_do_break_a_channel_that_heeds_them() -> None:
-    """Or the tests above would prove nothing."""
+    """Otherwise the tests above would prove nothing."""
     channel = grpc.insecure_channel("127.0.0.1:2")
     with pytest.raises(grpc.RpcError) as err:
         channel.unary_unary("/x/y")(b"", timeout=10)

@@ -1,4 +1,4 @@
-"""Requests that are read in processes of their own: the same result, and an end in every case."""
+"""Requests that are read in separate processes: the result is the same, and reading always ends."""
 
 import asyncio
 import os
@@ -51,7 +51,7 @@ def spec(tmp_path: Path) -> GatewaySpec:
 
 
 class Processes:
-    """Starts them for a lane, and knows them."""
+    """Starts processes for a lane and keeps track of them."""
 
     def __init__(self, spec: GatewaySpec, cpu_limit_s: float) -> None:
         self.spec = spec
@@ -122,7 +122,7 @@ async def test_a_process_that_died_while_idle_costs_no_request(spec: GatewaySpec
 
 
 class Played:
-    """A process that the test plays: it answers when it is told to."""
+    """A process played by the test: it answers when told to."""
 
     is_alive = True
 
@@ -183,7 +183,7 @@ async def test_who_left_is_not_waited_for(played: Played, lane: Lane) -> None:
 
 async def test_bytes_that_wait_are_limited(played: Played, lane: Lane) -> None:
     reading = asyncio.create_task(lane.read(b"x" * 60))
-    await played.asked.get()  # it waits no more
+    await played.asked.get()  # it has left the queue
     waiting = asyncio.create_task(lane.read(b"x" * 60))
     await asyncio.sleep(0)
     refused = await refusal(lane, b"x" * 60)

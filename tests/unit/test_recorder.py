@@ -1,4 +1,4 @@
-"""What a recording holds, and when it ends."""
+"""What a recording contains, and when it ends."""
 
 import asyncio
 from typing import Any
@@ -13,7 +13,7 @@ TARGET, DRAFT = ENGINE_ROLE_TARGET, ENGINE_ROLE_DRAFT
 
 
 class Bench:
-    """A recorder, a clock and what the core would say."""
+    """A recorder with a clock and a status as the core would give it."""
 
     def __init__(self, *, is_colocated: bool = False) -> None:
         self.status = scheduler_pb2.SchedulerStatus(verify_wait_seconds_total=7.0)
@@ -61,7 +61,7 @@ async def test_a_round_ends_the_wait_before_it() -> None:
     bench = Bench()
     recording = bench.recorder.start()
     bench.status.verify_wait_seconds_total += 50e-9
-    bench.status.draft_idle_seconds_total += 1.0  # since long before the recording
+    bench.status.draft_idle_seconds_total += 1.0  # the wait began long before the recording
     bench.send(TARGET, 1, at_ns=80)
     bench.send(DRAFT, 1, at_ns=100)
     bench.send(TARGET, 2, at_ns=120)

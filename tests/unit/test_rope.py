@@ -1,4 +1,4 @@
-"""Angles equal those of transformers for every scaling, and what cannot be computed is refused by name."""
+"""Angles equal those of transformers for every scaling, and an unsupported scaling is refused by name."""
 
 from typing import Any
 
@@ -66,7 +66,7 @@ def test_cos_and_sin_equal_transformers(name: str, theta: float) -> None:
 
 @pytest.mark.parametrize("name", [name for name in SCALINGS if name != "default"])
 def test_every_scaling_turns_differently(name: str) -> None:
-    """What guards the test above: no scaling is close to another or to none."""
+    """Guards the test above: no scaling comes close to another one or to none."""
     theta = {"rope_theta": 10_000.0}
     ours = our_cache({"rope_parameters": SCALINGS[name] | theta})
     for other, rope in SCALINGS.items():

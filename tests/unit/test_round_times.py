@@ -1,4 +1,4 @@
-"""What the scheduler takes for the time of a round."""
+"""Which time the scheduler attributes to a round."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from scheduler.engines.engine import EngineView
 
 
 class Rounds:
-    """Rounds without rows: only their times matter."""
+    """Sends rounds without rows: only their times matter."""
 
     def __init__(self) -> None:
         info = EngineInfo(num_slots=1, num_blocks=4, block_size=4, max_model_len=16, max_num_batched_tokens=16)
@@ -18,7 +18,7 @@ class Rounds:
         self._ids.append(self._engine.launch([], at_s).round_id)
 
     def answer(self, at_s: float, *, queue_s: float, run_s: float) -> float:
-        """The oldest round comes back -> what it took."""
+        """Answers the oldest round; returns its time."""
         result = RoundResult(round_id=self._ids.pop(0), queue_ns=round(queue_s * 1e9), run_ns=round(run_s * 1e9))
         return self._engine.land(result, at_s).wall_s
 
@@ -38,7 +38,7 @@ def test_behind_another_round_it_begins_with_the_answer_to_that() -> None:
 
 
 def test_a_round_of_another_engine_before_it_is_not_its_time() -> None:
-    """Target and draft in one process take turns."""
+    """Target and draft take turns in one process."""
     rounds = Rounds()
     rounds.send(1.0)
     assert rounds.answer(4.0, queue_s=2.75, run_s=0.125) == pytest.approx(0.25)

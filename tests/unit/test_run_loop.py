@@ -1,4 +1,4 @@
-"""The leader's loop, with engines that do nothing."""
+"""The leader's loop, run with engines that do nothing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,13 +17,13 @@ DRAFT = EngineRole.ENGINE_ROLE_DRAFT
 
 @dataclass
 class RecordingEngine:
-    """Writes down what it is asked to do; refuses round 13, breaks at round 66."""
+    """Records what it is asked to do; refuses round 13 and breaks at round 66."""
 
     role: EngineRole.ValueType
     record: list[str]
     loop: list[RunLoop] = field(default_factory=list)
     num_ranks: int = 1
-    behind: dict[int, list[int]] = field(default_factory=dict)  # rounds that were queued behind each
+    behind: dict[int, list[int]] = field(default_factory=dict)  # for each round, those that were queued behind it
 
     @property
     def info(self) -> EngineInfo:
@@ -80,7 +80,7 @@ class Fixture:
             self.loop.submit(Arrived(session, Round(round_id=round_id, incarnation=3), arrived_ns=0))
 
     def run(self) -> list[str]:
-        """All that was submitted; what the engines did after the first resets."""
+        """Runs everything that was submitted; returns what the engines did after the first resets."""
         self.arrive(self.draft, 99)
         self.loop.run()
         return self.record[2:-1]

@@ -35,7 +35,7 @@ def random_logits(num_rows: int, seed: int = 0) -> torch.Tensor:
 
 
 def drawn(logits: torch.Tensor, num_draws: int = 400, **settings: Any) -> set[int]:
-    """Tokens that come out of one row under many seeds."""
+    """Tokens drawn from one row with many seeds."""
     states = [state(VOCAB_SIZE, seed=seed, **settings) for seed in range(num_draws)]
     return set(sample_whole(logits.expand(num_draws, -1), states).token_ids.tolist())
 
@@ -83,7 +83,7 @@ def test_truncation_reaches_the_draw() -> None:
 
 
 def test_order_of_processors() -> None:
-    """Bias before top-k, mask before top-k, temperature before min-p."""
+    """Bias and mask come before top-k, temperature before min-p."""
     logits = torch.full((1, VOCAB_SIZE), -30.0)
     logits[0, [5, 6, 7]] = torch.tensor([2.0, 1.0, 0.0])
     assert drawn(logits, top_k=1, logit_bias={7: 5.0}) == {7}
@@ -108,7 +108,7 @@ def test_end_tokens_are_masked_until_min_tokens() -> None:
 
 
 def test_end_tokens_cost_nothing_behind_min_tokens() -> None:
-    """Every seq of a model with EOS has end tokens: their masks must not copy the logits of each step."""
+    """Every seq of a model with EOS has end tokens, so their masks must not copy the logits at each step."""
     settings: dict[str, Any] = {"min_tokens": 2, "suppressed_token_ids": [40]}
     assert rows_of([state(VOCAB_SIZE, output=[9], **settings)]).edits is not None
     assert rows_of([state(VOCAB_SIZE, output=[9, 9], **settings)]).edits is None
@@ -216,7 +216,7 @@ def test_shards_choose_what_the_whole_vocabulary_chooses(logits_kind: str, tp_si
 
 
 def test_shards_agree_where_candidates_do_not_cover() -> None:
-    """2 shards of 3000: a nucleus and a top-k far larger than what is exchanged at first."""
+    """2 shards of 3000 tokens: the nucleus and top-k are far larger than what is exchanged at first."""
     vocab_size = 6000
     settings: list[dict[str, Any]] = [{"top_p": 0.9}, {"top_k": 2500}, {"top_k": 2900, "top_p": 0.99}, {"top_p": 0.05}]
     states = [state(vocab_size, seed=row, **settings[row % 4]) for row in range(16)]
@@ -231,7 +231,8 @@ def test_shards_agree_where_candidates_do_not_cover() -> None:
 
 
 def test_a_nucleus_of_one_shard_is_not_filled_up_from_the_other() -> None:
-    """The candidates of both shards add up to the nucleus' mass, yet it lies in the first alone, beyond its share."""
+    """The candidates of both shards together reach the nucleus' mass, but all of the nucleus is in the first shard,
+    beyond its candidates."""
     logits = torch.full((20, 6000), -1.0)
     logits[:, :1000] = 0.0
     rows = rows_of([state(6000, seed=seed, top_p=0.22) for seed in range(20)])
@@ -272,7 +273,7 @@ def test_logits_are_left_as_they_are() -> None:
 
 
 def best_by_removal(logits: torch.Tensor, item: SeqSamplingState, num: int) -> list[int]:
-    """The tokens in order of choice: each time the chosen one is masked, after the same truncation."""
+    """The tokens in order of choice: after the same truncation, each chosen token is masked for the next choice."""
     rows = rows_of([item])
     processed = logits.clone()
     if rows.edits is not None:

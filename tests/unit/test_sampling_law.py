@@ -1,7 +1,7 @@
-"""The output's law is the target's and its tokens are those of plain decoding, whatever the drafter does.
+"""The output has the target's distribution, and its tokens are those of plain decoding, whatever the drafter does.
 
-Source of the rule: arXiv 2408.07978. Every property comes with engines that break it (negative controls): a test that
-does not tell them apart proves nothing.
+The rule is from arXiv 2408.07978. Every property comes with engines that break it (negative controls): a test that
+passes with those would prove nothing.
 """
 
 from collections.abc import Iterator
@@ -86,7 +86,7 @@ class DraftNoiseOffByOne(ToyEngine):
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Thousands of tiny operators: threads only wait for each other."""
+    """There are thousands of tiny operators: threads would only wait for each other."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -97,7 +97,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def p_value_of(engine: ToyEngine, num_seqs: int, settings: dict[str, Any], first_seed: int = 0) -> float:
-    """Of the engine's continuations of 3 tokens under the target's law."""
+    """The p-value of the engine's continuations of 3 tokens under the target's law."""
     tokens = engine.decode([PROMPT] * num_seqs, 3, repeat(settings), first_seed=first_seed)
     cells = tokens @ np.array([VOCAB_SIZE**2, VOCAB_SIZE, 1])
     counts = np.bincount(cells, minlength=VOCAB_SIZE**3)
@@ -108,7 +108,7 @@ def p_value_of(engine: ToyEngine, num_seqs: int, settings: dict[str, Any], first
 def test_law_is_the_targets(first_seed: int) -> None:
     engine = ToyEngine(TARGET, DRAFT, num_draft_tokens=2)
     assert p_value_of(engine, 30_000, {}, first_seed) > P_VALUE
-    assert 0.3 < engine.num_first_matches / engine.num_first_drafts < 0.95  # both verdicts were tried
+    assert 0.3 < engine.num_first_matches / engine.num_first_drafts < 0.95  # both outcomes occurred
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -117,7 +117,7 @@ def test_law_with_processors(name: str) -> None:
 
 
 def test_law_of_samples_of_one_request() -> None:
-    """n samples share a seed and differ in their index."""
+    """The samples of a request share a seed and differ in their index."""
     states = [state(VOCAB_SIZE, seed=7, sample_index=index) for index in range(4000)]
     token_ids = sample_whole(TARGET[PROMPT].expand(len(states), -1), states).token_ids
     counts = np.bincount(token_ids.numpy(), minlength=VOCAB_SIZE)
@@ -148,7 +148,7 @@ def test_law_tells_top_p_of_each_shard_apart() -> None:
 
 
 def test_law_cannot_see_draft_noise_off_by_one() -> None:
-    """Only slower: the acceptance test below must see it."""
+    """That mistake only lowers acceptance: the test of acceptance below must see it."""
     assert p_value_of(DraftNoiseOffByOne(TARGET, DRAFT, num_draft_tokens=2), FEW_SEQS, {}) > P_VALUE
 
 
@@ -183,7 +183,7 @@ def test_flat_vocabulary_is_drawn_evenly() -> None:
 PROMPTS = [(a, b) for a in range(VOCAB_SIZE) for b in range(VOCAB_SIZE)]
 DRAFTS = {"related": DRAFT, "unrelated": UNRELATED, "the target itself": TARGET, "contrary": -TARGET}
 STREAMS = {**SETTINGS, "greedy": {"temperature": 0.0}, "greedy penalties": {"temperature": 0.0, **PENALTIES}}
-# Seqs of all settings in one batch, in turn.
+# One batch with seqs of all settings in turn.
 MIXED_PROMPTS = [prompt for prompt in PROMPTS[::2] for _ in STREAMS]
 NUM_TOKENS = 10
 
@@ -235,7 +235,7 @@ COPIES = 60  # of every context
 
 
 def first_match_rate(engine: ToyEngine, copies: int) -> float:
-    """Share of first drafts that the target confirms, over all contexts of two tokens."""
+    """The share of first drafts that the target confirms, over all contexts of two tokens."""
     engine.decode(PROMPTS * copies, 1, repeat({}))
     assert engine.num_first_drafts == copies * len(PROMPTS)
     return engine.num_first_matches / engine.num_first_drafts
@@ -243,7 +243,7 @@ def first_match_rate(engine: ToyEngine, copies: int) -> float:
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.6, 1.0])
 def test_drafts_match_as_often_as_shared_noise_promises(share: float) -> None:
-    """Between the proven bound (1 - TV) / (1 + TV) and maximal coupling, 1 - TV."""
+    """The rate lies between the proven bound (1 - TV) / (1 + TV) and maximal coupling, 1 - TV."""
     draft = related_table(TARGET, UNRELATED, share)
     distance = (TARGET.softmax(dim=2) - draft.softmax(dim=2)).abs().sum(dim=2) / 2
     rate = first_match_rate(ToyEngine(TARGET, draft, num_draft_tokens=1), COPIES)

@@ -1,4 +1,4 @@
-"""Many rows are sampled in tiles, and the result is that of one tile."""
+"""Many rows are sampled in tiles, with the same result as in a single tile."""
 
 from collections.abc import Callable
 from itertools import accumulate
@@ -26,8 +26,8 @@ WEIGHT = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=torch.Generator().manual
 
 
 class Head:
-    """An output head that notes how many rows it was given. It computes row by row, so that products do not round
-    differently with the number of rows and everything else must be equal bit for bit."""
+    """An output head that records how many rows it gets. It computes them one by one, so that rounding does not depend
+    on the number of rows and results can be compared bit for bit."""
 
     def __init__(self, rank: int, num_ranks: int) -> None:
         shard_size = -(-VOCAB_SIZE // num_ranks)
@@ -67,7 +67,7 @@ def as_lists(sampled: SampledRows) -> list[Any]:
     assert sampled.alternatives is not None
     assert sampled.confidences is not None
     assert sampled.logprobs is not None
-    sound = ~sampled.non_finite  # alternatives and confidences of the others are void
+    sound = ~sampled.non_finite  # alternatives and confidences of the other rows mean nothing
     logprobs = [None if entry is None else entry.SerializeToString() for entry in sampled.logprobs]
     numbers = sampled.alternatives[sound].tolist(), sampled.confidences[sound].tolist()
     return [sampled.token_ids.tolist(), sampled.non_finite.tolist(), logprobs, *numbers]
@@ -112,7 +112,7 @@ def test_a_batch_within_one_tile_is_not_padded(num_rows: int) -> None:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """The most that tensors take at once during the call."""
+    """The most bytes that tensors take at once during the call."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     assert profile.profiler is not None
@@ -122,7 +122,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def test_a_round_of_any_size_stays_within_what_is_reserved() -> None:
-    """Truncation, penalties and log-probabilities in every row, which takes the most."""
+    """Every row asks for truncation, penalties and log-probabilities, which takes the most memory."""
     vocab_size, num_rows = 4096, 2304  # 256 seqs with 8 drafts each
     weight = torch.randn(vocab_size, HIDDEN_SIZE)
     head: Any = SimpleNamespace(

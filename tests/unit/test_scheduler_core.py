@@ -1,4 +1,4 @@
-"""What streams out of the scheduler is what plain decoding gives, whatever happens on the way."""
+"""Streams from the scheduler are those of plain decoding, whatever happens on the way."""
 
 import random
 from typing import Any
@@ -90,7 +90,7 @@ PIPELINES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("speculation", PIPELINES, ids=str)
 @pytest.mark.parametrize("seed", range(30))
 def test_any_schedule_gives_the_plain_stream(seed: int, speculation: dict[str, Any]) -> None:
-    """Chunks, prefix hits, preemption, draft lengths, lost drafts and cancels, in random order."""
+    """Chunks, prefix hits, preemption, draft lengths, lost drafts and cancels come in random order."""
     rng = random.Random(seed)
     sim = random_simulation(rng, speculation)
     messages = [random_submit(rng, i) for i in range(14)]
@@ -117,8 +117,8 @@ def test_any_schedule_gives_the_plain_stream(seed: int, speculation: dict[str, A
 def test_whoever_catches_up_with_a_prompt_is_waited_for_and_never_in_vain(
     seed: int, speculation: dict[str, Any]
 ) -> None:
-    """Serial: prompts that the draft computes in several rounds, while requests come, end and change their minds and
-    the draft is lost."""
+    """Serial: the draft computes prompts in several rounds, while requests come, end and change their settings, and the
+    draft is lost."""
     rng = random.Random(seed)
     sim = Simulation(
         target=FakeEngine(num_blocks=rng.choice([64, 400]), num_slots=8, max_model_len=160),
@@ -182,7 +182,7 @@ def test_a_thousand_cancels_leak_nothing() -> None:
     sim.assert_all_free()
     reasons = {f.reason for done in sim.completed.values() for f in done.finished}
     assert inference_pb2.FINISH_REASON_ABORT in reasons
-    # The slots are free as well: a full set of seqs runs at once.
+    # The slots are free too: as many seqs as fit run at once.
     for i in range(sim.target.num_slots):
         sim.submit(submit(f"last{i}", prompt(i, 4), max_tokens=8))
     sim.step()
@@ -206,7 +206,7 @@ def test_perfect_drafts_are_all_accepted_and_counted() -> None:
 
 
 def test_acceptance_is_that_of_the_draft_model() -> None:
-    """A draft engine whose history went wrong anywhere would hardly ever agree."""
+    """A draft engine with an error anywhere in its history would hardly ever agree."""
     sim = Simulation(draft=draft_engine(70), k=4)
     for i in range(30):
         sim.submit(submit(f"r{i}", prompt(i, 10), seed=i, max_tokens=60))
@@ -281,7 +281,7 @@ def test_the_first_token_does_not_wait_for_the_draft() -> None:
     assert sim.draft_rounds, "the draft engine starts on the prompt beside the target"
     while not sim.tokens:
         sim.plan()
-        sim.run_target_round()  # not one draft round is run
+        sim.run_target_round()  # no draft round runs
     sim.plan()
     assert sim.target_rounds, "the seq decodes on without drafts"
 
@@ -294,7 +294,7 @@ def test_one_drafting_round_serves_seqs_that_were_due_and_one_that_has_just_caug
     while not sim.core.status().draft_tokens_total:
         sim.step()
     sim.submit(messages[1])
-    num_drafting = 0  # rounds that drafted since the target last had one
+    num_drafting = 0  # drafting rounds since the last target round
     while sim.core.num_requests == 2:
         sim.plan()
         if sim.target_rounds:  # first the target's: the prompt is computed while the draft catches up with it
@@ -320,7 +320,7 @@ def test_two_rounds_are_in_flight_when_nobody_speculates() -> None:
 
 
 def test_rounds_in_flight_do_not_overrun_the_end() -> None:
-    """max_tokens is known beforehand: no row is sent for a token that nobody gets."""
+    """max_tokens is known in advance: no row is sent for a token that nobody gets."""
     sim = Simulation()
     sim.submit(submit("r", prompt(1, 9), max_tokens=3))
     sim.run()
@@ -401,7 +401,7 @@ def test_a_verdict_for_a_preempted_seq_commits_before_the_seq_comes_back() -> No
     sim.run_target_round()
     sim.plan()  # one round in flight, and no block for the younger one's next token
     assert (len(sim.target_rounds), sim.core.status().num_preemptions_total) == (1, 1)
-    sim.cancel("older")  # now there is room, but the verdict is still on its way
+    sim.cancel("older")  # now there is room, but the verdict is still in flight
     sim.plan()
     sim.run()
     sim.assert_plain(younger)
@@ -512,7 +512,7 @@ def test_stop_strings_end_inside_a_round(speculate: bool) -> None:
     finished = only_finish(sim, "r")
     assert (finished.reason, finished.stop_str) == (inference_pb2.FINISH_REASON_STOP, stop)
     assert sim.completed["r"].usage.completion_tokens == 8
-    # Rounds bring 1, 5 and 5 tokens; of the last one's accepted drafts two are left.
+    # Rounds bring 1, 5 and 5 tokens; the request ends before the last two accepted drafts of the third.
     assert sim.completed["r"].speculation.num_accepted_tokens == (6 if speculate else 0)
     sim.assert_all_free()
 

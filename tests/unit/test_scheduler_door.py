@@ -1,4 +1,4 @@
-"""What no gateway sends: the scheduler refuses it alone, and what runs beside it does not notice."""
+"""Messages that no gateway sends: the scheduler refuses only these, and requests beside them are not affected."""
 
 import math
 import random
@@ -21,7 +21,7 @@ from workers.engine.seq_state import Limits, SeqTable
 PROMPT = [5, 4, 3, 2, 1]
 VOCAB_SIZE, MAX_MODEL_LEN = 40, 128
 
-# Field by field: what a client of the scheduler's own port could put there, and what the refusal names.
+# For each field: what a client of the scheduler's port could put there, and what the refusal names.
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "prompt id": ({"prompt": [1, VOCAB_SIZE]}, "prompt_token_ids: token id 40 is outside the vocabulary of 40"),
     "largest id": ({"prompt": [2**32 - 1]}, "prompt_token_ids: token id 4294967295"),
@@ -62,7 +62,7 @@ def bad_submit(fields: dict[str, Any]) -> scheduler_pb2.Submit:
 
 
 def test_a_bad_submit_fails_alone() -> None:
-    """Between the rounds of a request that runs on to its end, and nothing of it is left."""
+    """It comes between the rounds of another request, which runs to its end, and leaves nothing behind."""
     sim = Simulation(draft=FakeEngine(role=2))
     other = submit("other", PROMPT, max_tokens=100)
     sim.submit(other)
@@ -81,7 +81,7 @@ def test_a_bad_submit_fails_alone() -> None:
 
 
 def worker_table() -> SeqTable:
-    """An empty worker of the size of the fake one."""
+    """The table of an empty worker, as large as the fake one's."""
     limits = Limits(
         num_slots=8,
         max_model_len=MAX_MODEL_LEN,
@@ -95,7 +95,7 @@ def worker_table() -> SeqTable:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_a_submit_says_it_is_served_or_refused(seed: int) -> None:
-    """And what is served, a worker takes."""
+    """A worker accepts the rounds of whatever is served."""
     rng = random.Random(seed)
     sim = Simulation(max_queue=1000)
     other = submit("other", PROMPT, max_tokens=120)

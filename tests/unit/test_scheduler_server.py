@@ -1,4 +1,4 @@
-"""The scheduler over gRPC, between a gateway played by the test and groups without models."""
+"""The scheduler over gRPC, between a gateway played by the test and worker groups without models."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ class Gateway:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self.stub = scheduler_pb2_grpc.SchedulerStub(channel)
         self.call: Any = self.stub.Connect()
-        self.waiting: deque[scheduler_pb2.SchedulerReply] = deque()  # received, not looked at
+        self.waiting: deque[scheduler_pb2.SchedulerReply] = deque()  # received, not read yet
         self.tokens: dict[str, list[int]] = {}
         self.text: dict[str, str] = {}
 
@@ -61,7 +61,7 @@ class Gateway:
         return reply
 
     async def end_of(self, request_id: str) -> scheduler_pb2.SchedulerReply:
-        """The last message of a request."""
+        """Waits for the last message of a request."""
         while True:
             reply = await self.next_reply()
             if reply.request_id == request_id and not reply.HasField("chunk"):
@@ -71,7 +71,7 @@ class Gateway:
         return await self.stub.GetSchedulerStatus(scheduler_pb2.GetSchedulerStatusRequest())
 
     async def until(self, condition: Callable[[scheduler_pb2.SchedulerStatus], bool]) -> None:
-        """Poll the status, as a supervisor does."""
+        """Polls the status, as a supervisor does."""
         async with asyncio.timeout(30):
             while not condition(await self.status()):
                 pass
@@ -254,7 +254,7 @@ async def test_a_recording_lasts_a_number_of_seconds(house: House, duration_s: f
 
 
 async def test_an_id_is_taken_until_its_end_has_been_delivered(house: House) -> None:
-    """Another gateway may send the same id in the very turn of the loop in which the first one cancels."""
+    """Another gateway may send the same id in the same pass of the event loop in which the first one cancels."""
     replica = house.server.replica
     house.target.pause()
     first, second = Outbox(), Outbox()
@@ -311,7 +311,7 @@ async def test_a_round_without_answer_counts_as_a_lost_group_until_one_is_answer
         end = await gateway.end_of(request_id)
         assert end.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
         assert "did not answer within 0.1 s" in end.error.message
-        # Connections are accepted all the time, but nobody would do a round.
+        # Connections are accepted throughout, but nobody runs a round.
         await gateway.until(lambda status: "does not answer" in status.not_ready_reason)
         assert (await gateway.status()).target_silent_s > 0
         house.target.resume()
@@ -348,7 +348,8 @@ async def test_an_idle_group_with_a_rank_that_is_gone_is_noticed(house: House, m
 
 
 async def test_a_draft_that_hangs_is_left_behind_and_catches_up(house: House) -> None:
-    """Its rounds were quick, so the target does not wait for one that is not; when it is back, it drafts again."""
+    """Its rounds were quick, so the target does not wait for a slow one; when the draft answers again, it drafts
+    again."""
     gateway = house.gateway()
     messages = {name: submit(name, PROMPT, max_tokens=60) for name in ("before", "meanwhile", "after")}
     for name, message in messages.items():
@@ -465,7 +466,7 @@ async def test_an_id_that_is_used_again_gets_an_answer_each_time() -> None:
 async def test_a_trace_holds_the_rounds_of_both_engines(house: House) -> None:
     gateway = house.gateway()
     call = gateway.stub.Trace(scheduler_pb2.TraceRequest(num_rounds=3))
-    await call.initial_metadata()  # it records
+    await call.initial_metadata()  # the recording has begun
     with pytest.raises(grpc.aio.AioRpcError, match="another recording runs") as refused:
         await gateway.stub.Trace(scheduler_pb2.TraceRequest()).read()
     assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
@@ -496,7 +497,7 @@ async def test_a_trace_ends_with_its_time_and_with_its_reader(house: House) -> N
 
 
 async def test_an_error_of_its_own_is_fatal(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scheduler that has lost its state must end, not go on answering."""
+    """A scheduler that has lost its state must end instead of answering."""
     gateway = house.gateway()
 
     def broken(core: SchedulerCore, now: float) -> None:

@@ -1,4 +1,4 @@
-"""Deployment files: what they resolve to, and errors that a person can act on."""
+"""Deployment files: what they resolve to, and errors that say what to do."""
 
 import dataclasses
 from pathlib import Path
@@ -133,7 +133,7 @@ def test_the_verdict_cache_is_for_a_pipeline_that_waits_for_verdicts(folder: Pat
 
 
 def layered(folder: Path, text: str) -> Settings:
-    """A draft of six layers with these keys."""
+    """A deployment with a draft of six layers and these keys."""
     if not (folder / "six").exists():
         write_model_folder(folder / "six", num_hidden_layers=6)
     return load_deployment(write(folder, HEAD + TARGET + f"draft: {{model: six, {text}}}\n" + CPU))
@@ -350,7 +350,7 @@ def test_an_editor_accepts_sizes_with_a_unit() -> None:
 
 
 def test_any_device_may_be_asked_for_batch_invariance(folder: Path) -> None:
-    """Whether it can keep it is found out by a probe where the model is."""
+    """A probe on the device that has the model finds out whether the promise can be kept."""
     for device in (CPU, "device: cuda\n"):
         assert load_deployment(write(folder, HEAD + TARGET + device + "batch_invariant: true\n")).batch_invariant
 
@@ -369,7 +369,7 @@ def test_any_device_may_be_asked_for_batch_invariance(folder: Path) -> None:
 def test_a_section_has_the_same_keys_all_the_way(
     section: type[schema.Section] | None, settings: Any, message: type[Message] | None
 ) -> None:
-    """A key that is added to the schema alone would be accepted and ignored."""
+    """A key that is added to the schema only would be accepted and ignored."""
     keys = {field.name for field in dataclasses.fields(settings)}
     if section is not None:
         read_by_the_schema = {"insecure"}  # a permission, which the schema itself checks

@@ -1,4 +1,4 @@
-"""The table of seqs, and the batches that are read from it."""
+"""The table of seqs, and the batches built from it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Where an output ends and which text it has, a token at a time."""
+"""Where an output ends and which text it has, token by token."""
 
 import pytest
 from hypothesis import given, settings
@@ -25,7 +25,7 @@ def output(*, stop: tuple[str, ...] = (), **rules: object) -> OutputText:
 
 
 def feed(out: OutputText, text: str) -> tuple[list[str], Finish | None]:
-    """Pieces as they become certain, and the end if there is one."""
+    """The pieces of text as they become certain, and the end if there is one."""
     pieces = []
     for token_id in ids(text):
         finish = out.push(token_id)
@@ -69,7 +69,7 @@ def test_text_of_the_first_min_tokens_is_no_stop_string() -> None:
     pieces, finish = feed(output(stop=("bc",), min_tokens=3), "abcabc")
     assert finish is not None
     assert "".join(pieces) == "abca"
-    # The first character is text of the first three tokens, so the string does not count.
+    # The first character belongs to the first three tokens, so the stop string does not count.
     assert feed(output(stop=("cd",), min_tokens=3), "abcde")[1] is None
 
 
@@ -88,7 +88,7 @@ def test_a_stop_token_at_the_length_limit_is_a_stop() -> None:
 
 
 def first_end(text: str, stops: list[str]) -> tuple[int, str] | None:
-    """Slowly: where the stop string that ends first ends, and the longest that ends there."""
+    """A slow reference: where the first stop string ends, and the longest of those that end there."""
     for end in range(1, len(text) + 1):
         found = [stop for stop in stops if stop and text[:end].endswith(stop)]
         if found:

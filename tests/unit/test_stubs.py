@@ -1,4 +1,4 @@
-"""The committed stubs say what protos/ says."""
+"""The committed stubs match protos/."""
 
 import importlib
 import re
@@ -13,7 +13,7 @@ PROTOS = sorted((ROOT / "protos").glob("*.proto"))
 
 
 def without_json_names(file: FileDescriptorProto) -> FileDescriptorProto:
-    """protoc writes the derived JSON names, a stub's descriptor leaves them out."""
+    """protoc writes derived JSON names; the descriptor of a stub leaves them out."""
 
     def clear(message: DescriptorProto) -> None:
         for field in message.field:

@@ -1,4 +1,4 @@
-"""Drafts from lookup: what is proposed, what is forgotten, and what is preferred."""
+"""Drafts from lookup: what is proposed, what is forgotten, and when they are preferred."""
 
 import pytest
 
@@ -70,7 +70,7 @@ def test_an_unlikely_draft_ends_the_proposal() -> None:
 
 
 def test_a_shorter_context_wins_where_it_is_surer() -> None:
-    # 9 1 2 was followed by 3 and 4 alike, and 5 follows either; 1 2 is mostly followed by 6 7.
+    # 9 1 2 was followed by 3 and by 4 equally often, then by 5; 1 2 is mostly followed by 6 7.
     texts = [[9, 1, 2, 3, 8, 8], [9, 1, 2, 4, 8, 8], *([[i, 1, 2, 6, 7, 7] for i in range(20, 40)])]
     proposal = SuffixDrafts(index_of(*texts), [9, 1, 2]).propose(8)
     assert proposal.token_ids == [6, 7]

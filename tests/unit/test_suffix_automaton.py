@@ -1,4 +1,4 @@
-"""The suffix automaton against searching the text."""
+"""The suffix automaton, compared with a plain search of the text."""
 
 from collections import Counter
 from random import Random
@@ -13,7 +13,7 @@ TEXTS = st.lists(st.integers(0, 2), max_size=60)
 
 
 def ends_of(text: list[int], context: list[int]) -> list[int]:
-    """Positions after every occurrence."""
+    """The position after each occurrence."""
     size = len(context)
     return [end for end in range(size, len(text) + 1) if text[end - size : end] == context]
 

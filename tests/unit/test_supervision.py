@@ -1,4 +1,4 @@
-"""What processes report decides what the deployment is."""
+"""The reports of the processes decide the state of the deployment."""
 
 import signal
 

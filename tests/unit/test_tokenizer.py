@@ -1,4 +1,4 @@
-"""A folder's tokeniser is the one that transformers makes of it, whatever its files spell out."""
+"""A folder's tokeniser equals the one that transformers builds from it, whichever files say what."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ FLAGS = st.fixed_dictionaries({flag: st.booleans() for flag in ("lstrip", "rstri
 
 @st.composite
 def side_files(draw: Callable[..., Any]) -> dict[str, Any]:
-    """tokenizer_config.json in which every token has one set of flags."""
+    """A tokenizer_config.json that gives all its tokens the same flags."""
     flags = {text: draw(FLAGS) for text in NEW_TOKENS}
     some_tokens = st.lists(st.sampled_from(NEW_TOKENS), unique=True, max_size=3)
     config: dict[str, Any] = {
@@ -62,7 +62,7 @@ def test_side_files_mean_what_they_mean_to_transformers(kind: str, config: dict[
 
 
 def test_tokens_of_tokenizer_config_alone(tmp_path: Path) -> None:
-    """They became about eight pieces each."""
+    """Without them, each became about eight pieces."""
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL_DIR / name, tmp_path)
     file = tmp_path / "tokenizer_config.json"

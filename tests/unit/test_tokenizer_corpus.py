@@ -1,4 +1,4 @@
-"""Every tokeniser and every pair of tests/corpus has the outcome that stands beside it."""
+"""Every tokeniser and pair in tests/corpus has the outcome that its case states."""
 
 import json
 import re
@@ -23,7 +23,7 @@ DEPLOYMENT = "apiVersion: echelon/v1\nkind: Deployment\nname: a\ndevice: cpu\nta
 
 
 def folder_of(name: str, path: Path) -> Path:
-    """A model with that tokeniser."""
+    """A model folder with that tokeniser."""
     write_model_folder(path)
     (path / "tokenizer.json").unlink()
     shutil.copytree(TOKENIZERS[name], path, dirs_exist_ok=True)
@@ -51,7 +51,7 @@ def test_streams_give_the_text_that_transformers_gives(name: str, skip: bool) ->
 
 
 def broken() -> Iterator[tuple[str, str]]:
-    """Names, and the roles in which they cannot be used."""
+    """Names of tokenisers, and the roles in which each cannot be used."""
     for name in tokenizers_that("error"):
         expected = read(TOKENIZERS[name] / "expected.json")
         yield from ((name, role) for role in ("target", "draft") if expected.get("role", role) == role)

@@ -1,4 +1,4 @@
-"""Spans of a round that asks for them."""
+"""The spans of rounds that ask for them."""
 
 import socket
 import threading
@@ -104,7 +104,7 @@ def test_nothing_is_recorded_unless_asked_for() -> None:
 
 @dataclass
 class SpanEngine:
-    """One of two ranks; a round is a step."""
+    """The engine of one of two ranks; each round is one step."""
 
     tracer: Tracer
     num_ranks: int = 2
@@ -141,7 +141,7 @@ class Session:
 
 
 def test_the_leader_reports_the_spans_of_all_ranks() -> None:
-    """In the round that asks for them, and in no other."""
+    """It reports them for the round that asks for them, and for no other."""
     ends = socket.socketpair()
     leader, follower = Leader([ends[0]], [], 10.0), Follower(ends[1], ends[1], 10.0)
     tracers = [Tracer(0), Tracer(1)]

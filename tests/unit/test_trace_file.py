@@ -24,7 +24,7 @@ def events_of(*events: TraceEvent) -> list[dict[str, Any]]:
 
 
 def lane_names(events: list[dict[str, Any]]) -> dict[tuple[int, int | None], str]:
-    """Names of processes, by (pid, None), and of threads, by (pid, tid)."""
+    """The names of processes by (pid, None), and of threads by (pid, tid)."""
     return {
         (event["pid"], event.get("tid")): event["args"]["name"]
         for event in events
@@ -52,7 +52,7 @@ def test_every_rank_has_its_lane() -> None:
         ("scheduler", "target rounds", "target round"): (100.0, 100.0),
         ("scheduler", "target rounds", "wait"): (20.0, 80.0),
         ("scheduler", "draft rounds", "draft round"): (150.0, 100.0),
-        ("target group", "rank 0", "verify"): (121.5, 20.0),  # began between 110 and 130
+        ("target group", "rank 0", "verify"): (121.5, 20.0),  # the round began between 110 and 130
         ("target group", "rank 1", "wait"): (122.0, 3.0),
         ("draft group", "rank 0", "draft"): (150.0, 100.0),
     }
@@ -74,7 +74,7 @@ def test_a_colocated_draft_is_in_the_targets_lane() -> None:
 
 
 def test_aligned_rounds_are_possible_and_never_overlap() -> None:
-    """Whatever the delays were: within the time on their way, one after the other."""
+    """Whatever the delays: each round lies between sending and answer, and rounds come one after the other."""
     rng = random.Random(1)
     for _ in range(200):
         rounds: list[TracedRound] = []

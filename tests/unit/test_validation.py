@@ -1,4 +1,4 @@
-"""What the gateway refuses, and what it makes of the rest."""
+"""What the gateway refuses, and how it resolves the rest."""
 
 import json
 from pathlib import Path
@@ -193,7 +193,7 @@ def test_every_setting_of_a_submit_is_resolved(validator: RequestValidator) -> N
         for name in SamplingParams.DESCRIPTOR.fields_by_name
         if name not in ("stop", "stop_token_ids", "logit_bias") and not submit.sampling.HasField(name)
     }
-    assert unset == {"prompt_logprobs"}  # unset is "not asked for"; logprobs 0 is "the chosen token's"
+    assert unset == {"prompt_logprobs"}  # unset: not asked for; logprobs 0: those of the chosen token
     assert submit.sampling.top_k == 0
     assert submit.sampling.max_tokens == 30
     assert submit.sampling.n == 1

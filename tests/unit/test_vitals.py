@@ -1,4 +1,4 @@
-"""What `status` says of live processes: whether they answer, and if not, since when."""
+"""What `status` says about live processes: whether they answer, and if not, since when."""
 
 import pytest
 

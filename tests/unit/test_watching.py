@@ -1,4 +1,4 @@
-"""What two looks at a replica's counters say."""
+"""What follows from two readings of a replica's counters."""
 
 from typing import Any
 

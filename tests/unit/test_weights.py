@@ -1,4 +1,4 @@
-"""Planner and workers mean the same tensors: those that a folder must hold, and the files that hold them."""
+"""Planner and workers agree on the tensors that a folder must hold and on the files that hold them."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ from workers.models.layer_parallel_decoder import LayerParallelLM
 
 
 class StandIn:
-    """A rank of a group that only builds layers."""
+    """A rank that only builds layers."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -42,7 +42,7 @@ def context(rank: int, size: int) -> BuildContext:
 
 
 def config_of(family: str) -> tuple[ModelConfig, dict[str, tuple[int, ...]]]:
-    """Our config of one of transformers' models, and the shapes that it saves."""
+    """Our config of a transformers model, and the shapes that the model saves."""
     with torch.device("meta"):
         model = FAMILIES[family]()
     raw = {**model.config.to_dict(), "architectures": [type(model).__name__]}
@@ -59,7 +59,7 @@ def test_a_folder_must_hold_what_transformers_saves(family: str) -> None:
 
 
 def planned(config: ModelConfig) -> ModelFolder:
-    """What the plan knows of a folder with that model, in fp32."""
+    """What the plan knows about a folder with that model, in fp32."""
     weights = {
         name: TensorInfo(file=Path(), shape=shape, dtype="F32", start=0, num_bytes=0)
         for name, shape in expected_tensors(config)
@@ -110,7 +110,7 @@ def test_files_that_nobody_loads_are_not_counted(tmp_path: Path) -> None:
 
 
 def test_a_single_file_wins_over_an_index(tmp_path: Path) -> None:
-    """As in transformers; the shards of an earlier download may be gone or stale."""
+    """As in transformers: the shards of an earlier download may be gone or stale."""
     folder = write_model_folder(tmp_path / "model")
     index = {"weight_map": dict.fromkeys(tensors_of(json.loads((folder / "config.json").read_text())), "stale-1.st")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
