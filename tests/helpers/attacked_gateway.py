@@ -1,4 +1,4 @@
-"""A gateway that attackers in another process call, before a scheduler that this process plays."""
+"""A gateway called by attackers in another process, with a scheduler that this process plays."""
 
 import asyncio
 import json
@@ -26,10 +26,10 @@ _INTERVAL_S = 0.01
 
 @dataclass
 class Report:
-    """What a well-behaved client felt, in seconds, and how the attackers' calls ended."""
+    """How long a well-behaved client had to wait, in seconds, and how the attackers' calls ended."""
 
-    pause_s: float = 0.0  # the longest of the gateway's event loop
-    busy_s: float = 0.0  # the most that the loop's thread computed before it came back
+    pause_s: float = 0.0  # the longest pause of the gateway's event loop
+    busy_s: float = 0.0  # the longest time that the loop's thread computed in one go
     health_s: float = 0.0  # the slowest health check
     chunk_s: float = 0.0  # the slowest chunk of a stream, from scheduler to client
     num_checks: int = 0
@@ -38,7 +38,7 @@ class Report:
 
 
 class AttackedGateway:
-    """`async with`: it serves. The scheduler answers nobody but the client whose waits are measured."""
+    """Serves inside `async with`. The scheduler answers only the client whose waits are measured."""
 
     def __init__(self, *, max_model_len: int) -> None:
         self._max_model_len = max_model_len
@@ -70,7 +70,7 @@ class AttackedGateway:
         await self._server.stop(grace=0)
 
     async def _wait_for_readers(self) -> None:
-        """A conversation and a long request are refused once the processes that read them have loaded."""
+        """Sends a conversation and a long request; each is refused once the process that reads it has loaded."""
         async with open_channel(self.address) as channel:
             generate = channel.unary_stream("/echelon.v1.Inference/Generate")
             for request in (b"\x22\x00", b"\x0a\x00" * 10_000):
@@ -90,7 +90,7 @@ class AttackedGateway:
         return dict(json.loads(out))
 
     async def observe(self, work: Awaitable[dict[str, int] | None]) -> Report:
-        """What is felt until `work` is done."""
+        """What the client observes until `work` is done."""
         report = Report()
         async with AsyncClient(self.address) as client, open_channel(self.address) as channel:
             stream = client.stream([5, 6], request_id="watched")

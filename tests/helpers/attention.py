@@ -1,4 +1,4 @@
-"""Seqs in a poisoned paged cache, and what attention over them must give."""
+"""Seqs in a poisoned paged cache, and the right results of attention over them."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 @dataclass(kw_only=True)
 class Case:
-    """Seqs, each (length, new tokens), in a cache that holds `poison` wherever no key of theirs is."""
+    """Seqs, each (length, new tokens), in a cache that holds `poison` wherever it holds none of their keys."""
 
     seqs: list[tuple[int, int]]
     heads: tuple[int, int] = (4, 2)
@@ -69,7 +69,7 @@ class Case:
 
     @property
     def softmax_scale(self) -> float:
-        return 0.7 * self.head_dim**-0.5  # not what SDPA would take by itself
+        return 0.7 * self.head_dim**-0.5  # not SDPA's default
 
     def run(self, *, batch_invariant: bool = False) -> Tensor:
         return paged_attention(
@@ -99,7 +99,7 @@ class Case:
         )
 
     def exact(self) -> tuple[Tensor, Tensor]:
-        """fp64, token by token, over exactly the keys that the token sees: no mask, no cache."""
+        """The result in fp64, token by token, over exactly the keys that the token sees: no mask, no cache."""
         results, sums = [torch.empty(0, self.heads[0], self.head_dim)], [torch.empty(0, self.heads[0])]
         for row, (length, new) in enumerate(self.seqs):
             for index in range(new):
@@ -115,7 +115,8 @@ class Case:
         return torch.cat(results).to(self.device), torch.cat(sums).to(self.device)
 
     def _seen(self, token: int, num_prefix: int, index: int) -> list[int]:
-        """The slots that new token `index` of its seq, `token` of the batch, sees. A path is read back as a chain."""
+        """The slots that a new token sees: number `index` of its seq, number `token` of the batch. A tree's path reads
+        as a chain."""
         path = list(range(index + 1))
         if self.ancestors is not None:
             word = int(self.ancestors[token])
@@ -125,7 +126,7 @@ class Case:
 
 
 def tree_words(parents: list[int | None]) -> list[int]:
-    """The word of ancestors of each node, as int64; a parent comes before its children."""
+    """The bit mask of the ancestors of each node, as int64; a parent comes before its children."""
     words: list[int] = []
     for node, parent in enumerate(parents):
         words.append(1 << node | (0 if parent is None else words[parent]))

@@ -1,4 +1,4 @@
-"""Seqs whose attention can be computed in any pieces and batches, with `batch_invariant`."""
+"""Seqs whose attention can be computed in any chunks and batches, with `batch_invariant`."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ BLOCK_SIZE = 16
 
 
 class Seqs:
-    """A few seqs with all their queries, keys and values. Any pieces of them can be computed in any batch."""
+    """A few seqs with all their queries, keys and values. Any chunks of them can be computed in any batch."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Seqs:
         self.k_cache, self.v_cache = torch.randn(2, len(order), BLOCK_SIZE, heads[1], head_dim).to(dtype)
 
     def attend(self, pieces: list[tuple[int, int, int]], sliding_window: int | None = None) -> list[Tensor]:
-        """Results of the tokens [start, end) of seq, for each piece (seq, start, end), computed in one call."""
+        """For each chunk (seq, start, end), the results of these tokens, all computed in one call."""
         sizes = [end - start for _, start, end in pieces]
         tensors = (
             torch.cat([self.q[seq][start:end] for seq, start, end in pieces]),

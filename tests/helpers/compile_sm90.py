@@ -1,6 +1,6 @@
-"""Compiles Triton kernels for an H100 on a machine that has none, so that what only a GPU would refuse shows here too.
+"""Compiles Triton kernels for an H100 on a machine without one, to find faults that otherwise only a GPU would show.
 
-Belongs to processes without TRITON_INTERPRET: with it there are no kernels to compile.
+Use it in processes without TRITON_INTERPRET: with it, there are no kernels to compile.
 """
 
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 SM90 = GPUTarget("cuda", 90, 32)
-SHARED_MEMORY_BYTES = 227 << 10  # what one program can have there; more fails at the launch
-DIVISIBLE = [["tt.divisibility", 16]]  # what a launch finds out about its arguments, and specialises on
+SHARED_MEMORY_BYTES = 227 << 10  # the most that one program can use; a launch with more fails
+DIVISIBLE = [["tt.divisibility", 16]]  # what a launch learns about its arguments and specialises on
 
 
 def compile_for_sm90(
-    kernel: Any,  # what @triton.jit made
+    kernel: Any,  # the result of @triton.jit
     signature: Mapping[str, str],
     constexprs: Mapping[str, object],
     num_warps: int = 4,

@@ -14,12 +14,12 @@ def read(path: Path) -> Any:
 
 
 def tokenizers_that(key: str) -> list[str]:
-    """Names of the tokenisers of which `key` is expected: "texts" or "error"."""
+    """Names of the tokenisers whose case has `key`: "texts" or "error"."""
     return [name for name, path in TOKENIZERS.items() if key in read(path / "expected.json")]
 
 
 def changed(content: Any, case: dict[str, Any]) -> Any:
-    """tokenizer.json of a pair's draft."""
+    """The tokenizer.json of a pair's draft."""
     for path in case["delete"]:
         place, key = _place(content, path)
         del place[key]

@@ -1,4 +1,4 @@
-"""Streams of many requests with all sampling settings and numbers of drafts, run at once by one deployment."""
+"""Streams of many requests with all sampling settings and numbers of drafts, served at once by one deployment."""
 
 import itertools
 from collections.abc import Iterable
@@ -79,7 +79,7 @@ def generate(
     speculation: SpeculationSettings,
     **settings: Any,
 ) -> Streams:
-    """One deployment, all requests at once."""
+    """Runs one deployment and sends it all requests at once."""
     streams = list(itertools.product(cases, num_drafts))
     wanted = local_settings(
         draft=draft,

@@ -1,4 +1,4 @@
-"""Engines of tiny random models in this process, and drafts of every quality."""
+"""Engines with tiny random models in this process, and drafts that are right to any degree."""
 
 import random
 import shutil
@@ -28,7 +28,7 @@ TARGET = EngineRole.ENGINE_ROLE_TARGET
 DRAFT = EngineRole.ENGINE_ROLE_DRAFT
 MAX_MODEL_LEN = 64
 KV_CACHE_BYTES = 1 << 20
-POISON = 100  # a token, see `poisoned_model`
+POISON = 100  # a token id, see `poisoned_model`
 
 
 def engine_spec(folder: Path, role: EngineRole.ValueType, **changes: object) -> EngineSpec:
@@ -54,7 +54,7 @@ def make_engine(folder: Path, role: EngineRole.ValueType, *, cohort: Cohort | No
 
 @dataclass(frozen=True, slots=True)
 class DraftParts:
-    """A draft engine with the parts that it was made of."""
+    """A draft engine and the parts that it was made from."""
 
     engine: DraftEngine
     runner: ModelRunner
@@ -62,7 +62,7 @@ class DraftParts:
 
 
 def assemble_draft(folder: Path, runner_class: type[ModelRunner] = ModelRunner, **settings: Any) -> DraftParts:
-    """What `make_engine` loads, around a runner of the test's own class."""
+    """Builds what `make_engine` loads, with a runner of the test's own class."""
     device = torch.device("cpu")
     info = make_engine(folder, DRAFT).info
     model = load_model(folder, dtype=torch.float32, device=device, group=SoloGroup(), max_model_len=MAX_MODEL_LEN)
@@ -97,7 +97,7 @@ def assemble_draft(folder: Path, runner_class: type[ModelRunner] = ModelRunner, 
 
 
 def poisoned_model(folder: Path, copy: Path) -> Path:
-    """A copy of a model folder whose model breaks when it reads POISON: logits after it are not finite."""
+    """A copy of a model folder whose model breaks at POISON: after it has read that token, logits are not finite."""
     shutil.copytree(folder, copy)
     weights = load_file(copy / "model.safetensors")
     weights["model.embed_tokens.weight"][POISON] = torch.nan
@@ -106,7 +106,7 @@ def poisoned_model(folder: Path, copy: Path) -> Path:
 
 
 def drive(engine: Engine) -> Driver:
-    """Rounds run in this process, as the server runs them."""
+    """A driver that runs rounds in this process, as the server does."""
 
     def send(round_):  # type: ignore[no-untyped-def]
         engine.check(round_)
@@ -116,7 +116,7 @@ def drive(engine: Engine) -> Driver:
 
 
 def guesses(rng: random.Random, truth: Sequence[int], num_drafts: int, vocab_size: int) -> list[int]:
-    """Drafts for the tokens `truth` that will follow, each right with probability 3/4."""
+    """Drafts for the tokens `truth`, which come next; each draft is right with probability 3/4."""
     return [
         token if token is not None and rng.random() < 0.75 else rng.randrange(vocab_size)
         for token in [*truth, *[None] * num_drafts][:num_drafts]
@@ -125,7 +125,7 @@ def guesses(rng: random.Random, truth: Sequence[int], num_drafts: int, vocab_siz
 
 def interleave(driver: Driver, seqs: Sequence[tuple[Seq, Sequence[int]]], rng: random.Random, num_tokens: int) -> None:
     """Takes all seqs to `num_tokens` of output in rounds that mix prefill chunks of any size, plain rows and rows with
-    0 to 4 drafts; `seqs` come with their true output, from which drafts are guessed."""
+    0 to 4 drafts. `seqs` come with their true output, from which the drafts are made."""
     while any(len(seq.output) < num_tokens for seq, _ in seqs):
         work = []
         for seq, truth in seqs:

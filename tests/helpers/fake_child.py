@@ -1,8 +1,8 @@
 """A process that speaks the child protocol and does nothing: `python -m tests.helpers.fake_child`.
 
-Its spec is a WorkerSpec; `FAKE_BEHAVIOUR` says how it fares:
-ready, fail (says why), die (exit 3 after a line on stderr), silent (never says anything), stubborn (ignores SIGTERM),
-noisy (prints lines that are no events), orphan (starts a grandchild that would outlive it).
+Its spec is a WorkerSpec. `FAKE_BEHAVIOUR` says what it does: ready, fail (says why), die (exits with 3 after a line on
+stderr), silent (never says anything), stubborn (ignores SIGTERM), noisy (prints lines that are no events), orphan
+(starts a grandchild that would outlive it).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A server that speaks inference.proto as the test tells it, for tests of the client and the CLI."""
+"""A server of inference.proto that does what the test says, for tests of the client and the CLI."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ def chunk(text: str, token_ids: list[int], **fields: Any) -> pb.GenerateResponse
 
 
 def complete(num_tokens: int, **finished: Any) -> pb.GenerateResponse:
-    """Half of the drafts accepted, two tokens a round, one second."""
+    """The end of a request that accepted half of its drafts, got two tokens per round and took one second."""
     message = pb.GenerateComplete(
         finished=[pb.Finished(**{"reason": pb.FINISH_REASON_LENGTH, "num_tokens": num_tokens, **finished})],
         usage=pb.Usage(prompt_tokens=4, completion_tokens=num_tokens, cached_prompt_tokens=1),
@@ -94,12 +94,12 @@ class FakeGateway(inference_pb2_grpc.InferenceServicer):
 
 @dataclass
 class FakeControl(control_pb2_grpc.ControlServicer):
-    """`statuses` are given out one after the other, the last one again and again."""
+    """Returns the `statuses` one after the other, then the last one again and again."""
 
     statuses: list[control_pb2.GetReplicasResponse] = field(default_factory=list)
     events: list[scheduler_pb2.TraceEvent] = field(default_factory=list)
     traces: list[control_pb2.ReplicaTraceRequest] = field(default_factory=list)
-    lost: bool = False  # the connection, after the last event
+    lost: bool = False  # the connection breaks after the last event
 
     def GetReplicas(self, request: Any, context: grpc.ServicerContext) -> control_pb2.GetReplicasResponse:
         return self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]

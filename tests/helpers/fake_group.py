@@ -1,8 +1,8 @@
-"""A worker group without a model: speaks worker.proto to the letter and refuses whatever breaks it.
+"""A worker group without a model: it follows worker.proto exactly and refuses whatever breaks it.
 
-The next token is a pure function of everything before it, of the seed and of the sample index, and it is read from the
-simulated KV cache: a block that is freed, shared or reused too early changes the tokens. `plain_tokens` computes the
-same without any of this, so a stream is right exactly when it equals that.
+The next token is a pure function of everything before it, of the seed and of the sample index. The history comes from
+the simulated KV cache, so a block that is freed, shared or reused too early changes the tokens. `plain_tokens` computes
+the same without cache and rounds, so a stream is right exactly when it equals that.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -22,16 +22,16 @@ def _mix(state: int, value: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FakeModel:
-    """Chooses tokens below `vocab_size`. `agreement` is how often, of 100, it chooses what the target does."""
+    """Chooses tokens below `vocab_size`. `agreement`: how many of 100 choices equal the target's."""
 
     vocab_size: int = 40
     agreement: int = 100
-    bad_prefix: tuple[int, ...] | None = None  # histories that end so give non-finite logits
-    foresight: int = 70  # how often, of 100, the target's token is the draft's second choice where it is not the first
-    knows_its_doubts: bool = False  # it is sure of three choices in four that are right
+    bad_prefix: tuple[int, ...] | None = None  # a history that ends with these tokens gives non-finite logits
+    foresight: int = 70  # of 100 tokens that are not its first choice: how many are its second
+    knows_its_doubts: bool = False  # it is sure of three in four of its right choices
 
     def choose(self, prefix: int, sampling: sampling_pb2.SeqSampling, num_outputs: int) -> int:
-        """prefix: hash of the history."""
+        """The next token. prefix: a hash of the history."""
         noise = _mix(_mix(prefix, sampling.seed), sampling.sample_index)
         if _mix(noise, 77) % 100 >= self.agreement:
             noise += 1
@@ -54,7 +54,7 @@ class FakeModel:
         return 0.99 if is_right and _mix(noise, 99) % 4 else 0.5
 
     def runners_up(self, chosen: int, prefix: int, sampling: sampling_pb2.SeqSampling, count: int) -> list[int]:
-        """What this draft would have chosen next: a wrong choice is one above the right one."""
+        """What this draft would have chosen next. A wrong choice is the right one plus one."""
         offset = 1 if _mix(_mix(prefix, sampling.seed), 5) % 100 < self.foresight else 2
         return [(chosen - offset - i) % self.vocab_size for i in range(count)]
 
@@ -62,7 +62,7 @@ class FakeModel:
 def plain_tokens(
     prompt: Sequence[int], sampling: sampling_pb2.SeqSampling, count: int, model: FakeModel | None = None
 ) -> list[int]:
-    """What plain decoding gives: `count` tokens, whatever stops them later."""
+    """`count` tokens as plain decoding gives them, before any stop condition."""
     model = model or FakeModel()
     prefix = 0
     for token_id in prompt:
@@ -81,14 +81,14 @@ class _Slot:
     num_computed: int
     blocks: list[int]
     sampling: sampling_pb2.SeqSampling
-    num_exact: int = 0  # leading tokens whose KV is that of the exact model
-    num_given: int = 0  # tokens that came from the scheduler; drafts of this engine follow them
-    fell_short: bool = False  # the chain ended before all drafts that were ordered
+    num_exact: int = 0  # leading tokens with the exact model's KV
+    num_given: int = 0  # leading tokens that came from the scheduler; this engine's drafts follow them
+    fell_short: bool = False  # the chain ended before all ordered drafts were written
 
 
 @dataclass(slots=True, kw_only=True)
 class FakeEngine:
-    """One engine. `run` does rounds in the order in which they come."""
+    """One engine. `run` runs rounds in the order in which they come."""
 
     role: "worker_pb2.EngineRole.ValueType" = worker_pb2.ENGINE_ROLE_TARGET
     model: FakeModel = field(default_factory=FakeModel)
@@ -99,15 +99,15 @@ class FakeEngine:
     max_num_batched_tokens: int = 64
     incarnation: int = 1
     lp_size: int = 1  # > 1: drafts leave approximate KV
-    # Time of a round in ns, from its number of tokens.
+    # The time of a round in ns, by its number of tokens.
     run_ns: Callable[[int], int] = lambda num_tokens: 1_000_000 + 1_000 * num_tokens
-    slots: dict[int, _Slot | None] = field(default_factory=dict)  # None: a void branch
+    slots: dict[int, _Slot | None] = field(default_factory=dict)  # None: a branch that could not be made
     num_rounds: int = 0
-    num_tokens: int = 0  # that went through the model
-    _kv: dict[tuple[int, int], int] = field(default_factory=dict)  # (block, offset) -> hash of the prefix to there
+    num_tokens: int = 0  # tokens that went through the model
+    _kv: dict[tuple[int, int], int] = field(default_factory=dict)  # (block, offset) -> hash of the prefix up to it
     _approximate: set[tuple[int, int]] = field(default_factory=set)  # places whose KV is approximate
     num_overtaken: int = 0  # rows
-    _overtaken: set[tuple[int, int]] = field(default_factory=set)  # (round_id, slot) of these
+    _overtaken: set[tuple[int, int]] = field(default_factory=set)  # (round_id, slot) of those rows
     _last_round_id: int = -1
     tiers: FakeTiers | None = None
     _reading: list[int] = field(default_factory=list)  # blocks that moves in flight read
@@ -169,7 +169,7 @@ class FakeEngine:
         return result
 
     def reset(self) -> None:
-        """A new stream: all slots are free."""
+        """Starts a new stream: all slots are free."""
         self.slots.clear()
         self._overtaken.clear()
         self._reading.clear()
@@ -179,7 +179,8 @@ class FakeEngine:
         self._last_round_id = -1
 
     def overtake(self, message: worker_pb2.Round, behind: Iterable[worker_pb2.Round]) -> None:
-        """The round is about to run and these have arrived: what they make useless is not computed."""
+        """Called when the round is about to run and these have arrived behind it. What they make useless is not
+        computed."""
         if self.role != worker_pb2.ENGINE_ROLE_DRAFT:
             return
         for row in message.rows:
@@ -338,7 +339,8 @@ class FakeEngine:
         return bad is not None and tuple(slot.history[-len(bad) :]) == bad
 
     def _compute(self, slot: _Slot, count: int, *, approximately: bool = False) -> int:
-        """KV of the next `count` tokens of the history -> hash of the prefix to the last of them."""
+        """Computes KV of the next `count` tokens of the history. Returns the hash of the prefix that ends with the
+        last."""
         prefix = 0
         for position in range(slot.num_computed):
             prefix = _mix(prefix, slot.history[position])
@@ -400,7 +402,7 @@ class FakeEngine:
     def _end_chain(self, slot: _Slot, result: worker_pb2.RowResult) -> None:
         slot.fell_short = True
         result.non_finite = not result.token_ids
-        if result.token_ids:  # of drafts in an answer the last one has no KV
+        if result.token_ids:  # the last draft of an answer has no KV
             slot.num_computed -= 1
             slot.num_exact = min(slot.num_exact, slot.num_computed)
 

@@ -12,14 +12,14 @@ from tests.helpers.fake_group import FakeEngine
 
 
 class FakeGroupServer(worker_pb2_grpc.WorkerServicer):
-    """One group of one or two engines. `pause` keeps rounds unanswered; `drop_streams` breaks every stream."""
+    """One group with one or two engines. `pause` leaves rounds unanswered; `drop_streams` breaks every stream."""
 
     def __init__(self, *engines: FakeEngine, version: str = "test") -> None:
         self.engines = {engine.role: engine for engine in engines}
         self.version = version
         self.is_there = True  # False: like a stopped process, it keeps its connections and says nothing
         self.silent_s = 0.0  # for how long rank 1 has not answered its leader
-        self.num_streams = 0  # that were opened
+        self.num_streams = 0  # opened so far
         self.shift_round_ids = 0  # makes the group answer rounds that nobody sent
         self._resumed = asyncio.Event()
         self._resumed.set()

@@ -16,10 +16,10 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
     def __init__(self) -> None:
         self.received: asyncio.Queue[scheduler_pb2.SchedulerRequest] = asyncio.Queue()
         self.answers = True  # False: like a stopped process, it keeps its connections and says nothing
-        self.asked = asyncio.Semaphore(0)  # for the status, while it says nothing
+        self.asked = asyncio.Semaphore(0)  # status questions that came while it said nothing
         self.ready = True
         self.not_ready_reason = ""
-        self.status = scheduler_pb2.SchedulerStatus()  # counters, beside the two above
+        self.status = scheduler_pb2.SchedulerStatus()  # counters, in addition to the two above
         self.trace: list[scheduler_pb2.TraceEvent] | None = []  # None: refuses to record
         self.traces_asked: list[scheduler_pb2.TraceRequest] = []
         self.streams_opened = asyncio.Semaphore(0)
@@ -67,7 +67,7 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
         return request.cancel.request_id
 
     async def wait_for_cancel(self, request_id: str) -> None:
-        """Passes over everything else."""
+        """Waits for a cancel and skips everything else."""
         while (await self.received.get()).cancel.request_id != request_id:
             pass
 

@@ -1,4 +1,4 @@
-"""The cases of tests/corpus/model_folders and tests/corpus/deployments, as folders on a disk."""
+"""The cases of tests/corpus/model_folders and tests/corpus/deployments, as folders on disk."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ _DEPLOYMENT: dict[str, Any] = {
 
 
 def write_folder_case(case: dict[str, Any], root: Path) -> Path:
-    """A valid target, and a draft where the case has one, each with its changes -> the deployment file."""
+    """Writes a valid target, and a draft if the case has one, each with its changes. Returns the deployment file."""
     shape = {"weights": case.get("weights", "BF16"), "num_shards": case.get("num_shards", 1)}
     target = write_valid_folder(root / "target", case.get("family", "llama"), **shape)
     for name, changes in case["files"].items():
@@ -40,7 +40,8 @@ def write_folder_case(case: dict[str, Any], root: Path) -> Path:
 
 
 def write_deployment_case(name: str, root: Path) -> tuple[Path, dict[str, Any]]:
-    """The file beside the models `target` and `draft` and a link `loop` to itself -> it, and what is expected."""
+    """Writes the file beside the models `target` and `draft` and a link `loop` to itself. Returns it and the expected
+    outcome."""
     write_valid_folder(root / "target", "llama")
     write_valid_folder(root / "draft", "llama")
     (root / "loop").symlink_to("loop")
@@ -49,7 +50,7 @@ def write_deployment_case(name: str, root: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def change(content: Any, changes: dict[str, Any]) -> Any:
-    """`delete` takes paths like a/b/c out, `set` puts values there."""
+    """`delete` removes paths like a/b/c, `set` puts values there."""
     for path in changes.get("delete", []):
         place, key = _place(content, path)
         del place[key]

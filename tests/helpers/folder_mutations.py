@@ -1,4 +1,4 @@
-"""Damage for model folders and deployment files: what downloads, hands and other programs do to them, and what none
+"""Damage to model folders and deployment files: what downloads, people and other programs do to them, and what none
 would. Every choice is drawn from the random generator that is passed in."""
 
 import copy
@@ -128,7 +128,7 @@ _TEXTS = [
 
 
 def mutate_folder(folder: Path, rng: random.Random) -> str:
-    """Changes one thing; returns what, for a report."""
+    """Changes one thing; returns a description for the report."""
     file = rng.choice(sorted(path for path in folder.iterdir()))
     if file.is_dir():
         return "nothing"
@@ -139,7 +139,7 @@ def mutate_folder(folder: Path, rng: random.Random) -> str:
     try:
         content = json.loads(file.read_text())
     except (ValueError, RecursionError):
-        return f"{file.name}: {_mutate_file(file, rng)}"  # an earlier change has left no JSON
+        return f"{file.name}: {_mutate_file(file, rng)}"  # after an earlier change it is not JSON any more
     said, content = _mutate_json(content, _keys_of(file), rng)
     file.write_text(json.dumps(content))
     return f"{file.name}: {said}"
@@ -283,7 +283,7 @@ def _edit_entry(name: str, header: dict[str, Any], rng: random.Random) -> str:
 
 
 def _lay_out(header: dict[str, Any]) -> None:
-    """Offsets that fit shapes and types, as a program that writes the format would write them."""
+    """Offsets that fit shapes and types, as a writer of the format would set them."""
     sizes = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "F64": 8, "F8_E4M3": 1}
     end = 0
     for name, entry in header.items():
@@ -301,7 +301,7 @@ def _lay_out(header: dict[str, Any]) -> None:
 
 
 def _data_for(header: dict[str, Any], data: bytes) -> bytes:
-    """As many bytes as the offsets ask for, within reason."""
+    """As many bytes as the offsets need, up to a limit."""
     ends = [0]
     for entry in header.values():
         offsets = entry.get("data_offsets") if isinstance(entry, dict) else None

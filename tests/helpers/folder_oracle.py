@@ -1,4 +1,4 @@
-"""What comes of a deployment: the plan's answer, and whether its processes can then load what they are told."""
+"""The outcome of a deployment: the plan's answer, and whether its processes can then load what they are told."""
 
 import re
 import traceback
@@ -32,9 +32,9 @@ MACHINE = Inventory(
     head_node_id="n",
 )
 _MODELS = ("target.model", "draft.model")
-# A file, or what is wrong with the path itself.
+# A problem names a file, or what is wrong with the path itself.
 _WHERE = re.compile(r"\.(json|jinja|safetensors)\b|folder|path|opened|user|circle|must be|is missing|its tokeniser")
-_MOST_CHARS = 1500  # of a problem: a person is to read it
+_MOST_CHARS = 1500  # the longest problem that a person would read
 
 
 class Kind(StrEnum):
@@ -52,14 +52,14 @@ class Outcome:
 
 
 class _Rank(SoloGroup):
-    """One of several that never compute together."""
+    """One of several ranks that never compute together."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
 
 
 class _Alone(Cohort):
-    """A rank that loads by itself what it would load among the others; `board` takes what they publish."""
+    """A rank that loads alone what it would load among others; `board` takes what they publish."""
 
     def __init__(self, rank: int, world_size: int, board: dict[str, str]) -> None:
         super().__init__(rank, world_size, None)
@@ -76,7 +76,7 @@ class _Alone(Cohort):
 
 
 def outcome_of(file: Path) -> Outcome:
-    """FAULT: what a user must never see, with the reason."""
+    """The outcome. FAULT, with the reason, stands for what a user must never see."""
     try:
         settings = load_deployment(file)
         plan = make_plan(settings, MACHINE)
@@ -89,7 +89,7 @@ def outcome_of(file: Path) -> Outcome:
     try:
         _load(settings, plan)
     except SpecError as err:
-        if str(err).startswith("batch_invariant: "):  # what a machine can do is not in a file
+        if str(err).startswith("batch_invariant: "):  # no file says what a machine can do
             return Outcome(Kind.NO_PLACE, str(err))
         return Outcome(Kind.FAULT, f"the plan accepts what a process refuses: {err}")
     except Exception:  # noqa: BLE001
@@ -113,7 +113,7 @@ def _judge(error: ConfigError) -> Outcome:
 
 
 def _load(settings: Settings, plan: Plan) -> None:
-    """Everything that the processes of a deployment read before they are ready."""
+    """Loads everything that the processes of a deployment read before they are ready."""
     for bundles in (plan.group("target"), plan.group("draft")):
         board: dict[str, str] = {}
         for spec in worker_specs(settings, bundles, 1):

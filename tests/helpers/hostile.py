@@ -1,4 +1,4 @@
-"""What an attacker, a port scanner or another version might send to a port."""
+"""What an attacker, a port scanner or another version of Echelon might send to a port."""
 
 import contextlib
 import random
@@ -22,20 +22,20 @@ _METHODS = {
     "/grpc.health.v1.Health/Watch": None,
     "/no.such.Service/Method": None,
 }
-_CALL_S = 0.3  # some calls go on for ever, which is their right
+_CALL_S = 0.3  # some calls never end, and may do so
 _CONNECT_S = 30.0
 
 
 def knock(address: tuple[str, int], rng: random.Random) -> socket.socket:
-    """A connection that has said something wrong, or nothing."""
+    """Opens a connection that sends something wrong, or nothing."""
     connection = socket.create_connection(address, timeout=_CONNECT_S)
-    with contextlib.suppress(OSError):  # closed while it spoke
+    with contextlib.suppress(OSError):  # closed while it sent
         connection.sendall(_noise(rng))
     return connection
 
 
 def garbled_call(channel: grpc.Channel, rng: random.Random) -> grpc.StatusCode:
-    """A call with messages that cannot be read, or that can and are senseless. How it ended."""
+    """Makes a call whose messages cannot be parsed, or can be parsed but make no sense. Returns how it ended."""
     method, kind = rng.choice(list(_METHODS.items()))
     messages = []
     for _ in range(rng.randint(0, 3)):
@@ -72,7 +72,7 @@ def _noise(rng: random.Random) -> bytes:
 
 
 def _frame(rng: random.Random) -> bytes:
-    """Of HTTP/2, of any type and for any stream."""
+    """A frame of HTTP/2 of any type, for any stream."""
     num_bytes = rng.choice([0, 4, 8, 100, 16384])
     head = struct.pack(">I", num_bytes)[1:] + bytes([rng.randrange(12), rng.randrange(256)])
     return head + struct.pack(">I", rng.choice([0, 1, 3, 2**31 - 1])) + rng.randbytes(num_bytes)

@@ -1,4 +1,5 @@
-"""What clients may do to a gateway, besides what `tests/helpers/hostile.py` does to any port. All of it is seeded."""
+"""What clients may do to a gateway, in addition to what `tests/helpers/hostile.py` does to any port. Everything is
+seeded."""
 
 import random
 from collections.abc import Callable
@@ -10,7 +11,7 @@ _LARGE: tuple[Callable[[int], bytes], ...] = (
     lambda size: pb.GenerateRequest(text="def f(x): return x + 1\n" * (size // 23)).SerializeToString(),
     lambda size: pb.GenerateRequest(text=" " * size).SerializeToString(),
     lambda size: pb.GenerateRequest(text="x" * size).SerializeToString(),
-    lambda size: pb.GenerateRequest(text="\ufdfa" * (size // 3)).SerializeToString(),  # 18 characters, once normalised
+    lambda size: pb.GenerateRequest(text="\ufdfa" * (size // 3)).SerializeToString(),  # normalised to 18 characters
     lambda size: pb.GenerateRequest(token_ids=pb.TokenIds(ids=bytes(size))).SerializeToString(),
     lambda size: pb.GenerateRequest(
         chat=pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="x " * (size // 2))])
@@ -34,12 +35,12 @@ HTTP_ATTACKS = (
 
 
 def large_requests(max_bytes: int) -> list[bytes]:
-    """About the most that a message may hold, in each of its forms."""
+    """Requests with about the most that a message may hold, one for each of its forms."""
     return [make(max_bytes - 64) for make in _LARGE]
 
 
 def odd_request(rng: random.Random) -> bytes:
-    """Well-formed and senseless; or damaged; or no message at all."""
+    """A message that is well-formed but makes no sense, or is damaged, or is not a message at all."""
     request = pb.GenerateRequest()
     scramble(rng, request, rng.choice([0.1, 0.5, 0.9]))
     data = bytearray(request.SerializeToString())

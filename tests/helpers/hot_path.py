@@ -1,15 +1,15 @@
-"""The rounds of a target that have to be fast: a prompt, a step of decoding, a verification."""
+"""The rounds of a target that must be fast: a prompt, a decoding step, a verification."""
 
 from collections.abc import Callable, Sequence
 
 from tests.helpers.rounds import Driver, greedy, seeded
 
-# One seq of each kind. Penalties, bias and logprobs are left out: a request that asks for them may cost more.
+# One seq of each kind, without penalties, bias and logprobs: a request that asks for those may cost more.
 KINDS = (greedy(), seeded(), seeded(top_k=40, top_p=0.9, min_p=0.01))
 
 
 def hot_rounds(driver: Driver, prompt: Sequence[int], *, first_slot: int = 0) -> dict[str, Callable[[], object]]:
-    """To be run in this order."""
+    """The rounds, in the order in which to run them."""
     seqs = [driver.start(first_slot + number, prompt, sampling) for number, sampling in enumerate(KINDS)]
 
     def round_of(drafts: Sequence[int]) -> Callable[[], object]:

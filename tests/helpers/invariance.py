@@ -1,5 +1,5 @@
-"""Counts the rows of a model whose bits depend on how their seqs were fed. Imports no transformers, so that ranks
-start in no time."""
+"""Counts the rows of a model whose bits depend on how their seqs were fed. Does not import transformers, so that ranks
+start quickly."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +16,8 @@ from workers.models import CausalLM, load_model
 
 DTYPE = torch.bfloat16
 
-# What a forward computes of each seq: so many tokens of it, and after them so many that are not its own and will be
-# overwritten, like drafts that are rejected.
+# What a forward computes for each seq: the number of its tokens, and of tokens after them that are not its own and will
+# be overwritten, like rejected drafts.
 Step = dict[int, tuple[int, int]]
 Feed = Callable[[list[int]], Step]  # from the number of tokens that each seq has left
 
@@ -26,10 +26,10 @@ Feed = Callable[[list[int]], Step]  # from the number of tokens that each seq ha
 class Case:
     folder: Path
     token_ids: list[list[int]]  # of each seq
-    feeds: tuple[str, ...]  # of FEEDS, or a size of chunks
+    feeds: tuple[str, ...]  # names from FEEDS, or a chunk size
     batch_invariant: bool = True
     ordered_sum: bool = True
-    num_prefilled: int = 0  # tokens of each seq that come in one piece before the feed begins
+    num_prefilled: int = 0  # tokens of each seq that are computed in one piece before the feed begins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class Count:
 
 
 def count_on_rank(process_group: ProcessGroup, work: Mapping[int, Sequence[Case]]) -> dict[int, list[dict[str, Count]]]:
-    """Counts by feed for each case, on one rank of several."""
+    """The counts by feed for each case, on one rank of several."""
     return {
         key: [count(TorchGroup(process_group, ordered_sum=case.ordered_sum), case) for case in cases]
         for key, cases in work.items()
@@ -51,7 +51,7 @@ def count_alone(case: Case) -> dict[str, Count]:
 
 
 def count(group: Group, case: Case) -> dict[str, Count]:
-    """By feed. Compares hidden states and logits with those of each seq alone in one piece, bit for bit."""
+    """The counts by feed. Compares hidden states and logits, bit for bit, with those of each seq alone in one piece."""
     model = load_model(
         case.folder,
         dtype=DTYPE,
@@ -70,7 +70,7 @@ def make_feed(name: str) -> Feed:
 
 
 def chunks(size: int) -> Feed:
-    """Of the first seq that has tokens left, alone."""
+    """Chunks of the first seq that has tokens left, alone."""
 
     def step(left: list[int]) -> Step:
         return next(({seq: (min(size, num), 0)} for seq, num in enumerate(left) if num), {})
@@ -79,7 +79,7 @@ def chunks(size: int) -> Feed:
 
 
 def verify(rng: random.Random) -> Feed:
-    """All seqs side by side, each with a token and 1 to 4 drafts, of which some are right."""
+    """All seqs side by side, each with a token and 1 to 4 drafts, some of them right."""
 
     def step(left: list[int]) -> Step:
         result = {}
@@ -94,7 +94,7 @@ def verify(rng: random.Random) -> Feed:
 
 
 def company(rng: random.Random) -> Feed:
-    """Pieces of any size of any seqs."""
+    """Chunks of any size from any seqs."""
 
     def step(left: list[int]) -> Step:
         open_seqs = [seq for seq, num in enumerate(left) if num]

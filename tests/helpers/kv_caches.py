@@ -1,4 +1,4 @@
-"""KV caches of several layers in which every slot can be told from every other."""
+"""KV caches of several layers in which every slot holds different numbers."""
 
 from itertools import chain
 
@@ -35,6 +35,6 @@ def flat(caches: KVCaches) -> list[Tensor]:
 
 
 def same_bits(caches: KVCaches, others: KVCaches) -> bool:
-    """Equal in every bit, NaN included."""
+    """Whether they are equal in every bit, NaN included."""
     pairs = zip(flat(caches), flat(others), strict=True)
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""What ran between two points of a program, by torch's profiler, and what of it should have been a kernel of ours."""
+"""What ran between two points of a program, by torch's profiler, and which of it should have been a kernel of ours."""
 
 import importlib
 import pkgutil
@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import kernels
 
-# Kernels of others that may run: products, copies, indexing, and what works on single elements. Reductions are for
-# small things (rows, ranks): over which shapes they run is seen in the operators.
+# Foreign kernels that may run: products, copies, indexing, and elementwise operations. Reductions are for small things
+# (rows, ranks); the operators show the shapes.
 FOREIGN_KERNELS = re.compile(
     r"^(Memcpy|Memset)|elementwise_kernel|gather_kernel|indexSelect|index_\w*kernel"
     r"|CatArrayBatchedCopy|at::native::reduce_kernel|FillFunctor|arange"
@@ -39,7 +39,7 @@ class Operator:
 @dataclass(frozen=True, slots=True)
 class Launched:
     kernels: frozenset[str]  # on the device
-    operators: frozenset[Operator]  # of torch, nested ones too
+    operators: frozenset[Operator]  # torch's, including nested ones
 
 
 def launched_by(work: Callable[[], object]) -> Launched:
@@ -63,7 +63,7 @@ def launched_by(work: Callable[[], object]) -> Launched:
 
 
 def our_kernels(*modules: str) -> frozenset[str]:
-    """Names of the jit functions of modules of `kernels`, or of all of them."""
+    """Names of the jit functions in these modules of `kernels`, or in all of them."""
     found = modules or tuple(
         module.name.removeprefix("kernels.") for module in pkgutil.walk_packages(kernels.__path__, "kernels.")
     )
@@ -76,7 +76,7 @@ def our_kernels(*modules: str) -> frozenset[str]:
 
 
 def foreign_kernels(names: Iterable[str]) -> list[str]:
-    """Those that are neither ours nor harmless."""
+    """Kernels that are neither ours nor harmless."""
     return sorted(
         name
         for name in set(names) - our_kernels()
@@ -85,7 +85,7 @@ def foreign_kernels(names: Iterable[str]) -> list[str]:
 
 
 def replaced_operators(operators: Iterable[Operator], *, vocab_size: int) -> list[str]:
-    """Operators of torch for which there is a kernel: any of some kinds, and reductions over a vocabulary."""
+    """Operators of torch for which we have a kernel: all operators of some kinds, and reductions over a vocabulary."""
     return sorted(
         f"{operator.name} {list(operator.input_shapes)}"
         for operator in operators
@@ -95,5 +95,5 @@ def replaced_operators(operators: Iterable[Operator], *, vocab_size: int) -> lis
 
 
 def _is_shape(shape: object) -> bool:
-    """Arguments that are lists of tensors have lists of shapes."""
+    """Whether it is the shape of one tensor: an argument that is a list of tensors has a list of shapes."""
     return isinstance(shape, Sequence) and all(isinstance(size, int) for size in shape)

@@ -1,5 +1,5 @@
-"""Layer-parallel drafts: deep tiny models, the readable reference, and what ranks run. Imports no transformers, so that
-ranks start in no time."""
+"""Layer-parallel drafts: deep tiny models, the readable reference, and what ranks run. Does not import transformers, so
+that ranks start quickly."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ MAX_MODEL_LEN = 48
 NUM_LAYERS = 7
 CPU = torch.device("cpu")
 
-# By lp_size: first and last layer alone, the others in groups; the last one of three is shorter.
+# By lp_size: the first and the last layer alone, the others in groups; with 3, the last group is shorter.
 GROUPS: dict[int, LayerGroups] = {
     1: ((0,), (1,), (2,), (3,), (4,), (5,), (6,)),
     2: ((0,), (1, 2), (3, 4), (5,), (6,)),
@@ -63,7 +63,7 @@ CONFIGS = {
 
 
 def write_deep_model(folder: Path, name: str, **changes: object) -> Path:
-    """One of CONFIGS with random weights that do not let layers vanish in their sum."""
+    """Writes one of CONFIGS with random weights, large enough for every layer to matter in the sum."""
     config = {**_BASE, **CONFIGS[name], **changes}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -118,7 +118,7 @@ class Case:
     mlps: MLPs = MLPs.REPLICATED
     dtype: torch.dtype = torch.float32
     batch_invariant: bool = False
-    groups: LayerGroups | None = None  # of GROUPS otherwise
+    groups: LayerGroups | None = None  # None: those of GROUPS
 
     def load(self, group: Group) -> LayerParallelLM:
         plan = LayerParallelPlan(
@@ -139,7 +139,7 @@ class Case:
         )
 
     def load_exact(self) -> CausalLM:
-        """The ordinary model on one rank."""
+        """Loads the ordinary model on one rank."""
         return load_model(
             self.folder,
             dtype=self.dtype,
@@ -175,13 +175,13 @@ class DraftRunner(PagedRunner):
             return draft_forward(self._batch(chunks), self.kv_caches)
 
     def kv_of(self, seq: int) -> list[Tensor]:
-        """Keys, then values of each layer here: [len, num_kv_heads, head_dim]."""
+        """Keys, then values, of each layer on this rank: [len, num_kv_heads, head_dim]."""
         blocks = torch.tensor(self.block_tables[seq])
         return [tensor[blocks].flatten(0, 1)[: self.lens[seq]] for tensors in self.kv_caches for tensor in tensors]
 
 
 def reference_draft_forward(model: CausalLM, groups: LayerGroups) -> DraftForward:
-    """The definition, with the ordinary model's parts: every attention of a group on the group's input."""
+    """The definition, written with the ordinary model's parts: each attention of a group gets the group's input."""
     config = model.config
     eps = config.rms_norm_eps
     cos_sin = cos_sin_cache(config.rope, head_dim=config.head_dim, num_positions=MAX_MODEL_LEN, device=CPU)
@@ -202,13 +202,14 @@ def reference_draft_forward(model: CausalLM, groups: LayerGroups) -> DraftForwar
     return forward
 
 
-# Rounds of a draft of four seqs, each with its own progress: which seqs get how many exact and then approximate tokens,
-# and how many of these are calibrated in the next round; the rest is dropped.
+# Rounds of a draft with four seqs, each with its own progress: how many exact and then approximate tokens each seq
+# gets, and how many of these are calibrated in the next round; the rest is dropped.
 ROUNDS = [({0: 3, 1: 3, 2: 1, 3: 2}, {0: 3, 1: 1, 2: 0, 3: 2}), ({0: 1, 2: 3, 3: 3}, {0: 0, 2: 2, 3: 3})]
 
 
 def draft_rounds(runner: DraftRunner, draft_forward: DraftForward) -> list[Tensor]:
-    """Prompts, then ROUNDS of approximate steps with a calibration after each. Hidden states of all forwards."""
+    """Runs prompts, then ROUNDS of approximate steps with a calibration after each. Returns hidden states of all
+    forwards."""
     runner_tokens = [list(prompt) for prompt in PROMPTS]
     hidden = [runner.forward(dict(enumerate(runner_tokens)))]
     for num_drafts, num_kept in ROUNDS:
@@ -228,7 +229,7 @@ def draft_rounds(runner: DraftRunner, draft_forward: DraftForward) -> list[Tenso
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Of draft_rounds on one rank, and of the exact model on the same tokens."""
+    """The results of draft_rounds on one rank, and of the exact model on the same tokens."""
 
     hidden: list[Tensor]
     logits: Tensor  # of the last hidden states: this rank's tokens
@@ -264,7 +265,7 @@ def run_case(group: Group, case: Case) -> Outcome:
 
 
 def final_tokens() -> list[list[int]]:
-    """What draft_rounds has computed of each seq in the end."""
+    """The tokens of each seq that draft_rounds has computed in the end."""
     tokens = [list(prompt) for prompt in PROMPTS]
     for num_drafts, num_kept in ROUNDS:
         for seq in num_drafts:
@@ -280,5 +281,5 @@ def reference(case: Case) -> list[Tensor]:
 
 
 def run_on_rank(process_group: ProcessGroup, cases: Sequence[Case]) -> list[Outcome]:
-    """On one of several processes: cases for as many ranks as there are."""
+    """Runs, on one of several processes, the cases for that number of ranks."""
     return [run_case(TorchGroup(process_group, ordered_sum=case.batch_invariant), case) for case in cases]

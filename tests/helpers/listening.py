@@ -1,4 +1,4 @@
-"""Where processes listen, as Linux says in /proc."""
+"""Where processes listen, according to Linux's /proc."""
 
 import contextlib
 import ipaddress
@@ -9,7 +9,7 @@ _LISTEN = "0A"
 
 
 def listening_sockets(pids: Iterable[int]) -> set[tuple[str, int]]:
-    """IP address and port of each TCP socket on which these processes accept connections."""
+    """The IP address and port of each TCP socket on which these processes accept connections."""
     open_files = {name for pid in pids for name in _open_files(pid)}
     found = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
@@ -24,12 +24,12 @@ def listening_sockets(pids: Iterable[int]) -> set[tuple[str, int]]:
 def _open_files(pid: int) -> Iterator[str]:
     with contextlib.suppress(FileNotFoundError):  # the process has ended
         for link in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):  # closed since
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
                 yield link.readlink().name
 
 
 def _address(words: str) -> str:
-    """From words of 32 bits, each in the order of this machine's bytes."""
+    """The address, from 32-bit words in this machine's byte order."""
     raw = b"".join(bytes.fromhex(words[i : i + 8])[::-1] for i in range(0, len(words), 8))
     address = ipaddress.ip_address(raw)
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None

@@ -1,4 +1,4 @@
-"""Model folders in Hugging Face layout that the control plane can read: true headers, weights of zeros, no torch."""
+"""Model folders in Hugging Face layout that the control plane can read: real headers, zeros as weights, no torch."""
 
 import json
 import struct
@@ -48,7 +48,7 @@ def tensors_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def write_safetensors(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
-    """bfloat16 zeros of these shapes; the bytes are a hole in the file, so large models cost nothing."""
+    """Writes bfloat16 zeros of these shapes. The bytes are a hole in the file, so large models take no room."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in tensors.items():
@@ -61,7 +61,7 @@ def write_safetensors(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
 
 
 def write_model_folder(path: Path, *, tokens: tuple[str, ...] = TOKENS, **config: Any) -> Path:
-    """A folder with CONFIG and these changes."""
+    """Writes a folder with CONFIG and these changes."""
     merged = {**CONFIG, **config}
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(merged))

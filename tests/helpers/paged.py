@@ -1,4 +1,4 @@
-"""Drives a model over a paged KV cache: packs seqs, hands out shuffled blocks, feeds prompts in any pieces."""
+"""Drives a model over a paged KV cache: packs seqs, hands out shuffled blocks, feeds prompts in any chunks."""
 
 import random
 from collections.abc import Callable
@@ -14,7 +14,7 @@ BLOCK_SIZE = 4
 
 
 class PagedRunner:
-    """A few seqs in one model. The cache is full of NaN at first: what is read without having been written shows."""
+    """A few seqs in one model. The cache is full of NaN at first, so reading unwritten places shows."""
 
     def __init__(self, model: CausalLM, *, num_seqs: int, max_len: int, dtype: torch.dtype, seed: int = 0) -> None:
         self.model = model
@@ -66,8 +66,8 @@ class PagedRunner:
 
 ChunkSize = Callable[[int, int], int]  # seq, step -> number of tokens at most
 
-# How a prompt may reach a model; all must give the same logits. "chunks" mixes pieces of different lengths, seqs that
-# decode and seqs that are done in one batch.
+# How a prompt may reach a model; all ways must give the same logits. "chunks" mixes chunks of different lengths, seqs
+# that decode and seqs that are done in one batch.
 FEEDS: dict[str, ChunkSize] = {
     "whole": lambda seq, step: 1 << 30,
     "chunks": lambda seq, step: 1 + (3 * seq + 2 * step) % 7,

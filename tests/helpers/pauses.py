@@ -1,15 +1,16 @@
-"""For how long an event loop cannot run."""
+"""How long an event loop cannot run."""
 
 import asyncio
 import time
 
 
 class PauseMeter:
-    """`async with PauseMeter() as meter`: while the block runs, a timer of the loop notes how late it is each time."""
+    """`async with PauseMeter() as meter`: while the block runs, a timer of the loop records how late it is each
+    time."""
 
     def __init__(self, interval_s: float = 0.002) -> None:
         self.pauses_s: list[float] = []
-        self.busy_s: list[float] = []  # what its thread computed meanwhile: waiting for a core is not the loop's fault
+        self.busy_s: list[float] = []  # CPU time of its thread meanwhile: waiting for a core is not the loop's fault
         self._interval_s = interval_s
         self._task: asyncio.Task[None] | None = None
 

@@ -1,4 +1,4 @@
-"""A paged cache in random page order in which everything that belongs to no seq is NaN."""
+"""A paged cache in random page order, with NaN wherever no seq has a key or value."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 class PoisonedCache:
     k_cache: Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
     v_cache: Tensor
-    block_table: Tensor  # int32 [num_seqs, max_blocks]; what a seq does not use names a block of NaN
+    block_table: Tensor  # int32 [num_seqs, max_blocks]; entries that a seq does not use name a block of NaN
     seq_lens: Tensor  # int32 [num_seqs]
     keys: list[Tensor]  # of each seq [seq_len, num_kv_heads, head_dim]
     values: list[Tensor]

@@ -1,7 +1,7 @@
-"""A target and a draft engine with known step times and acceptance, to see what a policy makes of them.
+"""A target and a draft engine with known step times and acceptance, to see what a policy achieves with them.
 
-Time is simulated and randomness seeded, so a run is deterministic. `Fixed` policies searched by brute force tell what
-could have been reached.
+Time is simulated and randomness is seeded, so a run is deterministic. A brute-force search over `Fixed` policies shows
+what could have been reached.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +21,7 @@ class World:
 
     verify_s: Callable[[int], float]  # by the tokens of a target round
     step_s: Callable[[int], float]  # by the tokens of a draft forward
-    acceptance: Callable[[int, float], float]  # by the seq's number and the share of the run that is over
+    acceptance: Callable[[int, float], float]  # by the number of the seq and the share of the run that is over
     slowdown: float = 1.0  # of a target round while the draft runs
     noise: float = 0.03  # of measured times, relative
     num_seqs: Callable[[float], int] = lambda _: 1  # by the share of the run that is over
@@ -35,7 +35,8 @@ class Policy(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fixed:
-    """Always the same: `num_drafts` verified, a `window` ahead, held until `num_held` are there."""
+    """Always chooses the same: verifies `num_drafts`, runs a `window` ahead, holds until `num_held` drafts are
+    there."""
 
     num_drafts: int
     window: int = 0
@@ -55,7 +56,7 @@ class _Seq:
     number: int
     acceptance: Acceptance
     num_tokens: int = 0
-    chain: list[bool] = field(default_factory=list)  # drafts at hand: whether the target would agree
+    chain: list[bool] = field(default_factory=list)  # for each draft at hand, whether the target would agree
     verifying: list[bool] = field(default_factory=list)
     window: int = 0
     num_behind: int = 0
@@ -74,7 +75,7 @@ class _Seq:
 
 @dataclass(slots=True)
 class Outcome:
-    num_tokens: float = 0.0  # expected ones: what drafts deserved by their acceptance, not what chance gave them
+    num_tokens: float = 0.0  # expected tokens by acceptance, without the luck of single drafts
     run_s: float = 0.0
     verified: list[int] = field(default_factory=list)  # drafts of each target round
     rate_of: list[tuple[float, float]] = field(default_factory=list)  # time and tokens at the end of each target round
@@ -84,7 +85,7 @@ class Outcome:
         return self.num_tokens / self.run_s
 
     def rate_between(self, start: float, end: float) -> float:
-        """Tokens a second of a part of the run, from and to these shares of its tokens."""
+        """Tokens per second in a part of the run, between these shares of its tokens."""
         first, last = (self.rate_of[int(share * (len(self.rate_of) - 1))] for share in (start, end))
         return (last[1] - first[1]) / (last[0] - first[0])
 
@@ -123,7 +124,8 @@ class Simulation:
         return self._outcome
 
     def continuous(self) -> Outcome:
-        """The draft runs on, a step for all whose chains are shorter than their windows, while the target verifies."""
+        """While the target verifies, the draft continues: one step for every seq whose chain is shorter than its
+        window."""
         verdict_at = step_at = hold_until = float("inf")
         in_round: list[_Seq] = []
         in_step: list[tuple[_Seq, int]] = []

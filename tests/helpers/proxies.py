@@ -1,4 +1,4 @@
-"""An environment with a company's proxy, which cannot be reached from here."""
+"""An environment with a company's proxy that cannot be reached from here."""
 
 import pytest
 

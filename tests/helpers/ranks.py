@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks, each a process of its own with one thread."""
+"""Runs a function on several gloo ranks, each in its own process with one thread."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,12 +11,12 @@ import torch.multiprocessing as mp
 
 TIMEOUT = timedelta(seconds=60)
 
-RankFunction = Callable[..., Any]  # (process_group, *args) -> any result that pickles
+RankFunction = Callable[..., Any]  # (process_group, *args) -> any picklable result
 
 
 def run_on_ranks(function: RankFunction, size: int, folder: Path, *args: Any) -> list[Any]:
-    """What `function(process_group, *args)` returned on each rank. `function` must be importable (a module of
-    tests.helpers); an exception on any rank ends all ranks and is raised here. Files are exchanged in `folder`."""
+    """Returns what `function(process_group, *args)` gave on each rank. `function` must be importable (a module of
+    tests.helpers); an exception on any rank ends all ranks and is raised here. The ranks exchange files in `folder`."""
     mp.spawn(_run_rank, args=(size, folder, function, args), nprocs=size, join=True)
     return [torch.load(_result_file(folder, rank), weights_only=False) for rank in range(size)]
 

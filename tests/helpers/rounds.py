@@ -11,7 +11,7 @@ INCARNATION = 7
 
 
 def greedy(**settings: Any) -> SeqSampling:
-    """Every setting off, but for those given."""
+    """Greedy sampling; every setting is off except those given."""
     return SeqSampling(**{"top_p": 1.0, "repetition_penalty": 1.0, **settings})
 
 
@@ -22,7 +22,7 @@ def seeded(seed: int = 1234, **settings: Any) -> SeqSampling:
 
 @dataclass
 class Seq:
-    """What the scheduler knows of a seq."""
+    """What the scheduler knows about a seq."""
 
     slot: int
     token_ids: list[int]
@@ -36,7 +36,7 @@ class Seq:
 
     @property
     def num_missing(self) -> int:
-        """Tokens without KV."""
+        """The number of tokens without KV."""
         return len(self.token_ids) - self.num_computed
 
 
@@ -52,7 +52,7 @@ class Driver:
     forks: list[Fork] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.free_blocks = list(range(self.info.num_blocks))[::-1]  # not in order of position
+        self.free_blocks = list(range(self.info.num_blocks))[::-1]  # so that blocks are not in order of position
 
     def start(self, slot: int, prompt: Sequence[int], sampling: SeqSampling) -> Seq:
         """The seq takes its slot in the next round."""
@@ -71,14 +71,14 @@ class Driver:
         return branch
 
     def blocks_for(self, seq: Seq, num_tokens: int) -> list[int]:
-        """New blocks, so that positions below `num_tokens` can be written."""
+        """Takes the new blocks that positions below `num_tokens` need."""
         num_tokens = min(num_tokens, self.info.max_model_len)
         needed = -(-num_tokens // self.info.block_size) - seq.num_blocks
         seq.num_blocks += max(0, needed)
         return [self.free_blocks.pop() for _ in range(needed)]
 
     def target_row(self, seq: Seq, chunk_len: int | None = None, drafts: Sequence[int] = ()) -> Row:
-        """A row that takes the seq on; by default over all tokens without KV."""
+        """A row that continues the seq, by default over all tokens without KV."""
         chunk_len = seq.num_missing if chunk_len is None else chunk_len
         return Row(
             slot=seq.slot,
@@ -97,7 +97,7 @@ class Driver:
         *,
         calibrate_len: int = 0,
     ) -> Row:
-        """A row that crops, calibrates, catches up and drafts."""
+        """A row that crops, calibrates, catches up and drafts, as asked."""
         if crop_len is not None:
             del seq.token_ids[crop_len:]
             seq.num_computed = min(seq.num_computed, crop_len)
@@ -127,7 +127,7 @@ class Driver:
         return round_
 
     def book(self, seq: Seq, row: Row, result: RowResult) -> None:
-        """A result becomes history: num_computed is what the protocol says it is afterwards."""
+        """Adds a result to the history; num_computed becomes what the protocol defines."""
         assert result.slot == seq.slot
         seq.num_computed += row.chunk_len
         if result.non_finite:
@@ -138,14 +138,14 @@ class Driver:
             seq.num_computed = len(seq.token_ids) - 1
 
     def run(self, *work: tuple[Seq, Row], **settings: Any) -> list[RowResult]:
-        """One round with these rows; results are booked."""
+        """Runs one round with these rows and books the results."""
         results = self.send(self.round([row for _, row in work], **settings)).rows
         for (seq, row), result in zip(work, results, strict=True):
             self.book(seq, row, result)
         return list(results)
 
     def generate(self, seq: Seq, num_tokens: int) -> list[int]:
-        """Plain decoding, until the output has that many tokens."""
+        """Decodes plainly until the output has that many tokens."""
         while len(seq.output) < num_tokens:
             (result,) = self.run((seq, self.target_row(seq)))
             assert result.token_ids, f"nothing was committed: {result}"

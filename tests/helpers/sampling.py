@@ -1,4 +1,4 @@
-"""Building blocks of the sampling tests: settings, batches, and logits that are hard to agree on."""
+"""Building blocks of the sampling tests: settings, batches, and logits for which a small error changes the choice."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ PROMPT = (3, 1, 4, 1, 5)
 
 
 def seq_sampling(**settings: Any) -> SeqSampling:
-    """Temperature 1 and everything else off, unless said otherwise."""
+    """Temperature 1 and everything else off, except the settings given."""
     neutral = {"seed": 11, "temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0}
     return SeqSampling(**{**neutral, **settings})
 
@@ -29,7 +29,7 @@ def state(vocab_size: int, output: Sequence[int] = (), **settings: Any) -> SeqSa
 
 
 def rows_of(states: Sequence[SeqSamplingState]) -> SamplingRows:
-    """One row each, after the history."""
+    """One row for each state, after its history."""
     return SamplingRows.build([RowEntry(item, item.length, ()) for item in states], CPU)
 
 
@@ -38,7 +38,7 @@ def sample_whole(logits: Tensor, states: Sequence[SeqSamplingState]) -> SampledR
 
 
 def shard_of(logits: Tensor, group: Group) -> tuple[Tensor, int]:
-    """This rank's columns and the first one's token id. Padding looks like the best tokens of all."""
+    """This rank's columns and the token id of the first. Padding has the largest logits of all."""
     vocab_size = logits.shape[1]
     shard_size = -(-vocab_size // group.size)
     padded = torch.nn.functional.pad(logits, (0, shard_size * group.size - vocab_size), value=1e9)
@@ -91,7 +91,7 @@ LOGITS: dict[str, Callable[[int, int], Tensor]] = {
 
 
 def mixed_states(vocab_size: int, copies: int = 2) -> list[SeqSamplingState]:
-    """A seq of every kind of settings, with several seeds."""
+    """A seq with each kind of settings, with several seeds."""
     return [
         state(vocab_size, output=(1, 9, 9, 2), seed=(1 << 63) + 1000 * copy + index, sample_index=copy, **settings)
         for copy in range(copies)

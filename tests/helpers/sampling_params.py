@@ -7,7 +7,7 @@ from gateway.requests.sampling import built_in_defaults
 
 
 def resolved_sampling(**given: Any) -> SamplingParams:
-    """The settings that are given, and the defaults of all others."""
+    """The settings given, with defaults for all others."""
     sampling = built_in_defaults()
     sampling.MergeFrom(SamplingParams(**given))
     return sampling

@@ -1,4 +1,4 @@
-"""A gateway reduced to what tests of whole streams need: one stream to a scheduler, and what came back on it."""
+"""A gateway reduced to what tests of whole streams need: one stream to a scheduler and the replies on it."""
 
 import queue
 from typing import Any
@@ -23,7 +23,7 @@ class SchedulerClient:
         self.ends: dict[str, inference_pb2.GenerateComplete] = {}
 
     def submit(self, request_id: str, prompt: list[int], *, num_drafts: int | None = None, **sampling: Any) -> None:
-        """`num_drafts`: drafts a round; 0 switches speculation off, None leaves it to the deployment."""
+        """`num_drafts`: drafts per round; 0 switches speculation off, None leaves it to the deployment."""
         speculation = inference_pb2.Speculation()
         if num_drafts is not None:
             speculation.enabled = num_drafts > 0
@@ -52,7 +52,7 @@ class SchedulerClient:
         return reply
 
     def finish(self, num_requests: int) -> None:
-        """Until so many requests are complete; then no more can be submitted."""
+        """Waits until so many requests are complete; after that, none can be submitted."""
         while len(self.ends) < num_requests:
             self.next_reply()
         self._requests.put(None)

@@ -19,7 +19,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN"
 
 
 def token_table(size: int = 40) -> TokenTable:
-    """Token i is one letter."""
+    """A table in which each token is one letter."""
     tokenizer = Tokenizer(models.BPE(vocab={_LETTERS[i]: i for i in range(size)}, merges=[]))
     tokenizer.decoder = decoders.ByteLevel()
     return TokenTable(tokenizer)
@@ -42,7 +42,7 @@ def submit(request_id: str, prompt: list[int], *, timeout_s: float | None = None
 
 
 def seq_sampling(message: scheduler_pb2.Submit, index: int = 0) -> sampling_pb2.SeqSampling:
-    """What `plain_tokens` needs of a Submit (no EOS configured)."""
+    """What `plain_tokens` needs from a Submit (no EOS is configured)."""
     sampling = message.sampling
     return sampling_pb2.SeqSampling(
         seed=sampling.seed,
@@ -53,7 +53,7 @@ def seq_sampling(message: scheduler_pb2.Submit, index: int = 0) -> sampling_pb2.
 
 
 class Simulation:
-    """Rounds wait in a queue for each engine until the test, or `run`, has the engine do the next one."""
+    """Each engine has a queue of rounds; the test, or `run`, lets it do the next one."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Simulation:
         self.take(self.core.take_outputs())
 
     def reconnect_draft(self) -> None:
-        """The draft engine is lost with all that was on its way, and comes back empty."""
+        """The draft engine is lost with everything in flight, and comes back empty."""
         assert self.draft is not None, "there is no draft engine to lose"
         self.core.disconnect_draft()
         self.draft_rounds.clear()
@@ -120,7 +120,7 @@ class Simulation:
         self.core.connect_draft(self.draft.info, self.draft.incarnation)
 
     def plan(self) -> None:
-        """Send every round that the core wants to send."""
+        """Sends every round that the core wants to send."""
         while True:
             draft, target = self.core.plan_draft(self.now), self.core.plan_target(self.now)
             self._order_moves()
@@ -172,7 +172,7 @@ class Simulation:
         self.core.on_draft_result(self.draft.run(message), self.now)
 
     def step(self, rng: random.Random | None = None) -> bool:
-        """One engine does one round; False when there is none to do."""
+        """Lets one engine do one round; False if there is none to do."""
         self.plan()
         moves = self.ready_moves()
         ready = [queue for queue in (self.draft_rounds, self.target_rounds, moves) if queue]
@@ -188,7 +188,7 @@ class Simulation:
         return True
 
     def _wait_for_release(self) -> bool:
-        """Nothing runs; time passes until a held seq has waited long enough."""
+        """Nothing runs: lets time pass until a held seq has waited long enough."""
         release = self.core.next_release()
         if release is None:
             return False
@@ -225,13 +225,13 @@ class Simulation:
         self.first_token_at.setdefault(chunk.request_id, self.now)
 
     def assert_all_free(self) -> None:
-        """No request holds anything on either engine."""
+        """Asserts that no request holds anything on either engine."""
         status = self.core.status()
         assert status.num_free_blocks == status.num_blocks
         assert status.num_free_draft_blocks == status.num_draft_blocks
 
     def assert_plain(self, message: scheduler_pb2.Submit, index: int = 0) -> None:
-        """The sample's tokens are those of plain decoding, up to where it ended."""
+        """Asserts that the sample's tokens are those of plain decoding, up to its end."""
         tokens = self.tokens.get((message.request_id, index), [])
         expected = plain_tokens(list(message.prompt_token_ids), seq_sampling(message, index), len(tokens), FakeModel())
         assert tokens == expected

@@ -1,4 +1,4 @@
-"""Messages that are well-formed and mean nothing good."""
+"""Messages that are well-formed but make no sense."""
 
 import math
 import random
@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 
 
 def scramble(rng: random.Random, message: Message, share: float) -> None:
-    """Some fields of a message, and of those in it, get any value. Of a oneof the last one stays."""
+    """Gives some fields of a message, and of messages in it, any value. The last field set in a oneof stays."""
     for field in message.DESCRIPTOR.fields:
         is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
         value = getattr(message, field.name)
@@ -32,7 +32,7 @@ def scramble(rng: random.Random, message: Message, share: float) -> None:
 
 
 def _any_value(rng: random.Random, field: FieldDescriptor) -> Any:
-    """Likely the worst: ends of the range, what is no number, or something ordinary."""
+    """Often a bad value: the ends of the range, not a number; sometimes an ordinary one."""
     if field.cpp_type in (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE):
         return rng.choice([0.0, 0.5, 1.0, -1.0, 3.0, 1e30, -1e30, math.nan, math.inf, -math.inf])
     if field.cpp_type == FieldDescriptor.CPPTYPE_INT32:

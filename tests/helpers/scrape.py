@@ -1,4 +1,4 @@
-"""What Prometheus would see."""
+"""What Prometheus would read."""
 
 import socket
 import urllib.request
@@ -15,7 +15,7 @@ def free_port() -> int:
 
 
 def parse(text: str, *, model_name: str) -> Samples:
-    """Every sample; each must carry the model's name."""
+    """All samples; each must carry the model's name."""
     samples: Samples = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -30,7 +30,7 @@ def scrape(port: int, *, model_name: str) -> Samples:
 
 
 def fetch(url: str) -> bytes:
-    """What this machine answers itself, whatever proxies the environment names. Raises urllib.error.HTTPError."""
+    """Reads a URL of this machine without the environment's proxies. Raises urllib.error.HTTPError."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(url, timeout=30) as answer:
         return bytes(answer.read())

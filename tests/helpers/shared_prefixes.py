@@ -30,7 +30,7 @@ def shared_batch(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> SharedBatch:
-    """Seqs of own_lens tokens each, after the prefix of their group."""
+    """Seqs that each have own_lens tokens after the prefix of their group."""
     prefix_blocks = [0] * len(own_lens)
     for one in groups:
         prefix_blocks[one.first_seq : one.first_seq + one.num_seqs] = [one.num_blocks] * one.num_seqs

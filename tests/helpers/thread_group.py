@@ -1,4 +1,4 @@
-"""A group whose ranks are threads of one process: collectives at the price of a barrier."""
+"""A group whose ranks are threads of one process, so a collective costs no more than a barrier."""
 
 import threading
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class ThreadGroup:
 
 
 def run_ranks(size: int, function: Callable[[ThreadGroup], T]) -> list[T]:
-    """What each rank's call returns; a failure of any rank is raised."""
+    """Returns what the call of each rank returns; raises the failure of any rank."""
     shared = _Shared(size)
     results: dict[int, T] = {}
     failures: list[BaseException] = []

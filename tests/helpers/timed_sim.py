@@ -1,8 +1,8 @@
-"""A scheduler core whose engines and messages take time: the pipeline as it would run, without a clock of its own.
+"""A scheduler core whose engines and messages take simulated time: the pipeline as it would run, without a real clock.
 
-Everything happens at scripted times, so a run is the same whenever it is repeated: a message takes `delay_s()` each way
-(messages of one engine keep their order, those of two engines overtake each other), a target round takes
-`target_s(tokens)`, a draft round `draft_s(rows)` a step.
+Everything happens at scripted times, so a repeated run is the same. A message takes `delay_s()` each way; messages of
+one engine keep their order, those of two engines overtake each other. A target round takes `target_s(tokens)`, a step
+of a draft round `draft_s(rows)`.
 """
 
 from collections import deque
@@ -20,7 +20,7 @@ OnResult = Callable[[worker_pb2.RoundResult], None]
 
 
 class _Lane:
-    """One engine: rounds arrive, wait their turn, run, and their results travel back."""
+    """One engine: rounds arrive, wait for their turn and run, and their results travel back."""
 
     def __init__(self, engine: FakeEngine, seconds: Callable[[worker_pb2.Round], float]) -> None:
         self.engine = engine
@@ -30,11 +30,11 @@ class _Lane:
         self.last_arrival = 0.0
         self.last_answer = 0.0
         self.busy_s = 0.0
-        self.life = 0  # of the connection: what an earlier one still brings is dropped
+        self.life = 0  # number of the connection: results of an earlier one are dropped
 
 
 class TimedSimulation(Simulation):
-    """`run_timed` takes the place of `run`."""
+    """Use `run_timed` instead of `run`."""
 
     def __init__(
         self,
@@ -48,10 +48,10 @@ class TimedSimulation(Simulation):
     ) -> None:
         super().__init__(**arguments)
         self._delay_s = delay_s
-        self._looks_up = looks_up  # drafts need not be the draft model's
-        self.may_wait = may_wait  # the target may stand idle although nobody is held: the serial pipeline
+        self._looks_up = looks_up  # drafts may come from lookup instead of the draft model
+        self.may_wait = may_wait  # the target may be idle although no seq is held: the serial pipeline
         self.num_in_flight = 0  # target rounds
-        self._said: float | None = None  # when the target, which waits, was to go on at the latest
+        self._said: float | None = None  # when a waiting target has to continue at the latest
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number = count()
         self.target_lane = _Lane(self.target, lambda message: target_s(_num_tokens(message)))
@@ -64,7 +64,7 @@ class TimedSimulation(Simulation):
         heappush(self._events, (time, next(self._number), event))
 
     def run_timed(self) -> None:
-        """Until nothing is left to happen."""
+        """Runs until nothing is left to happen."""
         self._send()
         while self._step():
             pass
@@ -96,11 +96,11 @@ class TimedSimulation(Simulation):
         return True
 
     def _check_drafts(self, message: worker_pb2.Round) -> None:
-        """Every verified draft is what the draft model chooses after exactly this history. One of an abandoned chain
-        would nearly always differ."""
+        """Checks that every verified draft is what the draft model chooses after exactly this history. A draft of an
+        abandoned chain would nearly always differ."""
         assert self.draft is not None
         seqs = {slot: (seq.history, seq.sampling, seq.num_prompt) for slot, seq in self.target.slots.items()}
-        # One that was preempted may come back with drafts: what it had computed was still cached.
+        # A preempted seq may come back with drafts, since what it had computed was still cached.
         seqs |= {seq.slot: (list(seq.token_ids), seq.sampling, seq.num_prompt_tokens) for seq in message.init_seqs}
         for row in message.rows:
             if not row.draft_token_ids:
@@ -120,7 +120,7 @@ class TimedSimulation(Simulation):
         self._check_waiting()
 
     def _check_waiting(self) -> None:
-        """The target stands idle only while a seq is held, and no longer than was said when it began."""
+        """Checks that the target is idle only while a seq is held, and no longer than announced when the wait began."""
         release = self.core.next_release()
         if self.num_in_flight or not self.core.num_requests or self.core.status().num_requests_waiting:
             self._said = None
@@ -188,5 +188,5 @@ def _num_steps(message: worker_pb2.Round) -> int:
 
 
 def _chunk_steps(message: worker_pb2.Round) -> float:
-    """Catching up costs a step for every so many tokens."""
+    """The steps that catching up costs: one for every so many tokens."""
     return sum(row.chunk_len for row in message.rows if not row.num_draft_tokens) / 64

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every model family with all parameters random, and what transformers computes with them."""
+"""Tiny checkpoints of every model family with random parameters, and what transformers computes with them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from transformers.models.qwen3 import Qwen3ForCausalLM
 MAX_MODEL_LEN = 64
 SEQ_LENS = (12, 1, 9, 5)  # of the seqs that parity tests pack into one batch
 
-# Sizes that catch mix-ups: head_dim is not hidden / heads, and no vocabulary shard is even at tp 2 or 4.
+# Sizes that reveal mix-ups: head_dim is not hidden / heads, and the vocabulary does not divide by 2 or 4.
 _SIZES: dict[str, Any] = {
     "vocab_size": 131,
     "hidden_size": 64,
@@ -84,8 +84,8 @@ class TinyModel:
 
 
 def randomize(model: PreTrainedModel, seed: int) -> None:
-    """Every parameter gets std 0.2: as they are born, biases are zero and norms one, so a model that ignores them
-    would pass."""
+    """Gives every parameter a standard deviation of 0.2. Initially biases are 0 and norms 1, so a model that ignores
+    them would pass."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

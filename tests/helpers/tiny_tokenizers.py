@@ -1,4 +1,4 @@
-"""A small tokeniser of every pipeline that models use, each with added tokens of every sort."""
+"""A small tokeniser for each pipeline that models use, each with added tokens of every kind."""
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -32,7 +32,7 @@ def byte_level() -> Tokenizer:
 
 
 def sentencepiece() -> Tokenizer:
-    """Llama 2, Mistral: words with a visible space, bytes for what has no token."""
+    """Llama 2, Mistral: words with a visible space, and bytes for text without a token."""
     pieces = ["<s>", "</s>", *BYTES, *WORDS]
     tokenizer = Tokenizer(models.BPE(vocab=numbered(pieces), merges=MERGES, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
@@ -43,7 +43,7 @@ def sentencepiece() -> Tokenizer:
 
 
 def metaspace() -> Tokenizer:
-    """The same, saved by later versions."""
+    """The same, as later versions save it."""
     tokenizer = sentencepiece()
     tokenizer.normalizer = None
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -92,7 +92,7 @@ def numbered(pieces: list[str]) -> dict[str, int]:
 
 
 def finished(tokenizer: Tokenizer) -> Tokenizer:
-    """With the added tokens, and BOS in front of a text."""
+    """Adds the added tokens, and BOS in front of a text."""
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.add_tokens(ADDED)
     bos = tokenizer.token_to_id("<s>")

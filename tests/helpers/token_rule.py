@@ -1,6 +1,7 @@
-"""The rule of docs/sampling.md, which every stream must follow, written as plainly as possible.
+"""The rule of docs/sampling.md, which every stream must follow, written as simply as possible.
 
-Logits come from one forward of one process over the whole stream, so no draft, batch, chunk or other rank is involved.
+Logits come from a single forward over the whole stream in one process: no draft, batch, chunk or other rank is
+involved.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,8 @@ class TokenRule:
         self._model = model
 
     def lags(self, prompt: Sequence[int], output: Sequence[int], settings: Mapping[str, Any]) -> Tensor:
-        """By how much each candidate for each output token falls short of the best one, after the output before it:
-        fp64 [len(output), vocab_size]. 0 is the right token, infinity one that the settings exclude."""
+        """How far each candidate for each output token is below the best one, after the output before it: fp64
+        [len(output), vocab_size]. The right token has 0; one that the settings exclude has infinity."""
         runner = PagedRunner(self._model, num_seqs=1, max_len=len(prompt) + len(output), dtype=torch.float32)
         logits = runner.step({0: [*prompt, *output[:-1]]})[0][len(prompt) - 1 :].double()
         for depth, row in enumerate(logits):
@@ -49,19 +50,19 @@ def _penalise(logits: Tensor, prompt: Sequence[int], output: Sequence[int], sett
 
 
 def _kept(scaled: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    """Which tokens min-p, top-k and top-p leave, in this order: bool [vocab_size]."""
+    """Which tokens min-p, top-k and top-p leave when applied in this order: bool [vocab_size]."""
     probabilities = scaled.softmax(dim=0)
     kept = probabilities >= settings.get("min_p", 0.0) * probabilities.max()
     if top_k := settings.get("top_k", 0):
         kept &= probabilities >= probabilities.sort(descending=True).values[top_k - 1]
     ranked = (probabilities * kept).sort(descending=True).values
-    # The fewest tokens that reach the mass: those before which it has not been reached yet.
+    # The fewest tokens that reach the mass: those before which the sum is still below it.
     wanted = (ranked.cumsum(dim=0) - ranked < settings.get("top_p", 1.0) * ranked.sum()) & (ranked > 0)
     return kept & (probabilities >= ranked[wanted].min())
 
 
 def _noise(seed: int, *, first: int, count: int, vocab_size: int) -> Tensor:
-    """Of the positions first .. first + count - 1 of sample 0: [count, vocab_size]."""
+    """The noise at positions first to first + count - 1 of sample 0: [count, vocab_size]."""
     positions = torch.arange(first, first + count)
     return gumbel_noise_range(
         torch.full_like(positions, seed),

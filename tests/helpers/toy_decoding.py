@@ -1,7 +1,7 @@
-"""Speculative decoding of many seqs at once with models that are tables, through the engine's own sampling code.
+"""Speculative decoding of many seqs at once, with tables as models, through the engine's own sampling code.
 
-The models are order-2 Markov chains over a handful of tokens, so that the law of a continuation can be written down by
-the chain rule. What a mutation of the engine would change is a method of `ToyEngine`.
+The models are Markov chains of order 2 over a handful of tokens, so the chain rule gives the law of a continuation.
+Whatever a mutation of the engine would change is a method of `ToyEngine`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,32 +24,32 @@ from workers.sampling.sampler import Sampler
 from workers.sampling.state import SeqSamplingState
 
 VOCAB_SIZE = 8
-Settings = dict[str, Any]  # of one seq; what is left out is neutral
+Settings = dict[str, Any]  # of one seq; settings left out are neutral
 
 
 def random_table(seed: int) -> Tensor:
-    """Logits fp32 [V, V, V] of a chain of order 2 whose rows are Dirichlet(0.3) draws."""
+    """Logits, fp32 [V, V, V], of a chain of order 2 whose rows are draws from Dirichlet(0.3)."""
     probabilities = np.random.default_rng(seed).dirichlet([0.3] * VOCAB_SIZE, size=(VOCAB_SIZE, VOCAB_SIZE))
     return torch.from_numpy(np.log(probabilities + 1e-9)).float()
 
 
 def related_table(table: Tensor, other: Tensor, share: float) -> Tensor:
-    """The mixture of two chains, `share` of it from the second."""
+    """The mixture of two chains, with the share `share` of the second."""
     return torch.log((1 - share) * table.softmax(dim=2) + share * other.softmax(dim=2))
 
 
 class ToyEngine:
-    """Target, draft, and `num_draft_tokens` drafts between two looks of the target."""
+    """A target, a draft, and `num_draft_tokens` drafts per verification."""
 
     sampler_class = Sampler
-    redraws = False  # whether next_token wants a second draw; costs as much as the first
+    redraws = False  # whether next_token wants a second draw, which costs as much as the first
 
     def __init__(self, target: Tensor, draft: Tensor, *, num_draft_tokens: int, tp_size: int = 1) -> None:
         self.target = target
         self.draft = draft
         self.num_draft_tokens = num_draft_tokens
         self.tp_size = tp_size
-        self.num_first_drafts = 0  # first drafts of a chain that were compared, and that matched
+        self.num_first_drafts = 0  # first drafts of chains that were compared; next, those that matched
         self.num_first_matches = 0
 
     # What mutations override.
@@ -71,7 +71,8 @@ class ToyEngine:
     def decode(
         self, prompts: Sequence[Sequence[int]], num_tokens: int, settings: Iterable[Settings], *, first_seed: int = 0
     ) -> NDArray[np.int64]:
-        """Continuations [num_seqs, num_tokens] of prompts of 2 tokens or more, in one batch, with seeds in a row."""
+        """Continuations [num_seqs, num_tokens] of prompts of at least 2 tokens, in one batch, with consecutive
+        seeds."""
         seqs = [
             SeqSamplingState(seq_sampling(**{"seed": first_seed + index, **own}), prompt, VOCAB_SIZE)
             for index, (prompt, own) in enumerate(zip(prompts, settings, strict=False))
@@ -140,7 +141,7 @@ def logits_behind(table: Tensor, contexts: Sequence[Sequence[int]]) -> Tensor:
 
 
 def distribution(logits: NDArray[np.float64], prompt: Sequence[int], output: Sequence[int], settings: Settings) -> Any:
-    """Probabilities [V] of the next token, from the definitions of the processors, in fp64."""
+    """Probabilities [V] of the next token in fp64, by the definitions of the processors."""
     x = logits.copy()
     for token_id in range(len(x)):
         count = list(output).count(token_id)
@@ -167,7 +168,7 @@ def distribution(logits: NDArray[np.float64], prompt: Sequence[int], output: Seq
 def law_of_continuations(
     table: Tensor, prompt: Sequence[int], num_tokens: int, settings: Settings
 ) -> NDArray[np.float64]:
-    """Probability of every continuation, by the chain rule: [V ** num_tokens]."""
+    """The probability of every continuation by the chain rule: [V ** num_tokens]."""
     logits = table.double().numpy()
     law = []
     for continuation in product(range(VOCAB_SIZE), repeat=num_tokens):
@@ -182,12 +183,12 @@ def law_of_continuations(
 
 
 def chi_squared_p_value(counts: NDArray[np.int64], law: NDArray[np.float64]) -> float:
-    """Of counts under a law; cells expected less than 5 times are pooled."""
+    """The p-value of counts under a law; cells with fewer than 5 expected counts are pooled."""
     expected = law * counts.sum()
     rare = expected < 5
     found = np.append(counts[~rare], counts[rare].sum()).astype(float)
     expected = np.append(expected[~rare], expected[rare].sum())
-    if expected[-1] < 5:  # the pool itself is rare: join it to the smallest cell
+    if expected[-1] < 5:  # the pool itself is too rare: it joins the smallest cell
         smallest = int(expected[:-1].argmin())
         found[smallest] += found[-1]
         expected[smallest] += expected[-1]

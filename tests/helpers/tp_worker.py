@@ -1,4 +1,4 @@
-"""What the ranks of the tensor-parallel tests run. Imports no transformers: that would cost each rank seconds."""
+"""What the ranks of the tensor-parallel tests run. Does not import transformers, which would cost each rank seconds."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ class Case:
 
 
 def shard_logits(process_group: ProcessGroup, cases: dict[str, Case]) -> dict[str, dict[str, list[Tensor]]]:
-    """Logits of this rank's shard by case and feed, and the number of bytes that the rank holds."""
+    """The logits of this rank's shard by case and feed, and the number of bytes that the rank holds."""
     group = TorchGroup(process_group, ordered_sum=False)
     results = {}
     for name, case in cases.items():
@@ -39,8 +39,8 @@ def shard_logits(process_group: ProcessGroup, cases: dict[str, Case]) -> dict[st
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collectives:
-    """What one rank got. `by_name`: "sum torch.float32" and so on; the two sums are of the same bf16 rows, in one
-    tensor and row by row: [num_rows, 96] both."""
+    """What one rank got. `by_name` has keys like "sum torch.float32". The two sums are of the same bf16 rows, in one
+    tensor and row by row, each [num_rows, 96]."""
 
     by_name: dict[str, Tensor]
     sum_together: Tensor
@@ -48,7 +48,7 @@ class Collectives:
 
 
 def collectives(process_group: ProcessGroup) -> Collectives:
-    """Each collective once for each dtype, on inputs that tell the ranks apart."""
+    """Runs each collective once for each dtype, on inputs that differ between the ranks."""
     group = TorchGroup(process_group, ordered_sum=False)
     ordered = TorchGroup(process_group, ordered_sum=True)
     by_name = {}

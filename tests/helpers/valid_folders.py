@@ -1,4 +1,4 @@
-"""Valid model folders of every family and of every way to write one, tiny and random: what mutations start from."""
+"""Valid model folders, tiny and random, of every family and in every layout: mutations start from these."""
 
 import json
 import random
@@ -65,7 +65,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJK"
 
 
 def write_valid_folder(path: Path, family: str, *, weights: str = "BF16", num_shards: int = 1) -> Path:
-    """`weights`: dtype of all tensors; `num_shards` > 1: with an index."""
+    """Writes a folder. `weights`: the dtype of all tensors; with `num_shards` > 1 there is an index."""
     config = {**_SIZES, **CONFIGS[family]}
     path.mkdir(parents=True)
     write_json(path / "config.json", config)
@@ -91,7 +91,7 @@ def write_valid_folder(path: Path, family: str, *, weights: str = "BF16", num_sh
 
 
 def write_random_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
-    """Small values: the bytes of 16-bit floats whose exponents are small, or the same twice for fp32."""
+    """Writes small values: the bytes of 16-bit floats with small exponents, or the same twice for fp32."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():

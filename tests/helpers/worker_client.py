@@ -1,4 +1,4 @@
-"""Worker processes started by hand, as `python -m workers`, and the scheduler's end of their streams."""
+"""Worker processes started by the test as `python -m workers`, and the scheduler's end of their streams."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class WorkerProcess:
-    """One rank. Standard error goes to `log`, whose text is part of what a failing test shows."""
+    """One rank. Standard error goes to `log`, and a failing test shows its text."""
 
     def __init__(self, spec: WorkerSpec, log: Path) -> None:
         self.log = log
@@ -49,7 +49,7 @@ class WorkerProcess:
         self.popen.stdin.close()
 
     def next_event(self) -> ProcessEvent:
-        """The next event that is no progress."""
+        """The next event that does not report progress."""
         assert self.popen.stdout is not None
         for line in self.popen.stdout:
             event = json_format.Parse(line, ProcessEvent())
@@ -63,7 +63,7 @@ class WorkerProcess:
         return event.ready
 
     def next_failed(self) -> str:
-        """The error of the last event; the process ends with a status that says so."""
+        """The error of the last event; the process must end with the status of a failure."""
         event = self.next_event()
         assert event.HasField("failed"), event
         assert self.popen.wait() == 1
@@ -71,13 +71,13 @@ class WorkerProcess:
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            self.popen.send_signal(signal.SIGCONT)  # a stopped process dies of SIGKILL too, but not of an end of input
+            self.popen.send_signal(signal.SIGCONT)  # a stopped process would not notice the end of its input
         self.popen.kill()
         self.popen.wait()
 
 
 class WorkerGroup:
-    """All ranks of a group; killed at the end of the `with` if they still run."""
+    """All ranks of a group; those that still run at the end of the `with` are killed."""
 
     def __init__(self, folder: Path, world_size: int, engines: Sequence[EngineSpec], **spec: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ class WorkerGroup:
         self.ranks: list[WorkerProcess] = []
 
     def spawn(self) -> Self:
-        """Starts all ranks; nobody waits for them."""
+        """Starts all ranks and does not wait for them."""
         self._spawn_rank(0, "")
         if self._spec.world_size > 1:
             address = self.ranks[0].next_event().store_opened.address
@@ -138,7 +138,7 @@ class RoundStream:
         self._requests.put(RoundRequest(round=round_))
 
     def receive(self) -> RoundResult:
-        """Raises grpc.RpcError when the worker ended the stream."""
+        """The next result. Raises grpc.RpcError if the worker has ended the stream."""
         return next(self._results).result
 
     def call(self, round_: Round) -> RoundResult:
@@ -154,7 +154,7 @@ class RoundStream:
         return [reply.result for reply in self._results]
 
     def ending(self) -> tuple[grpc.StatusCode, str]:
-        """How the worker ends the stream."""
+        """The error with which the worker ends the stream."""
         try:
             result = self.receive()
         except grpc.RpcError as err:

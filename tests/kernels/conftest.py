@@ -8,7 +8,7 @@ from kernels.native.linear import why_not
 
 @pytest.fixture
 def torch_threads() -> Iterator[None]:
-    """Gives torch its number of threads back after a test that sets it."""
+    """Restores torch's number of threads after a test that sets it."""
     num_threads = torch.get_num_threads()
     yield
     torch.set_num_threads(num_threads)
@@ -16,7 +16,8 @@ def torch_threads() -> Iterator[None]:
 
 @pytest.fixture(params=["compiled", "torch"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which of the two ways of a CPU computes: the compiled kernels, or what serves where they cannot be compiled."""
+    """Runs a test on both CPU implementations: the compiled kernels, and torch, which computes where they cannot be
+    compiled."""
     name: str = request.param
     monkeypatch.setenv("ECHELON_COMPILE", "auto" if name == "compiled" else "off")
     if name == "compiled" and (reason := why_not()):

@@ -1,4 +1,5 @@
-"""`batch_invariant` attention: a token's bits, whatever is computed beside it and however its seq came in pieces."""
+"""`batch_invariant` attention: a token's bits are the same whatever is beside it and however its seq was cut into
+chunks."""
 
 import random
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "head_dim"), [((4, 4), 64), ((8, 2), 32), ((12, 4), 128)])
 def test_every_row_in_every_chunking(heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
-    """Hidden 256 and 1536: 540 tokens alone, as in decoding, and in prefill chunks of any size."""
+    """For hidden sizes 256 and 1536: 540 tokens one by one, as in decoding, and in prefill chunks of any size."""
     seqs = Seqs([540], heads, head_dim, dtype)
     decoded = seqs.in_chunks(0, 1)
     for chunk in (7, 16, 64, 300, 540):
@@ -35,7 +36,7 @@ def test_with_several_threads(heads: tuple[int, int], head_dim: int, torch_threa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "head_dim"), [((4, 4), 64), ((12, 12), 128), ((6, 1), 96)])
 def test_any_company(heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
-    """Decode, verify and prefill rows of other seqs in the same call, in any order, and other places in memory."""
+    """Decode, verify and prefill rows of other seqs are in the same call, in any order, at other places in memory."""
     lengths = [530, 257, 40, 512, 300]
     seqs = Seqs(lengths, heads, head_dim, dtype)
     whole = [seqs.attend([(seq, 0, length)])[0] for seq, length in enumerate(lengths)]

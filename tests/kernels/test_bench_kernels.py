@@ -1,4 +1,4 @@
-"""The benchmark of the operators runs, and reports a number for every contender."""
+"""The benchmark of the operators runs and reports a number for every implementation."""
 
 import re
 

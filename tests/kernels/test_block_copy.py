@@ -1,4 +1,4 @@
-"""The definitions of the copies, against plain loops; and what the launchers refuse."""
+"""The references of the copies, compared with plain loops, and what the launchers refuse."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_blocks_are_copied_in_all_layers_and_nothing_else_changes() -> None:
 @settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_moves_of_tree_nodes_are_those_done_one_after_the_other(data: st.DataObject) -> None:
-    """An accepted path through a tree in level order: node ids grow and each is at least its depth."""
+    """The moves pack an accepted path through a tree in level order: node ids grow, and each is at least its depth."""
     num_nodes = data.draw(st.integers(1, 11))
     path = sorted(data.draw(st.sets(st.integers(1, num_nodes))))
     first = data.draw(st.integers(0, 3))

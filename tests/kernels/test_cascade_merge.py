@@ -1,4 +1,4 @@
-"""The definition of the merge, against attention over all keys in fp64."""
+"""The reference of the merge, compared with attention over all keys in fp64."""
 
 import random
 
@@ -16,7 +16,8 @@ NUM_TOKENS, NUM_HEADS, HEAD_DIM = 3, 2, 8
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Partial:
-    """Plain attention of all queries to all keys, in the dtype given; zero and -inf where there is no key."""
+    """Plain attention of all queries to all keys in the dtype given: results and log-sums, 0 and -inf if there is no
+    key."""
     scores = torch.einsum("qhd,khd->qhk", q, k)
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse.unsqueeze(-1))

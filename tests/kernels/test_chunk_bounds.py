@@ -1,4 +1,4 @@
-"""The definitions of bounds and scores, against exact scores; and what the launchers refuse."""
+"""The references of bounds and scores, compared with exact scores, and what the launchers refuse."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ def exact_scores(q: Tensor, keys: Tensor) -> Tensor:
 
 
 def greatest_exact_scores(q: Tensor, cache: PoisonedCache, chunk_size: int, num_chunks: int) -> Tensor:
-    """fp64 [num_seqs, num_kv_heads, num_chunks]: what the bounds are of."""
+    """fp64 [num_seqs, num_kv_heads, num_chunks]: the scores that the bounds must reach."""
     num_kv_heads = cache.k_cache.shape[2]
     greatest = torch.full((len(q), num_kv_heads, num_chunks), -torch.inf, dtype=torch.float64)
     for seq, keys in enumerate(cache.keys):

@@ -1,4 +1,4 @@
-"""The noise: its law, its accuracy up to the tails, and that its bits depend on nothing but the words."""
+"""The noise: its distribution, its accuracy up to the tails, and bits that depend only on the random words."""
 
 import math
 
@@ -24,7 +24,7 @@ PINNED_SUM = 282_398_988_720_979
 
 
 def words_everywhere() -> Tensor:
-    """Words of every magnitude, and all of the outermost ones."""
+    """Random words of every magnitude, and all of the smallest and largest."""
     generator = torch.Generator().manual_seed(0)
     uniform = torch.randint(0, 1 << 32, (300_000,), generator=generator)
     log_uniform = (2.0 ** (32 * torch.rand(300_000, generator=generator, dtype=torch.float64))).long() - 1
@@ -53,7 +53,7 @@ def test_noise_is_accurate_to_both_ends() -> None:
     words = words_everywhere()
     w = np.minimum((words.numpy() + 0.5) / 2.0**32, 1 - 2.0**-24)
     exact = -np.log(-np.log1p(-w))
-    # fp32 rounds w itself, by 2^-24 relative; this is what such a change of w does to the noise.
+    # fp32 rounds w by up to 2^-24, relative; this is how much such a change of w moves the noise.
     rounding_of_w = 2.0**-24 * w / ((1 - w) * -np.log1p(-w))
     error = np.abs(noise_from_words(words).double().numpy() - exact)
     assert (error <= 1.1 * rounding_of_w + 2 * np.spacing(np.maximum(np.abs(exact), 0.5).astype(np.float32))).all()
@@ -68,21 +68,21 @@ def test_bounds_hold_with_little_to_spare() -> None:
 
 
 def test_tail_tells_single_words_apart() -> None:
-    """The 2^18 largest noises are all different; uniforms of 24 bits give 1024 values there."""
+    """The 2^18 largest values are all different; uniforms of 24 bits would give 1024 values there."""
     noise = noise_from_words(torch.arange(1 << 18))
     assert bool((noise[1:] < noise[:-1]).all())
 
 
 def test_top_of_a_flat_vocabulary_hardly_ties() -> None:
-    """In 50 draws of 128k words the best beats even the next word; 24-bit uniforms tie in 0.8 % of draws."""
+    """In 50 draws of 128k words, the best beats even the next larger word; 24-bit uniforms tie in 0.8 % of draws."""
     generator = torch.Generator().manual_seed(2)
     smallest = [torch.randint(0, 1 << 32, (128_256,), generator=generator).amin() for _ in range(50)]
-    second = torch.stack(smallest) + 1  # the worst rival: the very next word
+    second = torch.stack(smallest) + 1  # the closest rival: the next word
     assert bool((noise_from_words(torch.stack(smallest)) > noise_from_words(second)).all())
 
 
 def test_law_is_gumbel() -> None:
-    """Quantiles of 2^20 evenly spread words against exp(-exp(-g))."""
+    """Compares quantiles of 2^20 evenly spread words with exp(-exp(-g))."""
     words = torch.arange(1 << 20) * 4096 + 2048
     noise = noise_from_words(words).double().sort().values
     expected = torch.exp(-torch.exp(-noise))
@@ -91,7 +91,7 @@ def test_law_is_gumbel() -> None:
 
 
 def test_bits_are_pinned() -> None:
-    """The noise of a seed is part of the product: a run is repeated on other devices and by later versions."""
+    """The noise of a seed is part of the product: other devices and later versions must repeat a run."""
     noise = noise_from_words(torch.tensor([0, 1, 12_345, 1 << 20, 1 << 28, 1 << 31, 3_000_000_000, LAST_WORD]))
     assert [f"{bits & 0xFFFFFFFF:08x}" for bits in noise.view(torch.int32).tolist()] == PINNED_NOISE
     words = torch.arange(1 << 20) * 4095 + 17
@@ -99,7 +99,8 @@ def test_bits_are_pinned() -> None:
 
 
 def test_bits_depend_on_the_word_alone() -> None:
-    """Not on length, alignment, stride or shape, that is, not on which loop of the library an element falls into."""
+    """They do not depend on length, alignment, stride or shape, which decide the library loop that computes an
+    element."""
     words = words_everywhere()[:4096]
     whole = noise_from_words(words)
     for offset, length in [(0, 1), (1, 3), (3, 17), (5, 1000), (7, 4000), (4095, 1)]:

@@ -1,4 +1,4 @@
-"""The definition of quantised KV blocks: its error, its layout, its edges; and what the launchers refuse."""
+"""The reference of quantised KV blocks: its error, layout and edge cases, and what the launchers refuse."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def read(quantised: QuantisedBlocks, like: Tensor, bits: int) -> Tensor:
 
 
 def steps_of(kv: Tensor) -> Tensor:
-    """fp64 step of every element, from the group that it belongs to by the definition."""
+    """The fp64 step of every element, from the group to which the definition assigns it."""
     k, v = kv.double().unbind(-4)
     k_range = (k.max(dim=-3, keepdim=True).values - k.min(dim=-3, keepdim=True).values).expand_as(k)
     v_range = (v.max(dim=-1, keepdim=True).values - v.min(dim=-1, keepdim=True).values).expand_as(v)
@@ -32,11 +32,11 @@ def steps_of(kv: Tensor) -> Tensor:
 @settings(deadline=None, max_examples=40)
 @given(exponent=st.integers(-60, 100), offset=st.sampled_from([0.0, 3.0]), seed=st.integers(0, 1000))
 def test_errors_are_within_half_a_step_and_eight_steps(exponent: int, offset: float, seed: int) -> None:
-    """Far beyond the range of fp16, in which such scales would overflow."""
+    """Values go far beyond the range of fp16, where such scales would overflow."""
     torch.manual_seed(seed)
     kv = ((torch.randn(SHAPE) + offset) * 2.0**exponent).bfloat16().float()
     quantised, steps = quantise_blocks(kv), steps_of(kv)
-    rounding = 2.0**-21 * (kv.abs().double() + 255 * steps)  # of fp32, near zero that of the ends of the range
+    rounding = 2.0**-21 * (kv.abs().double() + 255 * steps)  # fp32; near zero, as at the ends of the range
     assert ((read(quantised, kv, 8) - kv).abs() <= steps / 2 + rounding).all()
     assert ((read(quantised, kv, 4) - kv).abs() <= steps * 8 + rounding).all()
 
@@ -48,7 +48,7 @@ def test_four_bits_are_as_good_as_a_quantiser_of_four_bits() -> None:
 
 
 def test_all_256_codes_come_back() -> None:
-    """A channel of keys, and a token of values, that is its own codes."""
+    """A channel of keys and a token of values whose numbers equal their codes."""
     codes = torch.arange(256.0)
     kv = torch.zeros(2, 256, 1, 256)
     kv[0] = codes.view(256, 1, 1)

@@ -1,4 +1,4 @@
-"""The sieve with which a GPU test looks for operators of torch on the hot path."""
+"""The filter with which a GPU test looks for operators of torch on the hot path."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Norms and projections of several layers at once, against fp64 and against one layer at a time."""
+"""Norms and projections of several layers at once, compared with fp64 and with one layer at a time."""
 
 import pytest
 import torch
@@ -64,4 +64,4 @@ def test_compiles_for_sm_90(dtype: torch.dtype) -> None:
     signature |= {"num_tokens": "i32", "out_features": "i32:16", "x_stride": "i32:16", "eps": "fp32"}
     compiled = compile_for_sm90(layer_parallel_qkv_kernel, signature, {"HIDDEN": 4096, **options}, **launch)
     assert ("mma" in compiled.asm["ptx"]) == (dtype != torch.float32)
-    assert "cp.async" in compiled.asm["ptx"]  # weights are on their way while others are multiplied
+    assert "cp.async" in compiled.asm["ptx"]  # weights are loaded while others are multiplied

@@ -1,4 +1,4 @@
-"""Row-invariant products: right, the same bits in every batch, and a probe that notices where they are not."""
+"""Row-invariant products: they are right, have the same bits in every batch, and the probe notices if they do not."""
 
 from collections.abc import Callable
 from typing import Any
@@ -76,7 +76,7 @@ def test_every_lone_row() -> None:
         pytest.skip(f"refused at load on this machine: {finding}")
     alone = torch.cat([linear_batch_invariant(row, weight) for row in x.unsqueeze(1)])
     assert torch.equal(linear_batch_invariant(x, weight), alone)
-    for end in range(257, 301):  # one row more than a tile holds: no row may come out as a lone one
+    for end in range(257, 301):  # more rows than a tile holds: no row may come out like a lone one
         assert torch.equal(linear_batch_invariant(x[end - 257 : end], weight), alone[end - 257 : end])
 
 
@@ -98,7 +98,7 @@ def test_the_probe_notices_a_product_that_depends_on_the_batch(monkeypatch: pyte
 
 
 class _Kernel:
-    """What stands for a kernel: called with any grid."""
+    """Stands in for a kernel: it can be called with any grid."""
 
     def __init__(self, run: Callable[..., object]) -> None:
         self._run = run

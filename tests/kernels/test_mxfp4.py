@@ -1,4 +1,4 @@
-"""MXFP4 on CPU: the format against fp64, rounding at its borders, the product, and what is refused."""
+"""MXFP4 on CPU: the format compared with fp64, rounding at the borders, the product, and what is refused."""
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ from tests.helpers.compile_sm90 import compile_for_sm90
 
 MAGNITUDES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 VALUES = torch.tensor([*MAGNITUDES, *(-value for value in MAGNITUDES)], dtype=torch.float64)
-# Magnitudes in units of the scale, and what they become: ties to the even code, then either side of each border.
+# Magnitudes in units of the scale, and what they become: ties go to the even code; then either side of each border.
 BORDERS = [(0.25, 0.0), (0.75, 1.0), (1.25, 1.0), (1.75, 2.0), (2.5, 2.0), (3.5, 4.0), (5.0, 4.0)]
 
 
 def every_code_and_scale() -> tuple[Tensor, Tensor]:
-    """256 rows: in row X 16 codes twice, with scale byte X."""
+    """256 rows: row X holds all 16 codes twice, with scale byte X."""
     packed = torch.tensor([low | (low + 1) << 4 for low in range(0, 16, 2)] * 2, dtype=torch.uint8)
     return packed.repeat(256, 1), torch.arange(256, dtype=torch.uint8).unsqueeze(1)
 
@@ -156,7 +156,7 @@ def test_the_product_compiles_for_sm_90(dtype: torch.dtype, num_rows: int) -> No
     signature |= dict.fromkeys(("out_features", "in_features", "x_stride", "split_features"), "i32:16")
     compiled = compile_for_sm90(mxfp4_linear_kernel, signature, options, **launch)
     if dtype != torch.float32:
-        # Weights go from the loaded words to the tensor cores in registers: dense ones are never stored.
+        # Weights go from the loaded words to the tensor cores through registers: dense weights are never stored.
         staged_bytes = options["BLOCK_IN"] * (options["BLOCK_OUT"] // 2 + 2 * options["ROWS"])
         assert "mma.sync" in compiled.asm["ptx"]
         assert compiled.metadata.shared < launch["num_stages"] * staged_bytes

@@ -1,5 +1,5 @@
-"""Compiled products: right, the same bits in every batch and on any number of threads, and a clear no where they
-cannot be compiled."""
+"""Compiled products: they are right and have the same bits in every batch and with any number of threads; where they
+cannot be compiled, an error says why."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Paged attention against fp64, whatever the lengths, pages, heads and leftovers in the cache."""
+"""Paged attention compared with fp64, for any lengths, pages, heads and leftovers in the cache."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from kernels.attention.paged_attention import paged_attention
 from tests.helpers.attention import Case, tree_words
 
 pytestmark = pytest.mark.usefixtures("implementation")
-# (length, new tokens): around block and tile borders, decode, verify and prefill rows, long chunks after a prefix.
-# A context past 1024 keys and short ones go different ways.
+# (length, new tokens): around block and tile borders; decode, verify and prefill rows; long chunks after a prefix. A
+# context of more than 1024 keys takes another path than short ones.
 RAGGED = [(1, 1), (16, 16), (17, 5), (33, 0), (0, 0), (256, 1), (257, 2), (511, 8), (700, 100), (1024, 2), (1100, 3)]
 SHORT = [(7, 1), (0, 0), (5, 5), (12, 3)]
-# fp32: rounding in sums of up to 700 terms of size one. 16-bit: one rounding of the result, and in SDPA one of each
-# weight; half an ulp of numbers up to one each.
+# fp32: rounding in sums of up to 700 terms of size one. 16-bit: one rounding of the result and, in SDPA, one of each
+# weight, each by half an ulp of numbers up to one.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
@@ -59,7 +59,7 @@ def test_pages_of_any_size_and_order(block_size: int, neighbours: bool, batch_in
     assert_close(case.run(batch_invariant=batch_invariant), case.run_reference()[0], torch.float32)
 
 
-# Seqs of the same kind lie side by side where they are short; of three kinds here, and one among them is long.
+# Short seqs of the same kind are computed together. There are three kinds here, and two seqs are long.
 ALIKE = [(40, 1), (9, 3), (63, 1), (33, 1), (11, 3), (2100, 1), (47, 2), (4000, 1), (50, 2), (15, 3), (8, 1)]
 
 
@@ -137,7 +137,7 @@ def test_nothing_to_do(seqs: list[tuple[int, int]], batch_invariant: bool) -> No
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_scores_of_any_size_stay_finite(batch_invariant: bool) -> None:
     case = Case(seqs=[(300, 1), (300, 40)])
-    case.q *= 1e4  # scores of some ten thousand: one key takes all
+    case.q *= 1e4  # scores of about ten thousand: one key takes all the weight
     assert_close(case.run(batch_invariant=batch_invariant), case.run_reference()[0], torch.float32)
 
 
@@ -197,7 +197,7 @@ def test_logarithms_of_the_sums(sliding_window: int | None, batch_invariant: boo
     assert_close(lse, expected[1], torch.float32)
 
 
-# Parents of the nodes of each seq's tree: a chain, a full one, one of 64 nodes, one with a short and a long branch.
+# The parents of the nodes of each seq's tree: a chain, a full tree, 64 nodes, a short and a long branch.
 TREES: list[list[int | None]] = [
     [None, 0, 1],
     [None, 0, 0, 1, 1, 2, 2],

@@ -1,4 +1,4 @@
-"""The attention kernels compile for an H100, with the tiles that are chosen for each model."""
+"""The attention kernels compile for an H100 with the tiles that are chosen for each model."""
 
 import re
 from typing import Any
@@ -29,7 +29,7 @@ def settings(dtype: str, head_dim: int, *, batch_invariant: bool = False) -> Set
 
 
 def compile_kernel(kernel: Any, model: Settings, dtype: str, tiling: Tiling, **choices: object) -> Any:
-    """choices: constexprs, and None for pointers that are left out."""
+    """Compiles a kernel. choices: constexprs, and None for pointers that are left out."""
     constexprs = {
         "NUM_KV_HEADS": model.num_kv_heads,
         "GROUP": model.group,
@@ -63,7 +63,7 @@ def test_of_every_type_and_size_of_head(dtype: str, head_dim: int) -> None:
     model = settings(dtype, head_dim)
     tiling = choose_tiling(model, num_rows=16)
     compiled = compile_kernel(paged_attention_kernel, model, dtype, tiling, lse_ptr=None, ancestors_ptr=None)
-    # Two programs share a multiprocessor, and keys are copied past the registers while others are computed.
+    # Two programs share a multiprocessor, and keys are copied without using registers while others are computed.
     assert 2 * compiled.metadata.shared < 227 << 10
     assert "cp.async" in compiled.asm["ptx"]
     assert ("mma.sync" in compiled.asm["ptx"]) == (dtype != "fp32")
@@ -79,7 +79,8 @@ def test_of_every_type_and_size_of_head(dtype: str, head_dim: int) -> None:
 
 
 def test_parts_are_seen_by_whoever_merges_them() -> None:
-    """All threads have written before one counts, with release and acquire; what others wrote is read past the L1."""
+    """All threads write before one of them counts, with release and acquire; parts of others are read past the L1
+    cache."""
     model = settings("bf16", 128)
     tiling = choose_tiling(model, num_rows=16)
     ptx = compile_kernel(paged_attention_kernel, model, "bf16", tiling, lse_ptr=None, ancestors_ptr=None).asm["ptx"]

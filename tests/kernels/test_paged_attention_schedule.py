@@ -1,4 +1,5 @@
-"""Who computes what: every new token once, equal shares of keys for unequal lengths, no word with the device."""
+"""Which program computes what: every new token once, equal shares of keys for unequal lengths, without asking the
+device."""
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def schedule(seqs: list[tuple[int, int]], *, group: int = 4, tree: bool = False, invariant: bool = False) -> Schedule:
-    """Of seqs (length, new tokens), with 8 KV heads of 128 features in 16 bits: key tiles of 64."""
+    """The schedule of seqs (length, new tokens) with 8 KV heads of 128 features in 16 bits: key tiles of 64."""
     settings = Settings(
         head_dim=128,
         element_size=2,
@@ -85,7 +86,7 @@ def test_the_longest_way_through_the_keys_begins_first() -> None:
 
 
 def test_a_launch_finds_all_lists_aligned() -> None:
-    """One that were not would have the kernel compiled once more, in the middle of serving."""
+    """Triton would compile the kernel again for an unaligned list, while requests wait."""
     for seqs in ([(900, 1)] * 3, [(64, 1), (17_000, 5)], [(1, 1)]):
         work = schedule(seqs).split
         assert work is not None

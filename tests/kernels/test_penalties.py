@@ -1,4 +1,4 @@
-"""Penalties, bias and masks against formulas on single numbers."""
+"""Penalties, bias and masks, compared with formulas on single numbers."""
 
 import torch
 

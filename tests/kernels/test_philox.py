@@ -18,7 +18,7 @@ KNOWN_ANSWERS = [
 
 
 def philox_of_integers(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
-    """The same function on Python's own integers."""
+    """The same function with Python's integers."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

@@ -1,4 +1,4 @@
-"""When seqs read a common prefix together: the bytes, and the runs that are found."""
+"""When seqs read a common prefix together: the bytes saved, and the runs of seqs that are found."""
 
 import pytest
 
@@ -13,9 +13,9 @@ MERGE_BYTES = 32 * (4 * 128 * 2 + 16)  # a query token
     ("num_new", "readings_saved"),
     [
         ([1], 0),
-        ([1] * 8, 7),  # 8 tokens of 4 heads are half a pass
+        ([1] * 8, 7),  # 8 tokens with 4 heads each fill half a pass
         ([1] * 32, 30),  # two passes together
-        ([17, 17], 1),  # alone each takes two passes of 16 tokens, together 34 tokens take three
+        ([17, 17], 1),  # alone, each takes two passes of 16 tokens; together, 34 tokens take three
         ([64, 64], 0),  # full passes either way
     ],
 )
@@ -26,7 +26,7 @@ def test_saving_is_readings_of_the_prefix_less_the_merge(num_new: list[int], rea
 
 
 def tables(*prefixes: range, tail: int = 3) -> list[list[int]]:
-    """Block tables that begin with these blocks and go on with blocks of their own."""
+    """Block tables that begin with these blocks and continue with blocks of their own."""
     return [[*prefix, *range(1000 * seq, 1000 * seq + tail)] for seq, prefix in enumerate(prefixes, 1)]
 
 
@@ -44,7 +44,7 @@ def test_runs_of_seqs_with_a_common_prefix_are_groups() -> None:
 
 
 def test_a_prefix_ends_before_new_tokens_and_blocks_that_are_not_full() -> None:
-    """Copies of one seq, as branches of a draft are before they write: the last block holds their new tokens."""
+    """Copies of one seq, like branches of a draft before they write: their last block holds new tokens."""
     copies = [list(range(50))] * 4
     assert choose(copies, num_new=1) == [PrefixGroup(first_seq=0, num_seqs=4, num_blocks=49)]
     assert choose(copies, num_new=12) == [PrefixGroup(first_seq=0, num_seqs=4, num_blocks=48)]

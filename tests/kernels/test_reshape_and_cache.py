@@ -1,4 +1,4 @@
-"""RoPE and the cache write: against rotation by complex numbers in fp64, slot by slot."""
+"""RoPE and the cache write, compared slot by slot with rotation of complex numbers in fp64."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from kernels.kv.reshape_and_cache import (
 from tests.helpers.compile_sm90 import compile_for_sm90
 
 MAX_POSITION = 4096
-# The result is rounded once; fp32 also carries the rounding of the table's cosines and sines.
+# The result is rounded once; in fp32, the rounding of the table's cosines and sines counts too.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -36,7 +36,7 @@ def rotated(x: Tensor, positions: Tensor, rotary_dim: int) -> Tensor:
 
 
 class Case:
-    """Tokens of a fused projection, and a cache full of NaN."""
+    """Tokens from a fused projection, and a cache full of NaN."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""RMSNorm against fp64, and the bits of a row against the batch around it."""
+"""RMSNorm compared with fp64, and a row's bits, which do not depend on the batch around it."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from kernels.layers.rms_norm import fused_add_rms_norm, rms_norm, rms_norm_kerne
 from tests.helpers.compile_sm90 import compile_for_sm90
 
 EPS = 1e-5
-# One rounding of the result to its dtype; fp32 has a few more inside.
+# One rounding of the result to its dtype; fp32 has a few more before it.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 DTYPES = list(TOLERANCE)
 

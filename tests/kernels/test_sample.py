@@ -1,4 +1,4 @@
-"""One token a row: the pruned path equals the plain one bit for bit, and nothing around a row changes its choice."""
+"""One token per row: the pruned path equals the plain one bit for bit, and nothing around a row changes its choice."""
 
 import pytest
 import torch
@@ -142,7 +142,7 @@ def test_strided_logits() -> None:
 
 
 def test_strided_or_missing_numbers_of_rows_are_refused() -> None:
-    """A kernel would read what stands between them."""
+    """A kernel would read what lies between them."""
     logits, keys = torch.zeros(2, 8), noise_keys(2)
     with pytest.raises(ValueError, match="temperature must be contiguous"):
         sample(logits, torch.ones(4)[::2], keys)
@@ -208,7 +208,8 @@ def test_what_is_below_its_threshold_is_as_good_as_masked(kind: str) -> None:
 
 
 def test_a_row_without_luck_is_found_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The goal that nearly always suffices is missed by all where it is far too high: then the certain one counts."""
+    """If the goal that nearly always works is far too high, no token reaches it: then the goal that is certain
+    counts."""
     monkeypatch.setattr(sample_cpu, "LIKELY_TOKENS", 1e-17)
     logits, keys, temperature = logits_of_kind("plain", 6, 3001), noise_keys(6), torch.ones(6)
     found, expected = sample(logits, temperature, keys), sample_reference(logits, temperature, keys)

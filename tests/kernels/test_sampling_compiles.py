@@ -1,4 +1,4 @@
-"""The kernels of sampling compile for an H100, and where bits count no multiply is fused with an add."""
+"""The sampling kernels compile for an H100, and no multiply is fused with an add where bits matter."""
 
 import re
 from collections.abc import Mapping
@@ -44,13 +44,14 @@ INT64 = {
 }
 OTHER = {"top_p_ptr": "*fp64", "found_ptr": "*u8", "seen_ptr": "*i1"}
 FUSED = re.compile(r"\bfma\.rn\.f32\b")
-# Divisions that are not rounded correctly, and arithmetic that takes tiny numbers for zero. (A floor may: it is only
-# asked of numbers of 2^-26 and more.)
+# Divisions that are not rounded correctly, and arithmetic that flushes tiny numbers to zero. (A floor may do so: it
+# only gets numbers of 2^-26 and more.)
 INEXACT = re.compile(r"\bdiv\.full|\b(add|sub|mul|div)\.[.\w]*ftz")
 
 
 def compile_kernel(kernel: Any, constexprs: Mapping[str, object], num_warps: int = 4, **options: object) -> str:
-    """PTX. Every pointer that constexprs do not leave out is of the type that its name has in this folder."""
+    """Returns the PTX. Pointers that constexprs do not leave out have the types that their names have in this
+    folder."""
     signature = {}
     for name in kernel.arg_names:
         if name in constexprs:

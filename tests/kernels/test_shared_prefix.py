@@ -1,4 +1,4 @@
-"""Attention with prefixes read together, against dense attention of each seq in fp64."""
+"""Attention that reads shared prefixes once, compared with dense attention of each seq in fp64."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ BATCHES = {
 
 
 def dense(batch: SharedBatch) -> Tensor:
-    """fp64, one query token at a time."""
+    """Attention in fp64, one query token at a time."""
     cache, bounds = batch.cache, batch.cu_seqlens_q.tolist()
     group = batch.q.shape[1] // cache.k_cache.shape[2]
     rows = []

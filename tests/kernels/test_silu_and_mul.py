@@ -1,4 +1,4 @@
-"""The SwiGLU gate against fp64, and an element's bits against its place in the batch."""
+"""The SwiGLU gate compared with fp64, and an element's bits, which do not depend on its place in the batch."""
 
 import pytest
 import torch

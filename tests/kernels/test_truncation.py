@@ -1,4 +1,4 @@
-"""Min-p, top-k and top-p against a plain fp64 version, and the proof that candidates suffice."""
+"""Min-p, top-k and top-p compared with a plain fp64 version, and the test that candidates suffice."""
 
 import math
 
@@ -22,7 +22,7 @@ def truncation(min_p: float = 0.0, top_k: int = 0, top_p: float = 1.0, num_rows:
 
 
 def thresholds(logits: Tensor, settings: Truncation, num_candidates: int | None = None) -> tuple[Tensor, Tensor]:
-    """From the largest logits only; `covered` says whether these were enough."""
+    """Thresholds from the largest logits only; `covered` says whether these were enough."""
     num_tokens = logits.shape[1]
     values = logits.topk(num_candidates or num_tokens, dim=1).values
     rest = values[:, -1] if values.shape[1] < num_tokens else torch.full_like(values[:, -1], -torch.inf)
@@ -40,7 +40,7 @@ def kept(logits: Tensor, settings: Truncation) -> list[list[int]]:
 
 
 def kept_by_definition(logits: list[float], min_p: float, top_k: int, top_p: float) -> list[int]:
-    """In fp64, one row; a token equal to a kept one is kept."""
+    """The tokens kept in one row, in fp64; a token equal to a kept one is kept."""
     probability = np.exp(np.array(logits) - max(logits))
     left = probability >= min_p * probability.max()
     if top_k:

@@ -1,4 +1,4 @@
-"""Acceptance of drafted chains against a loop that anyone can read."""
+"""Acceptance of drafted chains, compared with a loop that anyone can read."""
 
 import pytest
 import torch

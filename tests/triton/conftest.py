@@ -1,8 +1,8 @@
-"""The Triton kernels, each against its reference: on a GPU where there is one, else through Triton's interpreter.
+"""Each Triton kernel, compared with its reference: on a GPU if there is one, else through Triton's interpreter.
 
-The interpreter runs kernels on CPU tensors in a process that was started with TRITON_INTERPRET=1 (`make test` starts
-one); in any other process without a GPU there is nothing to test here. Its tl.dot is wrong for bfloat16, so bfloat16 is
-tested on a GPU only.
+The interpreter runs kernels on CPU tensors in a process that was started with TRITON_INTERPRET=1, as `make test` does.
+In any other process without a GPU, there is nothing to test here. The interpreter's tl.dot is wrong for bfloat16, so
+bfloat16 is tested on a GPU only.
 """
 
 import pytest

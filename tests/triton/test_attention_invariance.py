@@ -1,4 +1,5 @@
-"""`batch_invariant` attention in Triton: a token's bits, whatever is beside it and however its seq came in pieces."""
+"""`batch_invariant` attention in Triton: a token's bits are the same whatever is beside it and however its seq was
+cut."""
 
 import random
 from typing import Any
@@ -17,8 +18,8 @@ from tests.helpers.attention_pieces import Seqs
 
 @pytest.fixture(autouse=INTERPRETED)
 def products_by_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """numpy, which multiplies for the interpreter, rounds a row by its place in the tile. A GPU does not, nor do
-    einsum's plain loops."""
+    """numpy, which multiplies for the interpreter, rounds a row differently at different places in a tile. A GPU does
+    not, nor do einsum's plain loops."""
 
     def create_dot(a: Any, b: Any, d: Any, *_: object) -> Any:
         product = np.einsum("ij,jk->ik", a.data.astype(np.float32), b.data.astype(np.float32))
@@ -43,7 +44,7 @@ def test_every_row_in_every_chunking(
 
 
 def test_every_row_alone_and_verified(device: torch.device) -> None:
-    """One by one, as in decoding, and with the 4 that follow it, as drafts do."""
+    """Each row alone, as in decoding, and with the 4 rows after it, as in verification."""
     seqs = Seqs([70], (4, 2), 64, torch.float16, device=device)
     whole = seqs.in_chunks(0, 70)
     assert torch.equal(seqs.in_chunks(0, 1), whole)
@@ -52,7 +53,7 @@ def test_every_row_alone_and_verified(device: torch.device) -> None:
 
 
 def test_any_company(dtype: torch.dtype, device: torch.device) -> None:
-    """Decode, verify and prefill rows of other seqs in the same call, in any order."""
+    """Decode, verify and prefill rows of other seqs are in the same call, in any order."""
     lengths = [150, 65, 40, 128]
     seqs = Seqs(lengths, (4, 2), 64, dtype, device=device)
     whole = [seqs.attend([(seq, 0, length)])[0] for seq, length in enumerate(lengths)]
@@ -79,7 +80,7 @@ def test_the_probe_agrees_with_this_machine(dtype: torch.dtype, device: torch.de
 
 
 def test_the_probe_notices_splits(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """What is computed as without batch_invariant does not pass."""
+    """Results computed as without batch_invariant do not pass."""
 
     def careless(*tensors: Tensor, softmax_scale: float, batch_invariant: bool) -> Tensor:
         assert batch_invariant

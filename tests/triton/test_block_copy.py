@@ -1,4 +1,4 @@
-"""Each copy through its kernel gives the bits of its reference."""
+"""Each copy kernel gives the bits of its reference."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from kernels.kv.block_copy import (
 )
 from tests.helpers.kv_caches import Caches, clone, random_caches, same_bits
 
-# Slots of fewer words than a program takes, of as many, and of more; a block that is no multiple of a tile.
+# Slots of fewer words than a program takes, of as many, and of more; a block that is not a multiple of a tile.
 SHAPES = [(1, 2), (2, 64), (3, 96)]  # num_kv_heads, head_dim
 
 
@@ -39,7 +39,7 @@ def test_copy_blocks(caches: Caches, device: torch.device) -> None:
 
 @pytest.mark.parametrize("num_moves", [1, MOVES_AT_ONCE, MOVES_AT_ONCE + 3])
 def test_move_slots_that_overlap(num_moves: int, caches: Caches, device: torch.device) -> None:
-    """Slots are written that earlier moves read; some moves are none."""
+    """Some moves write slots that earlier moves read, and some change nothing."""
     dst = torch.arange(1, 1 + num_moves, device=device)
     src = dst + torch.arange(num_moves, device=device) // 2 + 1
     src[num_moves // 2 :: 5] = -1

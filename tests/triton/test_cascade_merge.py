@@ -1,4 +1,4 @@
-"""The merge through its kernel, against its reference."""
+"""The merge kernel, compared with its reference."""
 
 import pytest
 import torch

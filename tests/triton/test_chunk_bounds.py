@@ -1,4 +1,4 @@
-"""Bounds and scores through their kernels, against the references."""
+"""The kernels of bounds and scores, compared with their references."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A deployment whose workers run only Triton kernels writes the same as one whose workers run none."""
+"""A deployment whose workers run on Triton kernels writes the same as one whose workers run on CPU code."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def generate(**environment: str) -> tuple[dict[str, list[int]], int]:
-    """The streams by request, and how many drafts were accepted."""
+    """The streams by request, and the number of accepted drafts."""
     settings = local_settings(
         MODELS / "demo-target",
         draft=LocalDraft(folder=MODELS / "demo-draft"),

@@ -1,4 +1,4 @@
-"""Where a worker runs on kernels, no operator of torch is left for which there is one."""
+"""A worker that runs on kernels calls no operator of torch for which there is a kernel."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from workers.process.load import load_engines
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("qwen3", tmp_path_factory.mktemp("tiny")).folder  # it norms heads as well
+    return make_tiny_model("qwen3", tmp_path_factory.mktemp("tiny")).folder  # it has head norms as well
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Quantised KV blocks through the kernels have the bits of the references."""
+"""The kernels of quantised KV blocks give the bits of the references."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_codes_and_what_they_stand_for(
     if kind == "large":
         kv = kv * (1e30 if dtype != torch.float16 else 1e4)
     if kind == "tiny":
-        kv = kv * 1e-38  # steps that fp32 holds in part only
+        kv = kv * 1e-38  # steps that fp32 holds with fewer bits
     if kind == "constant":
         kv = kv[..., :1, :].expand(shape).clone() if kv.numel() else kv
         kv[..., 0] = kv[..., 1]

@@ -1,4 +1,5 @@
-"""Caches of more than 2^31 elements: offsets that do not fit into 32 bits. Memory that nobody touches takes no room."""
+"""Caches of more than 2^31 elements, whose offsets do not fit into 32 bits. Memory that nobody touches takes no
+room."""
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ NEAR = [1, 2]
 
 @pytest.fixture
 def caches(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Keys and values, of which blocks near and far are filled."""
+    """Keys and values in which a few blocks near the start and near the end are filled."""
     torch.manual_seed(0)
     shape = (NUM_BLOCKS, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
     k_cache, v_cache = (torch.empty(shape, dtype=torch.float16, device=device) for _ in range(2))

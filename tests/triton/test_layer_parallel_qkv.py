@@ -1,4 +1,4 @@
-"""The kernel that norms and projects for several layers at once, against its reference."""
+"""The kernel of norms and projections of several layers at once, compared with its reference."""
 
 import pytest
 import torch

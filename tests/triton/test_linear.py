@@ -1,4 +1,4 @@
-"""The kernel of the row-invariant product: right, and the same bits for a row whatever comes with it."""
+"""The kernel of the row-invariant product: it is right, and a row's bits are the same whatever else is computed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The kernels of MXFP4: the cast bit for bit, the decoding of every code and scale, and the product."""
+"""The MXFP4 kernels: the cast, bit for bit, the decoding of every code and scale, and the product."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_the_cast_has_the_bits_of_the_reference(
 
 
 def test_the_cast_of_any_bits(device: torch.device) -> None:
-    """fp32 numbers of all magnitudes, subnormal ones, infinities and NaN among them; borders and their neighbours."""
+    """fp32 numbers of all magnitudes, with subnormal numbers, infinities and NaN; borders and their neighbours."""
     generator = torch.Generator().manual_seed(0)
     anything = torch.randint(-(2**31), 2**31, (64, 256), generator=generator).int().view(torch.float32)
     assert_same_cast(anything.to(device))
@@ -69,7 +69,7 @@ def decode_kernel(word_ptr, scale_ptr, value_ptr, factor_ptr, code_dtype: tl.con
 def test_codes_and_factors_are_exact(
     code_dtype: torch.dtype, weight_dtype: torch.dtype, shift: int, device: torch.device
 ) -> None:
-    """In bf16 as well: the kernel hands out bits, so that the interpreter computes nothing in it."""
+    """In bf16 too: the kernel returns bits, so the interpreter does no arithmetic in bf16."""
     of_triton = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     nibbles = torch.tensor([low | (low + 1) << 4 for low in range(0, 16, 2)], dtype=torch.uint8, device=device)
     scales = torch.arange(256, device=device).to(torch.uint8)

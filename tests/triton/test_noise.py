@@ -1,4 +1,4 @@
-"""Random words and noise inside a kernel: the bits of the references."""
+"""Random words and noise inside a kernel have the bits of the references."""
 
 import torch
 import triton
@@ -38,7 +38,7 @@ def token_noise_kernel(noise_ptr, keys_ptr, first_token_id, BLOCK: tl.constexpr)
 
 
 def words_everywhere() -> Tensor:
-    """Words of every magnitude, and all of the outermost ones."""
+    """Random words of every magnitude, and all of the smallest and largest."""
     generator = torch.Generator().manual_seed(0)
     uniform = torch.randint(0, 1 << 32, (300_000,), generator=generator)
     log_uniform = (2.0 ** (32 * torch.rand(300_000, generator=generator, dtype=torch.float64))).long() - 1
@@ -54,7 +54,7 @@ def test_noise_has_the_bits_of_the_reference_and_lies_within_its_bounds(device: 
     assert torch.equal(noise.cpu(), noise_from_words(words))
     assert bool((low <= noise).all())
     assert bool((noise <= high).all())
-    assert float((high - low)[noise > 4].max()) < 0.1  # close where a winner is found
+    assert float((high - low)[noise > 4].max()) < 0.1  # the bounds are close where a winner lies
 
 
 def test_words_depend_on_all_of_seed_sample_position_and_token(device: torch.device) -> None:

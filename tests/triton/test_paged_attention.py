@@ -1,4 +1,4 @@
-"""The split kernel: decode, verify and tree rows over a paged cache, whatever the lengths, pages and programs."""
+"""The split kernel: decode, verify and tree rows over a paged cache, for any lengths, pages and programs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -71,7 +71,7 @@ def test_sliding_window(sliding_window: int, device: torch.device) -> None:
 
 
 def test_more_rows_than_a_tile(device: torch.device) -> None:
-    """Few tiles of many rows: the chunk of a prompt is split as well."""
+    """A prompt chunk with few tiles of many rows is split as well."""
     case = Case(seqs=[(200, 40), (9, 1)], heads=(8, 1), device=device)
     assert_is_reference(case)
     (schedule,) = run_with_plan(case)[1].schedules.values()
@@ -110,7 +110,7 @@ def test_nothing_to_do(seqs: list[tuple[int, int]], device: torch.device) -> Non
 
 def test_scores_of_any_size_stay_finite(device: torch.device) -> None:
     case = Case(seqs=SHORT, device=device)
-    case.q *= 1e4  # scores of some ten thousand: one key takes all
+    case.q *= 1e4  # scores of about ten thousand: one key takes all the weight
     torch.testing.assert_close(case.run(), case.run_reference()[0], rtol=2e-6, atol=2e-6)
 
 
@@ -168,7 +168,7 @@ def test_trees(sliding_window: int | None, device: torch.device) -> None:
 
 
 def test_the_paths_of_a_tree_are_chains(device: torch.device) -> None:
-    """Each node gives what the last token of its path gives, when the path is all that follows the prefix."""
+    """Each node gives the result of the last token of its path, if only that path follows the prefix."""
     prefix, parents = 125, TREES[0]
     words = tree_words(parents)
     tree = Case(seqs=[(prefix + len(parents), len(parents))], ancestors=torch.tensor(words), device=device)

@@ -1,4 +1,4 @@
-"""The kernel for chunks of prompts: many new tokens of a seq over its prefix and each other, beside anything else."""
+"""The kernel for prompt chunks: many new tokens of a seq attend to its prefix and to each other, beside other rows."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On any device, so that the chunks of these tests count as enough to fill it."""
+    """Pretends that any device runs few programs, so that the chunks of these tests fill it."""
     monkeypatch.setattr(attention_schedule, "resident_programs", lambda device: 2)
 
 
@@ -64,13 +64,13 @@ def test_blocks_of_any_size(block_size: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("sliding_window", [1, 6, 31, 64, 100, 200, 10_000])
 def test_sliding_window(sliding_window: int, device: torch.device) -> None:
-    """Key tiles that reach out of the window, that lie in it for all rows, and that hide the future."""
+    """Some key tiles reach out of the window, some lie in it for all rows, and some hide the future."""
     case = Case(seqs=[(330, 70)], head_dim=64, sliding_window=sliding_window, device=device)
     assert check(case).whole is not None
 
 
 def test_a_mixed_batch_goes_two_ways(dtype: torch.dtype, device: torch.device) -> None:
-    """Decode and verify rows beside chunks, a seq that takes no part, one without tokens."""
+    """Decode and verify rows beside chunks, a seq without new tokens, and an empty seq."""
     seqs = [(33, 1), (130, 90), (20, 0), (140, 4), (65, 65), (0, 0), (1, 1)]
     schedule = check(Case(seqs=seqs, dtype=dtype, device=device))
     assert schedule.whole is not None

@@ -1,4 +1,4 @@
-"""The kernels of RoPE and the cache write against their references, slot by slot."""
+"""The kernels of RoPE and the cache write, compared with their references slot by slot."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ SHAPES = [
 
 
 class Case:
-    """Slices of one fused projection with a poisoned gap beside them, and a cache full of NaN."""
+    """Slices of one fused projection with NaN in the gap beside them, and a cache full of NaN."""
 
     def __init__(self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         num_tokens, num_q_heads, num_kv_heads, head_dim, rotary_dim = shape
@@ -51,7 +51,7 @@ class Case:
         return {name: getattr(self, name) for name in NAMES}
 
     def tokens(self, part: slice) -> dict[str, Tensor]:
-        """The arguments for a part of the tokens."""
+        """The arguments for some of the tokens."""
         tokens = {name: x[part] for name, x in self.arguments().items()}
         return {**tokens, "rotary": self.rotary[:, part], "k_cache": self.k_cache, "v_cache": self.v_cache}
 

@@ -1,4 +1,4 @@
-"""The RMSNorm kernel: right for any shape and stride, the same row in any batch, and nothing else touched."""
+"""The RMSNorm kernel: right for any shape and stride, the same for a row in any batch, and it writes nothing else."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor
 from kernels.layers.rms_norm import fused_add_rms_norm, rms_norm, rms_norm_reference
 
 EPS = 1e-5
-# The kernel and the reference round the same fp32 value, which differs in its last bits: at most one unit apart.
+# The kernel and the reference round fp32 values that differ in their last bits: results are at most one unit apart.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 SHAPES = [(1, 1), (3, 7), (33, 128), (1, 4096), (5, 1000), (2, 8192), (7, 5, 96), (3, 2, 128), (0, 64), (96,)]
 

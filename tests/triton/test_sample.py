@@ -1,4 +1,4 @@
-"""The kernels that choose tokens: the token and the value of the reference, bit for bit."""
+"""The kernels that choose tokens give the token and the value of the reference, bit for bit."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def logits_of_kind(kind: str, num_rows: int, num_tokens: int) -> Tensor:
     match kind:
         case "peaked":
             logits[:, num_tokens // 2] = 60.0
-        case "two peaks":  # in one tile, where bounds of the noise leave both
+        case "two peaks":  # in one tile, where the bounds of the noise leave both
             logits[:, [num_tokens // 2, num_tokens // 2 + 1]] = 60.0
         case "flat":
             logits.zero_()
@@ -136,7 +136,7 @@ def test_a_bad_row_harms_no_other(bad: float, device: torch.device) -> None:
     assert torch.equal(found[1][[0, 2]].cpu(), expected[1][[0, 2]])
     token_ids = sample(logits.to(device), temperature.to(device), keys_on(device, keys))[1].cpu()
     assert torch.equal(token_ids[[0, 2]], expected[1][[0, 2], 0])
-    assert 0 <= int(token_ids[1]) < 140  # still a token: callers look into the row with it
+    assert 0 <= int(token_ids[1]) < 140  # still a token id: callers index the row with it
 
 
 def test_no_rows(device: torch.device) -> None:

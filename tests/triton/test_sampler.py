@@ -1,4 +1,4 @@
-"""The sampler on the kernels: the choices that the references make, one after the other."""
+"""The sampler on kernels makes the same choices as the references in turn."""
 
 import math
 import threading
@@ -17,7 +17,7 @@ from workers.sampling.sampler import SampledRows, Sampler
 from workers.sampling.state import SeqSamplingState
 
 VOCAB_SIZE = 131
-BAD_ROW = 6  # which asks for logprobs
+BAD_ROW = 6  # a row that asks for logprobs
 NAMES = ["plain", "greedy", "top_p", "min_p top_k top_p", "penalties", "bias and mask", "logprobs", "everything"]
 CPU = torch.device("cpu")
 
@@ -99,7 +99,8 @@ def test_prompt_logprobs_with_a_bad_row(device: torch.device) -> None:
 
 
 class TakingTurns:
-    """A group whose ranks, threads of one process, run only one at a time: the interpreter bears no two threads."""
+    """A group whose ranks are threads of one process and run one at a time: the interpreter does not support two
+    threads."""
 
     def __init__(self, group: ThreadGroup, turn: threading.Lock) -> None:
         self.rank, self.size = group.rank, group.size

@@ -17,7 +17,7 @@ def random_logits(num_rows: int, num_tokens: int) -> Tensor:
 
 @pytest.mark.parametrize(("first_token_id", "num_tokens"), [(0, 300), (100, 60)])
 def test_edits_of_single_logits(first_token_id: int, num_tokens: int, device: torch.device) -> None:
-    """Whole vocabulary and a shard, which other tokens' entries leave alone."""
+    """On the whole vocabulary, and on a shard, which entries of other shards' tokens do not change."""
     generator = torch.Generator().manual_seed(0)
     logits = random_logits(3, 300)
     pairs = torch.randperm(900, generator=generator)[:500]
@@ -88,7 +88,7 @@ def test_softmax_sum(num_tokens: int, device: torch.device) -> None:
 
 def test_verdicts_on_ragged_chains(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(4)
-    lengths = [1, 2, 5, 1, 40, 33, 32, 65, 3]  # of rows; blocks of a kernel are shorter than some
+    lengths = [1, 2, 5, 1, 40, 33, 32, 65, 3]  # of chains; some are longer than the kernel's blocks
     target, draft = torch.randint(0, 9, (2, sum(lengths)), generator=generator)
     cu_rows = torch.tensor([0, *lengths]).cumsum(0)
     agreeing = torch.rand(sum(lengths), generator=generator) < 0.95

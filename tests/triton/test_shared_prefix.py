@@ -1,4 +1,4 @@
-"""Attention with prefixes read together, through the kernels, against attention of each seq alone."""
+"""The kernels of attention that reads shared prefixes once, compared with attention of each seq alone."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The kernel of the SwiGLU gate against its reference."""
+"""The kernel of the SwiGLU gate, compared with its reference."""
 
 import pytest
 import torch
