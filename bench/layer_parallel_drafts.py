@@ -232,9 +232,9 @@ def measure_acceptance(options: argparse.Namespace) -> None:
         "groups",
         "first and last layer",
         "calibrated",
-        "acceptance a token",
+        "acceptance per token",
         "against sequential",
-        f"accepted a round (k = {options.k})",
+        f"accepted per round (k = {options.k})",
     ]
     dataset = f" --dataset {options.dataset.name}" if options.dataset else ""
     command = f"python -m bench.layer_parallel_drafts{dataset} --prompts {options.prompts} --tokens {options.tokens}"

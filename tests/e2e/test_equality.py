@@ -179,7 +179,7 @@ def test_drafts_are_those_of_the_draft_model(fp32: Callable[[int], Streams], cas
 
 def simulate(agrees: torch.Tensor, k: int, stats: inference_pb2.SpeculationStats) -> None:
     """Simulates rounds over a stream. `agrees`, bool [NUM_TOKENS]: where the draft model would write the same token."""
-    place = 1  # the prompt's last token gave the first
+    place = 1  # the prompt's last token gave the first output token
     while (num_drafts := min(k, NUM_TOKENS - 1 - place)) > 0:
         num_accepted = int(agrees[place : place + num_drafts].cumprod(dim=0).sum())
         stats.num_draft_tokens += num_drafts

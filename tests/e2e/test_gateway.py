@@ -88,7 +88,7 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s} s"
-        time.sleep(0.02)  # another process is observed: there is nothing to wait on
+        time.sleep(0.02)  # polls another process: there is nothing to wait on
 
 
 def all_is_free(deployment: LocalDeployment) -> bool:
@@ -247,7 +247,7 @@ def test_a_trace_shows_what_both_groups_do(address: str, client: Client, tmp_pat
     out = tmp_path / "trace.json"
     arguments = ["trace", "--out", str(out), "--rounds", "12", "--address", address]
     recording = subprocess.Popen([sys.executable, "-m", "echelon.cli.app", *arguments], cwd=ROOT)
-    while recording.poll() is None:  # it needs something to record
+    while recording.poll() is None:  # the recording needs rounds
         client.generate(PROMPT, max_tokens=64, ignore_eos=True, temperature=0)
     assert recording.returncode == 0
     events = json.loads(out.read_text())["traceEvents"]

@@ -27,7 +27,7 @@ def logits_of_kind(kind: str, num_rows: int, num_tokens: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(num_rows, num_tokens, generator=generator)
     match kind:
-        case "peaked":  # a few tokens in reach of the best
+        case "peaked":  # a few tokens within reach of the best
             return torch.where(torch.rand(logits.shape, generator=generator) < 5 / num_tokens, 40 + logits, logits)
         case "flat":
             return torch.zeros_like(logits)

@@ -25,7 +25,7 @@ SHAPES = [(1, 2), (2, 64), (3, 96)]  # num_kv_heads, head_dim
 def caches(request: pytest.FixtureRequest, dtype: torch.dtype, device: torch.device) -> Caches:
     num_kv_heads, head_dim = request.param
     made = random_caches(10, num_layers=2, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, device=device)
-    made[0][0][3] = torch.nan  # bits, not numbers, are copied
+    made[0][0][3] = torch.nan  # copies keep bits, not just numbers
     return made
 
 

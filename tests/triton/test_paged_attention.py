@@ -13,10 +13,10 @@ from kernels.attention.paged_attention import AttentionPlan, paged_attention, pl
 from kernels.dispatch import INTERPRETED
 from tests.helpers.attention import Case, tree_words
 
-# Around the borders of blocks (16) and key tiles (64 to 128), without new tokens, without tokens.
+# Lengths around the borders of blocks (16) and key tiles (64 to 128); a seq without new tokens, and an empty one.
 RAGGED = [(1, 1), (0, 0), (15, 1), (16, 2), (17, 3), (63, 1), (64, 1), (65, 4), (127, 1), (128, 2), (129, 1), (40, 0)]
 SHORT = [(70, 1), (3, 3), (140, 5)]
-# fp32: rounding in sums of some hundred terms of size one. 16-bit: one rounding of the result and one of each weight.
+# fp32: rounding in sums of a few hundred terms of size one. 16-bit: one rounding of the result and one of each weight.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 
 

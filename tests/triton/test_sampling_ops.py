@@ -96,7 +96,7 @@ def test_verdicts_on_ragged_chains(device: torch.device) -> None:
     draft[cu_rows[1:] - 1] = -1
     draft[cu_rows[7] : cu_rows[8] - 1] = target[cu_rows[7] : cu_rows[8] - 1]  # all 64 are accepted
     target[cu_rows[2]] = -2  # logits that were not finite
-    target[cu_rows[8] - 1] = -1  # whatever stands there, the last row ends its chain
+    target[cu_rows[8] - 1] = -1  # the last row ends its chain, whatever the target chose there
     for dtype in (torch.int32, torch.int64):
         found = verify_chain(target.to(device), draft.to(device), cu_rows.to(device, dtype))
         expected = verify_chain_reference(target, draft, cu_rows)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels.layers.silu_and_mul import silu_and_mul, silu_and_mul_reference
 
-# One unit in the last place in 16-bit types; in fp32 the exponential of a GPU is good to some 1e-6.
+# One unit in the last place in 16-bit types; in fp32, a GPU's exponential is accurate to about 1e-6.
 RTOL = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 SIZES = [(1, 1), (3, 7), (2, 33), (40, 100), (1, 14336), (5, 2048), (3, 2049), (0, 16)]
 

@@ -171,7 +171,7 @@ def test_invalid_utf8_on_standard_input(run: Run) -> None:
 
 
 def test_an_argument_that_is_not_unicode(run: Run) -> None:
-    code, _, err = run("generate", "a\udcff")  # how Python hands on a byte 0xff of the command line
+    code, _, err = run("generate", "a\udcff")  # how Python represents a byte 0xff of the command line
     assert code == 2
     assert "prompt: is not valid Unicode" in err
 
@@ -468,7 +468,7 @@ def test_up_reports_progress_and_the_endpoint(run: Run, monkeypatch: pytest.Monk
     assert code == 0
     assert "demo serves demo-target at 127.0.0.1:50051" in out
     assert "connected to Ray at 10.0.0.1:6379" in err
-    assert err.count("target-0.0 STARTING loading\n") == 1  # a line for each change of state, not for each step
+    assert err.count("target-0.0 STARTING loading\n") == 1  # one line per change of state, not per step
     assert "target-0.0 READY 127.0.0.1:9\n" in err
     code, out, _ = run("up", "d.yaml", "--timeout", "90", "--ray-address", "10.0.0.1:6379", "--json")
     assert code == 0

@@ -44,7 +44,7 @@ def test_generate_returns_everything(client: Client, gateway: FakeGateway) -> No
     assert (completion.request_id, completion.seed) == ("r", 99)
     assert completion.speculation.acceptance_rate == 0.5
     assert completion.tokens_per_target_step == 2.0
-    assert 0 < gateway.time_remaining_s[0] < 31  # the wire carries a timeout rounded up
+    assert 0 < gateway.time_remaining_s[0] < 31  # the timeout is rounded up on the wire
     request = gateway.requests[0]
     assert (request.text, request.sampling.max_tokens) == ("Hi", 4)
     assert request.sampling.HasField("temperature")

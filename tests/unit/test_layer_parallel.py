@@ -192,9 +192,9 @@ def test_an_mlp_split_over_ranks_is_close_to_the_whole(folders: dict[str, Path])
 @pytest.mark.parametrize(
     ("weights", "mlps", "expected"),
     [
-        (Weights.REPLICATED, MLPs.REPLICATED, 2),  # a gather for each of the groups of several
-        (Weights.REPLICATED, MLPs.TENSOR_PARALLEL, 2 + 7),  # and a sum for each layer
-        (Weights.SHARDED, MLPs.REPLICATED, 1 + 2 + 3),  # the embedding, and a broadcast for each layer that is alone
+        (Weights.REPLICATED, MLPs.REPLICATED, 2),  # one gather for each group of several layers
+        (Weights.REPLICATED, MLPs.TENSOR_PARALLEL, 2 + 7),  # and one sum per layer
+        (Weights.SHARDED, MLPs.REPLICATED, 1 + 2 + 3),  # the embedding, gathers, broadcasts of lone layers
     ],
 )
 def test_collectives_of_a_draft_step(folders: dict[str, Path], weights: Weights, mlps: MLPs, expected: int) -> None:

@@ -93,7 +93,7 @@ def test_changes_of_an_overtaken_row_are_made(fixture: Fixture, tiny: Path) -> N
     """The blocks and tokens that the row brings are not sent again."""
     driver, seq = fixture.driver, fixture.seq
     fixture.run(fixture.growing, [])
-    seq.token_ids += [0, 0, 0]  # whatever was drafted: it is cut
+    seq.token_ids += [0, 0, 0]  # stand for the drafts, which are cut
     seq.num_computed = len(seq.token_ids) - 1
     first = driver.draft_row(seq, 12, crop_len=len(PROMPT) + 1, append=[OTHER])  # brings the blocks for both
     second = driver.draft_row(seq, 4, crop_len=len(PROMPT), append=[OTHER, OTHER])

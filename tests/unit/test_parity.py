@@ -13,7 +13,7 @@ from workers.collectives import SoloGroup
 from workers.models import CausalLM, load_model
 
 TOLERANCE = 1e-4  # fp32
-VISIBLE = 1e-3  # a dropped feature moves some logit by more
+VISIBLE = 1e-3  # dropping a feature moves some logit by more
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -297,7 +297,7 @@ def test_one_drafting_round_serves_seqs_that_were_due_and_one_that_has_just_caug
     num_drafting = 0  # drafting rounds since the last target round
     while sim.core.num_requests == 2:
         sim.plan()
-        if sim.target_rounds:  # first the target's: the prompt is computed while the draft catches up with it
+        if sim.target_rounds:  # the target's round first, so that it computes the prompt while the draft catches up
             assert num_drafting <= 1, "two rounds one after another"
             num_drafting = 0
             sim.run_target_round()
