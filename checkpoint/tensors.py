@@ -45,7 +45,7 @@ class TensorInfo:
 def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     """The tensors of a folder by name. Raises LoadError for files that are missing, damaged or truncated."""
     tensors: dict[str, TensorInfo] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         for name, info in _read_header(file).items():
             if name in tensors:
                 both = f"{tensors[name].file.name} and in {file.name} of {folder}"
@@ -54,7 +54,7 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights, as transformers chooses them; others in the folder are left alone."""
     if (folder / _SINGLE_FILE).exists():
         return [folder / _SINGLE_FILE]

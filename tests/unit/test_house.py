@@ -55,9 +55,9 @@ WING_ARROWS = {
     "workers.engine": "workers workers.models workers.sampling",
     "workers.layers": "workers",
     "workers.models": "workers workers.layers",
-    "workers.process": "workers workers.engine workers.layers workers.models workers.sampling",
+    "workers.process": "workers workers.engine workers.layers workers.models workers.sampling workers.tiers",
     "workers.sampling": "workers",
-    "workers.tiers": "",
+    "workers.tiers": "workers workers.engine",
 }
 TORCH = {"torch", "transformers", "triton"}
 FORBIDDEN = {

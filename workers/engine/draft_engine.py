@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from echelon.pb.worker_pb2 import EngineInfo, Round, RowResult
-from workers.engine.engine import NO_TOKEN, ActiveRow, ModelEngine, ModelRunner, chosen_token_ids
+from workers.engine.engine import NO_TOKEN, ActiveRow, ModelEngine, ModelRunner, Mover, chosen_token_ids
 from workers.engine.overtaken import drop_overtaken
 from workers.engine.rounds import plan_draft
 from workers.engine.seq_state import SeqTable
@@ -47,8 +47,8 @@ class DraftEngine(ModelEngine):
     of all rows. Then each step adds a token to the chains that grow.
     """
 
-    def __init__(self, runner: ModelRunner, table: SeqTable, info: EngineInfo) -> None:
-        super().__init__(runner, table, info, plan_draft)
+    def __init__(self, runner: ModelRunner, table: SeqTable, info: EngineInfo, *, mover: Mover | None = None) -> None:
+        super().__init__(runner, table, info, plan_draft, mover)
 
     def check(self, round_: Round, behind: Sequence[Round] = ()) -> None:
         drop_overtaken(round_, behind, self._table)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from checkpoint.memory import SAMPLING_TILE_ROWS
 from echelon.pb.sampling_pb2 import PositionLogprobs
-from echelon.pb.worker_pb2 import EngineInfo, Round, RoundResult, Row, RowResult
+from echelon.pb.worker_pb2 import EngineInfo, MoveOrder, MoveResult, Round, RoundResult, Row, RowResult
 from kernels.kv.block_copy import CacheAddresses, copy_blocks
 from workers.engine.kv_cache import KVCaches
 from workers.engine.rounds import RowPlan
@@ -26,11 +26,27 @@ from workers.upload import upload
 NO_TOKEN = -2  # the choice if logits were not finite; equals no token and no draft
 
 
+class Mover(Protocol):
+    """Moves KV blocks of an engine between the tiers; see workers.tiers.mover."""
+
+    def submit(self, order: MoveOrder, on_moved: Callable[[MoveResult], None]) -> None: ...
+
+    def list_disk(self, on_listed: Callable[[list[bytes]], None]) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def close(self, patience_s: float) -> None: ...
+
+
 class Engine(Protocol):
     """One engine of a worker process, as the server sees it. Called by one thread, one round at a time."""
 
     @property
     def info(self) -> EngineInfo: ...
+
+    @property
+    def mover(self) -> Mover | None:
+        """None if there are no tiers below the device."""
 
     @property
     def num_ranks(self) -> int:
@@ -44,7 +60,7 @@ class Engine(Protocol):
         """Run a round that `check` accepted; fill in `rows` and `num_steps`. Every rank calls it for each round."""
 
     def reset(self) -> None:
-        """Free all slots: another scheduler has taken over."""
+        """Free all slots and end all moves: another scheduler has taken over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +164,9 @@ class ModelEngine(ABC):
         table: SeqTable,
         info: EngineInfo,
         plan: Callable[[Round, SeqTable], list[RowPlan]],
+        mover: Mover | None,
     ) -> None:
+        self.mover = mover
         self._runner = runner
         self._table = table
         self._info = info
@@ -168,6 +186,8 @@ class ModelEngine(ABC):
 
     def reset(self) -> None:
         self._table.free_all()
+        if self.mover is not None:
+            self.mover.reset()
 
     def run(self, round_: Round) -> RoundResult:
         checked, plans = self._checked

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from echelon.pb.worker_pb2 import EngineInfo, Round, RowResult
 from kernels.sampling.verify_chain import verify_chain
-from workers.engine.engine import NO_TOKEN, ActiveRow, ModelEngine, ModelRunner, chosen_token_ids
+from workers.engine.engine import NO_TOKEN, ActiveRow, ModelEngine, ModelRunner, Mover, chosen_token_ids
 from workers.engine.rounds import RowPlan, plan_target
 from workers.engine.seq_state import SeqTable
 from workers.sampling.rows import RowEntry
@@ -37,11 +37,17 @@ class TargetEngine(ModelEngine):
     """See workers.engine.Engine."""
 
     def __init__(
-        self, runner: ModelRunner, table: SeqTable, info: EngineInfo, *, forced_acceptance: float = 0.0
+        self,
+        runner: ModelRunner,
+        table: SeqTable,
+        info: EngineInfo,
+        *,
+        mover: Mover | None = None,
+        forced_acceptance: float = 0.0,
     ) -> None:
         """`forced_acceptance`: the share of drafts that count as right, whatever they are. For benchmarks only; 0 turns
         it off. Raises ValueError if it is not between 0 and 1."""
-        super().__init__(runner, table, info, plan_target)
+        super().__init__(runner, table, info, plan_target, mover)
         if not 0 <= forced_acceptance <= 1:
             raise ValueError(f"engines: forced_acceptance {forced_acceptance} must be between 0 and 1")
         if forced_acceptance:

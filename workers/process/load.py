@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 
@@ -28,7 +28,9 @@ from workers.models.checkpoint import Progress
 from workers.models.decoder import MLP, Attention
 from workers.process.cohort import Cohort
 from workers.process.draft_layout import is_layer_parallel, num_ranks, resolve_plan
+from workers.process.tiers import build_mover, has_disk, kv_facts, open_store, staging_bytes, weights_fingerprint
 from workers.sampling.sampler import Sampler
+from workers.tiers.segment_store import SegmentStore
 from workers.trace import Tracer
 
 logger = logging.getLogger(__name__)
@@ -62,12 +64,21 @@ class _Loaded:
     load_s: float
 
 
+class _Sizes(NamedTuple):
+    """Of an engine's tiers, in blocks."""
+
+    num_blocks: int
+    num_host_slots: int
+    num_disk_blocks: int
+
+
 def load_engines(spec: WorkerSpec, cohort: Cohort, on_progress: OnProgress) -> Engines:
     """The engines of this rank. All ranks call it; a rank that takes no part in an engine does not get it.
 
     Raises:
         LoadError: A model folder cannot be served as requested; names tensor, shape or bytes.
-        KVCacheError: Too little memory for one sequence.
+        KVCacheError: Too little memory for one sequence, or for the host tier.
+        StoreError: The folder of a disk tier cannot be used.
         SpecError: A field of the spec is wrong.
     """
     device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
@@ -78,12 +89,40 @@ def load_engines(spec: WorkerSpec, cohort: Cohort, on_progress: OnProgress) -> E
     own_blocks = _own_num_blocks(present, device)
     engines: Engines = {}
     for index, (engine, entry) in enumerate(zip(spec.engines, loaded, strict=True)):
-        own = str(own_blocks[engine.role]) if entry else ""
-        everyone = cohort.gather(f"num_blocks/{index}", own)
+        store = _open_store(engine, entry, cohort, f"weights/{index}", device, on_progress)
+        own = None
         if entry is not None:
-            num_blocks = min(int(number) for number in everyone if number)
-            engines[engine.role] = _build(entry, num_blocks, device, cohort.tracer)
+            num_disk_blocks = store.capacity if store else 0
+            own = _Sizes(own_blocks[engine.role], engine.tiers.num_host_slots, num_disk_blocks)
+        sizes = _least(own, cohort, f"sizes/{index}")
+        if entry is not None:
+            engines[engine.role] = _build(entry, sizes, store, device, cohort.tracer, on_progress)
     return engines
+
+
+def _open_store(
+    spec: EngineSpec, entry: _Loaded | None, cohort: Cohort, key: str, device: torch.device, on_progress: OnProgress
+) -> SegmentStore | None:
+    """The disk tier of an engine on this rank, if it has one. All ranks call it."""
+    if not has_disk(spec):
+        return None
+    role = _ROLE_NAMES[spec.role]
+    on_progress(f"opening the disk tier of the {role}", 0, 0)
+    members = num_ranks(spec, cohort.world_size)
+    weights = weights_fingerprint(spec, cohort, key, num_ranks=members)
+    if entry is None:
+        return None
+    plan = entry.model.plan if isinstance(entry.model, LayerParallelLM) else None
+    facts = kv_facts(spec, plan, num_ranks=members, weights=weights, device=device)
+    return open_store(spec, entry.layout, facts, role=role, rank=cohort.rank, num_ranks=members)
+
+
+def _least(own: _Sizes | None, cohort: Cohort, key: str) -> _Sizes:
+    """The smallest sizes that a rank of an engine has. All ranks call it; one that does not run the engine has None."""
+    everyone = cohort.gather(key, " ".join(map(str, own or ())))
+    return _Sizes(
+        *(min(numbers) for numbers in zip(*(map(int, text.split()) for text in everyone if text), strict=True))
+    )
 
 
 def _load(spec: EngineSpec, cohort: Cohort, device: torch.device, on_progress: OnProgress) -> _Loaded | None:
@@ -167,7 +206,7 @@ def _own_num_blocks(loaded: Sequence[_Loaded], device: torch.device) -> dict[Eng
 
 
 def _bytes_left(sharing: Sequence[_Loaded], device: torch.device) -> int:
-    """The memory that gpu_memory_utilization leaves after weights and activations."""
+    """The memory that gpu_memory_utilization leaves after weights, activations and the buffers of moves."""
     if device.type != "cuda":
         raise SpecError("engines: kv_cache_bytes must be set on cpu (kv_cache.device_bytes in the deployment file)")
     activations = max(
@@ -183,7 +222,8 @@ def _bytes_left(sharing: Sequence[_Loaded], device: torch.device) -> int:
     )
     free, total = torch.cuda.mem_get_info(device)
     utilization = min(entry.spec.gpu_memory_utilization for entry in sharing)
-    return max(0, int(total * utilization) - (total - free) - activations)
+    staging = sum(staging_bytes(entry.spec, entry.layout) for entry in sharing)
+    return max(0, int(total * utilization) - (total - free) - activations - staging)
 
 
 def reserved_sampling_bytes(spec: EngineSpec, *, vocab_size: int, num_ranks: int) -> int:
@@ -196,8 +236,15 @@ def reserved_sampling_bytes(spec: EngineSpec, *, vocab_size: int, num_ranks: int
     return sampling_bytes(vocab_size=vocab_size, num_ranks=num_ranks, num_rows=num_rows)
 
 
-def _build(entry: _Loaded, num_blocks: int, device: torch.device, tracer: Tracer) -> Engine:
-    spec, model, layout = entry.spec, entry.model, entry.layout
+def _build(
+    entry: _Loaded,
+    sizes: _Sizes,
+    store: SegmentStore | None,
+    device: torch.device,
+    tracer: Tracer,
+    on_progress: OnProgress,
+) -> Engine:
+    spec, model, layout, num_blocks = entry.spec, entry.model, entry.layout, sizes.num_blocks
     check_num_blocks(num_blocks, layout, max_model_len=spec.max_model_len, device=device)
     vocab_size = model.config.vocab_size
     limits = Limits(
@@ -209,10 +256,11 @@ def _build(entry: _Loaded, num_blocks: int, device: torch.device, tracer: Tracer
         max_num_batched_tokens=spec.max_num_batched_tokens,
     )
     kv_caches = layout.allocate(num_blocks, device)
+    addresses = cache_addresses(kv_caches)
     runner = ModelRunner(
         model=model,
         kv_caches=kv_caches,
-        kv_addresses=cache_addresses(kv_caches),
+        kv_addresses=addresses,
         sampler=Sampler(entry.group, vocab_size),
         num_ranks=entry.group.size,
         device=device,
@@ -234,12 +282,17 @@ def _build(entry: _Loaded, num_blocks: int, device: torch.device, tracer: Tracer
         weight_bytes=model.weight_bytes,
         kv_cache_bytes=num_blocks * layout.block_bytes,
         load_s=entry.load_s,
+        block_bytes=layout.block_bytes,
+        num_host_slots=sizes.num_host_slots,
+        num_disk_blocks=sizes.num_disk_blocks,
     )
     if isinstance(model, LayerParallelLM):
         _describe_layers(model.plan, info)
+    role = _ROLE_NAMES[spec.role]
+    mover = build_mover(spec, layout, kv_caches, addresses, store, role=role, device=device, on_progress=on_progress)
     if spec.role == EngineRole.ENGINE_ROLE_TARGET:
-        return TargetEngine(runner, SeqTable(limits), info, forced_acceptance=spec.forced_acceptance)
-    return DraftEngine(runner, SeqTable(limits), info)
+        return TargetEngine(runner, SeqTable(limits), info, mover=mover, forced_acceptance=spec.forced_acceptance)
+    return DraftEngine(runner, SeqTable(limits), info, mover=mover)
 
 
 def _describe_layers(plan: LayerParallelPlan, info: EngineInfo) -> None:

@@ -52,6 +52,7 @@ class SegmentStore:
         self._layout = layout
         self._owner_fd = owner_fd
         self._direct = False
+        self._max_bytes = max_bytes
         self._ledger = Ledger(max_bytes)
         self._making = threading.Lock()
         self._last_serial = 0
@@ -96,6 +97,11 @@ class SegmentStore:
     @property
     def is_read_only(self) -> bool:
         return self._owner_fd is None
+
+    @property
+    def capacity(self) -> int:
+        """Blocks that fit in `max_bytes`."""
+        return self._max_bytes // self._shape.file_bytes * self._shape.num_blocks
 
     @property
     def stats(self) -> StoreStats:

@@ -1,0 +1,329 @@
+"""The tiers of one rank: what is moved arrives bit by bit, and a disk that hangs or fails holds up nobody else."""
+
+import queue
+import resource
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from echelon.pb.worker_pb2 import EngineInfo, MoveOrder, MoveResult
+from kernels.kv.block_copy import cache_addresses
+from tests.helpers.kv_caches import Caches, clone, flat, random_caches
+from workers.engine.kv_cache import KVLayout
+from workers.engine.rounds import ProtocolError
+from workers.tiers.copier import CpuCopier, Mark
+from workers.tiers.host_slots import HostSlots
+from workers.tiers.mover import Mover, Store
+from workers.tiers.orders import check_order
+from workers.tiers.segment_store import SegmentStore, Written
+
+LAYOUT = KVLayout(num_layers=3, block_size=4, num_kv_heads=2, head_dim=8, dtype=torch.float32)
+NUM_SLOTS = 4
+PATIENCE_S = 20.0  # for what must come
+
+
+def digest(number: int) -> bytes:
+    return bytes([number]) * 16
+
+
+def block_bytes(number: int) -> bytes:
+    return bytes([number]) * LAYOUT.block_bytes
+
+
+@dataclass
+class StuckStore:
+    """A disk on which calls for some digests hang until `released`, and calls for others fail."""
+
+    stuck: frozenset[bytes] = frozenset()
+    broken: frozenset[bytes] = frozenset()
+    blocks: dict[bytes, bytes] = field(default_factory=dict)
+    entered: queue.Queue[bytes] = field(default_factory=queue.Queue)  # the calls that hang
+    released: threading.Event = field(default_factory=threading.Event)
+    is_closed: bool = False
+
+    def digests(self) -> list[bytes]:
+        return list(self.blocks)
+
+    def write(self, digest: bytes, block: memoryview) -> Written:
+        self._enter(digest)
+        self.blocks[digest] = bytes(block)
+        return Written([digest[::-1]])
+
+    def read(self, digest: bytes, into: memoryview) -> bool:
+        self._enter(digest)
+        if digest in self.blocks:
+            into[:] = self.blocks[digest]
+        return digest in self.blocks
+
+    def drop(self, digests: Sequence[bytes]) -> None:
+        for digest in digests:
+            self.blocks.pop(digest, None)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def _enter(self, digest: bytes) -> None:
+        if digest in self.broken:
+            raise OSError(5, "Input/output error")
+        if digest in self.stuck:
+            self.entered.put(digest)
+            self.released.wait(PATIENCE_S)
+
+
+class Rank:
+    """A mover with its caches. `answers` has the results in the order in which they come."""
+
+    def __init__(self, store: Store | None) -> None:
+        self.caches = random_caches(6)
+        self.host = HostSlots.allocate(NUM_SLOTS, LAYOUT, torch.device("cpu"), lambda done, total: None)
+        self.mover = Mover(CpuCopier(self.caches, cache_addresses(self.caches), self.host), self.host, store)
+        self.answers: queue.Queue[MoveResult] = queue.Queue()
+        self._last_id = 0
+
+    def submit(self, kind: MoveOrder.Kind.ValueType, **fields: object) -> int:
+        self._last_id += 1
+        order = MoveOrder(move_id=self._last_id, incarnation=3, kind=kind, **fields)  # type: ignore[arg-type]
+        self.mover.submit(order, self.answers.put)
+        return self._last_id
+
+    def run(self, kind: MoveOrder.Kind.ValueType, **fields: object) -> MoveResult:
+        move_id = self.submit(kind, **fields)
+        result = self.answers.get(timeout=PATIENCE_S)
+        assert (result.move_id, result.incarnation) == (move_id, 3)
+        return result
+
+    def slot(self, number: int) -> bytes:
+        buffer = bytearray(LAYOUT.block_bytes)
+        self.host.copy_to(memoryview(buffer), number)
+        return bytes(buffer)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SegmentStore:
+    return SegmentStore.open(
+        tmp_path, block_bytes=LAYOUT.block_bytes, num_parts=LAYOUT.num_layers, max_bytes=1 << 20, layout={}
+    )
+
+
+@pytest.fixture
+def rank(store: SegmentStore) -> Iterator[Rank]:
+    made = Rank(store)
+    yield made
+    made.mover.close(PATIENCE_S)
+
+
+@pytest.fixture
+def stuck() -> Iterator[tuple[Rank, StuckStore]]:
+    """Blocks 1 to 3 are on the disk; whoever reads or writes 1 hangs, whoever reads or writes 9 fails."""
+    store = StuckStore(stuck=frozenset({digest(1)}), broken=frozenset({digest(9)}))
+    store.blocks = {digest(number): block_bytes(number) for number in (1, 2, 3)}
+    made = Rank(store)
+    yield made, store
+    store.released.set()
+    made.mover.close(PATIENCE_S)
+
+
+def blocks_of(caches: Caches, *numbers: int) -> list[torch.Tensor]:
+    return [cache[list(numbers)] for cache in flat(caches)]
+
+
+def test_blocks_come_back_from_host_and_disk_bit_by_bit(rank: Rank) -> None:
+    before = clone(rank.caches)
+    assert not rank.run(MoveOrder.STORE, block_ids=[5, 0], host_slots=[1, 3]).failed
+    assert not rank.run(MoveOrder.WRITE, host_slots=[1, 3], digests=[digest(1), digest(2)]).failed
+    rank.host.memory.fill_(torch.nan)
+    assert not rank.run(MoveOrder.READ, host_slots=[0, 2], digests=[digest(2), digest(1)]).failed
+    result = rank.run(MoveOrder.LOAD, block_ids=[3, 4], host_slots=[0, 2])
+    assert (list(result.failed), result.error) == ([], "")
+    assert result.run_ns > 0
+    expected = blocks_of(before, 0, 1, 2, 0, 5, 5)
+    assert all(torch.equal(*pair) for pair in zip(flat(rank.caches), expected, strict=True))
+
+
+def test_a_block_that_is_not_there_is_an_index_without_an_error(rank: Rank) -> None:
+    rank.run(MoveOrder.STORE, block_ids=[5], host_slots=[1])
+    rank.run(MoveOrder.WRITE, host_slots=[1], digests=[digest(1)])
+    result = rank.run(MoveOrder.READ, host_slots=[0, 2], digests=[digest(7), digest(1)])
+    assert (list(result.failed), result.error) == ([0], "")
+    assert rank.slot(2) == rank.slot(1)
+
+
+def test_dropped_blocks_are_gone(rank: Rank) -> None:
+    rank.run(MoveOrder.WRITE, host_slots=[0, 1], digests=[digest(1), digest(2)])
+    assert not rank.run(MoveOrder.DROP, digests=[digest(1)]).failed
+    listed: queue.Queue[list[bytes]] = queue.Queue()
+    rank.mover.list_disk(listed.put)
+    assert listed.get(timeout=PATIENCE_S) == [digest(2)]
+    assert list(rank.run(MoveOrder.READ, host_slots=[2, 3], digests=[digest(1), digest(2)]).failed) == [0]
+
+
+def test_a_block_that_fails_is_an_index_with_the_error(stuck: tuple[Rank, StuckStore]) -> None:
+    rank, store = stuck
+    result = rank.run(MoveOrder.READ, host_slots=[0, 1], digests=[digest(9), digest(2)])
+    assert list(result.failed) == [0]
+    assert "Input/output error" in result.error
+    assert rank.slot(1) == block_bytes(2)
+    result = rank.run(MoveOrder.WRITE, host_slots=[1, 1], digests=[digest(4), digest(9)])
+    assert list(result.failed) == [1]
+    assert list(result.evicted) == [digest(4)]
+    assert store.blocks[digest(4)] == block_bytes(2)
+
+
+def test_a_read_that_hangs_holds_up_nobody_else(stuck: tuple[Rank, StuckStore]) -> None:
+    rank, store = stuck
+    hanging = rank.submit(MoveOrder.READ, host_slots=[0, 1], digests=[digest(1), digest(2)])
+    assert store.entered.get(timeout=PATIENCE_S) == digest(1)
+    assert not rank.run(MoveOrder.READ, host_slots=[2], digests=[digest(3)]).failed
+    assert not rank.run(MoveOrder.WRITE, host_slots=[2], digests=[digest(4)]).failed
+    assert not rank.run(MoveOrder.STORE, block_ids=[5], host_slots=[3]).failed
+    assert not rank.run(MoveOrder.DROP, digests=[digest(3)]).failed
+    store.released.set()
+    assert rank.answers.get(timeout=PATIENCE_S).move_id == hanging
+    assert rank.slot(0) == block_bytes(1)
+
+
+def test_a_read_that_ends_after_a_reset_touches_no_slot(stuck: tuple[Rank, StuckStore]) -> None:
+    rank, store = stuck
+    rank.submit(MoveOrder.READ, host_slots=[0], digests=[digest(1)])
+    store.entered.get(timeout=PATIENCE_S)
+    rank.mover.reset()
+    assert not rank.run(MoveOrder.READ, host_slots=[0], digests=[digest(2)]).failed
+    store.released.set()
+    rank.mover.close(PATIENCE_S)  # the late read has ended
+    assert rank.slot(0) == block_bytes(2)
+
+
+def test_a_write_that_ends_after_a_reset_writes_what_the_slot_held(stuck: tuple[Rank, StuckStore]) -> None:
+    """And a write that had not begun writes nothing: the slot may hold anything by then."""
+    rank, store = stuck
+    del store.blocks[digest(1)]
+    rank.run(MoveOrder.READ, host_slots=[0], digests=[digest(2)])
+    for _ in range(2):  # as many as there are writers
+        rank.submit(MoveOrder.WRITE, host_slots=[0], digests=[digest(1)])
+        store.entered.get(timeout=PATIENCE_S)
+    rank.submit(MoveOrder.WRITE, host_slots=[0], digests=[digest(5)])
+    rank.mover.reset()
+    rank.run(MoveOrder.READ, host_slots=[0], digests=[digest(3)])
+    store.released.set()
+    rank.mover.close(PATIENCE_S)
+    assert store.blocks[digest(1)] == block_bytes(2)
+    assert digest(5) not in store.blocks
+
+
+class SlowCopier:
+    """Each copy waits for leave."""
+
+    def __init__(self) -> None:
+        self.record: list[str] = []
+        self.begun, self.leave = threading.Event(), threading.Event()
+
+    def mark(self) -> Mark:
+        return None
+
+    def store(self, block_ids: Sequence[int], host_slots: Sequence[int], after: Mark) -> None:
+        self.begun.set()
+        self.leave.wait(PATIENCE_S)
+        self.record.append(f"stored {list(block_ids)}")
+
+    load = store
+
+
+def test_a_reset_waits_for_the_copy_that_has_begun_and_drops_those_behind_it() -> None:
+    copier = SlowCopier()
+    host = HostSlots.allocate(NUM_SLOTS, LAYOUT, torch.device("cpu"), lambda done, total: None)
+    mover = Mover(copier, host, None)
+    for block in (1, 2):
+        mover.submit(MoveOrder(kind=MoveOrder.STORE, block_ids=[block], host_slots=[0]), lambda result: None)
+    assert copier.begun.wait(PATIENCE_S)
+
+    def reset() -> None:
+        mover.reset()
+        copier.record.append("reset")
+
+    resetting = threading.Thread(target=reset)
+    resetting.start()
+    resetting.join(0.1)
+    assert resetting.is_alive()
+    copier.leave.set()
+    resetting.join(PATIENCE_S)
+    assert copier.record == ["stored [1]", "reset"]
+    mover.close(PATIENCE_S)
+
+
+def test_closing_leaves_behind_what_hangs(stuck: tuple[Rank, StuckStore]) -> None:
+    rank, store = stuck
+    rank.submit(MoveOrder.READ, host_slots=[0], digests=[digest(1)])
+    store.entered.get(timeout=PATIENCE_S)
+    rank.mover.close(patience_s=0.1)
+    assert not store.released.is_set()
+
+
+def test_closing_keeps_what_was_written(rank: Rank, tmp_path: Path) -> None:
+    rank.run(MoveOrder.WRITE, host_slots=[0], digests=[digest(1)])
+    rank.mover.close(PATIENCE_S)
+    options = {"block_bytes": LAYOUT.block_bytes, "num_parts": LAYOUT.num_layers, "max_bytes": 1 << 20}
+    again = SegmentStore.open(tmp_path, **options, layout={})  # type: ignore[arg-type]
+    assert again.digests() == [digest(1)]
+    again.close()
+
+
+def test_host_memory_is_taken_at_once() -> None:
+    """As much of it as was asked for, and not when the first blocks come."""
+    layout = KVLayout(num_layers=4, block_size=16, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+    told: list[tuple[int, int]] = []
+    before = resident_bytes()
+    host = HostSlots.allocate(1200, layout, torch.device("cpu"), lambda done, total: told.append((done, total)))
+    wanted = 1200 * layout.block_bytes
+    assert wanted * 0.95 < resident_bytes() - before < wanted * 1.1
+    assert host.block_bytes == layout.block_bytes
+    assert len(told) > 1
+    assert told[-1] == (wanted, wanted)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+INFO = EngineInfo(num_blocks=64, num_host_slots=8, num_disk_blocks=100)
+D = [digest(1), digest(2)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (0, {}, "kind: 0 is none"),
+        (MoveOrder.STORE, {}, "block_ids: is empty"),
+        (MoveOrder.STORE, {"block_ids": [1, 2], "host_slots": [1]}, "host_slots: has 1 entries, must have 2"),
+        (MoveOrder.LOAD, {"block_ids": [1, 64], "host_slots": [1, 2]}, "block_ids: block 64, must be below 64"),
+        (MoveOrder.LOAD, {"block_ids": [1, 2], "host_slots": [1, 8]}, "host_slots: slot 8, must be below 8"),
+        (MoveOrder.LOAD, {"block_ids": [1, 1], "host_slots": [1, 2]}, "block_ids: block named twice"),
+        (MoveOrder.STORE, {"block_ids": [1, 2], "host_slots": [3, 3]}, "host_slots: slot named twice"),
+        (MoveOrder.STORE, {"block_ids": [1], "host_slots": [3], "digests": D}, "digests: has 2 entries, must have 0"),
+        (MoveOrder.WRITE, {"host_slots": [1], "digests": D}, "digests: has 2 entries, must have 1"),
+        (MoveOrder.READ, {"host_slots": [1], "digests": [b"short"]}, "digests: one of 5 bytes, must have 16"),
+        (MoveOrder.READ, {"host_slots": [1, 2], "digests": D[:1] * 2}, "digests: one is named twice"),
+        (MoveOrder.DROP, {"digests": D, "host_slots": [1, 2]}, "host_slots: has 2 entries, must have 0"),
+    ],
+)
+def test_an_order_that_cannot_be_is_refused_by_the_name_of_its_field(
+    kind: MoveOrder.Kind.ValueType, fields: dict[str, object], message: str
+) -> None:
+    order = MoveOrder(move_id=7, kind=kind, **fields)  # type: ignore[arg-type]
+    with pytest.raises(ProtocolError) as error:
+        check_order(order, INFO)
+    assert str(error.value) == f"move 7: {message}"
+
+
+def test_an_order_to_a_tier_that_is_not_there_is_refused() -> None:
+    load = MoveOrder(move_id=7, kind=MoveOrder.LOAD, block_ids=[1], host_slots=[1])
+    read = MoveOrder(move_id=7, kind=MoveOrder.READ, digests=D[:1], host_slots=[1])
+    for order in (load, read):
+        check_order(order, INFO)
+    with pytest.raises(ProtocolError, match="move 7: kind: LOAD, but the engine has no host tier"):
+        check_order(load, EngineInfo(num_blocks=64))
+    with pytest.raises(ProtocolError, match="move 7: kind: READ, but the engine has no disk tier"):
+        check_order(read, EngineInfo(num_blocks=64, num_host_slots=8))
