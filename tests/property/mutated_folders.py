@@ -54,12 +54,13 @@ class Folders:
         shutil.copytree(made, to)
 
 
-def run_case(number: int, seed: int, folders: Folders, scratch: Path) -> Case:
-    """One deployment with 1 to 3 changes; the same arguments give the same case."""
+def run_case(number: int, seed: int, folders: Folders, scratch: Path, *, one_rank: bool = False) -> Case:
+    """One deployment with 1 to 3 changes; the same arguments give the same case. `one_rank`: before the changes, a model
+    has no more."""
     rng = random.Random(f"{seed}/{number}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    file = _write_valid(rng, folders, scratch)
+    file = _write_valid(rng, folders, scratch, one_rank)
     changes = []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         folder = scratch / rng.choice(("target", "target", "draft"))
@@ -70,8 +71,8 @@ def run_case(number: int, seed: int, folders: Folders, scratch: Path) -> Case:
     return Case(number, tuple(changes), outcome_of(file))
 
 
-def _write_valid(rng: random.Random, folders: Folders, scratch: Path) -> Path:
-    draft = rng.choice(_DRAFTS)
+def _write_valid(rng: random.Random, folders: Folders, scratch: Path, one_rank: bool) -> Path:
+    draft = rng.choice(_DRAFTS[:3] if one_rank else _DRAFTS)
     for role in ("target", "draft"):
         if role == "target" or draft is not None:
             family, weights = rng.choice(sorted(CONFIGS)), rng.choice(_WEIGHTS)
@@ -81,7 +82,7 @@ def _write_valid(rng: random.Random, folders: Folders, scratch: Path) -> Path:
         "apiVersion": "echelon/v1",
         "kind": "Deployment",
         "name": "a",
-        "target": {"model": "target", "tensor_parallel_size": rng.choice((1, 1, 2))},
+        "target": {"model": "target", "tensor_parallel_size": 1 if one_rank else rng.choice((1, 1, 2))},
         "draft": draft,
         "device": "cpu",
         "kv_cache": {"device_bytes": "8MiB"},
