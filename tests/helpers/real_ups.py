@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,8 @@ _UP_LIMIT_S = 150.0
 _DOWN_LIMIT_S = 60.0
 _ANSWER_LIMIT_S = 60.0
 _GONE_LIMIT_S = 20.0
+# Whatever a process refuses, the plan should have. (It cannot know what this machine's products are like.)
+_OF_A_PROCESS = re.compile(r"error: (target|draft|scheduler|gateway)-(?!.*batch_invariant: )")
 _OURS = ("-m workers", "-m scheduler", "-m gateway")
 
 
@@ -50,8 +53,8 @@ class Lane:
         stop_private_ray(self._ray, grace_s=5.0)
 
     def deploy(self, file: Path, *, own_ray: bool) -> Outcome:
-        """REFUSED: `up` says why it starts nothing. FAULT: a traceback, a hang, a request that fails although it is
-        right, or a process that is left."""
+        """REFUSED: `up` says why it starts nothing. FAULT: a traceback, a hang, a process that refuses what it is
+        told, a request that fails although it is right, or a process that is left."""
         _give_free_port(file)
         address = [] if own_ray else ["--ray-address", self._ray.address]
         ended = self._echelon("up", str(file), "--json", *address, limit_s=_UP_LIMIT_S)
@@ -135,7 +138,8 @@ def _judge(up: _Ended) -> Outcome:
         return Outcome(Kind.FAULT, f"`up` took more than {_UP_LIMIT_S:g} s: {up.err}")
     if "Traceback" in up.err or "error:" not in up.err:
         return Outcome(Kind.FAULT, f"`up` exits with {up.code}: {up.err}")
-    return Outcome(Kind.REFUSED, up.err[up.err.rindex("error:") :])
+    said = up.err[up.err.rindex("error:") :].strip()
+    return Outcome(Kind.FAULT if _OF_A_PROCESS.match(said) else Kind.REFUSED, said)
 
 
 def _use(status: dict[str, Any]) -> Outcome:
