@@ -1,5 +1,7 @@
 """What the Python client raises."""
 
+import re
+
 import grpc
 
 
@@ -21,7 +23,7 @@ class NotFoundError(EchelonError):
 
 
 class OverloadedError(EchelonError):
-    """The queue is full, or the message is larger than the server accepts."""
+    """The queue is full. Worth another try later."""
 
 
 class UnavailableError(EchelonError):
@@ -48,5 +50,12 @@ _BY_STATUS = {
 }
 
 
+_TOO_LARGE = re.compile(r"larger than max \((\d+) vs\. (\d+)\)")  # how grpc says it, before the server sees the request
+
+
 def error_from_status(code: grpc.StatusCode, details: str | None) -> EchelonError:
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(details or "")):
+        given, most = sizes.groups()
+        message = f"the request has {given} bytes, and this server takes at most {most}; send a shorter prompt"
+        return InvalidRequestError(code.name, message)
     return _BY_STATUS.get(code, EchelonError)(code.name, details or "no details")

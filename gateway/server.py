@@ -23,7 +23,7 @@ from gateway.metrics import RequestMetrics
 from gateway.replicas.metrics import ReplicaCollector
 from gateway.replicas.replicas import read_replicas
 from gateway.replicas.scheduler_link import SchedulerLink
-from gateway.requests.reading import RequestReader
+from gateway.requests.reading import BULK_WAITING_BYTES, RequestReader
 from gateway.requests.validation import RequestValidator, build_validator
 
 logger = logging.getLogger(__name__)
@@ -33,9 +33,10 @@ _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 _CONTROL = control_pb2.DESCRIPTOR.services_by_name["Control"]
 _REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
 _SERVICES = tuple(service.full_name for service in (_INFERENCE, _CONTROL, _HEALTH, _REFLECTION))
-# Of a request: eight times what a token of text takes. grpc copies a message while nothing else runs, a few ms a MiB.
-_BYTES_PER_TOKEN = 32
-_LEAST_MAX_MESSAGE_BYTES, _MOST_MAX_MESSAGE_BYTES = 1 << 20, 16 << 20
+# Of a request: eight times what a token of text takes. grpc copies a message while nothing else runs, a few ms a MiB,
+# so beyond 16 MiB there is less to spare, down to twice what a token takes.
+_BYTES_PER_TOKEN, _LEAST_BYTES_PER_TOKEN = 32, 8
+_LEAST_MAX_MESSAGE_BYTES, _GENEROUS_MAX_MESSAGE_BYTES = 1 << 20, 16 << 20
 _NOTICE_S = 3.0  # for clients and load balancers to hear that the gateway stops
 
 
@@ -160,8 +161,9 @@ def _model_info(spec: process_pb2.GatewaySpec, validator: RequestValidator) -> i
 
 
 def _max_message_bytes(spec: process_pb2.GatewaySpec) -> int:
-    likely = min(max(_BYTES_PER_TOKEN * spec.max_model_len, _LEAST_MAX_MESSAGE_BYTES), _MOST_MAX_MESSAGE_BYTES)
-    return spec.max_message_bytes or likely
+    generous = min(max(_BYTES_PER_TOKEN * spec.max_model_len, _LEAST_MAX_MESSAGE_BYTES), _GENEROUS_MAX_MESSAGE_BYTES)
+    needed = min(_LEAST_BYTES_PER_TOKEN * spec.max_model_len, BULK_WAITING_BYTES)
+    return spec.max_message_bytes or max(generous, needed)
 
 
 def _server_options(max_message_bytes: int) -> list[tuple[str, int]]:

@@ -529,7 +529,7 @@ class GatewaySpec(google.protobuf.message.Message):
     """tokenizer, chat template and generation_config.json"""
     max_model_len: builtins.int
     max_message_bytes: builtins.int
-    """of a request; 0: 32 for each token of max_model_len, 1 MiB to 16 MiB"""
+    """of a request; 0: 32 for each token of max_model_len, 1 MiB to 16 MiB, or 8 if that is more"""
     vocab_size: builtins.int
     @property
     def server(self) -> global___ServerSection: ...

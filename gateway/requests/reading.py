@@ -15,7 +15,7 @@ _QUICK_CPU_S, _BULK_CPU_S = 1.0, 8.0  # a million tokens take 3 s
 _BULK_NICENESS = 5  # long requests leave the cores to short ones and to the event loop; not measured
 # Wall time for a CPU limit: others may have the cores, and a call into C ends before it is interrupted.
 _WALL_PER_CPU, _WALL_MARGIN_S = 2.0, 1.0
-_QUICK_WAITING_BYTES, _BULK_WAITING_BYTES = 16 << 20, 128 << 20
+_QUICK_WAITING_BYTES, BULK_WAITING_BYTES = 16 << 20, 128 << 20  # a longer request could not wait at all
 
 
 class RequestReader:
@@ -29,7 +29,7 @@ class RequestReader:
         self._validator = validator
         self._turn = asyncio.Lock()
         self._quick = _lane(spec, _QUICK_CPU_S, niceness=0, max_waiting_bytes=_QUICK_WAITING_BYTES)
-        self._bulk = _lane(spec, _BULK_CPU_S, niceness=_BULK_NICENESS, max_waiting_bytes=_BULK_WAITING_BYTES)
+        self._bulk = _lane(spec, _BULK_CPU_S, niceness=_BULK_NICENESS, max_waiting_bytes=BULK_WAITING_BYTES)
 
     def open(self) -> None:
         """Starts the processes, so that the first request need not wait for them."""

@@ -23,18 +23,25 @@ from scheduler.process.replica import Replica
 
 logger = logging.getLogger(__name__)
 
-_OPTIONS = [
-    ("grpc.so_reuseport", 0),  # a taken port is an error, not a server that gets half the calls
-    ("grpc.max_send_message_length", -1),
-    # Five million token ids. Messages are parsed between rounds, so a longer one would delay every request.
-    ("grpc.max_receive_message_length", 16 << 20),
-]
+_MOST_OTHER_BYTES = 1 << 20  # of a Submit, beside its prompt
+_MAX_TOKEN_ID_BYTES = 5
 _SERVICE_NAME = "echelon.v1.Scheduler"
 _MAX_TRACE_S = 86400.0  # a timer of the loop; NaN would break the order of all others
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[scheduler_pb2.SchedulerRequest, scheduler_pb2.SchedulerReplies]
     TraceContext = grpc.aio.ServicerContext[scheduler_pb2.TraceRequest, scheduler_pb2.TraceEvent]
+
+
+def _options(max_model_len: int) -> list[tuple[str, int]]:
+    # Messages are parsed between rounds, so one that is longer than any prompt would delay every request for nothing.
+    # Too long a one breaks the stream of its gateway with all its requests.
+    most_bytes = min(_MOST_OTHER_BYTES + _MAX_TOKEN_ID_BYTES * max_model_len, 2**31 - 1)
+    return [
+        ("grpc.so_reuseport", 0),  # a taken port is an error, not a server that gets half the calls
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_receive_message_length", most_bytes),
+    ]
 
 
 class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
@@ -105,7 +112,7 @@ class SchedulerServer:
         table = TokenTable(load_tokenizer(Path(spec.tokenizer_dir)))
         self._spec = spec
         self._health = health_aio.HealthServicer()
-        self._server = grpc.aio.server(options=_OPTIONS)
+        self._server = grpc.aio.server(options=_options(spec.scheduler.max_model_len))
         core = SchedulerCore(SchedulerConfig.from_spec(spec), table)
         self.replica = Replica(core, spec, on_ready=self._set_health, on_failure=self._fail)
         self._tasks: set[asyncio.Task[None]] = set()

@@ -319,8 +319,35 @@ async def test_malformed_bytes_name_the_field(house: House, raw: bytes, message:
 
 
 async def test_an_oversized_message_is_refused(house: House) -> None:
-    with pytest.raises(OverloadedError, match=r"larger than max .*1048576"):
+    with pytest.raises(
+        InvalidRequestError, match=r"the request has 20971\d\d bytes, and this .* at most 1048576; send a"
+    ):
         await house.client.generate("x" * (2 << 20))
+
+
+@pytest.mark.parametrize(("max_model_len", "most_mib"), [(1 << 18, 8), (1 << 20, 16), (1 << 22, 32)])
+async def test_the_size_of_a_request_follows_the_context(house: House, max_model_len: int, most_mib: int) -> None:
+    """At least 8 bytes a token. What is refused for its content has been received."""
+    spec = gateway_spec(house.scheduler_address, max_model_len=max_model_len)
+    spec.max_message_bytes = 0
+    gateway = Gateway(spec)
+    address = await gateway.start()
+    async with open_channel(address, ("grpc.max_send_message_length", -1)) as channel:
+        for num_bytes, words in (
+            (most_mib << 20, "unknown field number 111"),
+            (1 + (most_mib << 20), "larger than max"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match=words):
+                async for _ in channel.unary_stream(GENERATE)(unknown_field(num_bytes)):
+                    pass
+    await gateway.drain(grace_s=0)
+
+
+def unknown_field(num_bytes: int) -> bytes:
+    """A message of that length, over 2 MiB, with nothing but field 111."""
+    size = num_bytes - 6
+    length = bytes((size >> shift) & 0x7F | (0x80 if shift < 21 else 0) for shift in (0, 7, 14, 21))
+    return b"\xfa\x06" + length + bytes(size)
 
 
 async def test_another_model_is_not_found(house: House) -> None:
