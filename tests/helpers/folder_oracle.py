@@ -71,6 +71,11 @@ class _Alone(Cohort):
     def read(self, key: str) -> str:
         return self._board[key]
 
+    def gather(self, key: str, value: str) -> list[str]:
+        """The values of this rank and of those that were loaded before it."""
+        self._board[f"{key}/{self.rank}"] = value
+        return [self._board[f"{key}/{rank}"] for rank in range(self.rank + 1)]
+
     def group(self, size: int, *, ordered_sum: bool) -> Group | None:
         return _Rank(self.rank, size) if self.rank < size else None
 

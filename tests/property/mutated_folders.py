@@ -55,8 +55,8 @@ class Folders:
 
 
 def run_case(number: int, seed: int, folders: Folders, scratch: Path, *, one_rank: bool = False) -> Case:
-    """One deployment with 1 to 3 changes; the same arguments give the same case. `one_rank`: before the changes, a model
-    has no more."""
+    """One deployment with 1 to 3 changes; the same arguments give the same case. `one_rank`: before the changes, a
+    model has no more."""
     rng = random.Random(f"{seed}/{number}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
