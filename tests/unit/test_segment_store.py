@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +69,16 @@ def is_there(store: SegmentStore, number: int, num_bytes: int = BLOCK_BYTES) -> 
     return found
 
 
+def read_many(store: SegmentStore, numbers: Sequence[int], num_bytes: int = BLOCK_BYTES) -> list[int]:
+    """Those that are there; their bytes must be right."""
+    digests = [digest_of(number) for number in numbers]
+    buffers = [aligned_buffer(num_bytes) for _ in numbers]
+    found = store.read_many(digests, buffers)
+    for digest, buffer, is_found in zip(digests, buffers, found, strict=True):
+        assert not is_found or buffer == contents_of(digest, num_bytes), "wrong bytes"
+    return [number for number, is_found in zip(numbers, found, strict=True) if is_found]
+
+
 def those_there(store: SegmentStore, numbers: range) -> list[int]:
     return [number for number in numbers if is_there(store, number)]
 
@@ -109,6 +119,24 @@ def test_buffers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
                 store.write(digest_of(1), buffer)
         with pytest.raises(ValueError, match="16 bytes"):
             store.read(b"short", aligned_buffer(BLOCK_BYTES))
+
+
+@pytest.mark.parametrize("block_bytes", [4096, 10240])
+def test_many_blocks_are_read_at_once(tmp_path: Path, block_bytes: int) -> None:
+    with opened(tmp_path, block_bytes=block_bytes, num_parts=1, max_bytes=64 * 12288) as store:
+        for number in range(40):
+            write(store, number, block_bytes)
+        store.drop([digest_of(9), digest_of(10)])
+        numbers = [*range(40), 39, 38, 3, 99, 7, 8, 8]
+        assert read_many(store, numbers, block_bytes) == [n for n in numbers if n not in (9, 10, 99)]
+        assert read_many(store, [], block_bytes) == []
+    damaged = segment_files(tmp_path)[0]
+    with open(damaged, "r+b") as file:
+        file.seek(2 * 4096 + 3 * -(-block_bytes // 4096) * 4096 + 5)
+        file.write(b"x")
+    with opened(tmp_path, block_bytes=block_bytes, num_parts=1, max_bytes=64 * 12288) as store:
+        assert read_many(store, range(12), block_bytes) == [0, 1, 2, 4, 5, 6, 7, 8, 11]
+        assert store.stats.num_checksum_failures == 1
 
 
 # Damage
@@ -234,8 +262,9 @@ def test_what_was_left_half_made_is_removed(tmp_path: Path) -> None:
     (tmp_path / "0000000000000001.tmp").write_bytes(b"")
     (tmp_path / "0000000000000002.tmp").write_bytes(bytes(SEGMENT_BYTES))
     (tmp_path / "0000000000000003.seg").write_bytes(random.Random(0).randbytes(SEGMENT_BYTES))
+    (tmp_path / "notes.tmp").write_bytes(b"not ours")
     with opened(tmp_path) as store:
-        assert segment_files(tmp_path) == []
+        assert segment_files(tmp_path) == [tmp_path / "notes.tmp"]
         assert store.stats.bytes_on_disk == 0
 
 
@@ -495,7 +524,7 @@ def test_segments_that_cannot_be_removed_still_count(tmp_path: Path) -> None:
     files = Faulty()
     with opened(tmp_path, files=files) as store:
         files.fault = failing("unlink", errno.EROFS)
-        with pytest.raises(OSError, match="no segment can be evicted"):
+        with pytest.raises(OSError, match="or cannot be removed"):
             write_many(store, range(1000))
         assert bytes_on_disk(tmp_path) <= MAX_BYTES + SEGMENT_BYTES
 
@@ -506,12 +535,46 @@ def test_short_reads_and_writes_are_continued(tmp_path: Path) -> None:
     def one_page(name: str, *args: Any, **options: Any) -> int | None:
         if name == "pwrite":
             return os.pwrite(args[0], args[1][:4096], args[2])
-        return os.preadv(args[0], [args[1][:4096]], args[2]) if name == "preadv" else None
+        return os.preadv(args[0], [args[1][0][:4096]], args[2]) if name == "preadv" else None
+
+    options = {"files": files, "block_bytes": 10240, "num_parts": 5, "max_bytes": 1 << 20}  # too odd for direct I/O
+    with opened(tmp_path, **options) as store:
+        files.fault = one_page
+        write(store, 1, 10240)
+        assert is_there(store, 1, 10240)
+
+
+def test_a_read_of_many_blocks_that_stops_anywhere_goes_on(tmp_path: Path) -> None:
+    files = Faulty()
+    chance = random.Random(0)
+
+    def some_pages(name: str, *args: Any, **options: Any) -> int | None:
+        if name != "preadv":
+            return None
+        fd, buffers, offset = args
+        whole = chance.randrange(len(buffers))
+        return os.preadv(fd, [*buffers[:whole], buffers[whole][: chance.randrange(1, 4) * 4096]], offset)
 
     with opened(tmp_path, files=files, block_bytes=16384, max_bytes=1 << 20) as store:
-        files.fault = one_page
-        write(store, 1, 16384)
-        assert is_there(store, 1, 16384)
+        for number in range(30):
+            write(store, number, 16384)
+        files.fault = some_pages
+        assert read_many(store, range(30), 16384) == list(range(30))
+
+
+def test_one_unreadable_block_of_many_costs_only_itself(tmp_path: Path) -> None:
+    files = Faulty()
+    bad = 2 * 4096 + 5 * BLOCK_BYTES
+
+    def unreadable(name: str, *args: Any, **options: Any) -> None:
+        if name == "preadv" and args[2] <= bad < args[2] + sum(map(len, args[1])):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with opened(tmp_path, files=files) as store:
+        write_many(store, range(10))
+        files.fault = unreadable
+        assert read_many(store, range(10)) == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+        assert store.stats.num_read_errors == 1
 
 
 def test_a_file_system_without_direct_io(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import fcntl
 import mmap
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 PAGE_BYTES = 4096  # what offsets, lengths and addresses of direct I/O are multiples of
@@ -26,8 +27,8 @@ class Files:
     def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
         return os.pwrite(fd, data, offset)
 
-    def preadv(self, fd: int, into: memoryview, offset: int) -> int:
-        return os.preadv(fd, [into], offset)
+    def preadv(self, fd: int, into: Sequence[memoryview], offset: int) -> int:
+        return os.preadv(fd, into, offset)
 
     def size(self, fd: int) -> int:
         return os.fstat(fd).st_size
@@ -92,15 +93,24 @@ def write_all(files: Files, fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def read_up_to(files: Files, fd: int, into: memoryview, offset: int) -> int:
-    """Fill `into`; returns the number of bytes read, which is less only at the end of the file. Raises OSError."""
+def read_up_to(files: Files, fd: int, into: Sequence[memoryview], offset: int) -> int:
+    """Fill the buffers, one after another; returns the number of bytes read, which is less only at the end of the file.
+    Raises OSError."""
     done = 0
-    while done < len(into):
-        count = files.preadv(fd, into[done:], offset + done)
-        if not count:
-            break
+    while into and (count := files.preadv(fd, into, offset + done)):
         done += count
+        into = _without(into, count)
     return done
+
+
+def _without(buffers: Sequence[memoryview], num_bytes: int) -> list[memoryview]:
+    """What follows the first bytes."""
+    left = []
+    for buffer in buffers:
+        if num_bytes < len(buffer):
+            left.append(buffer[num_bytes:])
+        num_bytes = max(0, num_bytes - len(buffer))
+    return left
 
 
 def sync_folder(files: Files, folder: Path) -> None:

@@ -84,7 +84,7 @@ def has_direct_io(files: Files, folder: Path) -> bool:
     except OSError:
         return False
     try:
-        return files.preadv(fd, aligned_buffer(PAGE_BYTES), 0) > 0
+        return files.preadv(fd, [aligned_buffer(PAGE_BYTES)], 0) > 0
     except OSError:
         return False
     finally:
@@ -102,4 +102,4 @@ def _compare(folder: Path, found: dict[str, Any], expected: Mapping[str, Any]) -
 
 def _read_text(files: Files, fd: int) -> str:
     buffer = memoryview(bytearray(_MAX_TEXT_BYTES))
-    return bytes(buffer[: read_up_to(files, fd, buffer, 0)]).decode(errors="replace")
+    return bytes(buffer[: read_up_to(files, fd, [buffer], 0)]).decode(errors="replace")

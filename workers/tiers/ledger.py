@@ -1,7 +1,7 @@
 """Which block lies where, which slots are free, and what may go: everything of the disk tier that is not I/O."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from workers.tiers.segment_file import SegmentFile
@@ -51,6 +51,24 @@ class Segment:
 class Place:
     segment: Segment
     slot: int
+
+    def is_followed_by(self, other: "Place") -> bool:
+        """Without a gap."""
+        shape = self.segment.file.shape
+        return self.segment is other.segment and shape.block_offset(other.slot) - shape.block_offset(self.slot) == (
+            shape.block_bytes
+        )
+
+
+def runs(places: Sequence[Place | None]) -> Iterator[slice]:
+    """Where places follow one another on disk without a gap."""
+    start = 0
+    for end in range(1, len(places) + 1):
+        before, after = places[end - 1], places[end] if end < len(places) else None
+        if before is None or after is None or not before.is_followed_by(after):
+            if before is not None:
+                yield slice(start, end)
+            start = end
 
 
 class Ledger:

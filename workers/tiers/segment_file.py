@@ -2,20 +2,21 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from workers.tiers.files import (
-    PAGE_BYTES,
-    Files,
-    read_up_to,
-    sync_folder,
-    write_all,
-)
+from workers.tiers.files import PAGE_BYTES, Files, read_up_to, sync_folder, write_all
 from workers.tiers.segments import Shape, agrees, digest_of, pack_entry, pack_header, parse_header
 
 SEALED = ".seg"
 UNSEALED = ".tmp"
+_NAME = re.compile(r"[0-9a-f]{16}\.(seg|tmp)")
+
+
+def is_segment_name(name: str) -> bool:
+    """Whether a file is ours to read and to remove."""
+    return _NAME.fullmatch(name) is not None
 
 
 class SegmentFile:
@@ -68,13 +69,13 @@ class SegmentFile:
         fd = files.open(path, os.O_RDONLY)
         try:
             page = memoryview(bytearray(PAGE_BYTES))
-            read_up_to(files, fd, page, 0)
+            read_up_to(files, fd, [page], 0)
             shape = parse_header(page, block_bytes=like.block_bytes, num_parts=like.num_parts, layout=layout)
             if shape is None:
                 return None
             num_bytes = files.size(fd)
             entries = bytearray(shape.num_blocks_in(num_bytes) * shape.entry_bytes)
-            read_up_to(files, fd, memoryview(entries), PAGE_BYTES)
+            read_up_to(files, fd, [memoryview(entries)], PAGE_BYTES)
             files.forget_pages(fd, 0, shape.head_bytes)
         finally:
             files.close(fd)
@@ -107,18 +108,19 @@ class SegmentFile:
         write_all(self._files, self._entry_fd, memoryview(entry), self.shape.entry_offset(slot))
         self._entries[self._entry_range(slot)] = entry
 
-    def read(self, slot: int, into: memoryview) -> bool:
-        """False: not the bytes that were written, and `into` holds anything."""
+    def read(self, first_slot: int, into: Sequence[memoryview]) -> list[bool]:
+        """Blocks of slots that follow one another; of a shape whose blocks are not padded, or only one. False: not the
+        bytes that were written, and that buffer holds anything."""
         fd = self._open(os.O_RDONLY, direct=self._direct)
         try:
-            offset = self.shape.block_offset(slot)
-            if read_up_to(self._files, fd, into, offset) < len(into):
-                return False
-            if not self._direct:  # the reader keeps the block in memory: it need not be there twice
-                self._files.forget_pages(fd, offset, len(into))
+            offset = self.shape.block_offset(first_slot)
+            num_bytes = read_up_to(self._files, fd, into, offset)
+            if not self._direct:  # the reader keeps the blocks in memory: they need not be there twice
+                self._files.forget_pages(fd, offset, num_bytes)
         finally:
             self._files.close(fd)
-        return agrees(bytes(self._entries[self._entry_range(slot)]), into, self.shape.num_parts)
+        num_whole = num_bytes // self.shape.block_bytes
+        return [i < num_whole and self._agrees(first_slot + i, block) for i, block in enumerate(into)]
 
     def erase(self, slots: Iterable[int]) -> None:
         """Empty their entries, so that nobody finds the blocks at the next start either."""
@@ -157,6 +159,9 @@ class SegmentFile:
             with contextlib.suppress(FileNotFoundError):
                 return self._files.unlink(self._path(UNSEALED))
         return self._files.unlink(self._path(SEALED))
+
+    def _agrees(self, slot: int, block: memoryview) -> bool:
+        return agrees(bytes(self._entries[self._entry_range(slot)]), block, self.shape.num_parts)
 
     def _open(self, flags: int, *, direct: bool = False) -> int:
         if not self._is_sealed:

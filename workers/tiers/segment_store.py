@@ -13,23 +13,20 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from errno import ENOSPC
 from pathlib import Path
 
-from workers.tiers.files import PAGE_BYTES, Files, aligned_buffer, is_aligned, page_aligned
+from workers.tiers.files import PAGE_BYTES, Files, aligned_buffer, is_aligned
 from workers.tiers.folder import StoreError, check_layout, has_direct_io, make_private, take_ownership, write_layout
 from workers.tiers.layout import layout_digest
-from workers.tiers.ledger import Ledger, Place, Segment, StoreStats
-from workers.tiers.segment_file import SEALED, UNSEALED, SegmentFile
-from workers.tiers.segments import DIGEST_BYTES, FORMAT_VERSION, Shape
+from workers.tiers.ledger import Ledger, Place, Segment, StoreStats, runs
+from workers.tiers.segment_file import SEALED, UNSEALED, SegmentFile, is_segment_name
+from workers.tiers.segments import DIGEST_BYTES, FORMAT_VERSION, Shape, choose_shape
 
 logger = logging.getLogger(__name__)
 
-_SEGMENT_BYTES = 64 << 20
-_MIN_BLOCKS = 16  # in a segment
-_NUM_SEGMENTS = 8  # at least, as long as that leaves _MIN_BLOCKS in each
 _OPENING_PATIENCE_S = 0.25  # segments are made one after another, unless that takes longer
 
 
@@ -77,7 +74,7 @@ class SegmentStore:
         `read_only`: reads the sealed segments of another process; see `refresh`. Raises StoreError if the folder
         belongs to another process or holds blocks of another layout, or if `max_bytes` is too small; else OSError."""
         files = files or Files()
-        shape = _choose_shape(block_bytes, num_parts, max_bytes)
+        shape = choose_shape(block_bytes, num_parts, max_bytes)
         facts = {**layout, "format": FORMAT_VERSION, "block_bytes": block_bytes, "num_parts": num_parts}
         owner_fd = None
         if not read_only:
@@ -127,18 +124,22 @@ class SegmentStore:
     def read(self, digest: bytes, into: memoryview) -> bool:
         """False: it is not there, or it was bad and is not there any more. `into` is from `aligned_buffer`; it holds
         anything after a miss."""
-        self._check_call(digest, into)
-        place = self._ledger.begin_read(digest)
-        if place is None:
-            return False
-        is_good = False
+        return self.read_many([digest], [into])[0]
+
+    def read_many(self, digests: Sequence[bytes], into: Sequence[memoryview]) -> list[bool]:
+        """As `read`, for up to some hundred blocks. Those that were written one after another are read in one go, which
+        is faster for blocks of less than about 1 MiB."""
+        for digest, buffer in zip(digests, into, strict=True):
+            self._check_call(digest, buffer)
+        places = [self._ledger.begin_read(digest) for digest in digests]
+        are_good = [False] * len(places)
         try:
-            is_good = self._read_at(place, into)
+            for run in runs(places):
+                are_good[run] = self._read_run([place for place in places[run] if place], into[run])
         finally:
-            self._ledger.end_read(place, is_good=is_good)
-        if not is_good and self._ledger.forget(digest, place):
-            self._erase([place])
-        return is_good
+            for digest, place, is_good in zip(digests, places, are_good, strict=True):
+                self._end_read(digest, place, is_good)
+        return are_good
 
     def drop(self, digests: Iterable[bytes]) -> None:
         """Forget them. Their bytes stay until their segment goes."""
@@ -203,9 +204,7 @@ class SegmentStore:
         while not self._ledger.reserve_bytes(num_bytes):
             victim = self._ledger.claim_victim(is_urgent=True)
             if victim is None:
-                raise OSError(
-                    ENOSPC, f"no segment can be evicted: every one is being written or read in {self._folder}"
-                )
+                raise OSError(ENOSPC, f"{self._folder}: every segment is being written or read, or cannot be removed")
             self._evict(victim)
         try:
             file = SegmentFile.create(
@@ -238,7 +237,7 @@ class SegmentStore:
     def _rewrite_blocks_in_use(self, victim: Segment) -> None:
         buffer = aligned_buffer(self._shape.block_bytes)
         for digest, place in self._ledger.blocks_in_use(victim)[: self._shape.num_blocks // 2]:
-            if not self._read_at(place, buffer):
+            if self._read_run([place], [buffer]) != [True]:
                 continue
             free = self._ledger.take_slot()
             if free is None:
@@ -261,19 +260,29 @@ class SegmentStore:
 
     # Reading
 
-    def _read_at(self, place: Place, into: memoryview) -> bool:
+    def _read_run(self, run: Sequence[Place], into: Sequence[memoryview]) -> list[bool]:
+        """Blocks that lie one after another."""
         try:
-            is_good = place.segment.file.read(place.slot, into)
+            are_good = run[0].segment.file.read(run[0].slot, into)
         except FileNotFoundError:  # evicted in the meantime
-            return False
+            return [False] * len(run)
         except OSError as err:
+            if len(run) > 1:  # some may be readable
+                return [self._read_run([place], [buffer])[0] for place, buffer in zip(run, into, strict=True)]
             logger.warning("a block of %s cannot be read: %s", self._folder, err)
             self._ledger.count("read_errors")
-            return False
-        if not is_good:
+            return [False]
+        for _ in range(are_good.count(False)):
             logger.warning("a block of %s is damaged", self._folder)
             self._ledger.count("checksum_failures")
-        return is_good
+        return are_good
+
+    def _end_read(self, digest: bytes, place: Place | None, is_good: bool) -> None:
+        if place is None:
+            return
+        self._ledger.end_read(place, is_good=is_good)
+        if not is_good and self._ledger.forget(digest, place):
+            self._erase([place])
 
     def _erase(self, places: list[Place]) -> None:
         if self.is_read_only:
@@ -282,9 +291,7 @@ class SegmentStore:
         for place in places:
             by_segment.setdefault(place.segment, []).append(place.slot)
         for segment, slots in by_segment.items():
-            with contextlib.suppress(
-                OSError
-            ):  # then they are found again after a restart, and are as good or bad as now
+            with contextlib.suppress(OSError):  # a restart then finds them again, as good or bad as they are
                 segment.file.erase(slots)
 
     # Files that were there before
@@ -301,16 +308,19 @@ class SegmentStore:
 
     def _segment_names(self) -> list[str]:
         """Oldest first."""
+        try:
+            names = self._files.listdir(self._folder)
+        except FileNotFoundError:  # a reader came before the owner
+            return []
         suffixes = (SEALED,) if self.is_read_only else (SEALED, UNSEALED)
-        with contextlib.suppress(FileNotFoundError):  # no owner has been there yet
-            return sorted(name for name in self._files.listdir(self._folder) if name.endswith(suffixes))
-        return []
+        return sorted(name for name in names if is_segment_name(name) and name.endswith(suffixes))
 
     def _take_in_files(self) -> None:
         self._direct = self._shape.block_bytes % PAGE_BYTES == 0 and has_direct_io(self._files, self._folder)
         known = {segment.file.name for segment in self._ledger.segments()}
         for name in self._segment_names():
             if name not in known:
+                self._last_serial = max(self._last_serial, int(name[:16], 16))
                 self._take_in(self._folder / name)
         while not self.is_read_only and (victim := self._ledger.claim_victim(is_urgent=False)):
             self._evict(victim)
@@ -330,14 +340,3 @@ class SegmentStore:
             self._ledger.add(file, blocks)
         elif not self.is_read_only:
             self._files.unlink(path)
-
-
-def _choose_shape(block_bytes: int, num_parts: int, max_bytes: int) -> Shape:
-    if block_bytes % num_parts:
-        raise ValueError(f"blocks of {block_bytes} bytes have no {num_parts} equal parts")
-    padded = page_aligned(block_bytes)
-    wanted = min(max_bytes // _NUM_SEGMENTS, _SEGMENT_BYTES) // padded
-    shape = Shape(block_bytes=block_bytes, num_parts=num_parts, num_blocks=max(_MIN_BLOCKS, wanted))
-    if max_bytes < 2 * shape.file_bytes:
-        raise StoreError(f"{max_bytes} bytes hold no two segments; give at least {2 * shape.file_bytes}")
-    return shape

@@ -16,12 +16,16 @@ from dataclasses import dataclass
 import xxhash
 
 from workers.tiers.files import PAGE_BYTES, page_aligned
+from workers.tiers.folder import StoreError
 
 FORMAT_VERSION = 1
 DIGEST_BYTES = 16
 _MAGIC = b"ECHELKV\0"
 _HEADER = struct.Struct("<8sIIQQ16s")  # magic, version, num_parts, block_bytes, num_blocks, layout
 _CHECKSUM_BYTES = 8
+_SEGMENT_BYTES = 64 << 20
+_MIN_BLOCKS = 16  # in a segment
+_NUM_SEGMENTS = 8  # at least, as long as that leaves _MIN_BLOCKS in each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +62,18 @@ class Shape:
     def num_blocks_in(self, file_bytes: int) -> int:
         """How many blocks a file of that size holds wholly."""
         return min(self.num_blocks, max(0, file_bytes - self.head_bytes) // self.padded_block_bytes)
+
+
+def choose_shape(block_bytes: int, num_parts: int, max_bytes: int) -> Shape:
+    """Segments of about 64 MiB, or of less if `max_bytes` is small. Raises StoreError if it is too small."""
+    if block_bytes % num_parts:
+        raise ValueError(f"blocks of {block_bytes} bytes have no {num_parts} equal parts")
+    padded = page_aligned(block_bytes)
+    wanted = min(max_bytes // _NUM_SEGMENTS, _SEGMENT_BYTES) // padded
+    shape = Shape(block_bytes=block_bytes, num_parts=num_parts, num_blocks=max(_MIN_BLOCKS, wanted))
+    if max_bytes < 2 * shape.file_bytes:
+        raise StoreError(f"{max_bytes} bytes hold no two segments; give at least {2 * shape.file_bytes}")
+    return shape
 
 
 def pack_header(shape: Shape, layout: str) -> bytes:
