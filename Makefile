@@ -6,6 +6,8 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 READY := .venv/.ready
 PARALLEL := -q -n auto --dist worksteal
+# Tests of processes: a file starts few of them and shares them, so it stays together.
+BY_FILE := -q -n 2 --dist loadfile
 
 .PHONY: demo test check lint test-gpu bench proto clean
 
@@ -13,7 +15,7 @@ demo: $(READY)  ## deploy the bundled pair on this machine's CPU, stream a compl
 	$(BIN)/python deploy/demo.py
 
 test: $(READY)  ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" --ignore tests/unit --ignore tests/kernels
+	$(BIN)/python -m pytest -m "not gpu" $(BY_FILE) tests/dist tests/e2e
 	$(BIN)/python -m pytest -m "not gpu" $(PARALLEL) tests/unit tests/kernels
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/triton
 

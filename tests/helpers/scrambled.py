@@ -45,4 +45,5 @@ def _any_value(rng: random.Random, field: FieldDescriptor) -> Any:
         return rng.choice([0, 1, 2, 7])
     if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
         return rng.random() < 0.5
-    return rng.choice(["", "a", "abc", "\x00", "z" * 2000])
+    text: str = rng.choice(["", "a", "abc", "\x00", "z" * 2000])
+    return text.encode() if field.type == FieldDescriptor.TYPE_BYTES else text
