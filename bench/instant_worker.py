@@ -36,6 +36,7 @@ class InstantEngine:
             max_num_batched_tokens=spec.max_num_batched_tokens,
         )
         self.num_ranks = spec.tp_size
+        self.mover = None
         self._record = record
         self._lengths: dict[int, int] = {}
         self._num_computed: dict[int, int] = {}

@@ -46,6 +46,8 @@ class GroupEvents:
     connected: Callable[[worker_pb2.EngineInfo, int], None]  # engine, incarnation
     result: Callable[[worker_pb2.RoundResult], None]
     lost: Callable[[str], None]  # reason, for a person; after `connected` only
+    moved: Callable[[worker_pb2.MoveResult], None] = lambda result: None
+    disk: Callable[[worker_pb2.DiskContents], None] = lambda contents: None  # the last message says so
     patience_s: Callable[[], float] = lambda: inf  # how long the oldest round in flight may take
 
 
@@ -76,8 +78,9 @@ class GroupClient:
         self._version = version
         self._round_timeout_s = round_timeout_s
         self._events = events
-        self._outgoing: asyncio.Queue[worker_pb2.Round] = asyncio.Queue()
-        self._last_sent = worker_pb2.Round()
+        self._outgoing: asyncio.Queue[worker_pb2.RoundRequest] = asyncio.Queue()
+        self._last_sent = worker_pb2.RoundRequest()
+        self._early: list[worker_pb2.DiskContents] = []  # that came before the first round was answered
         self._num_in_flight = 0
         self._watchdog: asyncio.TimerHandle | None = None
         self._timed_out_s: float | None = None  # how long the client waited for the round that never came back
@@ -85,8 +88,12 @@ class GroupClient:
 
     def send(self, message: worker_pb2.Round) -> None:
         """Queue a round. Only between `connected` and `lost`."""
-        self._outgoing.put_nowait(message)
+        self._outgoing.put_nowait(worker_pb2.RoundRequest(round=message))
         self._num_in_flight += 1
+
+    def send_move(self, order: worker_pb2.MoveOrder) -> None:
+        """Queue a move behind the rounds so far. Only between `connected` and `lost`. Nobody waits for the answer."""
+        self._outgoing.put_nowait(worker_pb2.RoundRequest(move=order))
 
     async def run(self) -> None:
         """Stay connected until cancelled."""
@@ -130,10 +137,19 @@ class GroupClient:
         """Wait until the group has done a round."""
         await call.write(worker_pb2.RoundRequest(round=worker_pb2.Round(incarnation=incarnation)))
         try:
-            if await asyncio.wait_for(anext(answers, None), self._round_timeout_s or None) is None:
+            if not await asyncio.wait_for(self._first_result(answers), self._round_timeout_s or None):
                 raise GroupError(f"ended the stream: {await call.details() or 'no reason given'}")
         except TimeoutError as error:
             raise GroupError("does not answer") from error
+
+    async def _first_result(self, answers: "Answers") -> bool:
+        """Whether a round is answered before the stream ends."""
+        self._early = []
+        while (reply := await anext(answers, None)) is not None:
+            if reply.HasField("result"):
+                return True
+            self._early.append(reply.disk)
+        return False
 
     def _check(self, info: worker_pb2.WorkerInfo) -> worker_pb2.EngineInfo:
         if self._version and info.version != self._version:
@@ -157,6 +173,8 @@ class GroupClient:
         self.last_error = ""
         logger.info("%s at %s: connected, incarnation %d", self.name, self._endpoint.address, incarnation)
         self._events.connected(engine, incarnation)
+        for contents in self._early:
+            self._events.disk(contents)
         self.attempted.set()
 
     def _stop(self) -> None:
@@ -172,7 +190,7 @@ class GroupClient:
                 self._arm(call)
             self._last_sent = message
             try:
-                await call.write(worker_pb2.RoundRequest(round=message))
+                await call.write(message)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 return  # the reader sees the same end of the stream, and says why
 
@@ -199,15 +217,23 @@ class GroupClient:
     async def _read(self, call: "RoundsCall", answers: "Answers") -> None:
         try:
             async for reply in answers:
-                self._num_in_flight -= 1
-                self._events.result(reply.result)
-                self._arm(call)
+                self._take_in(reply, call)
             raise GroupError(f"ended the stream: {await call.details() or 'no reason given'}")
         except (grpc.aio.AioRpcError, asyncio.CancelledError, GroupError, UnexpectedAnswerError) as error:
             self._events.lost(self._loss(error))
             if isinstance(error, asyncio.CancelledError) and self._timed_out_s is None:
                 raise
             raise GroupError(self._loss(error)) from error
+
+    def _take_in(self, reply: worker_pb2.RoundReply, call: "RoundsCall") -> None:
+        if reply.HasField("move"):
+            self._events.moved(reply.move)
+        elif reply.HasField("disk"):
+            self._events.disk(reply.disk)
+        else:
+            self._num_in_flight -= 1
+            self._events.result(reply.result)
+            self._arm(call)
 
     def _loss(self, error: BaseException) -> str:
         if self._timed_out_s is not None:

@@ -68,26 +68,31 @@ class FakeGroupServer(worker_pb2_grpc.WorkerServicer):
         self.num_streams += 1
         engine = self.engines[hello.role]
         engine.reset()
+        if engine.tiers is not None and engine.tiers.num_disk_blocks:
+            yield worker_pb2.RoundReply(disk=engine.tiers.contents())
         dropped = asyncio.create_task(self._dropped.wait())
         while True:
-            answer = asyncio.create_task(self._next_result(engine, request_iterator))
+            answer = asyncio.create_task(self._next_reply(engine, request_iterator))
             await asyncio.wait({answer, dropped}, return_when=asyncio.FIRST_COMPLETED)
             if dropped.done():
                 answer.cancel()
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "dropped by the test")
-            result = answer.result()
-            if result is None:
+            reply = answer.result()
+            if reply is None:
                 dropped.cancel()
                 return
-            yield worker_pb2.RoundReply(result=result)
+            yield reply
 
-    async def _next_result(
+    async def _next_reply(
         self, engine: FakeEngine, requests: AsyncIterator[worker_pb2.RoundRequest]
-    ) -> worker_pb2.RoundResult | None:
+    ) -> worker_pb2.RoundReply | None:
         request = await anext(aiter(requests), None)
         if request is None:
             return None
         await self._resumed.wait()
+        if request.HasField("move"):
+            engine.order(request.move)
+            return worker_pb2.RoundReply(move=engine.move(request.move))
         result = engine.run(request.round)
         result.round_id += self.shift_round_ids
-        return result
+        return worker_pb2.RoundReply(result=result)

@@ -6,6 +6,7 @@ import queue
 import signal
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +17,7 @@ from google.protobuf import json_format
 from childproc.wires import open_blocking_channel
 from echelon import __version__
 from echelon.pb.process_pb2 import EngineSpec, ProcessEvent, Ready, WorkerSpec
-from echelon.pb.worker_pb2 import EngineRole, Hello, Round, RoundRequest, RoundResult
+from echelon.pb.worker_pb2 import EngineRole, Hello, MoveOrder, MoveResult, Round, RoundReply, RoundRequest, RoundResult
 from echelon.pb.worker_pb2_grpc import WorkerStub
 from tests.helpers.rounds import INCARNATION
 
@@ -125,21 +126,42 @@ class WorkerGroup:
 
 
 class RoundStream:
-    """A stream of rounds to one engine."""
+    """A stream of rounds and moves to one engine."""
 
     def __init__(self, address: str, role: EngineRole.ValueType, **hello: Any) -> None:
         self._requests: queue.SimpleQueue[RoundRequest | None] = queue.SimpleQueue()
         self._channel = open_blocking_channel(address)
         fields = {"role": role, "incarnation": INCARNATION, "version": __version__, **hello}
         self._requests.put(RoundRequest(hello=Hello(**fields)))
-        self._results = WorkerStub(self._channel).Rounds(self._iterate(), wait_for_ready=True)
+        self._replies = WorkerStub(self._channel).Rounds(self._iterate(), wait_for_ready=True)
+        self._results: deque[RoundResult] = deque()  # that came while something else was awaited
+        self._moved: dict[int, MoveResult] = {}
+        self._disk: list[bytes] = []
+        self._disk_is_known = False
 
     def send(self, round_: Round) -> None:
         self._requests.put(RoundRequest(round=round_))
 
+    def send_move(self, order: MoveOrder) -> None:
+        self._requests.put(RoundRequest(move=order))
+
     def receive(self) -> RoundResult:
         """The next result. Raises grpc.RpcError if the worker has ended the stream."""
-        return next(self._results).result
+        while not self._results:
+            self._take_in(next(self._replies))
+        return self._results.popleft()
+
+    def receive_move(self, move_id: int) -> MoveResult:
+        """The answer to this move. Raises as `receive`."""
+        while move_id not in self._moved:
+            self._take_in(next(self._replies))
+        return self._moved.pop(move_id)
+
+    def disk(self) -> list[bytes]:
+        """What the disks of all ranks held when the stream began. Raises as `receive`."""
+        while not self._disk_is_known:
+            self._take_in(next(self._replies))
+        return self._disk
 
     def call(self, round_: Round) -> RoundResult:
         self.send(round_)
@@ -151,7 +173,9 @@ class RoundStream:
         self._requests.put(None)
 
     def rest(self) -> list[RoundResult]:
-        return [reply.result for reply in self._results]
+        for reply in self._replies:
+            self._take_in(reply)
+        return list(self._results)
 
     def ending(self) -> tuple[grpc.StatusCode, str]:
         """The error with which the worker ends the stream."""
@@ -160,6 +184,15 @@ class RoundStream:
         except grpc.RpcError as err:
             return err.code(), err.details()
         raise AssertionError(f"the stream goes on with {result}")
+
+    def _take_in(self, reply: RoundReply) -> None:
+        if reply.HasField("result"):
+            self._results.append(reply.result)
+        elif reply.HasField("move"):
+            self._moved[reply.move.move_id] = reply.move
+        else:
+            self._disk += reply.disk.digests
+            self._disk_is_known = reply.disk.is_last
 
     def __enter__(self) -> Self:
         return self

@@ -25,6 +25,7 @@ from scheduler.process.server import SchedulerServer
 from scheduler.requests.outputs import Chunk, Failed
 from tests.helpers.fake_group import FakeEngine, FakeModel, plain_tokens
 from tests.helpers.fake_group_server import FakeGroupServer
+from tests.helpers.fake_tiers import FakeTiers
 from tests.helpers.scheduler_sim import letters, seq_sampling, submit
 
 TARGET, DRAFT = worker_pb2.ENGINE_ROLE_TARGET, worker_pb2.ENGINE_ROLE_DRAFT
@@ -388,6 +389,41 @@ async def test_a_round_beyond_the_limit_of_the_wire_is_refused_before_it_is_sent
     reason = await lost
     assert reason.startswith("a message of a round has at most 64 MiB (")
     assert "scheduler.max_num_seqs" in reason
+    running.cancel()
+
+
+async def test_moves_are_answered_beside_rounds_and_do_not_count_as_such(house: House) -> None:
+    """What the disk holds comes after `connected`. A round that is not answered is noticed as if no move had been."""
+    digests = [bytes([number]) * 16 for number in range(2)]
+    engine = house.target.engines[worker_pb2.ENGINE_ROLE_TARGET]
+    engine.tiers = FakeTiers(num_slots=4, num_disk_blocks=8, disk=dict.fromkeys(digests, ()))
+    events: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+    client = GroupClient(
+        "target group",
+        house.spec.target,
+        worker_pb2.ENGINE_ROLE_TARGET,
+        version="test",
+        round_timeout_s=0.2,
+        events=GroupEvents(
+            connected=lambda info, _: events.put_nowait(("connected", info.num_disk_blocks)),
+            result=lambda result: events.put_nowait(("result", result.round_id)),
+            lost=lambda reason: events.put_nowait(("lost", reason)),
+            moved=lambda result: events.put_nowait(("moved", result.move_id)),
+            disk=lambda contents: events.put_nowait(("disk", list(contents.digests))),
+        ),
+    )
+    running = asyncio.create_task(client.run())
+    assert await events.get() == ("connected", 8)
+    assert await events.get() == ("disk", digests)
+    client.send(worker_pb2.Round(round_id=1, incarnation=1))
+    client.send_move(
+        worker_pb2.MoveOrder(move_id=7, kind=worker_pb2.MoveOrder.READ, host_slots=[0], digests=digests[:1])
+    )
+    assert await events.get() == ("result", 1)
+    assert await events.get() == ("moved", 7)
+    house.target.pause()
+    client.send(worker_pb2.Round(round_id=2, incarnation=1))
+    assert await events.get() == ("lost", "did not answer within 0.2 s")
     running.cancel()
 
 

@@ -143,7 +143,7 @@ class Session:
 def test_the_leader_reports_the_spans_of_all_ranks() -> None:
     """It reports them for the round that asks for them, and for no other."""
     ends = socket.socketpair()
-    leader, follower = Leader([ends[0]], [], 10.0), Follower(ends[1], ends[1], 10.0)
+    leader, follower = Leader([ends[0]], [], [], 10.0), Follower(ends[1], ends[1], ends[1], 10.0)
     tracers = [Tracer(0), Tracer(1)]
     thread = threading.Thread(target=follow, args=({TARGET: SpanEngine(tracers[1])}, follower, tracers[1]), daemon=True)
     thread.start()

@@ -4,9 +4,10 @@ Plain TCP, not a collective. On two busy cores a send to one rank and its answer
 broadcast with its answer took 164 us and 555 us (p90 2 and 4 ms, because gloo's own threads have to be scheduled). A
 rank that dies is noticed at once, as the end of its connection.
 
-Each follower has two connections to the leader. `rounds` carries frames, in order, and answers to rounds that want
-them. `pulse` carries a byte each way every second, from a thread of its own, so that a rank that is gone or frozen is
-noticed during rounds and between them. The leader tells the scheduler who owes an answer when it is asked for its info.
+Each follower has three connections to the leader. `rounds` carries frames, in order, and answers to rounds that want
+them. `moves` carries answers to moves, which end in any order, from threads that run no rounds. `pulse` carries a byte
+each way every second, from a thread of its own, so that a rank that is gone or frozen is noticed during rounds and
+between them. The leader tells the scheduler who owes an answer when it is asked for its info.
 """
 
 import contextlib
@@ -24,9 +25,11 @@ from math import inf
 from workers.process.cohort import Cohort
 from workers.process.greeting import TOKEN_BYTES, accept_peers, greet
 
-HEADER = struct.Struct("<IBB")  # bytes of payload, kind, role
+_HEADER = struct.Struct("<IBBQ")  # bytes of payload, kind, role, ticket
+_ROUNDS, _PULSE, _MOVES = _CHANNELS = range(3)  # the connections of a follower
 _PULSE_INTERVAL_S = 1.0
 OnLost = Callable[[str], None]
+OnAnswer = Callable[[int, "Frame"], None]  # rank, answer
 
 
 class LostRank(ConnectionError):
@@ -37,9 +40,11 @@ class Kind(IntEnum):
     """What a frame tells a follower to do."""
 
     ROUND = 1  # run it; the payload is a Round
-    RESET = 2  # free all slots of an engine
+    RESET = 2  # free all slots of an engine and end its moves
     STOP = 3  # end, with success
-    ANSWER = 4  # nothing: the follower sends it, after a round that asks for one
+    ANSWER = 4  # nothing: the follower sends it, after a round that asks for one, a move or a list
+    MOVE = 5  # begin it; the payload is a MoveOrder, the answer a RoundReply
+    LIST_DISK = 6  # tell what the disk of an engine holds, in a RoundReply
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +52,23 @@ class Frame:
     kind: Kind
     role: int
     payload: bytes
+    ticket: int = 0  # of a move or a list: the answer has the same
 
 
 class Leader:
     """Rank 0's end. Only one thread may call `send`. Without followers it does nothing."""
 
-    def __init__(self, rounds: Sequence[socket.socket], pulses: Sequence[socket.socket], timeout_s: float) -> None:
-        """`rounds` and `pulses` by rank, starting with rank 1."""
+    def __init__(
+        self,
+        rounds: Sequence[socket.socket],
+        pulses: Sequence[socket.socket],
+        moves: Sequence[socket.socket],
+        timeout_s: float,
+    ) -> None:
+        """Connections by rank, starting with rank 1."""
         self._rounds = rounds
         self._pulses = pulses
+        self._moves = moves
         self._timeout_s = timeout_s
         self._asked_s = [inf] * len(pulses)  # when each was asked, if it has not answered since
         self._stopping = threading.Event()
@@ -64,14 +77,17 @@ class Leader:
     def accept(cls, cohort: Cohort, host: str, timeout_s: float) -> "Leader":
         """Wait until every other rank has connected. Raises TimeoutError if one does not."""
         if cohort.world_size == 1:
-            return cls([], [], timeout_s)
+            return cls([], [], [], timeout_s)
         token = secrets.token_bytes(TOKEN_BYTES)
-        peers = list(product(range(1, cohort.world_size), (0, 1)))
+        peers = list(product(range(1, cohort.world_size), _CHANNELS))
         with socket.create_server((host, 0), backlog=128) as listener:
             cohort.publish("control", f"{host} {listener.getsockname()[1]} {token.hex()}")
             connections = accept_peers(listener, token, peers, cohort.start_timeout_s)
-        ranks = range(1, cohort.world_size)
-        return cls([connections[rank, 0] for rank in ranks], [connections[rank, 1] for rank in ranks], timeout_s)
+        rounds, pulses, moves = (
+            [connections[rank, channel] for rank in range(1, cohort.world_size)]
+            for channel in (_ROUNDS, _PULSE, _MOVES)
+        )
+        return cls(rounds, pulses, moves, timeout_s)
 
     def send(self, frame: Frame, num_ranks: int) -> None:
         """Send to the ranks below `num_ranks`. Raises LostRank."""
@@ -91,6 +107,14 @@ class Leader:
             except OSError as err:
                 raise LostRank(f"lost rank {rank}: {err}") from err
         return answers
+
+    def listen(self, on_answer: OnAnswer) -> None:
+        """Call `on_answer`, from threads, with each answer to a move or list. The end of a rank is `watch`'s to see."""
+        for rank, connection in enumerate(self._moves, start=1):
+            thread = threading.Thread(
+                target=_pass_on, args=(rank, connection, on_answer), name=f"moves of rank {rank}", daemon=True
+            )
+            thread.start()
 
     def watch(self, on_lost: OnLost) -> None:
         """Call `on_lost` from a thread when a follower dies or does not answer for `timeout_s`."""
@@ -137,17 +161,22 @@ class Leader:
 class Follower:
     """The end of another rank. Only one thread may call `receive`."""
 
-    def __init__(self, rounds: socket.socket, pulse: socket.socket, timeout_s: float) -> None:
+    def __init__(self, rounds: socket.socket, pulse: socket.socket, moves: socket.socket, timeout_s: float) -> None:
         self._rounds = rounds
         self._pulse = pulse
+        self._moves = moves
+        self._moves_lock = threading.Lock()
         self._timeout_s = timeout_s
         self._stopping = threading.Event()
 
     @classmethod
     def connect(cls, cohort: Cohort, timeout_s: float) -> "Follower":
         host, port, token = cohort.read("control").split()
-        rounds, pulse = (_connect((host, int(port)), bytes.fromhex(token), cohort.rank, channel) for channel in (0, 1))
-        return cls(rounds, pulse, timeout_s)
+        rounds, pulse, moves = (
+            _connect((host, int(port)), bytes.fromhex(token), cohort.rank, channel)
+            for channel in (_ROUNDS, _PULSE, _MOVES)
+        )
+        return cls(rounds, pulse, moves, timeout_s)
 
     def receive(self) -> Frame:
         """The next frame; blocks as long as the leader lives. Raises LostRank if it dies."""
@@ -165,6 +194,11 @@ class Follower:
             self._rounds.sendall(_pack(Frame(Kind.ANSWER, 0, payload)))
         except OSError as err:
             raise LostRank(f"lost rank 0, the leader: it died ({err})") from err
+
+    def answer_move(self, asked: Frame, payload: bytes) -> None:
+        """Answer a move or a list. From any thread. The end of the leader is `watch`'s to see."""
+        with self._moves_lock, contextlib.suppress(OSError):
+            self._moves.sendall(_pack(Frame(Kind.ANSWER, asked.role, payload, asked.ticket)))
 
     def watch(self, on_lost: OnLost) -> None:
         """Call `on_lost` from a thread when the leader dies or does not ask for `timeout_s`."""
@@ -192,13 +226,19 @@ def _connect(address: tuple[str, int], token: bytes, rank: int, channel: int) ->
     return connection
 
 
+def _pass_on(rank: int, connection: socket.socket, on_answer: OnAnswer) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            on_answer(rank, _receive(connection))
+
+
 def _pack(frame: Frame) -> bytes:
-    return HEADER.pack(len(frame.payload), frame.kind, frame.role) + frame.payload
+    return _HEADER.pack(len(frame.payload), frame.kind, frame.role, frame.ticket) + frame.payload
 
 
 def _receive(connection: socket.socket) -> Frame:
-    num_bytes, kind, role = HEADER.unpack(_receive_exactly(connection, HEADER.size))
-    return Frame(Kind(kind), role, bytes(_receive_exactly(connection, num_bytes)))
+    num_bytes, kind, role, ticket = _HEADER.unpack(_receive_exactly(connection, _HEADER.size))
+    return Frame(Kind(kind), role, bytes(_receive_exactly(connection, num_bytes)), ticket)
 
 
 def _receive_exactly(connection: socket.socket, num_bytes: int) -> bytearray:

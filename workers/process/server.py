@@ -13,9 +13,12 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from echelon.pb.worker_pb2 import (
+    DiskContents,
     EngineRole,
     GetWorkerInfoRequest,
     Hello,
+    MoveOrder,
+    MoveResult,
     Round,
     RoundReply,
     RoundRequest,
@@ -24,7 +27,7 @@ from echelon.pb.worker_pb2 import (
     WorkerInfo,
 )
 from echelon.pb.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
-from workers.process.run_loop import Arrived, Opened, Work
+from workers.process.run_loop import Arrived, Opened, Ordered, Work
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ _OPTIONS = [
     ("grpc.max_send_message_length", WireLimit.WIRE_LIMIT_MESSAGE_BYTES),
 ]
 _MAX_PENDING_ROUNDS = 64  # per stream; a scheduler has at most three in flight
+_MAX_PENDING_MOVES = 1024  # per stream
 _FAIL_GRACE_S = 1.0
 _SERVICE_NAME = "echelon.v1.Worker"
 _HEALTH_NAMES = {EngineRole.ENGINE_ROLE_TARGET: "target", EngineRole.ENGINE_ROLE_DRAFT: "draft"}
@@ -62,12 +66,18 @@ class RoundStream:
         self.is_open = True
         self._loop = asyncio.get_running_loop()
         self._answers: asyncio.Queue[RoundReply | Ending | None] = asyncio.Queue()
-        self._last_round_id = -1
-        self._num_pending = 0
+        self._rounds = _Pending("round", _MAX_PENDING_ROUNDS)
+        self._moves = _Pending("move", _MAX_PENDING_MOVES)
         self._half_closed = False
 
     def deliver(self, result: RoundResult) -> None:
         self._loop.call_soon_threadsafe(self._on_result, result)
+
+    def deliver_move(self, result: MoveResult) -> None:
+        self._loop.call_soon_threadsafe(self._on_moved, result)
+
+    def deliver_disk(self, contents: DiskContents) -> None:
+        self._loop.call_soon_threadsafe(self._answers.put_nowait, RoundReply(disk=contents))
 
     def reject(self, error: str) -> None:
         self.end(Ending(grpc.StatusCode.INVALID_ARGUMENT, error))
@@ -79,36 +89,65 @@ class RoundStream:
 
     def accept(self, round_: Round) -> bool:
         """Whether an arriving round may be queued; if not, the stream ends."""
-        if not self.is_open:
-            return False
-        where = f"round {round_.round_id}:"
-        if round_.incarnation != self.incarnation:
-            error = f"{where} incarnation: {round_.incarnation}, but the stream's hello said {self.incarnation}"
-        elif round_.round_id <= self._last_round_id:
-            error = f"{where} round_id: must be above {self._last_round_id}"
-        elif self._num_pending >= _MAX_PENDING_ROUNDS:
-            error = f"{where} {_MAX_PENDING_ROUNDS} rounds of this stream are waiting already"
-        else:
-            self._last_round_id = round_.round_id
-            self._num_pending += 1
-            return True
-        self.reject(error)
-        return False
+        return self._accept(self._rounds, round_.round_id, round_.incarnation)
+
+    def accept_move(self, order: MoveOrder) -> bool:
+        """Whether an arriving order may be queued; if not, the stream ends."""
+        return self._accept(self._moves, order.move_id, order.incarnation)
 
     def half_close(self) -> None:
         """No more rounds will come; the stream ends after the last answer."""
         self._half_closed = True
-        if self._num_pending == 0:
-            self._answers.put_nowait(None)
+        self._end_if_done()
 
     async def next_answer(self) -> RoundReply | Ending | None:
         return await self._answers.get()
 
+    def _accept(self, pending: "_Pending", message_id: int, incarnation: int) -> bool:
+        if not self.is_open:
+            return False
+        if incarnation != self.incarnation:
+            where = f"{pending.kind} {message_id}: incarnation:"
+            error: str | None = f"{where} {incarnation}, but the stream's hello said {self.incarnation}"
+        else:
+            error = pending.begin(message_id)
+        if error is not None:
+            self.reject(error)
+        return error is None
+
     def _on_result(self, result: RoundResult) -> None:
-        self._num_pending -= 1
+        self._rounds.num -= 1
         self._answers.put_nowait(RoundReply(result=result))
-        if self._half_closed and self._num_pending == 0:
+        self._end_if_done()
+
+    def _on_moved(self, result: MoveResult) -> None:
+        self._moves.num -= 1
+        self._answers.put_nowait(RoundReply(move=result))
+        self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        if self._half_closed and self._rounds.num == self._moves.num == 0:
             self._answers.put_nowait(None)
+
+
+class _Pending:
+    """The rounds, or moves, of a stream that are not answered yet."""
+
+    def __init__(self, kind: str, limit: int) -> None:
+        self.kind = kind
+        self.num = 0
+        self._limit = limit
+        self._last_id = -1
+
+    def begin(self, message_id: int) -> str | None:
+        """What is wrong with another one; None if it may begin."""
+        if message_id <= self._last_id:
+            return f"{self.kind} {message_id}: {self.kind}_id: must be above {self._last_id}"
+        if self.num >= self._limit:
+            return f"{self.kind} {message_id}: {self._limit} {self.kind}s of this stream are waiting already"
+        self._last_id = message_id
+        self.num += 1
+        return None
 
 
 class Servicer(WorkerServicer):
@@ -174,12 +213,17 @@ class Servicer(WorkerServicer):
 
     async def _read(self, requests: AsyncIterator[RoundRequest], stream: RoundStream) -> None:
         async for request in requests:
-            if not request.HasField("round"):
-                stream.reject("round: only rounds may follow the hello")
+            if request.HasField("round"):
+                if not stream.accept(request.round):
+                    return
+                self._submit(Arrived(stream, request.round, time.monotonic_ns()))
+            elif request.HasField("move"):
+                if not stream.accept_move(request.move):
+                    return
+                self._submit(Ordered(stream, request.move))
+            else:
+                stream.reject("round: only rounds and move orders may follow the hello")
                 return
-            if not stream.accept(request.round):
-                return
-            self._submit(Arrived(stream, request.round, time.monotonic_ns()))
         stream.half_close()
 
 

@@ -25,6 +25,7 @@ from workers.trace import Tracer
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 5.0
+_CLOSE_GRACE_S = 3.0
 _DEFAULT_COLLECTIVE_TIMEOUT_S = 30.0
 BuildEngines = Callable[[WorkerSpec, Cohort, OnProgress], Engines]
 Fail = Callable[[str], None]
@@ -100,6 +101,7 @@ def _lead(
         fail(f"a round failed on rank 0: {type(err).__name__}: {err}")
     channel.stop()
     server.stop(STOP_GRACE_S)
+    _close_tiers(engines)
 
 
 def _follow(
@@ -114,6 +116,14 @@ def _follow(
         events.fail(str(err))
     except Exception as err:  # noqa: BLE001  # as in _lead
         events.fail(f"a round failed on rank {spec.rank}: {type(err).__name__}: {err}")
+    _close_tiers(engines)
+
+
+def _close_tiers(engines: Engines) -> None:
+    """Disks that hang must not keep the process from ending within its grace."""
+    movers = [engine.mover for engine in engines.values() if engine.mover is not None]
+    for mover in movers:
+        mover.close(_CLOSE_GRACE_S / len(movers))
 
 
 def _exit_after_leader(signum: int, frame: FrameType | None) -> None:

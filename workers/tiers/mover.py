@@ -1,8 +1,8 @@
 """Moves KV blocks of one engine between the tiers, on one rank.
 
 Copies between device and host never hang: one thread does them, in order. Disks may hang or fail: readers and writers
-are threads of their own, each with a buffer of its own. A write copies the slot to the buffer first; a read checks what
-it has read in the buffer before it copies it to the slot. So storage that hangs holds no slot.
+are threads of their own, each with buffers of its own. A write copies the slot to a buffer first; a read checks what it
+has read in a buffer before it copies it to the slot. So storage that hangs holds no slot.
 
 A reset ends what was ordered before: what has not begun never begins, and a read that ends later touches no slot.
 """
@@ -11,20 +11,21 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 from echelon.pb.worker_pb2 import MoveOrder, MoveResult
 from workers.tiers.copier import Copier, Mark
-from workers.tiers.files import aligned_buffer
+from workers.tiers.files import aligned_buffer, page_aligned
 from workers.tiers.host_slots import HostSlots
 
 logger = logging.getLogger(__name__)
 
 _NUM_READERS = 4  # a disk is fast only with several requests at a time
 _NUM_WRITERS = 2  # the second goes on while the first makes a segment
+_READ_BYTES = 4 << 20  # at a time, or one block: blocks that lie side by side are read in one go
 
 OnMoved = Callable[[MoveResult], None]
 OnListed = Callable[[list[bytes]], None]
@@ -42,7 +43,7 @@ class Store(Protocol):
 
     def write(self, digest: bytes, block: memoryview) -> Written: ...
 
-    def read(self, digest: bytes, into: memoryview) -> bool: ...
+    def read_many(self, digests: Sequence[bytes], into: Sequence[memoryview]) -> list[bool]: ...
 
     def drop(self, digests: Iterable[bytes]) -> None: ...
 
@@ -92,25 +93,26 @@ class Mover:
         num_readers, num_writers = (_NUM_READERS, _NUM_WRITERS) if store else (0, 0)
         self._reads = _Worker("reads of KV blocks", num_readers)
         self._writes = _Worker("writes of KV blocks", num_writers)
-        self._buffers = threading.local()
+        self._blocks_at_once = max(1, _READ_BYTES // host.block_bytes)
+        self._local = threading.local()
 
     def submit(self, order: MoveOrder, on_moved: OnMoved) -> None:
         """Begin an order that `check_order` has accepted, after all rounds so far. Does not wait.
 
         A block that cannot be moved is an index in the result's `failed`."""
-        num_blocks = len(order.digests or order.block_ids)
-        by_block = order.kind in (MoveOrder.WRITE, MoveOrder.READ)
-        move = _Move(order, num_blocks if by_block else 1, self._generation, on_moved)
-        if order.kind in (MoveOrder.STORE, MoveOrder.LOAD):
-            self._copies.put(partial(self._copy, move, self._copier.mark()))
+        indexes = range(len(order.digests or order.block_ids))
+        if order.kind == MoveOrder.WRITE:
+            worker, work, parts = self._writes, self._write, [indexes[i : i + 1] for i in indexes]
+        elif order.kind == MoveOrder.READ:
+            step = self._blocks_at_once
+            worker, work, parts = self._reads, self._read, [indexes[i : i + step] for i in indexes[::step]]
         elif order.kind == MoveOrder.DROP:
-            self._writes.put(partial(self._drop, move))
-        elif order.kind == MoveOrder.WRITE:
-            for index in range(num_blocks):
-                self._writes.put(partial(self._write, move, index))
+            worker, work, parts = self._writes, self._drop, [indexes]
         else:
-            for index in range(num_blocks):
-                self._reads.put(partial(self._read, move, index))
+            worker, work, parts = self._copies, partial(self._copy, self._copier.mark()), [indexes]
+        move = _Move(order, len(parts), self._generation, on_moved)
+        for part in parts:
+            worker.put(partial(work, move, part))
 
     def list_disk(self, on_listed: OnListed) -> None:
         """Tell the digests on disk, least recently written first. Not at all if the disk hangs."""
@@ -145,7 +147,7 @@ class Mover:
     def _is_old(self, move: _Move) -> bool:
         return move.generation != self._generation
 
-    def _copy(self, move: _Move, after: Mark) -> None:
+    def _copy(self, after: Mark, move: _Move, part: range) -> None:
         if self._is_old(move):
             return
         order = move.order
@@ -155,12 +157,12 @@ class Mover:
             copy(order.block_ids, order.host_slots, after)
         except Exception as err:
             logger.exception("a copy of KV blocks failed")
-            move.end(range(len(order.block_ids)), _text(err))
+            move.end(part, _text(err))
         else:
             move.end()
 
-    def _write(self, move: _Move, index: int) -> None:
-        order, buffer = move.order, self._buffer()
+    def _write(self, move: _Move, part: range) -> None:
+        order, (index,), (buffer, *_) = move.order, part, self._buffers()
         with self._slots_lock:
             if self._is_old(move):
                 return
@@ -169,44 +171,47 @@ class Mover:
         try:
             written = self._disk.write(order.digests[index], buffer)
         except Exception as err:  # noqa: BLE001  # whatever it is, the block is not on disk
-            move.end([index], _text(err))
+            move.end(part, _text(err))
         else:
             move.end(evicted=written.evicted)
 
-    def _read(self, move: _Move, index: int) -> None:
+    def _read(self, move: _Move, part: range) -> None:
         if self._is_old(move):
             return
-        order, buffer = move.order, self._buffer()
+        order, buffers = move.order, self._buffers()[: len(part)]
         move.begin()
         try:
-            is_there = self._disk.read(order.digests[index], buffer)
-        except Exception as err:  # noqa: BLE001  # whatever it is, there is no block
-            move.end([index], _text(err))
+            found = self._disk.read_many([order.digests[index] for index in part], buffers)
+        except Exception as err:  # noqa: BLE001  # whatever it is, there are no blocks
+            move.end(part, _text(err))
             return
         with self._slots_lock:
             if self._is_old(move):
                 return
-            if is_there:
-                self._host.fill(order.host_slots[index], buffer)
-        move.end([] if is_there else [index])
+            for index, buffer, is_there in zip(part, buffers, found, strict=True):
+                if is_there:
+                    self._host.fill(order.host_slots[index], buffer)
+        move.end([index for index, is_there in zip(part, found, strict=True) if not is_there])
 
-    def _drop(self, move: _Move) -> None:
+    def _drop(self, move: _Move, part: range) -> None:
         if self._is_old(move):
             return
         move.begin()
         try:
             self._disk.drop(move.order.digests)
         except Exception as err:  # noqa: BLE001  # the blocks may still be there, which does no harm
-            move.end(range(len(move.order.digests)), _text(err))
+            move.end(part, _text(err))
         else:
             move.end()
 
-    def _buffer(self) -> memoryview:
-        """Of this thread."""
-        if not hasattr(self._buffers, "block"):
-            self._buffers.block = aligned_buffer(self._host.block_bytes)
-        block: memoryview = self._buffers.block
-        return block
+    def _buffers(self) -> list[memoryview]:
+        """Of this thread, each for a block."""
+        if not hasattr(self._local, "buffers"):
+            size, stride = self._host.block_bytes, page_aligned(self._host.block_bytes)
+            memory = aligned_buffer(self._blocks_at_once * stride)
+            self._local.buffers = [memory[at * stride : at * stride + size] for at in range(self._blocks_at_once)]
+        buffers: list[memoryview] = self._local.buffers
+        return buffers
 
 
 def _text(error: Exception) -> str:
