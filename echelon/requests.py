@@ -57,6 +57,7 @@ class GenerateOptions(SamplingOptions, total=False):
     request_id: str | None  # chosen by the server when absent
     model: str | None  # checked against the served one
     speculation: SpeculationOptions | None  # this request's own wish
+    cache_salt: str | None  # only requests of the same salt share KV cache; at most 256 bytes
     add_special_tokens: bool | None  # text; True when absent
     add_generation_prompt: bool | None  # conversations; True when absent, False with continue_final_message
     continue_final_message: bool | None  # conversations: the output continues the last message
@@ -81,6 +82,7 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.Gen
     )
     _set_prompt(request, prompt)
     _set_prompt_options(request, options)
+    _set_field(request, "cache_salt", options.get("cache_salt"))
     for name in _SAMPLING_NAMES:
         _set_field(request.sampling, name, options.get(name))
     speculation = options.get("speculation")

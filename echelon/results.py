@@ -60,7 +60,9 @@ class Sample:
 class Usage:
     prompt_tokens: int
     completion_tokens: int  # of all samples
-    cached_prompt_tokens: int  # taken from the prefix cache
+    cached_prompt_tokens: int  # not computed, since the prefix cache had them: on the device, or ...
+    cached_prompt_tokens_from_host: int  # ... of them, in host memory
+    cached_prompt_tokens_from_disk: int  # ... or on disk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +179,8 @@ class CompletionBuilder:
                 prompt_tokens=complete.usage.prompt_tokens,
                 completion_tokens=complete.usage.completion_tokens,
                 cached_prompt_tokens=complete.usage.cached_prompt_tokens,
+                cached_prompt_tokens_from_host=complete.usage.cached_prompt_tokens_from_host,
+                cached_prompt_tokens_from_disk=complete.usage.cached_prompt_tokens_from_disk,
             ),
             speculation=SpeculationStats(
                 num_rounds=stats.num_rounds,

@@ -11,7 +11,7 @@ from echelon.cli.output import UsageProblem, exits, report_error, stderr, write,
 from echelon.client import Client, Stream
 from echelon.errors import EchelonError
 from echelon.requests import ChatMessage, GenerateOptions, Prompt, SpeculationOptions
-from echelon.results import Completion
+from echelon.results import Completion, Usage
 
 AddressOption = Annotated[str, typer.Option("--address", envvar="ECHELON_ADDRESS", help="host:port of the gateway.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Default: up to max_model_len.")]
@@ -30,6 +30,9 @@ NoSpeculation = Annotated[bool, typer.Option("--no-speculation", help="Decode th
 NumDrafts = Annotated[
     int | None,
     typer.Option("--num-speculative-tokens", min=0, help="Verify this fixed number of drafts in each round."),
+]
+CacheSalt = Annotated[
+    str | None, typer.Option("--cache-salt", help="Share cached KV only with requests of the same salt.")
 ]
 Timeout = Annotated[
     float | None, typer.Option("--timeout", min=0, help="Deadline in seconds, including time in the queue.")
@@ -68,6 +71,7 @@ def generate(
         bool, typer.Option("--no-special-tokens", help="Add no BOS: the prompt has its special tokens already.")
     ] = False,
     model: Annotated[str | None, typer.Option("--model", help="Fail unless this model is served.")] = None,
+    cache_salt: CacheSalt = None,
     timeout: Timeout = None,
     no_speculation: NoSpeculation = False,
     num_speculative_tokens: NumDrafts = None,
@@ -93,6 +97,7 @@ def generate(
         ignore_eos=ignore_eos or None,
         add_special_tokens=False if no_special_tokens else None,
         model=model,
+        cache_salt=cache_salt,
         timeout_s=timeout,
         speculation=_speculation(no_speculation, num_speculative_tokens),
     )
@@ -125,6 +130,7 @@ def chat(
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
     stop: Stop = None,
+    cache_salt: CacheSalt = None,
     timeout: Timeout = None,
     no_speculation: NoSpeculation = False,
     stats: Stats = False,
@@ -139,6 +145,7 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=stop,
+        cache_salt=cache_salt,
         timeout_s=timeout,
         speculation=_speculation(no_speculation, None),
         chat_template_kwargs=_template_kwargs(template_kwargs),
@@ -261,7 +268,8 @@ def stats_table(completion: Completion) -> Table:
     table.add_column(justify="right")
     table.add_column()
     table.add_row("finish reason", ", ".join(sample.finish_reason for sample in completion.samples))
-    table.add_row("prompt tokens", f"{usage.prompt_tokens} ({usage.cached_prompt_tokens} from the prefix cache)")
+    table.add_row("prompt tokens", str(usage.prompt_tokens))
+    table.add_row("from the prefix cache", _cached(usage))
     table.add_row("tokens", str(usage.completion_tokens))
     table.add_row("first token", f"{timings.first_token_s * 1e3:.0f} ms ({timings.queue_s * 1e3:.0f} ms in the queue)")
     if timings.total_s:
@@ -273,3 +281,10 @@ def stats_table(completion: Completion) -> Table:
         table.add_row("drafts accepted", f"{accepted} ({speculation.acceptance_rate:.0%})")
     table.add_row("seed", str(completion.seed))
     return table
+
+
+def _cached(usage: Usage) -> str:
+    """How many prompt tokens were not computed, and where their KV was unless on the device."""
+    tiers = {"host memory": usage.cached_prompt_tokens_from_host, "disk": usage.cached_prompt_tokens_from_disk}
+    parts = ", ".join(f"{num_tokens} from {tier}" for tier, num_tokens in tiers.items() if num_tokens)
+    return f"{usage.cached_prompt_tokens} ({parts})" if parts else str(usage.cached_prompt_tokens)

@@ -66,7 +66,9 @@ class GenerateRequest(google.protobuf.message.Message):
     add_special_tokens: builtins.bool
     """text: let the tokenizer add BOS and the like. Default true."""
     cache_salt: builtins.str
-    """Requests with different salts share no KV cache, so none can learn from its timing what another has sent."""
+    """Requests with different salts share no KV cache, so none can learn from its timing what another has sent. At most
+    256 bytes.
+    """
     @property
     def chat(self) -> global___ChatMessages: ...
     @property

@@ -17,6 +17,7 @@ from gateway.requests.tokenization import PromptTokenizer, TooLongError
 from gateway.requests.wire import Malformed, strict_decoder
 
 _MAX_REQUEST_ID_CHARS = 128
+_MAX_CACHE_SALT_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,7 @@ class RequestValidator:
             prompt_token_ids=token_ids,
             sampling=sampling,
             speculation=request.speculation,
+            cache_salt=request.cache_salt,
         )
 
     def _check_names(self, request: inference_pb2.GenerateRequest) -> None:
@@ -63,6 +65,8 @@ class RequestValidator:
                 grpc.StatusCode.NOT_FOUND,
                 f"model: {shown(request.model)} is not served here; this server has {self.model_name!r}",
             )
+        if (num_bytes := len(request.cache_salt.encode())) > _MAX_CACHE_SALT_BYTES:
+            raise invalid(f"cache_salt: at most {_MAX_CACHE_SALT_BYTES} bytes are allowed, got {num_bytes}")
 
     def _tokenize(self, request: inference_pb2.GenerateRequest) -> Sequence[int]:
         kind, max_tokens = request.WhichOneof("input"), self.max_model_len - 1

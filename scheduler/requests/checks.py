@@ -8,6 +8,7 @@ from typing import Literal
 from echelon.pb import sampling_pb2, scheduler_pb2
 
 _MAX_REQUEST_ID_CHARS = 128
+_MAX_CACHE_SALT_BYTES = 256
 # Every character of the output is compared with every stop string between rounds.
 _MAX_STOPS = 64
 _MAX_STOP_CHARS = 1024
@@ -57,6 +58,8 @@ def check_submit(submit: scheduler_pb2.Submit, *, max_model_len: int, vocab_size
         raise InvalidRequestError(
             f"request_id must have 1 to {_MAX_REQUEST_ID_CHARS} characters, got {len(submit.request_id)}"
         )
+    if (num_bytes := len(submit.cache_salt.encode())) > _MAX_CACHE_SALT_BYTES:
+        raise InvalidRequestError(f"cache_salt must have at most {_MAX_CACHE_SALT_BYTES} bytes, got {num_bytes}")
     if math.isnan(submit.timeout_s):
         raise InvalidRequestError("timeout_s must be a number of seconds, got nan")
     for field in _RESOLVED:

@@ -23,7 +23,13 @@ def complete(num_tokens: int, **finished: Any) -> pb.GenerateResponse:
     """The end of a request that accepted half of its drafts, got two tokens per round and took one second."""
     message = pb.GenerateComplete(
         finished=[pb.Finished(**{"reason": pb.FINISH_REASON_LENGTH, "num_tokens": num_tokens, **finished})],
-        usage=pb.Usage(prompt_tokens=4, completion_tokens=num_tokens, cached_prompt_tokens=1),
+        usage=pb.Usage(
+            prompt_tokens=44,
+            completion_tokens=num_tokens,
+            cached_prompt_tokens=40,
+            cached_prompt_tokens_from_host=36,
+            cached_prompt_tokens_from_disk=3,
+        ),
         speculation=pb.SpeculationStats(
             num_rounds=num_tokens // 2,
             num_drafts=num_tokens // 2,

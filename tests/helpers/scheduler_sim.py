@@ -29,7 +29,9 @@ def letters(token_ids: list[int]) -> str:
     return "".join(_LETTERS[token_id] for token_id in token_ids)
 
 
-def submit(request_id: str, prompt: list[int], *, timeout_s: float | None = None, **fields: Any) -> Any:
+def submit(
+    request_id: str, prompt: list[int], *, timeout_s: float | None = None, cache_salt: str = "", **fields: Any
+) -> Any:
     """A Submit; `fields` are sampling parameters, or `enabled` and `num_speculative_tokens`."""
     speculation = {name: fields.pop(name) for name in ("enabled", "num_speculative_tokens") if name in fields}
     return scheduler_pb2.Submit(
@@ -38,6 +40,7 @@ def submit(request_id: str, prompt: list[int], *, timeout_s: float | None = None
         sampling=resolved_sampling(**{"seed": 1, "max_tokens": 16} | fields),
         speculation=inference_pb2.Speculation(**speculation),
         timeout_s=timeout_s,
+        cache_salt=cache_salt,
     )
 
 

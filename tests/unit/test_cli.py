@@ -134,7 +134,7 @@ def test_generate_streams_the_text_only(run: Run, gateway: FakeGateway) -> None:
 def test_generate_passes_its_options_on(run: Run, gateway: FakeGateway) -> None:
     options = "-t 0.5 --max-tokens 4 --top-p 0.9 --top-k 3 --min-p 0.1 --seed 5 --stop a --stop b --ignore-eos "
     options += "--min-tokens 1 --repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty -0.2 "
-    options += "--logprobs 2 --num-speculative-tokens 3 --model demo --timeout 60"
+    options += "--logprobs 2 --num-speculative-tokens 3 --model demo --timeout 60 --cache-salt tenant"
     assert run("generate", "Hi", "--address", gateway.address, *options.split())[0] == 0
     request = gateway.requests[0]
     sampling = {field.name: value for field, value in request.sampling.ListFields()}
@@ -144,6 +144,7 @@ def test_generate_passes_its_options_on(run: Run, gateway: FakeGateway) -> None:
     assert list(sampling["stop"]) == ["a", "b"]
     assert sampling["frequency_penalty"] == pytest.approx(-0.2)
     assert request.speculation.num_speculative_tokens == 3
+    assert request.cache_salt == "tenant"
     assert not request.speculation.HasField("enabled")
     assert 0 < gateway.time_remaining_s[0] < 61  # gRPC rounds deadlines
 
@@ -184,12 +185,16 @@ def test_generate_json_is_one_document(run: Run, gateway: FakeGateway) -> None:
     assert completion["samples"][0]["finish_reason"] == "length"
     assert completion["speculation"]["num_accepted_tokens"] == 2
     assert completion["seed"] == 99
+    usage = completion["usage"]
+    assert [usage[f"cached_prompt_tokens{tier}"] for tier in ("", "_from_host", "_from_disk")] == [40, 36, 3]
 
 
 def test_stats_go_to_standard_error(run: Run, gateway: FakeGateway) -> None:
     code, out, err = run("generate", "Hi", "--address", gateway.address, "--stats", "--no-stream")
     assert (code, out) == (0, "Hello\n")
     rows = [" ".join(line.split()) for line in err.splitlines()]
+    assert "prompt tokens 44" in rows
+    assert "from the prefix cache 40 (36 from host memory, 3 from disk)" in rows
     assert "tokens per target step 2.00" in rows
     assert "drafts accepted 2 of 4 (50%)" in rows
     assert "tokens/s 4.0" in rows

@@ -20,6 +20,7 @@ from echelon.errors import (
 from echelon.pb import inference_pb2 as pb
 from echelon.pb import sampling_pb2
 from echelon.requests import GenerateOptions, SamplingOptions, SpeculationOptions, build_request
+from echelon.results import Usage
 from tests.helpers.fake_gateway import FakeGateway, chunk, complete, refuse, serving
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -40,7 +41,13 @@ def client(gateway: FakeGateway) -> Iterator[Client]:
 def test_generate_returns_everything(client: Client, gateway: FakeGateway) -> None:
     completion = client.generate("Hi", max_tokens=4, temperature=0, timeout_s=30)
     assert (completion.text, completion.token_ids, completion.finish_reason) == ("Hello", (1, 2, 3, 4), "length")
-    assert (completion.usage.prompt_tokens, completion.usage.cached_prompt_tokens) == (4, 1)
+    assert completion.usage == Usage(
+        prompt_tokens=44,
+        completion_tokens=4,
+        cached_prompt_tokens=40,
+        cached_prompt_tokens_from_host=36,
+        cached_prompt_tokens_from_disk=3,
+    )
     assert (completion.request_id, completion.seed) == ("r", 99)
     assert completion.speculation.acceptance_rate == 0.5
     assert completion.tokens_per_target_step == 2.0
@@ -74,7 +81,8 @@ def test_forgetting_a_stream_cancels_the_request(client: Client, gateway: FakeGa
 
 async def test_the_async_client_does_the_same(gateway: FakeGateway) -> None:
     async with AsyncClient(gateway.address) as client:
-        assert (await client.generate([1, 2], n=1)).text == "Hello"
+        assert (await client.generate([1, 2], n=1, cache_salt="tenant")).text == "Hello"
+        assert gateway.requests[-1].cache_salt == "tenant"
         assert list(gateway.requests[-1].token_ids.ids) == [1, 2]
         assert [c.text async for c in client.stream("Hi")] == ["Hel", "lo"]
         answer = await client.chat([{"role": "user", "content": "Hi"}], add_generation_prompt=False)
@@ -232,6 +240,7 @@ def test_every_option_reaches_its_field() -> None:
         seed=(1 << 64) - 1,
         request_id="me",
         model="demo",
+        cache_salt="tenant",
         speculation={"enabled": False, "num_speculative_tokens": 0},
         top_k=None,
     )
@@ -242,7 +251,7 @@ def test_every_option_reaches_its_field() -> None:
     assert list(request.sampling.stop_token_ids) == [7, 8]
     assert request.sampling.ignore_eos
     assert request.sampling.seed == (1 << 64) - 1
-    assert (request.request_id, request.model) == ("me", "demo")
+    assert (request.request_id, request.model, request.cache_salt) == ("me", "demo", "tenant")
     assert request.speculation.HasField("num_speculative_tokens")
     assert request.speculation.enabled is False
     assert not request.sampling.HasField("top_k")
@@ -264,6 +273,7 @@ def test_the_typed_options_are_those_of_the_wire() -> None:
         ("Hi", {"max_tokens": 1 << 40}, ValueError, "^max_tokens: "),
         ("Hi", {"stop": 3}, TypeError, "^stop: "),
         ("Hi", {"seed": -1}, ValueError, "^seed: "),
+        ("Hi", {"cache_salt": 7}, TypeError, "^cache_salt: "),
         ("Hi", {"logit_bias": {"a": 1}}, TypeError, "^logit_bias: "),
         ("Hi", {"add_generation_prompt": True}, TypeError, "^add_generation_prompt: "),
         ("Hi", {"chat_template_kwargs": {}}, TypeError, "^chat_template_kwargs: is for a conversation"),

@@ -29,6 +29,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "long prompt": ({"prompt": [1] * MAX_MODEL_LEN}, "prompt_token_ids has 128 tokens"),
     "no id": ({"request_id": ""}, "request_id"),
     "long id": ({"request_id": "x" * 129}, "request_id must have 1 to 128 characters, got 129"),
+    "long salt": ({"cache_salt": "\u00e9" * 129}, "cache_salt must have at most 256 bytes, got 258"),
     "deadline": ({"timeout_s": math.nan}, "timeout_s must be a number"),
     "stop strings": ({"stop": ["a"] * 65}, "sampling.stop: at most 64 strings, got 65"),
     "stop string": ({"stop": ["a" * 1025]}, "sampling.stop: at most 1024 characters a string, got 1025"),

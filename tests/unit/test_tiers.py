@@ -97,6 +97,20 @@ def test_a_prefix_that_left_host_memory_comes_back_from_disk_after_a_restart() -
     assert usage.cached_prompt_tokens_from_disk == 36
 
 
+def test_requests_of_different_salts_share_no_prefix_in_any_tier() -> None:
+    """On the device, in host memory and on disk."""
+    sim = tiered(num_slots=24, num_disk_blocks=200, tiers=TierConfig(writes_at_once=True))
+    ask(sim, "first", prompt(1), cache_salt="a")
+    assert ask(sim, "other", prompt(1), cache_salt="b").cached_prompt_tokens == 0
+    assert ask(sim, "none", prompt(1)).cached_prompt_tokens == 0
+    flood(sim, *range(4))
+    usage = ask(sim, "later", prompt(1), cache_salt="c")
+    assert usage.cached_prompt_tokens == 0
+    usage = ask(sim, "again", prompt(1), cache_salt="a")
+    assert usage.cached_prompt_tokens == usage.cached_prompt_tokens_from_disk == 36
+    assert ask(sim, "at once", prompt(1), cache_salt="a").cached_prompt_tokens == 36
+
+
 def test_what_a_broken_seq_computed_is_not_kept_in_any_tier() -> None:
     message = submit("bad", prompt(1))
     bad = plain_tokens(prompt(1), seq_sampling(message), 5)

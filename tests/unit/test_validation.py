@@ -104,6 +104,7 @@ def test_the_ends_of_the_ranges_are_allowed(validator: RequestValidator, samplin
     [
         (request(model="llama"), "NOT_FOUND", "model: 'llama' is not served here; this server has 'demo'"),
         (request(request_id="x" * 129), "INVALID_ARGUMENT", "request_id: at most 128 characters are allowed, got 129"),
+        (request(cache_salt="\u00e9" * 129), "INVALID_ARGUMENT", "cache_salt: at most 256 bytes are allowed, got 258"),
         (request(ids=[]), "INVALID_ARGUMENT", "token_ids: the prompt is empty"),
         (request(ids=[1, 4096]), "INVALID_ARGUMENT", "token_ids[1]: token id 4096 is outside the vocabulary of 4096"),
         (request(ids=[1] * 32), "INVALID_ARGUMENT", "token_ids: the prompt has 32 tokens, but max_model_len is 32"),
@@ -171,6 +172,10 @@ def test_bad_requests(validator: RequestValidator, wrong: Any, code: str, messag
     refused = refusal(validator, wrong)
     assert refused.code.name == code
     assert refused.message.startswith(message)
+
+
+def test_a_salt_reaches_the_scheduler(validator: RequestValidator) -> None:
+    assert validator.validate(request(cache_salt="s" * 256)).cache_salt == "s" * 256
 
 
 def test_the_longest_prompt_leaves_room_for_one_token(validator: RequestValidator) -> None:
