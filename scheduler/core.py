@@ -332,7 +332,9 @@ class SchedulerCore:
         status.speculation_total.CopyFrom(self._speculated.message())
         status.num_preemptions_total = self._target.num_preemptions
         status.prefix_cache_queries = self._target.num_tokens_looked_up
-        status.prefix_cache_hits = self._target.num_tokens_found
+        status.prefix_cache_hits = self._target.tokens_found.total
+        status.prefix_cache_hits_from_host = self._target.tokens_found.from_host
+        status.prefix_cache_hits_from_disk = self._target.tokens_found.from_disk
         status.num_requests_running = len({state.seq.request.request_id for state in self._target.running})
         status.num_requests_waiting = len(self._requests) - status.num_requests_running
         if self._target.engine is not None:

@@ -148,6 +148,7 @@ class Controller:
             metrics_url=settings.metrics_url if self._endpoint else "",
             model=settings.model_name,
             processes=processes,
+            tiers=self._vitals.tiers() if self._vitals is not None else (),
             plan=self._desired.plan,
             settings=shown_settings(settings),
         )

@@ -11,7 +11,7 @@ class State(StrEnum):
     PENDING = "PENDING"
     STARTING = "STARTING"
     READY = "READY"
-    DEGRADED = "DEGRADED"  # a deployment only: it serves, without speculation
+    DEGRADED = "DEGRADED"  # a deployment only: it serves, without speculation or without its disk tier
     NOT_RESPONDING = "NOT_RESPONDING"  # it lives and does not answer: it is stopped, hangs or is out of reach
     FAILED = "FAILED"
     STOPPING = "STOPPING"
@@ -37,6 +37,22 @@ class ProcessStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TierUse:
+    """One tier of an engine's KV cache. Bytes are those of one rank; numbers are blocks since the start."""
+
+    engine: str  # "target" | "draft"
+    tier: str  # "host" | "disk"
+    used_bytes: int
+    capacity_bytes: int
+    num_stored: int  # that came into the tier
+    num_fetched: int  # that were read from it
+    num_failed: int
+    num_evicted: int
+    paused: bool  # left alone for a while after errors
+    last_error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentStatus:
     name: str
     state: State
@@ -48,5 +64,6 @@ class DeploymentStatus:
     ray_address: str = ""
     private_ray: bool = False  # started by `up`, stopped by `down`
     processes: tuple[ProcessStatus, ...] = ()
+    tiers: tuple[TierUse, ...] = ()  # as last heard; none: nothing heard, or there are none
     plan: Plan | None = None
     settings: dict[str, str | int | float | bool] | None = None  # resolved values a person may ask for

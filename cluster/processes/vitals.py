@@ -3,19 +3,20 @@ stopped, or hangs, has not."""
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import grpc
 
 from childproc.wires import open_blocking_channel
-from cluster.processes.status import ProcessStatus, State
-from echelon.pb import inference_pb2, inference_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
+from cluster.processes.status import ProcessStatus, State, TierUse
+from echelon.pb import inference_pb2, inference_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc, worker_pb2
 
 _INTERVAL_S = 2.0
 _TIMEOUT_S = 2.0
 _SILENT_S = 5.0  # longer than a question and its timeout: on a busy machine one may go unanswered
 _WITHOUT_DRAFTS = "requests are decoded without drafts"
+_WITHOUT_TIER = "prefixes that it holds are computed again"
 
 
 class Vitals:
@@ -46,11 +47,11 @@ class Vitals:
         if not status.ready or status.target_silent_s:
             reason = f": {status.not_ready_reason}" if status.not_ready_reason else ""
             return State.NOT_RESPONDING, f"target group: no answer for {status.target_silent_s + age_s:.0f} s{reason}"
-        if status.draft_silent_s:
-            reason = f": {status.draft_not_ready_reason}" if status.draft_not_ready_reason else ""
-            silent_s = status.draft_silent_s + age_s
-            return State.DEGRADED, f"draft group: no answer for {silent_s:.0f} s{reason}; {_WITHOUT_DRAFTS}"
-        return State.READY, ""
+        slower = [*_silent_draft(status, age_s), *_paused_tiers(status)]
+        return (State.DEGRADED, "; ".join(slower)) if slower else (State.READY, "")
+
+    def tiers(self) -> tuple[TierUse, ...]:
+        return () if self._status is None else tuple(map(_use_of, self._status.tiers))
 
     def mark(self, processes: tuple[ProcessStatus, ...], now: float) -> tuple[ProcessStatus, ...]:
         """The processes, with those that do not answer shown as such."""
@@ -64,6 +65,40 @@ class Vitals:
 
     def _silent(self, now: float) -> list[str]:
         return [name for name, heard_s in self._heard_s.items() if now - heard_s > _SILENT_S]
+
+
+def _silent_draft(status: scheduler_pb2.SchedulerStatus, age_s: float) -> Iterator[str]:
+    """`age_s`: of the status."""
+    if status.draft_silent_s:
+        reason = f": {status.draft_not_ready_reason}" if status.draft_not_ready_reason else ""
+        silent_s = status.draft_silent_s + age_s
+        yield f"draft group: no answer for {silent_s:.0f} s{reason}; {_WITHOUT_DRAFTS}"
+
+
+def _paused_tiers(status: scheduler_pb2.SchedulerStatus) -> Iterator[str]:
+    for tier in status.tiers:
+        if tier.paused:
+            name = f"{tier.tier} tier of the {_engine_name(tier.engine)}'s KV cache"
+            yield f"{name}: paused after errors, the last one: {tier.last_error}; {_WITHOUT_TIER}"
+
+
+def _use_of(tier: scheduler_pb2.TierStatus) -> TierUse:
+    return TierUse(
+        engine=_engine_name(tier.engine),
+        tier=tier.tier,
+        used_bytes=tier.num_used_blocks * tier.block_bytes,
+        capacity_bytes=tier.num_blocks * tier.block_bytes,
+        num_stored=tier.stored_blocks_total,
+        num_fetched=tier.fetched_blocks_total,
+        num_failed=tier.failed_blocks_total,
+        num_evicted=tier.evicted_blocks_total,
+        paused=tier.paused,
+        last_error=tier.last_error,
+    )
+
+
+def _engine_name(role: worker_pb2.EngineRole.ValueType) -> str:
+    return worker_pb2.EngineRole.Name(role).removeprefix("ENGINE_ROLE_").lower()
 
 
 class VitalsWatch:
@@ -86,6 +121,10 @@ class VitalsWatch:
         now = time.monotonic()
         with self._lock:
             return *self._vitals.verdict(now), self._vitals.mark(processes, now)
+
+    def tiers(self) -> tuple[TierUse, ...]:
+        with self._lock:
+            return self._vitals.tiers()
 
     def _watch(self, process: ProcessStatus, ask: "Ask") -> None:
         with open_blocking_channel(process.address) as channel:

@@ -19,18 +19,19 @@ from echelon.cli.output import (
     cluster_extra,
     exits,
     plain_table,
+    size_text,
     stderr,
     stdout,
     write_json,
 )
+from echelon.cli.tiers import fill_of, state_of, trouble_of
 from echelon.cli.watch import watch
 
 if TYPE_CHECKING:
     from cluster.lifecycle import UpEvent
     from cluster.planning.plan import Plan
-    from cluster.processes.status import DeploymentStatus, ProcessStatus
+    from cluster.processes.status import DeploymentStatus, ProcessStatus, TierUse
 
-MIB, GIB = 1 << 20, 1 << 30
 SERVING = ("READY", "DEGRADED")
 _STATE_STYLES = {
     "READY": "green",
@@ -182,7 +183,7 @@ def plan_table(made: "Plan") -> Table:
             devices = f"cores {', '.join(map(str, bundle.cpu_ids))}"
         else:
             devices = "shared"
-        table.add_row(bundle.name, bundle.address, devices, *(_size(size) for size in sizes))
+        table.add_row(bundle.name, bundle.address, devices, *(size_text(size) for size in sizes))
     for process in (made.scheduler, made.gateway):
         table.add_row(process.name, process.address)
     return table
@@ -195,10 +196,6 @@ def _remarks(made: "Plan") -> Iterator[str]:
     yield from (f"note: {note}" for note in made.notes)
 
 
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.1f} MiB"
-
-
 def _print_status(out: Console, found: "DeploymentStatus") -> None:
     style = _STATE_STYLES.get(found.state, "")
     reason = f": {found.reason}" if found.reason else ""
@@ -207,6 +204,8 @@ def _print_status(out: Console, found: "DeploymentStatus") -> None:
     metrics = f", metrics {found.metrics_url}" if found.metrics_url else ""
     out.print(f"model {found.model}, endpoint {found.endpoint}{metrics}, Ray {ray}", markup=False)
     out.print(process_table(found.processes))
+    if found.tiers:
+        out.print(tier_table(found.tiers))
 
 
 def process_table(processes: "tuple[ProcessStatus, ...]") -> Table:
@@ -220,6 +219,21 @@ def process_table(processes: "tuple[ProcessStatus, ...]") -> Table:
             "" if process.pid is None else str(process.pid),
             _doing(process),
         )
+    return table
+
+
+def tier_table(tiers: "tuple[TierUse, ...]") -> Table:
+    """Host memory and disk behind the device blocks of each engine."""
+    table = plain_table("KV cache", "tier")
+    for heading in ("used", "of", "stored", "fetched", "failed", "evicted"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column()
+    for tier in tiers:
+        counts = (tier.num_stored, tier.num_fetched, tier.num_failed, tier.num_evicted)
+        table.add_row(tier.engine, tier.tier, *fill_of(tier), *map(str, counts), state_of(tier))
+    troubles = [f"{tier.engine} {tier.tier}: {trouble}" for tier in tiers if (trouble := trouble_of(tier))]
+    caption = Text("\n".join(["bytes are those on each rank, numbers are blocks", *troubles]))
+    table.caption, table.caption_justify = caption, "left"
     return table
 
 

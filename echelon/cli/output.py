@@ -17,6 +17,7 @@ from rich.table import Table
 from cluster.errors import ConfigError, DeploymentNotFoundError, PlanError, StartError
 from echelon.errors import EchelonError, InvalidRequestError, NotFoundError
 
+_MIB, _GIB = 1 << 20, 1 << 30
 EXIT_FAILED = 1
 _EXIT_USAGE = 2
 _EXIT_INTERRUPTED = 130
@@ -54,6 +55,10 @@ def write_json(value: Any) -> None:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     write(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def size_text(num_bytes: float) -> str:
+    return f"{num_bytes / _GIB:.1f} GiB" if num_bytes >= _GIB else f"{num_bytes / _MIB:.1f} MiB"
 
 
 def plain_table(*headings: str) -> Table:

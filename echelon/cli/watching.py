@@ -1,8 +1,25 @@
 """What happened in a replica between two readings of its counters."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from echelon.pb.control_pb2 import ReplicaStatus
+from echelon.pb.scheduler_pb2 import SchedulerStatus, TierStatus
+from echelon.pb.worker_pb2 import EngineRole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierView:
+    """One tier of an engine's KV cache over the last interval. Bytes are those of one rank. None: not known."""
+
+    engine: str  # "target" | "draft"
+    tier: str  # "host" | "disk"
+    used_bytes: int
+    capacity_bytes: int
+    num_hits: int | None = None  # blocks that were read from it
+    fetched_bytes_per_s: float | None = None
+    stored_bytes_per_s: float | None = None
+    paused: bool = False
+    last_error: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +41,7 @@ class ReplicaView:
     verdict_cache_hit_rate: float | None = None  # of the mismatches
     window_occupancy: float | None = None
     kv_cache_usage: float | None = None  # of the target's blocks
+    tiers: tuple[TierView, ...] = ()
 
 
 def view(before: ReplicaStatus, after: ReplicaStatus, elapsed_s: float) -> ReplicaView:
@@ -56,6 +74,35 @@ def view(before: ReplicaStatus, after: ReplicaStatus, elapsed_s: float) -> Repli
         verdict_cache_hit_rate=hits / (hits + misses) if is_same_life and hits + misses else None,
         window_occupancy=new.window_occupancy if new.draft_ready else None,
         kv_cache_usage=1.0 - new.num_free_blocks / new.num_blocks if new.num_blocks else None,
+        tiers=_tiers(old if is_same_life else SchedulerStatus(), new, elapsed_s),
+    )
+
+
+def _tiers(old: SchedulerStatus, new: SchedulerStatus, elapsed_s: float) -> tuple[TierView, ...]:
+    before = {(tier.engine, tier.tier): tier for tier in old.tiers}
+    return tuple(_tier(before.get((tier.engine, tier.tier)), tier, elapsed_s) for tier in new.tiers)
+
+
+def _tier(before: TierStatus | None, after: TierStatus, elapsed_s: float) -> TierView:
+    seen = TierView(
+        engine=EngineRole.Name(after.engine).removeprefix("ENGINE_ROLE_").lower(),
+        tier=after.tier,
+        used_bytes=after.num_used_blocks * after.block_bytes,
+        capacity_bytes=after.num_blocks * after.block_bytes,
+        paused=after.paused,
+        last_error=after.last_error,
+    )
+    if before is None:
+        return seen
+    num_fetched = after.fetched_blocks_total - before.fetched_blocks_total
+    num_stored = after.stored_blocks_total - before.stored_blocks_total
+    if num_fetched < 0 or num_stored < 0:  # the engine was connected anew
+        return seen
+    return replace(
+        seen,
+        num_hits=num_fetched,
+        fetched_bytes_per_s=num_fetched * after.block_bytes / elapsed_s,
+        stored_bytes_per_s=num_stored * after.block_bytes / elapsed_s,
     )
 
 

@@ -227,6 +227,8 @@ class SchedulerStatus(google.protobuf.message.Message):
     SPECULATION_TOTAL_FIELD_NUMBER: builtins.int
     PREFIX_CACHE_QUERIES_FIELD_NUMBER: builtins.int
     PREFIX_CACHE_HITS_FIELD_NUMBER: builtins.int
+    PREFIX_CACHE_HITS_FROM_HOST_FIELD_NUMBER: builtins.int
+    PREFIX_CACHE_HITS_FROM_DISK_FIELD_NUMBER: builtins.int
     NUM_PREEMPTIONS_TOTAL_FIELD_NUMBER: builtins.int
     TARGET_ROUNDS_TOTAL_FIELD_NUMBER: builtins.int
     DRAFT_ROUNDS_TOTAL_FIELD_NUMBER: builtins.int
@@ -265,7 +267,11 @@ class SchedulerStatus(google.protobuf.message.Message):
     prefix_cache_queries: builtins.int
     """tokens looked up"""
     prefix_cache_hits: builtins.int
-    """tokens found"""
+    """tokens found: on the device, or ..."""
+    prefix_cache_hits_from_host: builtins.int
+    """... of them, in host memory"""
+    prefix_cache_hits_from_disk: builtins.int
+    """... or on disk"""
     num_preemptions_total: builtins.int
     target_rounds_total: builtins.int
     draft_rounds_total: builtins.int
@@ -317,6 +323,8 @@ class SchedulerStatus(google.protobuf.message.Message):
         speculation_total: echelon.pb.inference_pb2.SpeculationStats | None = ...,
         prefix_cache_queries: builtins.int = ...,
         prefix_cache_hits: builtins.int = ...,
+        prefix_cache_hits_from_host: builtins.int = ...,
+        prefix_cache_hits_from_disk: builtins.int = ...,
         num_preemptions_total: builtins.int = ...,
         target_rounds_total: builtins.int = ...,
         draft_rounds_total: builtins.int = ...,
@@ -333,13 +341,15 @@ class SchedulerStatus(google.protobuf.message.Message):
         tiers: collections.abc.Iterable[global___TierStatus] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["speculation_total", b"speculation_total"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["acceptance_rate", b"acceptance_rate", "draft_idle_seconds_total", b"draft_idle_seconds_total", "draft_not_ready_reason", b"draft_not_ready_reason", "draft_ready", b"draft_ready", "draft_rounds_total", b"draft_rounds_total", "draft_silent_s", b"draft_silent_s", "draft_tokens_total", b"draft_tokens_total", "drafts_per_verification", b"drafts_per_verification", "generation_tokens_total", b"generation_tokens_total", "lookup_tokens_total", b"lookup_tokens_total", "non_finite_rows_total", b"non_finite_rows_total", "not_ready_reason", b"not_ready_reason", "num_blocks", b"num_blocks", "num_draft_blocks", b"num_draft_blocks", "num_free_blocks", b"num_free_blocks", "num_free_draft_blocks", b"num_free_draft_blocks", "num_preemptions_total", b"num_preemptions_total", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens_total", b"prompt_tokens_total", "ready", b"ready", "speculation_total", b"speculation_total", "target_rounds_total", b"target_rounds_total", "target_silent_s", b"target_silent_s", "tiers", b"tiers", "verdict_cache_hits_total", b"verdict_cache_hits_total", "verdict_cache_misses_total", b"verdict_cache_misses_total", "verify_wait_seconds_total", b"verify_wait_seconds_total", "wasted_draft_tokens_total", b"wasted_draft_tokens_total", "window_occupancy", b"window_occupancy"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["acceptance_rate", b"acceptance_rate", "draft_idle_seconds_total", b"draft_idle_seconds_total", "draft_not_ready_reason", b"draft_not_ready_reason", "draft_ready", b"draft_ready", "draft_rounds_total", b"draft_rounds_total", "draft_silent_s", b"draft_silent_s", "draft_tokens_total", b"draft_tokens_total", "drafts_per_verification", b"drafts_per_verification", "generation_tokens_total", b"generation_tokens_total", "lookup_tokens_total", b"lookup_tokens_total", "non_finite_rows_total", b"non_finite_rows_total", "not_ready_reason", b"not_ready_reason", "num_blocks", b"num_blocks", "num_draft_blocks", b"num_draft_blocks", "num_free_blocks", b"num_free_blocks", "num_free_draft_blocks", b"num_free_draft_blocks", "num_preemptions_total", b"num_preemptions_total", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_hits_from_disk", b"prefix_cache_hits_from_disk", "prefix_cache_hits_from_host", b"prefix_cache_hits_from_host", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens_total", b"prompt_tokens_total", "ready", b"ready", "speculation_total", b"speculation_total", "target_rounds_total", b"target_rounds_total", "target_silent_s", b"target_silent_s", "tiers", b"tiers", "verdict_cache_hits_total", b"verdict_cache_hits_total", "verdict_cache_misses_total", b"verdict_cache_misses_total", "verify_wait_seconds_total", b"verify_wait_seconds_total", "wasted_draft_tokens_total", b"wasted_draft_tokens_total", "window_occupancy", b"window_occupancy"]) -> None: ...
 
 global___SchedulerStatus = SchedulerStatus
 
 @typing.final
 class TierStatus(google.protobuf.message.Message):
-    """One tier of an engine's KV cache. Blocks and bytes are of all ranks together unless noted otherwise."""
+    """One tier of an engine's KV cache. Every rank has its part of a block. A block that comes from disk is fetched twice:
+    from disk to host memory, and from there to the device.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -363,16 +373,17 @@ class TierStatus(google.protobuf.message.Message):
     """that fit"""
     num_used_blocks: builtins.int
     block_bytes: builtins.int
-    """on one rank"""
+    """of one rank's part"""
     stored_blocks_total: builtins.int
     """that came into the tier"""
     fetched_blocks_total: builtins.int
     """that were read from it for the tier above"""
     failed_blocks_total: builtins.int
-    """of both directions"""
+    """of both directions: missing, damaged, or not read or written for an error"""
     evicted_blocks_total: builtins.int
-    """host"""
+    """to make room"""
     store_seconds_total: builtins.float
+    """of moves, which may run side by side"""
     fetch_seconds_total: builtins.float
     paused: builtins.bool
     """disk: left alone for a while after errors"""

@@ -7,7 +7,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from echelon.pb.control_pb2 import ReplicaStatus
-from echelon.pb.scheduler_pb2 import SchedulerStatus
+from echelon.pb.scheduler_pb2 import SchedulerStatus, TierStatus
+from echelon.pb.worker_pb2 import EngineRole
 from gateway.metrics import PREFIX
 
 
@@ -16,6 +17,18 @@ class _Series:
     name: str  # a counter's ends in _total on the wire
     text: str
     value: Callable[[SchedulerStatus], float]
+
+
+@dataclass(frozen=True, slots=True)
+class _TierSeries:
+    name: str
+    text: str
+    value: Callable[[TierStatus], float]
+
+
+def _found_outside(status: SchedulerStatus) -> int:
+    """Tokens whose KV was not on the device."""
+    return status.prefix_cache_hits_from_host + status.prefix_cache_hits_from_disk
 
 
 _GAUGES = (
@@ -51,6 +64,16 @@ _COUNTERS = (
     _Series("generation_tokens", "Tokens committed to the output of requests.", lambda s: s.generation_tokens_total),
     _Series("prefix_cache_queries", "Tokens looked up in the prefix cache.", lambda s: s.prefix_cache_queries),
     _Series("prefix_cache_hits", "Tokens found in the prefix cache.", lambda s: s.prefix_cache_hits),
+    _Series(
+        "external_prefix_cache_queries",
+        "Tokens that were not found on the device and were looked up in host memory and on disk.",
+        lambda s: s.prefix_cache_queries - s.prefix_cache_hits + _found_outside(s) if s.tiers else 0,
+    ),
+    _Series(
+        "external_prefix_cache_hits",
+        "Tokens whose KV came to the device from host memory or disk.",
+        _found_outside,
+    ),
     _Series(
         "num_preemptions", "Sequences that were preempted for lack of KV blocks.", lambda s: s.num_preemptions_total
     ),
@@ -106,6 +129,35 @@ _COUNTERS = (
         lambda s: s.non_finite_rows_total,
     ),
 )
+_TIER_GAUGES = (
+    _TierSeries("kv_offload_capacity_bytes", "What fits, on each rank.", lambda t: t.num_blocks * t.block_bytes),
+    _TierSeries("kv_offload_used_bytes", "What lies there, on each rank.", lambda t: t.num_used_blocks * t.block_bytes),
+    _TierSeries("kv_offload_paused", "1 while the tier is left alone after errors.", lambda t: t.paused),
+)
+_TIER_COUNTERS = (
+    _TierSeries("kv_offload_store_blocks", "Blocks that came into the tier.", lambda t: t.stored_blocks_total),
+    _TierSeries("kv_offload_load_blocks", "Blocks that were read from the tier.", lambda t: t.fetched_blocks_total),
+    _TierSeries(
+        "kv_offload_store_bytes",
+        "Bytes that came into the tier, on each rank.",
+        lambda t: t.stored_blocks_total * t.block_bytes,
+    ),
+    _TierSeries(
+        "kv_offload_load_bytes",
+        "Bytes that were read from the tier, on each rank.",
+        lambda t: t.fetched_blocks_total * t.block_bytes,
+    ),
+    _TierSeries(
+        "kv_offload_store_time", "Seconds that storing took, on the slowest rank.", lambda t: t.store_seconds_total
+    ),
+    _TierSeries(
+        "kv_offload_load_time", "Seconds that reading took, on the slowest rank.", lambda t: t.fetch_seconds_total
+    ),
+    _TierSeries(
+        "kv_offload_failed_blocks", "Blocks that could not be stored or read.", lambda t: t.failed_blocks_total
+    ),
+    _TierSeries("kv_offload_evicted_blocks", "Blocks that made room for others.", lambda t: t.evicted_blocks_total),
+)
 
 
 class ReplicaCollector(Collector):
@@ -128,13 +180,25 @@ class ReplicaCollector(Collector):
                 for replica in answering:
                     family.add_metric(self._labels(replica), float(series.value(replica.status)))
                 yield family
+        yield from self._tiers(answering)
         yield self._accepted_by_position(answering)
 
+    def _tiers(self, replicas: Sequence[ReplicaStatus]) -> Iterator[Metric]:
+        for kind, table in ((GaugeMetricFamily, _TIER_GAUGES), (CounterMetricFamily, _TIER_COUNTERS)):
+            for series in table:
+                family = self._family(kind, series.name, series.text, "engine", "tier")
+                for replica in replicas:
+                    for tier in replica.status.tiers:
+                        labels = [*self._labels(replica), _engine_name(tier.engine), tier.tier]
+                        family.add_metric(labels, float(series.value(tier)))
+                yield family
+
     def _accepted_by_position(self, replicas: Sequence[ReplicaStatus]) -> Metric:
-        family = CounterMetricFamily(
-            PREFIX + "spec_decode_num_accepted_tokens_per_pos",
+        family = self._family(
+            CounterMetricFamily,
+            "spec_decode_num_accepted_tokens_per_pos",
             "Accepted drafts by their position in the round, 0 first.",
-            labels=["model_name", "replica", "position"],
+            "position",
         )
         for replica in replicas:
             for position, num_accepted in enumerate(replica.status.speculation_total.accepted_per_position):
@@ -142,9 +206,9 @@ class ReplicaCollector(Collector):
         return family
 
     def _family(
-        self, kind: type[GaugeMetricFamily] | type[CounterMetricFamily], name: str, text: str
+        self, kind: type[GaugeMetricFamily] | type[CounterMetricFamily], name: str, text: str, *more_labels: str
     ) -> GaugeMetricFamily | CounterMetricFamily:
-        return kind(PREFIX + name, text, labels=["model_name", "replica"])
+        return kind(PREFIX + name, text, labels=["model_name", "replica", *more_labels])
 
     def _labels(self, replica: ReplicaStatus) -> list[str]:
         return [self._model_name, str(replica.replica)]
@@ -152,3 +216,7 @@ class ReplicaCollector(Collector):
 
 def _used(num_blocks: int, num_free: int) -> float:
     return 1.0 - num_free / num_blocks if num_blocks else 0.0
+
+
+def _engine_name(role: EngineRole.ValueType) -> str:
+    return EngineRole.Name(role).removeprefix("ENGINE_ROLE_").lower()

@@ -26,6 +26,7 @@ class DiskTier:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.num_errors = 0
+        self.num_evictions = 0
         self.last_error = ""
         self._digests: set[Digest] = set()
         self._is_listed = False  # the ranks have said what they hold
@@ -48,6 +49,11 @@ class DiskTier:
         self._digests.add(digest)
 
     def discard(self, digest: Digest) -> None:
+        self._digests.discard(digest)
+
+    def evict(self, digest: Digest) -> None:
+        """The ranks have made room."""
+        self.num_evictions += digest in self._digests
         self._digests.discard(digest)
 
     def may_work(self, now: float) -> bool:

@@ -141,7 +141,7 @@ class Tiers:
         """Raises UnexpectedMoveError."""
         move = self.moves.land(result, now)
         for digest in result.evicted:
-            self.disk.discard(digest)
+            self.disk.evict(digest)
         if move.needs_disk and result.error:
             self.disk.failed(result.error, now)
         elif move.needs_disk and not move.is_late:
@@ -188,6 +188,7 @@ class Tiers:
                 stored_blocks_total=written.num_blocks,
                 fetched_blocks_total=read.num_blocks,
                 failed_blocks_total=written.num_failed + read.num_failed,
+                evicted_blocks_total=self.disk.num_evictions,
                 store_seconds_total=written.run_s,
                 fetch_seconds_total=read.run_s,
                 paused=self.disk.is_failing,

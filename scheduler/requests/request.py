@@ -12,11 +12,18 @@ from scheduler.requests.stopping import Finish, OutputText
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachedTokens:
-    """Tokens of a prompt that need not be computed, by where their KV was."""
+    """Tokens that need not be computed, by where their KV was."""
 
     total: int = 0  # the rest was on the device
     from_host: int = 0
     from_disk: int = 0
+
+    def __add__(self, other: "CachedTokens") -> "CachedTokens":
+        return CachedTokens(
+            total=self.total + other.total,
+            from_host=self.from_host + other.from_host,
+            from_disk=self.from_disk + other.from_disk,
+        )
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)

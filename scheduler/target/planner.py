@@ -51,7 +51,7 @@ class TargetPlanner:
         self.num_queued = 0  # requests that have never run
         self.num_preemptions = 0
         self.num_tokens_looked_up = 0  # in the prefix cache
-        self.num_tokens_found = 0
+        self.tokens_found = CachedTokens()  # of them
 
     def attach(self, engine: EngineView) -> None:
         self.engine = engine
@@ -279,12 +279,13 @@ class TargetPlanner:
         engine.take_prefix(seq, found)
         state.seat = Seat(slot=engine.take_slot(), block_ids=found, num_computed=num_cached, num_published=len(found))
         state.num_reused = num_cached
+        cached = _cached_tokens(state, num_cached, blocks.block_size)
         if seq.request.admitted_s is None:
-            seq.request.cached = _cached_tokens(state, num_cached, blocks.block_size)
+            seq.request.cached = cached
         self._leave_fetch(state)
         if reuse:
             self.num_tokens_looked_up += len(seq.token_ids)
-            self.num_tokens_found += num_cached
+            self.tokens_found += cached
 
     def _plan_prefills(
         self, engine: EngineView, rows: dict[TargetState, PlannedRow], now: float, num_drafts: int

@@ -22,11 +22,11 @@ from cluster.errors import ConfigError, DeploymentNotFoundError, PlanError, Prob
 from cluster.lifecycle import PlanMade, ProcessChanged, RayConnected
 from cluster.planning.plan import Bundle, ControlProcess, MemoryEstimate, Plan
 from cluster.process_id import ProcessId
-from cluster.processes.status import DeploymentStatus, ProcessStatus, State
+from cluster.processes.status import DeploymentStatus, ProcessStatus, State, TierUse
 from echelon import __version__
 from echelon.cli import watch
 from echelon.cli.app import main
-from echelon.cli.watching import ReplicaView
+from echelon.cli.watching import ReplicaView, TierView
 from echelon.pb import control_pb2, inference_pb2, scheduler_pb2, worker_pb2
 from tests.helpers.fake_gateway import FakeGateway, refuse, serving
 
@@ -395,6 +395,27 @@ def test_watch_ends_cleanly_at_ctrl_c(run: Run, gateway: FakeGateway, monkeypatc
     assert out == 2 * line
 
 
+def test_watch_prints_a_line_for_each_tier(run: Run, gateway: FakeGateway) -> None:
+    def tier(num_fetched: int, **fields: Any) -> control_pb2.GetReplicasResponse:
+        disk = scheduler_pb2.TierStatus(
+            engine=worker_pb2.ENGINE_ROLE_TARGET,
+            tier="disk",
+            num_blocks=2048,
+            num_used_blocks=256,
+            block_bytes=1 << 20,
+            fetched_blocks_total=num_fetched,
+            **fields,
+        )
+        return replicas(tiers=[disk])
+
+    gateway.control.statuses = [tier(3), tier(3), tier(3, paused=True, last_error="no space left on device")]
+    code, out, _ = run("status", "--watch", "--interval", "0.1", "--count", "2", "--address", gateway.address)
+    assert code == 0
+    lines = [line for line in out.splitlines() if "disk" in line]
+    line = "replica 0 target disk: used=256.0MiB of=2.0GiB hits=0 fetched/s=0.0MiB stored/s=0.0MiB"
+    assert lines == [line, f"{line} (paused after errors, the last one: no space left on device)"]
+
+
 def test_watch_shows_a_table_on_a_terminal(gateway: FakeGateway) -> None:
     console = Console(file=io.StringIO(), width=80)
     busy = ReplicaView(
@@ -405,6 +426,27 @@ def test_watch_shows_a_table_on_a_terminal(gateway: FakeGateway) -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for word in (" replica ", " tok/s ", "cache", "123.4", "25%", "50%", "replica 1 is not ready: UNAVAILABLE: gone"):
         assert word in text
+
+
+def test_watch_shows_a_table_of_tiers_on_a_terminal() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    disk = TierView(
+        engine="target",
+        tier="disk",
+        used_bytes=256 << 20,
+        capacity_bytes=2 << 30,
+        num_hits=7,
+        fetched_bytes_per_s=float(3 << 20),
+        paused=True,
+        last_error="full",
+    )
+    bare = ReplicaView(replica=0, ready=True, reason="")
+    assert len(watch.tables([bare])) == 1
+    for table in watch.tables([dataclasses.replace(bare, tiers=(disk,))]):
+        console.print(table)
+    rows = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert "0 target disk 256.0 MiB 2.0 GiB 7 3.0 MiB - paused" in rows
+    assert "replica 0 target disk: paused after errors, the last one: full" in rows
 
 
 def test_watch_needs_somebody_to_ask(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,6 +534,27 @@ def test_status(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown["state"] == "READY"
     assert shown["processes"][0]["name"] == "target-0.0"
     assert shown["processes"][0]["id"] == {"role": "target", "replica": 0, "rank": 0}
+
+
+def test_status_shows_the_tiers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = TierUse(
+        engine="draft",
+        tier="disk",
+        used_bytes=512 << 20,
+        capacity_bytes=8 << 30,
+        num_stored=30,
+        num_fetched=20,
+        num_failed=2,
+        num_evicted=1,
+        paused=True,
+        last_error="no space left on device",
+    )
+    stub(monkeypatch, "status", dataclasses.replace(STATUS, tiers=(disk,)))
+    _, out, _ = run("status", "demo")
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    assert "draft disk 512.0 MiB 8.0 GiB 30 20 2 1 paused" in rows
+    assert "draft disk: paused after errors, the last one: no space left on device" in " ".join(rows)
+    assert json.loads(run("status", "demo", "--json")[1])["tiers"][0]["capacity_bytes"] == 8 << 30
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from echelon import __version__
 from echelon.client import AsyncClient
 from echelon.errors import InvalidRequestError
 from echelon.pb import inference_pb2 as pb
-from echelon.pb import process_pb2, scheduler_pb2
+from echelon.pb import process_pb2, scheduler_pb2, worker_pb2
 from gateway.metrics import RequestMetrics
 from gateway.server import Gateway, StartupError
 from tests.helpers.fake_scheduler import FakeScheduler, serve
@@ -171,6 +171,52 @@ async def test_a_scrape_asks_the_scheduler(house: House) -> None:
     assert by_position == [40, 20]
     house.scheduler.status.num_requests_running = 4
     assert (await house.scrape())["echelon:num_requests_running", "0"] == 4
+
+
+async def test_a_scrape_shows_every_tier_of_every_engine(house: House) -> None:
+    target, draft = worker_pb2.ENGINE_ROLE_TARGET, worker_pb2.ENGINE_ROLE_DRAFT
+    house.scheduler.status = scheduler_pb2.SchedulerStatus(
+        prefix_cache_queries=1000,
+        prefix_cache_hits=700,
+        prefix_cache_hits_from_host=300,
+        prefix_cache_hits_from_disk=100,
+        tiers=[
+            scheduler_pb2.TierStatus(
+                engine=target,
+                tier="disk",
+                num_blocks=100,
+                num_used_blocks=25,
+                block_bytes=1 << 20,
+                stored_blocks_total=40,
+                fetched_blocks_total=12,
+                failed_blocks_total=3,
+                evicted_blocks_total=15,
+                store_seconds_total=2.5,
+                fetch_seconds_total=0.5,
+                paused=True,
+                last_error="no space left on device",
+            ),
+            scheduler_pb2.TierStatus(engine=draft, tier="host", num_blocks=8, block_bytes=1024),
+        ],
+    )
+    samples = await house.scrape()
+    expected = {
+        "capacity_bytes": 100 << 20,
+        "used_bytes": 25 << 20,
+        "paused": 1,
+        "store_blocks_total": 40,
+        "load_blocks_total": 12,
+        "store_bytes_total": 40 << 20,
+        "load_bytes_total": 12 << 20,
+        "store_time_total": 2.5,
+        "load_time_total": 0.5,
+        "failed_blocks_total": 3,
+        "evicted_blocks_total": 15,
+    }
+    assert {name: samples[f"echelon:kv_offload_{name}", "target", "0", "disk"] for name in expected} == expected
+    assert samples["echelon:kv_offload_capacity_bytes", "draft", "0", "host"] == 8192
+    assert samples["echelon:external_prefix_cache_queries_total", "0"] == 1000 - 300, "not found on the device"
+    assert samples["echelon:external_prefix_cache_hits_total", "0"] == 400
 
 
 async def test_requests_are_counted_however_they_end(house: House) -> None:

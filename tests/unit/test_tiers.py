@@ -111,6 +111,33 @@ def test_requests_of_different_salts_share_no_prefix_in_any_tier() -> None:
     assert ask(sim, "at once", prompt(1), cache_salt="a").cached_prompt_tokens == 36
 
 
+def test_the_status_tells_what_each_tier_holds_and_did() -> None:
+    sim = tiered(num_slots=24, num_disk_blocks=50, draft=True)
+    ask(sim, "first", prompt(1))
+    flood(sim, *range(4))
+    usages = [ask(sim, "from disk", prompt(1)), ask(sim, "from the device", prompt(1))]
+    flood(sim, 4)
+    usages.append(ask(sim, "from everywhere", prompt(1)))
+    flood(sim, *range(5, 8))
+    status = sim.core.status()
+    assert status.prefix_cache_queries == 4 * 40 + 8 * 56
+    assert status.prefix_cache_hits == 3 * 36
+    assert status.prefix_cache_hits_from_host == sum(usage.cached_prompt_tokens_from_host for usage in usages) > 0
+    assert status.prefix_cache_hits_from_disk == sum(usage.cached_prompt_tokens_from_disk for usage in usages) > 0
+    tiers = {(tier.engine, tier.tier): tier for tier in status.tiers}
+    assert list(tiers) == [
+        (role, name)
+        for role in (worker_pb2.ENGINE_ROLE_TARGET, worker_pb2.ENGINE_ROLE_DRAFT)
+        for name in ("host", "disk")
+    ]
+    host, disk = (tiers[worker_pb2.ENGINE_ROLE_TARGET, name] for name in ("host", "disk"))
+    moved = sim.target.tiers.num_moved
+    assert (host.num_blocks, host.stored_blocks_total, host.fetched_blocks_total) == (24, moved[STORE], moved[LOAD])
+    assert (disk.num_blocks, disk.stored_blocks_total, disk.fetched_blocks_total) == (50, moved[WRITE], moved[READ])
+    assert (disk.num_used_blocks, disk.evicted_blocks_total) == (50, moved[WRITE] - 50)
+    assert disk.fetch_seconds_total > 0
+
+
 def test_what_a_broken_seq_computed_is_not_kept_in_any_tier() -> None:
     message = submit("bad", prompt(1))
     bad = plain_tokens(prompt(1), seq_sampling(message), 5)

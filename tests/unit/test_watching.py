@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from echelon.cli.watching import ReplicaView, view
+from echelon.cli.watching import ReplicaView, TierView, view
 from echelon.pb.control_pb2 import ReplicaStatus
 from echelon.pb.inference_pb2 import SpeculationStats
-from echelon.pb.scheduler_pb2 import SchedulerStatus
+from echelon.pb.scheduler_pb2 import SchedulerStatus, TierStatus
+from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT
 
 
 def replica(**counters: Any) -> ReplicaStatus:
@@ -73,3 +74,45 @@ def test_a_scheduler_that_is_gone_or_new_has_no_rates() -> None:
     new = replica(target_rounds_total=2, generation_tokens_total=7)
     assert view(old, new, 1.0).tokens_per_s is None
     assert view(gone, new, 1.0).tokens_per_s is None
+
+
+def disk(**counters: Any) -> TierStatus:
+    return TierStatus(engine=ENGINE_ROLE_DRAFT, tier="disk", num_blocks=100, block_bytes=1000, **counters)
+
+
+def test_blocks_of_a_tier_become_bytes_per_second() -> None:
+    before = replica(tiers=[disk(stored_blocks_total=5, fetched_blocks_total=10)])
+    after = replica(
+        tiers=[
+            disk(num_used_blocks=25, stored_blocks_total=9, fetched_blocks_total=16, paused=True, last_error="full"),
+        ]
+    )
+    assert view(before, after, 2.0).tiers == (
+        TierView(
+            engine="draft",
+            tier="disk",
+            used_bytes=25_000,
+            capacity_bytes=100_000,
+            num_hits=6,
+            fetched_bytes_per_s=3000.0,
+            stored_bytes_per_s=2000.0,
+            paused=True,
+            last_error="full",
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        replica(target_rounds_total=9, tiers=[disk(fetched_blocks_total=1)]),
+        replica(tiers=[disk(fetched_blocks_total=9)]),
+        replica(),
+        ReplicaStatus(replica=3, error="UNAVAILABLE: gone"),
+    ],
+    ids=["another scheduler", "another draft group", "no tiers then", "no answer then"],
+)
+def test_a_tier_whose_counters_began_anew_has_no_rates(before: ReplicaStatus) -> None:
+    (tier,) = view(before, replica(target_rounds_total=2, tiers=[disk(fetched_blocks_total=4)]), 1.0).tiers
+    assert (tier.num_hits, tier.fetched_bytes_per_s, tier.stored_bytes_per_s) == (None, None, None)
+    assert tier.capacity_bytes == 100_000
