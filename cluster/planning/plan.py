@@ -11,6 +11,8 @@ from cluster.deployment.settings import Role
 from cluster.errors import PlanError
 from cluster.process_id import ProcessId
 
+GIB, MIB = 1 << 30, 1 << 20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
@@ -102,6 +104,10 @@ class Plan:
     def group(self, role: Role) -> tuple[Bundle, ...]:
         """The bundles of one group in the order of rank; none where the group does not exist."""
         return tuple(bundle for bundle in self.bundles if bundle.group == role)
+
+
+def size_text(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / MIB:.1f} MiB"
 
 
 def describe_devices(bundle: Bundle | None, gpu_ids: Sequence[str] = ()) -> str:

@@ -10,16 +10,10 @@ from dataclasses import dataclass, replace
 from checkpoint.memory import num_sampled_rows, rope_table_bytes, sampling_bytes
 from cluster.deployment.settings import ModelSettings, Role, Settings
 from cluster.errors import PlanError
-from cluster.planning.plan import Bundle, ControlProcess, Inventory, MemoryEstimate, Node, Plan
+from cluster.planning.plan import Bundle, ControlProcess, Inventory, MemoryEstimate, Node, Plan, size_text
 from cluster.planning.tiers import tier_notes, with_tiers
 from cluster.process_id import ProcessId
 
-_HOST_MEMORY_KEYS = {
-    "cpu": "kv_cache.device_bytes, kv_cache.cpu_bytes or scheduler.max_num_batched_tokens",
-    "cuda": "kv_cache.cpu_bytes",
-}
-GIB = 1 << 30
-MIB = 1 << 20
 _CPU_STEPS = 100  # of a CPU: shares are rounded down to them, so that their sum fits the node
 
 
@@ -232,23 +226,19 @@ def _no_gpu(
             reasons.append(f"node {node.label}: no free GPU")
         elif not _fits_gpu(rank, node, settings.kv_cache.gpu_memory_utilization):
             have = (node.gpu_memory_bytes or 0) * settings.kv_cache.gpu_memory_utilization
-            reasons.append(f"node {node.label}: {_size(have)} a GPU at this gpu_memory_utilization")
+            reasons.append(f"node {node.label}: {size_text(have)} a GPU at this gpu_memory_utilization")
         else:
             reasons.append(f"node {node.label}: {node.num_gpus} free, {taken[node.node_id]} of them planned already")
     need = rank.memory
-    sizes = f"weights {_size(need.weight_bytes)}, KV cache {_size(need.kv_cache_bytes)}, "
-    sizes += f"activations {_size(need.activation_bytes)}"
+    sizes = f"weights {size_text(need.weight_bytes)}, KV cache {size_text(need.kv_cache_bytes)}, "
+    sizes += f"activations {size_text(need.activation_bytes)}"
     remedy = "free or add GPUs, lower tensor_parallel_size"
     remedy += " or use placement: colocated" if rank.group == "draft" else ", or lower scheduler.max_model_len"
     if not any(node.num_gpus for node in inventory.nodes):
         remedy += "; to run on cores, set device: cpu"
-    return f"no place for {rank.name}: it needs 1 GPU with {_size(need.total_bytes)} ({sizes}); " + "; ".join(
+    return f"no place for {rank.name}: it needs 1 GPU with {size_text(need.total_bytes)} ({sizes}); " + "; ".join(
         [*reasons, remedy]
     )
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / MIB:.1f} MiB"
 
 
 def _place_on_cpus(
@@ -338,6 +328,14 @@ def _check_host_memory(bundles: Iterable[Bundle], inventory: Inventory, settings
         if node.memory_bytes is not None and needed[node.address] > node.memory_bytes:
             names = ", ".join(bundle.name for bundle in bundles if addresses[bundle.node_id] == node.address)
             raise PlanError(
-                f"no place for {names} on node {node.label}: they need {_size(needed[node.address])} of memory, "
-                f"{_size(node.memory_bytes)} is free; lower {_HOST_MEMORY_KEYS[settings.device]}"
+                f"no place for {names} on node {node.label}: they need {size_text(needed[node.address])} of memory, "
+                f"{size_text(node.memory_bytes)} is free; lower {_host_memory_keys(settings)}"
             )
+
+
+def _host_memory_keys(settings: Settings) -> str:
+    """What a person can lower."""
+    keys = ["kv_cache.cpu_bytes"] if settings.kv_cache.cpu_bytes else []
+    if settings.device == "cpu":
+        keys += ["kv_cache.device_bytes", "scheduler.max_num_batched_tokens"]
+    return " or ".join(keys)

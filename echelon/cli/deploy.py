@@ -172,11 +172,14 @@ def plan_table(made: "Plan") -> Table:
     table.caption, table.caption_justify = Text(remarks) if remarks else None, "left"
     for heading in ("process", "node", "devices"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("weights", "KV cache", "activations", "total"):
+    has_host_tier = any(bundle.memory.host_bytes for bundle in made.bundles)
+    for heading in ("weights", "KV cache", "activations", "total", *(["host KV"] if has_host_tier else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     for bundle in made.bundles:
         memory = bundle.memory
-        sizes = (memory.weight_bytes, memory.kv_cache_bytes, memory.activation_bytes, memory.total_bytes)
+        sizes = [memory.weight_bytes, memory.kv_cache_bytes, memory.activation_bytes, memory.total_bytes]
+        if has_host_tier:
+            sizes.append(memory.host_bytes)
         if bundle.num_gpus:
             devices = f"{bundle.num_gpus} GPU"
         elif bundle.cpu_ids:

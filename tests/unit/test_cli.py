@@ -470,6 +470,15 @@ def test_plan_shows_every_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert "a stream stops at token 2 '[/s]' (config.json, tokenizer_config.json)" in " ".join(out.split())
 
 
+def test_plan_shows_host_memory_for_kv_where_there_is_any(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bundle,) = PLAN.bundles
+    tiered = dataclasses.replace(bundle, memory=dataclasses.replace(bundle.memory, host_bytes=7 << 30))
+    for bundles, is_shown in (((bundle,), False), ((tiered,), True)):
+        stub(monkeypatch, "plan", dataclasses.replace(PLAN, bundles=bundles))
+        _, out, _ = run("plan", "d.yaml")
+        assert ("host KV" in out, "7.0 GiB" in out) == (is_shown, is_shown)
+
+
 def test_plan_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     stub(monkeypatch, "plan", PLAN)
     code, out, _ = run("plan", "d.yaml", "--json")

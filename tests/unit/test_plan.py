@@ -1,5 +1,6 @@
 """Placement: which rank goes where, and the reason when a rank has no place."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ import torch
 
 from checkpoint.config_json import parse_config, read_config_json
 from checkpoint.memory import SAMPLING_TILE_ROWS, sampling_bytes
+from cluster.deployment.deployment_file import load_deployment
 from cluster.deployment.settings import (
     CpuSettings,
+    DiskSettings,
+    KvCacheSettings,
     ModelSettings,
     Pipeline,
     SchedulerSettings,
@@ -20,11 +24,12 @@ from cluster.deployment.settings import (
 from cluster.errors import PlanError
 from cluster.local import LOCAL_SCHEDULER, LocalDraft, local_settings
 from cluster.planning.inventory import visible_gpus
-from cluster.planning.plan import ControlProcess, Inventory, MemoryEstimate, Node, Plan, check_followed
-from cluster.planning.planner import GIB, expected_sampling_bytes, make_plan
+from cluster.planning.plan import GIB, ControlProcess, Inventory, MemoryEstimate, Node, Plan, check_followed
+from cluster.planning.planner import expected_sampling_bytes, make_plan
+from cluster.planning.tiers import Bandwidths, price_hit
 from cluster.process_id import ProcessId
 from cluster.processes.specs import scheduler_spec, worker_specs
-from echelon.pb import process_pb2
+from echelon.pb import process_pb2, worker_pb2
 from tests.helpers.model_folders import write_model_folder
 from workers.layers.rope import cos_sin_cache
 from workers.process.load import reserved_sampling_bytes
@@ -375,3 +380,131 @@ def test_plan_and_worker_reserve_the_same_for_choosing_tokens(
         assert reserved == expected_sampling_bytes(model, settings)
         most = sampling_bytes(vocab_size=vocab_size, num_ranks=model.num_ranks, num_rows=SAMPLING_TILE_ROWS)
         assert reserved <= most
+
+
+# host memory and disk
+
+
+def with_kv(settings: Settings, *, cpu_bytes: int = GIB, disk_bytes: int = 4 * GIB) -> Settings:
+    disk = DiskSettings(path="/kv", bytes=disk_bytes) if disk_bytes else None
+    return replace(settings, kv_cache=KvCacheSettings(cpu_bytes=cpu_bytes, disk=disk))
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "num_gpus", "options"),
+    [
+        (1, [2], {}),
+        (2, [3], {}),
+        (2, [2, 1], {}),
+        (1, [1, 1], {"draft_is_larger": True}),
+        (1, [1], {"colocated": True}),
+        (2, [2], {"colocated": True}),
+    ],
+    ids=["separate", "tp 2", "two nodes", "two nodes, larger draft", "colocated", "colocated, tp 2"],
+)
+def test_engines_hold_equally_many_blocks_in_each_tier(
+    pair: tuple[Path, Path], tp_size: int, num_gpus: list[int], options: dict[str, bool]
+) -> None:
+    """Of the same prefixes; and the fullest node uses what it may."""
+    models = pair[::-1] if options.get("draft_is_larger") else pair
+    settings = with_kv(gpu_settings(models, tp_size, colocated=options.get("colocated", False)))
+    plan = make_plan(settings, gpu_nodes(*num_gpus))
+    tiers = {
+        engine.role: engine.tiers
+        for role in ("target", "draft")
+        for spec in worker_specs(settings, plan.group(role), incarnation=1)
+        for engine in spec.engines
+    }
+    assert len(tiers) == 2
+    (num_slots,) = {spec.num_host_slots for spec in tiers.values()}
+    host, disk, block = Counter[str](), Counter[str](), Counter[str]()  # bytes on each node
+    for bundle in plan.bundles:
+        for engine in bundle.engines:
+            block_bytes = settings.kv_cache.block_size * settings.model(engine).kv_bytes_per_token
+            spec = tiers[worker_pb2.EngineRole.Value(f"ENGINE_ROLE_{engine.upper()}")]
+            assert spec.disk_bytes == bundle.num_disk_blocks * block_bytes
+            block[bundle.node_id] += block_bytes
+            host[bundle.node_id] += num_slots * block_bytes
+            disk[bundle.node_id] += spec.disk_bytes
+    for used, limit in ((host, GIB), (disk, 4 * GIB)):
+        assert all(num_bytes <= limit for num_bytes in used.values())
+        assert any(used[node_id] + block[node_id] > limit for node_id in used)
+    assert {bundle.num_host_slots for bundle in plan.bundles} == {num_slots}
+    assert len({bundle.num_disk_blocks for bundle in plan.bundles}) == 1
+    assert sum(bundle.memory.host_bytes for bundle in plan.bundles) == host.total()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "key"),
+    [({"cpu_bytes": 1000}, "kv_cache.cpu_bytes"), ({"disk_bytes": 1000}, "kv_cache.disk.bytes")],
+)
+def test_a_tier_without_room_for_a_block_names_its_key(
+    pair: tuple[Path, Path], sizes: dict[str, int], key: str
+) -> None:
+    settings = with_kv(gpu_settings(pair, 2), **sizes)
+    with pytest.raises(PlanError, match=rf"^{key}: 1,000 bytes hold no block: .* takes [\d,]+; raise it"):
+        make_plan(settings, gpu_nodes(3))
+
+
+def test_host_memory_for_kv_counts_beside_what_the_node_gives_to_devices(pair: tuple[Path, Path]) -> None:
+    settings = replace(gpu_settings(pair, 2), device="cpu")
+    make_plan(with_kv(settings, cpu_bytes=20 * GIB), cpu_nodes(8, memory_gib=40))
+    with pytest.raises(PlanError, match=r"40\.00 GiB is free; lower kv_cache\.cpu_bytes or kv_cache\.device_bytes or "):
+        make_plan(with_kv(settings, cpu_bytes=36 * GIB), cpu_nodes(8, memory_gib=40))
+    with pytest.raises(PlanError, match=r"1\.00 GiB is free; lower kv_cache\.device_bytes or scheduler"):
+        make_plan(settings, cpu_nodes(8, memory_gib=1))
+
+
+def test_host_memory_of_a_machine_with_gpus_must_be_free_too(pair: tuple[Path, Path]) -> None:
+    def nodes(memory_gib: int) -> Inventory:
+        (node,) = gpu_nodes(3).nodes
+        return Inventory(nodes=(replace(node, memory_bytes=memory_gib * GIB),), head_node_id=node.node_id)
+
+    settings = with_kv(gpu_settings(pair, 2), cpu_bytes=8 * GIB)
+    make_plan(settings, nodes(8))
+    with pytest.raises(
+        PlanError, match=r"they need [78]\.\d\d GiB of memory, 7\.00 GiB is free; lower kv_cache\.cpu_bytes$"
+    ):
+        make_plan(settings, nodes(7))
+
+
+def test_a_hit_is_priced_by_the_fullest_rank_and_the_fullest_node(pair: tuple[Path, Path]) -> None:
+    settings = gpu_settings(pair, 2)
+    target, draft = settings.model("target").kv_bytes_per_token, settings.model("draft").kv_bytes_per_token
+    assert target > draft
+    bandwidths = Bandwidths(host=1e9, disk=1e8)
+    for num_gpus, fullest_node in (((3,), 2 * target + draft), ((2, 1), 2 * target), ((1, 1, 1), target)):
+        hit = price_hit(1000, make_plan(settings, gpu_nodes(*num_gpus)).bundles, settings, bandwidths)
+        assert hit.engine_bytes == {"target": 2 * 1000 * target, "draft": 1000 * draft}
+        assert hit.host_s == pytest.approx(1000 * target / 1e9)
+        assert hit.disk_s == pytest.approx(1000 * fullest_node / 1e8)
+    together = gpu_settings(pair, 1, colocated=True)
+    both = together.model("target").kv_bytes_per_token + draft
+    hit = price_hit(1000, make_plan(together, gpu_nodes(1)).bundles, together, bandwidths)
+    assert hit.host_s == pytest.approx(1000 * both / 1e9)
+
+
+def test_the_deployment_file_gives_the_tiers_and_the_plan_says_what_they_hold(tmp_path: Path) -> None:
+    models = Path(__file__).parents[2] / "models"
+    file = tmp_path / "d.yaml"
+    file.write_text(f"""
+        apiVersion: echelon/v1
+        kind: Deployment
+        name: tiers
+        target: {{model: {models / "demo-target"}}}
+        draft: {{model: {models / "demo-draft"}}}
+        device: cpu
+        kv_cache: {{block_size: 16, cpu_bytes: 256MiB, disk: {{path: kv, bytes: 2GiB, read_only: true}}}}
+        """)
+    settings = load_deployment(file)
+    plan = make_plan(settings, cpu_nodes(8))
+    num_slots, num_blocks = plan.bundles[0].num_host_slots, plan.bundles[0].num_disk_blocks
+    assert (num_slots * 16, num_blocks * 16) == (32_768, 262_144)
+    (spec,) = worker_specs(settings, plan.group("draft"), 1)
+    assert (spec.engines[0].tiers.disk_path, spec.engines[0].tiers.disk_read_only) == (str(tmp_path / "kv"), True)
+    assert plan.notes[-2:] == (
+        "host memory holds the KV of 32,768 tokens; 2,048 tokens (target 8.0 MiB, draft 8.0 MiB) come back in about "
+        "0.8 ms if each rank copies 10 GB/s (assumed, not measured)",
+        "the disk holds the KV of 262,144 tokens; 2,048 tokens (target 8.0 MiB, draft 8.0 MiB) come back in about "
+        "17 ms if a node's disk reads 1 GB/s (assumed, not measured)",
+    )
