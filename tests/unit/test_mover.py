@@ -16,6 +16,7 @@ from tests.helpers.kv_caches import Caches, clone, flat, random_caches
 from workers.engine.kv_cache import KVLayout
 from workers.engine.rounds import ProtocolError
 from workers.tiers.copier import CpuCopier, Mark
+from workers.tiers.files import Files
 from workers.tiers.host_slots import HostSlots
 from workers.tiers.mover import Mover, Store
 from workers.tiers.orders import check_order
@@ -59,6 +60,9 @@ class StuckStore:
             if digest in self.blocks:
                 buffer[:] = self.blocks[digest]
         return [digest in self.blocks for digest in digests]
+
+    def take_read_error(self) -> str:
+        return ""
 
     def drop(self, digests: Sequence[bytes]) -> None:
         for digest in digests:
@@ -201,6 +205,32 @@ def test_a_block_that_fails_is_an_index_with_the_error(stuck: tuple[Rank, StuckS
     assert list(result.failed) == [1]
     assert list(result.evicted) == [digest(4)]
     assert store.blocks[digest(4)] == block_bytes(2)
+
+
+class BrokenFiles(Files):
+    """A disk from which nothing can be read while it `is_broken`."""
+
+    is_broken = False
+
+    def preadv(self, fd: int, into: memoryview, offset: int) -> int:
+        if self.is_broken:
+            raise OSError(5, "Input/output error")
+        return super().preadv(fd, into, offset)
+
+
+def test_a_disk_that_cannot_be_read_is_told_from_a_block_that_is_not_there(tmp_path: Path) -> None:
+    """Each error is told once."""
+    files = BrokenFiles()
+    options = {"block_bytes": LAYOUT.block_bytes, "num_parts": LAYOUT.num_layers, "max_bytes": 1 << 20}
+    rank = Rank(SegmentStore.open(tmp_path, **options, layout={}, files=files))  # type: ignore[arg-type]
+    rank.run(MoveOrder.WRITE, host_slots=[0], digests=[digest(1)])
+    files.is_broken = True
+    result = rank.run(MoveOrder.READ, host_slots=[1, 2], digests=[digest(7), digest(1)])
+    assert list(result.failed) == [0, 1]
+    assert "Input/output error" in result.error
+    result = rank.run(MoveOrder.READ, host_slots=[1], digests=[digest(7)])
+    assert (list(result.failed), result.error) == ([0], "")
+    rank.mover.close(PATIENCE_S)
 
 
 def test_a_read_that_hangs_holds_up_nobody_else(stuck: tuple[Rank, StuckStore]) -> None:

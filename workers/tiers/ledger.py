@@ -84,6 +84,7 @@ class Ledger:
         self._places: dict[bytes, int] = {}  # number of the segment and slot, least recently written first
         self._being_written: set[bytes] = set()
         self._evicted: list[bytes] = []  # not yet reported
+        self._read_error = ""  # not yet reported
         self._num_bytes = 0
         self._num_leaving_bytes = 0
         self._counts = dict.fromkeys(("checksum_failures", "read_errors", "write_errors", "evicted", "rewritten"), 0)
@@ -141,6 +142,17 @@ class Ledger:
             if place is not None and self._places.get(digest) != self._number(place):
                 return None
             return self._remove(digest)
+
+    def note_read_error(self, text: str) -> None:
+        with self._lock:
+            self._counts["read_errors"] += 1
+            self._read_error = text
+
+    def take_read_error(self) -> str:
+        """The last one since this was called before; empty if there was none."""
+        with self._lock:
+            text, self._read_error = self._read_error, ""
+            return text
 
     def take_evicted(self) -> list[bytes]:
         """Digests that are gone and were not reported yet."""

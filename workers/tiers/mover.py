@@ -45,6 +45,8 @@ class Store(Protocol):
 
     def read_many(self, digests: Sequence[bytes], into: Sequence[memoryview]) -> list[bool]: ...
 
+    def take_read_error(self) -> str: ...
+
     def drop(self, digests: Iterable[bytes]) -> None: ...
 
     def close(self) -> None: ...
@@ -191,7 +193,8 @@ class Mover:
             for index, buffer, is_there in zip(part, buffers, found, strict=True):
                 if is_there:
                     self._host.fill(order.host_slots[index], buffer)
-        move.end([index for index, is_there in zip(part, found, strict=True) if not is_there])
+        failed = [index for index, is_there in zip(part, found, strict=True) if not is_there]
+        move.end(failed, self._disk.take_read_error() if failed else "")
 
     def _drop(self, move: _Move, part: range) -> None:
         if self._is_old(move):

@@ -141,6 +141,11 @@ class SegmentStore:
                 self._end_read(digest, place, is_good)
         return are_good
 
+    def take_read_error(self) -> str:
+        """What the disk said when it could not read a block, reported once; empty if it could. A block that is damaged
+        or not there is no such error."""
+        return self._ledger.take_read_error()
+
     def drop(self, digests: Iterable[bytes]) -> None:
         """Forget them. Their bytes stay until their segment goes."""
         self._erase([place for digest in digests if (place := self._ledger.forget(digest))])
@@ -270,7 +275,7 @@ class SegmentStore:
             if len(run) > 1:  # some may be readable
                 return [self._read_run([place], [buffer])[0] for place, buffer in zip(run, into, strict=True)]
             logger.warning("a block of %s cannot be read: %s", self._folder, err)
-            self._ledger.count("read_errors")
+            self._ledger.note_read_error(str(err))
             return [False]
         for _ in range(are_good.count(False)):
             logger.warning("a block of %s is damaged", self._folder)
