@@ -56,7 +56,7 @@ class Size:
 
 
 # Of the demo pair. The first three keep its attention; the others have query heads as wide as the hidden size and a
-# quarter of that as KV heads, as models of such sizes have.
+# quarter of that as KV heads, as models of such sizes have. wide-kv has as many bytes of KV a token as a model of 70B.
 PRESETS = {
     "target-455m": Size(layers=20, hidden=1536, intermediate=4608, heads=8, kv_heads=4),
     "draft-32m": Size(layers=8, hidden=640, intermediate=1792, heads=4, kv_heads=4),
@@ -64,6 +64,7 @@ PRESETS = {
     "target-550m-attention": Size(layers=20, hidden=1536, intermediate=4608, heads=48, kv_heads=12),
     "draft-38m-attention": Size(layers=8, hidden=640, intermediate=1792, heads=20, kv_heads=5),
     "draft-115m-attention": Size(layers=8, hidden=1152, intermediate=3072, heads=36, kv_heads=9),
+    "target-620m-wide-kv": Size(layers=20, hidden=1536, intermediate=4608, heads=64, kv_heads=64),
     "draft-370m-attention": Size(layers=8, hidden=2048, intermediate=5632, heads=64, kv_heads=16),
 }
 
@@ -175,9 +176,10 @@ class Inflater:
         ]
 
 
-def inflate(source: Path, out: Path, size: Size, *, seed: int = 0) -> int:
+def inflate(source: Path, out: Path, size: Size, *, seed: int = 0, max_len: int | None = None) -> int:
     """Writes the model of `source` (Llama, Hugging Face layout) at another size to `out`; returns its parameters.
 
+    `max_len`: longest context, in tokens; what lies beyond that of the source is for measuring time, not for reading.
     Raises InflateError, before anything is written.
     """
     config = _read_config(source)
@@ -193,6 +195,7 @@ def inflate(source: Path, out: Path, size: Size, *, seed: int = 0) -> int:
         "num_attention_heads": size.heads,
         "num_key_value_heads": size.kv_heads,
         "rms_norm_eps": config["rms_norm_eps"] * Size.of(config).hidden / size.hidden,
+        "max_position_embeddings": max_len or config["max_position_embeddings"],
     }
     (out / "config.json").write_text(json.dumps({**config, **grown}, indent=2) + "\n", encoding="utf-8")
     for name in COPIED_FILES:
@@ -236,12 +239,14 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, help="a size for the demo pair; the options below change it")
     for field in fields(Size):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help="default: that of the source")
+    parser.add_argument("--max-len", type=int, help="longest context, to measure time beyond what the source can read")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     args = parser.parse_args()
     try:
         default = PRESETS[args.preset] if args.preset else Size.of(_read_config(args.source))
         given = {name: getattr(args, name) for name in asdict(default) if getattr(args, name) is not None}
-        num_parameters = inflate(args.source, args.out, Size(**{**asdict(default), **given}), seed=args.seed)
+        size = Size(**{**asdict(default), **given})
+        num_parameters = inflate(args.source, args.out, size, seed=args.seed, max_len=args.max_len)
     except InflateError as error:
         parser.error(str(error))
     print(f"{args.out}: {num_parameters / 1e6:.1f}M parameters")

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from math import inf
 from typing import TypeAlias, TypeGuard
 
@@ -57,6 +58,8 @@ class Replica:
         events = GroupEvents(
             connected=self._target_up,
             result=self._target_result,
+            moved=partial(self._moved, _TARGET),
+            disk=partial(self._disk_contents, _TARGET),
             lost=self._target_lost,
             patience_s=lambda: self._patience_s(_TARGET, _DRAFT),
         )
@@ -66,6 +69,8 @@ class Replica:
             events = GroupEvents(
                 connected=self._draft_up,
                 result=self._draft_result,
+                moved=partial(self._moved, _DRAFT),
+                disk=partial(self._disk_contents, _DRAFT),
                 lost=self._draft_lost,
                 patience_s=lambda: self._patience_s(_DRAFT, _TARGET),
             )
@@ -172,6 +177,13 @@ class Replica:
         self._core.disconnect_draft()
         self._pump_soon()
 
+    def _moved(self, role: Role, result: worker_pb2.MoveResult) -> None:
+        self._core.tiers_of(role).on_moved(result, self._now())
+        self._pump_soon()
+
+    def _disk_contents(self, role: Role, contents: worker_pb2.DiskContents) -> None:
+        self._core.tiers_of(role).on_disk_contents(contents)
+
     def _note_loss(self, role: Role) -> None:
         self.recorder.lost(role)
         self._away_since[role] = min(self._now(), self._late_since(role), self._idle_silence(role))
@@ -233,8 +245,9 @@ class Replica:
         while is_going:
             now = self._now()
             drafting = self._core.plan_draft(now) if self.draft is not None else None
-            self._send(self.draft, _DRAFT, drafting)
             verifying = self._core.plan_target(now)
+            self._order_moves(now)
+            self._send(self.draft, _DRAFT, drafting)
             self._send(self.target, _TARGET, verifying)
             is_going = drafting is not None or verifying is not None
         self._arm_release()
@@ -244,6 +257,13 @@ class Replica:
         if group is not None and message is not None:
             self.recorder.sent(role, message)
             group.send(message)
+
+    def _order_moves(self, now: float) -> None:
+        """Before the rounds planned with them, so that the workers begin them at once."""
+        for role, order in self._core.order_moves(now):
+            group = self.target if role == _TARGET else self.draft
+            if group is not None:
+                group.send_move(order)
 
     def _deliver(self) -> None:
         for output in self._core.take_outputs():
