@@ -17,7 +17,7 @@ from scheduler.config import SchedulerConfig
 from scheduler.drafting.speculation import Speculation
 from scheduler.engines.engine import EngineView, PlannedRow
 from scheduler.engines.idle_meter import IdleMeter
-from scheduler.kv_cache.moves import UnexpectedMoveError
+from scheduler.errors import UnexpectedAnswerError
 from scheduler.kv_cache.tiers import Tiers
 from scheduler.requests.admission import build_request
 from scheduler.requests.checks import InvalidRequestError
@@ -273,10 +273,10 @@ class SchedulerCore:
         return [(role, order) for role, tiers in self._tiers() for order in tiers.orders(now)]
 
     def tiers_of(self, role: "worker_pb2.EngineRole.ValueType") -> Tiers:
-        """For what a group says of its moves. Raises UnexpectedMoveError if its engine has no tiers."""
+        """For what a group says of its moves. Raises UnexpectedAnswerError if its engine has no tiers."""
         engine = self.engines[role]
         if engine is None or engine.tiers is None:
-            raise UnexpectedMoveError("an engine without tiers moved blocks")
+            raise UnexpectedAnswerError("an engine without tiers moved blocks")
         return engine.tiers
 
     def _tiers(self) -> list[tuple["worker_pb2.EngineRole.ValueType", Tiers]]:

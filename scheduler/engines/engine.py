@@ -10,15 +10,12 @@ from scheduler.config import TierConfig
 from scheduler.engines.patience import Patience
 from scheduler.engines.round_cost import RoundCost
 from scheduler.engines.seat import Seat
+from scheduler.errors import UnexpectedAnswerError
 from scheduler.kv_cache.blocks import BlockManager
 from scheduler.kv_cache.fetching import Fetch
 from scheduler.kv_cache.tiers import Tiers
 from scheduler.requests.digests import Digest
 from scheduler.requests.request import Seq
-
-
-class UnexpectedAnswerError(RuntimeError):
-    """A worker group sent an answer that no round asked for."""
 
 
 class NoRoomError(RuntimeError):

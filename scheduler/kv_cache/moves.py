@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from echelon.pb import worker_pb2
+from scheduler.errors import UnexpectedAnswerError
 from scheduler.requests.digests import Digest
 
 Kind: TypeAlias = "worker_pb2.MoveOrder.Kind.ValueType"
@@ -16,10 +17,6 @@ WRITE = worker_pb2.MoveOrder.WRITE
 READ = worker_pb2.MoveOrder.READ
 DROP = worker_pb2.MoveOrder.DROP
 KINDS = (STORE, LOAD, WRITE, READ, DROP)
-
-
-class UnexpectedMoveError(RuntimeError):
-    """A worker group answered a move that was not ordered."""
 
 
 @dataclass(slots=True, eq=False)
@@ -82,10 +79,10 @@ class Moves:
         return message
 
     def land(self, result: worker_pb2.MoveResult, now: float) -> Move:
-        """Whoever ordered the move takes in its answer. Raises UnexpectedMoveError."""
+        """Whoever ordered the move takes in its answer. Raises UnexpectedAnswerError."""
         move = self._in_flight.pop(result.move_id, None)
         if move is None or max(result.failed, default=-1) >= move.num_blocks:
-            raise UnexpectedMoveError(f"the answer to move {result.move_id} does not fit what was ordered")
+            raise UnexpectedAnswerError(f"the answer to move {result.move_id} does not fit what was ordered")
         failed = set(result.failed)
         totals = self.totals[move.kind]
         totals.num_blocks += move.num_blocks - len(failed)

@@ -138,7 +138,7 @@ class Tiers:
             yield write
 
     def on_moved(self, result: worker_pb2.MoveResult, now: float) -> None:
-        """Raises UnexpectedMoveError."""
+        """Raises UnexpectedAnswerError."""
         move = self.moves.land(result, now)
         for digest in result.evicted:
             self.disk.evict(digest)

@@ -12,7 +12,7 @@ import grpc.aio
 
 from childproc.wires import open_channel
 from echelon.pb import process_pb2, worker_pb2, worker_pb2_grpc
-from scheduler.engines.engine import UnexpectedAnswerError
+from scheduler.errors import UnexpectedAnswerError
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ from operator import attrgetter
 
 from echelon.pb import worker_pb2
 from scheduler.config import SchedulerConfig
-from scheduler.engines.engine import EngineView, InFlight, NoRoomError, PlannedRow, UnexpectedAnswerError
+from scheduler.engines.engine import EngineView, InFlight, NoRoomError, PlannedRow
 from scheduler.engines.seat import Seat
+from scheduler.errors import UnexpectedAnswerError
 from scheduler.requests.queue import WaitingQueue
 from scheduler.requests.request import CachedTokens, Request, Seq, SeqStatus
 from scheduler.target.draft_supply import DraftSupply

@@ -8,7 +8,7 @@ from grpc import StatusCode
 
 from echelon.pb import inference_pb2, worker_pb2
 from scheduler.config import Pipeline
-from scheduler.engines.engine import UnexpectedAnswerError
+from scheduler.errors import UnexpectedAnswerError
 from tests.helpers.fake_group import FakeEngine, FakeModel, plain_tokens
 from tests.helpers.scheduler_sim import Simulation, letters, seq_sampling, submit
 
