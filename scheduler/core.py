@@ -156,7 +156,7 @@ class SchedulerCore:
         """When to plan again even if nothing happens: by then drafts, or blocks from other tiers, were waited for long
         enough."""
         idle_since = self._target_idle_since
-        release = min((tiers.next_deadline() for _, tiers in self._tiers()), default=inf)
+        release = min((tiers.next_deadline() for _, tiers in self.tiers), default=inf)
         if idle_since is not None:  # otherwise the round in flight comes back first
             release = min(release, self._speculation.stops_waiting_at(idle_since))
         return release if release < inf else None
@@ -270,7 +270,7 @@ class SchedulerCore:
 
     def order_moves(self, now: float) -> list[tuple["worker_pb2.EngineRole.ValueType", worker_pb2.MoveOrder]]:
         """The moves to order from the groups now. Call it after planning rounds."""
-        return [(role, order) for role, tiers in self._tiers() for order in tiers.orders(now)]
+        return [(role, order) for role, tiers in self.tiers for order in tiers.orders(now)]
 
     def tiers_of(self, role: "worker_pb2.EngineRole.ValueType") -> Tiers:
         """For what a group says of its moves. Raises UnexpectedAnswerError if its engine has no tiers."""
@@ -279,7 +279,8 @@ class SchedulerCore:
             raise UnexpectedAnswerError("an engine without tiers moved blocks")
         return engine.tiers
 
-    def _tiers(self) -> list[tuple["worker_pb2.EngineRole.ValueType", Tiers]]:
+    @property
+    def tiers(self) -> list[tuple["worker_pb2.EngineRole.ValueType", Tiers]]:
         return [(role, engine.tiers) for role, engine in self.engines.items() if engine is not None and engine.tiers]
 
     # -- ends ---------------------------------------------------------------------------------------------------------
@@ -342,6 +343,6 @@ class SchedulerCore:
             status.num_free_blocks = self._target.engine.blocks.num_free
         status.draft_idle_seconds_total = self._draft_idle.idle_s
         status.verify_wait_seconds_total = self._verify_wait.idle_s
-        status.tiers.extend(report for role, tiers in self._tiers() for report in tiers.report(role))
+        status.tiers.extend(report for role, tiers in self.tiers for report in tiers.report(role))
         self._speculation.report(status)
         return status

@@ -1,7 +1,7 @@
 """Which block of KV lies in which slot of host memory."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence, ValuesView
 from dataclasses import dataclass
 
 from scheduler.requests.digests import Digest
@@ -89,7 +89,7 @@ class HostTier:
             if block.num_pins == 0:
                 self._free.append(block.slot)
 
-    def oldest(self) -> Iterable[HostBlock]:
+    def oldest(self) -> ValuesView[HostBlock]:
         """Least recently used first."""
         return self._by_digest.values()
 

@@ -147,6 +147,14 @@ class Tiers:
         elif move.needs_disk and not move.is_late:
             self.disk.worked()
 
+    def write_all(self) -> None:
+        """Put all that host memory holds on disk, as far as it works."""
+        if self._writes:
+            self._writing.add_all()
+
+    def has_written(self, now: float) -> bool:
+        return not self._writes or self._writing.is_done(now)
+
     def on_disk_contents(self, contents: worker_pb2.DiskContents) -> None:
         self.disk.announce(contents.digests, is_last=contents.is_last)
 

@@ -31,6 +31,16 @@ class Writing:
         if len(self._waiting) < self._host.num_slots:
             self._waiting[digest] = None
 
+    def add_all(self) -> None:
+        """Write all that host memory holds: the process is about to end. What was used last goes first."""
+        self._waiting = dict.fromkeys(block.digest for block in reversed(self._host.oldest()))
+
+    def is_done(self, now: float) -> bool:
+        """Whether nothing is written or could be."""
+        if not self._disk.may_work(now):
+            return True
+        return not self._waiting and not self._moves.num_in_flight(WRITE)
+
     def forget(self, digest: Digest) -> None:
         self._waiting.pop(digest, None)
         if digest in self._disk:

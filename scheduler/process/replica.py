@@ -51,6 +51,7 @@ class Replica:
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
+        self._has_moved = asyncio.Event()
         self.ready = False
         self._away_since = {_TARGET: self._now(), _DRAFT: self._now()}  # groups that are not connected, and since when
         self._is_colocated = spec.draft.address == spec.target.address
@@ -118,14 +119,26 @@ class Replica:
         return status
 
     async def drain(self, grace_s: float) -> None:
-        """Take no new requests and wait for the running ones, for at most `grace_s`."""
+        """Take no new requests and wait for the running ones; then put what host memory holds of KV on disk. All of
+        that within `grace_s`."""
         self._draining = True
         self._on_ready(False)
         logger.info("draining: %d requests run", self._core.num_requests)
         try:
-            await asyncio.wait_for(self._idle.wait(), grace_s)
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+                await self._write_tiers()
         except TimeoutError:
             logger.warning("%d requests did not finish within %g s", self._core.num_requests, grace_s)
+
+    async def _write_tiers(self) -> None:
+        """Put what host memory holds of KV on disk, so that the next start finds it."""
+        for _, tiers in self._core.tiers:
+            tiers.write_all()
+        self._pump_soon()
+        while not all(tiers.has_written(self._now()) for _, tiers in self._core.tiers):
+            self._has_moved.clear()
+            await self._has_moved.wait()
 
     def _refusal(self, submit: scheduler_pb2.Submit) -> Failed | None:
         if self._draining:
@@ -179,6 +192,7 @@ class Replica:
 
     def _moved(self, role: Role, result: worker_pb2.MoveResult) -> None:
         self._core.tiers_of(role).on_moved(result, self._now())
+        self._has_moved.set()
         self._pump_soon()
 
     def _disk_contents(self, role: Role, contents: worker_pb2.DiskContents) -> None:

@@ -153,6 +153,18 @@ def test_what_a_broken_seq_computed_is_not_kept_in_any_tier() -> None:
     assert sim.completed["again"].usage.cached_prompt_tokens == 0
 
 
+def test_what_host_memory_holds_goes_to_disk_before_the_end() -> None:
+    sim = tiered(num_disk_blocks=200)
+    ask(sim, "first", prompt(1))
+    assert not sim.target.tiers.disk, "nobody has asked for it again"
+    tiers = sim.core.tiers_of(sim.target.role)
+    tiers.write_all()
+    assert not tiers.has_written(sim.now)
+    sim.run()
+    assert tiers.has_written(sim.now)
+    assert len(sim.target.tiers.disk) == 10
+
+
 def test_a_disk_that_hangs_delays_a_seq_by_its_deadline_and_nobody_else() -> None:
     sim = tiered(num_slots=24, num_disk_blocks=200)
     ask(sim, "first", prompt(1))
