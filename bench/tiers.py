@@ -34,7 +34,7 @@ START_TIMEOUT_S = 600.0
 LOAD_TIMEOUT_S = 60.0  # nothing is given up: slow hits shall be seen
 BLOCK_SIZE = 16
 CHECKED_TOKENS = 8  # compared between a computed prefix and one that comes back
-SPARE_TOKENS = 256  # room on the device beyond one prompt
+SPARE_TOKENS = 64  # room on the device beyond one prompt
 
 Prompt = list[int]
 

@@ -33,7 +33,7 @@ class Writing:
 
     def add_all(self) -> None:
         """Write all that host memory holds: the process is about to end. What was used last goes first."""
-        self._waiting = dict.fromkeys(block.digest for block in reversed(self._host.oldest()))
+        self._waiting = dict.fromkeys(block.digest for block in reversed(list(self._host.oldest())))
 
     def is_done(self, now: float) -> bool:
         """Whether nothing is written or could be."""

@@ -51,7 +51,7 @@ class Replica:
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._has_moved = asyncio.Event()
+        self._pumped = asyncio.Event()
         self.ready = False
         self._away_since = {_TARGET: self._now(), _DRAFT: self._now()}  # groups that are not connected, and since when
         self._is_colocated = spec.draft.address == spec.target.address
@@ -137,8 +137,8 @@ class Replica:
             tiers.write_all()
         self._pump_soon()
         while not all(tiers.has_written(self._now()) for _, tiers in self._core.tiers):
-            self._has_moved.clear()
-            await self._has_moved.wait()
+            self._pumped.clear()
+            await self._pumped.wait()
 
     def _refusal(self, submit: scheduler_pb2.Submit) -> Failed | None:
         if self._draining:
@@ -192,7 +192,6 @@ class Replica:
 
     def _moved(self, role: Role, result: worker_pb2.MoveResult) -> None:
         self._core.tiers_of(role).on_moved(result, self._now())
-        self._has_moved.set()
         self._pump_soon()
 
     def _disk_contents(self, role: Role, contents: worker_pb2.DiskContents) -> None:
@@ -264,6 +263,7 @@ class Replica:
             self._send(self.draft, _DRAFT, drafting)
             self._send(self.target, _TARGET, verifying)
             is_going = drafting is not None or verifying is not None
+        self._pumped.set()
         self._arm_release()
         self._soon(self._deliver)  # after the tasks that send the rounds
 
