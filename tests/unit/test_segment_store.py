@@ -19,6 +19,7 @@ import pytest
 
 from workers.tiers.files import Files, aligned_buffer
 from workers.tiers.folder import StoreError
+from workers.tiers.layout import layout_digest
 from workers.tiers.segment_store import SegmentStore
 
 ROOT = Path(__file__).parents[2]
@@ -220,6 +221,7 @@ WRITER = """
 import random, sys
 from pathlib import Path
 from workers.tiers.files import aligned_buffer
+from workers.tiers.layout import layout_digest
 from workers.tiers.segment_store import SegmentStore
 options = dict(block_bytes=4096, num_parts=4, max_bytes=int(sys.argv[3]), layout=eval(sys.argv[4]))
 store = SegmentStore.open(Path(sys.argv[1]), **options)
@@ -715,3 +717,10 @@ def test_a_real_disk_that_is_full(tmp_path: Path) -> None:
             assert store.digests() == there
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_layout_is_named_by_its_facts_alone() -> None:
+    facts: dict[str, str | int | bool] = {"a": 1, "b": True, "c": "x"}
+    assert layout_digest(facts) == layout_digest(dict(reversed(facts.items())))
+    others = [{**facts, "a": "1"}, {**facts, "a": True}, {**facts, "d": 0}, {"a": 1, "b": True}, {**facts, "c": "y"}]
+    assert len({layout_digest(other) for other in [facts, *others]}) == 6
