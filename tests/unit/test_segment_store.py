@@ -306,10 +306,31 @@ def test_blocks_that_were_read_outlive_their_segment_once(tmp_path: Path) -> Non
         assert not is_there(store, 2)
 
 
+def test_a_block_that_is_dropped_while_it_is_rewritten_stays_away(tmp_path: Path) -> None:
+    files = Faulty()
+
+    def drop(name: str, *args: Any, **options: Any) -> None:
+        if name == "preadv":
+            store.drop([digest_of(2)])
+
+    with opened(tmp_path, files=files) as store:
+        write_many(store, range(SEGMENT_BLOCKS))
+        assert is_there(store, 2)
+        files.fault = drop
+        write_many(store, range(100, 100 + MAX_BYTES // BLOCK_BYTES))
+        files.fault = None
+        assert digest_of(2) not in store.digests()
+    with opened(tmp_path) as store:
+        assert digest_of(0) not in store.digests()
+        assert digest_of(2) not in store.digests()
+
+
 def test_a_store_whose_blocks_are_all_in_use_still_takes_new_ones(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         for number in range(5 * MAX_BYTES // BLOCK_BYTES):
+            before = store.stats.num_rewritten
             write(store, number)
+            assert store.stats.num_rewritten - before <= SEGMENT_BLOCKS // 2
             assert is_there(store, number)
         assert store.stats.num_rewritten > 0
         assert bytes_on_disk(tmp_path) <= MAX_BYTES
