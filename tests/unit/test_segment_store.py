@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from workers.tiers.files import Files, aligned_buffer
+from workers.tiers.files import Files, aligned_buffer, aligned_buffers
 from workers.tiers.folder import StoreError
 from workers.tiers.layout import layout_digest
 from workers.tiers.segment_store import SegmentStore
@@ -73,7 +73,7 @@ def is_there(store: SegmentStore, number: int, num_bytes: int = BLOCK_BYTES) -> 
 def read_many(store: SegmentStore, numbers: Sequence[int], num_bytes: int = BLOCK_BYTES) -> list[int]:
     """Those that are there; their bytes must be right."""
     digests = [digest_of(number) for number in numbers]
-    buffers = [aligned_buffer(num_bytes) for _ in numbers]
+    buffers = aligned_buffers(len(numbers), num_bytes) if numbers else []
     found = store.read_many(digests, buffers)
     for digest, buffer, is_found in zip(digests, buffers, found, strict=True):
         assert not is_found or buffer == contents_of(digest, num_bytes), "wrong bytes"
