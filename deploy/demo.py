@@ -1,9 +1,11 @@
-"""`make demo`: deploy the bundled pair on this machine, complete a prompt, show what speculation did, clean up.
+"""`make demo`: deploy the bundled pair on this machine, show what speculation and the KV cache's tiers do, clean up.
 
 It uses the public interfaces: `cluster.lifecycle` (as `echelon up` and `echelon down` do) and `echelon.Client`. Ray
 and the deployment keep their state in a temporary folder, so the demo touches no other Ray or deployment.
 """
 
+import argparse
+import inspect
 import os
 import signal
 import socket
@@ -36,13 +38,22 @@ def main():
 MAX_TOKENS = 96
 SEED = 7
 NUM_TIMED_RUNS = 3  # of each kind, in turns
+LONG_PROMPT_CHARS = 6400
+NUM_TOKENS_AFTER = 16  # that are asked for after a long prompt
 
 
 def main() -> int:
     console = Console(highlight=False)
     try:
-        with tempfile.TemporaryDirectory(prefix="echelon-demo-") as folder, deployed(Path(folder), console) as address:
-            show(console, address)
+        with tempfile.TemporaryDirectory(prefix="echelon-demo-") as folder:
+            file = own_copy(Path(folder))
+            with deployed(file, console) as address:
+                show_speculation(console, address)
+                asked = ask_again(console, address)
+            with deployed(file, console) as address:
+                asked |= ask_after_restart(console, address)
+            report_prefix(console, asked)
+        console.print("\neverything is stopped; no process is left")
     except KeyboardInterrupt:
         console.print("\ninterrupted", style="bold")
         return 130
@@ -54,12 +65,12 @@ def main() -> int:
 
 
 @contextmanager
-def deployed(folder: Path, console: Console) -> Iterator[str]:
+def deployed(file: Path, console: Console) -> Iterator[str]:
     """Brings the pair up with a Ray of its own; yields the gateway's address; takes everything down again."""
-    os.environ["ECHELON_STATE_DIR"] = str(folder / "state")
+    os.environ["ECHELON_STATE_DIR"] = str(file.parent / "state")
     os.environ.pop("RAY_ADDRESS", None)
     with StartupDisplay(console) as display:
-        status = lifecycle.up(with_free_port(folder), on_event=display.on_event)  # cleans up itself when it fails
+        status = lifecycle.up(file, on_event=display.on_event)  # cleans up itself when it fails
     try:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # now: Ray had installed, and removed, its own
         console.print(f"{status.model} is served at {status.endpoint}\n")
@@ -68,21 +79,14 @@ def deployed(folder: Path, console: Console) -> Iterator[str]:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running
         with console.status("stopping everything"):
             lifecycle.down(status.name)
-        console.print("\neverything is stopped; no process is left")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def with_free_port(folder: Path) -> Path:
-    """demo.yaml, or a copy with another port if the port in demo.yaml is in use."""
+def own_copy(folder: Path) -> Path:
+    """demo.yaml with its disk tier in this folder, and with another port if the one in demo.yaml is in use."""
     content = yaml.safe_load(DEPLOYMENT.read_text())
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", content["server"]["grpc_port"]))
-        except OSError:
-            probe.bind(("127.0.0.1", 0))
-        else:
-            return DEPLOYMENT
-        content["server"]["grpc_port"] = probe.getsockname()[1]
+    content["kv_cache"]["disk"]["path"] = str(folder / "kv")
+    content["server"]["grpc_port"] = free_port(content["server"]["grpc_port"])
     for model in (content["target"], content["draft"]):
         model["model"] = str((DEPLOYMENT.parent / model["model"]).resolve())
     copy = folder / "demo.yaml"
@@ -90,7 +94,20 @@ def with_free_port(folder: Path) -> Path:
     return copy
 
 
-def show(console: Console, address: str) -> None:
+def free_port(wanted: int) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# -- speculation ------------------------------------------------------------------------------------------------------
+
+
+def show_speculation(console: Console, address: str) -> None:
     with Client(address) as client:
         for enabled in (True, False):
             complete(client, speculation=enabled, max_tokens=16)  # the first request warms everything up
@@ -153,6 +170,54 @@ def accepted_per_round(run: Completion) -> str:
 
 def first_difference(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     return next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
+
+
+# -- the KV cache -----------------------------------------------------------------------------------------------------
+
+
+def long_prompts() -> list[str]:
+    """Texts of about 1,800 tokens, no two alike from the first word on: pieces of the standard library."""
+    source = inspect.getsource(argparse)
+    return [source[start : start + LONG_PROMPT_CHARS] for start in range(0, 4 * LONG_PROMPT_CHARS, LONG_PROMPT_CHARS)]
+
+
+def ask(client: Client, prompt: str) -> Completion:
+    return client.generate(prompt, max_tokens=NUM_TOKENS_AFTER, temperature=0)
+
+
+def ask_again(console: Console, address: str) -> dict[str, Completion]:
+    """A long prompt, and the same one after others have pushed its KV out of the devices."""
+    prompt, *others = long_prompts()
+    with Client(address) as client, console.status("asking a long prompt, then others, then the first again"):
+        first = ask(client, prompt)
+        for other in others:
+            ask(client, other)
+        return {"first": first, "after others": ask(client, prompt)}
+
+
+def ask_after_restart(console: Console, address: str) -> dict[str, Completion]:
+    with Client(address) as client, console.status("asking the long prompt after the restart"):
+        complete(client, speculation=True, max_tokens=16)
+        return {"after a restart": ask(client, long_prompts()[0])}
+
+
+def report_prefix(console: Console, asked: dict[str, Completion]) -> None:
+    """Show where the KV of the prompt came from, and how long the first token took."""
+    table = Table("a prompt asked", "tokens", "computed", "host memory", "disk", "first token", box=box.SIMPLE_HEAD)
+    for when, run in asked.items():
+        usage = run.usage
+        counts = (
+            usage.prompt_tokens,
+            usage.prompt_tokens - usage.cached_prompt_tokens,
+            usage.cached_prompt_tokens_from_host,
+            usage.cached_prompt_tokens_from_disk,
+        )
+        table.add_row(when, *map(str, counts), f"{1e3 * run.timings.first_token_s:.0f} ms")
+    console.print(table)
+    if len({run.token_ids for run in asked.values()}) == 1:
+        console.print("The output is identical each time.", style="bold green")
+    else:
+        console.print("The outputs differ: two candidates are too close for bfloat16.", style="yellow")
 
 
 if __name__ == "__main__":

@@ -216,7 +216,8 @@ def _served_name(model: str, folder: ModelFolder) -> str:
 
 def _cap_max_model_len(settings: Settings) -> Settings:
     """A default must work: no longer than what the KV cache of one device holds."""
-    num_tokens = settings.kv_cache_bytes("target") // settings.target.kv_bytes_per_token
+    models = [settings.target] if settings.draft is None else [settings.target, settings.draft]
+    num_tokens = min(settings.kv_cache_bytes(model.role) // model.kv_bytes_per_token for model in models)
     max_model_len = max(1, min(settings.max_model_len, num_tokens))
     return replace(settings, scheduler=replace(settings.scheduler, max_model_len=max_model_len))
 
@@ -271,15 +272,22 @@ def _kv_problems(settings: Settings) -> Iterator[Problem]:
     """On cpu the KV cache's size is given, so whether it holds one longest seq is known before anything starts."""
     if settings.device != "cpu":
         return
-    num_blocks_needed = -(-settings.max_model_len // settings.kv_cache.block_size)
-    per_token = settings.target.kv_bytes_per_token
-    if settings.colocated and settings.draft is not None:
-        per_token += settings.draft.kv_bytes_per_token
-    needed = num_blocks_needed * settings.kv_cache.block_size * per_token
-    if needed > settings.kv_cache.device_bytes:
+    target, draft = settings.target.kv_bytes_per_token, settings.draft.kv_bytes_per_token if settings.draft else 0
+    if settings.colocated:
+        yield from _kv_problem(settings, "", settings.max_model_len, target + draft)
+        return
+    yield from _kv_problem(settings, "", settings.max_model_len, target)
+    if draft:
+        yield from _kv_problem(settings, " of the draft", settings.max_model_len_of("draft"), draft)
+
+
+def _kv_problem(settings: Settings, whose: str, max_model_len: int, per_token: int) -> Iterator[Problem]:
+    block_size, device_bytes = settings.kv_cache.block_size, settings.kv_cache.device_bytes
+    needed = -(-max_model_len // block_size) * block_size * per_token
+    if needed > device_bytes:
         message = (
-            f"one seq of max_model_len {settings.max_model_len} takes {needed} bytes a rank "
-            f"({per_token} a token), device_bytes is {settings.kv_cache.device_bytes}"
+            f"one seq of max_model_len {max_model_len} takes {needed} bytes a rank{whose} "
+            f"({per_token} a token), device_bytes is {device_bytes}"
         )
         remedy = "raise kv_cache.device_bytes or lower scheduler.max_model_len"
         yield Problem(path="kv_cache.device_bytes", message=message, remedy=remedy)

@@ -322,6 +322,10 @@ def test_values_that_do_not_go_together(folder: Path) -> None:
         folder, HEAD + TARGET + CPU + "kv_cache: {device_bytes: 32KiB}\nscheduler: {max_model_len: 512}\n"
     )
     assert "one seq of max_model_len 512 takes 65536 bytes a rank (128 a token), device_bytes is 32768" in kv
+    demo = f"target: {{model: {ROOT}/models/demo-target, tensor_parallel_size: 2}}\n"
+    demo += f"draft: {{model: {ROOT}/models/demo-draft}}\n" + CPU
+    (kv,) = problems_of(folder, HEAD + demo + "kv_cache: {device_bytes: 5MiB}\nscheduler: {max_model_len: 2048}\n")
+    assert "takes 8388608 bytes a rank of the draft (4096 a token), device_bytes is 5242880" in kv
     wide = "draft: {model: draft, placement: colocated, tensor_parallel_size: 2}\n"
     assert "no more ranks than the target" in problems_of(folder, HEAD + TARGET + CPU + wide)[0]
 
@@ -329,6 +333,9 @@ def test_values_that_do_not_go_together(folder: Path) -> None:
 def test_a_default_max_model_len_fits_the_cache(folder: Path) -> None:
     settings = load_deployment(write(folder, HEAD + TARGET + CPU + "kv_cache: {device_bytes: 32KiB}\n"))
     assert settings.max_model_len == 256
+    demo = f"target: {{model: {ROOT}/models/demo-target, tensor_parallel_size: 2}}\n"
+    demo += f"draft: {{model: {ROOT}/models/demo-draft}}\n" + CPU + "kv_cache: {device_bytes: 5MiB}\n"
+    assert load_deployment(write(folder, HEAD + demo)).max_model_len == 1280, "what the draft's device holds"
 
 
 @pytest.mark.parametrize(
