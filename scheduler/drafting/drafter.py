@@ -102,6 +102,7 @@ class Drafter(ABC):
         self.cache.clear()
         for state in self._states.values():
             state.seat = state.fetch = None
+            state.has_fetched = False
             state.forget_window()
 
     def prefetch(self, state: DraftState, now: float) -> None:
@@ -215,6 +216,8 @@ class Drafter(ABC):
         speculating = [state for state in running if state.wants_draft_model and self._may_follow(self.seats, state)]
         if not speculating:
             return None
+        for state in speculating:
+            self.seats.prefetch(state, now)  # the target may have had its part on the device
         rows = self._plan_rows(self.seats, speculating)
         if not rows:
             return None

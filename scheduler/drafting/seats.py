@@ -23,8 +23,9 @@ class DraftSeats:
 
     def prefetch(self, state: DraftState, now: float) -> None:
         """Begin to bring the known start of the seq's history to the device; its seat waits for it."""
-        if state.seat is not None or state.fetch is not None:
+        if state.seat is not None or state.has_fetched:
             return
+        state.has_fetched = True
         with contextlib.suppress(NoRoomError):
             state.fetch = self.engine.fetch(state.seq, now, num_spare=1, takes_part=False)
 
@@ -56,6 +57,7 @@ class DraftSeats:
         if state.fetch is not None and self.engine.tiers is not None:
             self.engine.tiers.fetching.leave(state.fetch)
         state.fetch = None
+        state.has_fetched = False
 
     def _seat(self, state: DraftState) -> bool:
         """Allocate blocks for the whole history at once, so that catching up never gets stuck halfway."""

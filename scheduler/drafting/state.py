@@ -44,6 +44,7 @@ class DraftState:
     window_chosen_at: int = -1  # length of the history when the policy chose it
     num_drafted_at: int = 0  # serial: length of the history when drafts were last ordered
     fetch: Fetch | None = None  # brings blocks of its prefix to the draft's device, or has brought them
+    has_fetched: bool = False  # since it was last seated: a fetch has begun, or none pays
     num_free_at_refusal: int = -1  # free draft blocks when they were too few for the seq
 
     def forget_window(self) -> None:

@@ -142,7 +142,8 @@ class EngineView:
             self.tiers.use(found, self._reusable(seq)[: len(found)])
 
     def fetch(self, seq: Seq, now: float, *, num_spare: int, takes_part: bool) -> Fetch | None:
-        """Begin to bring blocks of the seq's prefix from host memory or disk, if that is faster than computing them.
+        """Begin to bring blocks of the seq's prefix from host memory or disk, if that is faster than computing them, or
+        wait for them with another seq.
 
         Args:
             num_spare: free blocks that it must leave.
@@ -152,15 +153,17 @@ class EngineView:
         """
         if self.tiers is None:
             return None
-        found = self.find_prefix(seq)
+        fetching, found = self.tiers.fetching, self.find_prefix(seq)
         missing = self._reusable(seq)[len(found) :]
+        joined = fetching.join(missing[0]) if missing else None
+        if joined is not None:
+            return joined
+        num_wanted = fetching.num_worthwhile(missing, now, recompute_s=self._recompute_s)
         room = self.blocks.num_free - self.blocks.num_idle_among(found) - num_spare
-        fetch = self.tiers.fetch(missing, found, now, room=room, recompute_s=self._recompute_s)
-        if isinstance(fetch, Fetch):
-            return fetch
-        if fetch > room and not takes_part:
+        if num_wanted > room and not takes_part:
             raise NoRoomError
-        return self.tiers.fetching.start(missing[:room], found, now) if fetch and room > 0 else None
+        num_wanted = min(num_wanted, room)
+        return fetching.start(missing[:num_wanted], found, now) if num_wanted > 0 else None
 
     def expire_fetches(self, now: float) -> None:
         """Let seqs go on whose blocks have not come in time."""

@@ -1,6 +1,6 @@
 """Host memory and disk behind the device blocks of one engine's KV cache."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -8,7 +8,7 @@ from echelon.pb import scheduler_pb2, worker_pb2
 from scheduler.config import TierConfig
 from scheduler.kv_cache.blocks import BlockManager
 from scheduler.kv_cache.disk import DiskTier
-from scheduler.kv_cache.fetching import Fetch, Fetching
+from scheduler.kv_cache.fetching import Fetching
 from scheduler.kv_cache.host import HostTier
 from scheduler.kv_cache.moves import LOAD, READ, STORE, WRITE, Moves
 from scheduler.kv_cache.storing import Storing
@@ -99,33 +99,6 @@ class Tiers:
         for digest in digests:
             self.host.forget(digest)
             self._writing.forget(digest)
-
-    def fetch(
-        self,
-        digests: Sequence[Digest],
-        held_ids: list[int],
-        now: float,
-        *,
-        room: int,
-        recompute_s: Callable[[int], float],
-    ) -> Fetch | int:
-        """Begin to bring the start of `digests`, which follow one another, to the device, if that is faster than
-        computing it, or wait for a fetch of the same blocks that has begun.
-
-        Args:
-            held_ids: device blocks of the prefix before them.
-            room: device blocks that it may take.
-            recompute_s: seconds to compute the tokens of so many blocks.
-
-        Returns the fetch, or the number of blocks that should be fetched if that is 0 or more than `room`.
-        """
-        joined = self.fetching.join(digests[0]) if digests else None
-        if joined is not None:
-            return joined
-        num_wanted = self.fetching.num_worthwhile(digests, now, recompute_s=recompute_s)
-        if not 0 < num_wanted <= room:
-            return num_wanted
-        return self.fetching.start(digests[:num_wanted], held_ids, now)
 
     # -- moves --------------------------------------------------------------------------------------------------------
 

@@ -207,6 +207,19 @@ def test_a_disk_with_errors_is_left_alone_and_tried_again() -> None:
     assert sim.target.tiers.num_moved[WRITE] > 0
 
 
+def test_a_draft_whose_part_left_its_device_gets_it_back_though_the_target_kept_its_own() -> None:
+    sim = tiered(num_blocks=64, draft=True)
+    assert sim.draft is not None
+    sim.draft.num_blocks = 16
+    sim.reconnect_draft()
+    ask(sim, "first", prompt(1))
+    flood(sim, 1, 2)
+    usage = ask(sim, "again", prompt(1))
+    assert (usage.cached_prompt_tokens, usage.cached_prompt_tokens_from_host) == (36, 0)
+    assert sim.draft.tiers is not None
+    assert sim.draft.tiers.num_moved[LOAD] == 9
+
+
 def test_each_block_is_stored_once() -> None:
     sim = tiered()
     for number in range(4):
