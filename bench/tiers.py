@@ -32,6 +32,8 @@ from echelon.results import Completion
 MODELS = Path(__file__).parents[1] / "models"
 START_TIMEOUT_S = 600.0
 LOAD_TIMEOUT_S = 60.0  # nothing is given up: slow hits shall be seen
+ROUND_TIMEOUT_S = 300.0  # a large model on few cores takes long for a round of a prompt
+ROUND_TOKENS = 512
 BLOCK_SIZE = 16
 CHECKED_TOKENS = 8  # compared between a computed prefix and one that comes back
 SPARE_TOKENS = 64  # room on the device beyond one prompt
@@ -58,8 +60,9 @@ class Bench:
             dtype=self.dtype,
             device="cuda" if self.device == "cuda" else "cpu",
             cpu=CpuSettings(threads_per_worker=self.threads),
-            scheduler=replace(LOCAL_SCHEDULER, max_num_seqs=max_num_seqs),
+            scheduler=replace(LOCAL_SCHEDULER, max_num_seqs=max_num_seqs, max_num_batched_tokens=ROUND_TOKENS),
             startup_timeout_s=START_TIMEOUT_S,
+            collective_timeout_s=ROUND_TIMEOUT_S,
         )
         per_token = sum(model.kv_bytes_per_token for model in (plain.target, plain.draft) if model is not None)
         room = KvCacheSettings(
