@@ -29,6 +29,12 @@ def parse_size(value: Any) -> Any:
     return int(float(number) * base ** _PREFIXES[unit.lower().removesuffix("i")])
 
 
+def _check_path(value: str) -> str:
+    if not value or "\0" in value:
+        raise ValueError("is no path; give a folder")
+    return value
+
+
 def _refuse(value: Any) -> Any:
     if value is not None:
         raise ValueError("is not built yet; leave the key out")
@@ -128,7 +134,9 @@ class Speculation(Section):
 
 
 class Disk(Section):
-    path: str = Field(description="a folder on each node (relative to this file)", min_length=1)
+    path: Annotated[str, AfterValidator(_check_path)] = Field(
+        description="a folder on each node (relative to this file)"
+    )
     bytes: Size = Field(description="that the folder may take on one node")
     write: Literal["reused", "all"] = Field(
         default="reused", description="reused: blocks that were used again, or that host memory evicts"

@@ -123,6 +123,7 @@ def _blocks(key: str, num_bytes: int, block_bytes: Counter[str]) -> int:
     address, most = block_bytes.most_common(1)[0]
     if num_bytes < most:
         raise PlanError(
-            f"{key}: {num_bytes:,} bytes hold no block: one of each rank on {address} takes {most:,}; raise it"
+            f"{key}: {num_bytes:,} bytes hold no block: "
+            f"one block of every rank on {address} takes {most:,} bytes; raise it"
         )
     return num_bytes // most

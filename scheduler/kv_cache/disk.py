@@ -72,6 +72,6 @@ class DiskTier:
         self.num_errors += 1
         self.last_error = error
         self._errors_in_row += 1
-        if self.is_failing:
+        if self.is_failing and now >= self._paused_until_s:  # not for each of the moves that were sent before the pause
             self._paused_until_s = now + self._pause_s
             self._pause_s = min(2 * self._pause_s, _TUNING.longest_pause_s)

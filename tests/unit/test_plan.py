@@ -442,7 +442,7 @@ def test_a_tier_without_room_for_a_block_names_its_key(
     pair: tuple[Path, Path], sizes: dict[str, int], key: str
 ) -> None:
     settings = with_kv(gpu_settings(pair, 2), **sizes)
-    with pytest.raises(PlanError, match=rf"^{key}: 1,000 bytes hold no block: .* takes [\d,]+; raise it"):
+    with pytest.raises(PlanError, match=rf"^{key}: 1,000 bytes hold no block: .* takes [\d,]+ bytes; raise it"):
         make_plan(settings, gpu_nodes(3))
 
 

@@ -212,6 +212,11 @@ def test_all_problems_at_once_each_with_its_line(folder: Path) -> None:
         ("batch_invariant: 'yes'\n", "'yes': must be a valid boolean; write true or false, without quotes"),
         ("scheduler: {max_num_seqs: 0}\n", "scheduler.max_num_seqs: 0: must be greater than or equal to 1"),
         ("device: tpu\n", "device: 'tpu': must be 'cpu' or 'cuda'"),
+        ("kv_cache: {disk: {path: '', bytes: 1GiB}}\n", "kv_cache.disk.path: '': is no path; give a folder"),
+        (
+            'kv_cache: {disk: {path: "a\\0b", bytes: 1GiB}}\n',
+            "kv_cache.disk.path: 'a\\x00b': is no path; give a folder",
+        ),
         ("kv_cache: {device_bytes: 12 parsecs}\n", "'12 parsecs': is no size; write bytes, or a number with a unit"),
         ("speculation: {num_speculative_tokens: 17}\n", "17: must be auto or an integer from 1 to 16"),
         ("speculation: {num_speculative_tokens: true}\n", "True: must be auto or an integer from 1 to 16"),

@@ -7,6 +7,7 @@ import pytest
 
 from echelon.pb import worker_pb2
 from scheduler.config import Pipeline, TierConfig
+from scheduler.kv_cache.disk import DiskTier
 from tests.helpers.fake_group import FakeEngine, FakeModel, plain_tokens
 from tests.helpers.fake_tiers import LOAD, READ, STORE, WRITE, FakeTiers
 from tests.helpers.scheduler_sim import Simulation, seq_sampling, submit
@@ -205,6 +206,16 @@ def test_a_disk_with_errors_is_left_alone_and_tried_again() -> None:
     ask(sim, "later", prompt(78))
     assert not disk.is_failing
     assert sim.target.tiers.num_moved[WRITE] > 0
+
+
+def test_moves_that_fail_together_make_one_pause_of_30_seconds_then_one_of_60() -> None:
+    disk = DiskTier(num_blocks=1)
+    disk.announce((), is_last=True)
+    for now, pause_s in ((0.0, 30.0), (30.0, 60.0), (90.0, 120.0)):
+        for _ in range(10):
+            disk.failed("Input/output error", now)
+        assert not disk.may_work(now + pause_s - 0.1)
+        assert disk.may_work(now + pause_s)
 
 
 def test_a_draft_whose_part_left_its_device_gets_it_back_though_the_target_kept_its_own() -> None:

@@ -16,6 +16,7 @@ from workers.engine.kv_cache import KVCaches, KVLayout
 from workers.models import LayerParallelPlan
 from workers.process.cohort import Cohort
 from workers.tiers.copier import STAGING_BYTES, make_copier
+from workers.tiers.folder import StoreError
 from workers.tiers.host_slots import HostSlots
 from workers.tiers.layout import layout_digest
 from workers.tiers.mover import Mover
@@ -40,15 +41,21 @@ def open_store(
     spec: EngineSpec, layout: KVLayout, facts: Facts, *, role: str, rank: int, num_ranks: int
 ) -> SegmentStore:
     """The disk tier of this rank. Blocks of engines whose facts differ never meet, because each digest of the facts has
-    a folder of its own. Raises StoreError or OSError."""
-    return SegmentStore.open(
-        Path(spec.tiers.disk_path, layout_digest(facts), f"{role}-rank{rank}of{num_ranks}"),
-        block_bytes=layout.block_bytes,
-        num_parts=layout.num_layers,
-        max_bytes=spec.tiers.disk_bytes,
-        layout={**facts, "rank": rank},
-        read_only=spec.tiers.disk_read_only,
-    )
+    a folder of its own. Raises StoreError, which names the section of the deployment file."""
+    folder = Path(spec.tiers.disk_path, layout_digest(facts), f"{role}-rank{rank}of{num_ranks}")
+    try:
+        return SegmentStore.open(
+            folder,
+            block_bytes=layout.block_bytes,
+            num_parts=layout.num_layers,
+            max_bytes=spec.tiers.disk_bytes,
+            layout={**facts, "rank": rank},
+            read_only=spec.tiers.disk_read_only,
+        )
+    except StoreError as err:
+        raise StoreError(f"kv_cache.disk: {err}") from None
+    except OSError as err:
+        raise StoreError(f"kv_cache.disk: {folder} cannot be used ({err}); give another folder") from err
 
 
 def build_mover(

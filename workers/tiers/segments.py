@@ -71,8 +71,12 @@ def choose_shape(block_bytes: int, num_parts: int, max_bytes: int) -> Shape:
     padded = page_aligned(block_bytes)
     wanted = min(max_bytes // _NUM_SEGMENTS, _SEGMENT_BYTES) // padded
     shape = Shape(block_bytes=block_bytes, num_parts=num_parts, num_blocks=max(_MIN_BLOCKS, wanted))
-    if max_bytes < 2 * shape.file_bytes:
-        raise StoreError(f"{max_bytes} bytes hold no two segments; give at least {2 * shape.file_bytes}")
+    needed = 2 * shape.file_bytes
+    if max_bytes < needed:
+        raise StoreError(
+            f"{max_bytes:,} bytes for one rank hold no two segments, which take {needed:,}; "
+            f"give {-(-needed // max_bytes)} times as many"
+        )
     return shape
 
 
