@@ -29,7 +29,7 @@ from echelon.cli.watch import watch
 
 if TYPE_CHECKING:
     from cluster.lifecycle import UpEvent
-    from cluster.planning.plan import Plan
+    from cluster.planning.plan import Bundle, ControlProcess, Plan
     from cluster.processes.status import DeploymentStatus, ProcessStatus, TierUse
 
 SERVING = ("READY", "DEGRADED")
@@ -167,10 +167,14 @@ def _the_only_deployment(list_deployments: Callable[[], list[str]]) -> str:
 def plan_table(made: "Plan") -> Table:
     """Where each process runs, and how much memory it takes."""
     table = plain_table()
-    table.title, table.title_justify = f"plan of {made.deployment} on {made.device}", "left"
+    nodes = {made.scheduler.address, made.gateway.address, *(bundle.address for bundle in made.bundles)}
+    where = (
+        "" if len(nodes) > 1 else f", node {made.gateway.address}"
+    )  # a column less: 80 characters must show all sizes
+    table.title, table.title_justify = f"plan of {made.deployment} on {made.device}{where}", "left"
     remarks = "\n".join(_remarks(made))
     table.caption, table.caption_justify = Text(remarks) if remarks else None, "left"
-    for heading in ("process", "node", "devices"):
+    for heading in ("process", *(["node"] if len(nodes) > 1 else []), "devices"):
         table.add_column(heading, no_wrap=True)
     has_host_tier = any(bundle.memory.host_bytes for bundle in made.bundles)
     for heading in ("weights", "KV cache", "activations", "total", *(["host KV"] if has_host_tier else [])):
@@ -186,10 +190,15 @@ def plan_table(made: "Plan") -> Table:
             devices = f"cores {', '.join(map(str, bundle.cpu_ids))}"
         else:
             devices = "shared"
-        table.add_row(bundle.name, bundle.address, devices, *(size_text(size) for size in sizes))
+        table.add_row(*_place(bundle, nodes), devices, *(size_text(size) for size in sizes))
     for process in (made.scheduler, made.gateway):
-        table.add_row(process.name, process.address)
+        table.add_row(*_place(process, nodes))
     return table
+
+
+def _place(process: "Bundle | ControlProcess", nodes: set[str]) -> list[str]:
+    """Its cells in the columns of names and, if there are several, nodes."""
+    return [process.name, process.address] if len(nodes) > 1 else [process.name]
 
 
 def _remarks(made: "Plan") -> Iterator[str]:

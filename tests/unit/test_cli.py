@@ -479,6 +479,23 @@ def test_plan_shows_host_memory_for_kv_where_there_is_any(run: Run, monkeypatch:
         assert ("host KV" in out, "7.0 GiB" in out) == (is_shown, is_shown)
 
 
+def test_a_plan_for_one_node_names_it_once_and_fits_80_columns(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = MemoryEstimate(
+        weight_bytes=3 << 30, kv_cache_bytes=500 << 20, activation_bytes=1 << 20, host_bytes=7 << 30
+    )
+    (bundle,) = PLAN.bundles
+    stub(monkeypatch, "plan", dataclasses.replace(PLAN, bundles=(dataclasses.replace(bundle, memory=memory),)))
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run("plan", "d.yaml")
+    assert "…" not in out
+    assert out.count("127.0.0.1") == 1
+    elsewhere = dataclasses.replace(bundle, address="10.0.0.2")
+    stub(monkeypatch, "plan", dataclasses.replace(PLAN, bundles=(elsewhere,)))
+    _, out, _ = run("plan", "d.yaml")
+    assert out.count("127.0.0.1") == 2
+    assert out.count("10.0.0.2") == 1
+
+
 def test_plan_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     stub(monkeypatch, "plan", PLAN)
     code, out, _ = run("plan", "d.yaml", "--json")
