@@ -65,6 +65,7 @@ def _tier_spec(settings: Settings, role: Role, bundle: Bundle) -> process_pb2.Ti
         spec.disk_path = disk.path
         spec.disk_bytes = bundle.num_disk_blocks * block_bytes
         spec.disk_read_only = disk.read_only
+        spec.disk_node_bytes = disk.bytes
     return spec
 
 

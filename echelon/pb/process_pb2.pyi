@@ -288,6 +288,7 @@ class TierSpec(google.protobuf.message.Message):
     DISK_PATH_FIELD_NUMBER: builtins.int
     DISK_BYTES_FIELD_NUMBER: builtins.int
     DISK_READ_ONLY_FIELD_NUMBER: builtins.int
+    DISK_NODE_BYTES_FIELD_NUMBER: builtins.int
     num_host_slots: builtins.int
     """blocks in host memory; 0: none, and then no disk tier either"""
     disk_path: builtins.str
@@ -296,6 +297,8 @@ class TierSpec(google.protobuf.message.Message):
     """of this rank and engine"""
     disk_read_only: builtins.bool
     """read what another process writes, write nothing"""
+    disk_node_bytes: builtins.int
+    """of all ranks and engines of the node, and of what earlier configurations have left"""
     def __init__(
         self,
         *,
@@ -303,8 +306,9 @@ class TierSpec(google.protobuf.message.Message):
         disk_path: builtins.str = ...,
         disk_bytes: builtins.int = ...,
         disk_read_only: builtins.bool = ...,
+        disk_node_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["disk_bytes", b"disk_bytes", "disk_path", b"disk_path", "disk_read_only", b"disk_read_only", "num_host_slots", b"num_host_slots"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["disk_bytes", b"disk_bytes", "disk_node_bytes", b"disk_node_bytes", "disk_path", b"disk_path", "disk_read_only", b"disk_read_only", "num_host_slots", b"num_host_slots"]) -> None: ...
 
 global___TierSpec = TierSpec
 

@@ -47,7 +47,12 @@ class House:
         self._folder = folder
         self._lives = count()
         model = write_deep_model(folder / "model", "llama-tied")
-        tiers = TierSpec(num_host_slots=NUM_HOST_SLOTS, disk_path=str(self.disk), disk_bytes=DISK_BYTES)
+        tiers = TierSpec(
+            num_host_slots=NUM_HOST_SLOTS,
+            disk_path=str(self.disk),
+            disk_bytes=DISK_BYTES,
+            disk_node_bytes=2 * world_size * DISK_BYTES,
+        )
         groups = [LayerGroup(layers=group) for group in GROUPS[2]]
         shared = {"tiers": tiers, "batch_invariant": True, "block_size": BLOCK_SIZE}
         self._engines = [

@@ -423,6 +423,7 @@ def test_engines_hold_equally_many_blocks_in_each_tier(
             block_bytes = settings.kv_cache.block_size * settings.model(engine).kv_bytes_per_token
             spec = tiers[worker_pb2.EngineRole.Value(f"ENGINE_ROLE_{engine.upper()}")]
             assert spec.disk_bytes == bundle.num_disk_blocks * block_bytes
+            assert spec.disk_node_bytes == 4 * GIB
             block[bundle.node_id] += block_bytes
             host[bundle.node_id] += num_slots * block_bytes
             disk[bundle.node_id] += spec.disk_bytes

@@ -1,5 +1,6 @@
 """Sets up the tiers below a device's KV cache for an engine: host memory, and a folder on disk."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from workers.engine.kv_cache import KVCaches, KVLayout
 from workers.models import LayerParallelPlan
 from workers.process.cohort import Cohort
 from workers.tiers.copier import STAGING_BYTES, make_copier
+from workers.tiers.files import Files
 from workers.tiers.folder import StoreError
 from workers.tiers.host_slots import HostSlots
 from workers.tiers.layout import layout_digest
 from workers.tiers.mover import Mover
+from workers.tiers.old_layouts import OldLayouts, RoomyFiles
 from workers.tiers.segment_store import SegmentStore
 
 _READ_BYTES = 16 << 20
@@ -42,16 +45,20 @@ def open_store(
 ) -> SegmentStore:
     """The disk tier of this rank. Blocks of engines whose facts differ never meet, because each digest of the facts has
     a folder of its own. Raises StoreError, which names the section of the deployment file."""
-    folder = Path(spec.tiers.disk_path, layout_digest(facts), f"{role}-rank{rank}of{num_ranks}")
+    disk, own = Path(spec.tiers.disk_path), layout_digest(facts)
+    folder = disk / own / f"{role}-rank{rank}of{num_ranks}"
+    old_layouts = OldLayouts(Files(), disk, own=own, max_bytes=spec.tiers.disk_node_bytes)
     try:
-        return SegmentStore.open(
-            folder,
-            block_bytes=layout.block_bytes,
-            num_parts=layout.num_layers,
-            max_bytes=spec.tiers.disk_bytes,
-            layout={**facts, "rank": rank},
-            read_only=spec.tiers.disk_read_only,
-        )
+        with contextlib.nullcontext() if spec.tiers.disk_read_only else old_layouts.while_opening():
+            return SegmentStore.open(
+                folder,
+                block_bytes=layout.block_bytes,
+                num_parts=layout.num_layers,
+                max_bytes=spec.tiers.disk_bytes,
+                layout={**facts, "rank": rank},
+                read_only=spec.tiers.disk_read_only,
+                files=RoomyFiles(old_layouts),
+            )
     except StoreError as err:
         raise StoreError(f"kv_cache.disk: {err}") from None
     except OSError as err:

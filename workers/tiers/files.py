@@ -59,8 +59,19 @@ class Files:
     def unlink(self, path: Path) -> None:
         os.unlink(path)
 
+    def rmdir(self, folder: Path) -> None:
+        os.rmdir(folder)
+
     def listdir(self, folder: Path) -> list[str]:
         return os.listdir(folder)
+
+    def stat(self, path: Path) -> os.stat_result:
+        return os.stat(path)
+
+    def lock_shared(self, fd: int) -> bool:
+        """Waits until nobody else holds an exclusive lock. The lock lasts until the file is closed."""
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        return True
 
     def lock(self, fd: int) -> bool:
         """Whether the file could be locked for this process. The lock lasts until the file is closed."""

@@ -1,5 +1,6 @@
 """Whose folder it is, and what its blocks are: `lock` and `layout.json`, beside the segments."""
 
+import contextlib
 import json
 import os
 import socket
@@ -46,6 +47,14 @@ def take_ownership(files: Files, folder: Path) -> int:
         files.close(fd)
         raise
     return fd
+
+
+def remove_folder(files: Files, folder: Path) -> None:
+    """Its owner has removed the segments and now gives it up. Raises OSError if anything else is in it."""
+    for name in (_LAYOUT, f"{_LAYOUT}.new", _LOCK):
+        with contextlib.suppress(FileNotFoundError):
+            files.unlink(folder / name)
+    files.rmdir(folder)
 
 
 def check_layout(files: Files, folder: Path, layout: Mapping[str, Any]) -> bool:
