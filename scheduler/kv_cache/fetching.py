@@ -165,7 +165,9 @@ class Fetching:
         self._blocks.release([*fetch.held_ids, *fetch.block_ids[: fetch.limit]])
 
     def expire(self, now: float) -> None:
-        """End the fetches whose time is over."""
+        """End the fetches whose time is over, and those that wait for a disk that is left alone."""
+        if not self._disk.may_work(now):
+            self._give_up_reads(now)
         for fetch in [fetch for fetch in self._active.values() if now >= fetch.deadline_s]:
             self._end(fetch)
 
@@ -221,8 +223,6 @@ class Fetching:
     # -- moves --------------------------------------------------------------------------------------------------------
 
     def orders(self, now: float) -> Iterator[worker_pb2.MoveOrder]:
-        if not self._disk.may_work(now):
-            self._give_up_reads(now)
         while loads := self._next_loads():
             yield self._moves.order(
                 LOAD,
@@ -262,7 +262,6 @@ class Fetching:
         return reads
 
     def _give_up_reads(self, now: float) -> None:
-        """The disk is left alone for now."""
         while self._to_read:
             self._miss(self._to_read.popleft())
         self._end_finished(now)

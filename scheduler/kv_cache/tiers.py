@@ -133,11 +133,11 @@ class Tiers:
 
     def expire(self, now: float) -> None:
         """Let seqs go on whose blocks have not come in time, and note disk moves that take too long."""
-        self.fetching.expire(now)
         for move in self.moves:
             if move.needs_disk and not move.is_late and now >= move.sent_s + self._config.load_timeout_s:
                 move.is_late = True
                 self.disk.failed(f"no answer within {self._config.load_timeout_s:g} s", now)
+        self.fetching.expire(now)
 
     def next_deadline(self) -> float:
         """When to call `expire`; inf if nothing is awaited."""

@@ -227,11 +227,12 @@ class TargetPlanner:
         num_spare = self._reserve() + 1  # for the first chunk after it
         fetch = engine.fetch(state.seq, now, num_spare=num_spare, takes_part=not self.running)
         state.has_fetched = True
-        if fetch is None:
+        state.fetch = fetch
+        if fetch is None or fetch.is_over:  # over: nothing of it can come, so no answer would end the wait
+            self._leave_fetch(state)
             return False
         self._waiting.remove(state.seq)
         state.seq.status = SeqStatus.FETCHING
-        state.fetch = fetch
         self._fetching.append(state)
         self._drafts.prefetch(state.seq, now)
         return True
