@@ -1,10 +1,13 @@
 """Which blocks every rank has on disk, and whether the disk behaves."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
 
 from scheduler.requests.digests import Digest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,20 +22,43 @@ class Tuning:
 _TUNING = Tuning()
 
 
+class Attempts:
+    """Moves of one kind, and whether to go on with them. After several errors in a row they stop for a while. Then the
+    next one is a trial: if it fails, the pause doubles."""
+
+    def __init__(self) -> None:
+        self.paused_until_s = -inf
+        self._errors_in_row = 0
+        self._pause_s = _TUNING.first_pause_s
+
+    @property
+    def are_failing(self) -> bool:
+        return self._errors_in_row >= _TUNING.most_errors
+
+    def worked(self) -> None:
+        self._errors_in_row = 0
+        self._pause_s = _TUNING.first_pause_s
+        self.paused_until_s = -inf
+
+    def failed(self, now: float) -> None:
+        self._errors_in_row += 1
+        if self.are_failing and now >= self.paused_until_s:  # not for each of the moves sent before the pause
+            self.paused_until_s = now + self._pause_s
+            self._pause_s = min(2 * self._pause_s, _TUNING.longest_pause_s)
+
+
 class DiskTier:
-    """What is on disk, and the errors of late. After several errors in a row nothing is read or written for a while.
-    Then the next move is a trial: if it fails, the pause doubles."""
+    """What is on disk, and how reads and writes have gone of late. A full disk can still be read."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.num_errors = 0
         self.num_evictions = 0
         self.last_error = ""
+        self.reads = Attempts()
+        self.writes = Attempts()
         self._digests: set[Digest] = set()
         self._is_listed = False  # the ranks have said what they hold
-        self._errors_in_row = 0
-        self._pause_s = _TUNING.first_pause_s
-        self._paused_until_s = -inf
 
     def __len__(self) -> int:
         return len(self._digests)
@@ -56,22 +82,20 @@ class DiskTier:
         self.num_evictions += digest in self._digests
         self._digests.discard(digest)
 
-    def may_work(self, now: float) -> bool:
-        return self._is_listed and self.num_blocks > 0 and now >= self._paused_until_s
+    def may(self, attempts: Attempts, now: float) -> bool:
+        """Whether to read or write, which is one of `reads` and `writes`."""
+        return self._is_listed and self.num_blocks > 0 and now >= attempts.paused_until_s
 
     @property
     def is_failing(self) -> bool:
-        return self._errors_in_row >= _TUNING.most_errors
+        return self.reads.are_failing or self.writes.are_failing
 
-    def worked(self) -> None:
-        self._errors_in_row = 0
-        self._pause_s = _TUNING.first_pause_s
-
-    def failed(self, error: str, now: float) -> None:
+    def failed(self, attempts: Attempts, error: str, now: float) -> None:
         """A move had an error or took too long."""
         self.num_errors += 1
         self.last_error = error
-        self._errors_in_row += 1
-        if self.is_failing and now >= self._paused_until_s:  # not for each of the moves that were sent before the pause
-            self._paused_until_s = now + self._pause_s
-            self._pause_s = min(2 * self._pause_s, _TUNING.longest_pause_s)
+        was_failing = attempts.are_failing
+        attempts.failed(now)
+        if attempts.are_failing and not was_failing:
+            what = "reads" if attempts is self.reads else "writes"
+            logger.warning("kv_cache.disk: %s have failed %d times in a row: %s", what, _TUNING.most_errors, error)

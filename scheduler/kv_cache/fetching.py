@@ -110,7 +110,9 @@ class Fetching:
         """How many of these blocks, which follow one another, come faster by a fetch than by computing them.
         `recompute_s`: seconds to compute the tokens of so many blocks."""
         num_host = self._num_in_host(digests)
-        num_known = sum(1 for _ in takewhile(self._may_come, digests)) if self._disk.may_work(now) else num_host
+        num_known = (
+            sum(1 for _ in takewhile(self._may_come, digests)) if self._disk.may(self._disk.reads, now) else num_host
+        )
         host_gain = recompute_s(num_host) - self._times.seconds(num_host)
         disk_s = self._times.seconds(num_known) + self._disk_times.seconds(num_known - num_host)
         if num_known > num_host:
@@ -166,7 +168,7 @@ class Fetching:
 
     def expire(self, now: float) -> None:
         """End the fetches whose time is over, and those that wait for a disk that is left alone."""
-        if not self._disk.may_work(now):
+        if not self._disk.may(self._disk.reads, now):
             self._give_up_reads(now)
         for fetch in [fetch for fetch in self._active.values() if now >= fetch.deadline_s]:
             self._end(fetch)

@@ -7,10 +7,10 @@ from math import inf
 from echelon.pb import scheduler_pb2, worker_pb2
 from scheduler.config import TierConfig
 from scheduler.kv_cache.blocks import BlockManager
-from scheduler.kv_cache.disk import DiskTier
+from scheduler.kv_cache.disk import Attempts, DiskTier
 from scheduler.kv_cache.fetching import Fetching
 from scheduler.kv_cache.host import HostTier
-from scheduler.kv_cache.moves import LOAD, READ, STORE, WRITE, Moves
+from scheduler.kv_cache.moves import LOAD, READ, STORE, WRITE, Move, Moves
 from scheduler.kv_cache.storing import Storing
 from scheduler.kv_cache.writing import Writing
 from scheduler.requests.digests import Digest
@@ -115,10 +115,11 @@ class Tiers:
         move = self.moves.land(result, now)
         for digest in result.evicted:
             self.disk.evict(digest)
-        if move.needs_disk and result.error:
-            self.disk.failed(result.error, now)
-        elif move.needs_disk and not move.is_late:
-            self.disk.worked()
+        attempts = self._attempts_of(move)
+        if attempts is not None and result.error:
+            self.disk.failed(attempts, result.error, now)
+        elif attempts is not None and not move.is_late:
+            attempts.worked()
 
     def write_all(self) -> None:
         """Put all that host memory holds on disk, as far as it works."""
@@ -134,15 +135,22 @@ class Tiers:
     def expire(self, now: float) -> None:
         """Let seqs go on whose blocks have not come in time, and note disk moves that take too long."""
         for move in self.moves:
-            if move.needs_disk and not move.is_late and now >= move.sent_s + self._config.load_timeout_s:
+            attempts = self._attempts_of(move)
+            if attempts is not None and not move.is_late and now >= move.sent_s + self._config.load_timeout_s:
                 move.is_late = True
-                self.disk.failed(f"no answer within {self._config.load_timeout_s:g} s", now)
+                self.disk.failed(attempts, f"no answer within {self._config.load_timeout_s:g} s", now)
         self.fetching.expire(now)
 
     def next_deadline(self) -> float:
         """When to call `expire`; inf if nothing is awaited."""
         late = (move.sent_s for move in self.moves if move.needs_disk and not move.is_late)
-        return min(self.fetching.next_deadline(), min(late, default=inf) + self._config.load_timeout_s)
+        answers = min(late, default=inf) + self._config.load_timeout_s
+        return min(self.fetching.next_deadline(), answers, self._writing.next_trial())
+
+    def _attempts_of(self, move: Move) -> Attempts | None:
+        if not move.needs_disk:
+            return None
+        return self.disk.reads if move.kind == READ else self.disk.writes
 
     def report(self, role: "worker_pb2.EngineRole.ValueType") -> Iterator[scheduler_pb2.TierStatus]:
         stored, loaded, written, read = (self.moves.totals[kind] for kind in (STORE, LOAD, WRITE, READ))

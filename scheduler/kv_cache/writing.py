@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from functools import partial
 from itertools import islice
+from math import inf
 
 from echelon.pb import worker_pb2
 from scheduler.kv_cache.disk import DiskTier
@@ -37,9 +38,15 @@ class Writing:
 
     def is_done(self, now: float) -> bool:
         """Whether nothing is written or could be."""
-        if not self._disk.may_work(now):
+        if not self._disk.may(self._disk.writes, now):
             return True
         return not self._waiting and not self._moves.num_in_flight(WRITE)
+
+    def next_trial(self) -> float:
+        """When the pause is over that keeps blocks waiting; inf if there is none."""
+        if not self._waiting or self._moves.num_in_flight(WRITE) or not self._disk.writes.are_failing:
+            return inf
+        return self._disk.writes.paused_until_s
 
     def forget(self, digest: Digest) -> None:
         self._waiting.pop(digest, None)
@@ -51,7 +58,7 @@ class Writing:
         if self._to_drop:
             digests, self._to_drop = self._to_drop, []
             return self._moves.order(DROP, now, lambda failed, now: None, digests=digests)
-        if not self._disk.may_work(now) or self._moves.num_in_flight(WRITE) >= self._most_in_flight:
+        if not self._disk.may(self._disk.writes, now) or self._moves.num_in_flight(WRITE) >= self._most_in_flight:
             return None
         writes = self._next_waiting() or self._next_oldest()
         if not writes:
@@ -96,8 +103,10 @@ class Writing:
     def _land(self, writes: list[HostBlock], failed: Collection[int], now: float) -> None:
         for index, block in enumerate(writes):
             block.is_being_written = False
-            if index not in failed and block.is_known:
+            if index in failed:
+                self.add(block.digest)  # when the disk works again, something must try it
+            elif block.is_known:
                 self._disk.add(block.digest)
-            elif index not in failed:
+            else:
                 self._to_drop.append(block.digest)  # it was forgotten meanwhile
             self._host.unpin(block)

@@ -129,7 +129,8 @@ class Replica:
                 await self._idle.wait()
                 await self._write_tiers()
         except TimeoutError:
-            logger.warning("%d requests did not finish within %g s", self._core.num_requests, grace_s)
+            left = f"{self._core.num_requests} requests" if self._core.num_requests else "writes to disk"
+            logger.warning("%s did not finish within %g s", left, grace_s)
 
     async def _write_tiers(self) -> None:
         """Put what host memory holds of KV on disk, so that the next start finds it."""

@@ -200,10 +200,17 @@ def test_a_disk_with_errors_is_left_alone_and_tried_again() -> None:
             else:
                 sim.step()
     assert sim.core.status().tiers[1].paused
-    ask(sim, "meanwhile", prompt(77))
+    paused_s = sim.now
+    meanwhile = submit("meanwhile", prompt(77), max_tokens=4)
+    sim.submit(meanwhile)
+    while sim.core.num_requests:
+        assert sim.step()
+    sim.assert_plain(meanwhile)
     assert not any(order.kind == WRITE for _, order, _ in sim.moves)
-    sim.now += 31.0
-    ask(sim, "later", prompt(78))
+    sim.run()
+    assert sim.now == paused_s + 30.0, (
+        "the blocks that could not be written are tried again, though nothing else happens"
+    )
     assert not disk.is_failing
     assert sim.target.tiers.num_moved[WRITE] > 0
 
@@ -213,9 +220,10 @@ def test_moves_that_fail_together_make_one_pause_of_30_seconds_then_one_of_60() 
     disk.announce((), is_last=True)
     for now, pause_s in ((0.0, 30.0), (30.0, 60.0), (90.0, 120.0)):
         for _ in range(10):
-            disk.failed("Input/output error", now)
-        assert not disk.may_work(now + pause_s - 0.1)
-        assert disk.may_work(now + pause_s)
+            disk.failed(disk.writes, "Input/output error", now)
+        assert not disk.may(disk.writes, now + pause_s - 0.1)
+        assert disk.may(disk.writes, now + pause_s)
+        assert disk.may(disk.reads, now), "a full disk can be read"
 
 
 def test_a_draft_whose_part_left_its_device_gets_it_back_though_the_target_kept_its_own() -> None:
