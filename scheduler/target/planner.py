@@ -172,8 +172,11 @@ class TargetPlanner:
     def _make_room(
         self, engine: EngineView, state: TargetState, seat: Seat, rows: dict[TargetState, PlannedRow]
     ) -> bool:
-        """Take a block for the seq's next token, from the youngest seq if necessary (possibly the seq itself)."""
+        """Take a block for the seq's next token, if necessary one that was fetched for a waiting seq, or else from the
+        youngest seq (possibly the seq itself)."""
         while not engine.grow(seat, seat.num_computed + 1):
+            if self._let_go_others(state):
+                continue
             victim = self.running[-1]
             self._preempt(engine, victim)
             rows.pop(victim, None)
@@ -256,7 +259,7 @@ class TargetPlanner:
         return [other for other in waiting if other is not state and other.fetch is not None]
 
     def _let_go_others(self, state: TargetState) -> bool:
-        """Blocks that were fetched for seqs behind this one may be evicted, since it finds too few. Returns whether
+        """Blocks that were fetched for other waiting seqs may be evicted, since this one finds too few. Returns whether
         there are any."""
         holding = self._others_holding(state)
         for other in holding:

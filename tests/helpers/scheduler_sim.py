@@ -139,6 +139,12 @@ class Simulation:
             if draft is None and target is None:
                 return
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether something is on its way that lets it plan again, or nothing is left to do."""
+        in_flight = self.draft_rounds or self.target_rounds or self.moves
+        return bool(in_flight) or self.core.next_release() is not None or self.core.num_requests == 0
+
     def _order_moves(self) -> None:
         for role, order in self.core.order_moves(self.now):
             engine = self.target if role == worker_pb2.ENGINE_ROLE_TARGET else self.draft

@@ -239,14 +239,25 @@ def test_a_draft_whose_part_left_its_device_gets_it_back_though_the_target_kept_
     assert sim.draft.tiers.num_moved[LOAD] == 9
 
 
-def test_nobody_waits_for_blocks_on_disk_that_find_no_slot() -> None:
-    """No move is ordered then, so no answer would end the wait."""
-    sim = tiered(num_slots=1, num_disk_blocks=200, tiers=TierConfig(writes_at_once=True))
-    ask(sim, "first", prompt(1))
+def test_a_seq_that_grows_takes_blocks_that_were_fetched_for_waiting_ones() -> None:
+    """Otherwise it would make room by leaving, with nobody else to run."""
+    sim = tiered()
+    ask(sim, "first", prompt(1, 32))
     flood(sim, 1, 2)
-    assert sim.target.tiers.disk
-    ask(sim, "again", prompt(1))
-    sim.assert_all_free()
+    growing, waiting = submit("growing", prompt(2, 20), max_tokens=40), submit("waiting", prompt(1, 32), max_tokens=4)
+    sim.submit(growing)
+    sim.plan()
+    sim.submit(waiting)
+    while sim.core.status().num_free_blocks:
+        sim.run_target_round()
+        sim.plan()
+    load = next(index for index, move in enumerate(sim.moves) if move[1].kind == LOAD)
+    assert sim.core.status().num_requests_running == 1
+    sim.run_move(load)
+    sim.run()
+    sim.assert_plain(growing)
+    sim.assert_plain(waiting)
+    assert sim.core.status().num_preemptions_total == 0
 
 
 def test_each_block_is_stored_once() -> None:
@@ -323,6 +334,7 @@ def test_any_interleaving_of_moves_rounds_aborts_and_failures_gives_the_plain_st
         if rng.random() < 0.05:
             sim.now += 0.02
         sim.plan()
+        assert sim.is_awaited, "nothing will let it plan again"
         if sim.ready_moves() and rng.random() < 0.3:
             random_move(sim, rng)
         elif sim.draft_rounds or sim.target_rounds:
