@@ -9,13 +9,13 @@ PARALLEL := -q -n auto --dist worksteal
 # Tests of processes: a file starts few of them and shares them, so it stays together.
 BY_FILE := -q -n 2 --dist loadfile
 
-.PHONY: demo test check lint test-gpu bench proto clean
+.PHONY: demo test check lint test-slow test-gpu bench proto clean
 
 demo: $(READY)  ## deploy the bundled pair on this machine's CPU, stream a completion, take it down
 	$(BIN)/python deploy/demo.py
 
 test: $(READY)  ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(BY_FILE) tests/dist tests/e2e
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(BY_FILE) tests/dist tests/e2e
 	$(BIN)/python -m pytest -m "not gpu" $(PARALLEL) tests/unit tests/kernels
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/triton
 
@@ -26,6 +26,9 @@ lint: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+test-slow: $(READY)  ## what takes too long for every run: tiers of the KV cache under load and damage
+	$(BIN)/python -m pytest -q -m slow tests/e2e
 
 test-gpu:  ## on a machine with a CUDA device; uses the Python on PATH, which brings torch and triton
 	$(PYTHON) -m pytest -m gpu tests/gpu tests/triton

@@ -172,10 +172,10 @@ class TargetPlanner:
     def _make_room(
         self, engine: EngineView, state: TargetState, seat: Seat, rows: dict[TargetState, PlannedRow]
     ) -> bool:
-        """Take a block for the seq's next token, if necessary one that was fetched for a waiting seq, or else from the
-        youngest seq (possibly the seq itself)."""
+        """Take a block for the seq's next token: if necessary one that was fetched for a seq that does not run yet, or
+        one of the youngest seq (possibly the seq itself)."""
         while not engine.grow(seat, seat.num_computed + 1):
-            if self._let_go_others(state):
+            if self._let_go(self._fetching + self._others_holding(state)):
                 continue
             victim = self.running[-1]
             self._preempt(engine, victim)
@@ -210,7 +210,7 @@ class TargetPlanner:
                     continue
                 self._seat(engine, state)
             except NoRoomError:
-                if self._let_go_others(state):
+                if self._let_go(self._others_holding(state)):
                     continue
                 self._refusal = (seq, engine.blocks.num_free)
                 break
@@ -225,7 +225,7 @@ class TargetPlanner:
     def _fetch(self, engine: EngineView, state: TargetState, now: float) -> bool:
         """Begin to bring more of the seq's prefix to the device, if that pays. Returns whether the seq waits for it;
         others may start meanwhile. Raises NoRoomError."""
-        if state.has_fetched or not _may_reuse(state.seq):
+        if state.has_fetched or not state.may_reuse:
             return False
         num_spare = self._reserve() + 1  # for the first chunk after it
         fetch = engine.fetch(state.seq, now, num_spare=num_spare, takes_part=not self.running)
@@ -258,12 +258,13 @@ class TargetPlanner:
         waiting = [self._states[seq] for seq in self._waiting]
         return [other for other in waiting if other is not state and other.fetch is not None]
 
-    def _let_go_others(self, state: TargetState) -> bool:
-        """Blocks that were fetched for other waiting seqs may be evicted, since this one finds too few. Returns whether
-        there are any."""
-        holding = self._others_holding(state)
-        for other in holding:
-            self._leave_fetch(other)
+    def _let_go(self, states: list[TargetState]) -> bool:
+        """Blocks that were fetched for these seqs may be evicted, since another finds too few. Returns whether there
+        are any."""
+        holding = [state for state in states if state.fetch is not None]
+        for state in holding:
+            self._leave_fetch(state)
+            state.has_fetched = False
         return bool(holding)
 
     def _reserve(self) -> int:
@@ -274,7 +275,7 @@ class TargetPlanner:
         """Take a slot and the blocks of the known prefix. Raises NoRoomError if there is none for the first chunk after
         it."""
         seq, blocks = state.seq, engine.blocks
-        reuse = _may_reuse(seq)
+        reuse = state.may_reuse
         found = engine.find_prefix(seq) if reuse else []
         num_cached = len(found) * blocks.block_size
         first_chunk = min(len(seq.token_ids) - num_cached, self._budget(engine))
@@ -284,7 +285,7 @@ class TargetPlanner:
         engine.take_prefix(seq, found)
         state.seat = Seat(slot=engine.take_slot(), block_ids=found, num_computed=num_cached, num_published=len(found))
         state.num_reused = num_cached
-        cached = _cached_tokens(state, num_cached, blocks.block_size)
+        cached = state.cached_tokens(num_cached, blocks.block_size)
         if seq.request.admitted_s is None:
             seq.request.cached = cached
         self._leave_fetch(state)
@@ -334,17 +335,3 @@ class TargetPlanner:
 
     def _budget(self, engine: EngineView) -> int:
         return min(self._config.max_num_batched_tokens, engine.info.max_num_batched_tokens)
-
-
-def _may_reuse(seq: Seq) -> bool:
-    """Whether the seq may begin with KV of others: log-probabilities of its prompt come from computing it."""
-    return not (seq.sampling.HasField("prompt_logprobs") and seq.request.wants_prompt_logprobs)
-
-
-def _cached_tokens(state: TargetState, num_cached: int, block_size: int) -> CachedTokens:
-    """Where the tokens came from that need not be computed."""
-    if state.fetch is None:
-        return CachedTokens(total=num_cached)
-    from_host = min(state.fetch.num_come, state.fetch.num_from_host)
-    from_disk = state.fetch.num_come - from_host
-    return CachedTokens(total=num_cached, from_host=from_host * block_size, from_disk=from_disk * block_size)

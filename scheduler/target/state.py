@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from scheduler.engines.engine import PlannedRow
 from scheduler.engines.seat import Seat
 from scheduler.kv_cache.fetching import Fetch
-from scheduler.requests.request import Seq
+from scheduler.requests.request import CachedTokens, Seq
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
@@ -20,6 +20,19 @@ class TargetState:
     num_rows_in_flight: int = 0  # of this seat or an earlier one
     num_pending: int = 0  # tokens that those rows are certain to commit
     num_verifying: int = 0  # drafts of one of them, which may commit any number of tokens
+
+    @property
+    def may_reuse(self) -> bool:
+        """Whether the seq may begin with KV of others: log-probabilities of its prompt come from computing it."""
+        return not (self.seq.sampling.HasField("prompt_logprobs") and self.seq.request.wants_prompt_logprobs)
+
+    def cached_tokens(self, num_cached: int, block_size: int) -> CachedTokens:
+        """Where `num_cached` tokens came from that need not be computed."""
+        if self.fetch is None:
+            return CachedTokens(total=num_cached)
+        from_host = min(self.fetch.num_come, self.fetch.num_from_host)
+        from_disk = self.fetch.num_come - from_host
+        return CachedTokens(total=num_cached, from_host=from_host * block_size, from_disk=from_disk * block_size)
 
     @property
     def num_tokens_ahead(self) -> int:

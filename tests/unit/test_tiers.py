@@ -260,6 +260,16 @@ def test_a_seq_that_grows_takes_blocks_that_were_fetched_for_waiting_ones() -> N
     assert sim.core.status().num_preemptions_total == 0
 
 
+def test_nobody_waits_for_blocks_on_disk_that_find_no_slot() -> None:
+    """No move is ordered then, so no answer would end the wait."""
+    sim = tiered(num_slots=1, num_disk_blocks=200, tiers=TierConfig(writes_at_once=True))
+    ask(sim, "first", prompt(1))
+    flood(sim, 1, 2)
+    assert sim.target.tiers.disk
+    ask(sim, "again", prompt(1))
+    sim.assert_all_free()
+
+
 def test_each_block_is_stored_once() -> None:
     sim = tiered()
     for number in range(4):
