@@ -52,7 +52,7 @@ def run_rank(rank: int, tp_size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("tp_size", [2, 4])
+@pytest.mark.parametrize("tp_size", [4])
 def test_every_rank_gets_what_one_rank_with_the_whole_vocabulary_gets(tp_size: int, tmp_path: Path) -> None:
     mp.spawn(run_rank, args=(tp_size, tmp_path), nprocs=tp_size)  # raises if a rank fails
     found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(tp_size)]
