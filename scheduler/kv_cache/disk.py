@@ -52,7 +52,6 @@ class DiskTier:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.num_errors = 0
         self.num_evictions = 0
         self.last_error = ""
         self.reads = Attempts()
@@ -92,7 +91,6 @@ class DiskTier:
 
     def failed(self, attempts: Attempts, error: str, now: float) -> None:
         """A move had an error or took too long."""
-        self.num_errors += 1
         self.last_error = error
         was_failing = attempts.are_failing
         attempts.failed(now)

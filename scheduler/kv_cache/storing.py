@@ -24,7 +24,6 @@ class Storing:
     def __init__(
         self, blocks: BlockManager, host: HostTier, moves: Moves, *, most: int, on_stored: Callable[[Digest], None]
     ) -> None:
-        self.num_lost = 0  # complete blocks that left the device before their turn, or found every slot in use
         self._blocks = blocks
         self._host = host
         self._moves = moves
@@ -45,11 +44,9 @@ class Storing:
             if self._host.get(digest) is not None:
                 continue
             host = self._host.reserve(digest) if self._blocks.has(block_id, digest) else None
-            if host is None:
-                self.num_lost += 1
-                continue
-            self._blocks.hold([block_id])
-            stores.append(_Store(block_id, host))
+            if host is not None:  # otherwise it has left the device before its turn, or every slot is in use
+                self._blocks.hold([block_id])
+                stores.append(_Store(block_id, host))
         if not stores:
             return None
         return self._moves.order(

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
 from echelon.pb import scheduler_pb2, worker_pb2
 from scheduler.config import TierConfig
@@ -10,7 +11,7 @@ from scheduler.kv_cache.blocks import BlockManager
 from scheduler.kv_cache.disk import Attempts, DiskTier
 from scheduler.kv_cache.fetching import Fetching
 from scheduler.kv_cache.host import HostTier
-from scheduler.kv_cache.moves import LOAD, READ, STORE, WRITE, Move, Moves
+from scheduler.kv_cache.moves import LOAD, READ, STORE, WRITE, Kind, Move, Moves
 from scheduler.kv_cache.storing import Storing
 from scheduler.kv_cache.writing import Writing
 from scheduler.requests.digests import Digest
@@ -68,7 +69,7 @@ class Tiers:
             most_in_flight=tuning.most_writes,
             num_spare=-(-info.num_host_slots // tuning.spare_share),
         )
-        self.storing = Storing(
+        self._storing = Storing(
             blocks,
             self.host,
             self.moves,
@@ -84,7 +85,7 @@ class Tiers:
 
     def store(self, block_id: int, digest: Digest) -> None:
         """The device block is complete: keep a copy."""
-        self.storing.add(block_id, digest)
+        self._storing.add(block_id, digest)
 
     def use(self, block_ids: Sequence[int], digests: Sequence[Digest]) -> None:
         """A seq begins with these device blocks."""
@@ -92,7 +93,7 @@ class Tiers:
             if self._writes and block.num_uses >= self._uses_to_write:
                 self._writing.add(block.digest)
         for block_id, digest in zip(block_ids, digests, strict=True):
-            self.storing.add(block_id, digest)  # host memory may have evicted it
+            self._storing.add(block_id, digest)  # host memory may have evicted it
 
     def forget(self, digests: Iterable[Digest]) -> None:
         """Never give these to a seq again: their contents are not to be trusted."""
@@ -105,7 +106,7 @@ class Tiers:
     def orders(self, now: float) -> Iterator[worker_pb2.MoveOrder]:
         """The moves to order now."""
         yield from self.fetching.orders(now)
-        if (store := self.storing.order(now)) is not None:
+        if (store := self._storing.order(now)) is not None:
             yield store
         while self._writes and (write := self._writing.order(now)) is not None:
             yield write
@@ -116,8 +117,9 @@ class Tiers:
         for digest in result.evicted:
             self.disk.evict(digest)
         attempts = self._attempts_of(move)
-        if attempts is not None and result.error:
-            self.disk.failed(attempts, result.error, now)
+        has_failed = bool(result.error) or (move.kind == WRITE and bool(result.failed))  # a read may just find nothing
+        if attempts is not None and has_failed:
+            self.disk.failed(attempts, result.error or "some blocks were not written", now)
         elif attempts is not None and not move.is_late:
             attempts.worked()
 
@@ -153,36 +155,43 @@ class Tiers:
         return self.disk.reads if move.kind == READ else self.disk.writes
 
     def report(self, role: "worker_pb2.EngineRole.ValueType") -> Iterator[scheduler_pb2.TierStatus]:
-        stored, loaded, written, read = (self.moves.totals[kind] for kind in (STORE, LOAD, WRITE, READ))
-        yield scheduler_pb2.TierStatus(
-            engine=role,
+        """Host memory, then the disk if there is one."""
+        yield self._report(
+            role,
             tier="host",
             num_blocks=self.host.num_slots,
             num_used_blocks=len(self.host),
-            block_bytes=self._block_bytes,
-            stored_blocks_total=stored.num_blocks,
-            fetched_blocks_total=loaded.num_blocks,
-            failed_blocks_total=stored.num_failed + loaded.num_failed,
             evicted_blocks_total=self.host.num_evictions,
-            store_seconds_total=stored.run_s,
-            fetch_seconds_total=loaded.run_s,
+            moves=(STORE, LOAD),
         )
         if self.disk.num_blocks:
-            yield scheduler_pb2.TierStatus(
-                engine=role,
+            disk = self._report(
+                role,
                 tier="disk",
                 num_blocks=self.disk.num_blocks,
                 num_used_blocks=len(self.disk),
-                block_bytes=self._block_bytes,
-                stored_blocks_total=written.num_blocks,
-                fetched_blocks_total=read.num_blocks,
-                failed_blocks_total=written.num_failed + read.num_failed,
                 evicted_blocks_total=self.disk.num_evictions,
-                store_seconds_total=written.run_s,
-                fetch_seconds_total=read.run_s,
-                paused=self.disk.is_failing,
-                last_error=self.disk.last_error,
+                moves=(WRITE, READ),
             )
+            disk.paused = self.disk.is_failing
+            disk.last_error = self.disk.last_error
+            yield disk
+
+    def _report(
+        self, role: "worker_pb2.EngineRole.ValueType", *, moves: tuple[Kind, Kind], **fields: Any
+    ) -> scheduler_pb2.TierStatus:
+        """`moves`: into the tier and out of it. `fields`: what the tier itself knows."""
+        into, out = (self.moves.totals[kind] for kind in moves)
+        return scheduler_pb2.TierStatus(
+            engine=role,
+            block_bytes=self._block_bytes,
+            stored_blocks_total=into.num_blocks,
+            fetched_blocks_total=out.num_blocks,
+            failed_blocks_total=into.num_failed + out.num_failed,
+            store_seconds_total=into.run_s,
+            fetch_seconds_total=out.run_s,
+            **fields,
+        )
 
     def _on_stored(self, digest: Digest) -> None:
         if self._writes and self._config.writes_at_once:

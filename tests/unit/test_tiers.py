@@ -260,14 +260,20 @@ def test_a_seq_that_grows_takes_blocks_that_were_fetched_for_waiting_ones() -> N
     assert sim.core.status().num_preemptions_total == 0
 
 
-def test_nobody_waits_for_blocks_on_disk_that_find_no_slot() -> None:
-    """No move is ordered then, so no answer would end the wait."""
-    sim = tiered(num_slots=1, num_disk_blocks=200, tiers=TierConfig(writes_at_once=True))
-    ask(sim, "first", prompt(1))
-    flood(sim, 1, 2)
-    assert sim.target.tiers.disk
-    ask(sim, "again", prompt(1))
-    sim.assert_all_free()
+def test_writes_that_fail_without_a_reason_are_not_repeated_for_ever() -> None:
+    sim = tiered(num_slots=24, num_disk_blocks=200, tiers=TierConfig(writes_at_once=True))
+    sim.submit(submit("first", prompt(1), max_tokens=1))
+    for _ in range(100):
+        sim.plan()
+        if not (sim.target_rounds or sim.moves):
+            break
+        if sim.target_rounds:
+            sim.run_target_round()
+        else:
+            failing = range(len(sim.moves[0][1].host_slots)) if sim.moves[0][1].kind == WRITE else ()
+            sim.run_move(0, fails=list(failing))
+    assert not sim.moves
+    assert sim.core.status().tiers[1].last_error == "some blocks were not written"
 
 
 def test_each_block_is_stored_once() -> None:
