@@ -407,6 +407,8 @@ def damage(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_disk_that_hangs_delays_nobody_but_those_who_wait_for_it(house: House) -> None:
     """Whoever opens a segment file waits for ever. A request that needs its blocks computes them instead."""
+    house.stop()
+    house.start()  # so that every block that is stored from now on is written too
     prompt, other = house.texts.new(), house.texts.new(40)
     cold = house.ask_cold(prompt)
     house.ask_and_keep(prompt, drafts=NUM_DRAFTS)
