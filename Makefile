@@ -9,7 +9,7 @@ PARALLEL := -q -n auto --dist worksteal
 # Tests of processes: a file starts few of them and shares them, so it stays together.
 BY_FILE := -q -n 2 --dist loadfile
 
-.PHONY: demo test check lint test-slow test-gpu bench proto clean
+.PHONY: demo test check lint test-slow test-clients test-ui test-gpu bench proto clean
 
 demo: $(READY)  ## deploy the bundled pair on this machine's CPU, stream a completion, take it down
 	$(BIN)/python deploy/demo.py
@@ -30,6 +30,16 @@ lint: $(READY)  ## format, lint, types
 test-slow: $(READY)  ## what takes too long for every run: tiers of the KV cache under load and damage
 	$(BIN)/python -m pytest -q -m slow tests/e2e
 
+test-clients: $(READY)  ## clients of others against a real deployment; writes docs/clients.md
+	[ -x .venv-clients/bin/python ] || $(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --quiet --disable-pip-version-check openai anthropic langchain-openai litellm
+	$(BIN)/python -m tests.clients .venv-clients/bin/python
+
+test-ui: $(READY)  ## the page at /ui/ in a real browser, before a real deployment
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium chromium-driver; } || { echo "make test-ui needs chromium and chromedriver on PATH, and cannot install them here. Debian: apt-get install chromium chromium-driver"; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check selenium axe-core-python
+	$(BIN)/python -m pytest -q -p no:xdist tests/ui
+
 test-gpu:  ## on a machine with a CUDA device; uses the Python on PATH, which brings torch and triton
 	$(PYTHON) -m pytest -m gpu tests/gpu tests/triton
 
@@ -45,12 +55,10 @@ proto:  ## regenerate echelon/pb after editing protos/
 	protos/generate.sh
 
 clean:
-	rm -rf .venv .venv-proto build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-clients .venv-proto build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The version range that pyproject.toml gives for torch: another version would be replaced right after.
-TORCH_REQUIREMENT = $(PYTHON) -c 'import tomllib; \
-	extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
-	print(next(line for line in extras["worker"] if line.startswith("torch")))'
+TORCH_REQUIREMENT = $(PYTHON) deploy/torch_requirement.py
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 13) else f"Echelon needs Python 3.11 or 3.12, found {sys.version.split()[0]}: make PYTHON=python3.12 ...")'

@@ -7,9 +7,13 @@ difference costs, on text that the target writes after each prompt.
 """
 
 import argparse
+import copy
+import itertools
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.prompts import load_prompts
 from bench.report import add_report_options, publish, table
+from checkpoint.quantization import WeightFormat, head_format
+from kernels.layers.quantized import dequantize_weight, quantize_weight
 from kernels.sampling.sample import NoiseKeys, sample
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -54,15 +60,20 @@ def shared_noise_acceptance(
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A prompt with the target's continuation, and both models' logits at each position of the continuation."""
+    """A prompt with the target's continuation, and the target's logits at each position of the continuation."""
 
+    token_ids: list[int]
     num_prompt_tokens: int
     target_logits: Tensor  # fp32 [num_tokens, vocab_size]
-    draft_logits: Tensor
+
+    def logits_of(self, model: Any) -> Tensor:
+        """Those of another model at the same positions."""
+        logits: Tensor = model(torch.tensor([self.token_ids])).logits[0, self.num_prompt_tokens - 1 : -1]
+        return logits.float()
 
 
-def write(target: Any, draft: Any, prompt: list[int], num_tokens: int, *, temperature: float, seed: int) -> Text:
-    """Lets the target write `num_tokens` tokens and computes the logits of both models on them."""
+def write(target: Any, prompt: list[int], num_tokens: int, *, temperature: float, seed: int) -> Text:
+    """Lets the target write `num_tokens` tokens and computes its logits on them."""
     cache, step, written = None, prompt, list(prompt)
     temperatures = torch.tensor([temperature])
     for position in range(len(prompt), len(prompt) + num_tokens):
@@ -73,24 +84,43 @@ def write(target: Any, draft: Any, prompt: list[int], num_tokens: int, *, temper
         )
         step = sample(output.logits[0, -1:].float(), temperatures, keys)[1].tolist()
         written += step
-    logits = [model(torch.tensor([written])).logits[0, len(prompt) - 1 : -1].float() for model in (target, draft)]
-    return Text(len(prompt), logits[0], logits[1])
+    logits = target(torch.tensor([written])).logits[0, len(prompt) - 1 : -1].float()
+    return Text(written, len(prompt), logits)
 
 
-def acceptance(texts: list[Text], temperature: float, num_seeds: int) -> tuple[float, float]:
+def rounded(target: Any, format: WeightFormat) -> Any:
+    """The self-draft in this format: as workers round it at load."""
+    made = copy.deepcopy(target)
+    head = target.get_output_embeddings()
+    made.lm_head.weight = torch.nn.Parameter(head.weight.clone(), requires_grad=False)  # a tied one becomes its own
+    for name, module in made.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            rounded_to = head_format(format) if name == "lm_head" else format
+            module.weight.data = dequantize_weight(quantize_weight(module.weight.data, rounded_to))
+    return made
+
+
+def first_layers(target: Any, num_layers: int) -> Any:
+    made = copy.deepcopy(target)
+    made.model.layers = made.model.layers[:num_layers]
+    return made
+
+
+def acceptance(texts: list[Text], draft: Any, temperature: float, num_seeds: int) -> tuple[float, float]:
     """The share accepted with shared noise, and 1 - TV, both averaged over all positions."""
     shared, maximal = [], []
     for text in texts:
+        draft_logits = text.logits_of(draft)
         shared.append(
             shared_noise_acceptance(
                 text.target_logits,
-                text.draft_logits,
+                draft_logits,
                 temperature,
                 first_position=text.num_prompt_tokens,
                 num_seeds=num_seeds if temperature else 1,
             )
         )
-        maximal.append(maximal_coupling_acceptance(text.target_logits, text.draft_logits, temperature))
+        maximal.append(maximal_coupling_acceptance(text.target_logits, draft_logits, temperature))
     return float(torch.cat(shared).mean()), float(torch.cat(maximal).mean())
 
 
@@ -98,6 +128,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, default=MODELS / "demo-target")
     parser.add_argument("--draft", type=Path, default=MODELS / "demo-draft")
+    parser.add_argument(
+        "--self-drafts", nargs="*", choices=get_args(WeightFormat), default=[], help="also of the target"
+    )
+    parser.add_argument("--layers", type=int, nargs="*", default=[], help="also the target's first layers, so many")
     parser.add_argument("--dataset", type=Path, help="JSON lines with 'prompt'; default: a few bundled ones")
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=128, help="tokens written after each prompt")
@@ -106,29 +140,31 @@ def main() -> None:
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.target)
-    models = [
+    target, draft = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (options.target, options.draft)
-    ]
+    )
+    drafts = {options.draft.name: draft}
+    drafts |= {f"the target in {format}": rounded(target, format) for format in options.self_drafts}
+    drafts |= {f"its first {num} layers": first_layers(target, num) for num in options.layers}
     prompts = [tokenizer(prompt)["input_ids"] for prompt in load_prompts(options.dataset, options.prompts)]
     lines = []
     with torch.inference_mode():
         for text_temperature in (0.0, 1.0):
             texts = [
-                write(*models, prompt, options.tokens, temperature=text_temperature, seed=index)
+                write(target, prompt, options.tokens, temperature=text_temperature, seed=index)
                 for index, prompt in enumerate(prompts)
             ]
-            for temperature in (0.0, 1.0):
-                shared, maximal = acceptance(texts, temperature, options.seeds)
-                lines.append([f"{text_temperature:g}", f"{temperature:g}", f"{shared:.3f}", f"{maximal:.3f}"])
+            for temperature, (name, made) in itertools.product((0.0, 1.0), drafts.items()):
+                shared, maximal = acceptance(texts, made, temperature, options.seeds)
+                lines.append([name, f"{text_temperature:g}", f"{temperature:g}", f"{shared:.3f}", f"{maximal:.3f}"])
     header = [
+        "draft",
         "temperature of the text",
         "temperature of the draws",
         "accepted (shared noise)",
         "maximal coupling (1 - TV)",
     ]
-    command = (
-        f"python -m bench.acceptance --prompts {options.prompts} --tokens {options.tokens} --seeds {options.seeds}"
-    )
+    command = shlex.join(["python", "-m", "bench.acceptance", *sys.argv[1:]])
     publish("acceptance", table(header, lines), command=command, save=options.save)
 
 

@@ -65,6 +65,8 @@ PRESETS = {
     "draft-38m-attention": Size(layers=8, hidden=640, intermediate=1792, heads=20, kv_heads=5),
     "draft-115m-attention": Size(layers=8, hidden=1152, intermediate=3072, heads=36, kv_heads=9),
     "target-620m-wide-kv": Size(layers=20, hidden=1536, intermediate=4608, heads=64, kv_heads=64),
+    "target-8b": Size(layers=32, hidden=4096, intermediate=14336, heads=128, kv_heads=32),
+    "draft-1b": Size(layers=16, hidden=2048, intermediate=8192, heads=64, kv_heads=16),
     "draft-370m-attention": Size(layers=8, hidden=2048, intermediate=5632, heads=64, kv_heads=16),
 }
 

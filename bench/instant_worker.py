@@ -42,8 +42,8 @@ class InstantEngine:
         self._num_computed: dict[int, int] = {}
         self._ended_ns: int | None = None
 
-    def check(self, round_: Round, behind: Sequence[Round] = ()) -> None:
-        """Everything is welcome."""
+    def check(self, round_: Round, queued: Sequence[Round] = ()) -> None:
+        """Accepts every round."""
 
     def reset(self) -> None:
         self._lengths.clear()

@@ -18,6 +18,7 @@ import torch
 from bench.layer_parallel_steps import add_step_options, measure_steps
 from bench.prompts import load_prompts
 from bench.report import add_report_options, publish, table
+from checkpoint.config_json import load_model_config
 from checkpoint.layer_parallel import LayerGroups
 from checkpoint.tokenizer import load_tokenizer
 from echelon.pb.sampling_pb2 import SeqSampling
@@ -25,9 +26,10 @@ from echelon.pb.worker_pb2 import SeqInit
 from workers.collectives import SoloGroup
 from workers.engine.kv_cache import KVLayout
 from workers.engine.seq_state import Limits, SeqTable
-from workers.models import LayerParallelLM, LayerParallelPlan, load_layer_parallel_model, load_model_config
-from workers.models.layer_groups import MLPs, Weights, choose_groups, one_by_one
+from workers.models.layer_groups import LayerParallelPlan, MLPs, Weights, choose_groups, one_by_one
+from workers.models.layer_parallel_decoder import LayerParallelLM
 from workers.models.layer_similarity import layer_input_similarity
+from workers.models.loading import load_layer_parallel_model
 from workers.process.draft_layout import LEAST_SIMILARITY
 
 ROOT = Path(__file__).parents[1]

@@ -16,6 +16,7 @@ class Timed:
 
     completions: Sequence[Completion]
     seconds: float  # from the first request sent to the last token received, prefill included
+    arrivals_s: Sequence[Sequence[float]]  # of each request's chunks, since that request was sent
 
     @property
     def num_tokens(self) -> int:
@@ -32,15 +33,20 @@ def run_side_by_side(
     """The prompts as requests of one client, `concurrency` at a time (default: all at once)."""
     slots = asyncio.Semaphore(concurrency or len(prompts))
 
-    async def generate(client: AsyncClient, prompt: Prompt) -> Completion:
+    async def generate(client: AsyncClient, prompt: Prompt) -> tuple[Completion, list[float]]:
         async with slots:
-            return await client.generate(prompt, **options)
+            sent = time.perf_counter()
+            async with client.stream(prompt, **options) as stream:
+                arrivals_s = [time.perf_counter() - sent async for _ in stream]
+                return await stream.result(), arrivals_s
 
     async def run() -> Timed:
         async with AsyncClient(address) as client:
             await client.server_info()  # connected before the clock starts
             started = time.perf_counter()
-            completions = await asyncio.gather(*(generate(client, prompt) for prompt in prompts))
-            return Timed(completions, time.perf_counter() - started)
+            results = await asyncio.gather(*(generate(client, prompt) for prompt in prompts))
+            seconds = time.perf_counter() - started
+            completions, arrivals_s = zip(*results, strict=True)
+            return Timed(completions, seconds, arrivals_s)
 
     return asyncio.run(run())

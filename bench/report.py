@@ -50,7 +50,12 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def hardware() -> str:
+def hardware(device: str = "cpu") -> str:
+    """The name of what a report was measured on; `device`: cpu or cuda."""
+    if device == "cuda":
+        import torch  # here, because most reports do without it
+
+        return str(torch.cuda.get_device_name())
     return f"{cpu_model()}, {os.cpu_count()} cores"
 
 

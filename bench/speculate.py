@@ -19,9 +19,19 @@ from bench.differences import Difference, first_difference, gap_between
 from bench.load import run_side_by_side
 from bench.plots import plot_bars
 from bench.prompts import load_prompts
-from bench.report import Spread, add_report_options, publish, table
+from bench.report import Spread, add_report_options, hardware, publish, table
 from bench.speculate_results import Cell, Prompts, Results, Run, share
-from bench.variants import METHODS, PIPELINES, PLAIN, NotAvailableError, Pair, Variant, VariantDeployment, all_variants
+from bench.variants import (
+    METHODS,
+    PIPELINES,
+    PLAIN,
+    SOURCES,
+    NotAvailableError,
+    Pair,
+    Variant,
+    VariantDeployment,
+    all_variants,
+)
 from checkpoint.tokenizer import load_tokenizer
 from childproc.wires import open_blocking_channel
 from echelon.pb.scheduler_pb2 import GetSchedulerStatusRequest, SchedulerStatus
@@ -35,7 +45,7 @@ MOST_GAPS = 16  # differences whose gap is measured
 
 
 def status_of(deployment: VariantDeployment) -> SchedulerStatus:
-    with open_blocking_channel(deployment.running.scheduler_address) as channel:
+    with open_blocking_channel(deployment.running.replicas[0].scheduler_address) as channel:
         return SchedulerStub(channel).GetSchedulerStatus(GetSchedulerStatusRequest(), timeout=10.0)
 
 
@@ -217,8 +227,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of the target")
     parser.add_argument("--placement", choices=["colocated", "separate"], default="colocated")
     parser.add_argument("--threads", type=int, default=2, help="threads of each worker")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES))
-    parser.add_argument("--sources", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--sources", nargs="+", choices=list(METHODS), default=list(SOURCES))
     parser.add_argument(
         "-k", type=_count_or_auto, nargs="+", default=[3, 5], help="drafts per round; auto: the policy chooses"
     )
@@ -253,13 +264,13 @@ def main() -> None:
         max_num_seqs=max(args.concurrency),
         lp_size=args.layer_parallel_size,
         forced_acceptance=args.forced_acceptance,
+        device=args.device,
     )
     variants = all_variants(args.pipelines, args.sources, args.k)
     results = measure(pair, variants, prompts, args)
     body = _body(args, pair, results, prompts)
-    path = publish(
-        args.name, body, command=shlex.join(["python", "-m", "bench.speculate", *sys.argv[1:]]), save=args.save
-    )
+    command = shlex.join(["python", "-m", "bench.speculate", *sys.argv[1:]])
+    path = publish(args.name, body, command=command, save=args.save, on=hardware(args.device))
     if path is not None:
         bars = {
             cell.name: {v.name: Spread.of([run.tokens_per_s for run in runs]) for v, runs in by_variant.items()}

@@ -1,8 +1,7 @@
-"""What a step costs inside a worker: verifying 1 to 9 rows, drafting, and how much of it is matrix products.
+"""What a step costs inside a worker: verifying 1 to 9 rows, and drafting.
 
 Engines run in this process, without scheduler and wires, on rounds as a scheduler sends them. CPU time is shown next to
-wall time, because it is meaningful even on a busy machine. Products depend on weights and threads. The rest is a fixed
-price for each operator on one thread, so it counts double with two threads.
+wall time, because it is meaningful even on a busy machine.
 
     OMP_NUM_THREADS=2 GOMP_SPINCOUNT=3000 python -m bench.steps --threads 2
 
@@ -20,23 +19,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from bench.report import add_report_options, publish, table
+from bench.report import add_report_options, hardware, publish, table
+from checkpoint.quantization import WeightFormat
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
+from echelon.pb.sampling_pb2 import SeqSampling
 from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET, EngineRole, Round, Row, SeqInit
 from workers.engine.engine import Engine
 from workers.process.cohort import Cohort
 from workers.process.load import load_engines
 
+GREEDY = SeqSampling(temperature=0, top_p=1, repetition_penalty=1)
 MODELS = Path(__file__).parents[1] / "models"
 BLOCK_SIZE = 16
 MAX_LEN = 1024
 KV_CACHE_BYTES = 1 << 29
-PRODUCTS = ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm")
-NUM_PROFILED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,10 @@ class Cost:
     least: float
     median: float
     cpu: float  # least, of all threads
-    products: float  # share of the time in operators
 
     @property
     def cells(self) -> list[str]:
-        return [f"{self.least:.1f}", f"{self.median:.1f}", f"{self.cpu:.1f}", f"{self.products:.0%}"]
+        return [f"{self.least:.1f}", f"{self.median:.1f}", f"{self.cpu:.1f}"]
 
 
 class Seqs:
@@ -67,6 +66,7 @@ class Seqs:
                 slot=slot,
                 token_ids=[(7 * slot + 3 * i) % 4000 + 1 for i in range(context)],
                 num_prompt_tokens=context,
+                sampling=GREEDY,
                 block_table=range(slot * blocks, (slot + 1) * blocks),
             )
             for slot in self._slots
@@ -113,7 +113,17 @@ class Seqs:
         self._engine.run(round_)
 
 
-def load(folder: Path, role: EngineRole.ValueType, dtype: str, max_num_seqs: int) -> Engine:
+def load(
+    folder: Path,
+    role: EngineRole.ValueType,
+    dtype: str,
+    max_num_seqs: int,
+    *,
+    device: str,
+    quantization: str = "",
+    keeps_bits: bool = False,
+    forced_acceptance: float = 0.0,
+) -> Engine:
     spec = EngineSpec(
         role=role,
         model=str(folder),
@@ -124,8 +134,11 @@ def load(folder: Path, role: EngineRole.ValueType, dtype: str, max_num_seqs: int
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=MAX_LEN * max_num_seqs,
         max_model_len=MAX_LEN,
+        quantization=quantization,
+        keeps_bits=keeps_bits,
+        forced_acceptance=forced_acceptance,
     )
-    worker = WorkerSpec(rank=0, world_size=1, device="cpu", engines=[spec])
+    worker = WorkerSpec(rank=0, world_size=1, device=device, engines=[spec])
     return load_engines(worker, Cohort(0, 1, None), lambda stage, done, total: None)[role]
 
 
@@ -138,19 +151,19 @@ def cost(round_: Callable[[], None], runs: int) -> Cost:
         round_()
         cpus.append(time.process_time() - cpu)
         walls.append(time.perf_counter() - wall)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(NUM_PROFILED):
-            round_()
-    by_name = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
-    products = sum(by_name.get(name, 0.0) for name in PRODUCTS)
-    return Cost(1e3 * min(walls), 1e3 * statistics.median(walls), 1e3 * min(cpus), products / sum(by_name.values()))
+    return Cost(1e3 * min(walls), 1e3 * statistics.median(walls), 1e3 * min(cpus))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, default=MODELS / "demo-target")
     parser.add_argument("--draft", type=Path, default=MODELS / "demo-draft")
+    parser.add_argument(
+        "--self-drafts", nargs="*", choices=get_args(WeightFormat), default=[], help="of the target, too"
+    )
+    parser.add_argument("--keeps-bits", action="store_true", help="of a quantised target")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seqs", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 6, 9], help="rows verified per seq")
@@ -160,26 +173,32 @@ def main() -> None:
     add_report_options(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    target = load(args.target, ENGINE_ROLE_TARGET, args.dtype, max(args.seqs))
-    draft = load(args.draft, ENGINE_ROLE_DRAFT, args.dtype, max(args.seqs))
+    load_here = partial(load, dtype=args.dtype, max_num_seqs=max(args.seqs), device=args.device)
+    target = load_here(args.target, ENGINE_ROLE_TARGET, keeps_bits=args.keeps_bits)
+    drafts = {"draft": load_here(args.draft, ENGINE_ROLE_DRAFT)}
+    for rounded_to in args.self_drafts:
+        made = load_here(args.target, ENGINE_ROLE_DRAFT, quantization=rounded_to)
+        drafts[f"draft, the target in {rounded_to}"] = made
     rows = []
     for num_seqs in args.seqs:
         seqs = Seqs(target, num_seqs, args.context)
         for num_rows in args.rows:
             verify = cost(partial(seqs.verify, num_rows), args.runs)
             rows.append(["verify", str(num_seqs), str(num_rows), *verify.cells])
-        seqs = Seqs(draft, num_seqs, args.context)
-        for num_tokens in args.drafts:
-            drafting = cost(partial(seqs.draft, num_tokens), args.runs)
-            rows.append(["draft", str(num_seqs), str(num_tokens), *drafting.cells])
-    header = ["round", "seqs", "rows or drafts per seq", "least ms", "median ms", "CPU ms", "in products"]
+        for name, draft in drafts.items():
+            seqs = Seqs(draft, num_seqs, args.context)
+            for num_tokens in args.drafts:
+                drafting = cost(partial(seqs.draft, num_tokens), args.runs)
+                rows.append([name, str(num_seqs), str(num_tokens), *drafting.cells])
+    header = ["round", "seqs", "rows or drafts per seq", "least ms", "median ms", "CPU ms"]
     body = (
-        f"{args.target.name} and {args.draft.name}, {args.dtype}, {args.threads} thread(s), {args.context} tokens of "
-        f"context; GOMP_SPINCOUNT {os.environ.get('GOMP_SPINCOUNT', 'not set')}, OMP_WAIT_POLICY "
-        f"{os.environ.get('OMP_WAIT_POLICY', 'not set')}; {args.runs} rounds each.\n\n" + table(header, rows)
+        f"{args.target.name} and {args.draft.name}, {args.dtype}, {args.device}, {args.threads} thread(s), "
+        f"{args.context} tokens of context; GOMP_SPINCOUNT {os.environ.get('GOMP_SPINCOUNT', 'not set')}, "
+        f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}; {args.runs} rounds each.\n\n"
+        + table(header, rows)
     )
     command = shlex.join(["python", "-m", "bench.steps", *sys.argv[1:]])
-    publish("steps", body, command=command, save=args.save)
+    publish("steps", body, command=command, save=args.save, on=hardware(args.device))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ benchmark may ask for (forced acceptance) can be set here and nowhere else.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+from checkpoint.quantization import WeightFormat
 from childproc.speculation import DRAFT_MODEL_METHODS
 from cluster.deployment.settings import CpuSettings, Settings, SpeculationSettings
 from cluster.errors import PlanError, StartError
@@ -17,7 +19,12 @@ from echelon.pb.process_pb2 import SchedulerSpec, SpeculationSpec, WorkerSpec
 from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET, EngineInfo
 
 PIPELINES = ("serial", "continuous", "continuous+cache")
+SELF_DRAFTS: dict[str, WeightFormat] = {"self-int8": "int8", "self-int4": "int4", "self-mxfp4": "mxfp4"}
 METHODS = {"draft": "draft_model", "suffix": "suffix", "layer-parallel": "draft_model", "hybrid": "hybrid"}
+SOURCES = tuple(METHODS)  # those that need no model made at load
+METHODS |= dict.fromkeys(SELF_DRAFTS, "draft_model")
+BENEATH = "+suffix"  # with a lookup that drafts for the draft
+METHODS |= {f"{source}{BENEATH}": "draft_model" for source in ("draft", *SELF_DRAFTS)}
 VERDICT_CACHE_ROWS = 4
 MOST_DRAFTS = 8  # where the policy chooses
 START_TIMEOUT_S = 300.0
@@ -40,6 +47,7 @@ class Pair:
     max_num_seqs: int
     lp_size: int
     forced_acceptance: float
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +73,7 @@ class Variant:
 
     @property
     def uses_draft_model(self) -> bool:
-        return self.source in DRAFT_MODEL_METHODS
+        return METHODS.get(self.source) in DRAFT_MODEL_METHODS
 
 
 PLAIN = Variant(source="none")
@@ -129,12 +137,12 @@ class VariantDeployment(LocalDeployment):
             raise
         return self
 
-    def _spawn(self, launch: Launch) -> Child:
+    def spawn(self, launch: Launch) -> Child:
         if isinstance(launch.spec, SchedulerSpec):
             adjust_scheduler(launch.spec, self._variant)
         if isinstance(launch.spec, WorkerSpec):
             adjust_worker(launch.spec, self._pair, self._variant)
-        return super()._spawn(launch)
+        return super().spawn(launch)
 
     def _check_layer_parallel(self) -> None:
         """A worker that does not know the setting would run an ordinary draft."""
@@ -142,16 +150,30 @@ class VariantDeployment(LocalDeployment):
             raise NotAvailableError(f"the draft worker has lp_size {self._draft_engine().lp_size}")
 
     def _draft_engine(self) -> EngineInfo:
-        group = self.running.draft or self.running.target
+        (replica,) = self.running.replicas
+        group = replica.draft or replica.target
         return next(engine for engine in group.info.engines if engine.role == ENGINE_ROLE_DRAFT)
+
+
+def _draft(pair: Pair, variant: Variant) -> LocalDraft:
+    """A self-draft is made of the target."""
+    rounded_to = SELF_DRAFTS.get(variant.source.removesuffix(BENEATH))
+    folder = pair.draft if rounded_to is None else pair.target
+    return LocalDraft(
+        folder=folder,
+        quantization=rounded_to,
+        lower_draft="suffix" if variant.source.endswith(BENEATH) else "",
+        colocated=pair.colocated,
+    )
 
 
 def _settings(pair: Pair, variant: Variant) -> Settings:
     return local_settings(
         pair.target,
         tp_size=pair.tp_size,
-        draft=LocalDraft(folder=pair.draft, colocated=pair.colocated) if variant.uses_draft_model else None,
+        draft=_draft(pair, variant) if variant.uses_draft_model else None,
         dtype=pair.dtype,
+        device=pair.device,
         cpu=CpuSettings(threads_per_worker=pair.threads),
         scheduler=replace(
             LOCAL_SCHEDULER,

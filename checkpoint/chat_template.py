@@ -79,6 +79,11 @@ class ChatTemplate:
         self._default = _Compiled(source)
         self._with_tools = self._default if source_with_tools is None else _Compiled(source_with_tools)
         self._special_tokens = dict(special_tokens)
+        self._sources = source + (source_with_tools or "")
+
+    def mentions(self, word: str) -> bool:
+        """Whether the word stands in the template, which tells what the model was taught."""
+        return word in self._sources
 
     def render(
         self,

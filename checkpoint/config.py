@@ -1,9 +1,10 @@
 """What planner and decoder need to know of a model, whatever family it is from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from checkpoint.errors import LoadError
 from checkpoint.rope import Rope
+from checkpoint.stored_format import StoredFormat
 
 _MAX_TP_SIZE = 64  # of those that an error message lists
 
@@ -29,9 +30,18 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool  # RMSNorm over each query and key head
     tie_word_embeddings: bool
+    stored_as: StoredFormat | None = None  # how files hold the matrices of the layers, if in few bits
 
     def __post_init__(self) -> None:
         assert len(self.sliding_windows) == self.num_layers, "one sliding window entry a layer"
+
+    def first_layers(self, num_layers: int) -> "ModelConfig":
+        """The model without the layers after the first `num_layers`; 0: all. Raises LoadError if it has fewer."""
+        if num_layers > self.num_layers:
+            raise LoadError(f"{num_layers} layers are more than the model's {self.num_layers}", "use fewer, or all")
+        if num_layers == 0:
+            return self
+        return replace(self, num_layers=num_layers, sliding_windows=self.sliding_windows[:num_layers])
 
     @property
     def max_len(self) -> int:
@@ -48,7 +58,7 @@ class ModelConfig:
             )
 
     def kv_heads_per_rank(self, tp_size: int) -> int:
-        return max(1, self.num_kv_heads // tp_size)  # replicated where there are fewer heads than ranks
+        return max(1, self.num_kv_heads // tp_size)  # replicated if there are fewer heads than ranks
 
     def tensor_parallel_problem(self, tp_size: int) -> str | None:
         """Why heads, MLP or vocabulary cannot be cut into `tp_size` ranks, or None."""

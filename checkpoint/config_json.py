@@ -3,6 +3,7 @@ implemented is refused by name. Keys that no implementation of these architectur
 stamps) are left alone."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from checkpoint.errors import LoadError, shown
 from checkpoint.fields import Fields
 from checkpoint.json_files import read_json_object
 from checkpoint.rope_json import parse_rope
+from checkpoint.stored_format import parse_stored_format
 
 _MAX_LAYERS = 4096  # of a config.json that means what it says
 _MISTRAL_DEFAULT_WINDOW = 4096  # of a config.json without the key; null switches it off
@@ -54,19 +56,11 @@ def read_config_json(folder: Path) -> Mapping[str, Any]:
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig of a parsed config.json. Raises LoadError."""
     config = Fields("config.json", raw)
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            raise _quantised(config.get(key))
+    stored = config.get("quantization_config") or config.get("compression_config")
     architecture = _architecture(config)
     _refuse_foreign_features(config)
-    return _ARCHITECTURES[architecture](architecture, config)
-
-
-def _quantised(settings: Any) -> LoadError:
-    method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
-    return LoadError(
-        f"config.json: the checkpoint is quantised ({method})", "use unquantised weights: others are not built yet"
-    )
+    parsed = _ARCHITECTURES[architecture](architecture, config)
+    return replace(parsed, stored_as=parse_stored_format(stored)) if stored else parsed
 
 
 def _architecture(config: Fields) -> str:

@@ -32,14 +32,14 @@ class Fields:
         return sorted(key for key, value in self._values.items() if value is not None)
 
     def integer(self, key: str, *, default: int | None = None, least: int = 1, most: int = MAX_INT) -> int:
-        """Required where there is no default."""
+        """Required if there is no default."""
         value = self._or(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise self.wrong(key, f"an integer from {least} to {most}")
         return value
 
     def number(self, key: str, *, default: float | None = None, least: float = 0.0, most: float = _MAX_FLOAT) -> float:
-        """Required where there is no default. Without `least`, it must be above 0."""
+        """Required if there is no default. Without `least`, it must be above 0."""
         value = self._or(key, default)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         # Compared before it becomes a float, which an integer of any size need not fit. False for NaN.

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -12,9 +12,12 @@ from checkpoint.eos import EosToken, read_eos_tokens
 from checkpoint.errors import LoadError
 from checkpoint.fields import Fields
 from checkpoint.json_files import read_text
+from checkpoint.kept_bits import kept_bytes
+from checkpoint.quantization import Quantization
+from checkpoint.stored_matrices import StoredMatrix
 from checkpoint.tensors import TensorInfo
 from checkpoint.tokenizer import load_tokenizer
-from checkpoint.weights import EMBEDDING, HEAD, WEIGHT_DTYPES, read_weights
+from checkpoint.weights import EMBEDDING, HEAD, WEIGHT_DTYPES, expected_tensors, read_weights
 
 _DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Cut among tensor-parallel ranks; everything else (norms, biases of row-parallel layers) is held by each rank.
@@ -31,6 +34,8 @@ class ModelFolder:
     dtype: str  # "bfloat16" | "float16" | "float32": the one asked for, else the checkpoint's own
     eos: tuple[EosToken, ...]
     weights: Mapping[str, TensorInfo]  # what is loaded, by name
+    quantization: Quantization | None = None  # how the matrices are rounded at load
+    keeps_bits: bool = False  # matrices that the checkpoint stores in few bits stay in them
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -43,8 +48,30 @@ class ModelFolder:
 
     def weight_bytes(self, tp_size: int) -> int:
         """Bytes of weights on the fullest of `tp_size` ranks once they are loaded."""
-        num_elements = sum(self._elements_per_rank(name, tensor, tp_size) for name, tensor in self.weights.items())
-        return num_elements * self.value_bytes
+        elements = {name: self._elements_per_rank(name, tensor, tp_size) for name, tensor in self.weights.items()}
+        return sum(self.bytes_of(name, num_elements) for name, num_elements in elements.items())
+
+    def bytes_of(self, name: str, num_elements: int) -> int:
+        """Bytes of so many elements of a tensor once they are loaded."""
+        tensor = self.weights[name]
+        if self.keeps_bits and isinstance(tensor, StoredMatrix):
+            return kept_bytes(tensor, num_elements)
+        shape = tensor.shape
+        if self.quantization is None or len(shape) == 1 or name == EMBEDDING:
+            return num_elements * self.value_bytes
+        return self.quantization.num_bytes(num_elements, in_features=shape[1], is_head=name == HEAD)
+
+    def first_layers(self, num_layers: int) -> "ModelFolder":
+        """What a model of the first layers loads; 0: all. Raises LoadError if there are fewer."""
+        config = self.config.first_layers(num_layers)
+        names = {name for name, _ in expected_tensors(config)}
+        return replace(self, config=config, weights={k: v for k, v in self.weights.items() if k in names})
+
+    def rounded(self, quantization: Quantization) -> "ModelFolder":
+        """The same with matrices that are rounded at load. A tied head becomes a matrix of its own."""
+        return replace(
+            self, weights={HEAD: self.weights[EMBEDDING], **self.weights}, quantization=quantization, keeps_bits=False
+        )
 
     def kv_bytes_per_token(self, tp_size: int) -> int:
         """Bytes of keys and values that one token takes on one rank."""

@@ -1,42 +1,22 @@
 """generation_config.json: how tokens are chosen where a request does not say."""
 
 import ctypes
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
 from checkpoint.fields import MAX_INT, Fields
 from checkpoint.json_files import read_optional_json_object
+from checkpoint.sampling_ranges import FILE_RANGES, SamplingRange
 
 _FILE = "generation_config.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingRange:
-    """What a sampling setting may be, in a request as in a file."""
-
-    wants: str
-    accepts: Callable[[float], bool]  # of the value as fp32 or int32; false for NaN
-    is_integer: bool = False
-
-
-SAMPLING_RANGES = {
-    "temperature": SamplingRange(wants="finite and >= 0", accepts=lambda v: 0 <= v < float("inf")),
-    "top_p": SamplingRange(wants="in (0, 1]", accepts=lambda v: 0 < v <= 1),
-    "top_k": SamplingRange(wants=">= 1, or 0 or -1 for off", accepts=lambda v: v >= -1, is_integer=True),
-    "min_p": SamplingRange(wants="in [0, 1]", accepts=lambda v: 0 <= v <= 1),
-    "repetition_penalty": SamplingRange(wants="finite and > 0", accepts=lambda v: 0 < v < float("inf")),
-    "max_tokens": SamplingRange(wants=">= 1", accepts=lambda v: v >= 1, is_integer=True),
-}
 _NAMES_IN_FILE = {"max_tokens": "max_new_tokens"}  # where they are not ours
 
 
 def read_sampling_defaults(folder: Path) -> dict[str, float]:
-    """The settings of SAMPLING_RANGES that the file has, by our names. Raises LoadError."""
+    """The settings of FILE_RANGES that the file has, by our names. Raises LoadError."""
     fields = Fields(_FILE, read_optional_json_object(folder / _FILE))
     defaults = {}
-    for name, allowed in SAMPLING_RANGES.items():
+    for name, allowed in FILE_RANGES.items():
         key = _NAMES_IN_FILE.get(name, name)
         value = fields.get(key)
         if value is None:

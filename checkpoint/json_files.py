@@ -23,6 +23,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def read_text(path: Path) -> str:
     """What a file of text holds. Raises LoadError."""
+    refuse_special_file(path)
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -31,6 +32,12 @@ def read_text(path: Path) -> str:
         raise LoadError(f"{path} cannot be read: {err.strerror}", _REMEDY) from err
     except UnicodeDecodeError as err:
         raise LoadError(f"{path} is not UTF-8: {err.reason} at byte {err.start}", _REMEDY) from err
+
+
+def refuse_special_file(path: Path) -> None:
+    """Raises LoadError for a pipe or a device: it may give no byte, or bytes for ever."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise LoadError(f"{path} is a pipe or a device, not a file", _REMEDY)
 
 
 def read_optional_json_object(path: Path) -> dict[str, Any]:

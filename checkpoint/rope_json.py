@@ -19,7 +19,7 @@ _MIN_BETA, _MAX_BETA = 1e-3, 1e6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Settings:
-    """The RoPE dictionary of a config.json with what stands beside it."""
+    """The RoPE dictionary of a config.json with the keys next to it."""
 
     fields: Fields
     rope_type: str
@@ -105,7 +105,7 @@ def _llama3(settings: _Settings) -> Rope:
 def _yarn(settings: _Settings) -> Rope:
     fields = settings.fields
     if fields.get("factor") is None and settings.original_len > settings.max_position_embeddings:
-        wanted = f"at most max_position_embeddings {settings.max_position_embeddings} where there is no factor"
+        wanted = f"at most max_position_embeddings {settings.max_position_embeddings} if there is no factor"
         raise fields.wrong("original_max_position_embeddings", wanted)
     factor = settings.factor(default=settings.max_position_embeddings / settings.original_len)
     magnitude = fields.optional_number("attention_factor")

@@ -1,4 +1,4 @@
-"""What the files beside tokenizer.json say of special and added tokens, read as `transformers` reads them.
+"""What the files next to tokenizer.json say about special and added tokens, read as `transformers` reads them.
 
 tokenizer_config.json names them (`eos_token`, ...), lists further ones (`additional_special_tokens`,
 `extra_special_tokens`) and numbers all (`added_tokens_decoder`). Folders from before that key have
@@ -128,5 +128,5 @@ def _added_tokens(file: Fields, special: set[str]) -> dict[int, AddedToken]:
 
 
 def _is_text(value: object) -> bool:
-    """JSON can spell half a character, which is no text."""
+    """JSON can spell half a character, which is not text."""
     return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from checkpoint.errors import LoadError, shown
-from checkpoint.json_files import read_json_object
+from checkpoint.json_files import read_json_object, refuse_special_file
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -91,6 +91,7 @@ def _is_file(folder: Path, name: str) -> bool:
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
     """8 bytes of header length, the header as JSON, then the data."""
+    refuse_special_file(file)
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -112,7 +113,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
 def _parse_header(file: Path, text: bytes) -> dict[str, TensorInfo]:
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repetition, parse_constant=_no_json)
-        json.dumps(header, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
+        json.dumps(header, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is not text
     except (ValueError, RecursionError) as error:
         raise LoadError(f"{file} has a damaged header: {error}", _AGAIN) from error
     if not isinstance(header, dict):
@@ -132,7 +133,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_json(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _tensor_info(file: Path, name: str, entry: Any, *, data_start: int) -> TensorInfo:
@@ -164,7 +165,7 @@ def _are_counts(values: Any) -> TypeGuard[list[int]]:
 
 
 def _check_layout(file: Path, in_order: Sequence[TensorInfo], *, data_start: int, size: int) -> None:
-    """Tensors follow one another without gaps and fill the file."""
+    """Tensors are adjacent, without gaps, and fill the file."""
     end = data_start
     for info in in_order:
         if info.start != end:

@@ -51,11 +51,11 @@ class TokenTable:
 
     @property
     def has_start_rule(self) -> bool:
-        """Whether a text starts otherwise than it goes on."""
+        """Whether tokens decode differently at the start of a text."""
         return self.has_first_form or self.num_leading_spaces > 0
 
     def text_of(self, token_id: int) -> str:
-        """One token alone, as shown beside its log-probability."""
+        """One token alone, as shown with its log-probability."""
         return self._bytes(token_id).decode("utf-8", "replace")
 
     def first_bytes_of(self, token_id: int) -> bytes:
@@ -68,7 +68,7 @@ class TokenTable:
         return any(token_id < len(self.bytes_of) and token_id not in hidden for token_id in token_ids)
 
     def _bytes(self, token_id: int) -> bytes:
-        # A padded vocabulary has ids that no tokenizer entry stands for; they have no text.
+        # A padded vocabulary has ids without a tokeniser entry; they have no text.
         return self.bytes_of[token_id] if token_id < len(self.bytes_of) else b""
 
 

@@ -1,4 +1,4 @@
-"""The tokeniser of a model folder: tokenizer.json and what the files beside it add, the same for everyone who asks."""
+"""The tokeniser of a model folder: tokenizer.json and what the files next to it add, the same for all callers."""
 
 import json
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ def _unreadable(path: Path, error: Exception) -> LoadError:
         return LoadError(f"{path}: model is missing", _REMEDY)
     key = next((key for key in _EMPTY if key in content and not _is_readable({**_EMPTY, key: content[key]})), None)
     if key is None:
-        return LoadError(f"{path} is no tokeniser: {error}", _REMEDY)
+        return LoadError(f"{path} is not a tokeniser file: {error}", _REMEDY)
     value = content[key]
     if key == "added_tokens" and isinstance(value, list):
         bad = (i for i, token in enumerate(value) if not _is_readable({**_EMPTY, key: [token]}))

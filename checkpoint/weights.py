@@ -6,6 +6,7 @@ from typing import Final
 
 from checkpoint.config import ModelConfig
 from checkpoint.errors import LoadError, shown
+from checkpoint.stored_matrices import StoredMatrix, join_matrices
 from checkpoint.tensors import TensorInfo, read_tensors
 
 HEAD: Final = "lm_head.weight"
@@ -25,6 +26,9 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, TensorInfo]:
     """
     tensors = read_tensors(folder)
     expected = dict(expected_tensors(config))
+    if config.stored_as is not None:
+        matrices = {name: shape for name, shape in expected.items() if len(shape) == 2 and name != EMBEDDING}
+        tensors = join_matrices(tensors, matrices, config.stored_as)
     _check_names(folder, tensors, expected, tied=config.tie_word_embeddings)
     for name, shape in expected.items():
         _check_tensor(name, tensors[name], shape)
@@ -89,10 +93,12 @@ def _has_no_effect(name: str, *, tied: bool) -> bool:
 
 
 def _check_tensor(name: str, info: TensorInfo, shape: Shape) -> None:
+    if isinstance(info, StoredMatrix):
+        return  # its parts were checked when they were joined
     if info.dtype not in WEIGHT_DTYPES:
         raise LoadError(
             f"{info.file}: tensor {name} is {info.dtype}, supported are {', '.join(WEIGHT_DTYPES)}",
-            "use unquantised weights: others are not built yet",
+            "use unquantised weights, or those of a format that config.json names in quantization_config",
         )
     if info.shape != shape:
         raise LoadError(
@@ -102,7 +108,7 @@ def _check_tensor(name: str, info: TensorInfo, shape: Shape) -> None:
 
 
 def _check_copy(head: TensorInfo, *, of: TensorInfo) -> None:
-    """A saved head beside `tie_word_embeddings: true` must equal the embedding, else one of the two is wrong."""
+    """A head saved despite `tie_word_embeddings: true` must equal the embedding, else one of the two is wrong."""
     is_alike = (head.shape, head.dtype) == (of.shape, of.dtype)
     if not is_alike or any(ours != theirs for ours, theirs in zip(_data(head), _data(of), strict=True)):
         raise LoadError(

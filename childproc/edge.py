@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -12,26 +13,28 @@ from typing import NoReturn
 
 from childproc.events import EventWriter
 from childproc.spec import S, read_spec
+from childproc.updates import Updates
 
 logger = logging.getLogger(__name__)
 
 EXIT_PARENT_DIED = 3
 
 
-def run(kind: type[S], serve: Callable[[S, EventWriter], None]) -> NoReturn:
+def run(kind: type[S], serve: Callable[[S, EventWriter], None], updates: Updates | None = None) -> NoReturn:
     """Runs `serve` with the spec that standard input holds, then ends the process.
 
     Args:
         kind: the message that the spec is.
         serve: returns when the process has served. A ValueError that it raises is written for the user and reported
             as it stands; any other exception is reported with its type.
+        updates: gets what the parent says later. None: it says nothing to such a process.
     """
     events = EventWriter.on_stdout()
     signal.signal(signal.SIGTERM, _exit_at_once)
     try:
         spec = read_spec(sys.stdin.buffer, kind)
         _configure_logging(spec.name)
-        _exit_with_parent(sys.stdin.fileno())
+        _exit_with_parent(sys.stdin.fileno(), updates or Updates())
         serve(spec, events)
     except ValueError as err:
         events.fail(str(err))
@@ -51,17 +54,36 @@ def stop_signal() -> asyncio.Event:
     return stopped
 
 
+def on_terminate(act: Callable[[], None]) -> None:
+    """Call `act`, on a thread of its own, when SIGTERM comes. From the main thread.
+
+    A handler runs only when the main thread runs Python again. A signal that comes just before that thread waits for a
+    lock, or that another thread receives, would have to wait for ever.
+    """
+    receiving, sending = socket.socketpair()
+    sending.setblocking(False)
+    signal.set_wakeup_fd(sending.detach(), warn_on_full_buffer=False)  # written to at once, by whichever thread
+    signal.signal(signal.SIGTERM, lambda signum, frame: None)
+
+    def watch() -> None:
+        while signal.SIGTERM not in receiving.recv(64):
+            pass
+        act()
+
+    threading.Thread(target=watch, name="terminate", daemon=True).start()
+
+
 def _exit_at_once(signum: int, frame: FrameType | None) -> None:
     os._exit(0)
 
 
-def _exit_with_parent(stdin: int) -> None:
+def _exit_with_parent(stdin: int, updates: Updates) -> None:
     """From now on, the end of standard input ends this process at once: nothing may outlive its parent."""
 
     def watch() -> None:
         # Not sys.stdin: a daemon thread that holds its lock aborts the interpreter's own shutdown.
-        while os.read(stdin, 4096):
-            pass
+        while data := os.read(stdin, 4096):
+            updates.feed(data)
         logger.warning("standard input ended: the parent died")
         os._exit(EXIT_PARENT_DIED)
 

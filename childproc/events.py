@@ -47,8 +47,9 @@ class EventWriter:
             self._stage, self._progress_at = stage, now
         self._write(ProcessEvent(progress=Progress(stage=stage, done=done, total=total)))
 
-    def ready(self, address: str, info: WorkerInfo | None = None) -> None:
-        self._write(ProcessEvent(ready=Ready(address=address, worker=info)))
+    def ready(self, address: str, info: WorkerInfo | None = None, *, inside_address: str = "") -> None:
+        ready = Ready(address=address, worker=info, inside_address=inside_address)
+        self._write(ProcessEvent(ready=ready))
 
     def fail(self, error: str) -> NoReturn:
         """Writes the last event and ends the process, whatever its other threads wait for.

@@ -32,11 +32,11 @@ class LayerParallel:
 
     def weight_bytes(self, folder: ModelFolder) -> int:
         """Bytes on the fullest rank. If the split of MLPs is still to be chosen, MLPs count whole."""
-        most_layers = self._most_layers(folder)
-        num_elements = sum(self._elements(name, tensor, most_layers) for name, tensor in folder.weights.items())
-        return num_elements * folder.value_bytes
+        most_layers = self.most_layers(folder)
+        elements = {name: self._elements(name, tensor, most_layers) for name, tensor in folder.weights.items()}
+        return sum(folder.bytes_of(name, num_elements) for name, num_elements in elements.items())
 
-    def _most_layers(self, folder: ModelFolder) -> int:
+    def most_layers(self, folder: ModelFolder) -> int:
         """Whose attention the fullest rank holds."""
         num_layers = folder.config.num_layers
         return num_layers if self.weights == "replicated" else -(-num_layers // self.num_ranks)
@@ -53,7 +53,7 @@ class LayerParallel:
 
     def kv_bytes_per_token(self, folder: ModelFolder) -> int:
         """Bytes on the rank that holds most layers."""
-        return folder.kv_bytes_per_token(1) // folder.config.num_layers * self._most_layers(folder)
+        return folder.kv_bytes_per_token(1) // folder.config.num_layers * self.most_layers(folder)
 
 
 def layer_parallel(

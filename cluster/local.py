@@ -3,6 +3,8 @@
 What benchmarks and tests use, and what runs where Ray is not installed.
 """
 
+import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,21 +12,28 @@ from pathlib import Path
 from typing import Literal, Self
 
 from checkpoint.folder import read_model_folder
+from checkpoint.quantization import WeightFormat
 from childproc.speculation import DRAFT_MODEL_METHODS
+from cluster.deployment.made_drafts import made_at_load
 from cluster.deployment.settings import (
     DEFAULT_COLLECTIVE_TIMEOUT_S,
     DEFAULT_STARTUP_TIMEOUT_S,
     CpuSettings,
+    JobsSettings,
     KvCacheSettings,
+    LowerDraft,
     ModelSettings,
     Role,
     SchedulerSettings,
     ServerSettings,
     Settings,
     SpeculationSettings,
+    resolve_batch_invariant,
     resolve_scheduler,
     resolve_speculation,
 )
+from cluster.deployment.stored_weights import StoredWeights, resolve_weights
+from cluster.errors import StartError
 from cluster.layer_parallel import LayerParallel, Mlps, Weights, layer_parallel
 from cluster.planning.inventory import inventory_of, machine_facts
 from cluster.planning.plan import Plan, describe_devices
@@ -32,14 +41,18 @@ from cluster.planning.planner import make_plan
 from cluster.processes.child import Child, ChildProcess
 from cluster.processes.rollout import RunningDeployment, roll_out, stop_order
 from cluster.processes.startup import Launch, ProcessSet
-from cluster.processes.status import ProcessStatus
+from cluster.processes.status import ProcessStatus, State
+from cluster.processes.supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 5.0
 _LOCAL_CPU = CpuSettings()
 _LOCAL_KV_CACHE = KvCacheSettings()
 LOCAL_SCHEDULER = SchedulerSettings(max_num_seqs=64, max_num_batched_tokens=2048)
 _LOCAL_SPECULATION = SpeculationSettings()
-LOCAL_SERVER = ServerSettings(grpc_port=0)
+_LOCAL_JOBS = JobsSettings()
+LOCAL_SERVER = ServerSettings(grpc_port=0, http_port=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +60,9 @@ class LocalDraft:
     """The section `draft`; the keys mean the same."""
 
     folder: Path
+    quantization: WeightFormat | None = None
+    num_layers: int = 0  # 0: all
+    lower_draft: LowerDraft | Literal[""] = ""
     tp_size: int = 1
     layer_parallel_size: int = 1
     layer_groups: Sequence[Sequence[int]] | None = None  # None: auto
@@ -71,16 +87,20 @@ def local_settings(
     tp_size: int = 1,
     draft: LocalDraft | None = None,
     dtype: str | None = None,
+    weights: StoredWeights = "auto",
     device: Literal["cpu", "cuda"] = "cpu",
     cpu: CpuSettings = _LOCAL_CPU,
     kv_cache: KvCacheSettings = _LOCAL_KV_CACHE,
     scheduler: SchedulerSettings = LOCAL_SCHEDULER,
     speculation: SpeculationSettings = _LOCAL_SPECULATION,
     server: ServerSettings = LOCAL_SERVER,
+    jobs: JobsSettings = _LOCAL_JOBS,
     forced_acceptance: float = 0.0,
-    batch_invariant: bool = False,
+    batch_invariant: bool | Literal["auto"] = "auto",
     startup_timeout_s: float = DEFAULT_STARTUP_TIMEOUT_S,
     collective_timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S,
+    rebuild: bool = True,
+    num_replicas: int = 1,
 ) -> Settings:
     """Settings from the sections of a deployment file.
 
@@ -92,11 +112,17 @@ def local_settings(
         facts = read_model_folder(folder.resolve(), dtype=dtype)
         return ModelSettings(role=role, folder=facts, tp_size=size)
 
-    target_model = model("target", target, tp_size)
+    compiles = cpu.compile != "off"
+    given = replace(model("target", target, tp_size), kv_dtype=kv_cache.dtype)
+    target_model, _ = resolve_weights(given, weights, device, compiles=compiles)
     draft_model = None
     if draft is not None and speculation.method in (None, *DRAFT_MODEL_METHODS):
         layers = draft.layer_parallel(target_tp_size=tp_size)
-        draft_model = replace(model("draft", draft.folder, draft.tp_size), layer_parallel=layers)
+        whole = replace(
+            model("draft", draft.folder, draft.tp_size), layer_parallel=layers, lower_draft=draft.lower_draft
+        )
+        draft_model = made_at_load(whole, device, quantization=draft.quantization, num_layers=draft.num_layers)
+        draft_model, _ = resolve_weights(draft_model, "auto", device, compiles=compiles)
     colocated = draft is not None and draft.colocated
     return Settings(
         name="local",
@@ -110,10 +136,14 @@ def local_settings(
         kv_cache=kv_cache,
         scheduler=resolve_scheduler(scheduler, target_model),
         server=server,
+        jobs=jobs,
         forced_acceptance=forced_acceptance,
-        batch_invariant=batch_invariant,
+        batch_invariant=resolve_batch_invariant(batch_invariant, device),
         startup_timeout_s=startup_timeout_s,
         collective_timeout_s=collective_timeout_s,
+        rebuild=rebuild,
+        num_replicas=num_replicas,
+        max_replicas=num_replicas,
     )
 
 
@@ -123,7 +153,8 @@ class LocalDeployment:
         with LocalDeployment(local_settings(Path("models/demo-target"), tp_size=2)) as deployment:
             connect(deployment.running.scheduler_address)
 
-    Leaving the block ends every process, and so does the death of this one.
+    Leaving the block ends every process, and so does the death of this one. Their logs are in a temporary folder, which
+    stays only if a process has failed.
     """
 
     def __init__(
@@ -131,38 +162,70 @@ class LocalDeployment:
         settings: Settings,
         *,
         gateway: bool = False,
-        log_dir: Path | None = None,
         on_change: Callable[[ProcessStatus], None] = lambda _: None,
     ) -> None:
-        """Plans; raises PlanError. `log_dir` (default: a new temporary folder) takes a log of each process."""
+        """Plans; raises PlanError."""
         self.settings = settings
-        facts = machine_facts()
+        facts = machine_facts(settings.kv_cache.disk, settings.server)
         self.plan: Plan = make_plan(settings, inventory_of(facts))
-        self.log_dir = log_dir or Path(tempfile.mkdtemp(prefix="echelon-"))
-        self.processes = ProcessSet(self._spawn, on_change=on_change)
+        self.processes = ProcessSet(self.spawn, on_change=on_change)
         self._gateway = gateway
         self._free_gpus = [gpu.device_id for gpu in facts.gpus]
-        self._running: RunningDeployment | None = None
+        self._gpus: dict[str, list[str]] = {}  # by process, which keeps them when it is started again
+        self._supervisor: Supervisor | None = None
+        self._log_dir: Path | None = None  # while it is of use
+
+    @property
+    def supervisor(self) -> Supervisor:
+        assert self._supervisor is not None, "start the deployment first"
+        return self._supervisor
 
     @property
     def running(self) -> RunningDeployment:
-        assert self._running is not None, "start the deployment first"
-        return self._running
+        """Where everything is now."""
+        return self.supervisor.running
+
+    def state(self) -> tuple[State, str]:
+        """The deployment's state, and why it is not READY."""
+        state, reason, _ = self.processes.read(self.supervisor.judge)
+        return state, reason
 
     def start(self) -> RunningDeployment:
         """Block until it serves. Raises StartError, after everything was stopped again."""
-        timeout_s = self.settings.startup_timeout_s
+        self._log_dir = Path(tempfile.mkdtemp(prefix="echelon-"))
         try:
-            self._running = roll_out(
-                self.settings, self.plan, self.processes, timeout_s=timeout_s, gateway=self._gateway
+            running = roll_out(
+                self.settings,
+                self.plan,
+                self.processes,
+                timeout_s=self.settings.startup_timeout_s,
+                gateway=self._gateway,
             )
+            self._supervisor = Supervisor(self.settings, self.plan, self.processes, running)
+        except StartError as err:
+            self._end()
+            log_dir, self._log_dir = self._log_dir, None
+            raise StartError(f"{err}; logs are in {log_dir}", err.detail) from err
         except BaseException:
             self.stop()
             raise
-        return self._running
+        return running
 
     def stop(self) -> None:
         """End every process. Idempotent."""
+        self._end()
+        log_dir, self._log_dir = self._log_dir, None
+        if log_dir is None:
+            return
+        failed = self.processes.read(lambda board: board.first_loss())
+        if failed is None:
+            shutil.rmtree(log_dir, ignore_errors=True)
+        else:
+            logger.warning("%s: %s; logs are in %s", failed.name, failed.error, log_dir)
+
+    def _end(self) -> None:
+        if self._supervisor is not None:
+            self._supervisor.stop()
         self.processes.stop(STOP_GRACE_S, order=stop_order(self.plan))
 
     def __enter__(self) -> Self:
@@ -172,15 +235,18 @@ class LocalDeployment:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _spawn(self, launch: Launch) -> Child:
-        gpu_ids: list[str] = []
-        if launch.bundle is not None:
-            gpu_ids = [self._free_gpus.pop(0) for _ in range(launch.bundle.num_gpus)]
+    def spawn(self, launch: Launch) -> Child:
+        """Starts a process. A subclass may change the spec first."""
+        assert self._log_dir is not None, "processes are spawned by `start`"
+        if launch.name not in self._gpus:
+            num_gpus = launch.bundle.num_gpus if launch.bundle is not None else 0
+            self._gpus[launch.name] = [self._free_gpus.pop(0) for _ in range(num_gpus)]
+        gpu_ids = self._gpus[launch.name]
         return ChildProcess(
             launch.module,
             launch.spec,
             name=launch.name,
-            log_path=self.log_dir / f"{launch.name}.log",
+            log_path=self._log_dir / launch.log_name,
             env={**launch.env, "CUDA_VISIBLE_DEVICES": ",".join(gpu_ids)},
             devices=describe_devices(launch.bundle, gpu_ids),
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.errors import DeploymentNotFoundError, StartError
-from cluster.on_ray.runtime import PrivateRay
+from cluster.private_ray import PrivateRay
 from cluster.processes.status import DeploymentStatus, State
 
 
@@ -74,6 +74,11 @@ def claim(name: str, deployment_file: Path) -> Record:
     return record
 
 
+def note_file(name: str, deployment_file: Path) -> None:
+    """The desired state has changed to this."""
+    shutil.copyfile(deployment_file, folder_of(name) / "deployment.yaml")
+
+
 def save(record: Record) -> None:
     """Replace the record in one step: a reader sees the old one or the new one."""
     path = folder_of(record.name) / "record.json"
@@ -88,7 +93,7 @@ def load(name: str) -> Record:
     path = folder_of(name) / "record.json"
     try:
         text = path.read_text()
-        # Empty: whoever claimed the name died at once, before anything was started.
+        # Empty: the process that claimed the name died before it started anything.
         return _from_json(text) if text else Record(name=name)
     except FileNotFoundError as err:
         known = ", ".join(names()) or "none"

@@ -1,4 +1,5 @@
-"""`make demo`: deploy the bundled pair on this machine, show what speculation and the KV cache's tiers do, clean up.
+"""`make demo`: deploy the bundled pair on this machine, show what speculation and the KV cache's tiers do and that
+a stream survives the loss of a rank, clean up.
 
 It uses the public interfaces: `cluster.lifecycle` (as `echelon up` and `echelon down` do) and `echelon.Client`. Ray
 and the deployment keep their state in a temporary folder, so the demo touches no other Ray or deployment.
@@ -12,6 +13,7 @@ import socket
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +41,8 @@ MAX_TOKENS = 96
 SEED = 7
 NUM_TIMED_RUNS = 3  # of each kind, in turns
 LONG_PROMPT_CHARS = 6400
+KILLED = "target-0.1"
+SHOWN_PAUSE_S = 0.5
 NUM_TOKENS_AFTER = 16  # that are asked for after a long prompt
 
 
@@ -49,7 +53,8 @@ def main() -> int:
             file = own_copy(Path(folder))
             with deployed(file, console) as address:
                 show_speculation(console, address)
-                asked = ask_again(console, address)
+                survive(console, address)
+                asked = ask_again(console, address)  # a rank that is killed loses what it was writing to disk
             with deployed(file, console) as address:
                 asked |= ask_after_restart(console, address)
             report_prefix(console, asked)
@@ -73,7 +78,9 @@ def deployed(file: Path, console: Console) -> Iterator[str]:
         status = lifecycle.up(file, on_event=display.on_event)  # cleans up itself when it fails
     try:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # now: Ray had installed, and removed, its own
-        console.print(f"{status.model} is served at {status.endpoint}\n")
+        console.print(
+            f"{status.model} is served at {status.endpoint}, to clients of OpenAI's API at {status.http_url}/v1\n"
+        )
         yield status.endpoint
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running
@@ -83,10 +90,11 @@ def deployed(file: Path, console: Console) -> Iterator[str]:
 
 
 def own_copy(folder: Path) -> Path:
-    """demo.yaml with its disk tier in this folder, and with another port if the one in demo.yaml is in use."""
+    """demo.yaml with its disk tier in this folder, and with other ports where those in demo.yaml are in use."""
     content = yaml.safe_load(DEPLOYMENT.read_text())
     content["kv_cache"]["disk"]["path"] = str(folder / "kv")
-    content["server"]["grpc_port"] = free_port(content["server"]["grpc_port"])
+    for key, port in content["server"].items():
+        content["server"][key] = free_port(port)
     for model in (content["target"], content["draft"]):
         model["model"] = str((DEPLOYMENT.parent / model["model"]).resolve())
     copy = folder / "demo.yaml"
@@ -170,6 +178,44 @@ def accepted_per_round(run: Completion) -> str:
 
 def first_difference(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     return next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
+
+
+# -- a rank that dies -------------------------------------------------------------------------------------------------
+
+
+def survive(console: Console, address: str) -> None:
+    """Kill a rank of the target in the middle of a stream; the stream goes on."""
+    (name,) = lifecycle.list_deployments()
+    pid = next(process.pid for process in lifecycle.status(name).processes if process.name == KILLED)
+    assert pid is not None, "a deployment that serves has all its processes"
+    with Client(address) as client:
+        undisturbed = complete(client, speculation=True)
+        console.print("The same prompt again; half way, a rank of the target is killed.\n")
+        text = stream_and_kill(console, client, pid, len(undisturbed.text) // 2)
+    if text == undisturbed.text:
+        console.print("\n\nThe text is the same as without the loss.", style="bold green")
+    else:
+        console.print("\n\nThe texts differ: two candidates are too close for bfloat16.", style="yellow")
+    for event in lifecycle.status(name).events:
+        console.print(f"{event.part} {event.text}", style="dim", markup=False, soft_wrap=True)
+
+
+def stream_and_kill(console: Console, client: Client, pid: int, num_chars: int) -> str:
+    """Show a stream; end the process once so much text has come. Returns the whole text."""
+    text, is_killed, last_s = "", False, time.monotonic()
+    with client.stream(PROMPT, max_tokens=MAX_TOKENS, temperature=0.8, seed=SEED) as stream:
+        for chunk in stream:
+            now = time.monotonic()
+            if now - last_s > SHOWN_PAUSE_S:
+                console.print(f"[{now - last_s:.1f} s later]", style="bold", markup=False, end="")
+            last_s = now
+            text += chunk.text
+            console.print(chunk.text, end="", markup=False, soft_wrap=True)
+            if not is_killed and len(text) >= num_chars:
+                os.kill(pid, signal.SIGKILL)
+                is_killed = True
+                console.print(f"[{KILLED}, pid {pid}, is killed]", style="bold red", markup=False, end="")
+    return text
 
 
 # -- the KV cache -----------------------------------------------------------------------------------------------------

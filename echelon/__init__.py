@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from echelon.channel import Tls
     from echelon.client import AsyncClient, Client
 
 __version__ = "0.1.0"
-__all__ = ["AsyncClient", "Client", "__version__"]
+__all__ = ["AsyncClient", "Client", "Tls", "__version__"]
 
 
 def __getattr__(name: str) -> object:
@@ -15,4 +16,8 @@ def __getattr__(name: str) -> object:
         from echelon import client
 
         return getattr(client, name)
+    if name == "Tls":
+        from echelon.channel import Tls
+
+        return Tls
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,6 +27,16 @@ class SpeculationOptions(TypedDict, total=False):
     num_speculative_tokens: int | None  # fixed number of drafts a round; at most the deployment's
 
 
+class StructuredOutputOptions(TypedDict, total=False):
+    """The fields of protos/inference.proto's StructuredOutput: one of them."""
+
+    json_schema: Mapping[str, Any] | str
+    json_object: bool
+    regex: str
+    grammar: str
+    choice: Sequence[str]
+
+
 class SamplingOptions(TypedDict, total=False):
     """The fields of protos/sampling.proto's SamplingParams, which says what they mean. None is the same as absent."""
 
@@ -56,7 +66,8 @@ class GenerateOptions(SamplingOptions, total=False):
 
     request_id: str | None  # chosen by the server when absent
     model: str | None  # checked against the served one
-    speculation: SpeculationOptions | None  # this request's own wish
+    speculation: SpeculationOptions | None  # of this request; None: as the deployment says
+    structured_output: StructuredOutputOptions | None  # a form that the output keeps to
     cache_salt: str | None  # only requests of the same salt share KV cache; at most 256 bytes
     add_special_tokens: bool | None  # text; True when absent
     add_generation_prompt: bool | None  # conversations; True when absent, False with continue_final_message
@@ -67,6 +78,7 @@ class GenerateOptions(SamplingOptions, total=False):
 
 _SAMPLING_NAMES = tuple(SamplingParams.DESCRIPTOR.fields_by_name)
 _SPECULATION_NAMES = tuple(inference_pb2.Speculation.DESCRIPTOR.fields_by_name)
+_STRUCTURED_NAMES = tuple(inference_pb2.StructuredOutput.DESCRIPTOR.fields_by_name)
 _OTHER_NAMES = tuple(GenerateOptions.__optional_keys__ - SamplingOptions.__optional_keys__)
 
 
@@ -88,16 +100,32 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.Gen
     speculation = options.get("speculation")
     if speculation:
         request.speculation.CopyFrom(build_speculation(speculation))
+    structured = options.get("structured_output")
+    if structured is not None:
+        request.structured_output.CopyFrom(_structured_output(structured))
     return request
 
 
 def build_speculation(options: SpeculationOptions) -> inference_pb2.Speculation:
-    """A request's own wish. Raises TypeError or ValueError naming what is wrong, as `build_request` does."""
+    """How a request speculates. Raises TypeError or ValueError naming what is wrong, as `build_request` does."""
     _refuse_unknown(options, _SPECULATION_NAMES, what="speculation option")
-    wish = inference_pb2.Speculation()
+    speculation = inference_pb2.Speculation()
     for name, value in options.items():
-        _set_field(wish, name, value)
-    return wish
+        _set_field(speculation, name, value)
+    return speculation
+
+
+def _structured_output(options: StructuredOutputOptions) -> inference_pb2.StructuredOutput:
+    _refuse_unknown(options, _STRUCTURED_NAMES, what="form of structured output")
+    wanted = inference_pb2.StructuredOutput()
+    for name, value in options.items():
+        if name == "choice":
+            _set_field(wanted.choice, "texts", value)
+        elif name == "json_schema" and not isinstance(value, str):
+            wanted.json_schema = _to_json(value, "structured_output: json_schema")
+        else:
+            _set_field(wanted, name, value)
+    return wanted
 
 
 def _set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:

@@ -1,6 +1,6 @@
 """What the Python client returns, and how it is put together from the messages of a stream."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +26,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PositionLogprobs:
-    """The token that stands at one position and the most likely candidates there, best first."""
+    """The token at one position and the most likely candidates there, best first."""
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...]
@@ -41,6 +41,7 @@ class Chunk:
     token_ids: tuple[int, ...]
     logprobs: tuple[PositionLogprobs, ...]  # one for each token, if asked for
     offset: int  # number of output tokens before these
+    drafted: tuple[bool, ...] = ()  # for each token: it was drafted, and the target agreed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,7 @@ class Usage:
     cached_prompt_tokens: int  # not computed, since the prefix cache had them: on the device, or ...
     cached_prompt_tokens_from_host: int  # ... of them, in host memory
     cached_prompt_tokens_from_disk: int  # ... or on disk
+    approximations: tuple[str, ...] = ()  # what made the output approximate, as "key: value" of the deployment file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,21 +147,37 @@ class CompletionBuilder:
 
     def __init__(self) -> None:
         self.request_id = ""
+        self.seed: int | None = None  # once a gateway has taken the request
         self._completion: Completion | None = None
         self._chunks: list[Chunk] = []
 
     def add(self, response: inference_pb2.GenerateResponse) -> Chunk | None:
-        """The chunk in a message; None for the last message, which completes the completion."""
+        """The chunk in a message; None for the first message and for the last, which completes the completion."""
         self.request_id = response.request_id
-        if response.WhichOneof("message") == "complete":
+        kind = response.WhichOneof("message")
+        if kind == "started":
+            self.seed = response.started.seed
+        elif kind == "complete":
             self._completion = self._complete(response.complete)
-            return None
+        return self._take(response.chunk) if kind == "chunk" else None
+
+    def received(self, num_samples: int) -> Iterator[inference_pb2.ResumedSample]:
+        """What has come so far, by sample."""
+        for index in range(num_samples):
+            chunks = [chunk for chunk in self._chunks if chunk.index == index]
+            yield inference_pb2.ResumedSample(
+                token_ids=[token_id for chunk in chunks for token_id in chunk.token_ids],
+                num_chars=sum(len(chunk.text) for chunk in chunks),
+            )
+
+    def _take(self, message: inference_pb2.GenerateChunk) -> Chunk:
         chunk = Chunk(
-            index=response.chunk.index,
-            text=response.chunk.text,
-            token_ids=tuple(response.chunk.token_ids),
-            logprobs=_positions(response.chunk.logprobs),
-            offset=response.chunk.offset,
+            index=message.index,
+            text=message.text,
+            token_ids=tuple(message.token_ids),
+            logprobs=_positions(message.logprobs),
+            offset=message.offset,
+            drafted=tuple(message.drafted),
         )
         self._chunks.append(chunk)
         return chunk
@@ -181,6 +199,7 @@ class CompletionBuilder:
                 cached_prompt_tokens=complete.usage.cached_prompt_tokens,
                 cached_prompt_tokens_from_host=complete.usage.cached_prompt_tokens_from_host,
                 cached_prompt_tokens_from_disk=complete.usage.cached_prompt_tokens_from_disk,
+                approximations=tuple(complete.usage.approximations),
             ),
             speculation=SpeculationStats(
                 num_rounds=stats.num_rounds,

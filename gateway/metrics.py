@@ -21,6 +21,9 @@ _TOKEN_BUCKETS_S = (
     0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 10.0,
 )  # fmt: skip
 
+# Of a request: its status, how long it took in seconds, and its last message unless it has failed.
+OnEnd = Callable[[grpc.StatusCode, float, inference_pb2.GenerateComplete | None], None]
+
 
 class RequestMetrics:
     """Histograms and counters of all requests of one gateway, in `registry`. `now` is a monotonic clock, seconds."""
@@ -57,9 +60,9 @@ class RequestMetrics:
         self._successes = self._counter("request_success", "Samples that finished, by reason.", "finished_reason")
         self._errors = self._counter("request_errors", "Requests that failed, by gRPC status code.", "code")
 
-    def start(self) -> "RequestMeter":
-        """Start measuring a request that has just arrived."""
-        return RequestMeter(self)
+    def start(self, arrived_s: float, on_end: "OnEnd" = lambda code, elapsed_s, complete: None) -> "RequestMeter":
+        """Measures a request that arrived then, by `now`. `on_end` is called once it has ended."""
+        return RequestMeter(self, arrived_s, on_end)
 
     def count_error(self, code: grpc.StatusCode) -> None:
         self._errors.labels(self._model_name, code.name).inc()
@@ -79,9 +82,10 @@ class RequestMetrics:
 class RequestMeter:
     """Measures one request. It sees everything that the scheduler sends, even if the client does not read."""
 
-    def __init__(self, metrics: RequestMetrics) -> None:
+    def __init__(self, metrics: RequestMetrics, arrived_s: float, on_end: OnEnd) -> None:
         self._metrics = metrics
-        self._arrived_s = metrics.now()
+        self._on_end = on_end
+        self._arrived_s = arrived_s
         self._first_token_s: float | None = None
         self._last_token_s: dict[int, float] = {}  # by sample
         self._num_tokens = 0
@@ -113,6 +117,8 @@ class RequestMeter:
                 spent_s = sum(last - self._first_token_s for last in self._last_token_s.values())
                 metrics.per_output_token.observe(spent_s / (self._num_tokens - num_samples))
         metrics.count_complete(complete)
+        self._on_end(grpc.StatusCode.OK, now - self._arrived_s, complete)
 
     def on_error(self, code: grpc.StatusCode) -> None:
         self._metrics.count_error(code)
+        self._on_end(code, self._metrics.now() - self._arrived_s, None)

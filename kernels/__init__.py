@@ -1,1 +1,1 @@
-"""Operators of the forward pass and the sampler. docs/kernels.md lists them by wing."""
+"""Operators of the forward pass and the sampler. docs/kernels.md lists them by subpackage."""

@@ -11,4 +11,4 @@ venv=.venv-proto
     --plugin=protoc-gen-mypy_grpc="$venv/bin/protoc-gen-mypy_grpc" \
     --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. \
     echelon/pb/sampling.proto echelon/pb/inference.proto echelon/pb/scheduler.proto \
-    echelon/pb/worker.proto echelon/pb/process.proto echelon/pb/control.proto
+    echelon/pb/worker.proto echelon/pb/process.proto echelon/pb/control.proto echelon/pb/jobs.proto echelon/pb/reading.proto echelon/pb/access.proto

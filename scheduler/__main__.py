@@ -6,20 +6,24 @@ from typing import Any
 
 from childproc import edge
 from childproc.events import EventWriter
+from childproc.updates import Updates
 from echelon.pb.process_pb2 import SchedulerSpec
 from scheduler.process.server import SchedulerServer
 
-_CONNECT_TIMEOUT_S = 30.0
-_DRAIN_GRACE_S = 30.0
+# Neither time is measured.
+_CONNECT_TIMEOUT_S = 30.0  # for the groups to be reached at a start
+_DRAIN_GRACE_S = 30.0  # for running requests to end, and for KV to be written to disk
 
 
 def main() -> None:
-    edge.run(SchedulerSpec, lambda spec, events: asyncio.run(_serve(spec, events)))
+    updates = Updates()
+    edge.run(SchedulerSpec, lambda spec, events: asyncio.run(_serve(spec, events, updates)), updates)
 
 
-async def _serve(spec: SchedulerSpec, events: EventWriter) -> None:
+async def _serve(spec: SchedulerSpec, events: EventWriter, updates: Updates) -> None:
     stopped = edge.stop_signal()
     server = SchedulerServer(spec)
+    updates.subscribe_on(asyncio.get_running_loop(), server.replica.on_update)
     # A round leaves garbage in proportion to its rows; by default Python would look for cycles every few rounds.
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)

@@ -35,7 +35,7 @@ class SpeculationConfig:
     method: Method = Method.NONE
     pipeline: Pipeline = Pipeline.SERIAL
     num_speculative_tokens: int = 0  # most drafts that a target row verifies
-    adaptive: bool = False  # the policy chooses how many; otherwise all drafts at hand are verified
+    adaptive: bool = False  # the policy chooses how many; otherwise all drafts available are verified
     window: int = 0  # continuous: most drafts ahead of the last commit; 0: as many as can be useful
     verdict_cache_rows: int = 0  # continuous: most branches of a seq
 
@@ -79,6 +79,7 @@ class TierConfig:
     load_timeout_s: float = 2.0  # for which a seq waits for its blocks; then they are computed
     writes_disk: bool = True  # False: the disk is only read
     writes_at_once: bool = False  # to disk; otherwise only blocks that were used again or leave host memory
+    ignores_prices: bool = False  # fetch what is there even where computing would be faster; for tests
 
     def __post_init__(self) -> None:
         if not self.load_timeout_s > 0:
@@ -95,6 +96,8 @@ class SchedulerConfig:
     max_queue: int = 1024  # requests that wait for their first round
     enable_prefix_caching: bool = True
     max_rounds_in_flight: int = 2  # at the target
+    max_live_slowdown: float = 0.05  # of rounds by background seqs, a share
+    keeps_requests: bool = False  # while the target is away, because it is started again
     speculation: SpeculationConfig = SpeculationConfig()
     tiers: TierConfig = TierConfig()
 
@@ -102,6 +105,8 @@ class SchedulerConfig:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_queue"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if not self.max_live_slowdown >= 0:
+            raise ConfigError(f"max_live_slowdown must be >= 0, got {self.max_live_slowdown:g}")
         if self.max_rounds_in_flight not in (1, 2):
             raise ConfigError(f"max_rounds_in_flight must be 1 or 2, got {self.max_rounds_in_flight}")
 
@@ -113,6 +118,8 @@ class SchedulerConfig:
             eos_token_ids=frozenset(spec.eos_token_ids),
             **_fields_of(spec.scheduler),
             max_rounds_in_flight=spec.max_rounds_in_flight,
+            max_live_slowdown=spec.max_live_slowdown,
+            keeps_requests=spec.keeps_requests,
             speculation=SpeculationConfig.from_spec(spec.speculation),
             tiers=TierConfig(**_fields_of(spec.tiers)) if spec.HasField("tiers") else TierConfig(),
         )

@@ -6,8 +6,8 @@ deliver (`take_outputs`). Times are seconds of one monotonic clock.
 """
 
 import logging
-from heapq import heappop, heappush
 from math import inf
+from typing import Any
 
 from grpc import StatusCode
 
@@ -15,26 +15,25 @@ from checkpoint.token_table import TokenTable
 from echelon.pb import inference_pb2, scheduler_pb2, worker_pb2
 from scheduler.config import SchedulerConfig
 from scheduler.drafting.speculation import Speculation
-from scheduler.engines.engine import EngineView, PlannedRow
-from scheduler.engines.idle_meter import IdleMeter
+from scheduler.engines.engine import EngineView
+from scheduler.engines.idle_meter import Idleness
 from scheduler.errors import UnexpectedAnswerError
 from scheduler.kv_cache.tiers import Tiers
 from scheduler.requests.admission import build_request
 from scheduler.requests.checks import InvalidRequestError
+from scheduler.requests.deadlines import Deadlines
 from scheduler.requests.delivery import Delivery, Fresh
 from scheduler.requests.draft_tally import DraftTally
 from scheduler.requests.outputs import Failed, Output
 from scheduler.requests.request import Request, Seq, SeqStatus
+from scheduler.requests.resuming import replay
 from scheduler.requests.stopping import Finish
 from scheduler.target.planner import TargetPlanner
+from scheduler.target.report import report_target
+from scheduler.target.row import TargetRow
+from scheduler.target.state import condemned
 
 logger = logging.getLogger(__name__)
-
-_ABORT = Finish(reason=inference_pb2.FINISH_REASON_ABORT)
-
-
-def _failed(request_id: str, code: StatusCode, message: str) -> Failed:
-    return Failed(request_id=request_id, code=code.value[0], message=message)
 
 
 class SchedulerCore:
@@ -47,34 +46,52 @@ class SchedulerCore:
         self._target = TargetPlanner(config, self._speculation)
         self._requests: dict[str, Request] = {}
         self._num_arrived = 0
-        self._deadlines: list[tuple[float, int, Request]] = []  # a heap; finished requests stay until they surface
+        self._deadlines = Deadlines()
+        self.last_target: EngineView[TargetRow] | None = None  # also while it is away; None: it will not come back
         self._delivery = Delivery(table)
         self._num_generated = 0
         self._speculated = DraftTally()
         self._totals = scheduler_pb2.SchedulerStatus()
-        self._draft_idle = IdleMeter()
-        self._verify_wait = IdleMeter()
+        self._idleness = Idleness()
 
     # -- engines ------------------------------------------------------------------------------------------------------
 
     def connect_target(self, info: worker_pb2.EngineInfo, incarnation: int) -> None:
-        self._target.attach(self._new_engine(info, incarnation))
+        """Requests that the target had before it was lost are computed again, as far as there is room for them."""
+        engine: EngineView[TargetRow] = self._new_engine(info, incarnation)
+        self.last_target = engine
+        self._target.attach(engine)
+        for request in [request for request in self._requests.values() if request.max_len > engine.longest_seq]:
+            room = f"the target was started again and has room for {engine.longest_seq} tokens"
+            self._fail(request, StatusCode.RESOURCE_EXHAUSTED, f"{room}: lower max_tokens")
 
     def connect_draft(self, info: worker_pb2.EngineInfo, incarnation: int, *, shares_process: bool = False) -> None:
         """Speculation starts, or resumes, for every seq. `shares_process`: the draft runs in the target's process."""
         self._speculation.attach(self._new_engine(info, incarnation), shares_process=shares_process)
 
-    def disconnect_target(self, reason: str) -> None:
-        """The target is gone and everything it held is lost: every request fails."""
+    def disconnect_target(self, reason: str, now: float) -> None:
+        """The target is gone and everything it held is lost. If somebody starts it again, requests wait for it."""
+        for request in self._target.detach(now):
+            self._fail(request, StatusCode.INTERNAL, f"{condemned(request)}: {reason}")
+        if not self._config.keeps_requests:
+            self.give_up_target(reason)
+
+    def give_up_target(self, reason: str) -> None:
+        """The target will not come back: every request fails."""
+        self.last_target = None
         for request in list(self._requests.values()):
             self._fail(request, StatusCode.UNAVAILABLE, reason)
-        self._target.detach()
+
+    @property
+    def accepts_requests(self) -> bool:
+        """Whether a request that comes now is queued: the target is there, or will be."""
+        return self.last_target is not None
 
     def disconnect_draft(self) -> None:
         """The draft engine is gone: requests continue without drafts."""
         self._speculation.detach()
 
-    def _new_engine(self, info: worker_pb2.EngineInfo, incarnation: int) -> EngineView:
+    def _new_engine(self, info: worker_pb2.EngineInfo, incarnation: int) -> EngineView[Any]:
         return EngineView(
             info,
             incarnation,
@@ -89,19 +106,19 @@ class SchedulerCore:
         try:
             return self._add(submit, now)
         except InvalidRequestError as error:
-            return _failed(submit.request_id, StatusCode.INVALID_ARGUMENT, str(error))
+            return Failed.of(submit.request_id, StatusCode.INVALID_ARGUMENT, str(error))
 
     def _add(self, submit: scheduler_pb2.Submit, now: float) -> Failed | None:
         request_id = submit.request_id
-        engine = self._target.engine
+        engine = self.last_target
         if engine is None:
-            return _failed(request_id, StatusCode.UNAVAILABLE, "the target group is not connected")
+            return Failed.of(request_id, StatusCode.UNAVAILABLE, "the target group is not connected")
         if request_id in self._requests:
-            return _failed(request_id, StatusCode.ALREADY_EXISTS, f"request_id {request_id!r} is already running")
+            return Failed.of(request_id, StatusCode.ALREADY_EXISTS, f"request_id {request_id!r} is already running")
         num_queued, max_queue = self._target.num_queued, self._config.max_queue
-        if num_queued >= max_queue:
+        if num_queued >= max_queue and not submit.was_accepted:
             full = f"the queue is full: {num_queued} requests wait (max_queue {max_queue})"
-            return _failed(request_id, StatusCode.RESOURCE_EXHAUSTED, f"{full}; try again later")
+            return Failed.of(request_id, StatusCode.RESOURCE_EXHAUSTED, f"{full}; try again later")
         request = build_request(
             submit,
             config=self._config,
@@ -112,12 +129,16 @@ class SchedulerCore:
             number=self._num_arrived,
             now=now,
         )
+        ended = replay(submit, request, engine.info.vocab_size, engine.approximations)
         self._num_arrived += 1
         self._requests[request_id] = request
-        if request.deadline_s is not None:
-            heappush(self._deadlines, (request.deadline_s, self._num_arrived, request))
+        self._deadlines.add(request)
         self._totals.prompt_tokens_total += request.num_prompt_tokens
-        self._speculation.welcome(self._target.add(request), submit.speculation)
+        self._speculation.add(self._target.add(request), submit.speculation)
+        if request.seqs[0].num_outputs:
+            self._start_siblings(request)
+        for seq, finish in ended:
+            self._finish(seq, finish, now, Fresh(seq, seq.num_outputs, [], None))
         return None
 
     def cancel(self, request_id: str, now: float) -> None:
@@ -125,32 +146,28 @@ class SchedulerCore:
         request = self._requests.get(request_id)
         if request is None:
             return
+        aborted = Finish(reason=inference_pb2.FINISH_REASON_ABORT)
         for seq in request.seqs:
             if seq.status is not SeqStatus.FINISHED:
                 seq.output.end()
-                self._finish(seq, _ABORT, now, Fresh(seq, seq.num_outputs, [], None))
+                self._finish(seq, aborted, now, Fresh(seq, seq.num_outputs, [], None))
 
-    def adjust(self, request_id: str, wish: inference_pb2.Speculation) -> None:
+    def adjust(self, request_id: str, params: inference_pb2.Speculation) -> None:
         """Change how a running request speculates, from its next rows on. Unknown ids are ignored, as in `cancel`."""
         request = self._requests.get(request_id)
         for seq in request.seqs if request is not None else ():
             if seq.status is not SeqStatus.FINISHED:
-                self._speculation.adjust(seq, wish)
+                self._speculation.adjust(seq, params)
 
     def expire(self, now: float) -> None:
         """Fail the requests whose deadline has passed."""
-        while self._deadlines and self._deadlines[0][0] <= now:
-            request = heappop(self._deadlines)[2]
-            if request.is_finished:
-                continue
+        for request in self._deadlines.take_expired(now):
             allowed = request.deadline_s - request.arrived_s if request.deadline_s is not None else 0.0
             self._fail(request, StatusCode.DEADLINE_EXCEEDED, f"not finished within {allowed:.3f} s")
 
     def next_deadline(self) -> float | None:
         """When `expire` is worth calling again."""
-        while self._deadlines and self._deadlines[0][2].is_finished:
-            heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else None
+        return self._deadlines.next()
 
     def next_release(self) -> float | None:
         """When to plan again even if nothing happens: by then drafts, or blocks from other tiers, were waited for long
@@ -166,7 +183,7 @@ class SchedulerCore:
         return None if self._target.engine is None else self._target.engine.idle_since
 
     @property
-    def engines(self) -> dict["worker_pb2.EngineRole.ValueType", EngineView | None]:
+    def engines(self) -> dict["worker_pb2.EngineRole.ValueType", EngineView[Any] | None]:
         """What is known of the groups; None where one is not connected."""
         draft = self._speculation.drafter.engine
         return {worker_pb2.ENGINE_ROLE_TARGET: self._target.engine, worker_pb2.ENGINE_ROLE_DRAFT: draft}
@@ -178,7 +195,7 @@ class SchedulerCore:
     # -- the draft engine ---------------------------------------------------------------------------------------------
 
     def plan_draft(self, now: float) -> worker_pb2.Round | None:
-        running, idle_since = self._target.running, self._target_idle_since
+        running, idle_since = self._target.foremost, self._target_idle_since
         message = self._speculation.plan_draft(running, now, target_idle_since=idle_since)
         self._totals.draft_rounds_total += message is not None
         self._measure_idleness(now)
@@ -198,34 +215,37 @@ class SchedulerCore:
 
     def _measure_idleness(self, now: float) -> None:
         """Note that the engines may have become busy or idle."""
-        engine, draft_engine = self._target.engine, self._speculation.drafter.engine
         waits = self._speculation.target_waits or self._speculation.next_release is not None
-        self._verify_wait.update(now, is_idle=waits and engine is not None and not engine.in_flight)
+        draft_engine = self._speculation.drafter.engine
+        self._idleness.update_target(now, self._target.engine, is_wanted=waits)
         is_idle = draft_engine is not None and not draft_engine.in_flight
-        self._draft_idle.update(now, is_idle=is_idle and self._speculation.speculates(self._target.running))
+        self._idleness.update_draft(now, is_idle=is_idle and self._speculation.speculates(self._target.foremost))
 
     def on_target_result(self, result: worker_pb2.RoundResult, now: float) -> None:
         """Commit the results of a round."""
-        record = self._target.land(result, now)
+        record = self._target.complete(result, now)
         self._speculation.observe_target(record)
         for row, answer in record.answered:
             if row.seq.status is not SeqStatus.FINISHED:
                 self._on_row(row, answer, now)
 
-    def _on_row(self, row: PlannedRow, answer: worker_pb2.RowResult, now: float) -> None:
+    def _on_row(self, row: TargetRow, answer: worker_pb2.RowResult, now: float) -> None:
         seq = row.seq
         if answer.non_finite:
             self._on_non_finite(row)
             return
+        if answer.grammar_error:
+            self._fail(seq.request, StatusCode.INVALID_ARGUMENT, f"structured_output: {answer.grammar_error}")
+            return
         if seq.request.prompt_logprobs:
             self._delivery.take_prompt_logprobs(seq.request.prompt_logprobs, answer)
-        num_computed = row.start + row.chunk_len + (answer.num_accepted_tokens if row.drafts else 0)
+        num_computed = row.end + (answer.num_accepted_tokens if row.drafts else 0)
         token_ids = list(answer.token_ids)
         if not token_ids:
             self._target.publish(row, num_computed)
             return
         offset = seq.num_outputs
-        finish = self._commit(seq, token_ids)
+        finish = seq.commit(token_ids)
         if finish is not None:
             del token_ids[seq.num_outputs - offset :]
         self._count(row, answer, len(token_ids), now)
@@ -237,16 +257,7 @@ class SchedulerCore:
         else:
             self._finish(seq, finish, now, fresh)
 
-    def _commit(self, seq: Seq, token_ids: list[int]) -> Finish | None:
-        """Append tokens to the history, up to the one that ends the seq."""
-        for token_id in token_ids:
-            seq.token_ids.append(token_id)
-            finish = seq.output.push(token_id)
-            if finish is not None:
-                return finish
-        return None
-
-    def _count(self, row: PlannedRow, answer: worker_pb2.RowResult, num_taken: int, now: float) -> None:
+    def _count(self, row: TargetRow, answer: worker_pb2.RowResult, num_taken: int, now: float) -> None:
         """`num_taken` tokens were committed for the row's seq."""
         request = row.seq.request
         self._num_generated += num_taken
@@ -255,8 +266,7 @@ class SchedulerCore:
             tally.add(num_verified, min(answer.num_accepted_tokens, num_taken))
         if row.drafts:
             self._speculation.on_verdict(row.seq, answer.num_accepted_tokens, num_verified)
-        if request.first_token_s is None:
-            request.first_token_s = now
+        request.note_token(now)
         if len(request.seqs) > 1:
             self._start_siblings(request)
 
@@ -269,7 +279,8 @@ class SchedulerCore:
     # -- tiers of the KV cache ----------------------------------------------------------------------------------------
 
     def order_moves(self, now: float) -> list[tuple["worker_pb2.EngineRole.ValueType", worker_pb2.MoveOrder]]:
-        """The moves to order from the groups now. Call it after planning rounds."""
+        """The moves to order from the groups now. Call it before planning rounds, so that blocks are stored before they
+        are evicted, and after it, so that what a plan wants comes at once."""
         return [(role, order) for role, tiers in self.tiers for order in tiers.orders(now)]
 
     def tiers_of(self, role: "worker_pb2.EngineRole.ValueType") -> Tiers:
@@ -302,9 +313,9 @@ class SchedulerCore:
                 self._target.release(seq)
                 self._speculation.finish(seq)
         self._forget(request)
-        self._delivery.put(_failed(request.request_id, code, message))
+        self._delivery.put(Failed.of(request.request_id, code, message))
 
-    def _on_non_finite(self, row: PlannedRow) -> None:
+    def _on_non_finite(self, row: TargetRow) -> None:
         seq = row.seq
         self._target.unpublish(row)
         self._totals.non_finite_rows_total += 1
@@ -314,7 +325,7 @@ class SchedulerCore:
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.request_id]
-        request.is_finished = True
+        request.close()
         self._target.forget(request)
 
     # -- what comes out -----------------------------------------------------------------------------------------------
@@ -331,18 +342,9 @@ class SchedulerCore:
         status.CopyFrom(self._totals)
         status.generation_tokens_total = self._num_generated
         status.speculation_total.CopyFrom(self._speculated.message())
-        status.num_preemptions_total = self._target.num_preemptions
-        status.prefix_cache_queries = self._target.num_tokens_looked_up
-        status.prefix_cache_hits = self._target.tokens_found.total
-        status.prefix_cache_hits_from_host = self._target.tokens_found.from_host
-        status.prefix_cache_hits_from_disk = self._target.tokens_found.from_disk
-        status.num_requests_running = len({state.seq.request.request_id for state in self._target.running})
+        report_target(self._target, status)
         status.num_requests_waiting = len(self._requests) - status.num_requests_running
-        if self._target.engine is not None:
-            status.num_blocks = self._target.engine.blocks.num_blocks
-            status.num_free_blocks = self._target.engine.blocks.num_free
-        status.draft_idle_seconds_total = self._draft_idle.idle_s
-        status.verify_wait_seconds_total = self._verify_wait.idle_s
+        self._idleness.report(status)
         status.tiers.extend(report for role, tiers in self.tiers for report in tiers.report(role))
         self._speculation.report(status)
         return status

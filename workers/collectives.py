@@ -56,7 +56,7 @@ class TorchGroup:
     def __init__(self, process_group: ProcessGroup, *, ordered_sum: bool) -> None:
         """`ordered_sum` makes sums independent of the batch around a row: partial sums are gathered, added in rank
         order in fp32 and rounded once. Without it the backend decides, and a ring adds the chunks of a tensor in an
-        order that depends on where a row lies in it. For the few rows of a decode step, gloo is as fast either way. For
+        order that depends on the position of a row. For the few rows of a decode step, gloo is as fast either way. For
         the thousands of rows of a prefill, the gather moves size / 2 times as many bytes."""
         self._process_group = process_group
         self._ordered_sum = ordered_sum

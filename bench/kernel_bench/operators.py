@@ -13,13 +13,13 @@ from bench.kernel_bench.machine import CACHES_TO_EXCEED, Machine, Step
 from bench.report import table
 from kernels.kv.reshape_and_cache import gather_rotary, reshape_and_cache
 from kernels.layers.linear import linear, linear_batch_invariant, pack_weight
+from kernels.layers.mxfp4 import quantize_mxfp4
+from kernels.layers.mxfp4_linear import mxfp4_linear
 from kernels.layers.rms_norm import fused_add_rms_norm, rms_norm
 from kernels.layers.silu_and_mul import silu_and_mul
 from kernels.sampling.sample import NoiseKeys, sample
 from kernels.sampling.truncation import Truncation
 from kernels.sampling.truncation_threshold import truncation_threshold
-from kernels.upcoming.mxfp4 import quantize_mxfp4
-from kernels.upcoming.mxfp4_linear import mxfp4_linear
 
 TOP_K, TOP_P = 50, 0.95
 

@@ -1,120 +1,74 @@
 """From a deployment file to settings: all problems at once, each with its line, its path and a remedy."""
 
-import difflib
+import os
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
 from checkpoint.errors import LoadError
 from checkpoint.folder import ModelFolder, find_model, read_model_folder
 from childproc.speculation import DRAFT_MODEL_METHODS
-from cluster.deployment.schema import DeploymentFile, Draft, KvCache, Section, Target
+from cluster import state_dir
+from cluster.deployment.made_drafts import SELF, made_at_load, quantization_problems
+from cluster.deployment.problems import problems_of
+from cluster.deployment.schema import DeploymentFile, Draft, KvCache, Replicas, Section, Server, Target, Tls
 from cluster.deployment.settings import (
+    AuthSettings,
     CpuSettings,
     DiskSettings,
+    JobsSettings,
     KvCacheSettings,
     ModelSettings,
     Role,
+    ScalingSettings,
     SchedulerSettings,
     ServerSettings,
     Settings,
     SpeculationSettings,
+    TlsSettings,
+    resolve_batch_invariant,
     resolve_scheduler,
     resolve_speculation,
 )
+from cluster.deployment.start_time import start_time_notes, start_time_problems
+from cluster.deployment.stored_weights import resolve_weights
 from cluster.deployment.text import check_text
+from cluster.deployment.tier_problems import tier_problems
 from cluster.deployment.yaml_lines import read_document
-from cluster.errors import ConfigError, Problem
+from cluster.errors import Problem
 from cluster.layer_parallel import LayerParallel, layer_parallel, layer_parallel_key_problems
 
 T = TypeVar("T")
 
-# How alike a key must be to a known one to be suggested, by difflib (1: equal); other sections have many keys.
-_ALIKE, _ALIKE_ELSEWHERE = 0.7, 0.85
 
-# By pydantic's error types. Where there is no remedy, the message says what the value must be.
-_REMEDIES = {
-    "int_type": "write a whole number, without quotes",
-    "float_type": "write a number, without quotes",
-    "bool_type": "write true or false, without quotes",
-    "string_type": "write text, in quotes where it looks like something else",
-    "string_unicode": "take out half a surrogate pair, like \\ud800",
-    "list_type": "write a list, like [1, 2]",
-}
+def load_deployment(path: Path, *, startup_timeout_s: float | None = None) -> Settings:
+    """Read and check a deployment file and the model folders that it names. `startup_timeout_s` replaces the file's.
 
-
-def load_deployment(path: Path) -> Settings:
-    """Read and check a deployment file and the model folders that it names.
-
-    Raises ConfigError with every problem found: first those of the file itself, or, where there are none, those of
+    Raises ConfigError with every problem found: first those of the file itself, or, if there are none, those of
     the models and of how the values go together.
     """
     document = read_document(path)
+    if startup_timeout_s is not None:
+        document = replace(document, value={**document.value, "startup_timeout_s": startup_timeout_s})
     try:
         file = DeploymentFile.model_validate(document.value)
     except ValidationError as err:
-        problems = [_problem(details) for details in err.errors()]
+        problems = problems_of(err, DeploymentFile)
     else:
         settings, problems = _resolve(file, path.resolve().parent)
         if settings is not None and not problems:
             return settings
-    lined = [replace(p, line=document.line_of(p.path.split("."))) for p in problems]
-    raise ConfigError(str(path), sorted(lined, key=lambda problem: problem.line or 0))
-
-
-def _problem(details: ErrorDetails) -> Problem:
-    """What pydantic found, in our words."""
-    path = ".".join(str(part) for part in details["loc"]) or "file"
-    kind, message, value = details["type"], details["msg"], details["input"]
-    if kind == "extra_forbidden":
-        return Problem(path=path, message="unknown key", remedy=_nearest(tuple(str(p) for p in details["loc"])))
-    if kind == "missing":
-        return Problem(path=path, message="is missing", remedy="add it")
-    if kind == "invalid_key":
-        return Problem(path=path, message="a key must be text", remedy="put it in quotes, or take it out")
-    if kind == "model_type":
-        return Problem(path=path, message="must be a section of keys", remedy="fill it in or leave it out")
-    if kind == "string_pattern_mismatch":
-        message = "must be lower-case letters, digits and hyphens, at most 63"
-    message = message.removeprefix("Value error, ").replace("Input should ", "must ")
-    return Problem(path=path, message=message, remedy=_REMEDIES.get(kind, ""), value=repr(value))
-
-
-def _nearest(path: tuple[str, ...]) -> str:
-    """The known key that an unknown one probably stands for: spelt alike, or the same word in another section."""
-    *parents, key = path
-    known = dict(_sections(DeploymentFile))
-    section = known.get(".".join(parents), DeploymentFile)
-    wanted = key.replace("-", "_").lower()
-    by_lower = {name.lower(): name for name in section.model_fields}
-    close = difflib.get_close_matches(wanted, by_lower, n=1, cutoff=_ALIKE)
-    if close:
-        return f"did you mean {'.'.join([*parents, by_lower[close[0]]])}?"
-    everywhere = [name for model in known.values() for name in model.model_fields]
-    alike = difflib.get_close_matches(wanted, everywhere, n=1, cutoff=_ALIKE_ELSEWHERE)
-    if alike:
-        places = [f"{path}.{alike[0]}".lstrip(".") for path, model in known.items() if alike[0] in model.model_fields]
-        return f"did you mean {' or '.join(places)}?"
-    return f"known keys here: {', '.join(section.model_fields)}"
-
-
-def _sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    yield path, model
-    for name, field in model.model_fields.items():
-        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                yield from _sections(candidate, f"{path}.{name}".lstrip("."))
+    raise document.error(path, problems)
 
 
 def _resolve(file: DeploymentFile, base: Path) -> tuple[Settings | None, list[Problem]]:
     """Fill in what depends on the models; None where they cannot be read."""
     problems: list[Problem] = []
-    target = _model("target", file.target, base, problems)
-    draft = None if file.draft is None else _model("draft", file.draft, base, problems)
+    target = _model("target", file.target, base, problems, model=file.target.model)
+    draft = None if file.draft is None else _draft(file, base, problems)
     method = file.speculation.method
     if method in DRAFT_MODEL_METHODS and file.draft is None:
         remedy = "add a draft section or set method: " + ("suffix" if method == "hybrid" else "none")
@@ -123,22 +77,39 @@ def _resolve(file: DeploymentFile, base: Path) -> tuple[Settings | None, list[Pr
     if target is None or (file.draft is not None and draft is None):
         return None, problems
     if draft is not None and file.draft is not None:
-        draft = replace(draft, layer_parallel=_layer_parallel(file.draft, target))
-        problems += _layer_parallel_problems(file.draft, draft)
+        lower = "" if file.draft.draft is None else file.draft.draft.method
+        draft = replace(draft, layer_parallel=_layer_parallel(file.draft, target), lower_draft=lower)
+        problems += [*_layer_parallel_problems(file.draft, draft), *quantization_problems(draft)]
+    target, draft = _with_stored_weights(file, target, draft, problems)
     if method is not None and method not in DRAFT_MODEL_METHODS:
         draft = None  # none and suffix are for comparisons, so the file may keep its draft section
     settings = _settings(file, base, target, draft)
     if file.scheduler.max_model_len is None and settings.device == "cpu":
         settings = _cap_max_model_len(settings)
     text = check_text(settings, {"target": file.target.model, "draft": file.draft.model if file.draft else ""})
-    settings = replace(settings, notes=text.notes)
+    settings = replace(settings, notes=(*text.notes, *start_time_notes(settings)))
     problems += text.problems
     return settings, problems + list(_pair_problems(file, settings)) + list(_limit_problems(settings))
 
 
-def _model(role: Role, section: Target | Draft, base: Path, problems: list[Problem]) -> ModelSettings | None:
+def _with_stored_weights(
+    file: DeploymentFile, target: ModelSettings, draft: ModelSettings | None, problems: list[Problem]
+) -> tuple[ModelSettings, ModelSettings | None]:
+    """Both models, with the bits of quantised checkpoints where they can be kept; a draft has no key for it."""
+    compiles = file.cpu.compile != "off"
+    target, problem = resolve_weights(target, file.target.weights, file.device, compiles=compiles)
+    if problem is not None:
+        problems.append(problem)
+    if draft is not None:
+        draft, _ = resolve_weights(draft, "auto", file.device, compiles=compiles)
+    return target, draft
+
+
+def _model(
+    role: Role, section: Target | Draft, base: Path, problems: list[Problem], *, model: str
+) -> ModelSettings | None:
     try:
-        folder = read_model_folder(find_model(section.model, base), dtype=section.dtype)
+        folder = read_model_folder(find_model(model, base), dtype=section.dtype)
     except LoadError as err:
         value = repr(section.model)
         problems.append(Problem(path=f"{role}.model", value=value, message=err.message, remedy=err.remedy))
@@ -149,6 +120,26 @@ def _model(role: Role, section: Target | Draft, base: Path, problems: list[Probl
         path, remedy = f"{role}.tensor_parallel_size", folder.config.tensor_parallel_remedy()
         problems.append(Problem(path=path, value=str(tp_size), message=uneven, remedy=remedy))
     return ModelSettings(role=role, folder=folder, tp_size=tp_size)
+
+
+def _draft(file: DeploymentFile, base: Path, problems: list[Problem]) -> ModelSettings | None:
+    """The draft's model, with what is made of it at load."""
+    section = file.draft
+    assert section is not None, "asked for the draft of a file without one"
+    is_self = section.model == SELF
+    if is_self and section.quantization is None and section.layers == "all":
+        message, remedy = "would be the target again, which is no faster", "set draft.quantization or draft.layers"
+        problems.append(Problem(path="draft.model", value=repr(SELF), message=message, remedy=remedy))
+        return None
+    draft = _model("draft", section, base, problems, model=file.target.model if is_self else section.model)
+    if draft is None:
+        return None
+    num_layers = 0 if section.layers == "all" else section.layers
+    try:
+        return made_at_load(draft, file.device, quantization=section.quantization, num_layers=num_layers)
+    except LoadError as err:
+        problems.append(Problem(path="draft.layers", value=str(num_layers), message=err.message, remedy=err.remedy))
+        return None
 
 
 def _layer_parallel(section: Draft, target: ModelSettings) -> LayerParallel | None:
@@ -177,20 +168,37 @@ def _settings(file: DeploymentFile, base: Path, target: ModelSettings, draft: Mo
     return Settings(
         name=file.name,
         model_name=_served_name(file.target.model, target.folder),
-        target=target,
+        target=replace(target, kv_dtype=file.kv_cache.dtype),
         draft=draft,
         speculation=resolve_speculation(
             _section(SpeculationSettings, file.speculation), has_draft=draft is not None, colocated=colocated
         ),
+        num_replicas=file.replicas.min,
+        max_replicas=file.replicas.max or file.replicas.min,
+        scaling=_scaling(file.replicas),
+        rollout=file.replicas.rollout,
         colocated=colocated,
         device=file.device,
         cpu=_section(CpuSettings, file.cpu),
         kv_cache=_kv_cache(file.kv_cache, base),
         scheduler=resolve_scheduler(_section(SchedulerSettings, file.scheduler), target),
-        server=_section(ServerSettings, file.server),
-        batch_invariant=file.batch_invariant,
+        server=_server(file.server, base),
+        jobs=_jobs(file, base),
+        batch_invariant=resolve_batch_invariant(file.batch_invariant, file.device),
         startup_timeout_s=file.startup_timeout_s,
+        drain_timeout_s=file.drain_timeout_s,
         collective_timeout_s=file.collective_timeout_s,
+        rebuild=file.rebuild,
+    )
+
+
+def _scaling(replicas: Replicas) -> ScalingSettings | None:
+    if replicas.target_ongoing_requests is None:
+        return None
+    return ScalingSettings(
+        target_ongoing_requests=replicas.target_ongoing_requests,
+        upscale_delay_s=replicas.upscale_delay_s,
+        downscale_delay_s=replicas.downscale_delay_s,
     )
 
 
@@ -205,7 +213,37 @@ def _kv_cache(section: KvCache, base: Path) -> KvCacheSettings:
     if section.disk is None:
         return settings
     disk = _section(DiskSettings, section.disk)
-    return replace(settings, disk=replace(disk, path=str((base / Path(disk.path).expanduser()).resolve())))
+    return replace(settings, disk=replace(disk, path=os.path.realpath(_beside(disk.path, base))))
+
+
+def _server(section: Server, base: Path) -> ServerSettings:
+    return ServerSettings(
+        host=section.host,
+        grpc_port=section.grpc_port,
+        http_port=section.http_port or 0,
+        gateways=section.gateways,
+        audit_file="" if section.audit_file is None else _beside(section.audit_file, base),
+        tls=None if section.tls is None else _tls(section.tls, base),
+        auth=None if section.auth is None else AuthSettings(tokens_file=_beside(section.auth.tokens_file, base)),
+    )
+
+
+def _jobs(file: DeploymentFile, base: Path) -> JobsSettings:
+    section = file.jobs
+    if not section.enabled:
+        return JobsSettings()
+    path = state_dir.folder_of(file.name) / "jobs" if section.path is None else _beside(section.path, base)
+    return replace(_section(JobsSettings, section), path=str(path))
+
+
+def _tls(section: Tls, base: Path) -> TlsSettings:
+    client_ca = _beside(section.client_ca, base) if section.client_ca else ""
+    return TlsSettings(cert=_beside(section.cert, base), key=_beside(section.key, base), client_ca=client_ca)
+
+
+def _beside(path: str, base: Path) -> str:
+    """A path of the file, which may be relative to its folder. Links stay: Kubernetes replaces what they lead to."""
+    return os.path.abspath(base / Path(path).expanduser())
 
 
 def _served_name(model: str, folder: ModelFolder) -> str:
@@ -249,19 +287,8 @@ def _limit_problems(settings: Settings) -> Iterator[Problem]:
         message = f"is less than max_num_seqs ({settings.scheduler.max_num_seqs}): a round could not decode all seqs"
         yield _limit_problem("max_num_batched_tokens", settings.scheduler.max_num_batched_tokens, message, "raise it")
     yield from _kv_problems(settings)
-    yield from _tier_problems(settings)
-
-
-def _tier_problems(settings: Settings) -> Iterator[Problem]:
-    cache = settings.kv_cache
-    if cache.cpu_bytes and not settings.scheduler.enable_prefix_caching:
-        message = "keeps prefixes, and scheduler.enable_prefix_caching is false"
-        yield Problem(
-            path="kv_cache.cpu_bytes", value=str(cache.cpu_bytes), message=message, remedy="leave one of them out"
-        )
-    if cache.disk is not None and not cache.cpu_bytes:
-        message = "blocks go to disk through host memory"
-        yield Problem(path="kv_cache.disk", message=message, remedy="set kv_cache.cpu_bytes too")
+    yield from tier_problems(settings)
+    yield from start_time_problems(settings)
 
 
 def _limit_problem(key: str, value: int, message: str, remedy: str) -> Problem:

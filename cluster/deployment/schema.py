@@ -5,15 +5,31 @@ are set, never ignored. Unknown keys are errors that name the nearest known one 
 """
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-from cluster.deployment.settings import DEFAULT_COLLECTIVE_TIMEOUT_S, DEFAULT_STARTUP_TIMEOUT_S, Method, Pipeline
+from checkpoint.quantization import WeightFormat
+from childproc.tier_block import TierDtype
+from cluster.deployment.settings import (
+    DEFAULT_COLLECTIVE_TIMEOUT_S,
+    DEFAULT_DRAIN_TIMEOUT_S,
+    DEFAULT_JOBS_BYTES,
+    DEFAULT_MAX_LIVE_SLOWDOWN,
+    DEFAULT_RETENTION_S,
+    DEFAULT_STARTUP_TIMEOUT_S,
+    KvDtype,
+    Method,
+    Pipeline,
+)
+from cluster.deployment.stored_weights import StoredWeights
 from cluster.layer_parallel import Mlps, Weights
 
 _SIZE_PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*$", re.IGNORECASE)
 _PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_MAX_PATH_CHARS = 4000  # Linux takes 4095 bytes, with the folder of this file before it
+_WEEK_S = 7 * 86_400
 _LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
@@ -23,16 +39,36 @@ def parse_size(value: Any) -> Any:
         return value  # pydantic checks that it is an integer
     match = _SIZE_PATTERN.match(value)
     if match is None:
-        raise ValueError("is no size; write bytes, or a number with a unit, like 512MiB or 64GiB")
+        raise ValueError("is not a size; write bytes, or a number with a unit, like 512MiB or 64GiB")
     number, unit = match.groups(default="")
     base = 1024 if unit.lower().endswith("i") else 1000
     return int(float(number) * base ** _PREFIXES[unit.lower().removesuffix("i")])
 
 
-def _check_path(value: str) -> str:
-    if not value or "\0" in value:
-        raise ValueError("is no path; give a folder")
+def _path_of(what: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not value or "\0" in value or len(value) > _MAX_PATH_CHARS:
+            raise ValueError(f"is not a path; give a {what}")
+        try:
+            str(Path(value).expanduser()).encode()
+        except RuntimeError as err:  # pathlib's way to say that "~somebody" is nobody
+            raise ValueError("starts with ~ and a user that does not exist; write the path out") from err
+        except UnicodeEncodeError as err:
+            raise ValueError("cannot be a path: half a character; write it out") from err
+        return value
+
+    return AfterValidator(check)
+
+
+def _leave_out_nothing(value: Any) -> Any:
+    if value == 0 and not isinstance(value, bool):
+        raise ValueError("is nothing; leave the key out")
     return value
+
+
+def _off(value: Any) -> Any:
+    """YAML reads `off` as false."""
+    return "off" if value is False else value
 
 
 def _refuse(value: Any) -> Any:
@@ -52,20 +88,11 @@ def _built(*, use: str, later: tuple[str, ...]) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _one_only(what: str) -> AfterValidator:
-    def check(value: int) -> int:
-        if value > 1:
-            raise ValueError(f"{what} is not built yet; use 1")
-        return value
-
-    return AfterValidator(check)
-
-
 def _count_or(word: str, *, most: int, off: bool = False) -> BeforeValidator:
-    """An integer from 1 to `most`, `word`, or, if allowed, off (which YAML reads as false)."""
+    """An integer from 1 to `most`, `word`, or, if allowed, off."""
 
     def check(value: Any) -> Any:
-        if off and (value is False or value == "off"):
+        if off and _off(value) == "off":
             return "off"
         if value != word and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
             raise ValueError(f"must be {word}{', off' if off else ''} or an integer from 1 to {most}")
@@ -74,34 +101,86 @@ def _count_or(word: str, *, most: int, off: bool = False) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _flag_or_auto(value: Any) -> Any:
+    if value != "auto" and not isinstance(value, bool):
+        raise ValueError("must be auto or a boolean; write true or false, without quotes")
+    return value
+
+
 Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(ge=1)]
+OptionalSize = Annotated[
+    int, BeforeValidator(_leave_out_nothing), BeforeValidator(parse_size, json_schema_input_type=int | str), Field(ge=1)
+]
+FilePath = Annotated[str, _path_of("file")]
 NotBuilt = Annotated[Any, AfterValidator(_refuse), Field(description="not built yet")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]  # what every message and operating system can carry
-Seconds = Annotated[float, Field(gt=0, le=7 * 86_400, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=_WEEK_S, allow_inf_nan=False)]
+# Ranks that load, or a machine that is busy for a moment, keep one another waiting; not measured.
+Patience = Annotated[float, Field(ge=1, le=_WEEK_S, allow_inf_nan=False)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
 class Section(BaseModel):
-    """What all sections have in common: unknown keys are errors, "8" is no integer, values do not change."""
+    """What all sections have in common: unknown keys are errors, "8" is not an integer, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Replicas(Section):
-    min: Annotated[Positive, _one_only("more than one replica")] = 1
-    max: Annotated[Positive, _one_only("more than one replica")] = 1
-    target_ongoing_requests: NotBuilt = None
+    min: Annotated[int, Field(ge=1, le=64, description="copies of both models, each on devices of its own")] = 1
+    max: Annotated[int | None, Field(ge=1, le=64)] = Field(
+        default=None, description="default: min; for so many, host memory and disk of a node are divided"
+    )
+    target_ongoing_requests: Annotated[int | None, Field(ge=1)] = Field(
+        default=None, description="replicas come and go so that each has so many requests, waiting or running"
+    )
+    upscale_delay_s: Annotated[float, Field(ge=0, le=86400, description="more are needed for so long first")] = 10.0
+    downscale_delay_s: Annotated[float, Field(ge=0, le=86400, description="fewer would do for so long first")] = 300.0
+    rollout: Annotated[Literal["surge", "in_place"], Field(description="new ones beside or after old ones")] = "surge"
+
+    @field_validator("max")
+    @classmethod
+    def _is_no_less(cls, most: int | None, info: ValidationInfo) -> int | None:
+        least = info.data.get("min")
+        if most is not None and least is not None and most < least:
+            raise ValueError(f"is less than replicas.min, {least}; raise it, or leave it out")
+        return most
+
+    @field_validator("target_ongoing_requests")
+    @classmethod
+    def _has_a_range(cls, target: int | None, info: ValidationInfo) -> int | None:
+        if target is not None and "max" in info.data and info.data["max"] is None:
+            raise ValueError("needs replicas.max, the most that the load may ask for; add it")
+        return target
 
 
 class Target(Section):
     model: str = Field(description="folder in Hugging Face layout (relative to this file), or a hub id in the cache")
     tensor_parallel_size: Positive = 1
     dtype: Dtype | None = Field(default=None, description="default: the checkpoint's own")
+    weights: StoredWeights = Field(
+        default="auto", description="of a quantised checkpoint: stored, as it is; auto: stored where there are products"
+    )
+
+
+class LowerDraft(Section):
+    method: Literal["suffix"] = Field(description="suffix: what followed the same tokens earlier in the sequence")
+    model: NotBuilt = None
 
 
 class Draft(Section):
-    model: str = Field(description="folder in Hugging Face layout (relative to this file), or a hub id in the cache")
+    model: str = Field(
+        description="folder in Hugging Face layout (relative to this file), hub id in the cache, or self: the target's"
+    )
+    quantization: WeightFormat | None = Field(
+        default=None, description="to which the weights are rounded at load; default: not"
+    )
+    layers: Annotated[int | Literal["all"], _count_or("all", most=4096)] = Field(
+        default="all", description="of the model, the first ones"
+    )
+    kv_dtype: NotBuilt = None
+    draft: LowerDraft | None = Field(default=None, description="a draft of the draft, which verifies its proposals")
     tensor_parallel_size: Positive = 1
     layer_parallel_size: Annotated[int, Field(ge=1, le=64)] = Field(
         default=1, description="layers whose attention runs at once, each on a device of its own"
@@ -134,26 +213,31 @@ class Speculation(Section):
 
 
 class Disk(Section):
-    path: Annotated[str, AfterValidator(_check_path)] = Field(
-        description="a folder on each node (relative to this file)"
-    )
+    path: Annotated[str, _path_of("folder")] = Field(description="a folder on each node (relative to this file)")
     bytes: Size = Field(description="that the folder may take on one node")
     write: Literal["reused", "all"] = Field(
         default="reused", description="reused: blocks that were used again, or that host memory evicts"
     )
-    read_only: bool = Field(default=False, description="read what another deployment writes")
+    read_only: bool = Field(default=False, description="read what another deployment has written when this one starts")
 
 
 class KvCache(Section):
     block_size: Annotated[int, Field(ge=1, le=256)] = 16
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1, description="cuda only")] = 0.9
-    device_bytes: Size | None = Field(default=None, description="cpu only: KV cache of one device; default 1GiB")
-    cpu_bytes: Size | None = Field(
+    device_bytes: OptionalSize | None = Field(
+        default=None, description="cpu only: KV cache of one device; default 1GiB"
+    )
+    cpu_bytes: OptionalSize | None = Field(
         default=None, description="host memory of one node for blocks that leave its devices; default: none"
     )
     disk: Disk | None = Field(default=None, description="where blocks go that host memory has no room for")
     load_timeout_s: Seconds = Field(
         default=2.0, description="for which a sequence waits for blocks from host memory or disk"
+    )
+    dtype: KvDtype = Field(default="auto", description="fp8: KV of the target in half the bytes, and not exact")
+    tier_dtype: TierDtype = Field(
+        default="same",
+        description="int8, int4: the tiers hold more tokens, and what comes back is not exact",
     )
 
 
@@ -169,35 +253,67 @@ class Scheduler(Section):
 
 class Cpu(Section):
     threads_per_worker: Annotated[int, Field(ge=1, le=1024)] = 1
-    compile: Literal["auto", "off"] = Field(
+    compile: Annotated[Literal["auto", "off"], BeforeValidator(_off)] = Field(
         default="auto", description="C++ kernels for the CPU, if there is a compiler"
     )
 
 
+class Tls(Section):
+    cert: FilePath = Field(description="PEM, with its chain")
+    key: FilePath = Field(description="PEM, not encrypted")
+    client_ca: FilePath | None = Field(default=None, description="PEM; clients must have a certificate that it signed")
+
+
+class Auth(Section):
+    tokens_file: FilePath = Field(description="made and changed by `echelon token`")
+
+
 class Server(Section):
-    insecure: bool = Field(default=False, description="listen beyond loopback without TLS and tokens")
-    host: str = "127.0.0.1"  # after `insecure`, which its check needs
+    insecure: bool = Field(default=False, description="listen beyond loopback without TLS or without tokens")
+    tls: Tls | None = Field(default=None, description="of both ports; files are read again when they change")
+    auth: Auth | None = Field(default=None, description="callers need a token")
+    gateways: int = Field(
+        default=1, ge=1, le=16, description="each on a node of its own if host is 0.0.0.0, else on the next ports"
+    )
+    audit_file: FilePath | None = Field(default=None, description="who has asked for what, without prompts")
+    host: str = "127.0.0.1"  # after those that its check needs
     grpc_port: Port = 50051
-    http_port: Port | None = Field(default=None, description="where /metrics is served; default: nowhere")
-    tls: NotBuilt = None
-    auth: NotBuilt = None
+    http_port: Port | None = Field(
+        default=8000, validate_default=True, description="OpenAI's API and /metrics; null: no HTTP"
+    )
 
     @field_validator("host")
     @classmethod
     def _loopback_unless_insisted(cls, host: str, info: ValidationInfo) -> str:
-        if host not in _LOOPBACK_HOSTS and not info.data.get("insecure"):
+        is_safe = info.data.get("tls") is not None and info.data.get("auth") is not None
+        if host not in _LOOPBACK_HOSTS and not is_safe and not info.data.get("insecure"):
             raise ValueError(
-                "is reachable by others and TLS and tokens are not built yet; "
-                "use 127.0.0.1, or set server.insecure: true to insist"
+                "is reachable by others, so it needs server.tls and server.auth; "
+                "set them, use 127.0.0.1, or set server.insecure: true to insist"
             )
         return host
 
     @field_validator("http_port")
     @classmethod
-    def _is_another_port(cls, port: int | None, info: ValidationInfo) -> int | None:
-        if port is not None and port == info.data.get("grpc_port"):
-            raise ValueError("is server.grpc_port too; choose another")
-        return port
+    def _is_another_port(cls, port: int | None, info: ValidationInfo) -> int:
+        grpc_port, gateways = info.data.get("grpc_port"), info.data.get("gateways", 1)
+        if port is not None and grpc_port is not None and abs(port - grpc_port) < gateways:
+            apart = f"; with {gateways} gateways they must be {gateways} apart" if gateways > 1 else ""
+            raise ValueError(f"is server.grpc_port too; choose another{apart}")
+        return port or 0  # as in settings: null, unlike a key that is not there, asks for none
+
+
+class Jobs(Section):
+    enabled: bool = Field(default=True, description="false: the deployment takes no jobs")
+    path: Annotated[str, _path_of("folder")] | None = Field(default=None, description="default: in the state directory")
+    max_bytes: Size = Field(default=DEFAULT_JOBS_BYTES, description="of all uploads together")
+    max_running: Positive | None = Field(default=None, description="items at once; default: max_num_seqs a replica")
+    retention_s: Annotated[float, Field(gt=0, le=520 * _WEEK_S, allow_inf_nan=False)] = Field(
+        default=DEFAULT_RETENTION_S, description="for which jobs that have ended and unused files are kept"
+    )
+    max_live_slowdown: Annotated[float, Field(ge=0, le=10)] = Field(
+        default=DEFAULT_MAX_LIVE_SLOWDOWN, description="of rounds of other requests, a share"
+    )
 
 
 class DeploymentFile(Section):
@@ -213,12 +329,20 @@ class DeploymentFile(Section):
     kv_cache: KvCache = KvCache()
     scheduler: Scheduler = Scheduler()
     attention: Annotated[Literal["full"], _built(use="full", later=("budgeted",))] = "full"
-    batch_invariant: bool = False
+    batch_invariant: Annotated[bool | Literal["auto"], BeforeValidator(_flag_or_auto)] = Field(
+        default="auto", description="results do not depend on the batch; auto: where that costs nothing"
+    )
     device: Literal["cpu", "cuda"] = "cuda"
     cpu: Cpu = Cpu()
     server: Server = Server()
+    jobs: Jobs = Jobs()
     startup_timeout_s: Seconds = DEFAULT_STARTUP_TIMEOUT_S
-    collective_timeout_s: Seconds = DEFAULT_COLLECTIVE_TIMEOUT_S
+    drain_timeout_s: Annotated[float, Field(ge=0, le=_WEEK_S, allow_inf_nan=False)] = Field(
+        default=DEFAULT_DRAIN_TIMEOUT_S,
+        description="for which requests may finish on a replica that is removed; then they go on at another",
+    )
+    collective_timeout_s: Patience = DEFAULT_COLLECTIVE_TIMEOUT_S
+    rebuild: bool = Field(default=True, description="start again what is lost while the deployment serves")
 
 
 def json_schema() -> dict[str, Any]:

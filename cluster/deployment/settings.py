@@ -8,18 +8,27 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from checkpoint.folder import ModelFolder
+from checkpoint.weights import EMBEDDING, HEAD
+from childproc.ports import reachable_host
 from childproc.speculation import DRAFT_MODEL_METHODS
+from childproc.tier_block import TierBlock, TierDtype, tier_block
 from cluster.layer_parallel import LayerParallel
 
 Role = Literal["target", "draft"]
 Method = Literal["none", "draft_model", "suffix", "hybrid"]
+LowerDraft = Literal["suffix"]
 Pipeline = Literal["serial", "continuous"]
+KvDtype = Literal["auto", "fp8"]
 SEPARATE_PIPELINE: Pipeline = "continuous"  # the default of a draft on devices of its own; a colocated one takes turns
 AUTO_NUM_SPECULATIVE_TOKENS = 8  # a limit: the policy chooses below it
 AUTO_VERDICT_CACHE_ROWS = 8
 _MAX_BRANCHES = 64  # of all seqs together: rows of a draft step that are not free any more
 _DEFAULT_MAX_MODEL_LEN = 32768  # a longer context must be asked for: its KV cache decides how many seqs fit
 _DEFAULT_DEVICE_BYTES = 1 << 30
+DEFAULT_DRAIN_TIMEOUT_S = 30.0
+DEFAULT_JOBS_BYTES = 32 << 30
+DEFAULT_MAX_LIVE_SLOWDOWN = 0.05
+DEFAULT_RETENTION_S = 30 * 86_400.0
 DEFAULT_STARTUP_TIMEOUT_S, DEFAULT_COLLECTIVE_TIMEOUT_S = 120.0, 60.0
 _MIN_ROUND_TIMEOUT_S = 60.0
 
@@ -32,6 +41,8 @@ class ModelSettings:
     folder: ModelFolder
     tp_size: int
     layer_parallel: LayerParallel | None = None  # draft only; tp_size is 1 then
+    lower_draft: LowerDraft | Literal[""] = ""  # draft only: what drafts for it; empty: nothing
+    kv_dtype: KvDtype = "auto"  # auto: that of the weights
 
     @property
     def dtype(self) -> str:
@@ -49,11 +60,44 @@ class ModelSettings:
         return self.folder.weight_bytes(self.tp_size)
 
     @property
+    def step_bytes(self) -> int:
+        """Of the weights on one rank, those that a step reads: all but the embedding, of which it takes a few rows."""
+        embedding = self.folder.weights[EMBEDDING]
+        is_whole = self.layer_parallel is not None and self.layer_parallel.weights == "replicated"
+        num_elements = embedding.num_elements if is_whole else embedding.elements_of_rows(self.num_ranks)
+        is_head_too = HEAD not in self.folder.weights
+        return self.weight_bytes - (0 if is_head_too else self.folder.bytes_of(EMBEDDING, num_elements))
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes on one rank."""
         if self.layer_parallel is not None:
             return self.layer_parallel.kv_bytes_per_token(self.folder)
-        return self.folder.kv_bytes_per_token(self.tp_size)
+        return self.folder.kv_bytes_per_token(self.tp_size) // self.folder.value_bytes * self.kv_value_bytes
+
+    @property
+    def kv_value_bytes(self) -> int:
+        """Of a number in the KV cache."""
+        return 1 if self.kv_dtype == "fp8" else self.folder.value_bytes
+
+    @property
+    def num_kv_layers(self) -> int:
+        """Layers whose keys and values one rank holds."""
+        if self.layer_parallel is not None:
+            return self.layer_parallel.most_layers(self.folder)
+        return self.folder.config.num_layers
+
+    def block_in_tiers(self, kv_cache: "KvCacheSettings") -> TierBlock:
+        """Bytes on one rank, below the device."""
+        head_dim, value_bytes = self.folder.config.head_dim, self.kv_value_bytes
+        return tier_block(
+            kv_cache.tier_dtype,
+            num_layers=self.num_kv_layers,
+            block_size=kv_cache.block_size,
+            num_kv_heads=self.kv_bytes_per_token // (2 * self.num_kv_layers * head_dim * value_bytes),
+            head_dim=head_dim,
+            value_bytes=value_bytes,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +124,7 @@ class SpeculationSettings:
 
 
 def resolve_speculation(wanted: SpeculationSettings, *, has_draft: bool, colocated: bool) -> Speculation:
-    """Fill in what is left open (None, "auto")."""
+    """Fill in what is unset (None, "auto")."""
     pipeline, verdict_cache = wanted.pipeline, wanted.verdict_cache
     method = wanted.method or ("draft_model" if has_draft else "none")
     if method == "none":
@@ -103,6 +147,13 @@ def resolve_speculation(wanted: SpeculationSettings, *, has_draft: bool, colocat
     )
 
 
+def resolve_batch_invariant(wanted: bool | Literal["auto"], device: Literal["cpu", "cuda"]) -> bool | None:
+    """None: only the workers can say. On CUDA nobody has measured what it costs."""
+    if wanted == "auto":
+        return None if device == "cpu" else False
+    return wanted
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskSettings:
     """The section `kv_cache.disk`."""
@@ -121,6 +172,8 @@ class KvCacheSettings:
     cpu_bytes: int = 0  # host memory of one node for blocks that leave its devices; 0: none
     disk: DiskSettings | None = None
     load_timeout_s: float = 2.0  # for which a seq waits for blocks from host memory or disk
+    dtype: KvDtype = "auto"  # of the target's cache on its devices; target.kv_dtype is the same
+    tier_dtype: TierDtype = "same"  # what a block becomes on its way to host memory and disk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,10 +192,55 @@ class CpuSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TlsSettings:
+    """The section `server.tls`: files in PEM on the gateway's node."""
+
+    cert: str
+    key: str
+    client_ca: str = ""  # empty: clients need no certificate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuthSettings:
+    """The section `server.auth`."""
+
+    tokens_file: str  # on the gateway's node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
     host: str = "127.0.0.1"
     grpc_port: int = 50051  # 0: any free one
-    http_port: int = 0  # 0: no HTTP server
+    http_port: int = 8000  # 0: no HTTP server
+    tls: TlsSettings | None = None
+    auth: AuthSettings | None = None
+    gateways: int = 1
+    audit_file: str = ""  # on the gateway's node; empty: none
+
+    def at(self, port_offset: int) -> "ServerSettings":
+        """Of a gateway whose ports are so many further."""
+        grpc_port = self.grpc_port + port_offset if self.grpc_port else 0
+        return replace(self, grpc_port=grpc_port, http_port=self.http_port + port_offset if self.http_port else 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobsSettings:
+    """The section `jobs`."""
+
+    path: str = ""  # of a folder on the gateway's node; empty: the deployment takes no jobs
+    max_bytes: int = DEFAULT_JOBS_BYTES  # of all uploads together
+    max_running: int = 0  # items at once; 0: as many as there are slots
+    retention_s: float = DEFAULT_RETENTION_S
+    max_live_slowdown: float = DEFAULT_MAX_LIVE_SLOWDOWN  # of live requests, a share
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalingSettings:
+    """Replicas come and go with the load."""
+
+    target_ongoing_requests: int  # that wait or run, for each replica
+    upscale_delay_s: float
+    downscale_delay_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,17 +252,28 @@ class Settings:
     target: ModelSettings
     draft: ModelSettings | None = None  # None: no draft model is started
     speculation: Speculation = Speculation()
+    num_replicas: int = 1  # copies of both models, each with a scheduler of its own; with `scaling` the fewest
+    scaling: ScalingSettings | None = None
+    rollout: Literal["surge", "in_place"] = "surge"  # whether a changed replica starts before or after the old one ends
+    drain_timeout_s: float = DEFAULT_DRAIN_TIMEOUT_S
+    max_replicas: int = 1  # for which host memory and disk of a node are divided; no less than num_replicas
     colocated: bool = False  # the draft's ranks live in the target's processes
     device: Literal["cpu", "cuda"] = "cpu"
     cpu: CpuSettings = CpuSettings()
     kv_cache: KvCacheSettings = KvCacheSettings()
     scheduler: SchedulerSettings
     server: ServerSettings = ServerSettings()
+    jobs: JobsSettings = JobsSettings()
     forced_acceptance: float = 0.0  # benchmarks only: the share of drafts that count as right; 0: drafts are checked
-    batch_invariant: bool = False
+    batch_invariant: bool | None = None  # None: where it costs nothing, which the workers find out
     startup_timeout_s: float = DEFAULT_STARTUP_TIMEOUT_S
     collective_timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S
+    rebuild: bool = True  # start again what is lost while the deployment serves
     notes: tuple[str, ...] = ()  # what a person should know of the models
+
+    def num_replicas_from(self, number: int) -> int:
+        """How many there should be, if there are `number` now."""
+        return self.num_replicas if self.scaling is None else min(max(number, self.num_replicas), self.max_replicas)
 
     @property
     def max_model_len(self) -> int:
@@ -172,7 +281,7 @@ class Settings:
         return self.scheduler.max_model_len
 
     def max_model_len_of(self, role: Role) -> int:
-        """Tokens of a seq that an engine can hold: a draft ends at its model's own limit, the seq goes on without."""
+        """Tokens of a seq that an engine can hold: a draft ends at its model's own limit, and the seq goes on alone."""
         return min(self.max_model_len, self.model(role).folder.config.max_len)
 
     @property
@@ -180,12 +289,12 @@ class Settings:
         """How long the scheduler waits for a round: no less than the ranks wait for one another inside it."""
         return max(_MIN_ROUND_TIMEOUT_S, self.collective_timeout_s)
 
-    @property
-    def metrics_url(self) -> str:
-        """Where Prometheus finds the gateway's metrics; empty: nowhere."""
-        host, port = self.server.host, self.server.http_port
+    def http_url(self, node: str) -> str:
+        """Where a gateway on a node of this address serves HTTP; empty: nowhere."""
+        host, port = reachable_host(self.server.host, node), self.server.http_port
         host = f"[{host}]" if ":" in host else host
-        return f"http://{host}:{port}/metrics" if port else ""
+        scheme = "http" if self.server.tls is None else "https"
+        return f"{scheme}://{host}:{port}" if port else ""
 
     @property
     def method(self) -> Method:

@@ -1,7 +1,7 @@
 """YAML that remembers where each key stands, and refuses what YAML would silently resolve: a key given twice."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A mapping with the line (from 1) of each of its keys, at any depth."""
+    """A mapping with the line (from 1) of each of its keys and items, at any depth. An item's key is its number."""
 
     value: Mapping[str, Any]
     lines: Mapping[KeyPath, int]
@@ -26,6 +26,11 @@ class Document:
             if line is not None:
                 return line
         return None
+
+    def error(self, path: Path, problems: Iterable[Problem]) -> ConfigError:
+        """Of the file at `path`: the problems with their lines, in their order."""
+        lined = [replace(problem, line=self.line_of(problem.path.split("."))) for problem in problems]
+        return ConfigError(str(path), sorted(lined, key=lambda problem: problem.line or 0))
 
 
 def read_document(path: Path) -> Document:
@@ -69,7 +74,7 @@ def _error(path: Path, problem: Problem) -> ConfigError:
 
 
 def _collect_lines(
-    node: yaml.MappingNode, path: KeyPath, lines: dict[KeyPath, int], *, around: Sequence[yaml.MappingNode] = ()
+    node: yaml.CollectionNode, path: KeyPath, lines: dict[KeyPath, int], *, around: Sequence[yaml.Node] = ()
 ) -> list[Problem]:
     """Fill `lines` below `node`, which stands in `around`.
 
@@ -77,9 +82,8 @@ def _collect_lines(
     """
     problems = []
     around = (*around, node)
-    for key_node, value_node in node.value:
-        key_path = (*path, str(key_node.value))
-        line = key_node.start_mark.line + 1
+    for key, line, value_node in _entries(node):
+        key_path = (*path, key)
         dotted = ".".join(str(part) for part in key_path)
         if key_path in lines:
             message = f"is given twice, first in line {lines[key_path]}"
@@ -91,6 +95,16 @@ def _collect_lines(
             problems.append(
                 Problem(path=dotted, message="is an alias of a section that contains it", remedy=remedy, line=line)
             )
-        elif isinstance(value_node, yaml.MappingNode):
+        elif isinstance(value_node, yaml.CollectionNode):
             problems += _collect_lines(value_node, key_path, lines, around=around)
     return problems
+
+
+def _entries(node: yaml.CollectionNode) -> Iterator[tuple[str, int, yaml.Node]]:
+    """Key or number, line and value of each entry."""
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield str(index), item.start_mark.line + 1, item
+    else:
+        for key_node, value_node in node.value:
+            yield str(key_node.value), key_node.start_mark.line + 1, value_node

@@ -1,29 +1,27 @@
-"""What we ask of Ray: who is there, what is free, placement groups on the nodes of the plan."""
+"""What we ask of Ray: its nodes, what is free, placement groups on the nodes of the plan."""
 
 import logging
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib import metadata
-from typing import Any
+from collections.abc import Callable, Container, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import ray
-from ray._private import ray_constants
 from ray._private.state import available_resources_per_node
-from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.deployment.settings import Settings
-from cluster.errors import PlanError, StartError
+from cluster.errors import PlanError
 from cluster.planning.inventory import MachineFacts, machine_facts
-from cluster.planning.plan import Bundle, Inventory, Node, Plan, check_followed
-from cluster.planning.planner import make_plan
+from cluster.planning.plan import Bundle, Inventory, Node, Plan, ReplicaPlan, check_followed
+from cluster.planning.planner import make_plan, plan_changed, plan_more
 from cluster.processes.child import REPOSITORY
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 NAMESPACE = "echelon"
 _PREFIX = "echelon"
@@ -34,70 +32,11 @@ _HEAD_RESOURCE = "node:__internal_head__"
 _NODE_ID_LABEL = "ray.io/node-id"
 
 
-@contextmanager
-def connected(address: str, *, token: str = "") -> Iterator[None]:
-    """A connection to the Ray at `address` (host:port), left open where the caller had it open before.
-
-    `token` is that of a Ray which asks for one; otherwise Ray's own variables and files say. Raises StartError.
-    """
-    if ray.is_initialized():
-        here = ray.get_runtime_context().gcs_address
-        if here != address:
-            raise StartError(f"this process is connected to the Ray at {here}, not to {address}; use another process")
-        yield
-        return
-    with _authenticated(token):
-        try:
-            ray.init(
-                address=address,
-                namespace=NAMESPACE,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env=_runtime_env(),
-            )
-        except (RayError, ConnectionError, RuntimeError, ValueError) as err:
-            raise StartError(f"cannot connect to the Ray cluster at {address}: {err}") from err
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-@contextmanager
-def _authenticated(token: str) -> Iterator[None]:
-    """Ray reads its token from the environment once per process. This reads it again and restores it afterwards.
-
-    A Ray with a token is one of our own (runtime.py) and really listens on 127.0.0.1, which Ray would replace.
-    """
-    if not token:
-        yield
-        return
-    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
-    before = {name: os.environ[name] for name in names if name in os.environ}
-    spans_machines = ray_constants.ENABLE_RAY_CLUSTER
-    os.environ.update(zip(names, ("token", token), strict=True))
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    _reread_token()
-    try:
-        yield
-    finally:
-        for name in names:
-            os.environ.pop(name, None)
-        os.environ.update(before)
-        ray_constants.ENABLE_RAY_CLUSTER = spans_machines
-        _reread_token()
-
-
-def _reread_token() -> None:
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
-
-
-def ray_inventory() -> Inventory:
-    """What every live node has to give now."""
+def ray_inventory(settings: Settings) -> Inventory:
+    """What every live node has to give to this deployment now."""
     alive = [node for node in _all_nodes() if node["Alive"]]
     free = _free_resources()
-    facts = _probe([node["NodeID"] for node in alive])
+    facts = _probe([node["NodeID"] for node in alive], settings)
     head = next((node["NodeID"] for node in alive if _HEAD_RESOURCE in node["Resources"]), "")
     nodes = []
     for node in alive:
@@ -114,6 +53,8 @@ def ray_inventory() -> Inventory:
                 cores=machine.cores if is_idle else (),
                 memory_bytes=machine.memory_bytes,
                 gpu_memory_bytes=machine.gpu_memory_bytes,
+                disk=machine.disk,
+                server_problem=machine.server_problem,
             )
         )
     return Inventory(nodes=tuple(nodes), head_node_id=head)
@@ -125,10 +66,26 @@ def plan_now(settings: Settings, *, patience_s: float = _PLAN_PATIENCE_S) -> Pla
     Ray's view of what is free lags a moment behind what was given back, so a plan that fails is made again for a
     while.
     """
+    return _patiently(lambda: make_plan(settings, ray_inventory(settings)), patience_s)
+
+
+def plan_for(plan: Plan, settings: Settings, num_replicas: int, *, patience_s: float = _PLAN_PATIENCE_S) -> Plan:
+    """The plan of what runs, with so many replicas: further ones on what is free now, or without the last ones."""
+    if num_replicas <= len(plan.replicas):
+        return replace(plan, replicas=plan.replicas[:num_replicas])
+    return _patiently(lambda: plan_more(plan, settings, ray_inventory(settings), num_replicas), patience_s)
+
+
+def plan_changed_now(plan: Plan, settings: Settings, *, patience_s: float = _PLAN_PATIENCE_S) -> ReplicaPlan:
+    """One replica with these settings, on what is free now beside what `plan` says; raises PlanError."""
+    return _patiently(lambda: plan_changed(plan, settings, ray_inventory(settings)), patience_s)
+
+
+def _patiently(make: Callable[[], T], patience_s: float) -> T:
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            return make_plan(settings, ray_inventory())
+            return make()
         except PlanError:
             if time.monotonic() >= deadline:
                 raise
@@ -144,6 +101,7 @@ def reserve(name: str, bundles: Sequence[Bundle], timeout_s: float) -> Placement
         [_resources(bundle) for bundle in bundles],
         strategy="PACK",
         name=name,
+        lifetime="detached",  # a controller that is lost leaves it to the next one
         bundle_label_selector=[{_NODE_ID_LABEL: bundle.node_id} for bundle in bundles],
     )
     try:
@@ -156,17 +114,28 @@ def reserve(name: str, bundles: Sequence[Bundle], timeout_s: float) -> Placement
     return group
 
 
-def group_name(deployment: str, role: str) -> str:
-    return f"{_PREFIX}:{deployment}:{role}"
+def group_name(deployment: str, part: str) -> str:
+    return f"{_PREFIX}:{deployment}:{part}"
 
 
 def actor_name(deployment: str, process: str) -> str:
     return f"{_PREFIX}-{process}:{deployment}"
 
 
-def remove_groups(deployment: str) -> None:
+def controller_name(deployment: str) -> str:
+    return actor_name(deployment, "controller")
+
+
+def find_controller(deployment: str) -> Any | None:
+    try:
+        return ray.get_actor(controller_name(deployment), namespace=NAMESPACE)
+    except ValueError:  # Ray's way to say that there is none
+        return None
+
+
+def remove_groups(deployment: str, *, keep: Container[str] = ()) -> None:
     """Give back what a controller that did not end in order has reserved."""
-    for name in _groups(deployment):
+    for name in (name for name in groups_of(deployment) if name not in keep):
         try:
             remove_placement_group(ray.util.get_placement_group(name))
         except ValueError:  # gone since
@@ -175,17 +144,31 @@ def remove_groups(deployment: str) -> None:
 
 def remnants(deployment: str) -> list[str]:
     """Names of the deployment's actors and placement groups that Ray still has."""
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    suffix = f":{deployment}"
-    ours = [
+    return actors_of(deployment) + groups_of(deployment)
+
+
+def end_actors(deployment: str, *, keep: Container[str] = ()) -> None:
+    """Hosts outlive their controller; their children do not outlive them."""
+    for name in (name for name in actors_of(deployment) if name not in keep):
+        try:
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+        except ValueError:  # gone since
+            logger.debug("%s has already ended", name)
+
+
+def actors_of(deployment: str) -> list[str]:
+    """Names of its actors: the controller and the hosts."""
+    return [
         actor["name"]
-        for actor in actors
-        if actor["namespace"] == NAMESPACE and actor["name"].startswith(_PREFIX) and actor["name"].endswith(suffix)
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["namespace"] == NAMESPACE
+        and actor["name"].startswith(_PREFIX)
+        and actor["name"].endswith(f":{deployment}")
     ]
-    return ours + _groups(deployment)
 
 
-def _groups(deployment: str) -> list[str]:
+def groups_of(deployment: str) -> list[str]:
+    """Names of its placement groups."""
     prefix = group_name(deployment, "")
     return [
         group["name"]
@@ -223,13 +206,13 @@ def _free_resources() -> dict[str, dict[str, float]]:
     return free
 
 
-def _probe(node_ids: Sequence[str]) -> dict[str, MachineFacts]:
+def _probe(node_ids: Sequence[str], settings: Settings) -> dict[str, MachineFacts]:
     """Ask each node's operating system, all at once."""
-    task = ray.remote(machine_facts)
+    task: Any = ray.remote(machine_facts)
     pending = {
         node_id: task.options(
             num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
-        ).remote()
+        ).remote(settings.kv_cache.disk, settings.server)
         for node_id in node_ids
     }
     try:
@@ -238,16 +221,3 @@ def _probe(node_ids: Sequence[str]) -> dict[str, MachineFacts]:
         raise PlanError(
             f"a Ray node does not run our code: {err}; its Python needs the same Echelon, installed or at {REPOSITORY}"
         ) from err
-
-
-def _runtime_env() -> dict[str, Any]:
-    """How Ray's workers find our code: an installed Echelon by itself, a bare checkout by its path.
-
-    An empty one is worth having: Ray keeps idle workers ready for it, which halves the time to start an actor.
-    """
-    try:
-        metadata.distribution("echelon")
-    except metadata.PackageNotFoundError:
-        paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
-    return {}

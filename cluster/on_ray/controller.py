@@ -1,53 +1,53 @@
 """The controller: a detached, named Ray actor that places, starts and watches the processes of one deployment.
 
-It owns their hosts and placement groups, so that its own end frees everything.
+Their hosts and placement groups outlive it. If it is lost, Ray starts it again, and it takes over what runs.
 """
 
 import logging
 import threading
 import time
 import traceback
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.deployment.settings import Role, Settings
+from cluster.authority import Authority
+from cluster.deployment.settings import Settings
 from cluster.errors import StartError
-from cluster.on_ray.cluster import NAMESPACE, actor_name, group_name, reserve
-from cluster.on_ray.host import RayChild, host_in_bundle, host_on_node
-from cluster.planning.plan import Plan
+from cluster.on_ray.adoption import adopt, end_others, find_groups, find_processes, where_all_is
+from cluster.on_ray.changing import Changer
+from cluster.on_ray.cluster import (
+    actor_name,
+    group_name,
+    plan_changed_now,
+    plan_for,
+    reserve,
+)
+from cluster.on_ray.desired import DesiredState, load, save
+from cluster.on_ray.host import RayChild, host_in_bundle, host_on_node, start_child
+from cluster.on_ray.scaler import Load, Scaler
+from cluster.planning.plan import Bundle, ControlProcess, ReplicaPlan
+from cluster.process_id import PartId
 from cluster.processes.child import Child
-from cluster.processes.rollout import check_port, process_ids, roll_out, stop_order
+from cluster.processes.rollout import RunningDeployment, check_ports, process_ids, roll_out, start_replicas, stop_order
+from cluster.processes.scaling import Scaling
+from cluster.processes.shown_settings import shown_settings
 from cluster.processes.startup import Launch, ProcessSet
 from cluster.processes.status import DeploymentStatus, State
 from cluster.processes.supervision import Board
-from cluster.processes.vitals import VitalsWatch
+from cluster.processes.supervisor import Supervisor
 from echelon import __version__
+from echelon.pb.worker_pb2 import EngineRole
 
 logger = logging.getLogger(__name__)
 
 _RESERVE_TIMEOUT_S = 15.0  # the plan counts on free devices only, so this is Ray's own delay
 _FAILED_GRACE_S = 2.0
-_NUM_THREADS = 8  # each call of `status` that waits for news takes one
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DesiredState:
-    """What a controller has to bring up."""
-
-    settings: Settings
-    plan: Plan
-    log_dir: Path  # on each node
-    timeout_s: float  # for the start
-    version: str = __version__
-
-
-def controller_name(deployment: str) -> str:
-    return actor_name(deployment, "controller")
+_REMOVED_GRACE_S = 5.0
 
 
 class Controller:
@@ -59,11 +59,24 @@ class Controller:
                 f"this node runs Echelon {__version__}, the command line {desired.version}; make them equal"
             )
         self._desired = desired
-        self._groups: dict[Role, PlacementGroup] = {}
+        self._is_successor = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
+        self._authority = Authority.create(desired.settings.name)
+        self._groups: dict[PartId, PlacementGroup] = {}
         self._hosts: dict[str, Any] = {}
+        self._children: dict[str, RayChild] = {}  # the latest of each name
         self._failure: StartError | None = None
         self._endpoint = ""
-        self._vitals: VitalsWatch | None = None  # once it serves
+        self._supervisor: Supervisor | None = None  # once it serves
+        self._scaler: Scaler | None = None  # once it serves, if replicas come and go with the load
+        self._joining: list[str] = []  # processes of replicas that are being added
+        self._changing = threading.Lock()  # held while `apply` runs
+        self._changer = Changer(
+            desired=self.desired,
+            add=self._add,
+            remove=self._remove,
+            plan_more=plan_for,
+            plan_changed=plan_changed_now,
+        )
         self._processes = ProcessSet(self._spawn)
         self._processes.expect(process_ids(desired.plan))
         self._starter = threading.Thread(target=self._start, name="start", daemon=True)
@@ -74,39 +87,184 @@ class Controller:
         self._processes.wait_change(newer_than, timeout_s)
         return self._processes.read(self._status_of)
 
+    def desired(self) -> DesiredState:
+        """What it keeps up."""
+        return self._desired
+
+    def apply(self, settings: Settings) -> None:
+        """Make it what these settings say. Raises StartError; it is written down how far it came."""
+        if not self._changing.acquire(blocking=False):
+            raise StartError("another change of this deployment is under way; wait until it has ended")
+        try:
+            supervisor = self._serving()
+            self._end_scaler()
+            number = settings.num_replicas_from(len(self._desired.plan.replicas))
+            self._changer.roll(settings, number)
+            self._keep(replace(self._desired, settings=settings, others={}))
+            supervisor.use(settings)
+            self._changer.resize(number)
+        finally:
+            self._start_scaler()
+            self._changing.release()
+
+    def _keep(self, desired: DesiredState) -> None:
+        """Also by the next controller, if this one is lost."""
+        self._desired = desired
+        save(desired)
+
+    def restart(self, names: Sequence[str]) -> None:
+        """Start these parts or processes again, one after the other; none: all but the gateway. Raises StartError."""
+        replicas = self._desired.plan.replicas
+        parts = dict.fromkeys(process.id.part.name for replica in replicas for process in replica.processes)
+        for name in names or parts:
+            self._serving().restart(name)
+
+    def drain(self, timeout_s: float) -> int:
+        """Take no new requests until `resume`; the number of those that are left after this time."""
+        supervisor = self._serving()
+        self._keep(replace(self._desired, is_drained=True))
+        return supervisor.drain(timeout_s)
+
+    def resume(self) -> None:
+        self._serving().resume()
+        self._keep(replace(self._desired, is_drained=False))
+
+    def _start_scaler(self) -> None:
+        settings, supervisor = self._desired.settings, self._supervisor
+        if supervisor is None or settings.scaling is None or self._desired.others:
+            return
+        self._scaler = Scaler(
+            Scaling(settings.scaling, least=settings.num_replicas, most=settings.max_replicas),
+            look=lambda: Load(num_replicas=len(supervisor.running.replicas), num_requests=supervisor.num_requests()),
+            change=self._changer.resize,
+            give_up=lambda: self._processes.fail(self._joining, "the load needs it no more"),
+            note=partial(supervisor.note, "replicas"),
+        )
+
+    def _end_scaler(self) -> None:
+        if self._scaler is not None:
+            self._scaler.stop()
+            self._scaler = None
+
+    def _add(self, settings: Settings, replicas: Sequence[ReplicaPlan]) -> None:
+        """Start more replicas beside what runs."""
+        supervisor = self._serving()
+        processes = [process for replica in replicas for process in replica.processes]
+        names = [process.name for process in processes]
+        before = self._desired
+        others = dict.fromkeys((replica.number for replica in replicas if settings != before.settings), settings)
+        self._desired = before.with_replicas((*before.plan.replicas, *replicas), others)
+        try:
+            self._processes.join(process.id for process in processes)
+            self._joining = names
+            self._reserve(replicas)
+            self._create_hosts(processes)
+            deadline = time.monotonic() + settings.startup_timeout_s
+            running = start_replicas(settings, replicas, self._processes, deadline, within=names)
+            self._joining = []
+        except BaseException:
+            self._joining = []
+            self._end(processes, grace_s=_FAILED_GRACE_S)
+            self._desired = self._desired.with_replicas(before.plan.replicas)
+            raise
+        self._processes.joined(names)
+        save(self._desired)  # before gateways hear of them: another controller ends what it does not know
+        for replica, group in zip(replicas, running, strict=True):
+            supervisor.add(replica, group)
+
+    def _remove(self, replica: ReplicaPlan, drain_timeout_s: float) -> None:
+        """What runs there may finish within the time limit, and goes on elsewhere then."""
+        supervisor = self._serving()
+        supervisor.retire(replica, drain_timeout_s)
+        supervisor.remove(replica)
+        others = [other for other in self._desired.plan.replicas if other != replica]
+        self._keep(self._desired.with_replicas(others))  # from now on another controller would end what is left of it
+        self._end(replica.processes, grace_s=_REMOVED_GRACE_S, first=[replica.scheduler.name])
+
+    def _end(self, processes: Sequence[Bundle | ControlProcess], *, grace_s: float, first: Sequence[str] = ()) -> None:
+        """These processes, their hosts and their placement groups."""
+        self._processes.remove([process.name for process in processes], grace_s, order=first)
+        for process in processes:
+            self._children.pop(process.name, None)
+            if (host := self._hosts.pop(process.name, None)) is not None:
+                ray.kill(host)
+            if (group := self._groups.pop(process.id.part, None)) is not None:
+                remove_placement_group(group)
+
+    def _serving(self) -> Supervisor:
+        if self._supervisor is None:
+            raise StartError("the deployment does not serve yet; wait until `echelon status` says READY")
+        return self._supervisor
+
     def stop(self, grace_s: float) -> None:
         """End every process and give every placement group back. Idempotent."""
-        if self._vitals is not None:
-            self._vitals.stop()
+        if self._supervisor is not None:
+            self._supervisor.stop()
         self._processes.stop(grace_s, order=stop_order(self._desired.plan))
+        self._end_scaler()
         self._starter.join()
         self._end_hosts()
         for group in self._groups.values():
             remove_placement_group(group)
         self._groups.clear()
+        self._desired.path.unlink(missing_ok=True)
+        self._desired.authority_path.unlink(missing_ok=True)
 
     def _start(self) -> None:
-        settings, plan = self._desired.settings, self._desired.plan
-        deadline = time.monotonic() + self._desired.timeout_s
         try:
-            check_port(settings.server.host, settings.server.grpc_port, "server.grpc_port")
-            if settings.server.http_port:
-                check_port(settings.server.host, settings.server.http_port, "server.http_port")
-            for role in ("target", "draft"):
-                bundles = plan.group(role)
-                if bundles:
-                    self._groups[role] = reserve(group_name(settings.name, role), bundles, _RESERVE_TIMEOUT_S)
-            self._create_hosts()
-            running = roll_out(settings, plan, self._processes, timeout_s=deadline - time.monotonic())
-            self._endpoint = running.gateway_address
-            self._vitals = self._processes.read(
-                lambda board: VitalsWatch(board.process(plan.scheduler.name), board.process(plan.gateway.name))
-            )
+            self._take_over() if self._is_successor else self._bring_up()
+            self._start_scaler()
         except StartError as err:
             self._give_up(err)
-        except Exception as err:  # the edge of the thread: whoever waits for the start must hear of every error
-            logger.exception("the start of %s broke", settings.name)
+        except Exception as err:  # the edge of the thread: whoever waits for the start must learn of every error
+            logger.exception("the start of %s broke", self._desired.settings.name)
             self._give_up(StartError(f"{type(err).__name__}: {err}", traceback.format_exc()))
+
+    def _bring_up(self) -> None:
+        settings, plan = self._desired.settings, self._desired.plan
+        deadline = time.monotonic() + self._desired.timeout_s
+        self._desired.path.unlink(missing_ok=True)
+        self._authority.save(self._desired.authority_path)
+        check_ports(plan, settings.server)
+        self._reserve(plan.replicas)
+        self._create_hosts(plan.processes)
+        running = roll_out(settings, plan, self._processes, timeout_s=deadline - time.monotonic())
+        self._serve(running)
+        save(self._desired)
+
+    def _take_over(self) -> None:
+        """The controller before this one was lost. What it had started runs on; nothing is started again."""
+        desired = load(self._desired.path)
+        if desired is None:
+            end_others(self._desired.plan, {}, ())
+            raise StartError("the controller was lost before the deployment served; run echelon down, then up")
+        self._desired, plan = desired, desired.plan
+        self._authority = Authority.load(desired.authority_path)
+        found, self._groups = find_processes(plan), find_groups(plan)
+        end_others(plan, found, self._groups)
+        self._reserve(plan.replicas)  # what is missing
+        self._hosts = {name: each.host for name, each in found.items()}
+        self._children = adopt(plan, self._processes, found)
+        supervisor = self._serve(where_all_is(desired, self._processes, found))
+        supervisor.note("controller", f"was lost; the next one has taken over {len(found)} processes")
+        if desired.unfinished:
+            supervisor.note("replicas", desired.unfinished)
+        supervisor.tell_all(is_drained=desired.is_drained)
+
+    def _serve(self, running: RunningDeployment) -> Supervisor:
+        self._endpoint = running.gateway_address
+        identity = self._authority.issue("controller")
+        self._supervisor = Supervisor(self._desired.settings, self._desired.plan, self._processes, running, identity)
+        return self._supervisor
+
+    def _reserve(self, replicas: Sequence[ReplicaPlan]) -> None:
+        """A placement group for each worker group."""
+        for replica in replicas:
+            for role in ("target", "draft"):
+                bundles = replica.group(role)
+                if bundles and (part := bundles[0].id.part) not in self._groups:
+                    name = group_name(self._desired.settings.name, part.name)
+                    self._groups[part] = reserve(name, bundles, _RESERVE_TIMEOUT_S)
 
     def _give_up(self, failure: StartError) -> None:
         logger.warning("%s did not start: %s", self._desired.settings.name, failure)
@@ -114,14 +272,17 @@ class Controller:
         self._processes.stop(_FAILED_GRACE_S, order=stop_order(self._desired.plan))
         self._end_hosts()
 
-    def _create_hosts(self) -> None:
+    def _create_hosts(self, processes: Sequence[Bundle | ControlProcess]) -> None:
         """All at once, since each takes a second or two to come up."""
-        plan = self._desired.plan
-        for bundle in plan.bundles:
-            name = actor_name(plan.deployment, bundle.name)
-            self._hosts[bundle.name] = host_in_bundle(name, bundle, self._groups[bundle.group])
-        for process in (plan.scheduler, plan.gateway):
-            self._hosts[process.name] = host_on_node(actor_name(plan.deployment, process.name), process.node_id)
+        for process in processes:
+            self._hosts[process.name] = self._new_host(process, number=1)
+
+    def _new_host(self, process: Bundle | ControlProcess, *, number: int) -> Any:
+        """`number`: how many of this process there were, with this one; Ray may still hold the names of the others."""
+        name = actor_name(self._desired.plan.deployment, process.name if number == 1 else f"{process.name}-{number}")
+        if isinstance(process, Bundle):
+            return host_in_bundle(name, process, self._groups[process.id.part])
+        return host_on_node(name, process.node_id)
 
     def _end_hosts(self) -> None:
         for host in self._hosts.values():
@@ -129,28 +290,43 @@ class Controller:
         self._hosts.clear()
 
     def _spawn(self, launch: Launch) -> Child:
-        return RayChild(launch, self._hosts[launch.name], self._desired.log_dir)
+        """On the host of the process; on another one if that is lost."""
+        before, host = self._children.get(launch.name), self._hosts.get(launch.name)
+        if host is None or (before is not None and not before.has_host):
+            if host is not None:
+                ray.kill(host)
+            process = next(each for each in self._desired.plan.processes if each.name == launch.name)
+            host = self._hosts[launch.name] = self._new_host(process, number=launch.number)
+        spec: Any = launch.spec
+        spec.identity.CopyFrom(self._authority.issue(launch.name))
+        child = self._children[launch.name] = start_child(launch, host, self._desired.log_dir)
+        return child
 
     def _status_of(self, board: Board) -> tuple[int, DeploymentStatus]:
         settings = self._desired.settings
         state, reason, detail = self._verdict(board)
-        processes = board.processes
-        if self._vitals is not None and state in (State.READY, State.DEGRADED):
-            now_state, now_reason, processes = self._vitals.judge(processes)
-            if state is State.READY or now_state is State.NOT_RESPONDING:
-                state, reason = now_state, now_reason
+        processes, supervisor = board.processes, self._supervisor
+        if supervisor is not None:
+            state, reason, processes = supervisor.judge(board)
+            if state is State.READY and not self._changing.locked():
+                reason = reason or self._desired.unfinished
         return board.version, DeploymentStatus(
             name=settings.name,
             state=state,
             reason=reason,
             detail=detail,
             endpoint=self._endpoint,
-            metrics_url=settings.metrics_url if self._endpoint else "",
+            http_url=self._desired.plan.http_url if self._endpoint else "",
             model=settings.model_name,
             processes=processes,
-            tiers=self._vitals.tiers() if self._vitals is not None else (),
+            tiers=supervisor.tiers() if supervisor is not None else (),
+            events=supervisor.events() if supervisor is not None else (),
             plan=self._desired.plan,
-            settings=shown_settings(settings),
+            settings=shown_settings(
+                settings,
+                board.engine_info(EngineRole.ENGINE_ROLE_TARGET),
+                board.engine_info(EngineRole.ENGINE_ROLE_DRAFT),
+            ),
         )
 
     def _verdict(self, board: Board) -> tuple[State, str, str]:
@@ -162,44 +338,3 @@ class Controller:
             return State.STARTING, reason, ""  # the starter is about to say which failure was the cause
         failed = board.first_failure()
         return state, reason, "" if failed is None else board.detail(failed.name)
-
-
-def shown_settings(settings: Settings) -> dict[str, str | int | float | bool]:
-    """What defaults and "auto" have become."""
-    return {
-        "method": settings.method,
-        "pipeline": settings.pipeline,
-        "num_speculative_tokens": settings.num_speculative_tokens,
-        "placement": "colocated" if settings.colocated else "separate",
-        "device": settings.device,
-        "dtype": settings.target.dtype,
-        "max_model_len": settings.max_model_len,
-        "max_num_seqs": settings.scheduler.max_num_seqs,
-        "max_num_batched_tokens": settings.scheduler.max_num_batched_tokens,
-        "block_size": settings.kv_cache.block_size,
-        "batch_invariant": settings.batch_invariant,
-    }
-
-
-def create_controller(desired: DesiredState) -> Any:
-    """Start the actor, on the node where the gateway will run. It outlives this process."""
-    return (
-        ray.remote(Controller)
-        .options(
-            name=controller_name(desired.settings.name),
-            namespace=NAMESPACE,
-            lifetime="detached",
-            num_cpus=0,
-            max_restarts=0,  # a restarted one would have lost its hosts: they belong to the one that made them
-            max_concurrency=_NUM_THREADS,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(desired.plan.gateway.node_id, soft=False),
-        )
-        .remote(desired)
-    )
-
-
-def find_controller(deployment: str) -> Any | None:
-    try:
-        return ray.get_actor(controller_name(deployment), namespace=NAMESPACE)
-    except ValueError:  # Ray's way to say that there is none
-        return None

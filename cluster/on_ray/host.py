@@ -1,10 +1,12 @@
 """A process on a node of the Ray cluster: an actor in its bundle runs it as a child and relays what it says."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import ray
 from google.protobuf.message import Message
@@ -16,7 +18,7 @@ from cluster.on_ray.cluster import NAMESPACE
 from cluster.planning.plan import Bundle, describe_devices
 from cluster.processes.child import ChildProcess
 from cluster.processes.startup import Launch
-from echelon.pb.process_pb2 import ProcessEvent
+from echelon.pb.process_pb2 import ProcessEvent, ProcessUpdate, WorkerSpec
 
 logger = logging.getLogger(__name__)
 
@@ -27,35 +29,95 @@ _NUM_THREADS = 4  # a call that waits for events, one that stops, one that reads
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostedProcess:
-    """What a host says of the process that it has started."""
+    """What a host says of the process that it has started last."""
 
     pid: int
     gpu_ids: tuple[str, ...]  # Ray's choice
     node_id: str
+    host_name: str  # of the actor
+    launch_number: int  # how often such a process was started, with this time
+    incarnation: int  # of a worker's group; 0: it is a control process
+    events: tuple[ProcessEvent, ...] = ()  # that it has said, for a controller that has not heard them
+
+
+class InOrder:
+    """Passes updates on by their numbers, whatever order they come in. Thread-safe."""
+
+    def __init__(self, teller: str, tell: Callable[[ProcessUpdate], None]) -> None:
+        """`teller`: whose updates these are; any other is one that was replaced, and what comes late from it is
+        dropped."""
+        self._teller, self._tell = teller, tell
+        self._lock = threading.Lock()
+        self._waiting: dict[int, ProcessUpdate] = {}
+        self._next = 0
+
+    def take(self, teller: str, number: int, update: ProcessUpdate) -> None:
+        """`number`: of the update, counted by its teller from 0."""
+        if teller != self._teller:
+            return
+        with self._lock:
+            self._waiting[number] = update
+            while self._next in self._waiting:
+                self._tell(self._waiting.pop(self._next))
+                self._next += 1
 
 
 class ProcessHost:
-    """The actor. It holds the devices of its bundle; its child runs on them and dies with it."""
+    """The actor. It holds the devices of its bundle; its child runs on them and dies with it.
+
+    Once the child has ended, `start` may start another. It outlives the controller that made it.
+    """
 
     def __init__(self) -> None:
         self._child: ChildProcess | None = None
+        self._hosted: HostedProcess | None = None
+        self._updates: InOrder | None = None
+        self._events: list[ProcessEvent] = []
 
-    def start(self, module: str, spec: Message, name: str, log_path: Path, env: Mapping[str, str]) -> HostedProcess:
+    def start(
+        self, module: str, spec: Message, name: str, log_path: Path, env: Mapping[str, str], number: int, teller: str
+    ) -> HostedProcess:
+        """`teller`: who will tell the process of updates."""
         context = ray.get_runtime_context()
         gpu_ids = tuple(str(gpu) for gpu in context.get_accelerator_ids().get("GPU", ()))
         child_env = {**env, "CUDA_VISIBLE_DEVICES": ",".join(gpu_ids)}
+        self._events = []
         self._child = ChildProcess(module, spec, name=name, log_path=log_path, env=child_env)
+        self._updates = InOrder(teller, self._child.tell)
         assert self._child.pid is not None, "a child process has a pid"
-        return HostedProcess(pid=self._child.pid, gpu_ids=gpu_ids, node_id=context.get_node_id())
+        self._hosted = HostedProcess(
+            pid=self._child.pid,
+            gpu_ids=gpu_ids,
+            node_id=context.get_node_id(),
+            host_name=context.get_actor_name() or "",
+            launch_number=number,
+            incarnation=spec.incarnation if isinstance(spec, WorkerSpec) else 0,
+        )
+        return self._hosted
+
+    def take_over(self, teller: str) -> HostedProcess | None:
+        """The process, which has another teller from now on, with what it has said so far; None: none was started."""
+        if self._hosted is None:
+            return None
+        self._updates = InOrder(teller, self._started().tell)
+        return replace(self._hosted, events=tuple(self._events))
 
     def watch(self, timeout_s: float) -> tuple[int | None, ProcessEvent | None]:
         """The exit status, asked before the next event is awaited, and that event."""
         child = self._started()
         exit_status = child.poll()
-        return exit_status, child.next_event(timeout_s)
+        event = child.next_event(timeout_s)
+        if event is not None and event.WhichOneof("event") != "progress":
+            self._events.append(event)
+        return exit_status, event
 
     def stderr_tail(self) -> str:
         return self._started().stderr_tail()
+
+    def tell(self, teller: str, number: int, update: ProcessUpdate) -> None:
+        """Ray may run calls in another order than they were made."""
+        assert self._updates is not None, "start comes first"
+        self._updates.take(teller, number, update)
 
     def stop(self, grace_s: float) -> None:
         if self._child is not None:
@@ -69,8 +131,11 @@ class ProcessHost:
 class RayChild:
     """A process behind a host, with the methods of `cluster.processes.child.Child`."""
 
-    def __init__(self, launch: Launch, host: Any, log_dir: Path) -> None:
-        """Does not block: the host may still be on its way to its node."""
+    def __init__(self, launch: Launch, host: Any, starting: Any, teller: str) -> None:
+        """`starting`: its HostedProcess, or Ray's reference of one; `teller`: as the host knows this object.
+
+        Does not block: the host may still be coming up.
+        """
         self.name = launch.name
         self.pid: int | None = None
         self.devices = ""
@@ -79,8 +144,12 @@ class RayChild:
         self._host = host
         self._exit_status: int | None = None
         self._lost = ""  # why the host cannot be asked any more
-        log_path = log_dir / f"{launch.name}.log"
-        self._starting = host.start.remote(launch.module, launch.spec, launch.name, log_path, dict(launch.env))
+        self._teller = teller
+        self._telling = threading.Lock()
+        self._num_told = 0
+        self._starting = starting
+        if isinstance(starting, HostedProcess):
+            self._on_started(starting)
 
     def next_event(self, timeout_s: float) -> ProcessEvent | None:
         try:
@@ -97,13 +166,24 @@ class RayChild:
     def poll(self) -> int | None:
         return self._exit_status
 
+    @property
+    def has_host(self) -> bool:
+        """Whether its host has answered so far, and could start another process."""
+        return not self._lost
+
+    def tell(self, update: ProcessUpdate) -> None:
+        with self._telling:
+            self._host.tell.remote(self._teller, self._num_told, update)  # if its host is gone, so is the process
+            self._num_told += 1
+
     def stop(self, grace_s: float) -> None:
+        """The host stays."""
         try:
             ray.get(self._host.stop.remote(grace_s), timeout=grace_s + _CALL_TIMEOUT_S)
         except RayError as err:
             # Where the host is gone its child has seen its standard input end.
-            logger.info("%s: host did not answer stop: %s", self.name, _first_line(err))
-        ray.kill(self._host)
+            self._lost = f"its host did not answer stop: {_first_line(err)}"
+            logger.info("%s: %s", self.name, self._lost)
 
     def stderr_tail(self) -> str:
         if self._lost:
@@ -118,9 +198,28 @@ class RayChild:
             hosted: HostedProcess = ray.get(self._starting, timeout=timeout_s)
         except GetTimeoutError:
             return False
+        self._on_started(hosted)
+        return True
+
+    def _on_started(self, hosted: HostedProcess) -> None:
         self.pid, self.node_id = hosted.pid, hosted.node_id
         self.devices = describe_devices(self._bundle, hosted.gpu_ids)
-        return True
+
+
+def start_child(launch: Launch, host: Any, log_dir: Path) -> RayChild:
+    log_path, env = log_dir / launch.log_name, dict(launch.env)
+    teller = new_teller()
+    starting = host.start.remote(launch.module, launch.spec, launch.name, log_path, env, launch.number, teller)
+    return RayChild(launch, host, starting, teller)
+
+
+def new_teller() -> str:
+    return uuid4().hex
+
+
+def find_host(name: str) -> Any:
+    """Raises ValueError if there is none."""
+    return ray.get_actor(name, namespace=NAMESPACE)
 
 
 def host_in_bundle(name: str, bundle: Bundle, group: PlacementGroup) -> Any:
@@ -135,7 +234,7 @@ def host_on_node(name: str, node_id: str) -> Any:
 
 
 def _host(name: str, **options: Any) -> Any:
-    options |= {"name": name, "namespace": NAMESPACE, "max_concurrency": _NUM_THREADS}
+    options |= {"name": name, "namespace": NAMESPACE, "max_concurrency": _NUM_THREADS, "lifetime": "detached"}
     return ray.remote(ProcessHost).options(**options).remote()
 
 

@@ -9,9 +9,18 @@ from dataclasses import dataclass, field
 from checkpoint.eos import EosToken
 from cluster.deployment.settings import Role
 from cluster.errors import PlanError
-from cluster.process_id import ProcessId
+from cluster.planning.drafters import DrafterEstimate
+from cluster.process_id import PartId, ProcessId
 
-GIB, MIB = 1 << 30, 1 << 20
+_TIB, GIB, MIB = 1 << 40, 1 << 30, 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskFacts:
+    """What a node has at the path of the disk tier."""
+
+    problem: str  # why it cannot be used and what to do; empty: it can
+    free_bytes: int  # of its file system, and what the folder has taken of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +34,8 @@ class Node:
     cores: tuple[int, ...] = ()  # to which a process may be pinned; empty: not known, or others use them
     memory_bytes: int | None = None  # free; None: not known
     gpu_memory_bytes: int | None = None  # of the smallest of its GPUs; None: not known
+    disk: DiskFacts | None = None  # None: not known, or there is no disk tier
+    server_problem: str = ""  # what is wrong with the gateway's files there; empty: nothing, or it is not known
 
     @property
     def label(self) -> str:
@@ -44,7 +55,7 @@ class MemoryEstimate:
     weight_bytes: int
     kv_cache_bytes: int  # cuda: what gpu_memory_utilization leaves; at least one longest seq
     activation_bytes: int
-    host_bytes: int = 0  # of the node's memory, beside the device's, for KV blocks
+    host_bytes: int = 0  # of the node's memory, in addition to the device's, for KV blocks
 
     @property
     def total_bytes(self) -> int:
@@ -67,7 +78,8 @@ class Bundle:
     cpu_ids: tuple[int, ...]  # cores to be pinned to; empty: not pinned
     memory: MemoryEstimate
     num_host_slots: int = 0  # KV blocks in host memory, of each engine
-    num_disk_blocks: int = 0  # on disk
+    num_disk_blocks: int = 0  # on disk, of each engine: in whole segments
+    disk_bytes: Mapping[Role, int] = field(default_factory=dict)  # of the disk, for each engine
 
     @property
     def id(self) -> ProcessId:
@@ -92,21 +104,66 @@ class ControlProcess:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    deployment: str
-    device: str
+class GatewayPlan:
+    process: ControlProcess
+    port_offset: int = 0  # the place among those of its node: ports of the next one are one further
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaPlan:
+    """One copy of the models: its worker groups, and the scheduler that orders their rounds."""
+
     bundles: tuple[Bundle, ...]
     scheduler: ControlProcess
-    gateway: ControlProcess
-    eos: tuple[EosToken, ...]  # with which a stream stops
-    notes: tuple[str, ...]  # what a person should know: cores are shared, memory is not known, ...
+
+    @property
+    def number(self) -> int:
+        return self.scheduler.id.replica
+
+    @property
+    def processes(self) -> tuple[Bundle | ControlProcess, ...]:
+        """In the order in which they start."""
+        return (*self.bundles, self.scheduler)
+
+    @property
+    def needs(self) -> dict[PartId, list[PartId]]:
+        """What a part waits for: a scheduler becomes ready when its target answers."""
+        return {self.scheduler.id.part: [PartId(role="target", replica=self.number)]}
 
     def group(self, role: Role) -> tuple[Bundle, ...]:
         """The bundles of one group in the order of rank; none where the group does not exist."""
         return tuple(bundle for bundle in self.bundles if bundle.group == role)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    deployment: str
+    device: str
+    replicas: tuple[ReplicaPlan, ...]
+    gateways: tuple[GatewayPlan, ...]  # the first one on the head node
+    http_url: str = ""  # where the first one will serve HTTP; empty: nowhere
+    eos: tuple[EosToken, ...]  # with which a stream stops
+    notes: tuple[str, ...]  # what a person should know: cores are shared, memory is not known, ...
+    drafters: tuple[DrafterEstimate, ...] = ()  # what they would gain, if that was asked for
+
+    @property
+    def bundles(self) -> tuple[Bundle, ...]:
+        """Of all replicas."""
+        return tuple(bundle for replica in self.replicas for bundle in replica.bundles)
+
+    @property
+    def processes(self) -> tuple[Bundle | ControlProcess, ...]:
+        """In the order in which they start."""
+        return (*(process for replica in self.replicas for process in replica.processes), *self.gateway_processes)
+
+    @property
+    def gateway_processes(self) -> tuple[ControlProcess, ...]:
+        return tuple(gateway.process for gateway in self.gateways)
+
+
 def size_text(num_bytes: float) -> str:
+    if num_bytes >= _TIB:
+        return f"{num_bytes / _TIB:.2f} TiB"
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / MIB:.1f} MiB"
 
 

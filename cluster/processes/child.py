@@ -18,7 +18,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from cluster.errors import StartError
-from echelon.pb.process_pb2 import ProcessEvent
+from echelon.pb.process_pb2 import ProcessEvent, ProcessUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,12 @@ class Child(Protocol):
         """The exit status; None while it runs."""
         ...
 
+    def tell(self, update: ProcessUpdate) -> None:
+        """Write an update to its standard input, once it is ready; does nothing if it has ended."""
+        ...
+
     def stop(self, grace_s: float) -> None:
-        """End it and return when it is gone: SIGTERM, and SIGKILL after the grace."""
+        """End it and return when it is gone: SIGTERM, and SIGKILL after the grace; without a grace, SIGKILL at once."""
         ...
 
     def stderr_tail(self) -> str:
@@ -95,7 +99,8 @@ class ChildProcess:
             raise StartError(f"{name}: cannot start {sys.executable} -m {module}: {err}") from err
         self.pid: int | None = self._process.pid
         self._events: queue.SimpleQueue[ProcessEvent | None] = queue.SimpleQueue()  # None: standard output ended
-        self._send(json_format.MessageToJson(spec, indent=None))
+        self._sending = threading.Lock()
+        self._send(spec)
         threading.Thread(target=self._read_events, name=f"events of {name}", daemon=True).start()
 
     def next_event(self, timeout_s: float) -> ProcessEvent | None:
@@ -114,8 +119,11 @@ class ChildProcess:
     def poll(self) -> int | None:
         return self._process.poll()
 
+    def tell(self, update: ProcessUpdate) -> None:
+        self._send(update)
+
     def stop(self, grace_s: float) -> None:
-        if self._process.poll() is None:
+        if self._process.poll() is None and grace_s > 0:
             self._process.terminate()
             try:
                 self._process.wait(timeout=grace_s)
@@ -141,13 +149,17 @@ class ChildProcess:
             return f"(log {self.log_path} cannot be read: {err})"
         return "\n".join(text.splitlines()[-_TAIL_LINES:])
 
-    def _send(self, line: str) -> None:
-        assert self._process.stdin is not None, "stdin is a pipe"
+    def _send(self, message: Message) -> None:
+        """As one line. What it says is short enough for the pipe, so a child that does not read blocks nobody."""
+        stdin = self._process.stdin
+        assert stdin is not None, "stdin is a pipe"
+        line = json_format.MessageToJson(message, indent=None).encode() + b"\n"
         try:
-            self._process.stdin.write(line.encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            logger.debug("%s ended before it read its spec; its exit status and log say why", self.name)
+            with self._sending:
+                stdin.write(line)
+                stdin.flush()
+        except (BrokenPipeError, ValueError):  # ValueError: `stop` has closed it
+            logger.debug("%s ended before it read this; its exit status and log say why", self.name)
 
     def _read_events(self) -> None:
         assert self._process.stdout is not None, "stdout is a pipe"

@@ -1,15 +1,16 @@
 """The specs of the processes of a deployment, from its settings and where each runs. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 from cluster.deployment.settings import Role, Settings
 from cluster.layer_parallel import LayerParallel
-from cluster.planning.plan import Bundle, ControlProcess
+from cluster.planning.plan import Bundle, ControlProcess, GatewayPlan
+from cluster.process_id import PartId
 from echelon import __version__
 from echelon.pb import process_pb2, worker_pb2
 
-_ROLES = {"target": worker_pb2.ENGINE_ROLE_TARGET, "draft": worker_pb2.ENGINE_ROLE_DRAFT}
+ENGINE_ROLES = {"target": worker_pb2.ENGINE_ROLE_TARGET, "draft": worker_pb2.ENGINE_ROLE_DRAFT}
 
 
 def worker_specs(settings: Settings, bundles: Sequence[Bundle], incarnation: int) -> list[process_pb2.WorkerSpec]:
@@ -37,7 +38,7 @@ def worker_specs(settings: Settings, bundles: Sequence[Bundle], incarnation: int
 def _engine_spec(settings: Settings, role: Role, bundle: Bundle) -> process_pb2.EngineSpec:
     model = settings.model(role)
     spec = process_pb2.EngineSpec(
-        role=_ROLES[role],
+        role=ENGINE_ROLES[role],
         model=str(model.folder.path),
         dtype=model.dtype,
         tp_size=model.tp_size,
@@ -49,6 +50,11 @@ def _engine_spec(settings: Settings, role: Role, bundle: Bundle) -> process_pb2.
         max_model_len=settings.max_model_len_of(role),
         batch_invariant=settings.batch_invariant,
         forced_acceptance=settings.forced_acceptance if role == "target" else 0.0,
+        quantization="" if model.folder.quantization is None else model.folder.quantization.format,
+        keeps_bits=model.folder.keeps_bits,
+        lower_draft=model.lower_draft,
+        num_layers=model.folder.config.num_layers if role == "draft" else 0,
+        kv_dtype=model.kv_dtype,
     )
     if model.layer_parallel is not None:
         _add_layer_parallel(spec, model.layer_parallel)
@@ -59,13 +65,13 @@ def _engine_spec(settings: Settings, role: Role, bundle: Bundle) -> process_pb2.
 
 def _tier_spec(settings: Settings, role: Role, bundle: Bundle) -> process_pb2.TierSpec:
     disk = settings.kv_cache.disk
-    spec = process_pb2.TierSpec(num_host_slots=bundle.num_host_slots)
+    spec = process_pb2.TierSpec(num_host_slots=bundle.num_host_slots, tier_dtype=settings.kv_cache.tier_dtype)
     if disk is not None:
-        block_bytes = settings.kv_cache.block_size * settings.model(role).kv_bytes_per_token
         spec.disk_path = disk.path
-        spec.disk_bytes = bundle.num_disk_blocks * block_bytes
+        spec.disk_bytes = bundle.disk_bytes[role]
         spec.disk_read_only = disk.read_only
         spec.disk_node_bytes = disk.bytes
+        spec.replica = bundle.replica
     return spec
 
 
@@ -108,6 +114,8 @@ def scheduler_spec(
         round_timeout_s=settings.round_timeout_s,
         max_rounds_in_flight=settings.max_rounds_in_flight,
         tiers=_tier_section(settings),
+        max_live_slowdown=settings.jobs.max_live_slowdown,
+        keeps_requests=settings.rebuild,
     )
 
 
@@ -121,15 +129,74 @@ def _tier_section(settings: Settings) -> process_pb2.TierSection:
 
 
 def gateway_spec(
-    settings: Settings, process: ControlProcess, *, scheduler_addresses: Sequence[str]
+    settings: Settings,
+    gateway: GatewayPlan,
+    *,
+    scheduler_addresses: Sequence[str],
+    processes: Iterable[process_pb2.PlacedProcess],
 ) -> process_pb2.GatewaySpec:
-    return process_pb2.GatewaySpec(
-        name=process.name,
-        server=process_pb2.ServerSection(**asdict(settings.server)),
+    spec = process_pb2.GatewaySpec(
+        name=gateway.process.name,
+        server=process_pb2.ServerSection(**asdict(settings.server.at(gateway.port_offset))),
         version=__version__,
         model_name=settings.model_name,
         model_dir=str(settings.target.folder.path),
         scheduler_addresses=scheduler_addresses,
         max_model_len=settings.max_model_len,
         vocab_size=settings.target.folder.config.vocab_size,
+        keeps_requests=settings.rebuild,
+        inside_host=gateway.process.address,
+        processes=processes,
+        models=_served_models(settings),
     )
+    if settings.jobs.path and gateway.process.id.replica == 0:  # one process owns the folder
+        num_slots = settings.scheduler.max_num_seqs * settings.num_replicas
+        spec.jobs.CopyFrom(
+            process_pb2.JobsSection(
+                path=settings.jobs.path,
+                max_bytes=settings.jobs.max_bytes,
+                max_running=settings.jobs.max_running or num_slots,
+                retention_s=settings.jobs.retention_s,
+            )
+        )
+    return spec
+
+
+def names_by_part(processes: Iterable[Bundle | ControlProcess]) -> dict[PartId, list[str]]:
+    """The processes of each part; those of a group by rank."""
+    names: dict[PartId, list[str]] = {}
+    for process in processes:
+        names.setdefault(process.id.part, []).append(process.name)
+    return names
+
+
+def placed_processes(
+    processes: Iterable[Bundle | ControlProcess], devices_of: Callable[[str], str]
+) -> list[process_pb2.PlacedProcess]:
+    """For people. `devices_of`: what the process of a name was given."""
+    return [
+        process_pb2.PlacedProcess(
+            name=process.name,
+            role=process.id.role,
+            replica=process.id.replica,
+            rank=process.id.rank or 0,
+            node=process.address,
+            devices=devices_of(process.name),
+            engines=[ENGINE_ROLES[role] for role in process.engines] if isinstance(process, Bundle) else (),
+        )
+        for process in processes
+    ]
+
+
+def _served_models(settings: Settings) -> Iterator[process_pb2.ServedModel]:
+    roles: tuple[Role, ...] = ("target",) if settings.draft is None else ("target", "draft")
+    for role in roles:
+        model = settings.model(role)
+        rounded = model.folder.quantization
+        yield process_pb2.ServedModel(
+            engine=ENGINE_ROLES[role],
+            model=model.folder.path.name,
+            dtype=model.dtype if rounded is None else rounded.format,
+            num_ranks=model.tp_size if model.layer_parallel is None else model.layer_parallel.num_ranks,
+            parallel="tensor" if model.layer_parallel is None else "layer",
+        )

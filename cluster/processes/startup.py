@@ -3,9 +3,10 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -16,6 +17,7 @@ from cluster.process_id import ProcessId
 from cluster.processes.child import Child
 from cluster.processes.status import ProcessStatus
 from cluster.processes.supervision import Board
+from echelon.pb.process_pb2 import ProcessEvent, ProcessUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +36,16 @@ class Launch:
     node: str = ""  # address
     bundle: Bundle | None = None  # of a worker; None for a control process
     env: Mapping[str, str] = field(default_factory=dict)
+    number: int = 1  # how often such a process was started, with this time
 
     @property
     def name(self) -> str:
         return self.id.name
+
+    @property
+    def log_name(self) -> str:
+        """Of the file that takes its log: the log of a lost process says why it was lost."""
+        return f"{self.name}.log" if self.number == 1 else f"{self.name}.{self.number}.log"
 
 
 T = TypeVar("T")
@@ -56,6 +64,7 @@ class ProcessSet:
         self._board = Board()
         self._changed = threading.Condition()
         self._children: dict[str, Child] = {}
+        self._num_launches: Counter[str] = Counter()
         self._watchers: list[threading.Thread] = []
         self._stopped = False
 
@@ -69,22 +78,39 @@ class ProcessSet:
             if self._stopped:
                 raise StartError(f"{launch.name}: not started, the deployment is being taken down")
             self._board.on_launch(launch.id, launch.node)
+            self._num_launches[launch.name] += 1
+            launch = replace(launch, number=self._num_launches[launch.name])
         child = self._spawn(launch)
         if not self._take(child):
             child.stop(_LATE_GRACE_S)
             raise StartError(f"{launch.name}: ended again, the deployment is being taken down")
 
-    def wait_ready(self, names: Iterable[str], deadline: float) -> None:
+    def adopt(self, launch: Launch, child: Child, events: Iterable[ProcessEvent]) -> None:
+        """Watch a process that somebody else has started, and that has said `events`."""
+        with self._changed:
+            self._board.on_launch(launch.id, launch.node)
+            self._num_launches[launch.name] = launch.number
+            for event in events:
+                self._board.on_event(launch.name, event)
+        self._take(child)
+
+    def miss(self, name: str, reason: str) -> None:
+        """A process of which nothing is left: the next one of its name may not be taken for it."""
+        with self._changed:
+            self._num_launches[name] += 1
+        self.fail([name], reason)
+
+    def wait_ready(self, names: Iterable[str], deadline: float, *, within: Sequence[str] | None = None) -> None:
         """Block until all of these are ready. Raises StartError as soon as any process has failed, or at the deadline.
 
-        `deadline` is on the clock of time.monotonic().
+        `deadline` is on the clock of time.monotonic(). `within`: only failures of these processes count.
         """
         names = list(names)
-        self._wait(lambda board: board.is_ready(names), deadline)
+        self._wait(lambda board: board.is_ready(names), deadline, within)
 
-    def wait_store(self, leader: str, deadline: float) -> str:
+    def wait_store(self, leader: str, deadline: float, *, within: Sequence[str] | None = None) -> str:
         """Block until the leader has opened its store; its address. Raises as wait_ready does."""
-        self._wait(lambda board: board.store_address(leader) is not None, deadline)
+        self._wait(lambda board: board.store_address(leader) is not None, deadline, within)
         with self._changed:
             address = self._board.store_address(leader)
         assert address is not None, "the board forgets no store"
@@ -101,10 +127,67 @@ class ProcessSet:
         with self._changed:
             return look(self._board)
 
+    def devices_of(self, name: str) -> str:
+        """What a process was given, for people; empty before it runs."""
+        return self.read(lambda board: board.process(name).devices)
+
     def wait_change(self, version: int, timeout_s: float) -> None:
         """Block until the board is newer than `version`, at most this long."""
         with self._changed:
             self._changed.wait_for(lambda: self._board.version > version, timeout_s)
+
+    def tell(self, name: str, update: ProcessUpdate) -> None:
+        """Write an update to a process that is ready; does nothing if it has ended."""
+        with self._changed:
+            child = self._children.get(name)
+        if child is not None:
+            child.tell(update)
+
+    def fail(self, names: Iterable[str], reason: str) -> None:
+        """Processes that live but are of no use any more count as failed."""
+        with self._changed:
+            for name in names:
+                self._board.on_useless(name, reason)
+                self._announce(name)
+
+    def give_up(self, names: Iterable[str]) -> None:
+        """These will not be started again."""
+        with self._changed:
+            self._board.on_given_up(names)
+            self._changed.notify_all()
+
+    def join(self, processes: Iterable[ProcessId]) -> None:
+        """Show more processes as pending; the deployment's state does not depend on them until they have `joined`."""
+        with self._changed:
+            self._board.on_joining(processes)
+            self._changed.notify_all()
+
+    def joined(self, names: Iterable[str]) -> None:
+        with self._changed:
+            self._board.on_joined(names)
+            self._changed.notify_all()
+
+    def remove(self, names: Sequence[str], grace_s: float, *, order: Iterable[str] = ()) -> None:
+        """End these processes, in the order of `stop`, and forget them."""
+        with self._changed:
+            children = {name: self._children.pop(name) for name in names if name in self._children}
+        for name in order:
+            if name in children:
+                children.pop(name).stop(grace_s)
+        _stop_all(list(children.values()), grace_s)
+        with self._changed:
+            self._board.on_removed(names)
+            self._changed.notify_all()
+
+    def clear(self, names: Sequence[str]) -> None:
+        """Kill what is left of these processes and return when it is gone, so that they can be launched again."""
+        with self._changed:
+            children = [self._children.pop(name) for name in names if name in self._children]
+        _stop_all(children, grace_s=0.0)
+        with self._changed:
+            for name in names:
+                self._board.on_cleared(name)
+                self._announce(name)
 
     def stop(self, grace_s: float, *, order: Iterable[str] = ()) -> None:
         """End every process: those in `order` one after the other, then all others at once. Idempotent."""
@@ -116,9 +199,7 @@ class ProcessSet:
         for name in order:
             if name in children:
                 children.pop(name).stop(grace_s)
-        if children:
-            with ThreadPoolExecutor(max_workers=len(children)) as pool:
-                list(pool.map(lambda child: child.stop(grace_s), children.values()))
+        _stop_all(list(children.values()), grace_s)
         for watcher in self._watchers:
             watcher.join(timeout=_WATCHER_GRACE_S)
 
@@ -129,16 +210,16 @@ class ProcessSet:
             if self._stopped:
                 return False
             self._children[child.name] = child
-            self._watchers.append(watcher)
+            self._watchers = [known for known in self._watchers if known.is_alive()] + [watcher]
             self._board.on_place(child.name, pid=child.pid, devices=child.devices)
             self._announce(child.name)
             watcher.start()
         return True
 
-    def _wait(self, done: Callable[[Board], bool], deadline: float) -> None:
+    def _wait(self, done: Callable[[Board], bool], deadline: float, within: Sequence[str] | None) -> None:
         with self._changed:
             while not done(self._board):
-                failed = self._board.first_failure()
+                failed = self._board.first_failure(within)
                 if failed is not None:
                     raise StartError(f"{failed.name}: {failed.error}", self._board.detail(failed.name))
                 if self._stopped:
@@ -162,6 +243,8 @@ class ProcessSet:
             has_ended = event is None and exit_status is not None
             stderr_tail = child.stderr_tail() if has_ended else ""
             with self._changed:
+                if self._children.get(child.name) is not child and not self._stopped:
+                    return  # `clear` has ended it, and another may have its name by now
                 version = self._board.version
                 self._board.on_place(child.name, pid=child.pid, devices=child.devices)
                 if event is not None:
@@ -172,3 +255,9 @@ class ProcessSet:
                     self._announce(child.name)
             if has_ended:
                 return
+
+
+def _stop_all(children: Sequence[Child], grace_s: float) -> None:
+    if children:
+        with ThreadPoolExecutor(max_workers=len(children)) as pool:
+            list(pool.map(lambda child: child.stop(grace_s), children))

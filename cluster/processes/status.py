@@ -12,7 +12,9 @@ class State(StrEnum):
     STARTING = "STARTING"
     READY = "READY"
     DEGRADED = "DEGRADED"  # a deployment only: it serves, without speculation or without its disk tier
+    RECOVERING = "RECOVERING"  # a deployment only: a part that it needs was lost and is being started again
     NOT_RESPONDING = "NOT_RESPONDING"  # it lives and does not answer: it is stopped, hangs or is out of reach
+    DRAINED = "DRAINED"  # a deployment only: it finishes what it has and takes nothing new
     FAILED = "FAILED"
     STOPPING = "STOPPING"
     STOPPED = "STOPPED"
@@ -27,6 +29,7 @@ class ProcessStatus:
     devices: str = ""  # "cuda:3", "cores 0-1", "shared cores"
     pid: int | None = None
     address: str = ""  # of its gRPC server, if it has one
+    inside_address: str = ""  # where it answers the controller, if `address` speaks TLS
     stage: str = ""  # what it last reported: "loading target weights"
     done: int = 0
     total: int = 0  # 0: not known
@@ -35,11 +38,17 @@ class ProcessStatus:
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.id.name)
 
+    @property
+    def asked_at(self) -> str:
+        """Where the controller asks how it is."""
+        return self.inside_address or self.address
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierUse:
     """One tier of an engine's KV cache. Bytes are those of one rank; numbers are blocks since the start."""
 
+    replica: int = 0
     engine: str  # "target" | "draft"
     tier: str  # "host" | "disk"
     used_bytes: int
@@ -47,9 +56,20 @@ class TierUse:
     num_stored: int  # that came into the tier
     num_fetched: int  # that were read from it
     num_failed: int
+    num_damaged: int  # of them: the checksum was wrong
     num_evicted: int
+    saved_s: float  # by what came back: to compute it would have taken so much longer
     paused: bool  # left alone for a while after errors
     last_error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentEvent:
+    """A part was lost, started again, or given up."""
+
+    at: float  # seconds since 1970
+    part: str  # "target-0" | "draft-0" | "scheduler-0" | "gateway-0" | ...
+    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +79,16 @@ class DeploymentStatus:
     reason: str = ""  # why it is not READY
     detail: str = ""  # traceback or log tail that explains the reason
     endpoint: str = ""  # host:port of the public gRPC server
-    metrics_url: str = ""  # where Prometheus finds metrics; empty: nowhere
+    http_url: str = ""  # of the public HTTP server; empty: there is none
     model: str = ""
     ray_address: str = ""
     private_ray: bool = False  # started by `up`, stopped by `down`
     processes: tuple[ProcessStatus, ...] = ()
     tiers: tuple[TierUse, ...] = ()  # as last heard; none: nothing heard, or there are none
+    events: tuple[DeploymentEvent, ...] = ()  # the latest, oldest first
     plan: Plan | None = None
     settings: dict[str, str | int | float | bool] | None = None  # resolved values a person may ask for
+
+    @property
+    def num_replicas(self) -> int:
+        return 0 if self.plan is None else len(self.plan.replicas)

@@ -45,24 +45,31 @@ class GroupLaunch:
         return [ProcessId(role=self.role, replica=self.replica, rank=rank) for rank in range(len(self.specs))]
 
     @property
+    def names(self) -> list[str]:
+        return [process.name for process in self.ids]
+
+    @property
     def leader(self) -> str:
         return self.ids[0].name
 
 
-def start_groups(processes: ProcessSet, groups: Sequence[GroupLaunch], deadline: float) -> list[RunningGroup]:
+def start_groups(
+    processes: ProcessSet, groups: Sequence[GroupLaunch], deadline: float, *, within: Sequence[str] | None = None
+) -> list[RunningGroup]:
     """Start groups side by side and block until every rank is ready.
 
-    Raises StartError with the error of the first process that fails, or naming those that are late.
+    Raises StartError with the error of the first process that fails (`within`: of these), or naming those that are
+    late.
     """
     for group in groups:
         processes.launch(_launch(group, 0, store_address=""))
     for group in groups:
         if len(group.specs) > 1:
             # Stores open within moments of the process start, before any weights are read.
-            store_address = processes.wait_store(group.leader, deadline)
+            store_address = processes.wait_store(group.leader, deadline, within=within)
             for rank in range(1, len(group.specs)):
                 processes.launch(_launch(group, rank, store_address=store_address))
-    processes.wait_ready([process.name for group in groups for process in group.ids], deadline)
+    processes.wait_ready([name for group in groups for name in group.names], deadline, within=within)
     return [_running(processes, group) for group in groups]
 
 

@@ -1,45 +1,42 @@
 """plan, up, status, down, schema: everything that needs the `cluster` extra."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
-from rich.table import Table
 from rich.text import Text
 
 from cluster.errors import DeploymentNotFoundError, StartError
+from echelon.cli.deploy_tables import (
+    SERVING,
+    STATE_STYLES,
+    changes_table,
+    drafters_table,
+    plan_table,
+    process_table,
+    tier_table,
+)
 from echelon.cli.output import (
     EXIT_FAILED,
     UsageProblem,
     cluster_extra,
     exits,
-    plain_table,
-    size_text,
     stderr,
     stdout,
     write_json,
 )
-from echelon.cli.tiers import fill_of, state_of, trouble_of
 from echelon.cli.watch import watch
 
 if TYPE_CHECKING:
     from cluster.lifecycle import UpEvent
-    from cluster.planning.plan import Bundle, ControlProcess, Plan
-    from cluster.processes.status import DeploymentStatus, ProcessStatus, TierUse
+    from cluster.processes.status import DeploymentStatus, ProcessStatus
 
-SERVING = ("READY", "DEGRADED")
-_STATE_STYLES = {
-    "READY": "green",
-    "DEGRADED": "yellow",
-    "NOT_RESPONDING": "bold red",
-    "FAILED": "bold red",
-    "STARTING": "cyan",
-}
+_SHOWN_EVENTS = 8
 
 FileArgument = Annotated[Path, typer.Argument(help="Deployment file.", show_default=False)]
 RayOption = Annotated[
@@ -54,15 +51,43 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 
 
 @exits
-def plan(file: FileArgument, ray_address: RayOption = None, json: JsonOption = False) -> None:
+def plan(
+    ctx: typer.Context,
+    file: FileArgument,
+    ray_address: RayOption = None,
+    inventory: Annotated[
+        Path | None,
+        typer.Option(help="YAML file that lists the machines. By default, the cluster or this machine is asked."),
+    ] = None,
+    acceptance: Annotated[
+        list[float] | None,
+        typer.Option(min=0, max=1, help="Estimate what drafters gain if this share of drafts is accepted. Repeatable."),
+    ] = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="GB/s that a device reads from its memory, for --acceptance. Default: assumed."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
     """Check a deployment file and show what would run where. This starts nothing."""
+    source = ctx.get_parameter_source("ray_address")  # an environment is no choice between the two
+    if inventory is not None and source is not None and source.name == "COMMANDLINE":
+        raise UsageProblem("--inventory and --ray-address: give one; a plan is for listed machines or for a cluster")
     with cluster_extra():
         from cluster import lifecycle
-    made = lifecycle.plan(file, ray_address=ray_address)
+    made = lifecycle.plan(
+        file,
+        ray_address=ray_address,
+        inventory=inventory,
+        acceptances=acceptance or (),
+        bandwidth=None if bandwidth is None else bandwidth * 1e9,
+    )
     if json:
         write_json(made)
     else:
         stdout().print(plan_table(made))
+        if made.drafters:
+            stdout().print(drafters_table(made))
 
 
 @exits
@@ -82,12 +107,34 @@ def up(
         status = lifecycle.up(file, ray_address=ray_address, on_event=display.on_event, timeout_s=timeout)
     if json:
         write_json(status)
-        return
+    else:
+        print_ready(status)
+
+
+def print_ready(status: "DeploymentStatus") -> None:
+    """Where a deployment serves."""
     out = stdout()
     out.print(f"[bold]{status.name}[/bold] serves [bold]{status.model}[/bold] at [bold]{status.endpoint}[/bold]")
-    if status.metrics_url:
-        out.print(f"metrics: {status.metrics_url}")
+    if status.http_url:
+        out.print(f"OpenAI API: {status.http_url}/v1, metrics: {status.http_url}/metrics")
     out.print(f"try: echelon generate 'def main(' --address {status.endpoint} --stats", style="dim")
+
+
+@exits
+def apply(
+    file: FileArgument,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Change a running deployment to what its edited file says. Replicas come and go while the others serve."""
+    with cluster_extra():
+        from cluster import lifecycle
+    with StartupDisplay(stderr()) as display:
+        status = lifecycle.apply(file, on_event=display.on_event, dry_run=dry_run)
+    if json:
+        write_json(status)
+    elif not dry_run:
+        stdout().print(f"[bold]{status.name}[/bold] is {status.state}, replicas: {status.num_replicas}")
 
 
 @exits
@@ -113,7 +160,7 @@ def status(
         raise UsageProblem("--address and --count need --watch")
     with cluster_extra():
         from cluster import lifecycle
-    found = lifecycle.status(name or _the_only_deployment(lifecycle.list_deployments))
+    found = lifecycle.status(name or the_only_deployment(lifecycle.list_deployments))
     if json:
         write_json(found)
     else:
@@ -131,7 +178,7 @@ def down(
     """Stop every process of a deployment, and the Ray that was started for it."""
     with cluster_extra():
         from cluster import lifecycle
-    name = name or _the_only_deployment(lifecycle.list_deployments)
+    name = name or the_only_deployment(lifecycle.list_deployments)
     err = stderr()
     with err.status(f"taking {name} down"):
         lifecycle.down(name)
@@ -149,13 +196,13 @@ def schema() -> None:
 def _endpoint_of(name: str | None) -> str:
     with cluster_extra():
         from cluster import lifecycle
-    found = lifecycle.status(name or _the_only_deployment(lifecycle.list_deployments))
+    found = lifecycle.status(name or the_only_deployment(lifecycle.list_deployments))
     if not found.endpoint:
         raise StartError(f"{found.name} is {found.state} and has no gateway yet; look at: echelon status {found.name}")
     return found.endpoint
 
 
-def _the_only_deployment(list_deployments: Callable[[], list[str]]) -> str:
+def the_only_deployment(list_deployments: Callable[[], list[str]]) -> str:
     names = list_deployments()
     if not names:
         raise DeploymentNotFoundError("no deployment was started from this machine")
@@ -164,102 +211,23 @@ def _the_only_deployment(list_deployments: Callable[[], list[str]]) -> str:
     return names[0]
 
 
-def plan_table(made: "Plan") -> Table:
-    """Where each process runs, and how much memory it takes."""
-    table = plain_table()
-    nodes = {made.scheduler.address, made.gateway.address, *(bundle.address for bundle in made.bundles)}
-    where = (
-        "" if len(nodes) > 1 else f", node {made.gateway.address}"
-    )  # a column less: 80 characters must show all sizes
-    table.title, table.title_justify = f"plan of {made.deployment} on {made.device}{where}", "left"
-    remarks = "\n".join(_remarks(made))
-    table.caption, table.caption_justify = Text(remarks) if remarks else None, "left"
-    for heading in ("process", *(["node"] if len(nodes) > 1 else []), "devices"):
-        table.add_column(heading, no_wrap=True)
-    has_host_tier = any(bundle.memory.host_bytes for bundle in made.bundles)
-    for heading in ("weights", "KV cache", "activations", "total", *(["host KV"] if has_host_tier else [])):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for bundle in made.bundles:
-        memory = bundle.memory
-        sizes = [memory.weight_bytes, memory.kv_cache_bytes, memory.activation_bytes, memory.total_bytes]
-        if has_host_tier:
-            sizes.append(memory.host_bytes)
-        if bundle.num_gpus:
-            devices = f"{bundle.num_gpus} GPU"
-        elif bundle.cpu_ids:
-            devices = f"cores {', '.join(map(str, bundle.cpu_ids))}"
-        else:
-            devices = "shared"
-        table.add_row(*_place(bundle, nodes), devices, *(size_text(size) for size in sizes))
-    for process in (made.scheduler, made.gateway):
-        table.add_row(*_place(process, nodes))
-    return table
-
-
-def _place(process: "Bundle | ControlProcess", nodes: set[str]) -> list[str]:
-    """Its cells in the columns of names and, if there are several, nodes."""
-    return [process.name, process.address] if len(nodes) > 1 else [process.name]
-
-
-def _remarks(made: "Plan") -> Iterator[str]:
-    if made.eos:
-        listed = ", ".join(f"{token.token_id} {token.text!r} ({', '.join(token.files)})" for token in made.eos)
-        yield f"a stream stops at token {listed}"
-    yield from (f"note: {note}" for note in made.notes)
-
-
 def _print_status(out: Console, found: "DeploymentStatus") -> None:
-    style = _STATE_STYLES.get(found.state, "")
+    style = STATE_STYLES.get(found.state, "")
     reason = f": {found.reason}" if found.reason else ""
     out.print(Text.assemble((found.name, "bold"), " is ", (str(found.state), style), reason))
     ray = f"{found.ray_address} (started for it)" if found.private_ray else found.ray_address
-    metrics = f", metrics {found.metrics_url}" if found.metrics_url else ""
-    out.print(f"model {found.model}, endpoint {found.endpoint}{metrics}, Ray {ray}", markup=False)
-    out.print(process_table(found.processes))
+    facts = {"model": found.model, "endpoint": found.endpoint, "HTTP": found.http_url, "Ray": ray}
+    facts["batch_invariant"] = str((found.settings or {}).get("batch_invariant", "")).lower()
+    facts["draft"] = str((found.settings or {}).get("draft", ""))
+    if any(facts.values()):
+        out.print(", ".join(f"{name} {fact}" for name, fact in facts.items() if fact), markup=False)
+    if found.processes:
+        out.print(process_table(found.processes))
     if found.tiers:
         out.print(tier_table(found.tiers))
-
-
-def process_table(processes: "tuple[ProcessStatus, ...]") -> Table:
-    table = plain_table("process", "state", "node", "devices", "pid", "")
-    for process in processes:
-        table.add_row(
-            process.name,
-            Text(str(process.state), style=_STATE_STYLES.get(process.state, "")),
-            process.node,
-            process.devices,
-            "" if process.pid is None else str(process.pid),
-            _doing(process),
-        )
-    return table
-
-
-def tier_table(tiers: "tuple[TierUse, ...]") -> Table:
-    """Host memory and disk behind the device blocks of each engine."""
-    table = plain_table("KV cache", "tier")
-    for heading in ("used", "of", "stored", "fetched", "failed", "evicted"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column()
-    for tier in tiers:
-        counts = (tier.num_stored, tier.num_fetched, tier.num_failed, tier.num_evicted)
-        table.add_row(tier.engine, tier.tier, *fill_of(tier), *map(str, counts), state_of(tier))
-    troubles = [f"{tier.engine} {tier.tier}: {trouble}" for tier in tiers if (trouble := trouble_of(tier))]
-    caption = Text("\n".join(["bytes are those on each rank, numbers are blocks", *troubles]))
-    table.caption, table.caption_justify = caption, "left"
-    return table
-
-
-def _doing(process: "ProcessStatus") -> RenderableType:
-    """What a process is doing: its error, or the stage that it reported, with a bar if the total is known."""
-    if process.error:
-        return Text(process.error, style="red")
-    if process.state in SERVING or not process.stage:
-        return process.address
-    if not process.total:
-        return process.stage
-    line = Table.grid(padding=(0, 1))
-    line.add_row(process.stage, ProgressBar(total=process.total, completed=process.done, width=20))
-    return line
+    for event in found.events[-_SHOWN_EVENTS:]:
+        when = datetime.fromtimestamp(event.at).astimezone().strftime("%H:%M:%S")
+        out.print(f"{when} {event.part} {event.text}", markup=False, soft_wrap=True)
 
 
 class StartupDisplay:
@@ -277,17 +245,23 @@ class StartupDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the table away; idempotent."""
         if self._live is not None:
             self._live.stop()
 
     def on_event(self, event: "UpEvent") -> None:
-        from cluster.lifecycle import PlanMade, ProcessChanged, RayConnected
+        from cluster.lifecycle import ChangesFound, PlanMade, ProcessChanged, RayConnected
 
         match event:
             case RayConnected(address=address, private=private):
                 self._console.print(f"{'started' if private else 'connected to'} Ray at {address}")
             case PlanMade(plan=made):
                 self._console.print(plan_table(made))
+            case ChangesFound(changes=found):
+                self._console.print(changes_table(found) if found else "nothing differs from what runs")
             case ProcessChanged(process=process):
                 self._on_process(process)
 

@@ -7,11 +7,13 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from echelon.cli.connection import connect
 from echelon.cli.output import UsageProblem, exits, report_error, stderr, write, write_json
-from echelon.client import Client, Stream
+from echelon.client import Client
 from echelon.errors import EchelonError
 from echelon.requests import ChatMessage, GenerateOptions, Prompt, SpeculationOptions
 from echelon.results import Completion, Usage
+from echelon.streams import Stream
 
 AddressOption = Annotated[str, typer.Option("--address", envvar="ECHELON_ADDRESS", help="host:port of the gateway.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Default: up to max_model_len.")]
@@ -101,7 +103,7 @@ def generate(
         timeout_s=timeout,
         speculation=_speculation(no_speculation, num_speculative_tokens),
     )
-    with Client(address) as client, _start(client, _read_prompt(prompt), options) as stream:
+    with connect(address) as client, _start(client, _read_prompt(prompt), options) as stream:
         if json:
             write_json(stream.result())
         elif no_stream or (n or 1) > 1:
@@ -150,7 +152,7 @@ def chat(
         speculation=_speculation(no_speculation, None),
         chat_template_kwargs=_template_kwargs(template_kwargs),
     )
-    with Client(address) as client:
+    with connect(address) as client:
         info = client.model_info()
         if not info.has_chat_template:
             raise UsageProblem(f"model {info.model!r} has no chat template; use `echelon generate`")
@@ -270,6 +272,8 @@ def stats_table(completion: Completion) -> Table:
     table.add_row("finish reason", ", ".join(sample.finish_reason for sample in completion.samples))
     table.add_row("prompt tokens", str(usage.prompt_tokens))
     table.add_row("from the prefix cache", _cached(usage))
+    if usage.approximations:
+        table.add_row("not exact", ", ".join(usage.approximations))
     table.add_row("tokens", str(usage.completion_tokens))
     table.add_row("first token", f"{timings.first_token_s * 1e3:.0f} ms ({timings.queue_s * 1e3:.0f} ms in the queue)")
     if timings.total_s:

@@ -17,7 +17,7 @@ from rich.table import Table
 from cluster.errors import ConfigError, DeploymentNotFoundError, PlanError, StartError
 from echelon.errors import EchelonError, InvalidRequestError, NotFoundError
 
-_MIB, _GIB = 1 << 20, 1 << 30
+_MIB, _GIB, _TIB = 1 << 20, 1 << 30, 1 << 40
 EXIT_FAILED = 1
 _EXIT_USAGE = 2
 _EXIT_INTERRUPTED = 130
@@ -58,6 +58,8 @@ def write_json(value: Any) -> None:
 
 
 def size_text(num_bytes: float) -> str:
+    if num_bytes >= _TIB:
+        return f"{num_bytes / _TIB:.1f} TiB"
     return f"{num_bytes / _GIB:.1f} GiB" if num_bytes >= _GIB else f"{num_bytes / _MIB:.1f} MiB"
 
 

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
+from echelon.cli.connection import connect_operator
 from echelon.cli.generate import DEFAULT_ADDRESS, AddressOption
 from echelon.cli.output import EXIT_FAILED, UsageProblem, exits, report_error, stderr
 from echelon.cli.trace_file import chrome_trace
-from echelon.control import ControlClient
 from echelon.errors import EchelonError
 from echelon.pb import scheduler_pb2
 
@@ -35,7 +35,7 @@ def trace(
     """
     duration_s = seconds if seconds is not None else (0.0 if rounds else _DEFAULT_TRACE_S)
     _check_writable(out)
-    with ControlClient(address) as control:
+    with connect_operator(address) as control:
         events = _record(control.trace(num_rounds=rounds or 0, duration_s=duration_s, replica=replica))
     counts = Counter(event.round.group for event in events if event.HasField("round"))
     if not counts:
@@ -43,7 +43,9 @@ def trace(
         raise typer.Exit(EXIT_FAILED)
     out.write_text(json.dumps(chrome_trace(events)))
     found = ", ".join(f"{count} rounds of the {group} group" for group, count in sorted(counts.items(), reverse=True))
-    stderr().print(f"{out}: {found}", markup=False, soft_wrap=True)
+    num_moves = sum(event.HasField("move") for event in events)
+    moves = f", {num_moves} moves of KV" if num_moves else ""
+    stderr().print(f"{out}: {found}{moves}", markup=False, soft_wrap=True)
 
 
 def _check_writable(out: Path) -> None:

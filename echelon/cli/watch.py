@@ -11,10 +11,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from echelon.cli.connection import connect_operator
 from echelon.cli.output import plain_table, size_text, stdout, write
-from echelon.cli.tiers import fill_of, state_of, trouble_of
+from echelon.cli.tier_text import fill_of, state_of, trouble_of
 from echelon.cli.watching import ReplicaView, TierView, view
-from echelon.control import ControlClient
 
 Show = Callable[[Sequence[ReplicaView]], None]
 
@@ -43,7 +43,7 @@ _TIER_COLUMNS: tuple[tuple[str, Callable[[TierView], str]], ...] = (
 
 def watch(address: str, *, interval_s: float, count: int | None, json_lines: bool) -> None:
     """Show the replicas behind the gateway at `address` every `interval_s`, `count` times or until Ctrl-C."""
-    with contextlib.suppress(KeyboardInterrupt), ControlClient(address) as control, _display(json_lines) as show:
+    with contextlib.suppress(KeyboardInterrupt), connect_operator(address) as control, _display(json_lines) as show:
         before, before_s = control.replicas(), time.monotonic()
         shown = 0
         while count is None or shown < count:

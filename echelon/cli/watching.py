@@ -96,7 +96,7 @@ def _tier(before: TierStatus | None, after: TierStatus, elapsed_s: float) -> Tie
         return seen
     num_fetched = after.fetched_blocks_total - before.fetched_blocks_total
     num_stored = after.stored_blocks_total - before.stored_blocks_total
-    if num_fetched < 0 or num_stored < 0:  # the engine was connected anew
+    if num_fetched < 0 or num_stored < 0:  # the engine has reconnected
         return seen
     return replace(
         seen,

@@ -12,24 +12,31 @@ from google.protobuf.internal import builder as _builder
 _sym_db = _symbol_database.Default()
 
 
+from echelon.pb import process_pb2 as echelon_dot_pb_dot_process__pb2
 from echelon.pb import scheduler_pb2 as echelon_dot_pb_dot_scheduler__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65\x63helon/pb/control.proto\x12\nechelon.v1\x1a\x1a\x65\x63helon/pb/scheduler.proto\"\x14\n\x12GetReplicasRequest\"Q\n\x13GetReplicasResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x08replicas\x18\x02 \x03(\x0b\x32\x19.echelon.v1.ReplicaStatus\"m\n\rReplicaStatus\x12\x0f\n\x07replica\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12+\n\x06status\x18\x03 \x01(\x0b\x32\x1b.echelon.v1.SchedulerStatus\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"O\n\x13ReplicaTraceRequest\x12\x0f\n\x07replica\x18\x01 \x01(\r\x12\'\n\x05trace\x18\x02 \x01(\x0b\x32\x18.echelon.v1.TraceRequest2\x9d\x01\n\x07\x43ontrol\x12N\n\x0bGetReplicas\x12\x1e.echelon.v1.GetReplicasRequest\x1a\x1f.echelon.v1.GetReplicasResponse\x12\x42\n\x05Trace\x12\x1f.echelon.v1.ReplicaTraceRequest\x1a\x16.echelon.v1.TraceEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65\x63helon/pb/control.proto\x12\nechelon.v1\x1a\x18\x65\x63helon/pb/process.proto\x1a\x1a\x65\x63helon/pb/scheduler.proto\"\x14\n\x12GetReplicasRequest\"\x80\x02\n\x13GetReplicasResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x08replicas\x18\x02 \x03(\x0b\x32\x19.echelon.v1.ReplicaStatus\x12,\n\tprocesses\x18\x03 \x03(\x0b\x32\x19.echelon.v1.PlacedProcess\x12\'\n\x06models\x18\x04 \x03(\x0b\x32\x17.echelon.v1.ServedModel\x12(\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x18.echelon.v1.ReplicaEvent\x12,\n\x08requests\x18\x06 \x03(\x0b\x32\x1a.echelon.v1.RunningRequest\"\xca\x01\n\x0cReplicaEvent\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0e\n\x06time_s\x18\x02 \x01(\x01\x12\x0f\n\x07replica\x18\x03 \x01(\r\x12\x33\n\x08severity\x18\x04 \x01(\x0e\x32!.echelon.v1.ReplicaEvent.Severity\x12\x0c\n\x04text\x18\x05 \x01(\t\"F\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x08\n\x04INFO\x10\x01\x12\x0b\n\x07WARNING\x10\x02\x12\t\n\x05\x45RROR\x10\x03\"\x99\x01\n\x0eRunningRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\r\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\r\n\x05\x61ge_s\x18\x04 \x01(\x01\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x06 \x01(\r\x12\r\n\x05waits\x18\x07 \x01(\x08\"m\n\rReplicaStatus\x12\x0f\n\x07replica\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12+\n\x06status\x18\x03 \x01(\x0b\x32\x1b.echelon.v1.SchedulerStatus\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"O\n\x13ReplicaTraceRequest\x12\x0f\n\x07replica\x18\x01 \x01(\r\x12\'\n\x05trace\x18\x02 \x01(\x0b\x32\x18.echelon.v1.TraceRequest2\x9d\x01\n\x07\x43ontrol\x12N\n\x0bGetReplicas\x12\x1e.echelon.v1.GetReplicasRequest\x1a\x1f.echelon.v1.GetReplicasResponse\x12\x42\n\x05Trace\x12\x1f.echelon.v1.ReplicaTraceRequest\x1a\x16.echelon.v1.TraceEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'echelon.pb.control_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_GETREPLICASREQUEST']._serialized_start=68
-  _globals['_GETREPLICASREQUEST']._serialized_end=88
-  _globals['_GETREPLICASRESPONSE']._serialized_start=90
-  _globals['_GETREPLICASRESPONSE']._serialized_end=171
-  _globals['_REPLICASTATUS']._serialized_start=173
-  _globals['_REPLICASTATUS']._serialized_end=282
-  _globals['_REPLICATRACEREQUEST']._serialized_start=284
-  _globals['_REPLICATRACEREQUEST']._serialized_end=363
-  _globals['_CONTROL']._serialized_start=366
-  _globals['_CONTROL']._serialized_end=523
+  _globals['_GETREPLICASREQUEST']._serialized_start=94
+  _globals['_GETREPLICASREQUEST']._serialized_end=114
+  _globals['_GETREPLICASRESPONSE']._serialized_start=117
+  _globals['_GETREPLICASRESPONSE']._serialized_end=373
+  _globals['_REPLICAEVENT']._serialized_start=376
+  _globals['_REPLICAEVENT']._serialized_end=578
+  _globals['_REPLICAEVENT_SEVERITY']._serialized_start=508
+  _globals['_REPLICAEVENT_SEVERITY']._serialized_end=578
+  _globals['_RUNNINGREQUEST']._serialized_start=581
+  _globals['_RUNNINGREQUEST']._serialized_end=734
+  _globals['_REPLICASTATUS']._serialized_start=736
+  _globals['_REPLICASTATUS']._serialized_end=845
+  _globals['_REPLICATRACEREQUEST']._serialized_start=847
+  _globals['_REPLICATRACEREQUEST']._serialized_end=926
+  _globals['_CONTROL']._serialized_start=929
+  _globals['_CONTROL']._serialized_end=1086
 # @@protoc_insertion_point(module_scope)

@@ -5,11 +5,19 @@ What operators of a deployment can ask its gateway."""
 
 import builtins
 import collections.abc
+import echelon.pb.process_pb2
 import echelon.pb.scheduler_pb2
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import sys
 import typing
+
+if sys.version_info >= (3, 10):
+    import typing as typing_extensions
+else:
+    import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
@@ -29,18 +37,124 @@ class GetReplicasResponse(google.protobuf.message.Message):
 
     MODEL_FIELD_NUMBER: builtins.int
     REPLICAS_FIELD_NUMBER: builtins.int
+    PROCESSES_FIELD_NUMBER: builtins.int
+    MODELS_FIELD_NUMBER: builtins.int
+    EVENTS_FIELD_NUMBER: builtins.int
+    REQUESTS_FIELD_NUMBER: builtins.int
     model: builtins.str
     @property
     def replicas(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ReplicaStatus]: ...
+    @property
+    def processes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[echelon.pb.process_pb2.PlacedProcess]:
+        """as far as the gateway was told"""
+
+    @property
+    def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[echelon.pb.process_pb2.ServedModel]: ...
+    @property
+    def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ReplicaEvent]:
+        """the last ones, oldest first"""
+
+    @property
+    def requests(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RunningRequest]:
+        """the oldest ones; SchedulerStatus counts all"""
+
     def __init__(
         self,
         *,
         model: builtins.str = ...,
         replicas: collections.abc.Iterable[global___ReplicaStatus] | None = ...,
+        processes: collections.abc.Iterable[echelon.pb.process_pb2.PlacedProcess] | None = ...,
+        models: collections.abc.Iterable[echelon.pb.process_pb2.ServedModel] | None = ...,
+        events: collections.abc.Iterable[global___ReplicaEvent] | None = ...,
+        requests: collections.abc.Iterable[global___RunningRequest] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["model", b"model", "replicas", b"replicas"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["events", b"events", "model", b"model", "models", b"models", "processes", b"processes", "replicas", b"replicas", "requests", b"requests"]) -> None: ...
 
 global___GetReplicasResponse = GetReplicasResponse
+
+@typing.final
+class ReplicaEvent(google.protobuf.message.Message):
+    """Something that happened to a replica, as its gateway saw it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    class _Severity:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _SeverityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[ReplicaEvent._Severity.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        SEVERITY_UNSPECIFIED: ReplicaEvent._Severity.ValueType  # 0
+        INFO: ReplicaEvent._Severity.ValueType  # 1
+        WARNING: ReplicaEvent._Severity.ValueType  # 2
+        ERROR: ReplicaEvent._Severity.ValueType  # 3
+
+    class Severity(_Severity, metaclass=_SeverityEnumTypeWrapper): ...
+    SEVERITY_UNSPECIFIED: ReplicaEvent.Severity.ValueType  # 0
+    INFO: ReplicaEvent.Severity.ValueType  # 1
+    WARNING: ReplicaEvent.Severity.ValueType  # 2
+    ERROR: ReplicaEvent.Severity.ValueType  # 3
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    TIME_S_FIELD_NUMBER: builtins.int
+    REPLICA_FIELD_NUMBER: builtins.int
+    SEVERITY_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """ascending"""
+    time_s: builtins.float
+    """since 1970"""
+    replica: builtins.int
+    severity: global___ReplicaEvent.Severity.ValueType
+    text: builtins.str
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        time_s: builtins.float = ...,
+        replica: builtins.int = ...,
+        severity: global___ReplicaEvent.Severity.ValueType = ...,
+        text: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["number", b"number", "replica", b"replica", "severity", b"severity", "text", b"text", "time_s", b"time_s"]) -> None: ...
+
+global___ReplicaEvent = ReplicaEvent
+
+@typing.final
+class RunningRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    REPLICA_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
+    AGE_S_FIELD_NUMBER: builtins.int
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    NUM_OUTPUT_TOKENS_FIELD_NUMBER: builtins.int
+    WAITS_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    replica: builtins.int
+    tenant: builtins.str
+    """the name of its token"""
+    age_s: builtins.float
+    num_prompt_tokens: builtins.int
+    num_output_tokens: builtins.int
+    """of all samples"""
+    waits: builtins.bool
+    """nothing has come yet"""
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        replica: builtins.int = ...,
+        tenant: builtins.str = ...,
+        age_s: builtins.float = ...,
+        num_prompt_tokens: builtins.int = ...,
+        num_output_tokens: builtins.int = ...,
+        waits: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["age_s", b"age_s", "num_output_tokens", b"num_output_tokens", "num_prompt_tokens", b"num_prompt_tokens", "replica", b"replica", "request_id", b"request_id", "tenant", b"tenant", "waits", b"waits"]) -> None: ...
+
+global___RunningRequest = RunningRequest
 
 @typing.final
 class ReplicaStatus(google.protobuf.message.Message):

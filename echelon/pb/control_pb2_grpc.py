@@ -31,7 +31,7 @@ class ControlServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def GetReplicas(self, request, context):
-        """The current state of every replica.
+        """The current state of every replica, and what runs where.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

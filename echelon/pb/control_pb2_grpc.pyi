@@ -24,7 +24,7 @@ class ControlStub:
         echelon.pb.control_pb2.GetReplicasRequest,
         echelon.pb.control_pb2.GetReplicasResponse,
     ]
-    """The current state of every replica."""
+    """The current state of every replica, and what runs where."""
 
     Trace: grpc.UnaryStreamMultiCallable[
         echelon.pb.control_pb2.ReplicaTraceRequest,
@@ -37,7 +37,7 @@ class ControlAsyncStub:
         echelon.pb.control_pb2.GetReplicasRequest,
         echelon.pb.control_pb2.GetReplicasResponse,
     ]
-    """The current state of every replica."""
+    """The current state of every replica, and what runs where."""
 
     Trace: grpc.aio.UnaryStreamMultiCallable[
         echelon.pb.control_pb2.ReplicaTraceRequest,
@@ -52,7 +52,7 @@ class ControlServicer(metaclass=abc.ABCMeta):
         request: echelon.pb.control_pb2.GetReplicasRequest,
         context: _ServicerContext,
     ) -> typing.Union[echelon.pb.control_pb2.GetReplicasResponse, collections.abc.Awaitable[echelon.pb.control_pb2.GetReplicasResponse]]:
-        """The current state of every replica."""
+        """The current state of every replica, and what runs where."""
 
     @abc.abstractmethod
     def Trace(

@@ -58,6 +58,8 @@ class GenerateRequest(google.protobuf.message.Message):
     SPECULATION_FIELD_NUMBER: builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
     CACHE_SALT_FIELD_NUMBER: builtins.int
+    STRUCTURED_OUTPUT_FIELD_NUMBER: builtins.int
+    RESUME_FROM_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """chosen by the server when empty; unique among running requests"""
     model: builtins.str
@@ -77,6 +79,12 @@ class GenerateRequest(google.protobuf.message.Message):
     def sampling(self) -> echelon.pb.sampling_pb2.SamplingParams: ...
     @property
     def speculation(self) -> global___Speculation: ...
+    @property
+    def structured_output(self) -> global___StructuredOutput: ...
+    @property
+    def resume_from(self) -> global___Resume:
+        """set: the client has a part of the output already. Needs the seed, unless sampling is greedy"""
+
     def __init__(
         self,
         *,
@@ -89,15 +97,126 @@ class GenerateRequest(google.protobuf.message.Message):
         speculation: global___Speculation | None = ...,
         add_special_tokens: builtins.bool | None = ...,
         cache_salt: builtins.str = ...,
+        structured_output: global___StructuredOutput | None = ...,
+        resume_from: global___Resume | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "input", b"input", "sampling", b"sampling", "speculation", b"speculation", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "model", b"model", "request_id", b"request_id", "sampling", b"sampling", "speculation", b"speculation", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "input", b"input", "resume_from", b"resume_from", "sampling", b"sampling", "speculation", b"speculation", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "model", b"model", "request_id", b"request_id", "resume_from", b"resume_from", "sampling", b"sampling", "speculation", b"speculation", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_add_special_tokens", b"_add_special_tokens"]) -> typing.Literal["add_special_tokens"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["input", b"input"]) -> typing.Literal["text", "chat", "token_ids"] | None: ...
 
 global___GenerateRequest = GenerateRequest
+
+@typing.final
+class Resume(google.protobuf.message.Message):
+    """What a client already has of a request: it becomes the history, so the rest is what it would have been, however many
+    samples, penalties or a grammar it has. If the request still runs for a stream of the same tenant that has ended, it
+    begins again.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SAMPLES_FIELD_NUMBER: builtins.int
+    ELAPSED_S_FIELD_NUMBER: builtins.int
+    FIRST_TOKEN_S_FIELD_NUMBER: builtins.int
+    elapsed_s: builtins.float
+    """since the request arrived"""
+    first_token_s: builtins.float
+    """after its arrival; unset: none has come"""
+    @property
+    def samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ResumedSample]:
+        """one for each of n"""
+
+    def __init__(
+        self,
+        *,
+        samples: collections.abc.Iterable[global___ResumedSample] | None = ...,
+        elapsed_s: builtins.float = ...,
+        first_token_s: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_first_token_s", b"_first_token_s", "first_token_s", b"first_token_s"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_first_token_s", b"_first_token_s", "elapsed_s", b"elapsed_s", "first_token_s", b"first_token_s", "samples", b"samples"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_first_token_s", b"_first_token_s"]) -> typing.Literal["first_token_s"] | None: ...
+
+global___Resume = Resume
+
+@typing.final
+class ResumedSample(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    NUM_CHARS_FIELD_NUMBER: builtins.int
+    num_chars: builtins.int
+    """of its text (code points), which are not sent again"""
+    @property
+    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        num_chars: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["num_chars", b"num_chars", "token_ids", b"token_ids"]) -> None: ...
+
+global___ResumedSample = ResumedSample
+
+@typing.final
+class StructuredOutput(google.protobuf.message.Message):
+    """A form that the output keeps to. Tokens that leave it are never chosen, whoever drafted them. What cannot be enforced
+    is refused: INVALID_ARGUMENT names it. In a conversation whose template mentions </think>, reasoning may come first.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JSON_SCHEMA_FIELD_NUMBER: builtins.int
+    JSON_OBJECT_FIELD_NUMBER: builtins.int
+    REGEX_FIELD_NUMBER: builtins.int
+    GRAMMAR_FIELD_NUMBER: builtins.int
+    CHOICE_FIELD_NUMBER: builtins.int
+    json_schema: builtins.str
+    """a JSON Schema, as JSON text; properties come in its order"""
+    json_object: builtins.bool
+    """true: any JSON object"""
+    regex: builtins.str
+    """of the whole output, in the syntax of Rust's regex crate"""
+    grammar: builtins.str
+    """context-free, in Lark's syntax or in llama.cpp's GBNF"""
+    @property
+    def choice(self) -> global___Choice: ...
+    def __init__(
+        self,
+        *,
+        json_schema: builtins.str = ...,
+        json_object: builtins.bool = ...,
+        regex: builtins.str = ...,
+        grammar: builtins.str = ...,
+        choice: global___Choice | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["choice", b"choice", "form", b"form", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "regex", b"regex"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["choice", b"choice", "form", b"form", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "regex", b"regex"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["form", b"form"]) -> typing.Literal["json_schema", "json_object", "regex", "grammar", "choice"] | None: ...
+
+global___StructuredOutput = StructuredOutput
+
+@typing.final
+class Choice(google.protobuf.message.Message):
+    """One of these texts."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: builtins.int
+    @property
+    def texts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        texts: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["texts", b"texts"]) -> None: ...
+
+global___Choice = Choice
 
 @typing.final
 class TokenIds(google.protobuf.message.Message):
@@ -238,9 +357,14 @@ class GenerateResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    STARTED_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
     COMPLETE_FIELD_NUMBER: builtins.int
     request_id: builtins.str
+    @property
+    def started(self) -> global___GenerateStarted:
+        """the first message, as soon as the request is queued"""
+
     @property
     def chunk(self) -> global___GenerateChunk: ...
     @property
@@ -249,14 +373,33 @@ class GenerateResponse(google.protobuf.message.Message):
         self,
         *,
         request_id: builtins.str = ...,
+        started: global___GenerateStarted | None = ...,
         chunk: global___GenerateChunk | None = ...,
         complete: global___GenerateComplete | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["chunk", b"chunk", "complete", b"complete", "message", b"message"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "complete", b"complete", "message", b"message", "request_id", b"request_id"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["chunk", "complete"] | None: ...
+    def HasField(self, field_name: typing.Literal["chunk", b"chunk", "complete", b"complete", "message", b"message", "started", b"started"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "complete", b"complete", "message", b"message", "request_id", b"request_id", "started", b"started"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["started", "chunk", "complete"] | None: ...
 
 global___GenerateResponse = GenerateResponse
+
+@typing.final
+class GenerateStarted(google.protobuf.message.Message):
+    """What a client needs to resume."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEED_FIELD_NUMBER: builtins.int
+    seed: builtins.int
+    """given or drawn"""
+    def __init__(
+        self,
+        *,
+        seed: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["seed", b"seed"]) -> None: ...
+
+global___GenerateStarted = GenerateStarted
 
 @typing.final
 class GenerateChunk(google.protobuf.message.Message):
@@ -271,6 +414,7 @@ class GenerateChunk(google.protobuf.message.Message):
     TEXT_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
     OFFSET_FIELD_NUMBER: builtins.int
+    DRAFTED_FIELD_NUMBER: builtins.int
     index: builtins.int
     """which of the n samples"""
     text: builtins.str
@@ -282,6 +426,10 @@ class GenerateChunk(google.protobuf.message.Message):
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[echelon.pb.sampling_pb2.PositionLogprobs]:
         """one for each of token_ids, if requested"""
 
+    @property
+    def drafted(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bool]:
+        """for each of token_ids: it was drafted, and the target agreed"""
+
     def __init__(
         self,
         *,
@@ -290,8 +438,9 @@ class GenerateChunk(google.protobuf.message.Message):
         text: builtins.str = ...,
         logprobs: collections.abc.Iterable[echelon.pb.sampling_pb2.PositionLogprobs] | None = ...,
         offset: builtins.int = ...,
+        drafted: collections.abc.Iterable[builtins.bool] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["index", b"index", "logprobs", b"logprobs", "offset", b"offset", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["drafted", b"drafted", "index", b"index", "logprobs", b"logprobs", "offset", b"offset", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
 
 global___GenerateChunk = GenerateChunk
 
@@ -376,6 +525,7 @@ class Usage(google.protobuf.message.Message):
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     CACHED_PROMPT_TOKENS_FROM_HOST_FIELD_NUMBER: builtins.int
     CACHED_PROMPT_TOKENS_FROM_DISK_FIELD_NUMBER: builtins.int
+    APPROXIMATIONS_FIELD_NUMBER: builtins.int
     prompt_tokens: builtins.int
     completion_tokens: builtins.int
     """of all samples"""
@@ -385,6 +535,10 @@ class Usage(google.protobuf.message.Message):
     """... of them, brought from host memory"""
     cached_prompt_tokens_from_disk: builtins.int
     """... or from disk"""
+    @property
+    def approximations(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What made the output approximate, as "key: value" of the deployment file; empty: nothing did."""
+
     def __init__(
         self,
         *,
@@ -393,8 +547,9 @@ class Usage(google.protobuf.message.Message):
         cached_prompt_tokens: builtins.int = ...,
         cached_prompt_tokens_from_host: builtins.int = ...,
         cached_prompt_tokens_from_disk: builtins.int = ...,
+        approximations: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "cached_prompt_tokens_from_disk", b"cached_prompt_tokens_from_disk", "cached_prompt_tokens_from_host", b"cached_prompt_tokens_from_host", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["approximations", b"approximations", "cached_prompt_tokens", b"cached_prompt_tokens", "cached_prompt_tokens_from_disk", b"cached_prompt_tokens_from_disk", "cached_prompt_tokens_from_host", b"cached_prompt_tokens_from_host", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]) -> None: ...
 
 global___Usage = Usage
 

@@ -45,8 +45,9 @@ class InferenceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Streams chunks as tokens are committed, then one GenerateComplete. Errors are gRPC statuses. Dropping
-        the stream cancels the request. A gRPC deadline includes the time in the queue.
+        """Streams one GenerateStarted, chunks as tokens are committed, then one GenerateComplete. Errors are gRPC statuses.
+        Dropping the stream cancels the request. A gRPC deadline includes the time in the queue. A client whose gateway is
+        lost sends the same request again, here or to another gateway, with `resume_from`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -23,8 +23,9 @@ class InferenceStub:
         echelon.pb.inference_pb2.GenerateRequest,
         echelon.pb.inference_pb2.GenerateResponse,
     ]
-    """Streams chunks as tokens are committed, then one GenerateComplete. Errors are gRPC statuses. Dropping
-    the stream cancels the request. A gRPC deadline includes the time in the queue.
+    """Streams one GenerateStarted, chunks as tokens are committed, then one GenerateComplete. Errors are gRPC statuses.
+    Dropping the stream cancels the request. A gRPC deadline includes the time in the queue. A client whose gateway is
+    lost sends the same request again, here or to another gateway, with `resume_from`.
     """
 
     Cancel: grpc.UnaryUnaryMultiCallable[
@@ -53,8 +54,9 @@ class InferenceAsyncStub:
         echelon.pb.inference_pb2.GenerateRequest,
         echelon.pb.inference_pb2.GenerateResponse,
     ]
-    """Streams chunks as tokens are committed, then one GenerateComplete. Errors are gRPC statuses. Dropping
-    the stream cancels the request. A gRPC deadline includes the time in the queue.
+    """Streams one GenerateStarted, chunks as tokens are committed, then one GenerateComplete. Errors are gRPC statuses.
+    Dropping the stream cancels the request. A gRPC deadline includes the time in the queue. A client whose gateway is
+    lost sends the same request again, here or to another gateway, with `resume_from`.
     """
 
     Cancel: grpc.aio.UnaryUnaryMultiCallable[
@@ -85,8 +87,9 @@ class InferenceServicer(metaclass=abc.ABCMeta):
         request: echelon.pb.inference_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[echelon.pb.inference_pb2.GenerateResponse], collections.abc.AsyncIterator[echelon.pb.inference_pb2.GenerateResponse]]:
-        """Streams chunks as tokens are committed, then one GenerateComplete. Errors are gRPC statuses. Dropping
-        the stream cancels the request. A gRPC deadline includes the time in the queue.
+        """Streams one GenerateStarted, chunks as tokens are committed, then one GenerateComplete. Errors are gRPC statuses.
+        Dropping the stream cancels the request. A gRPC deadline includes the time in the queue. A client whose gateway is
+        lost sends the same request again, here or to another gateway, with `resume_from`.
         """
 
     @abc.abstractmethod

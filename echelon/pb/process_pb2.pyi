@@ -4,8 +4,8 @@ isort:skip_file
 How a child process gets its settings and reports its state. Every Echelon process (`python -m workers`,
 `python -m scheduler`, `python -m gateway`) reads its spec as one line of JSON from standard
 input, keeps standard input open (its end means that the parent died: exit status 3), writes one
-ProcessEvent a line, as JSON, to standard output, and logs to standard error. It refuses a spec whose
-`version` is not its own. `childproc/` implements the child's end, `cluster/processes/child.py` the parent's.
+ProcessEvent a line, as JSON, to standard output, and logs to standard error. Once it is ready, its parent may write
+a ProcessUpdate a line, as JSON, to its standard input. It refuses a spec whose `version` is not its own. `childproc/` implements the child's end, `cluster/processes/child.py` the parent's.
 """
 
 import builtins
@@ -96,19 +96,23 @@ class Ready(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     ADDRESS_FIELD_NUMBER: builtins.int
+    INSIDE_ADDRESS_FIELD_NUMBER: builtins.int
     WORKER_FIELD_NUMBER: builtins.int
     address: builtins.str
     """host:port of the gRPC server; empty for a rank other than the leader"""
+    inside_address: builtins.str
+    """where it answers grpc.health.v1 without TLS, if `address` speaks TLS"""
     @property
     def worker(self) -> echelon.pb.worker_pb2.WorkerInfo: ...
     def __init__(
         self,
         *,
         address: builtins.str = ...,
+        inside_address: builtins.str = ...,
         worker: echelon.pb.worker_pb2.WorkerInfo | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["worker", b"worker"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "worker", b"worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "inside_address", b"inside_address", "worker", b"worker"]) -> None: ...
 
 global___Ready = Ready
 
@@ -133,6 +137,103 @@ class Failed(google.protobuf.message.Message):
 global___Failed = Failed
 
 @typing.final
+class ProcessUpdate(google.protobuf.message.Message):
+    """What has changed since the spec was written."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: builtins.int
+    SCHEDULER_FIELD_NUMBER: builtins.int
+    @property
+    def group(self) -> global___GroupUpdate:
+        """to a scheduler"""
+
+    @property
+    def scheduler(self) -> global___SchedulerUpdate:
+        """to a gateway"""
+
+    def __init__(
+        self,
+        *,
+        group: global___GroupUpdate | None = ...,
+        scheduler: global___SchedulerUpdate | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["group", b"group", "scheduler", b"scheduler", "update", b"update"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["group", b"group", "scheduler", b"scheduler", "update", b"update"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["update", b"update"]) -> typing.Literal["group", "scheduler"] | None: ...
+
+global___ProcessUpdate = ProcessUpdate
+
+@typing.final
+class GroupUpdate(google.protobuf.message.Message):
+    """A group was started again, or will not be."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: builtins.int
+    ENDPOINT_FIELD_NUMBER: builtins.int
+    GIVEN_UP_FIELD_NUMBER: builtins.int
+    role: echelon.pb.worker_pb2.EngineRole.ValueType
+    given_up: builtins.str
+    """why"""
+    @property
+    def endpoint(self) -> global___GroupEndpoint: ...
+    def __init__(
+        self,
+        *,
+        role: echelon.pb.worker_pb2.EngineRole.ValueType = ...,
+        endpoint: global___GroupEndpoint | None = ...,
+        given_up: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["endpoint", b"endpoint", "given_up", b"given_up", "state", b"state"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["endpoint", b"endpoint", "given_up", b"given_up", "role", b"role", "state", b"state"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["state", b"state"]) -> typing.Literal["endpoint", "given_up"] | None: ...
+
+global___GroupUpdate = GroupUpdate
+
+@typing.final
+class SchedulerUpdate(google.protobuf.message.Message):
+    """What has become of a scheduler."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: builtins.int
+    ADDRESS_FIELD_NUMBER: builtins.int
+    GIVEN_UP_FIELD_NUMBER: builtins.int
+    RETIRING_FIELD_NUMBER: builtins.int
+    REMOVED_FIELD_NUMBER: builtins.int
+    PROCESSES_FIELD_NUMBER: builtins.int
+    replica: builtins.int
+    """its place among scheduler_addresses; the next one after them: it is new"""
+    address: builtins.str
+    """it was started, or started again"""
+    given_up: builtins.str
+    """why it is not"""
+    retiring: builtins.bool
+    """true: it gets no new requests; false: it does again"""
+    removed: builtins.bool
+    """its requests go on at others, and those after it move up"""
+    @property
+    def processes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___PlacedProcess]:
+        """with the address of a new replica: its own"""
+
+    def __init__(
+        self,
+        *,
+        replica: builtins.int = ...,
+        address: builtins.str = ...,
+        given_up: builtins.str = ...,
+        retiring: builtins.bool = ...,
+        removed: builtins.bool = ...,
+        processes: collections.abc.Iterable[global___PlacedProcess] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["address", b"address", "given_up", b"given_up", "removed", b"removed", "retiring", b"retiring", "state", b"state"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "given_up", b"given_up", "processes", b"processes", "removed", b"removed", "replica", b"replica", "retiring", b"retiring", "state", b"state"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["state", b"state"]) -> typing.Literal["address", "given_up", "retiring", "removed"] | None: ...
+
+global___SchedulerUpdate = SchedulerUpdate
+
+@typing.final
 class WorkerSpec(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -149,6 +250,7 @@ class WorkerSpec(google.protobuf.message.Message):
     ENGINES_FIELD_NUMBER: builtins.int
     COMPILE_FIELD_NUMBER: builtins.int
     COLLECTIVE_TIMEOUT_S_FIELD_NUMBER: builtins.int
+    IDENTITY_FIELD_NUMBER: builtins.int
     name: builtins.str
     """"target-0.1": group and rank, for logs"""
     rank: builtins.int
@@ -174,6 +276,10 @@ class WorkerSpec(google.protobuf.message.Message):
 
     @property
     def engines(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___EngineSpec]: ...
+    @property
+    def identity(self) -> global___ProcessIdentity:
+        """unset: wires are plain"""
+
     def __init__(
         self,
         *,
@@ -190,10 +296,37 @@ class WorkerSpec(google.protobuf.message.Message):
         engines: collections.abc.Iterable[global___EngineSpec] | None = ...,
         compile: builtins.str = ...,
         collective_timeout_s: builtins.float = ...,
+        identity: global___ProcessIdentity | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["collective_timeout_s", b"collective_timeout_s", "compile", b"compile", "cpu_ids", b"cpu_ids", "device", b"device", "engines", b"engines", "host", b"host", "incarnation", b"incarnation", "name", b"name", "rank", b"rank", "store_address", b"store_address", "threads", b"threads", "version", b"version", "world_size", b"world_size"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["identity", b"identity"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["collective_timeout_s", b"collective_timeout_s", "compile", b"compile", "cpu_ids", b"cpu_ids", "device", b"device", "engines", b"engines", "host", b"host", "identity", b"identity", "incarnation", b"incarnation", "name", b"name", "rank", b"rank", "store_address", b"store_address", "threads", b"threads", "version", b"version", "world_size", b"world_size"]) -> None: ...
 
 global___WorkerSpec = WorkerSpec
+
+@typing.final
+class ProcessIdentity(google.protobuf.message.Message):
+    """With which a process proves to the others that it belongs to the deployment, in PEM."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CA_FIELD_NUMBER: builtins.int
+    CERTIFICATE_FIELD_NUMBER: builtins.int
+    KEY_FIELD_NUMBER: builtins.int
+    ca: builtins.bytes
+    """of the deployment"""
+    certificate: builtins.bytes
+    """that the CA has signed for this process"""
+    key: builtins.bytes
+    def __init__(
+        self,
+        *,
+        ca: builtins.bytes = ...,
+        certificate: builtins.bytes = ...,
+        key: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ca", b"ca", "certificate", b"certificate", "key", b"key"]) -> None: ...
+
+global___ProcessIdentity = ProcessIdentity
 
 @typing.final
 class EngineSpec(google.protobuf.message.Message):
@@ -216,6 +349,11 @@ class EngineSpec(google.protobuf.message.Message):
     LAYER_PARALLEL_MLP_FIELD_NUMBER: builtins.int
     FORCED_ACCEPTANCE_FIELD_NUMBER: builtins.int
     TIERS_FIELD_NUMBER: builtins.int
+    QUANTIZATION_FIELD_NUMBER: builtins.int
+    NUM_LAYERS_FIELD_NUMBER: builtins.int
+    LOWER_DRAFT_FIELD_NUMBER: builtins.int
+    KEEPS_BITS_FIELD_NUMBER: builtins.int
+    KV_DTYPE_FIELD_NUMBER: builtins.int
     role: echelon.pb.worker_pb2.EngineRole.ValueType
     model: builtins.str
     """folder in Hugging Face layout"""
@@ -232,6 +370,7 @@ class EngineSpec(google.protobuf.message.Message):
     max_num_batched_tokens: builtins.int
     max_model_len: builtins.int
     batch_invariant: builtins.bool
+    """unset: where it costs nothing, which the workers find out"""
     lp_size: builtins.int
     """Draft, layer-parallel (arXiv 2502.02493): attention of up to lp_size consecutive layers runs at once. With lp_size
     ranks, each rank computes one layer; with one rank, it computes them in one batched pass. tp_size must be 1.
@@ -246,6 +385,18 @@ class EngineSpec(google.protobuf.message.Message):
     token. A hash of seed and position decides. The output is then meaningless.
     0: off
     """
+    quantization: builtins.str
+    """Draft: a model made of the folder's at load.
+    "int8" | "int4" | "mxfp4": to which its matrices are rounded; empty: not
+    """
+    num_layers: builtins.int
+    """the first ones; 0: all"""
+    lower_draft: builtins.str
+    """draft: "suffix": earlier text of a seq proposes, and the draft verifies; empty: nothing"""
+    keeps_bits: builtins.bool
+    """matrices stay in the few bits in which the folder stores them"""
+    kv_dtype: builtins.str
+    """"auto": that of the weights | "fp8", target only"""
     @property
     def layer_groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[echelon.pb.worker_pb2.LayerGroup]:
         """every layer, in order; empty: chosen by the similarity of hidden states"""
@@ -265,16 +416,22 @@ class EngineSpec(google.protobuf.message.Message):
         max_num_seqs: builtins.int = ...,
         max_num_batched_tokens: builtins.int = ...,
         max_model_len: builtins.int = ...,
-        batch_invariant: builtins.bool = ...,
+        batch_invariant: builtins.bool | None = ...,
         lp_size: builtins.int = ...,
         layer_groups: collections.abc.Iterable[echelon.pb.worker_pb2.LayerGroup] | None = ...,
         layer_parallel_weights: builtins.str = ...,
         layer_parallel_mlp: builtins.str = ...,
         forced_acceptance: builtins.float = ...,
         tiers: global___TierSpec | None = ...,
+        quantization: builtins.str = ...,
+        num_layers: builtins.int = ...,
+        lower_draft: builtins.str = ...,
+        keeps_bits: builtins.bool = ...,
+        kv_dtype: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["tiers", b"tiers"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["batch_invariant", b"batch_invariant", "block_size", b"block_size", "dtype", b"dtype", "forced_acceptance", b"forced_acceptance", "gpu_memory_utilization", b"gpu_memory_utilization", "kv_cache_bytes", b"kv_cache_bytes", "layer_groups", b"layer_groups", "layer_parallel_mlp", b"layer_parallel_mlp", "layer_parallel_weights", b"layer_parallel_weights", "lp_size", b"lp_size", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "role", b"role", "tiers", b"tiers", "tp_size", b"tp_size"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_batch_invariant", b"_batch_invariant", "batch_invariant", b"batch_invariant", "tiers", b"tiers"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_batch_invariant", b"_batch_invariant", "batch_invariant", b"batch_invariant", "block_size", b"block_size", "dtype", b"dtype", "forced_acceptance", b"forced_acceptance", "gpu_memory_utilization", b"gpu_memory_utilization", "keeps_bits", b"keeps_bits", "kv_cache_bytes", b"kv_cache_bytes", "kv_dtype", b"kv_dtype", "layer_groups", b"layer_groups", "layer_parallel_mlp", b"layer_parallel_mlp", "layer_parallel_weights", b"layer_parallel_weights", "lower_draft", b"lower_draft", "lp_size", b"lp_size", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_layers", b"num_layers", "quantization", b"quantization", "role", b"role", "tiers", b"tiers", "tp_size", b"tp_size"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_batch_invariant", b"_batch_invariant"]) -> typing.Literal["batch_invariant"] | None: ...
 
 global___EngineSpec = EngineSpec
 
@@ -289,6 +446,8 @@ class TierSpec(google.protobuf.message.Message):
     DISK_BYTES_FIELD_NUMBER: builtins.int
     DISK_READ_ONLY_FIELD_NUMBER: builtins.int
     DISK_NODE_BYTES_FIELD_NUMBER: builtins.int
+    REPLICA_FIELD_NUMBER: builtins.int
+    TIER_DTYPE_FIELD_NUMBER: builtins.int
     num_host_slots: builtins.int
     """blocks in host memory; 0: none, and then no disk tier either"""
     disk_path: builtins.str
@@ -299,6 +458,10 @@ class TierSpec(google.protobuf.message.Message):
     """read what another process writes, write nothing"""
     disk_node_bytes: builtins.int
     """of all ranks and engines of the node, and of what earlier configurations have left"""
+    replica: builtins.int
+    """each has folders of its own: a folder has one owner"""
+    tier_dtype: builtins.str
+    """"same" | "int8" | "int4": what a block becomes on its way to the host"""
     def __init__(
         self,
         *,
@@ -307,8 +470,10 @@ class TierSpec(google.protobuf.message.Message):
         disk_bytes: builtins.int = ...,
         disk_read_only: builtins.bool = ...,
         disk_node_bytes: builtins.int = ...,
+        replica: builtins.int = ...,
+        tier_dtype: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["disk_bytes", b"disk_bytes", "disk_node_bytes", b"disk_node_bytes", "disk_path", b"disk_path", "disk_read_only", b"disk_read_only", "num_host_slots", b"num_host_slots"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["disk_bytes", b"disk_bytes", "disk_node_bytes", b"disk_node_bytes", "disk_path", b"disk_path", "disk_read_only", b"disk_read_only", "num_host_slots", b"num_host_slots", "replica", b"replica", "tier_dtype", b"tier_dtype"]) -> None: ...
 
 global___TierSpec = TierSpec
 
@@ -330,6 +495,9 @@ class SchedulerSpec(google.protobuf.message.Message):
     ROUND_TIMEOUT_S_FIELD_NUMBER: builtins.int
     MAX_ROUNDS_IN_FLIGHT_FIELD_NUMBER: builtins.int
     TIERS_FIELD_NUMBER: builtins.int
+    MAX_LIVE_SLOWDOWN_FIELD_NUMBER: builtins.int
+    KEEPS_REQUESTS_FIELD_NUMBER: builtins.int
+    IDENTITY_FIELD_NUMBER: builtins.int
     name: builtins.str
     host: builtins.str
     port: builtins.int
@@ -342,6 +510,10 @@ class SchedulerSpec(google.protobuf.message.Message):
     round_timeout_s: builtins.float
     max_rounds_in_flight: builtins.int
     """1 or 2"""
+    max_live_slowdown: builtins.float
+    """of rounds by items of jobs, a share"""
+    keeps_requests: builtins.bool
+    """requests wait for a target group that is lost, because it is started again"""
     @property
     def eos_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
@@ -357,6 +529,10 @@ class SchedulerSpec(google.protobuf.message.Message):
     @property
     def tiers(self) -> global___TierSection:
         """unset: the defaults of scheduler/config.py"""
+
+    @property
+    def identity(self) -> global___ProcessIdentity:
+        """unset: wires are plain"""
 
     def __init__(
         self,
@@ -375,9 +551,12 @@ class SchedulerSpec(google.protobuf.message.Message):
         round_timeout_s: builtins.float = ...,
         max_rounds_in_flight: builtins.int = ...,
         tiers: global___TierSection | None = ...,
+        max_live_slowdown: builtins.float = ...,
+        keeps_requests: builtins.bool = ...,
+        identity: global___ProcessIdentity | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["draft", b"draft", "scheduler", b"scheduler", "speculation", b"speculation", "target", b"target", "tiers", b"tiers"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["draft", b"draft", "eos_token_ids", b"eos_token_ids", "host", b"host", "max_rounds_in_flight", b"max_rounds_in_flight", "model_name", b"model_name", "name", b"name", "port", b"port", "round_timeout_s", b"round_timeout_s", "scheduler", b"scheduler", "speculation", b"speculation", "target", b"target", "tiers", b"tiers", "tokenizer_dir", b"tokenizer_dir", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["draft", b"draft", "identity", b"identity", "scheduler", b"scheduler", "speculation", b"speculation", "target", b"target", "tiers", b"tiers"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["draft", b"draft", "eos_token_ids", b"eos_token_ids", "host", b"host", "identity", b"identity", "keeps_requests", b"keeps_requests", "max_live_slowdown", b"max_live_slowdown", "max_rounds_in_flight", b"max_rounds_in_flight", "model_name", b"model_name", "name", b"name", "port", b"port", "round_timeout_s", b"round_timeout_s", "scheduler", b"scheduler", "speculation", b"speculation", "target", b"target", "tiers", b"tiers", "tokenizer_dir", b"tokenizer_dir", "version", b"version"]) -> None: ...
 
 global___SchedulerSpec = SchedulerSpec
 
@@ -388,19 +567,23 @@ class TierSection(google.protobuf.message.Message):
     LOAD_TIMEOUT_S_FIELD_NUMBER: builtins.int
     WRITES_DISK_FIELD_NUMBER: builtins.int
     WRITES_AT_ONCE_FIELD_NUMBER: builtins.int
+    IGNORES_PRICES_FIELD_NUMBER: builtins.int
     load_timeout_s: builtins.float
     """for which a seq waits for blocks from other tiers"""
     writes_disk: builtins.bool
     writes_at_once: builtins.bool
     """to disk; otherwise only blocks that were used again or leave host memory"""
+    ignores_prices: builtins.bool
+    """fetch what is there even where computing would be faster; only tests may set it"""
     def __init__(
         self,
         *,
         load_timeout_s: builtins.float = ...,
         writes_disk: builtins.bool = ...,
         writes_at_once: builtins.bool = ...,
+        ignores_prices: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["load_timeout_s", b"load_timeout_s", "writes_at_once", b"writes_at_once", "writes_disk", b"writes_disk"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ignores_prices", b"ignores_prices", "load_timeout_s", b"load_timeout_s", "writes_at_once", b"writes_at_once", "writes_disk", b"writes_disk"]) -> None: ...
 
 global___TierSection = TierSection
 
@@ -442,21 +625,113 @@ class ServerSection(google.protobuf.message.Message):
     HOST_FIELD_NUMBER: builtins.int
     GRPC_PORT_FIELD_NUMBER: builtins.int
     HTTP_PORT_FIELD_NUMBER: builtins.int
+    TLS_FIELD_NUMBER: builtins.int
+    AUTH_FIELD_NUMBER: builtins.int
+    GATEWAYS_FIELD_NUMBER: builtins.int
+    AUDIT_FILE_FIELD_NUMBER: builtins.int
     host: builtins.str
     grpc_port: builtins.int
     """0: any free one"""
     http_port: builtins.int
-    """of the HTTP server, for metrics; 0: none"""
+    """of the HTTP server; 0: none"""
+    gateways: builtins.int
+    """how many there are"""
+    audit_file: builtins.str
+    """on the gateway's node, to which it appends; empty: none"""
+    @property
+    def tls(self) -> global___TlsSection:
+        """of both ports; unset: neither is encrypted"""
+
+    @property
+    def auth(self) -> global___AuthSection:
+        """unset: everyone may call everything"""
+
     def __init__(
         self,
         *,
         host: builtins.str = ...,
         grpc_port: builtins.int = ...,
         http_port: builtins.int = ...,
+        tls: global___TlsSection | None = ...,
+        auth: global___AuthSection | None = ...,
+        gateways: builtins.int = ...,
+        audit_file: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["grpc_port", b"grpc_port", "host", b"host", "http_port", b"http_port"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["auth", b"auth", "tls", b"tls"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["audit_file", b"audit_file", "auth", b"auth", "gateways", b"gateways", "grpc_port", b"grpc_port", "host", b"host", "http_port", b"http_port", "tls", b"tls"]) -> None: ...
 
 global___ServerSection = ServerSection
+
+@typing.final
+class TlsSection(google.protobuf.message.Message):
+    """Files on the gateway's node, in PEM. They are read again when they change."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CERT_FIELD_NUMBER: builtins.int
+    KEY_FIELD_NUMBER: builtins.int
+    CLIENT_CA_FIELD_NUMBER: builtins.int
+    cert: builtins.str
+    """with its chain"""
+    key: builtins.str
+    client_ca: builtins.str
+    """clients must have a certificate that it signed; empty: they need none"""
+    def __init__(
+        self,
+        *,
+        cert: builtins.str = ...,
+        key: builtins.str = ...,
+        client_ca: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cert", b"cert", "client_ca", b"client_ca", "key", b"key"]) -> None: ...
+
+global___TlsSection = TlsSection
+
+@typing.final
+class AuthSection(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKENS_FILE_FIELD_NUMBER: builtins.int
+    tokens_file: builtins.str
+    """a TokensFile as JSON, on the gateway's node; read again when it changes"""
+    def __init__(
+        self,
+        *,
+        tokens_file: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["tokens_file", b"tokens_file"]) -> None: ...
+
+global___AuthSection = AuthSection
+
+@typing.final
+class JobsSection(google.protobuf.message.Message):
+    """Of durable jobs. Unset: the gateway keeps none."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: builtins.int
+    MAX_BYTES_FIELD_NUMBER: builtins.int
+    MAX_RUNNING_FIELD_NUMBER: builtins.int
+    RETENTION_S_FIELD_NUMBER: builtins.int
+    path: builtins.str
+    """a folder on the gateway's node"""
+    max_bytes: builtins.int
+    """of all uploads together"""
+    max_running: builtins.int
+    """items at once"""
+    retention_s: builtins.float
+    """for which jobs that have ended, and files that no job reads, are kept"""
+    def __init__(
+        self,
+        *,
+        path: builtins.str = ...,
+        max_bytes: builtins.int = ...,
+        max_running: builtins.int = ...,
+        retention_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_bytes", b"max_bytes", "max_running", b"max_running", "path", b"path", "retention_s", b"retention_s"]) -> None: ...
+
+global___JobsSection = JobsSection
 
 @typing.final
 class GroupEndpoint(google.protobuf.message.Message):
@@ -526,6 +801,12 @@ class GatewaySpec(google.protobuf.message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: builtins.int
     VOCAB_SIZE_FIELD_NUMBER: builtins.int
+    KEEPS_REQUESTS_FIELD_NUMBER: builtins.int
+    JOBS_FIELD_NUMBER: builtins.int
+    INSIDE_HOST_FIELD_NUMBER: builtins.int
+    PROCESSES_FIELD_NUMBER: builtins.int
+    MODELS_FIELD_NUMBER: builtins.int
+    IDENTITY_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.str
     model_name: builtins.str
@@ -535,10 +816,26 @@ class GatewaySpec(google.protobuf.message.Message):
     max_message_bytes: builtins.int
     """of a request; 0: 32 for each token of max_model_len, 1 MiB to 16 MiB, or 8 if that is more"""
     vocab_size: builtins.int
+    keeps_requests: builtins.bool
+    """requests wait for a scheduler that is lost, because it is started again"""
+    inside_host: builtins.str
+    """address of this node, where the controller asks for health if the public ports speak TLS"""
     @property
     def server(self) -> global___ServerSection: ...
     @property
     def scheduler_addresses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @property
+    def jobs(self) -> global___JobsSection: ...
+    @property
+    def processes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___PlacedProcess]:
+        """of the deployment, for whoever watches it"""
+
+    @property
+    def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ServedModel]: ...
+    @property
+    def identity(self) -> global___ProcessIdentity:
+        """to schedulers; unset: wires are plain"""
+
     def __init__(
         self,
         *,
@@ -551,8 +848,89 @@ class GatewaySpec(google.protobuf.message.Message):
         max_model_len: builtins.int = ...,
         max_message_bytes: builtins.int = ...,
         vocab_size: builtins.int = ...,
+        keeps_requests: builtins.bool = ...,
+        jobs: global___JobsSection | None = ...,
+        inside_host: builtins.str = ...,
+        processes: collections.abc.Iterable[global___PlacedProcess] | None = ...,
+        models: collections.abc.Iterable[global___ServedModel] | None = ...,
+        identity: global___ProcessIdentity | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["server", b"server"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["max_message_bytes", b"max_message_bytes", "max_model_len", b"max_model_len", "model_dir", b"model_dir", "model_name", b"model_name", "name", b"name", "scheduler_addresses", b"scheduler_addresses", "server", b"server", "version", b"version", "vocab_size", b"vocab_size"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["identity", b"identity", "jobs", b"jobs", "server", b"server"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["identity", b"identity", "inside_host", b"inside_host", "jobs", b"jobs", "keeps_requests", b"keeps_requests", "max_message_bytes", b"max_message_bytes", "max_model_len", b"max_model_len", "model_dir", b"model_dir", "model_name", b"model_name", "models", b"models", "name", b"name", "processes", b"processes", "scheduler_addresses", b"scheduler_addresses", "server", b"server", "version", b"version", "vocab_size", b"vocab_size"]) -> None: ...
 
 global___GatewaySpec = GatewaySpec
+
+@typing.final
+class PlacedProcess(google.protobuf.message.Message):
+    """Where a process runs, for people."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    ROLE_FIELD_NUMBER: builtins.int
+    REPLICA_FIELD_NUMBER: builtins.int
+    RANK_FIELD_NUMBER: builtins.int
+    NODE_FIELD_NUMBER: builtins.int
+    DEVICES_FIELD_NUMBER: builtins.int
+    ENGINES_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """"target-0.1", "scheduler-0" """
+    role: builtins.str
+    """"target" | "draft" | "scheduler" | "gateway"; of a worker that of its group"""
+    replica: builtins.int
+    rank: builtins.int
+    """in its group"""
+    node: builtins.str
+    """its address"""
+    devices: builtins.str
+    """"cuda:3", "cores 0,1"; empty: it has none"""
+    @property
+    def engines(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[echelon.pb.worker_pb2.EngineRole.ValueType]:
+        """of a worker's group"""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        role: builtins.str = ...,
+        replica: builtins.int = ...,
+        rank: builtins.int = ...,
+        node: builtins.str = ...,
+        devices: builtins.str = ...,
+        engines: collections.abc.Iterable[echelon.pb.worker_pb2.EngineRole.ValueType] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["devices", b"devices", "engines", b"engines", "name", b"name", "node", b"node", "rank", b"rank", "replica", b"replica", "role", b"role"]) -> None: ...
+
+global___PlacedProcess = PlacedProcess
+
+@typing.final
+class ServedModel(google.protobuf.message.Message):
+    """A model of the deployment, for people."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ENGINE_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    DTYPE_FIELD_NUMBER: builtins.int
+    NUM_RANKS_FIELD_NUMBER: builtins.int
+    PARALLEL_FIELD_NUMBER: builtins.int
+    engine: echelon.pb.worker_pb2.EngineRole.ValueType
+    model: builtins.str
+    """the name of its folder"""
+    dtype: builtins.str
+    num_ranks: builtins.int
+    """of a replica that compute it"""
+    parallel: builtins.str
+    """how they share it: "tensor" | "layer" """
+    def __init__(
+        self,
+        *,
+        engine: echelon.pb.worker_pb2.EngineRole.ValueType = ...,
+        model: builtins.str = ...,
+        dtype: builtins.str = ...,
+        num_ranks: builtins.int = ...,
+        parallel: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dtype", b"dtype", "engine", b"engine", "model", b"model", "num_ranks", b"num_ranks", "parallel", b"parallel"]) -> None: ...
+
+global___ServedModel = ServedModel

@@ -55,11 +55,24 @@ class Submit(google.protobuf.message.Message):
     SPECULATION_FIELD_NUMBER: builtins.int
     TIMEOUT_S_FIELD_NUMBER: builtins.int
     CACHE_SALT_FIELD_NUMBER: builtins.int
+    GRAMMAR_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
+    RESUME_FROM_FIELD_NUMBER: builtins.int
+    WAS_ACCEPTED_FIELD_NUMBER: builtins.int
+    IS_BACKGROUND_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     timeout_s: builtins.float
     """remaining time, including the queue"""
     cache_salt: builtins.str
     """as in GenerateRequest"""
+    grammar: builtins.str
+    """that the output keeps to, as in Grammar.source; empty: none"""
+    tenant: builtins.str
+    """whose it is: no tenant's requests wait for all of another's. The name of the token"""
+    was_accepted: builtins.bool
+    """by a scheduler that was lost: a full queue does not refuse it"""
+    is_background: builtins.bool
+    """an item of a job: others go first"""
     @property
     def prompt_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
@@ -68,6 +81,10 @@ class Submit(google.protobuf.message.Message):
 
     @property
     def speculation(self) -> echelon.pb.inference_pb2.Speculation: ...
+    @property
+    def resume_from(self) -> echelon.pb.inference_pb2.Resume:
+        """set: another scheduler, or another gateway, began the request and was lost"""
+
     def __init__(
         self,
         *,
@@ -77,9 +94,14 @@ class Submit(google.protobuf.message.Message):
         speculation: echelon.pb.inference_pb2.Speculation | None = ...,
         timeout_s: builtins.float | None = ...,
         cache_salt: builtins.str = ...,
+        grammar: builtins.str = ...,
+        tenant: builtins.str = ...,
+        resume_from: echelon.pb.inference_pb2.Resume | None = ...,
+        was_accepted: builtins.bool = ...,
+        is_background: builtins.bool = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "sampling", b"sampling", "speculation", b"speculation", "timeout_s", b"timeout_s"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "speculation", b"speculation", "timeout_s", b"timeout_s"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "resume_from", b"resume_from", "sampling", b"sampling", "speculation", b"speculation", "timeout_s", b"timeout_s"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "grammar", b"grammar", "is_background", b"is_background", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_from", b"resume_from", "sampling", b"sampling", "speculation", b"speculation", "tenant", b"tenant", "timeout_s", b"timeout_s", "was_accepted", b"was_accepted"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_timeout_s", b"_timeout_s"]) -> typing.Literal["timeout_s"] | None: ...
 
 global___Submit = Submit
@@ -132,16 +154,61 @@ class SchedulerReplies(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REPLIES_FIELD_NUMBER: builtins.int
+    CACHE_FIELD_NUMBER: builtins.int
     @property
     def replies(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SchedulerReply]: ...
+    @property
+    def cache(self) -> global___CacheReport:
+        """unset: nothing has changed"""
+
     def __init__(
         self,
         *,
         replies: collections.abc.Iterable[global___SchedulerReply] | None = ...,
+        cache: global___CacheReport | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["replies", b"replies"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["cache", b"cache"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cache", b"cache", "replies", b"replies"]) -> None: ...
 
 global___SchedulerReplies = SchedulerReplies
+
+@typing.final
+class CacheReport(google.protobuf.message.Message):
+    """Which blocks of prompts and outputs the target's KV cache holds, in any tier: what has changed since the last report.
+    Of several reports that belong together, those of a large cache, each has a part.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FROM_NOTHING_FIELD_NUMBER: builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: builtins.int
+    ADDED_FIELD_NUMBER: builtins.int
+    REMOVED_FIELD_NUMBER: builtins.int
+    from_nothing: builtins.bool
+    """earlier reports count no more. The first of a stream, and of a target that is new"""
+    block_size: builtins.int
+    """tokens"""
+    num_blocks: builtins.int
+    """of the device"""
+    @property
+    def added(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """digests: the first 64 bits of the chained ones in childproc/block_digests.py"""
+
+    @property
+    def removed(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        from_nothing: builtins.bool = ...,
+        block_size: builtins.int = ...,
+        num_blocks: builtins.int = ...,
+        added: collections.abc.Iterable[builtins.int] | None = ...,
+        removed: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["added", b"added", "block_size", b"block_size", "from_nothing", b"from_nothing", "num_blocks", b"num_blocks", "removed", b"removed"]) -> None: ...
+
+global___CacheReport = CacheReport
 
 @typing.final
 class SchedulerReply(google.protobuf.message.Message):
@@ -211,10 +278,15 @@ class SchedulerStatus(google.protobuf.message.Message):
 
     READY_FIELD_NUMBER: builtins.int
     NOT_READY_REASON_FIELD_NUMBER: builtins.int
+    ACCEPTS_REQUESTS_FIELD_NUMBER: builtins.int
     DRAFT_READY_FIELD_NUMBER: builtins.int
     TARGET_SILENT_S_FIELD_NUMBER: builtins.int
     DRAFT_SILENT_S_FIELD_NUMBER: builtins.int
     DRAFT_NOT_READY_REASON_FIELD_NUMBER: builtins.int
+    TARGET_LOST_FIELD_NUMBER: builtins.int
+    DRAFT_LOST_FIELD_NUMBER: builtins.int
+    TARGET_LOSSES_TOTAL_FIELD_NUMBER: builtins.int
+    DRAFT_LOSSES_TOTAL_FIELD_NUMBER: builtins.int
     NUM_REQUESTS_RUNNING_FIELD_NUMBER: builtins.int
     NUM_REQUESTS_WAITING_FIELD_NUMBER: builtins.int
     NUM_BLOCKS_FIELD_NUMBER: builtins.int
@@ -246,6 +318,8 @@ class SchedulerStatus(google.protobuf.message.Message):
     ready: builtins.bool
     """the target group answers; the draft group need not"""
     not_ready_reason: builtins.str
+    accepts_requests: builtins.bool
+    """a request is queued, though it may have to wait until the target group is back"""
     draft_ready: builtins.bool
     """the draft group answers"""
     target_silent_s: builtins.float
@@ -255,6 +329,12 @@ class SchedulerStatus(google.protobuf.message.Message):
     draft_silent_s: builtins.float
     draft_not_ready_reason: builtins.str
     """of a draft group that is not connected"""
+    target_lost: builtins.bool
+    """the group is not connected: it died, hangs, or is out of reach"""
+    draft_lost: builtins.bool
+    target_losses_total: builtins.int
+    """how often that happened"""
+    draft_losses_total: builtins.int
     num_requests_running: builtins.int
     num_requests_waiting: builtins.int
     num_blocks: builtins.int
@@ -307,10 +387,15 @@ class SchedulerStatus(google.protobuf.message.Message):
         *,
         ready: builtins.bool = ...,
         not_ready_reason: builtins.str = ...,
+        accepts_requests: builtins.bool = ...,
         draft_ready: builtins.bool = ...,
         target_silent_s: builtins.float = ...,
         draft_silent_s: builtins.float = ...,
         draft_not_ready_reason: builtins.str = ...,
+        target_lost: builtins.bool = ...,
+        draft_lost: builtins.bool = ...,
+        target_losses_total: builtins.int = ...,
+        draft_losses_total: builtins.int = ...,
         num_requests_running: builtins.int = ...,
         num_requests_waiting: builtins.int = ...,
         num_blocks: builtins.int = ...,
@@ -341,7 +426,7 @@ class SchedulerStatus(google.protobuf.message.Message):
         tiers: collections.abc.Iterable[global___TierStatus] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["speculation_total", b"speculation_total"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["acceptance_rate", b"acceptance_rate", "draft_idle_seconds_total", b"draft_idle_seconds_total", "draft_not_ready_reason", b"draft_not_ready_reason", "draft_ready", b"draft_ready", "draft_rounds_total", b"draft_rounds_total", "draft_silent_s", b"draft_silent_s", "draft_tokens_total", b"draft_tokens_total", "drafts_per_verification", b"drafts_per_verification", "generation_tokens_total", b"generation_tokens_total", "lookup_tokens_total", b"lookup_tokens_total", "non_finite_rows_total", b"non_finite_rows_total", "not_ready_reason", b"not_ready_reason", "num_blocks", b"num_blocks", "num_draft_blocks", b"num_draft_blocks", "num_free_blocks", b"num_free_blocks", "num_free_draft_blocks", b"num_free_draft_blocks", "num_preemptions_total", b"num_preemptions_total", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_hits_from_disk", b"prefix_cache_hits_from_disk", "prefix_cache_hits_from_host", b"prefix_cache_hits_from_host", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens_total", b"prompt_tokens_total", "ready", b"ready", "speculation_total", b"speculation_total", "target_rounds_total", b"target_rounds_total", "target_silent_s", b"target_silent_s", "tiers", b"tiers", "verdict_cache_hits_total", b"verdict_cache_hits_total", "verdict_cache_misses_total", b"verdict_cache_misses_total", "verify_wait_seconds_total", b"verify_wait_seconds_total", "wasted_draft_tokens_total", b"wasted_draft_tokens_total", "window_occupancy", b"window_occupancy"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["acceptance_rate", b"acceptance_rate", "accepts_requests", b"accepts_requests", "draft_idle_seconds_total", b"draft_idle_seconds_total", "draft_losses_total", b"draft_losses_total", "draft_lost", b"draft_lost", "draft_not_ready_reason", b"draft_not_ready_reason", "draft_ready", b"draft_ready", "draft_rounds_total", b"draft_rounds_total", "draft_silent_s", b"draft_silent_s", "draft_tokens_total", b"draft_tokens_total", "drafts_per_verification", b"drafts_per_verification", "generation_tokens_total", b"generation_tokens_total", "lookup_tokens_total", b"lookup_tokens_total", "non_finite_rows_total", b"non_finite_rows_total", "not_ready_reason", b"not_ready_reason", "num_blocks", b"num_blocks", "num_draft_blocks", b"num_draft_blocks", "num_free_blocks", b"num_free_blocks", "num_free_draft_blocks", b"num_free_draft_blocks", "num_preemptions_total", b"num_preemptions_total", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_hits_from_disk", b"prefix_cache_hits_from_disk", "prefix_cache_hits_from_host", b"prefix_cache_hits_from_host", "prefix_cache_queries", b"prefix_cache_queries", "prompt_tokens_total", b"prompt_tokens_total", "ready", b"ready", "speculation_total", b"speculation_total", "target_losses_total", b"target_losses_total", "target_lost", b"target_lost", "target_rounds_total", b"target_rounds_total", "target_silent_s", b"target_silent_s", "tiers", b"tiers", "verdict_cache_hits_total", b"verdict_cache_hits_total", "verdict_cache_misses_total", b"verdict_cache_misses_total", "verify_wait_seconds_total", b"verify_wait_seconds_total", "wasted_draft_tokens_total", b"wasted_draft_tokens_total", "window_occupancy", b"window_occupancy"]) -> None: ...
 
 global___SchedulerStatus = SchedulerStatus
 
@@ -362,8 +447,13 @@ class TierStatus(google.protobuf.message.Message):
     FETCHED_BLOCKS_TOTAL_FIELD_NUMBER: builtins.int
     FAILED_BLOCKS_TOTAL_FIELD_NUMBER: builtins.int
     EVICTED_BLOCKS_TOTAL_FIELD_NUMBER: builtins.int
+    DAMAGED_BLOCKS_TOTAL_FIELD_NUMBER: builtins.int
     STORE_SECONDS_TOTAL_FIELD_NUMBER: builtins.int
     FETCH_SECONDS_TOTAL_FIELD_NUMBER: builtins.int
+    STORE_QUEUE_SECONDS_TOTAL_FIELD_NUMBER: builtins.int
+    FETCH_QUEUE_SECONDS_TOTAL_FIELD_NUMBER: builtins.int
+    AVOIDED_SECONDS_TOTAL_FIELD_NUMBER: builtins.int
+    WAITED_SECONDS_TOTAL_FIELD_NUMBER: builtins.int
     PAUSED_FIELD_NUMBER: builtins.int
     LAST_ERROR_FIELD_NUMBER: builtins.int
     engine: echelon.pb.worker_pb2.EngineRole.ValueType
@@ -382,9 +472,19 @@ class TierStatus(google.protobuf.message.Message):
     """of both directions: missing, damaged, or not read or written for an error"""
     evicted_blocks_total: builtins.int
     """to make room"""
+    damaged_blocks_total: builtins.int
+    """of those that failed: their checksum was wrong on some rank"""
     store_seconds_total: builtins.float
     """of moves, which may run side by side"""
     fetch_seconds_total: builtins.float
+    store_queue_seconds_total: builtins.float
+    """in which moves waited to begin: for rounds, for other moves, on the way"""
+    fetch_queue_seconds_total: builtins.float
+    avoided_seconds_total: builtins.float
+    """Prefixes that came back to the device: what computing them would have taken, and for how long their seqs waited. A
+    prefix of several tiers counts for each by its share of the blocks.
+    """
+    waited_seconds_total: builtins.float
     paused: builtins.bool
     """disk: left alone for a while after errors"""
     last_error: builtins.str
@@ -400,12 +500,17 @@ class TierStatus(google.protobuf.message.Message):
         fetched_blocks_total: builtins.int = ...,
         failed_blocks_total: builtins.int = ...,
         evicted_blocks_total: builtins.int = ...,
+        damaged_blocks_total: builtins.int = ...,
         store_seconds_total: builtins.float = ...,
         fetch_seconds_total: builtins.float = ...,
+        store_queue_seconds_total: builtins.float = ...,
+        fetch_queue_seconds_total: builtins.float = ...,
+        avoided_seconds_total: builtins.float = ...,
+        waited_seconds_total: builtins.float = ...,
         paused: builtins.bool = ...,
         last_error: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_bytes", b"block_bytes", "engine", b"engine", "evicted_blocks_total", b"evicted_blocks_total", "failed_blocks_total", b"failed_blocks_total", "fetch_seconds_total", b"fetch_seconds_total", "fetched_blocks_total", b"fetched_blocks_total", "last_error", b"last_error", "num_blocks", b"num_blocks", "num_used_blocks", b"num_used_blocks", "paused", b"paused", "store_seconds_total", b"store_seconds_total", "stored_blocks_total", b"stored_blocks_total", "tier", b"tier"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["avoided_seconds_total", b"avoided_seconds_total", "block_bytes", b"block_bytes", "damaged_blocks_total", b"damaged_blocks_total", "engine", b"engine", "evicted_blocks_total", b"evicted_blocks_total", "failed_blocks_total", b"failed_blocks_total", "fetch_queue_seconds_total", b"fetch_queue_seconds_total", "fetch_seconds_total", b"fetch_seconds_total", "fetched_blocks_total", b"fetched_blocks_total", "last_error", b"last_error", "num_blocks", b"num_blocks", "num_used_blocks", b"num_used_blocks", "paused", b"paused", "store_queue_seconds_total", b"store_queue_seconds_total", "store_seconds_total", b"store_seconds_total", "stored_blocks_total", b"stored_blocks_total", "tier", b"tier", "waited_seconds_total", b"waited_seconds_total"]) -> None: ...
 
 global___TierStatus = TierStatus
 
@@ -417,17 +522,23 @@ class TraceRequest(google.protobuf.message.Message):
 
     NUM_ROUNDS_FIELD_NUMBER: builtins.int
     DURATION_S_FIELD_NUMBER: builtins.int
+    ROUNDS_ONLY_FIELD_NUMBER: builtins.int
     num_rounds: builtins.int
     """of the target, not counting rounds of the draft. 0: no limit"""
     duration_s: builtins.float
     """0: no limit; a day at most"""
+    rounds_only: builtins.bool
+    """Rounds, waits and moves, but no spans. Ranks do nothing for it, and it runs beside other recordings. Spans cost speed,
+    because ranks wait for their devices around each. A reader that falls behind misses events.
+    """
     def __init__(
         self,
         *,
         num_rounds: builtins.int = ...,
         duration_s: builtins.float = ...,
+        rounds_only: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["duration_s", b"duration_s", "num_rounds", b"num_rounds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["duration_s", b"duration_s", "num_rounds", b"num_rounds", "rounds_only", b"rounds_only"]) -> None: ...
 
 global___TraceRequest = TraceRequest
 
@@ -439,19 +550,23 @@ class TraceEvent(google.protobuf.message.Message):
 
     ROUND_FIELD_NUMBER: builtins.int
     WAIT_FIELD_NUMBER: builtins.int
+    MOVE_FIELD_NUMBER: builtins.int
     @property
     def round(self) -> global___TracedRound: ...
     @property
     def wait(self) -> global___TracedWait: ...
+    @property
+    def move(self) -> global___TracedMove: ...
     def __init__(
         self,
         *,
         round: global___TracedRound | None = ...,
         wait: global___TracedWait | None = ...,
+        move: global___TracedMove | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["event", b"event", "round", b"round", "wait", b"wait"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["event", b"event", "round", b"round", "wait", b"wait"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["round", "wait"] | None: ...
+    def HasField(self, field_name: typing.Literal["event", b"event", "move", b"move", "round", b"round", "wait", b"wait"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["event", b"event", "move", b"move", "round", b"round", "wait", b"wait"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["round", "wait", "move"] | None: ...
 
 global___TraceEvent = TraceEvent
 
@@ -522,3 +637,48 @@ class TracedWait(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["engine", b"engine", "run_ns", b"run_ns", "start_ns", b"start_ns"]) -> None: ...
 
 global___TracedWait = TracedWait
+
+@typing.final
+class TracedMove(google.protobuf.message.Message):
+    """KV blocks moved between the tiers of an engine's cache, during the rounds."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ENGINE_FIELD_NUMBER: builtins.int
+    GROUP_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    MOVE_ID_FIELD_NUMBER: builtins.int
+    SENT_NS_FIELD_NUMBER: builtins.int
+    RECEIVED_NS_FIELD_NUMBER: builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: builtins.int
+    NUM_FAILED_FIELD_NUMBER: builtins.int
+    RANK_RUN_NS_FIELD_NUMBER: builtins.int
+    engine: echelon.pb.worker_pb2.EngineRole.ValueType
+    group: builtins.str
+    """as in TracedRound"""
+    kind: echelon.pb.worker_pb2.MoveOrder.Kind.ValueType
+    move_id: builtins.int
+    sent_ns: builtins.int
+    received_ns: builtins.int
+    num_blocks: builtins.int
+    num_failed: builtins.int
+    @property
+    def rank_run_ns(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """how long each rank moved, on its own clock"""
+
+    def __init__(
+        self,
+        *,
+        engine: echelon.pb.worker_pb2.EngineRole.ValueType = ...,
+        group: builtins.str = ...,
+        kind: echelon.pb.worker_pb2.MoveOrder.Kind.ValueType = ...,
+        move_id: builtins.int = ...,
+        sent_ns: builtins.int = ...,
+        received_ns: builtins.int = ...,
+        num_blocks: builtins.int = ...,
+        num_failed: builtins.int = ...,
+        rank_run_ns: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["engine", b"engine", "group", b"group", "kind", b"kind", "move_id", b"move_id", "num_blocks", b"num_blocks", "num_failed", b"num_failed", "rank_run_ns", b"rank_run_ns", "received_ns", b"received_ns", "sent_ns", b"sent_ns"]) -> None: ...
+
+global___TracedMove = TracedMove

@@ -47,8 +47,8 @@ class SchedulerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Trace(self, request, context):
-        """Records rounds from now on, until a limit is reached and the rounds in flight have returned. Recording costs speed,
-        because ranks wait for their devices around each span. FAILED_PRECONDITION if another recording runs.
+        """Records rounds from now on, until a limit is reached and the rounds in flight have returned. FAILED_PRECONDITION if
+        another recording runs, or too many that are rounds_only.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -33,8 +33,8 @@ class SchedulerStub:
         echelon.pb.scheduler_pb2.TraceRequest,
         echelon.pb.scheduler_pb2.TraceEvent,
     ]
-    """Records rounds from now on, until a limit is reached and the rounds in flight have returned. Recording costs speed,
-    because ranks wait for their devices around each span. FAILED_PRECONDITION if another recording runs.
+    """Records rounds from now on, until a limit is reached and the rounds in flight have returned. FAILED_PRECONDITION if
+    another recording runs, or too many that are rounds_only.
     """
 
 class SchedulerAsyncStub:
@@ -52,8 +52,8 @@ class SchedulerAsyncStub:
         echelon.pb.scheduler_pb2.TraceRequest,
         echelon.pb.scheduler_pb2.TraceEvent,
     ]
-    """Records rounds from now on, until a limit is reached and the rounds in flight have returned. Recording costs speed,
-    because ranks wait for their devices around each span. FAILED_PRECONDITION if another recording runs.
+    """Records rounds from now on, until a limit is reached and the rounds in flight have returned. FAILED_PRECONDITION if
+    another recording runs, or too many that are rounds_only.
     """
 
 class SchedulerServicer(metaclass=abc.ABCMeta):
@@ -77,8 +77,8 @@ class SchedulerServicer(metaclass=abc.ABCMeta):
         request: echelon.pb.scheduler_pb2.TraceRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[echelon.pb.scheduler_pb2.TraceEvent], collections.abc.AsyncIterator[echelon.pb.scheduler_pb2.TraceEvent]]:
-        """Records rounds from now on, until a limit is reached and the rounds in flight have returned. Recording costs speed,
-        because ranks wait for their devices around each span. FAILED_PRECONDITION if another recording runs.
+        """Records rounds from now on, until a limit is reached and the rounds in flight have returned. FAILED_PRECONDITION if
+        another recording runs, or too many that are rounds_only.
         """
 
 def add_SchedulerServicer_to_server(servicer: SchedulerServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

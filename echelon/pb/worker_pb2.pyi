@@ -362,7 +362,7 @@ class RoundResult(google.protobuf.message.Message):
     run_ns: builtins.int
     """time of running, on the leader's monotonic clock"""
     num_steps: builtins.int
-    """forwards"""
+    """forwards; those of a draft as if it had no lower_draft"""
     @property
     def rows(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RowResult]:
         """one for each row of the round, in order"""
@@ -427,6 +427,7 @@ class RowResult(google.protobuf.message.Message):
     NON_FINITE_FIELD_NUMBER: builtins.int
     ALTERNATIVE_TOKEN_IDS_FIELD_NUMBER: builtins.int
     CONFIDENCES_FIELD_NUMBER: builtins.int
+    GRAMMAR_ERROR_FIELD_NUMBER: builtins.int
     slot: builtins.int
     num_accepted_tokens: builtins.int
     num_verified_tokens: builtins.int
@@ -435,6 +436,8 @@ class RowResult(google.protobuf.message.Message):
     """absolute position of the first of them"""
     non_finite: builtins.bool
     """NaN or Inf logits: nothing was committed; draft: nothing was drafted"""
+    grammar_error: builtins.str
+    """target: why the seq's grammar allows no token. Nothing was committed."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """target: committed in this round: accepted drafts, then the target's own token; empty in the middle of
@@ -474,8 +477,9 @@ class RowResult(google.protobuf.message.Message):
         non_finite: builtins.bool = ...,
         alternative_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         confidences: collections.abc.Iterable[builtins.float] | None = ...,
+        grammar_error: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["alternative_token_ids", b"alternative_token_ids", "confidences", b"confidences", "logprobs", b"logprobs", "non_finite", b"non_finite", "num_accepted_tokens", b"num_accepted_tokens", "num_verified_tokens", b"num_verified_tokens", "prompt_logprobs", b"prompt_logprobs", "prompt_logprobs_start", b"prompt_logprobs_start", "slot", b"slot", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["alternative_token_ids", b"alternative_token_ids", "confidences", b"confidences", "grammar_error", b"grammar_error", "logprobs", b"logprobs", "non_finite", b"non_finite", "num_accepted_tokens", b"num_accepted_tokens", "num_verified_tokens", b"num_verified_tokens", "prompt_logprobs", b"prompt_logprobs", "prompt_logprobs_start", b"prompt_logprobs_start", "slot", b"slot", "token_ids", b"token_ids"]) -> None: ...
 
 global___RowResult = RowResult
 
@@ -484,7 +488,7 @@ class MoveOrder(google.protobuf.message.Message):
     """Copies KV between the tiers of an engine's cache: blocks of the device, slots of host memory of the same size, and a
     disk, where a block is found by its digest. Every rank moves its own part.
 
-    A store or load begins when the rounds sent before it have run, and runs beside later ones. Moves may run side by side
+    A store or load begins when the rounds sent before it have run, and runs during later ones. Moves may run side by side
     and end in any order. So until a move is answered, no round may write what it reads, none may touch what it writes, and
     no other move may either.
     """
@@ -568,12 +572,16 @@ class MoveResult(google.protobuf.message.Message):
     ERROR_FIELD_NUMBER: builtins.int
     RUN_NS_FIELD_NUMBER: builtins.int
     EVICTED_FIELD_NUMBER: builtins.int
+    NUM_DAMAGED_FIELD_NUMBER: builtins.int
+    RANK_RUN_NS_FIELD_NUMBER: builtins.int
     move_id: builtins.int
     incarnation: builtins.int
     error: builtins.str
     """the first one, for people; empty: none, or the block was simply not there"""
     run_ns: builtins.int
     """of the slowest rank, once the move had begun"""
+    num_damaged: builtins.int
+    """read: blocks whose checksum was wrong, on all ranks together; they have failed too"""
     @property
     def failed(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Indexes of the blocks that failed on some rank. A slot that should have been read holds anything. A block that could
@@ -584,6 +592,10 @@ class MoveResult(google.protobuf.message.Message):
     def evicted(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
         """write: other digests that made room and are no longer on every rank's disk"""
 
+    @property
+    def rank_run_ns(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """run_ns of each rank"""
+
     def __init__(
         self,
         *,
@@ -593,8 +605,10 @@ class MoveResult(google.protobuf.message.Message):
         error: builtins.str = ...,
         run_ns: builtins.int = ...,
         evicted: collections.abc.Iterable[builtins.bytes] | None = ...,
+        num_damaged: builtins.int = ...,
+        rank_run_ns: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["error", b"error", "evicted", b"evicted", "failed", b"failed", "incarnation", b"incarnation", "move_id", b"move_id", "run_ns", b"run_ns"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["error", b"error", "evicted", b"evicted", "failed", b"failed", "incarnation", b"incarnation", "move_id", b"move_id", "num_damaged", b"num_damaged", "rank_run_ns", b"rank_run_ns", "run_ns", b"run_ns"]) -> None: ...
 
 global___MoveResult = MoveResult
 
@@ -690,6 +704,14 @@ class EngineInfo(google.protobuf.message.Message):
     BLOCK_BYTES_FIELD_NUMBER: builtins.int
     NUM_HOST_SLOTS_FIELD_NUMBER: builtins.int
     NUM_DISK_BLOCKS_FIELD_NUMBER: builtins.int
+    BATCH_INVARIANT_FIELD_NUMBER: builtins.int
+    QUANTIZATION_FIELD_NUMBER: builtins.int
+    NUM_LAYERS_FIELD_NUMBER: builtins.int
+    TIER_DTYPE_FIELD_NUMBER: builtins.int
+    HOST_BLOCK_BYTES_FIELD_NUMBER: builtins.int
+    DISK_BLOCK_BYTES_FIELD_NUMBER: builtins.int
+    LOWER_DRAFT_FIELD_NUMBER: builtins.int
+    KV_DTYPE_FIELD_NUMBER: builtins.int
     role: global___EngineRole.ValueType
     model: builtins.str
     dtype: builtins.str
@@ -719,6 +741,22 @@ class EngineInfo(google.protobuf.message.Message):
     """the lowest of the group's ranks; 0: no host tier"""
     num_disk_blocks: builtins.int
     """that fit on disk, the lowest of the group's ranks; 0: no disk tier"""
+    batch_invariant: builtins.bool
+    """as chosen"""
+    quantization: builtins.str
+    """as in EngineSpec"""
+    num_layers: builtins.int
+    """of the model as it runs"""
+    tier_dtype: builtins.str
+    """as in TierSpec"""
+    host_block_bytes: builtins.int
+    """what a block on this rank takes in host memory ..."""
+    disk_block_bytes: builtins.int
+    """... and on disk"""
+    lower_draft: builtins.str
+    """as in EngineSpec"""
+    kv_dtype: builtins.str
+    """as in EngineSpec"""
     @property
     def layer_groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LayerGroup]:
         """draft, as chosen: every layer, in order"""
@@ -746,8 +784,16 @@ class EngineInfo(google.protobuf.message.Message):
         block_bytes: builtins.int = ...,
         num_host_slots: builtins.int = ...,
         num_disk_blocks: builtins.int = ...,
+        batch_invariant: builtins.bool = ...,
+        quantization: builtins.str = ...,
+        num_layers: builtins.int = ...,
+        tier_dtype: builtins.str = ...,
+        host_block_bytes: builtins.int = ...,
+        disk_block_bytes: builtins.int = ...,
+        lower_draft: builtins.str = ...,
+        kv_dtype: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_bytes", b"block_bytes", "block_size", b"block_size", "dtype", b"dtype", "kv_cache_bytes", b"kv_cache_bytes", "layer_groups", b"layer_groups", "layer_parallel_mlp", b"layer_parallel_mlp", "layer_parallel_weights", b"layer_parallel_weights", "load_s", b"load_s", "lp_size", b"lp_size", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "model", b"model", "num_blocks", b"num_blocks", "num_disk_blocks", b"num_disk_blocks", "num_host_slots", b"num_host_slots", "num_slots", b"num_slots", "role", b"role", "tp_size", b"tp_size", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["batch_invariant", b"batch_invariant", "block_bytes", b"block_bytes", "block_size", b"block_size", "disk_block_bytes", b"disk_block_bytes", "dtype", b"dtype", "host_block_bytes", b"host_block_bytes", "kv_cache_bytes", b"kv_cache_bytes", "kv_dtype", b"kv_dtype", "layer_groups", b"layer_groups", "layer_parallel_mlp", b"layer_parallel_mlp", "layer_parallel_weights", b"layer_parallel_weights", "load_s", b"load_s", "lower_draft", b"lower_draft", "lp_size", b"lp_size", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "model", b"model", "num_blocks", b"num_blocks", "num_disk_blocks", b"num_disk_blocks", "num_host_slots", b"num_host_slots", "num_layers", b"num_layers", "num_slots", b"num_slots", "quantization", b"quantization", "role", b"role", "tier_dtype", b"tier_dtype", "tp_size", b"tp_size", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]) -> None: ...
 
 global___EngineInfo = EngineInfo
 

@@ -24,6 +24,7 @@ class Health:
 
     def __init__(self) -> None:
         self._serving = {_LIVENESS: True, READINESS: False}
+        self._schedulers: dict[str, bool] = {}
         self._changed = asyncio.Event()
         self._closed = False
 
@@ -32,9 +33,14 @@ class Health:
             self._serving[service] = serving
             self._wake_watchers()
 
+    def note_schedulers(self, ready: dict[str, bool]) -> None:
+        """By address: whether each would serve a request. The controller asks for them, as services of these names."""
+        self._schedulers = dict.fromkeys(ready, False) if self._closed else ready
+
     def close(self) -> None:
         """NOT_SERVING for good; watchers are told and their streams end, so that a server can stop."""
         self._serving = dict.fromkeys(self._serving, False)
+        self._schedulers = dict.fromkeys(self._schedulers, False)
         self._closed = True
         self._wake_watchers()
 
@@ -43,13 +49,14 @@ class Health:
         self._changed = asyncio.Event()
 
     def _status(self, service: str) -> Any:
-        if service not in self._serving:
-            return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
         response = health_pb2.HealthCheckResponse
-        return response.SERVING if self._serving[service] else response.NOT_SERVING
+        serving = self._serving.get(service, self._schedulers.get(service))
+        if serving is None:
+            return response.SERVICE_UNKNOWN
+        return response.SERVING if serving else response.NOT_SERVING
 
     async def Check(self, request: Any, context: Context) -> Any:
-        if request.service not in self._serving:
+        if request.service not in self._serving and request.service not in self._schedulers:
             known = ", ".join(repr(name) for name in self._serving)
             await context.abort(grpc.StatusCode.NOT_FOUND, f"service {shown(request.service)} is not one of {known}")
         return health_pb2.HealthCheckResponse(status=self._status(request.service))

@@ -43,7 +43,8 @@ def service_handlers(
 
 def _shape(method: MethodDescriptor) -> Callable[..., "grpc.RpcMethodHandler[Any, Any]"]:
     if method.client_streaming:
-        return grpc.stream_stream_rpc_method_handler
+        streams = method.server_streaming
+        return grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
     return grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
 
 

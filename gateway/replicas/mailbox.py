@@ -18,6 +18,7 @@ class _PendingChunk:
     def add(self, chunk: inference_pb2.GenerateChunk) -> None:
         self.chunk.token_ids.extend(chunk.token_ids)
         self.chunk.logprobs.extend(chunk.logprobs)
+        self.chunk.drafted.extend(chunk.drafted)
         self.later_text.append(chunk.text)  # joined once: a stalled client must not cost quadratic time
 
     def merged(self) -> inference_pb2.GenerateChunk:
@@ -30,13 +31,13 @@ class Mailbox:
     """At most one chunk for each sample and the final message: what a client that does not read can hold is bounded
     by the length of its own output, and the reader of the scheduler's stream never waits for a client.
 
-    `put` and `finish` never block; one task may wait in `take`.
+    `put` and `finish` set `filled`, which several mailboxes can share.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, filled: asyncio.Event) -> None:
         self._pending: dict[int, _PendingChunk] = {}
         self._final: Final | None = None
-        self._filled = asyncio.Event()
+        self._filled = filled
 
     def put(self, chunk: inference_pb2.GenerateChunk) -> None:
         pending = self._pending.get(chunk.index)
@@ -50,10 +51,8 @@ class Mailbox:
         self._final = final
         self._filled.set()
 
-    async def take(self) -> tuple[list[inference_pb2.GenerateChunk], Final | None]:
-        """Waits for something to be there; returns the chunks, and the final message if it has come."""
-        await self._filled.wait()
-        self._filled.clear()
+    def take(self) -> tuple[list[inference_pb2.GenerateChunk], Final | None]:
+        """The chunks so far, and the final message if it has come."""
         chunks = [pending.merged() for pending in self._pending.values()]
         self._pending.clear()
         return chunks, self._final

@@ -123,6 +123,8 @@ _COUNTERS = (
         "Time in which the target had no round because a sequence waited for drafts.",
         lambda s: s.verify_wait_seconds_total,
     ),
+    _Series("target_losses", "Times that the target group died or hung.", lambda s: s.target_losses_total),
+    _Series("draft_losses", "Times that the draft group died or hung.", lambda s: s.draft_losses_total),
     _Series(
         "non_finite_rows",
         "Rows with NaN or infinite logits; each ended its request.",
@@ -152,6 +154,29 @@ _TIER_COUNTERS = (
     ),
     _TierSeries(
         "kv_offload_load_time", "Seconds that reading took, on the slowest rank.", lambda t: t.fetch_seconds_total
+    ),
+    _TierSeries(
+        "kv_offload_store_queue_time",
+        "Seconds in which moves into the tier waited to begin.",
+        lambda t: t.store_queue_seconds_total,
+    ),
+    _TierSeries(
+        "kv_offload_load_queue_time",
+        "Seconds in which moves out of the tier waited to begin.",
+        lambda t: t.fetch_queue_seconds_total,
+    ),
+    _TierSeries(
+        "kv_offload_avoided_time",
+        "Seconds that computing the prefixes that came back would have taken.",
+        lambda t: t.avoided_seconds_total,
+    ),
+    _TierSeries(
+        "kv_offload_waited_time", "Seconds in which sequences waited for prefixes.", lambda t: t.waited_seconds_total
+    ),
+    _TierSeries(
+        "kv_offload_checksum_failures",
+        "Blocks that were read and had a wrong checksum on some rank.",
+        lambda t: t.damaged_blocks_total,
     ),
     _TierSeries(
         "kv_offload_failed_blocks", "Blocks that could not be stored or read.", lambda t: t.failed_blocks_total

@@ -3,17 +3,20 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import cast
+import time
+from collections.abc import Callable
+from itertools import islice
 
 import grpc
 
-from childproc.wires import open_channel
-from echelon.pb import inference_pb2, scheduler_pb2, scheduler_pb2_grpc
+from echelon.pb import inference_pb2, process_pb2, scheduler_pb2
 from gateway.metrics import RequestMeter
+from gateway.replicas.channel import MAX_BACKOFF_S, MIN_BACKOFF_S, drain, is_asked_to_end, open_scheduler
+from gateway.replicas.events import StatusWatch
 from gateway.replicas.mailbox import Mailbox
-from gateway.requests.refusal import Refusal, status_code
+from gateway.replicas.progress import Progress, RunningRequest
+from gateway.replicas.routing import CachedBlocks
+from gateway.requests.refusal import Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -24,85 +27,167 @@ STATUS_TIMEOUT_S = 2.0  # with the interval: a scheduler that hangs is seen with
 # Unanswered questions in a row, with no reply to any request meanwhile, after which requests are given up: 7 s,
 # because on a busy machine a scheduler or this gateway may stall for a while.
 _MAX_UNANSWERED = 3
-MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
-_CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),  # from our own scheduler; prompt logprobs can be long
-    ("grpc.initial_reconnect_backoff_ms", int(1e3 * MIN_BACKOFF_S)),
-    ("grpc.min_reconnect_backoff_ms", int(1e3 * MIN_BACKOFF_S)),
-    ("grpc.max_reconnect_backoff_ms", int(1e3 * MAX_BACKOFF_S)),
-    ("grpc.use_local_subchannel_pool", 1),
-)
-
-
-@dataclass(slots=True)
-class _Running:
-    """A request that the scheduler has not ended yet."""
-
-    mailbox: Mailbox | None  # None: nobody waits for the replies any more
-    meter: RequestMeter
+# Of requests that another replica may serve: a full queue, or a replica that stops or was given up.
+_REFUSALS = {code.value[0] for code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)}
+_MOST_KEPT = 1024  # requests that wait for a scheduler to come back; not measured
+_STARTED_AGAIN = "it was started again"
 
 
 class SchedulerLink:
     """Keeps one stream to one scheduler open, hands replies to the mailboxes of their requests, and knows whether
     the scheduler would serve a request now.
 
-    A request whose stream breaks, or whose scheduler falls silent, ends with UNAVAILABLE. An abandoned request keeps
-    its id until the scheduler has confirmed its end, so that a new request under the same id never receives the old
-    one's replies.
+    A request whose stream breaks, or whose scheduler falls silent, ends with UNAVAILABLE or, if the link keeps
+    requests, goes on with the next stream. An abandoned request keeps its id until the scheduler has confirmed its end,
+    so that a new request under the same id never receives the old one's replies.
     """
 
-    def __init__(self, address: str, *, on_change: Callable[[], None]) -> None:
-        self.address = address
-        self.ready = False
+    def __init__(
+        self,
+        address: str,
+        watch: StatusWatch,
+        *,
+        on_change: Callable[[], None],
+        on_refusal: Callable[[str, RunningRequest], bool] = lambda request_id, running: False,
+        keeps_requests: bool = False,
+        identity: process_pb2.ProcessIdentity | None = None,
+    ) -> None:
+        """`watch` sees every status. `on_refusal` gives a request that is not served here to another link, if it can.
+        `keeps_requests`: whoever started the scheduler starts it again, and says where (`redirect`) or that it does
+        not (`give_up`)."""
+        self._watch, self._identity = watch, identity
+        self.ready, self._was_ready = False, False
+        self._takes_requests = False  # as it says itself; it may do so while it is not ready: they wait until it is
         self.not_ready_reason = "not connected yet"
+        self.cache = CachedBlocks()
         self._on_change = on_change
-        self._channel = open_channel(address, *_CHANNEL_OPTIONS)
-        # The stubs' declarations know asynchronous methods under another name than the code does.
-        self._stub = cast("scheduler_pb2_grpc.SchedulerAsyncStub", scheduler_pb2_grpc.SchedulerStub(self._channel))
+        self._on_refusal = on_refusal
+        self._keeps_requests = keeps_requests
+        self._given_up = ""  # why nobody starts the scheduler again
+        self._is_retiring = False  # it gets no new requests
+        self._redirected = asyncio.Event()
+        self._open_channel(address)
         self._outgoing: asyncio.Queue[scheduler_pb2.SchedulerRequest] | None = None  # None: no stream
         self._connection: _Connection | None = None
         self._num_unanswered = 0  # questions for the status since the scheduler was last heard from
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, RunningRequest] = {}
+        self._num_of_others = 0  # requests that other gateways have there, as last heard
+
+    def _open_channel(self, address: str) -> None:
+        self.address = address
+        self._channel, self._stub = open_scheduler(address, self._identity)
+
+    def redirect(self, address: str) -> None:
+        """The scheduler was started again there."""
+        if address == self.address:
+            return  # where the next attempt to connect goes anyway
+        former, connection = self._channel, self._connection
+        self._open_channel(address)
+        self._num_unanswered = 0
+        self._redirected.set()
+        if connection is not None:
+            connection.cancel()
+        self._closing = asyncio.create_task(former.close(grace=None))
+
+    def give_up(self, reason: str) -> None:
+        """The scheduler is lost and is not started again."""
+        self._given_up = reason
+        if self._outgoing is None:
+            self._fail_all(reason)
+
+    def retire(self, retires: bool) -> None:
+        """It gets no new requests, or gets them again."""
+        self._is_retiring = retires
+        if retires:
+            self._set_ready(False, "it is being drained")
+
+    def hand_over(self) -> None:
+        """What still runs goes on at other schedulers, from where its clients are."""
+        self._fail_all("its replica was removed, and no other accepts requests")
+
+    def take_over(self, request_id: str, request: RunningRequest) -> None:
+        request.is_sent = False
+        self._running[request_id] = request
+        self._send_again(request_id, request)
+
+    @property
+    def accepts_requests(self) -> bool:
+        """Whether a request that comes now is served, though it may have to wait: here, while the scheduler is away."""
+        if self._is_retiring:
+            return False
+        is_awaited = self._was_ready and self._keeps_requests and not self._given_up
+        return self._takes_requests or (is_awaited and self._outgoing is None and self.num_requests < _MOST_KEPT)
 
     @property
     def num_requests(self) -> int:
         return len(self._running)
 
+    @property
+    def load(self) -> int:
+        return len(self._running) + self._num_of_others
+
+    def oldest(self, most: int) -> list[tuple[str, Progress]]:
+        """Requests that run, with their ids, in the order in which they came."""
+        return [(request_id, running.progress) for request_id, running in islice(self._running.items(), most)]
+
     def knows(self, request_id: str) -> bool:
         return request_id in self._running
 
-    def submit(self, submit: scheduler_pb2.Submit, meter: RequestMeter) -> Mailbox:
-        """Sends a request. Raises Refusal(UNAVAILABLE) when the stream is down."""
+    def submit(self, submit: scheduler_pb2.Submit, mailbox: Mailbox, meter: RequestMeter) -> None:
+        """Sends a request, now or when the scheduler is back; replies go to `mailbox`. Raises Refusal(UNAVAILABLE) when
+        the stream is down for good."""
         assert submit.request_id not in self._running, f"{submit.request_id} is already running"
-        if self._outgoing is None:
+        if self._outgoing is None and not self.accepts_requests:
             raise Refusal(grpc.StatusCode.UNAVAILABLE, f"scheduler {self.address}: {self.not_ready_reason}")
-        mailbox = Mailbox()
-        self._running[submit.request_id] = _Running(mailbox, meter)
-        self._outgoing.put_nowait(scheduler_pb2.SchedulerRequest(submit=submit))
-        return mailbox
+        is_sent = self._outgoing is not None
+        progress = Progress(submit, time.monotonic, was_sent=is_sent)
+        self._running[submit.request_id] = RunningRequest(mailbox, meter, progress, is_sent=is_sent)
+        if self._outgoing is not None:
+            self._outgoing.put_nowait(scheduler_pb2.SchedulerRequest(submit=submit))
 
     def cancel(self, request_id: str) -> None:
         """Asks the scheduler to end a request; its final message still arrives. Unknown ids are ignored."""
-        if request_id in self._running and self._outgoing is not None:
+        if request_id in self._running:
+            self._running[request_id].is_cancelled = True
+            self._send_cancel(request_id)
+
+    def _send_cancel(self, request_id: str) -> None:
+        if self._outgoing is not None and self._running[request_id].is_sent:
             cancel = scheduler_pb2.Cancel(request_id=request_id)
             self._outgoing.put_nowait(scheduler_pb2.SchedulerRequest(cancel=cancel))
 
-    def adjust(self, request_id: str, wish: inference_pb2.Speculation) -> None:
+    def adjust(self, request_id: str, params: inference_pb2.Speculation) -> None:
         """Changes how a running request speculates. Unknown ids are ignored."""
-        if request_id in self._running and self._outgoing is not None:
-            adjust = scheduler_pb2.Adjust(request_id=request_id, speculation=wish)
+        if request_id not in self._running:
+            return
+        self._running[request_id].progress.adjust(params)
+        if self._outgoing is not None:
+            adjust = scheduler_pb2.Adjust(request_id=request_id, speculation=params)
             self._outgoing.put_nowait(scheduler_pb2.SchedulerRequest(adjust=adjust))
 
     def abandon(self, request_id: str) -> None:
         """Cancels a request whose client has gone: later replies are dropped. Nothing if it has already ended."""
         running = self._running.get(request_id)
-        if running is not None and running.mailbox is not None:
-            running.mailbox = None
+        if running is None or running.mailbox is None:
+            return
+        running.mailbox = None
+        if running.is_sent:
             self.cancel(request_id)
+        else:
+            del self._running[request_id]
+            running.meter.on_error(grpc.StatusCode.CANCELLED)
 
     async def read_status(self) -> scheduler_pb2.SchedulerStatus:
         """What the scheduler says of itself now. Raises grpc's error if it does not answer in time."""
-        return await self._stub.GetSchedulerStatus(scheduler_pb2.GetSchedulerStatusRequest(), timeout=STATUS_TIMEOUT_S)
+        question = self._stub.GetSchedulerStatus(scheduler_pb2.GetSchedulerStatusRequest(), timeout=STATUS_TIMEOUT_S)
+        try:
+            return await question
+        except asyncio.CancelledError:
+            if is_asked_to_end():
+                raise
+            # `redirect` has closed the channel.
+            nothing = grpc.aio.Metadata()
+            raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, nothing, nothing, _STARTED_AGAIN, "") from None
 
     def trace(
         self, request: scheduler_pb2.TraceRequest
@@ -122,56 +207,111 @@ class SchedulerLink:
     async def _keep_stream_open(self) -> None:
         backoff_s = MIN_BACKOFF_S
         while True:
-            outgoing = self._outgoing = asyncio.Queue()
+            self._redirected.clear()
             reason = "the scheduler closed the stream"
-            self._connection = self._stub.Connect(_drain(outgoing))
             try:
+                await self.read_status()  # so that a stream that is lost was there
+                outgoing = self._outgoing = asyncio.Queue()
+                self._connection = self._stub.Connect(drain(outgoing))
+                self._submit_again()
                 async for batch in self._connection:
                     backoff_s = MIN_BACKOFF_S
                     self._num_unanswered = 0
+                    if batch.HasField("cache"):
+                        self.cache.on_report(batch.cache)
                     for reply in batch.replies:
                         self._dispatch(reply)
             except grpc.aio.AioRpcError as err:
                 reason = f"{err.code().name}: {err.details()}"
             except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
+                if is_asked_to_end():
                     raise
-                reason = "it does not answer"  # `_on_silence` has cancelled the call
+                # `redirect` or `_on_silence` has cancelled the call.
+                reason = _STARTED_AGAIN if self._redirected.is_set() else "it does not answer"
             self._lose_stream(reason)
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+            backoff_s = await self._pause(backoff_s)
+
+    async def _pause(self, backoff_s: float) -> float:
+        """Wait before the next attempt to connect; the time to wait after that."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._redirected.wait(), backoff_s)
+            return MIN_BACKOFF_S
+        return min(2 * backoff_s, MAX_BACKOFF_S)
+
+    def _submit_again(self) -> None:
+        """What ran when the last stream was lost. Suspects go one at a time, so that none is taken for another."""
+        for request_id, running in list(self._running.items()):
+            if not running.is_sent and not (running.is_suspect and self._has_suspect_out()):
+                self._send_again(request_id, running)
+
+    def _has_suspect_out(self) -> bool:
+        return any(running.is_sent and running.is_suspect for running in self._running.values())
+
+    def _send_again(self, request_id: str, running: RunningRequest) -> None:
+        submit = running.progress.submit_again()
+        if submit is None:
+            del self._running[request_id]
+            running.fail(grpc.StatusCode.DEADLINE_EXCEEDED, "its time was over before the scheduler was back")
+        elif self._outgoing is not None:
+            running.is_sent = True
+            self._outgoing.put_nowait(scheduler_pb2.SchedulerRequest(submit=submit))
+            if running.is_cancelled:
+                self._send_cancel(request_id)
 
     def _dispatch(self, reply: scheduler_pb2.SchedulerReply) -> None:
         kind = reply.WhichOneof("message")
         running = self._running.get(reply.request_id)
         if running is None:
             return
+        was_suspect = running.is_suspect
         if kind == "chunk":
             running.meter.on_chunk(reply.chunk)
+            running.progress.on_chunk(reply.chunk)
             if running.mailbox is not None:
                 running.mailbox.put(reply.chunk)
-            return
-        del self._running[reply.request_id]
-        if kind == "complete":
-            running.meter.on_complete(reply.complete)
         else:
-            running.meter.on_error(status_code(reply.error.code))
-        if running.mailbox is not None:
-            running.mailbox.finish(reply.complete if kind == "complete" else reply.error)
+            self._end(running, reply)
+        if was_suspect:
+            self._submit_again()  # the next suspect, if this one is none any more
+
+    def _end(self, running: RunningRequest, reply: scheduler_pb2.SchedulerReply) -> None:
+        del self._running[reply.request_id]
+        if reply.error.code in _REFUSALS and self._moves(reply.request_id, running):
+            return
+        running.finish(reply.complete if reply.HasField("complete") else reply.error)
 
     def _lose_stream(self, reason: str) -> None:
-        self._outgoing = None
-        lost, self._running = self._running, {}
-        message = f"the connection to scheduler {self.address} was lost ({reason}); try again"
-        error = scheduler_pb2.RequestError(code=grpc.StatusCode.UNAVAILABLE.value[0], message=message)
-        for running in lost.values():
-            running.meter.on_error(grpc.StatusCode.UNAVAILABLE)
-            if running.mailbox is not None:
-                running.mailbox.finish(error)
-        if lost:
-            logger.warning("lost the stream to scheduler %s with %d requests: %s", self.address, len(lost), reason)
+        was_open, self._outgoing, self._connection = self._outgoing is not None, None, None
+        self._takes_requests = False
+        if was_open and self._running:
+            num = len(self._running)
+            logger.warning("lost the stream to scheduler %s with %d requests: %s", self.address, num, reason)
+        if was_open:
+            self._note_losses()
+        if self._given_up or not self._keeps_requests:
+            self._fail_all(
+                self._given_up or f"the connection to scheduler {self.address} was lost ({reason}); try again"
+            )
         self._set_ready(False, reason)
+
+    def _note_losses(self) -> None:
+        for request_id, running in list(self._running.items()):
+            if running.on_loss(request_id):
+                del self._running[request_id]
+
+    def _fail_all(self, message: str) -> None:
+        lost, self._running = self._running, {}
+        for request_id, running in lost.items():
+            if not self._moves(request_id, running):
+                running.fail(grpc.StatusCode.UNAVAILABLE, message)
+
+    def _moves(self, request_id: str, running: RunningRequest) -> bool:
+        """Whether a request that is not served here goes on at another scheduler."""
+        if running.mailbox is None:
+            return False
+        running.progress.begin_again()
+        running.refused_by.append(self)
+        return self._on_refusal(request_id, running)
 
     async def _follow_status(self) -> None:
         """Asks for the status again and again rather than watching the scheduler's health: a scheduler that hangs
@@ -181,9 +321,16 @@ class SchedulerLink:
                 status = await self.read_status()
                 self._num_unanswered = 0
                 connected = self._outgoing is not None
-                self._set_ready(status.ready and connected, status.not_ready_reason or "not ready")
+                self._takes_requests = status.accepts_requests and connected
+                num_there = status.num_requests_running + status.num_requests_waiting
+                self._num_of_others = max(0, num_there - self.num_requests)
+                if not self._is_retiring:
+                    self._set_ready(status.ready and connected, status.not_ready_reason or "not ready")
+                self._watch.on_status(status)
             except grpc.aio.AioRpcError as err:
+                self._takes_requests = False
                 self._set_ready(False, f"{err.code().name}: {err.details()}")
+                self._watch.on_unreachable(self.not_ready_reason)
                 if err.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                     self._on_silence()
             await asyncio.sleep(_STATUS_INTERVAL_S)
@@ -198,13 +345,6 @@ class SchedulerLink:
         self.not_ready_reason = "" if ready else reason
         if self.ready != ready:
             self.ready = ready
+            self._was_ready = self._was_ready or ready
             logger.info("scheduler %s is %s", self.address, "ready" if ready else f"not ready: {reason}")
             self._on_change()
-
-
-async def _drain(
-    queue: asyncio.Queue[scheduler_pb2.SchedulerRequest],
-) -> AsyncIterator[scheduler_pb2.SchedulerRequest]:
-    with contextlib.suppress(asyncio.CancelledError):
-        while True:
-            yield await queue.get()

@@ -20,14 +20,15 @@ import grpc
 
 from childproc import edge
 from echelon.pb.process_pb2 import GatewaySpec
+from echelon.pb.reading_pb2 import ReadAnswer
 from echelon.pb.scheduler_pb2 import RequestError
 from gateway.requests import frames
-from gateway.requests.refusal import Refusal, invalid
+from gateway.requests.forms import Form, read_request
+from gateway.requests.reader_process import MEMORY_BYTES
+from gateway.requests.refusal import READ_LESS, Refusal, invalid
 from gateway.requests.validation import RequestValidator, build_validator
 
 logger = logging.getLogger(__name__)
-
-_MEMORY_BYTES = 1 << 30  # beside what the process has after loading
 
 
 def main() -> None:
@@ -41,23 +42,25 @@ def _serve(link: socket.socket, validator: RequestValidator, cpu_limit_s: float)
     _limit_memory()
     frames.send(link, frames.LOADED)
     while True:
-        frames.send(link, _answer(validator, frames.receive(link), cpu_limit_s))
+        form = Form(frames.receive(link))
+        frames.send(link, _answer(form, frames.receive(link), validator, cpu_limit_s))
 
 
-def _answer(validator: RequestValidator, data: bytes, cpu_limit_s: float) -> bytes:
+def _answer(form: Form, data: bytes, validator: RequestValidator, cpu_limit_s: float) -> bytes:
     try:
         with _limited_time(cpu_limit_s):
-            return frames.SUBMIT + validator.read(data).SerializeToString()
+            return ReadAnswer(reading=read_request(form, data, validator)).SerializeToString()
     except Refusal as err:
         refusal = err
     except TimeoutError as err:
         refusal = invalid(f"request: {err}")
     except MemoryError:
-        refusal = invalid(f"request: reading it takes more than {_MEMORY_BYTES >> 20} MiB; send a shorter one")
+        refusal = invalid(f"request: reading it takes more than {MEMORY_BYTES >> 20} MiB; {READ_LESS}")
     except Exception as err:
         logger.exception("a request could not be read")
         refusal = Refusal(grpc.StatusCode.INTERNAL, f"the request could not be read: {type(err).__name__}: {err}")
-    return frames.REFUSAL + RequestError(code=refusal.code.value[0], message=refusal.message).SerializeToString()
+    error = RequestError(code=refusal.code.value[0], message=refusal.message)
+    return ReadAnswer(refusal=error).SerializeToString()
 
 
 @contextmanager
@@ -65,7 +68,7 @@ def _limited_time(cpu_limit_s: float) -> Iterator[None]:
     """TimeoutError in the body once this process has computed for so long; a call into C is not interrupted."""
 
     def give_up(signum: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"reading it takes more than {cpu_limit_s:g} s of computing; send a shorter one")
+        raise TimeoutError(f"reading it takes more than {cpu_limit_s:g} s of computing; {READ_LESS}")
 
     signal.signal(signal.SIGPROF, give_up)
     signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
@@ -80,7 +83,7 @@ def _limit_memory() -> None:
     statm = Path("/proc/self/statm")
     if statm.exists():  # Linux; elsewhere the limit of address space is not kept anyway
         in_use = int(statm.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (in_use + _MEMORY_BYTES,) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES,) * 2)
 
 
 if __name__ == "__main__":

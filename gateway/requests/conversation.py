@@ -15,6 +15,8 @@ def render_chat(chat: inference_pb2.ChatMessages, template: ChatTemplate) -> str
     if not chat.messages:
         raise invalid("chat.messages: is empty")
     messages = [_message(i, message) for i, message in enumerate(chat.messages)]
+    if not template.mentions("developer"):
+        messages = [_spoken_by_the_system(message) for message in messages]
     variables = _variables(chat)
     if chat.continue_final_message and chat.add_generation_prompt:
         raise invalid(
@@ -46,6 +48,11 @@ def _message(i: int, message: inference_pb2.ChatMessage) -> dict[str, Any]:
         if key in extra:
             raise invalid(f"{field}: {key} is a field of its own")
     return {"role": message.role, "content": message.content, **extra}
+
+
+def _spoken_by_the_system(message: dict[str, Any]) -> dict[str, Any]:
+    """The role "developer" is OpenAI's new name for "system"; older templates would write it out, or refuse it."""
+    return {**message, "role": "system"} if message["role"] == "developer" else message
 
 
 def _variables(chat: inference_pb2.ChatMessages) -> dict[str, Any]:

@@ -4,8 +4,9 @@ import asyncio
 import socket
 import struct
 
+from childproc.sockets import receive_exactly
+
 LOADED = b""  # the first message of such a process
-SUBMIT, REFUSAL = b"s", b"r"  # the first byte of an answer: what follows is a Submit or a RequestError
 _LENGTH = struct.Struct("<I")
 
 
@@ -20,8 +21,11 @@ def send(link: socket.socket, data: bytes) -> None:
 
 def receive(link: socket.socket) -> bytes:
     """Blocks until a whole message is there. Raises LinkLostError."""
-    (length,) = _LENGTH.unpack(_read(link, _LENGTH.size))
-    return bytes(_read(link, length))
+    try:
+        (length,) = _LENGTH.unpack(receive_exactly(link, _LENGTH.size))
+        return bytes(receive_exactly(link, length))
+    except ConnectionError as err:
+        raise LinkLostError from err
 
 
 async def send_async(link: socket.socket, data: bytes) -> None:
@@ -37,17 +41,6 @@ async def send_async(link: socket.socket, data: bytes) -> None:
 async def receive_async(link: socket.socket) -> bytes:
     (length,) = _LENGTH.unpack(await _read_async(link, _LENGTH.size))
     return bytes(await _read_async(link, length))
-
-
-def _read(link: socket.socket, length: int) -> bytearray:
-    buffer = bytearray(length)
-    view = memoryview(buffer)
-    while view:
-        count = link.recv_into(view)
-        if not count:
-            raise LinkLostError
-        view = view[count:]
-    return buffer
 
 
 async def _read_async(link: socket.socket, length: int) -> bytearray:

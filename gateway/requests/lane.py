@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from echelon.pb.scheduler_pb2 import RequestError, Submit
-from gateway.requests.frames import SUBMIT
+from echelon.pb.reading_pb2 import ReadAnswer, Reading
+from gateway.requests.forms import Form
 from gateway.requests.reader_process import ReaderLostError, ReaderProcess
-from gateway.requests.refusal import Refusal, invalid, status_code
+from gateway.requests.refusal import READ_LESS, Refusal, invalid, status_code
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ class _Job:
 
     num_bytes: int
     number: int
+    form: Form = field(compare=False)
     data: bytes = field(compare=False)
     answer: "asyncio.Future[bytes]" = field(compare=False)
 
@@ -57,8 +58,8 @@ class Lane:
         while not self._jobs.empty():
             self._jobs.get_nowait().answer.cancel()
 
-    async def read(self, data: bytes) -> Submit:
-        """What a GenerateRequest's bytes ask of a scheduler. Raises Refusal."""
+    async def read(self, form: Form, data: bytes) -> Reading:
+        """What a request asks of a scheduler. Raises Refusal."""
         if self._waiting_bytes + len(data) > self._max_waiting_bytes:
             raise Refusal(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -66,13 +67,12 @@ class Lane:
                 "try again later",
             )
         self.open()
-        job = _Job(len(data), next(self._numbers), data, asyncio.get_running_loop().create_future())
+        job = _Job(len(data), next(self._numbers), form, data, asyncio.get_running_loop().create_future())
         self._put(job)
-        answer = await job.answer
-        if answer.startswith(SUBMIT):
-            return Submit.FromString(answer[1:])
-        error = RequestError.FromString(answer[1:])
-        raise Refusal(status_code(error.code), error.message)
+        answer = ReadAnswer.FromString(await job.answer)
+        if answer.HasField("refusal"):
+            raise Refusal(status_code(answer.refusal.code), answer.refusal.message)
+        return answer.reading
 
     async def _work(self) -> None:
         while True:
@@ -96,10 +96,10 @@ class Lane:
                 self._put(job)
                 return
             try:
-                answer = await process.ask(job.data, limit_s=self._limit_s)
+                answer = await process.ask(job.form, job.data, limit_s=self._limit_s)
             except ReaderLostError as err:
                 logger.warning("gave up the process that read a request of %d bytes: %s", job.num_bytes, err)
-                _fail(job, invalid(f"request: reading it was given up, because {err}; send a shorter one"))
+                _fail(job, invalid(f"request: reading it was given up, because {err}; {READ_LESS}"))
                 return
             except asyncio.CancelledError:
                 job.answer.cancel()

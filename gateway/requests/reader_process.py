@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from google.protobuf import json_format
 
 from echelon.pb.process_pb2 import GatewaySpec
 from gateway.requests import frames
+from gateway.requests.forms import Form
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _LOAD_LIMIT_S = 120.0
+MEMORY_BYTES = 1 << 30  # in addition to what the process has after loading
 
 
 class ReaderLostError(Exception):
@@ -53,9 +56,9 @@ class ReaderProcess:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    async def ask(self, request: bytes, *, limit_s: float) -> bytes:
-        """The answer to a GenerateRequest's bytes, as `gateway/requests/child.py` writes it. Raises ReaderLostError."""
-        return await self._limited(self._exchange(request), limit_s)
+    async def ask(self, form: Form, request: bytes, *, limit_s: float) -> bytes:
+        """The bytes of a ReadAnswer. Raises ReaderLostError."""
+        return await self._limited(self._exchange(form, request), limit_s)
 
     async def end(self) -> None:
         """Kills it, whatever it does."""
@@ -63,7 +66,8 @@ class ReaderProcess:
         self._link.close()
         await asyncio.to_thread(self._process.wait)
 
-    async def _exchange(self, request: bytes) -> bytes:
+    async def _exchange(self, form: Form, request: bytes) -> bytes:
+        await frames.send_async(self._link, form.value)
         await frames.send_async(self._link, request)
         return await frames.receive_async(self._link)
 
@@ -71,10 +75,18 @@ class ReaderProcess:
         try:
             return await asyncio.wait_for(answer, limit_s)
         except TimeoutError as err:
-            raise ReaderLostError(f"it did not answer within {limit_s:g} s") from err
+            raise ReaderLostError(f"its process did not answer within {limit_s:g} s") from err
         except frames.LinkLostError as err:
             status = await asyncio.to_thread(self._process.wait)
-            raise ReaderLostError(f"it ended with status {status}") from err
+            raise ReaderLostError(_end_text(status)) from err
+
+
+def _end_text(status: int) -> str:
+    """Libraries that get no memory abort, and the kernel kills."""
+    if status >= 0:
+        return f"its process ended with status {status}"
+    name = signal.Signals(-status).name
+    return f"its process ended by {name}, as it does when it needs more than {MEMORY_BYTES >> 20} MiB of memory"
 
 
 def _spawn(spec: GatewaySpec, link: int, *arguments: str) -> "subprocess.Popen[bytes]":

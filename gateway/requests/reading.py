@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import Awaitable
 
 from echelon.pb.process_pb2 import GatewaySpec
-from echelon.pb.scheduler_pb2 import Submit
+from echelon.pb.reading_pb2 import Reading
+from gateway.requests.forms import Form, read_simple_request
 from gateway.requests.lane import Lane
 from gateway.requests.reader_process import ReaderProcess
-from gateway.requests.validation import RequestValidator, decode_request
+from gateway.requests.validation import RequestValidator
 
 _INLINE_BYTES = 1024  # takes 1 ms at most; the way to another process and back takes half of one
 _QUICK_BYTES = 16 << 10
@@ -39,20 +40,19 @@ class RequestReader:
     async def close(self) -> None:
         await asyncio.gather(self._quick.close(), self._bulk.close())
 
-    async def read(self, data: bytes) -> Submit:
-        """What a GenerateRequest's bytes ask of a scheduler. The caller fills in the deadline. Raises Refusal."""
+    async def read(self, form: Form, data: bytes) -> Reading:
+        """What a request asks of a scheduler. The caller fills in the deadline. Raises Refusal."""
         if len(data) <= _INLINE_BYTES:
-            submit = await self._read_here(data)
-            if submit is not None:
-                return submit
-        return await (self._quick if len(data) <= _QUICK_BYTES else self._bulk).read(data)
+            reading = await self._read_here(form, data)
+            if reading is not None:
+                return reading
+        return await (self._quick if len(data) <= _QUICK_BYTES else self._bulk).read(form, data)
 
-    async def _read_here(self, data: bytes) -> Submit | None:
-        """None for a conversation."""
+    async def _read_here(self, form: Form, data: bytes) -> Reading | None:
+        """None for what may cost more than its bytes."""
         async with self._turn:
             await asyncio.sleep(0)  # many that come at once are read one in each pass of the loop
-            request = decode_request(data)
-            return None if request.WhichOneof("input") == "chat" else self._validator.validate(request)
+            return read_simple_request(form, data, self._validator)
 
 
 def _lane(spec: GatewaySpec, cpu_limit_s: float, *, niceness: int, max_waiting_bytes: int) -> Lane:

@@ -1,9 +1,12 @@
 """A refused request and its gRPC status."""
 
+from collections.abc import Sequence
+
 import grpc
 
 _MAX_MESSAGE_BYTES = 2000  # three times as many in a trailer, at most; grpc refuses trailers beyond 8 KiB
 _MAX_SHOWN_CHARS = 100
+READ_LESS = "send a shorter one, or token_ids, which are read as they are"  # after what was given up
 
 
 class Refusal(Exception):
@@ -13,6 +16,17 @@ class Refusal(Exception):
         self.code = code
         self.message = _shortened(message)
         super().__init__(self.message)
+
+
+Words = Sequence[tuple[str, str]]  # how messages begin, and how they begin in a client's words
+
+
+def reworded(refusal: Refusal, words: Words, number: int = 0) -> Refusal:
+    """The same about a client's own field; {} in its name stands for `number`."""
+    for ours, theirs in words:
+        if refusal.message.startswith(ours):
+            return Refusal(refusal.code, theirs.format(number) + refusal.message[len(ours) :])
+    return refusal
 
 
 def shown(text: str) -> str:

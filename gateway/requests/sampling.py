@@ -3,26 +3,13 @@
 import secrets
 from pathlib import Path
 
-from checkpoint.generation_config import SAMPLING_RANGES, SamplingRange, read_sampling_defaults
+from checkpoint.generation_config import read_sampling_defaults
+from checkpoint.sampling_ranges import REQUEST_RANGES
+from childproc.request_limits import MAX_BIAS, MAX_STOP_CHARS, MAX_STOPS
 from echelon.pb.sampling_pb2 import SamplingParams
 from gateway.requests.refusal import invalid
 
-# The scheduler compares every character of the output with every stop string, between rounds.
-_MAX_STOPS = 64
-_MAX_STOP_CHARS = 1024
 _MAX_TOKEN_IDS = 1024  # each costs every round of the request
-_MAX_BIAS = 100  # as in OpenAI's API: enough to force or to exclude a token
-
-
-_RANGES = {
-    **SAMPLING_RANGES,
-    "presence_penalty": SamplingRange(wants="in [-2, 2]", accepts=lambda v: -2 <= v <= 2),
-    "frequency_penalty": SamplingRange(wants="in [-2, 2]", accepts=lambda v: -2 <= v <= 2),
-    "min_tokens": SamplingRange(wants=">= 0", accepts=lambda v: v >= 0, is_integer=True),
-    "logprobs": SamplingRange(wants="in [0, 20]", accepts=lambda v: 0 <= v <= 20, is_integer=True),
-    "prompt_logprobs": SamplingRange(wants="in [0, 20]", accepts=lambda v: 0 <= v <= 20, is_integer=True),
-    "n": SamplingRange(wants="in [1, 64]", accepts=lambda v: 1 <= v <= 64, is_integer=True),
-}
 
 
 def built_in_defaults() -> SamplingParams:
@@ -80,20 +67,20 @@ def resolve_sampling(given: SamplingParams, defaults: SamplingParams, *, room: i
 
 
 def _check_ranges(sampling: SamplingParams) -> None:
-    for name, allowed in _RANGES.items():
+    for name, allowed in REQUEST_RANGES.items():
         value = getattr(sampling, name)
         if sampling.HasField(name) and not allowed.accepts(value):  # type: ignore[arg-type]
-            raise invalid(f"sampling.{name}: must be {allowed.wants}, got {value:.7g}")
+            raise invalid(f"sampling.{name}: must be {allowed.wants}, got {value:.10g}")
 
 
 def _check_collections(sampling: SamplingParams, vocab_size: int) -> None:
-    if len(sampling.stop) > _MAX_STOPS:
-        raise invalid(f"sampling.stop: at most {_MAX_STOPS} strings, got {len(sampling.stop)}")
+    if len(sampling.stop) > MAX_STOPS:
+        raise invalid(f"sampling.stop: at most {MAX_STOPS} strings, got {len(sampling.stop)}")
     for i, stop in enumerate(sampling.stop):
         if not stop:
             raise invalid(f"sampling.stop[{i}]: is empty; leave it out")
-        if len(stop) > _MAX_STOP_CHARS:
-            raise invalid(f"sampling.stop[{i}]: at most {_MAX_STOP_CHARS} characters, got {len(stop)}")
+        if len(stop) > MAX_STOP_CHARS:
+            raise invalid(f"sampling.stop[{i}]: at most {MAX_STOP_CHARS} characters, got {len(stop)}")
     for name in ("stop_token_ids", "logit_bias"):
         count = len(getattr(sampling, name))
         if count > _MAX_TOKEN_IDS:
@@ -104,5 +91,5 @@ def _check_collections(sampling: SamplingParams, vocab_size: int) -> None:
     for token_id, bias in sampling.logit_bias.items():
         if not 0 <= token_id < vocab_size:
             raise invalid(f"sampling.logit_bias: token id must be in [0, {vocab_size}), got {token_id}")
-        if not -_MAX_BIAS <= bias <= _MAX_BIAS:
-            raise invalid(f"sampling.logit_bias[{token_id}]: must be in [-{_MAX_BIAS}, {_MAX_BIAS}], got {bias:.7g}")
+        if not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise invalid(f"sampling.logit_bias[{token_id}]: must be in [-{MAX_BIAS}, {MAX_BIAS}], got {bias:.10g}")

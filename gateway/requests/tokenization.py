@@ -1,9 +1,9 @@
 """Text to token ids, as `transformers.AutoTokenizer` does it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from checkpoint.chat_template import ChatTemplate, load_chat_template
 from checkpoint.eos import read_eos_tokens
@@ -47,6 +47,19 @@ class PromptTokenizer:
             self._refuse_too_long(text, max_tokens)
         token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return token_ids
+
+    def special_id(self, text: str) -> int | None:
+        """The special token that is written so."""
+        token_id: int | None = self._tokenizer.token_to_id(text)
+        if token_id is None:
+            return None
+        added: AddedToken | None = self._tokenizer.get_added_tokens_decoder().get(token_id)
+        return token_id if added is not None and added.special else None
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Their text, special tokens included."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        return text
 
     def _refuse_too_long(self, text: str, max_tokens: int) -> None:
         """Counts piece by piece and stops early. A text has nearly as many tokens as its pieces together."""

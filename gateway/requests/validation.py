@@ -1,23 +1,25 @@
 """Turns client requests into scheduler requests. A request is refused here or is well-formed from here on."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from checkpoint.chat_template import ChatTemplate
+from childproc.request_limits import MAX_CACHE_SALT_BYTES, MAX_REQUEST_ID_CHARS
 from echelon.pb import inference_pb2, process_pb2, scheduler_pb2
+from echelon.pb.reading_pb2 import REASONING_UNSPECIFIED
 from echelon.pb.sampling_pb2 import SamplingParams
 from gateway.requests.conversation import render_chat
+from gateway.requests.grammar import composed, grammar_of
+from gateway.requests.reasoning import reasoning_before_a_form
 from gateway.requests.refusal import Refusal, invalid, shown
 from gateway.requests.sampling import load_sampling_defaults, resolve_sampling
 from gateway.requests.tokenization import PromptTokenizer, TooLongError
 from gateway.requests.wire import Malformed, strict_decoder
-
-_MAX_REQUEST_ID_CHARS = 128
-_MAX_CACHE_SALT_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +38,15 @@ class RequestValidator:
     def read(self, data: bytes) -> scheduler_pb2.Submit:
         return self.validate(decode_request(data))
 
-    def validate(self, request: inference_pb2.GenerateRequest) -> scheduler_pb2.Submit:
-        """The deadline is the caller's to fill in, after this returns: tokenising takes time too."""
+    def validate(
+        self, request: inference_pb2.GenerateRequest, forced_calls: Sequence[Mapping[str, Any]] | None = None
+    ) -> scheduler_pb2.Submit:
+        """The deadline is the caller's to fill in, after this returns: tokenising takes time too.
+
+        `forced_calls`: the grammar of calls to which the answer keeps.
+        """
         self._check_names(request)
-        token_ids = self._tokenize(request)
+        token_ids = self.tokenize(request)
         self._check_prompt(request.WhichOneof("input") or "input", token_ids)
         sampling = resolve_sampling(
             request.sampling,
@@ -47,28 +54,59 @@ class RequestValidator:
             room=self.max_model_len - len(token_ids),
             vocab_size=self.vocab_size,
         )
-        return scheduler_pb2.Submit(
+        submit = scheduler_pb2.Submit(
             request_id=request.request_id or f"req-{secrets.token_hex(8)}",
             prompt_token_ids=token_ids,
             sampling=sampling,
             speculation=request.speculation,
             cache_salt=request.cache_salt,
+            grammar=self._grammar(request, forced_calls, token_ids, sampling),
         )
+        if request.HasField("resume_from"):
+            _check_resume(request, sampling)
+            submit.resume_from.CopyFrom(request.resume_from)
+        return submit
+
+    def _grammar(
+        self,
+        request: inference_pb2.GenerateRequest,
+        forced_calls: Sequence[Mapping[str, Any]] | None,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+    ) -> str:
+        if not request.HasField("structured_output") and forced_calls is None:
+            return ""
+        if sampling.ignore_eos:
+            raise invalid("sampling.ignore_eos: must be false with structured_output, which ends the output with EOS")
+        if not self.tokenizer.eos_token_ids(self.vocab_size):
+            raise invalid("structured_output: needs a model with an EOS token, to end the output")
+        is_chat = request.WhichOneof("input") == "chat"
+        reasoning = reasoning_before_a_form(prompt, self.tokenizer) if is_chat else REASONING_UNSPECIFIED
+        if forced_calls is None:
+            return grammar_of(request.structured_output, reasoning)
+        if request.HasField("structured_output"):
+            raise invalid("structured_output: cannot be combined with a tool_choice that forces a call")
+        return composed(forced_calls, reasoning, field="tool_choice")
 
     def _check_names(self, request: inference_pb2.GenerateRequest) -> None:
-        if len(request.request_id) > _MAX_REQUEST_ID_CHARS:
+        if len(request.request_id) > MAX_REQUEST_ID_CHARS:
             raise invalid(
-                f"request_id: at most {_MAX_REQUEST_ID_CHARS} characters are allowed, got {len(request.request_id)}"
+                f"request_id: at most {MAX_REQUEST_ID_CHARS} characters are allowed, got {len(request.request_id)}"
             )
-        if request.model and request.model != self.model_name:
+        if (num_bytes := len(request.cache_salt.encode())) > MAX_CACHE_SALT_BYTES:
+            raise invalid(f"cache_salt: at most {MAX_CACHE_SALT_BYTES} bytes are allowed, got {num_bytes}")
+
+    def check_model(self, name: str) -> None:
+        """Raises Refusal."""
+        if name and name != self.model_name:
             raise Refusal(
                 grpc.StatusCode.NOT_FOUND,
-                f"model: {shown(request.model)} is not served here; this server has {self.model_name!r}",
+                f"model: {shown(name)} is not served here; this server has {self.model_name!r}",
             )
-        if (num_bytes := len(request.cache_salt.encode())) > _MAX_CACHE_SALT_BYTES:
-            raise invalid(f"cache_salt: at most {_MAX_CACHE_SALT_BYTES} bytes are allowed, got {num_bytes}")
 
-    def _tokenize(self, request: inference_pb2.GenerateRequest) -> Sequence[int]:
+    def tokenize(self, request: inference_pb2.GenerateRequest) -> Sequence[int]:
+        """The prompt's tokens. Raises Refusal."""
+        self.check_model(request.model)
         kind, max_tokens = request.WhichOneof("input"), self.max_model_len - 1
         if request.HasField("add_special_tokens") and kind != "text":
             raise invalid("add_special_tokens: is for text; a chat template writes special tokens itself")
@@ -105,6 +143,21 @@ class RequestValidator:
             f"{what}, but max_model_len is {self.max_model_len} and output needs a token: at most "
             f"{self.max_model_len - 1} are allowed"
         )
+
+
+def _check_resume(request: inference_pb2.GenerateRequest, sampling: SamplingParams) -> None:
+    """What only a gateway can tell: a scheduler checks the rest. Raises Refusal."""
+    if not request.request_id:
+        raise invalid("request_id: resume_from needs that of the request which it resumes")
+    if sampling.temperature > 0 and not request.sampling.HasField("seed"):
+        raise invalid("sampling.seed: resume_from needs the seed, which the first message of the stream has told")
+    if (given := len(request.resume_from.samples)) != sampling.n:
+        raise invalid(f"resume_from.samples: must be as many as n, {sampling.n}, got {given}")
+
+
+def is_simple(request: inference_pb2.GenerateRequest) -> bool:
+    """It costs no more than its bytes: neither a template nor a grammar is read."""
+    return request.WhichOneof("input") != "chat" and not request.HasField("structured_output")
 
 
 _decode = strict_decoder(inference_pb2.GenerateRequest)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.kv.fp8 import KVScales
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCall:
@@ -21,10 +23,17 @@ class AttentionCall:
     ancestors: Tensor | None  # int64 [num_tokens]
     softmax_scale: float
     sliding_window: int | None
+    kv_scales: KVScales | None = None  # the caches are FP8
 
     @property
     def num_kv_heads(self) -> int:
         return self.k_cache.shape[2]
+
+    def numbers_of_caches(self) -> tuple[Tensor, Tensor]:
+        """The caches as a kernel reads them."""
+        if self.kv_scales is None:
+            return self.k_cache, self.v_cache
+        return self.k_cache.view(torch.float8_e4m3fn), self.v_cache.view(torch.float8_e4m3fn)
 
     @property
     def group(self) -> int:
@@ -49,8 +58,9 @@ def check_arguments(call: AttentionCall) -> None:
                 f"{name}: expected contiguous [num_blocks, block_size, num_kv_heads, {q.shape[2]}], got "
                 f"{list(cache.shape)} with strides {list(cache.stride())}"
             )
-        if cache.dtype != q.dtype:
-            raise ValueError(f"{name}: expected {q.dtype} like q, got {cache.dtype}")
+        expected, why = (q.dtype, "like q") if call.kv_scales is None else (torch.uint8, "with kv_scales")
+        if cache.dtype != expected:
+            raise ValueError(f"{name}: expected {expected} {why}, got {cache.dtype}")
     if q.shape[1] % k_cache.shape[2]:
         raise ValueError(f"q: expected a multiple of {k_cache.shape[2]} KV heads, got {q.shape[1]} query heads")
     num_seqs = call.seq_lens.numel()

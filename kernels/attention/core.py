@@ -177,7 +177,7 @@ def attend_keys(
         block = tl.load(blocks_ptr + slots // BLOCK_SIZE, mask=read, other=0).to(tl.int64)
         offsets = ((block * BLOCK_SIZE + slots % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
         k_offsets = offsets[None, :] + feature[:, None]
-        k = tl.load(k_ptr + k_offsets, mask=read[None, :] & has_feature[:, None], other=0.0)  # [DIM, KEYS]
+        k = tl.load(k_ptr + k_offsets, mask=read[None, :] & has_feature[:, None], other=0.0).to(q.dtype)  # [DIM, KEYS]
         scores = tl.dot(q, k, input_precision="ieee") * scale  # [ROWS, KEYS]
         if MASKED:
             visible = visible_keys(ancestors_ptr, first_token, num_prefix, seq_len, positions, words, slots, WINDOW)
@@ -188,7 +188,7 @@ def attend_keys(
         weights = tl.exp2(scores - base[:, None])
         total = total * decay + tl.sum(weights, axis=1)
         v_offsets = offsets[:, None] + feature[None, :]
-        v = tl.load(v_ptr + v_offsets, mask=read[:, None] & has_feature[None, :], other=0.0)  # [KEYS, DIM]
+        v = tl.load(v_ptr + v_offsets, mask=read[:, None] & has_feature[None, :], other=0.0).to(q.dtype)  # [KEYS, DIM]
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
         peak = new_peak
     return peak, total, acc
@@ -200,6 +200,7 @@ def store_rows(
     lse_ptr,  # fp32 [num_tokens, num_q_heads], or None
     rows,  # from open_query_tile
     softmax,  # (peak [ROWS], total [ROWS], acc [ROWS, DIM])
+    v_scale_ptr,  # fp32: what the values were divided by; None: nothing
     NUM_Q_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
@@ -211,6 +212,8 @@ def store_rows(
     row = token.to(tl.int64) * NUM_Q_HEADS + head
     total = tl.where(total == 0.0, 1.0, total)  # acc is 0 and peak -inf there
     result = acc / total[:, None]
+    if v_scale_ptr is not None:
+        result *= tl.load(v_scale_ptr)
     mask = valid[:, None] & (feature < HEAD_DIM)[None, :]
     tl.store(out_ptr + row[:, None] * HEAD_DIM + feature[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
     if lse_ptr is not None:

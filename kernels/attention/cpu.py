@@ -10,6 +10,7 @@ serve calls that want the softmax sums, which SDPA does not return.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from kernels.attention.call import AttentionCall
 from kernels.attention.native import can_attend, native_attention
 from kernels.attention.paged_kv import AlikeSeqs, SeqBatch, SeqRows
 from kernels.attention.tiles import attend_rows, attend_rows_invariant, first_key, hidden_keys, queries_of_rows
+from kernels.kv.fp8 import KVScales, from_fp8
 
 # Query tokens per SDPA call. Bounds the mask, and skips keys that no query token sees. A tree always fits.
 _SDPA_TOKENS = 64
@@ -31,6 +33,8 @@ def paged_attention_cpu(call: AttentionCall, groups: Sequence[AlikeSeqs], *, bat
     if can_attend(call):
         native_attention(call)
         return
+    if call.kv_scales is not None:
+        call = _widened(call, call.kv_scales)
     for alike in groups:
         if alike.batch is not None and not batch_invariant and _may_gather(call, alike.batch):
             _attend_side_by_side(call, alike.batch)
@@ -42,6 +46,17 @@ def paged_attention_cpu(call: AttentionCall, groups: Sequence[AlikeSeqs], *, bat
                 attend_rows(call, seq)
             else:
                 _attend_sdpa(call, seq)
+
+
+def _widened(call: AttentionCall, scales: KVScales) -> AttentionCall:
+    """The call with caches in q's dtype, in which only the blocks of its seqs are filled."""
+    k_cache, v_cache = (call.q.new_zeros(call.k_cache.shape) for _ in range(2))
+    blocks = (
+        call.block_table.clamp(0, len(k_cache) - 1).unique().long()
+    )  # entries after a seq's last one may be anything
+    k_cache[blocks] = from_fp8(call.k_cache[blocks], scales.k, call.q.dtype)
+    v_cache[blocks] = from_fp8(call.v_cache[blocks], scales.v, call.q.dtype)
+    return replace(call, k_cache=k_cache, v_cache=v_cache, kv_scales=None)
 
 
 def _may_gather(call: AttentionCall, batch: SeqBatch) -> bool:

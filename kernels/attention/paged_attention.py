@@ -28,6 +28,7 @@ from kernels.attention.schedule import Schedule, Settings, make_schedule
 from kernels.attention.split import launch_split
 from kernels.attention.whole import launch_whole
 from kernels.dispatch import runs_triton
+from kernels.kv.fp8 import KVScales
 
 _MAX_TREE_TOKENS = 64  # bits of a word
 
@@ -80,6 +81,7 @@ def paged_attention(
     return_lse: Literal[False] = False,
     batch_invariant: bool = False,
     plan: AttentionPlan | None = None,
+    kv_scales: KVScales | None = None,
 ) -> Tensor: ...
 
 
@@ -98,6 +100,7 @@ def paged_attention(
     return_lse: Literal[True],
     batch_invariant: bool = False,
     plan: AttentionPlan | None = None,
+    kv_scales: KVScales | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -115,6 +118,7 @@ def paged_attention(
     return_lse: bool = False,
     batch_invariant: bool = False,
     plan: AttentionPlan | None = None,
+    kv_scales: KVScales | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q k^T * softmax_scale) v for each query token over the keys of its own seq.
 
@@ -127,7 +131,7 @@ def paged_attention(
     and replaces causality among the new tokens, of which a seq may then have 64. batch_invariant: the bits of a token's
     result depend neither on the batch around it nor on how many tokens of its seq are computed together; needs a probe
     of the machine (probe.py). plan: from plan_attention for the same lengths and blocks; without it
-    every call makes its own, and waits for the device.
+    every call makes its own, and waits for the device. kv_scales: the caches hold FP8 as uint8 (kernels/kv/fp8.py).
 
     Returns [num_tokens, num_q_heads, head_dim] in q's dtype; with return_lse also the natural logarithm of each
     softmax's sum, fp32 [num_tokens, num_q_heads]. What the cache holds outside a seq's own slots, NaN included, has no
@@ -145,6 +149,7 @@ def paged_attention(
         ancestors=ancestors,
         softmax_scale=softmax_scale,
         sliding_window=sliding_window,
+        kv_scales=kv_scales,
     )
     check_arguments(call)
     if plan is None:

@@ -77,6 +77,8 @@ def paged_attention_kernel(
     table_stride,
     num_query_tiles,
     scale,  # softmax_scale / ln 2
+    k_scales_ptr,  # fp32 [NUM_KV_HEADS], for caches in FP8; or None
+    v_scales_ptr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -113,6 +115,11 @@ def paged_attention_kernel(
         own_stop = kv_head * tiles_of_head.to(tl.int64) + tl.load(tile_starts_ptr + query_tile + 1)
         part_stop = tl.minimum(own_stop, stop)
         first_key_tile = keys[0] // KEYS
+        head_scale = scale
+        v_scale_ptr = v_scales_ptr
+        if k_scales_ptr is not None:
+            head_scale = scale * tl.load(k_scales_ptr + kv_head)
+            v_scale_ptr = v_scales_ptr + kv_head
         softmax = attend_keys(
             q,
             (
@@ -130,7 +137,7 @@ def paged_attention_kernel(
             seq,
             keys,
             ancestors_ptr,
-            scale,
+            head_scale,
             BLOCK_SIZE,
             NUM_KV_HEADS,
             HEAD_DIM,
@@ -156,7 +163,7 @@ def paged_attention_kernel(
                     parts_ptr, part_stats_ptr, first_slot, first_program, last_program, rows[2], ROWS, DIM
                 )
         if is_complete:
-            store_rows(out_ptr, lse_ptr, rows, softmax, NUM_KV_HEADS * GROUP, HEAD_DIM, DIM)
+            store_rows(out_ptr, lse_ptr, rows, softmax, v_scale_ptr, NUM_KV_HEADS * GROUP, HEAD_DIM, DIM)
         position = part_stop
         query_tile += 1
         if query_tile == num_query_tiles:
@@ -171,8 +178,7 @@ def launch_split(call: AttentionCall, work: SplitWork) -> None:
         call.out,
         call.lse,
         call.q,
-        call.k_cache,
-        call.v_cache,
+        *call.numbers_of_caches(),
         call.block_table,
         call.seq_lens,
         call.cu_seqlens_q,
@@ -188,6 +194,8 @@ def launch_split(call: AttentionCall, work: SplitWork) -> None:
         call.block_table.stride(0),
         len(work.query_tiles),
         call.softmax_scale / math.log(2),
+        None if call.kv_scales is None else call.kv_scales.k,
+        None if call.kv_scales is None else call.kv_scales.v,
         NUM_KV_HEADS=call.num_kv_heads,
         GROUP=call.group,
         HEAD_DIM=head_dim,

@@ -30,6 +30,8 @@ def prefill_attention_kernel(
     q_head_stride,
     table_stride,
     scale,  # softmax_scale / ln 2
+    k_scales_ptr,  # fp32 [NUM_KV_HEADS], for caches in FP8; or None
+    v_scales_ptr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -42,6 +44,10 @@ def prefill_attention_kernel(
 ):
     query_tile = tl.program_id(0) // NUM_KV_HEADS
     kv_head = tl.program_id(0) % NUM_KV_HEADS
+    v_scale_ptr = v_scales_ptr
+    if k_scales_ptr is not None:
+        scale *= tl.load(k_scales_ptr + kv_head)
+        v_scale_ptr += kv_head
     q, rows, seq, keys = open_query_tile(
         query_tiles_ptr + 2 * query_tile,
         kv_head,
@@ -82,7 +88,7 @@ def prefill_attention_kernel(
         q, softmax, cache, kv_head, (bulk_end, end), rows, seq, keys, ancestors_ptr, scale,
         BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, DIM, WINDOW, KEYS, True,
     )  # fmt: skip
-    store_rows(out_ptr, lse_ptr, rows, softmax, NUM_KV_HEADS * GROUP, HEAD_DIM, DIM)
+    store_rows(out_ptr, lse_ptr, rows, softmax, v_scale_ptr, NUM_KV_HEADS * GROUP, HEAD_DIM, DIM)
 
 
 def launch_whole(call: AttentionCall, work: WholeWork, *, one_pass: bool) -> None:
@@ -96,8 +102,7 @@ def launch_whole(call: AttentionCall, work: WholeWork, *, one_pass: bool) -> Non
         call.out,
         call.lse,
         call.q,
-        call.k_cache,
-        call.v_cache,
+        *call.numbers_of_caches(),
         call.block_table,
         call.seq_lens,
         call.cu_seqlens_q,
@@ -107,6 +112,8 @@ def launch_whole(call: AttentionCall, work: WholeWork, *, one_pass: bool) -> Non
         call.q.stride(1),
         call.block_table.stride(0),
         call.softmax_scale / math.log(2),
+        None if call.kv_scales is None else call.kv_scales.k,
+        None if call.kv_scales is None else call.kv_scales.v,
         NUM_KV_HEADS=call.num_kv_heads,
         GROUP=call.group,
         HEAD_DIM=head_dim,

@@ -1,4 +1,4 @@
-"""Copies of KV in all layers at once: blocks to a staging buffer and back, block to block, and slot to slot.
+"""Copies of KV blocks in all layers at once: to a staging buffer and back, and block to block.
 
 Each layer's caches are separate tensors, so a kernel finds them through a table of their addresses, keys and values of
 layer 0 first. One launch replaces two small launches per layer. Everything is copied as 32-bit words, so all bits stay
@@ -21,8 +21,6 @@ KVCaches = Sequence[tuple[Tensor, Tensor]]  # per layer: k, v [num_blocks, block
 _WORD_BYTES = 4
 _ALIGNED_BYTES = 16  # that a thread reads at once
 TILE_WORDS = 2048  # 8 KiB per program: four times 16 bytes for each of 128 threads
-MOVES_AT_ONCE = 16  # per MOVE_TILE_WORDS: what a program reads before it writes
-MOVE_TILE_WORDS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +34,7 @@ class CacheAddresses:
 
 def cache_addresses(kv_caches: KVCaches) -> CacheAddresses:
     """The addresses for calls with these caches. Raises ValueError if the caches differ in shape or kind."""
-    k_cache = _check_caches(kv_caches)
+    k_cache = check_caches(kv_caches)
     addresses = [cache.data_ptr() for cache in chain.from_iterable(kv_caches)]
     slot_bytes = k_cache.shape[2] * k_cache.shape[3] * k_cache.element_size()
     if slot_bytes % _WORD_BYTES:
@@ -54,7 +52,7 @@ def cache_addresses(kv_caches: KVCaches) -> CacheAddresses:
 
 
 @triton.jit
-def _words_at(table_ptr, part):
+def words_at(table_ptr, part):
     """The cache of a part as a pointer to its words. cache_addresses has checked that it is aligned."""
     return tl.multiple_of(tl.load(table_ptr + part).to(tl.pointer_type(tl.int32)), 16)
 
@@ -62,30 +60,12 @@ def _words_at(table_ptr, part):
 @triton.jit(do_not_specialize_on_alignment=["src_ptr", "dst_ptr"])
 def copy_blocks_kernel(table_ptr, src_ptr, dst_ptr, block_words, TILE: tl.constexpr):
     copy = tl.program_id(0)
-    cache_ptr = _words_at(table_ptr, tl.program_id(1))
+    cache_ptr = words_at(table_ptr, tl.program_id(1))
     word = tl.program_id(2) * TILE + tl.arange(0, TILE)
     src = tl.load(src_ptr + copy) * block_words
     dst = tl.load(dst_ptr + copy) * block_words
     words = tl.load(cache_ptr + src + word, mask=word < block_words)
     tl.store(cache_ptr + dst + word, words, mask=word < block_words)
-
-
-@triton.jit(do_not_specialize=["num_moves"], do_not_specialize_on_alignment=["src_ptr", "dst_ptr"])
-def move_slots_kernel(table_ptr, src_ptr, dst_ptr, num_moves, slot_words, MOVES: tl.constexpr, TILE: tl.constexpr):
-    """A program moves the same few words of every slot, so moves that touch the same slot meet in one program."""
-    cache_ptr = _words_at(table_ptr, tl.program_id(0))
-    word = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    start = 0
-    while start < num_moves:  # a for loop may be pipelined: loads sent ahead of the stores before them
-        move = start + tl.arange(0, MOVES)
-        src = tl.load(src_ptr + move, mask=move < num_moves, other=-1)
-        dst = tl.load(dst_ptr + move, mask=move < num_moves, other=-1)
-        moved = (src >= 0)[:, None] & (word < slot_words)[None, :]
-        words = tl.load(cache_ptr + src[:, None] * slot_words + word[None, :], mask=moved)
-        tl.debug_barrier()  # a slot may be read by one thread and written by another
-        tl.store(cache_ptr + dst[:, None] * slot_words + word[None, :], words, mask=moved)
-        tl.debug_barrier()
-        start += MOVES
 
 
 @triton.jit(do_not_specialize_on_alignment=["block_ptr", "row_ptr"])
@@ -105,7 +85,7 @@ def stage_blocks_kernel(
     row = tl.load(row_ptr + number) if HAS_ROWS else number
     part = tl.program_id(1).to(tl.int64)
     word = tl.program_id(2) * TILE + tl.arange(0, TILE)
-    cached = _words_at(table_ptr, part) + tl.load(block_ptr + number) * block_words + word
+    cached = words_at(table_ptr, part) + tl.load(block_ptr + number) * block_words + word
     staged = staging_ptr.to(tl.pointer_type(tl.int32)) + row * row_stride + (part // 2) * layer_stride
     staged += (part % 2) * block_words + word
     if GATHER:
@@ -123,9 +103,9 @@ def copy_blocks(
     once, and no block in both. addresses: from cache_addresses for these caches. Without it every call computes them,
     which on a GPU costs a copy from the host. Raises ValueError naming the argument that does not fit.
     """
-    _check_pairs("src_blocks", src_blocks, "dst_blocks", dst_blocks)
+    check_pairs("src_blocks", src_blocks, "dst_blocks", dst_blocks)
     if not runs_triton(src_blocks):
-        _check_caches(kv_caches)
+        check_caches(kv_caches)
         copy_blocks_reference(kv_caches, src_blocks, dst_blocks)
         return
     addresses = addresses or cache_addresses(kv_caches)
@@ -133,38 +113,6 @@ def copy_blocks(
         return
     grid = (src_blocks.numel(), addresses.table.numel(), triton.cdiv(addresses.block_words, TILE_WORDS))
     copy_blocks_kernel[grid](addresses.table, src_blocks, dst_blocks, addresses.block_words, TILE_WORDS)
-
-
-def move_slots(
-    kv_caches: KVCaches, src_slots: Tensor, dst_slots: Tensor, *, addresses: CacheAddresses | None = None
-) -> None:
-    """Copy slot src_slots[i] over slot dst_slots[i] in all layers, in order of i: packs accepted tree nodes.
-
-    src_slots, dst_slots: int64 [num_moves] on the device of the caches; slot = block_id * block_size + offset. A source
-    of -1 means no move. A destination occurs once, and no later move reads it. Tree nodes that are numbered level by
-    level always obey this, because each stays or moves towards the front. addresses: as for copy_blocks. Raises
-    ValueError naming the argument that does not fit.
-    """
-    _check_pairs("src_slots", src_slots, "dst_slots", dst_slots)
-    if not runs_triton(src_slots):
-        _check_caches(kv_caches)
-        move_slots_reference(kv_caches, src_slots, dst_slots)
-        return
-    addresses = addresses or cache_addresses(kv_caches)
-    num_moves = src_slots.numel()
-    if not num_moves:
-        return
-    tile = min(MOVE_TILE_WORDS, triton.next_power_of_2(addresses.slot_words))
-    grid = (addresses.table.numel(), triton.cdiv(addresses.slot_words, tile))
-    move_slots_kernel[grid](
-        addresses.table,
-        src_slots,
-        dst_slots,
-        num_moves,
-        addresses.slot_words,
-        MOVES=MOVES_AT_ONCE,
-        TILE=tile,
-    )
 
 
 def gather_blocks(
@@ -202,15 +150,6 @@ def copy_blocks_reference(kv_caches: KVCaches, src_blocks: Tensor, dst_blocks: T
     """The definition, one cache at a time."""
     for cache in chain.from_iterable(kv_caches):
         cache.index_copy_(0, dst_blocks, cache.index_select(0, src_blocks))
-
-
-def move_slots_reference(kv_caches: KVCaches, src_slots: Tensor, dst_slots: Tensor) -> None:
-    """The definition. Reads everything before it writes, which makes no difference to moves that obey the rule."""
-    moved = (src_slots >= 0).nonzero().squeeze(1)
-    src, dst = src_slots[moved], dst_slots[moved]
-    for cache in chain.from_iterable(kv_caches):
-        slots = cache.view(-1, *cache.shape[2:])
-        slots.index_copy_(0, dst, slots.index_select(0, src))
 
 
 def gather_blocks_reference(
@@ -274,7 +213,7 @@ def _stage_blocks_cpu(
     gather: bool,
 ) -> None:
     if addresses is None:
-        _check_caches(kv_caches)
+        check_caches(kv_caches)
     _check_range("block_ids", block_ids, kv_caches[0][0].shape[0])
     if rows is not None:
         _check_range("rows", rows, staging.shape[0])
@@ -317,8 +256,8 @@ def _first_cache(kv_caches: KVCaches) -> Tensor:
     return kv_caches[0][0]
 
 
-def _check_caches(kv_caches: KVCaches) -> Tensor:
-    """The first cache, if all are contiguous and alike."""
+def check_caches(kv_caches: KVCaches) -> Tensor:
+    """The first cache, if all are contiguous and alike. Raises ValueError otherwise."""
     first = _first_cache(kv_caches)
     kind = (first.shape, first.dtype, first.device)
     if first.ndim != 4:
@@ -336,7 +275,8 @@ def _check_caches(kv_caches: KVCaches) -> Tensor:
     return first
 
 
-def _check_pairs(src_name: str, src: Tensor, dst_name: str, dst: Tensor) -> None:
+def check_pairs(src_name: str, src: Tensor, dst_name: str, dst: Tensor) -> None:
+    """Raises ValueError, naming the argument, unless both are contiguous int64 of one length on one device."""
     for name, x in ((src_name, src), (dst_name, dst)):
         if x.ndim != 1 or x.dtype != torch.int64 or not x.is_contiguous():
             raise ValueError(f"{name}: expected contiguous int64 [n], got {x.dtype} {list(x.shape)}")

@@ -6,6 +6,8 @@ from torch import Tensor
 from triton import language as tl
 
 from kernels.dispatch import runs_triton
+from kernels.kv.fp8 import KVScales, to_fp8
+from kernels.native import rows as native
 
 TILE_ELEMENTS = 1024  # half a head times ROWS heads: each lane loads 16 bytes of each half at once, in 16-bit types
 NUM_WARPS = 4
@@ -37,6 +39,14 @@ def _load_rotated(head_ptr, stride, cos, sin, column, mask, HALF: tl.constexpr):
     return first * cos - second * sin, second * cos + first * sin
 
 
+@triton.jit
+def _cached(x, scale, FP8: tl.constexpr):
+    """x as the cache takes it. NaN stays NaN."""
+    if FP8:
+        x = tl.clamp(x.to(tl.float32) / scale, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+    return x
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def reshape_and_cache_kernel(
     q_ptr,
@@ -46,6 +56,8 @@ def reshape_and_cache_kernel(
     slot_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    k_scales_ptr,  # fp32 [NUM_KV_HEADS], for caches in FP8; or None
+    v_scales_ptr,
     num_tokens,
     q_stride_token,
     q_stride_head,
@@ -95,16 +107,23 @@ def reshape_and_cache_kernel(
         v_second = tl.load(v_head_ptr + (column + HALF) * v_stride, mask=mask)
         written = mask & (slot >= 0)
         target = (slot * NUM_KV_HEADS + head) * HEAD_DIM + column
-        tl.store(k_cache_ptr + target, first, mask=written)
-        tl.store(k_cache_ptr + target + HALF, second, mask=written)
-        tl.store(v_cache_ptr + target, v_first, mask=written)
-        tl.store(v_cache_ptr + target + HALF, v_second, mask=written)
+        k_scale, v_scale = 1.0, 1.0
+        if k_scales_ptr is not None:
+            k_scale = tl.load(k_scales_ptr + head, mask=row_mask, other=1.0)
+            v_scale = tl.load(v_scales_ptr + head, mask=row_mask, other=1.0)
+        FP8: tl.constexpr = k_scales_ptr is not None
+        tl.store(k_cache_ptr + target, _cached(first, k_scale, FP8), mask=written)
+        tl.store(k_cache_ptr + target + HALF, _cached(second, k_scale, FP8), mask=written)
+        tl.store(v_cache_ptr + target, _cached(v_first, v_scale, FP8), mask=written)
+        tl.store(v_cache_ptr + target + HALF, _cached(v_second, v_scale, FP8), mask=written)
         if BLOCK_REST > 0:
             rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
             written = (rest < HEAD_DIM) & (slot >= 0)
             target = (slot * NUM_KV_HEADS + head) * HEAD_DIM + rest
-            tl.store(k_cache_ptr + target, tl.load(head_ptr + rest * k_stride, mask=written), mask=written)
-            tl.store(v_cache_ptr + target, tl.load(v_head_ptr + rest * v_stride, mask=written), mask=written)
+            k_rest = tl.load(head_ptr + rest * k_stride, mask=written)
+            v_rest = tl.load(v_head_ptr + rest * v_stride, mask=written)
+            tl.store(k_cache_ptr + target, _cached(k_rest, k_scale, FP8), mask=written)
+            tl.store(v_cache_ptr + target, _cached(v_rest, v_scale, FP8), mask=written)
 
 
 def gather_rotary(cos_sin_cache: Tensor, positions: Tensor) -> Tensor:
@@ -146,6 +165,7 @@ def reshape_and_cache(
     slot_mapping: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    kv_scales: KVScales | None = None,
 ) -> None:
     """Rotate q IN PLACE; write rotated k, and v, into their slots of the cache. k and v are left as they are.
 
@@ -153,11 +173,21 @@ def reshape_and_cache(
     fused projection need no copy. rotary: fp32 [2, num_tokens, 1, rotary_dim] of gather_rotary; the first rotary_dim
     features of each head are rotated in fp32, the others pass. slot_mapping: int64 [num_tokens]; slot = block_id *
     block_size + offset, and the keys and values of a token with slot -1 are not written. No slot may occur twice.
-    k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], contiguous, written in place.
+    k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], contiguous, written in place, in q's dtype; with
+    kv_scales uint8, the bits of FP8, rounded from fp32 (kernels/kv/fp8.py).
     Raises ValueError naming the argument that does not fit.
     """
-    _check(q, k, v, rotary, slot_mapping, k_cache, v_cache)
-    run = _launch_reshape_and_cache if runs_triton(q) else reshape_and_cache_cpu
+    _check(q, k, v, rotary, slot_mapping, k_cache, v_cache, kv_scales)
+    if runs_triton(q):
+        _launch_reshape_and_cache(q, k, v, rotary, slot_mapping, k_cache, v_cache, kv_scales)
+        return
+    if kv_scales is not None:
+        reshape_and_cache_reference(q, k, v, rotary, slot_mapping, k_cache, v_cache, kv_scales)
+        return
+    if native.can_compute(q, k, v) and slot_mapping.is_contiguous():
+        run = native.native_rotate_and_cache
+    else:
+        run = reshape_and_cache_cpu
     run(q, k, v, rotary, slot_mapping, k_cache, v_cache)
 
 
@@ -169,6 +199,7 @@ def reshape_and_cache_reference(
     slot_mapping: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    kv_scales: KVScales | None = None,
 ) -> None:
     """The definition: rotate the pairs (x[i], x[i + rotary_dim / 2]) and store token by slot."""
     half = rotary.shape[-1] // 2
@@ -176,13 +207,16 @@ def reshape_and_cache_reference(
 
     def rotated(x: Tensor) -> Tensor:
         first, second, rest = x.float().split_with_sizes([half, half, x.shape[-1] - 2 * half], dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
     q.copy_(rotated(q))
+    new_k, new_v = rotated(k).to(k.dtype), v
+    if kv_scales is not None:
+        new_k, new_v = to_fp8(rotated(k), kv_scales.k), to_fp8(v, kv_scales.v)
     written = slot_mapping >= 0
     slots = slot_mapping[written]
-    k_cache.view(-1, *k_cache.shape[2:])[slots] = rotated(k)[written]
-    v_cache.view(-1, *v_cache.shape[2:])[slots] = v[written]
+    k_cache.view(-1, *k_cache.shape[2:])[slots] = new_k[written]
+    v_cache.view(-1, *v_cache.shape[2:])[slots] = new_v[written]
 
 
 def reshape_and_cache_cpu(
@@ -217,6 +251,7 @@ def _launch_reshape_and_cache(
     slot_mapping: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    kv_scales: KVScales | None,
 ) -> None:
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, half = k.shape[1], rotary.shape[-1] // 2
@@ -231,8 +266,10 @@ def _launch_reshape_and_cache(
         v,
         rotary,
         slot_mapping,
-        k_cache,
-        v_cache,
+        k_cache if kv_scales is None else k_cache.view(torch.float8_e4m3fn),
+        v_cache if kv_scales is None else v_cache.view(torch.float8_e4m3fn),
+        None if kv_scales is None else kv_scales.k,
+        None if kv_scales is None else kv_scales.v,
         num_tokens,
         *q.stride(),
         *k.stride(),
@@ -265,6 +302,7 @@ def _check(
     slot_mapping: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    kv_scales: KVScales | None,
 ) -> None:
     if q.ndim != 3:
         raise ValueError(f"q: expected [num_tokens, num_q_heads, head_dim], got {list(q.shape)}")
@@ -279,9 +317,13 @@ def _check(
         if x.shape != (num_tokens, k_cache.shape[2], head_dim):
             expected = [num_tokens, k_cache.shape[2], head_dim]
             raise ValueError(f"{name}: expected {expected} for q and k_cache, got {list(x.shape)}")
-    for name, x in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
+    cached, why = (q.dtype, "like q") if kv_scales is None else (torch.uint8, "with kv_scales")
+    for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: expected {q.dtype} like q, got {x.dtype}")
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.dtype != cached:
+            raise ValueError(f"{name}: expected {cached} {why}, got {x.dtype}")
     if slot_mapping.shape != (num_tokens,) or slot_mapping.dtype != torch.int64:
         got = f"{slot_mapping.dtype} {list(slot_mapping.shape)}"
         raise ValueError(f"slot_mapping: expected int64 [{num_tokens}], got {got}")

@@ -3,12 +3,12 @@
 Reading the weight bounds a product with few rows, and a CPU reads memory fastest in the order of its addresses.
 `pack_weight` stores a weight once in the order of use, and `linear` takes all forms:
 
-- `NativeWeight` for the C++ of kernels/native, where it can be compiled. It serves fp32, bf16 on a CPU without bf16
-  instructions, and everything with `batch_invariant`, whose promise it keeps at no cost.
-- oneDNN's form for bf16 on a CPU with bf16 instructions. It reads 43 GB/s instead of 29 for 1 to 4 rows with two
-  threads, 37 instead of 26 for 8, and is a tenth faster for 512 (torch 2.13, AVX512-bf16, nothing else running). Fewer
-  than four rows run as four: oneDNN's kernels for 1, 2 and 3 rows keep a core too busy to read at full speed (16.5,
-  14.5 and 18.8 GB/s on one thread, where 4 to 6 rows reach 20). This shows at a low clock.
+- `NativeWeight` for the C++ of kernels/native, where it can be compiled. It serves fp32 and bf16 on CPUs, and keeps the
+  promise of `batch_invariant` at no cost.
+- Weights in few bits (`kernels.layers.quantized_linear`).
+- oneDNN's form for bf16 where nothing is compiled, on CPUs with bf16 instructions. Fewer than four rows run as four:
+  oneDNN's kernels for 1, 2 and 3 rows keep a core too busy to read at full speed (16.5, 14.5 and 18.8 GB/s on one
+  thread of an AMD EPYC, where 4 to 6 rows reach 20).
 
 `linear_batch_invariant` is what `batch_invariant: true` runs instead.
 
@@ -40,21 +40,25 @@ from triton import language as tl
 
 from kernels.dispatch import runs_triton
 from kernels.interpreter_numpy import accept_loop_bounds
+from kernels.layers.partial_sums import add_partial_sums
+from kernels.layers.quantized import QuantizedWeight
+from kernels.layers.quantized_linear import AnyQuantizedWeight, quantized_linear
 from kernels.native import linear as native
 from kernels.native.linear import NativeWeight
+from kernels.native.quantized import NativeQuantizedWeight
 
 accept_loop_bounds()
 
 SPLIT_FEATURES = 1024  # inputs whose products one partial sum adds
 ENOUGH_TILES = 264  # two for each multiprocessor of an H100 or H200; with more, splitting sums gains nothing
-MERGE_ELEMENTS = 1024
 _MAX_TILE_ROWS = 256
 _MAX_TILE_ROWS_AMX = 32
 _PADDED_TILE_ROWS = 16
 _PACKED_FOR_ROWS = 8  # a hint: the layout is equally good for 1 row and for 512
 _MIN_PACKED_ROWS = 4  # fewer take longer
 _PROBED_ROWS = (1, 2, 3, 8, 17, 64, 255, 256, 300)
-Weight = Tensor | NativeWeight
+DenseWeight = Tensor | NativeWeight
+Weight = DenseWeight | AnyQuantizedWeight
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -102,28 +106,7 @@ def linear_kernel(
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), row_mask[:, None] & feature_mask[None, :])
 
 
-@triton.jit(do_not_specialize=["num_elements"])
-def add_partial_sums_kernel(
-    partial_ptr,  # fp32 [num_splits, num_rows, out_features]
-    bias_ptr,
-    out_ptr,  # [num_rows, out_features]
-    num_splits,
-    num_elements,  # num_rows * out_features
-    out_features,
-    BLOCK: tl.constexpr,
-):
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = element < num_elements
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for _ in range(num_splits):
-        total += tl.load(partial_ptr + element, mask, other=0.0)
-        partial_ptr += num_elements
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + element % out_features, mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + element, total.to(out_ptr.dtype.element_ty), mask)
-
-
-def pack_weight(weight: Tensor, *, batch_invariant: bool = False) -> Weight:
+def pack_weight(weight: Tensor, *, batch_invariant: bool = False) -> DenseWeight:
     """Convert a weight to the layout that is read fastest; the caller drops the original.
 
     weight: [out_features, in_features]. batch_invariant: it is for `linear_batch_invariant`. Returns the weight as it
@@ -131,13 +114,18 @@ def pack_weight(weight: Tensor, *, batch_invariant: bool = False) -> Weight:
     """
     if weight.device.type != "cpu":
         return weight
-    by_onednn = weight.dtype == torch.bfloat16 and _onednn_multiplies_bf16()
-    if weight.dtype in native.DTYPES and (batch_invariant or not by_onednn) and native.why_not() is None:
+    if runs_natively(weight.dtype):
         return native.pack(weight)
+    by_onednn = weight.dtype == torch.bfloat16 and _onednn_multiplies_bf16()
     if by_onednn and not batch_invariant:  # tests of its row bits use weights as they are
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS)
         return packed
     return weight
+
+
+def runs_natively(dtype: torch.dtype) -> bool:
+    """Whether kernels/native computes products in this dtype on this CPU, so that `batch_invariant` is free."""
+    return dtype in native.DTYPES and native.why_not() is None
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -148,6 +136,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """
     if isinstance(weight, NativeWeight):
         return native.native_linear(x, weight, bias)
+    if isinstance(weight, QuantizedWeight | NativeQuantizedWeight):
+        return quantized_linear(x, weight, bias)
     if not weight.is_mkldnn:
         return F.linear(x, weight, bias)
     num_rows = x.shape[0]
@@ -162,12 +152,17 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 def linear_batch_invariant(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x @ weight^T + bias with row bits that do not depend on the other rows.
 
-    x: [..., in_features]; weight: [out_features, in_features], as it is or from pack_weight(batch_invariant=True);
-    bias: [out_features]; all of one dtype. Returns [..., out_features]. Holds for a fixed number of threads, provided
-    that probe_linear_batch_invariant returns None. Raises ValueError naming the argument that does not fit.
+    x: [..., in_features]; weight: [out_features, in_features], as it is, from pack_weight(batch_invariant=True) or from
+    pack_quantized_weight(batch_invariant=True); bias: [out_features]; all of one dtype. Returns [..., out_features].
+    Holds for a fixed number of threads, provided that probe_linear_batch_invariant returns None. Raises ValueError
+    naming the argument that does not fit.
     """
-    _check(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
+    if isinstance(weight, QuantizedWeight | NativeQuantizedWeight):
+        if isinstance(weight, QuantizedWeight) or not weight.is_batch_invariant:
+            raise ValueError("weight: expected a dense one, or one packed in few bits with batch_invariant on a CPU")
+        return quantized_linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    _check(x, weight, bias)
     if isinstance(weight, NativeWeight):
         out = native.native_linear(rows, weight, bias)
     elif runs_triton(x):
@@ -184,11 +179,14 @@ def linear_batch_invariant_reference(x: Tensor, weight: Tensor, bias: Tensor | N
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
-def probe_linear_batch_invariant(weight: Weight, bias: Tensor | None = None) -> str | None:
+def probe_linear_batch_invariant(
+    weight: Weight, bias: Tensor | None = None, *, dtype: torch.dtype | None = None
+) -> str | None:
     """Compare rows in batches of 1 to 300 on this weight, machine and thread count, bit for bit.
 
     If the Triton kernel runs, rows are also compared with those of a batch so large that it does not split its sums.
-    Returns None if every row is the same in all of them, else one sentence for the user. Costs about a thousand rows of
+    `dtype`: of the rows, where the weight is in few bits. Returns None if every row is the same in all of them, else
+    one sentence for the user. Costs about a thousand rows of
     the product. Weights of one shape, dtype and device behave alike, so one of each is enough.
     """
     generator = torch.Generator().manual_seed(0)
@@ -196,13 +194,16 @@ def probe_linear_batch_invariant(weight: Weight, bias: Tensor | None = None) -> 
     if isinstance(weight, Tensor) and runs_triton(weight):
         num_rows = max(num_rows, _rows_that_need_no_splits(weight))
     x = torch.randn(num_rows, weight.shape[1], generator=generator)
-    x = x.to(dtype=weight.dtype, device=weight.device)
+    if isinstance(weight, DenseWeight):
+        x = x.to(dtype=weight.dtype, device=weight.device)
+    else:
+        x = x.to(dtype)  # packed on a CPU
     expected = linear_batch_invariant(x, weight, bias)
     for num_rows in _PROBED_ROWS:
         for part in (slice(0, num_rows), slice(x.shape[0] - num_rows, None)):
             if not torch.equal(linear_batch_invariant(x[part], weight, bias), expected[part]):
                 return (
-                    f"products with a {weight.dtype} weight of {list(weight.shape)} on this {weight.device.type} round "
+                    f"products of {x.dtype} with a weight of {list(weight.shape)} on this {x.device.type} round "
                     f"a row differently in a batch of {num_rows} rows than in one of {x.shape[0]} "
                     f"({torch.get_num_threads()} threads), so batch_invariant cannot be kept here"
                 )
@@ -247,13 +248,6 @@ def _launch(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return add_partial_sums(sums, bias, out) if apart else out
 
 
-def add_partial_sums(sums: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """Add fp32 [num_splits, num_rows, out_features] in order, then the bias, into `out`, and return it. For kernels."""
-    grid = (triton.cdiv(out.numel(), MERGE_ELEMENTS),)
-    add_partial_sums_kernel[grid](sums, bias, out, sums.shape[0], out.numel(), out.shape[1], BLOCK=MERGE_ELEMENTS)
-    return out
-
-
 def _rows_that_need_no_splits(weight: Tensor) -> int:
     """The fewest rows that need no split."""
     options = tile_options(weight.dtype)
@@ -292,7 +286,7 @@ def _linear_in_padded_tiles(rows: Tensor, weight: Tensor, bias: Tensor | None) -
     return torch.cat([F.linear(tile, weight, bias) for tile in torch.split(padded, _PADDED_TILE_ROWS)])[:num_rows]
 
 
-def _check(x: Tensor, weight: Weight, bias: Tensor | None) -> None:
+def _check(x: Tensor, weight: DenseWeight, bias: Tensor | None) -> None:
     if len(weight.shape) != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"weight: expected [out_features, in_features] for x {list(x.shape)}, got {list(weight.shape)}"

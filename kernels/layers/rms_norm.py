@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from triton import language as tl
 
 from kernels.dispatch import runs_triton
+from kernels.native import rows as native
 
 TILE_ELEMENTS = 2048  # per program, at least: short rows, such as heads, come several at a time
 _ELEMENTS_PER_WARP = 1024  # 32 per lane: four 16-byte loads in flight in 16-bit types
@@ -63,8 +64,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check(x, weight)
     if runs_triton(x):
         return _launch(x, None, weight, eps)
-    # The bits of rms_norm_reference in one call: 11 us instead of 14 us for a row of 1536 (a test compares them).
-    return F.rms_norm(x, weight.shape, weight, eps)
+    return _on_cpu(x, None, weight, eps)
 
 
 def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -79,8 +79,7 @@ def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
         )
     if runs_triton(x):
         return _launch(x, residual, weight, eps), residual
-    residual.add_(x)
-    return F.rms_norm(residual, weight.shape, weight, eps), residual
+    return _on_cpu(x, residual, weight, eps), residual
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -98,6 +97,14 @@ def tile_shape(hidden: int) -> tuple[int, int, int]:
     block = triton.next_power_of_2(hidden)
     rows = max(1, TILE_ELEMENTS // block)
     return rows, block, min(_MAX_WARPS, rows * block // _ELEMENTS_PER_WARP)
+
+
+def _on_cpu(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """By kernels/native where it can, otherwise with the bits of the reference."""
+    if native.can_compute(x, weight) and (residual is None or residual.stride(-1) == 1):
+        return native.native_rms_norm(x, residual, weight, eps)
+    total = x if residual is None else residual.add_(x)
+    return F.rms_norm(total, weight.shape, weight, eps)
 
 
 def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from triton import language as tl
 
 from kernels.dispatch import runs_triton
+from kernels.native import rows as native
 
 TILE_ELEMENTS = 2048  # results of a program: each lane has two 16-byte loads of each half in flight, in 16-bit types
 NUM_WARPS = 4
@@ -44,7 +45,9 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
         raise ValueError(f"gate_up: expected [num_tokens, 2 * intermediate], got {list(gate_up.shape)}")
     if not gate_up.is_floating_point():
         raise ValueError(f"gate_up: expected a floating dtype, got {gate_up.dtype}")
-    return _launch(gate_up) if runs_triton(gate_up) else silu_and_mul_cpu(gate_up)
+    if runs_triton(gate_up):
+        return _launch(gate_up)
+    return native.native_silu_and_mul(gate_up) if native.can_compute(gate_up) else silu_and_mul_cpu(gate_up)
 
 
 def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
@@ -54,7 +57,7 @@ def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
 
 
 def silu_and_mul_cpu(gate_up: Tensor) -> Tensor:
-    """Uses the fewest torch calls whose vectorised body and scalar tail round alike.
+    """For where kernels/native cannot. Uses the fewest torch calls whose vectorised body and scalar tail round alike.
 
     Where a tail begins depends on the number of rows and threads. In 16-bit types, F.silu rounds every input alike in
     both (tests try all 65,536). In fp32 it does not, so the quotient is computed with operators that do.

@@ -7,22 +7,17 @@
 // A weight is packed into panels of 16 outputs: the weights of all 16 for input 0, then for input 1, and so on. In
 // bf16, the weights of two inputs lie side by side in 32 bits, which is what the bf16 instructions of AVX-512 multiply.
 
-#include <algorithm>
-#include <memory>
-
-#include "pool.hpp"
+#include "packed.hpp"
+#include "tiles.hpp"
 #include "vectors.hpp"
 
 namespace echelon {
 namespace {
 
-constexpr int kPanel = 16;
 constexpr int kPanelVectors = kPanel / kLanes;
-constexpr int kTileRows = 6;
+constexpr int kMostRows = 6;  // of a tile of sums
 constexpr int64_t kBlockBytes = 16384;  // of a panel: stays in the first-level cache while tiles of rows pass
 constexpr int64_t kBlockRows = 192;
-constexpr int64_t kMaxGroup = 16;  // panels of a chunk
-constexpr int64_t kRowsToConvertAlone = 16;
 
 // What differs between the formats. A step multiplies kTogether inputs of each row; its operand for a row is kInputs
 // elements of type Input, and its weights of a panel are kPanel * kTogether elements of type Stored.
@@ -51,7 +46,6 @@ struct Bf16 {
     }
     static void convert(const Stored* x, int64_t num_in, Input* to) {
         std::memcpy(to, x, static_cast<size_t>(num_in) * sizeof(Stored));
-        if (num_in % 2) reinterpret_cast<Stored*>(to)[num_in] = 0;
     }
 };
 #else
@@ -72,12 +66,9 @@ struct Bf16 {
     }
     static void convert(const Stored* x, int64_t num_in, Input* to) {
         for (int64_t i = 0; i < num_in; ++i) to[i] = to_float(x[i]);
-        if (num_in % 2) to[num_in] = 0;
     }
 };
 #endif
-
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Some steps for some rows and panels.
 template <typename F>
@@ -122,7 +113,7 @@ void add_tile(const Part<F>& part) {
 template <typename F, int kRows>
 void add_rows(const Part<F>& part, int64_t num_panels) {
     constexpr int kFit = kAccumulators / (kRows * kPanelVectors);
-    constexpr int kPanels = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
+    constexpr int kPanels = kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;  // 8 are slower: as many places that are read at once
     int64_t panel = 0;
     for (; panel + kPanels <= num_panels; panel += kPanels) add_tile<F, kRows, kPanels>(part.at(0, panel));
     for (; panel < num_panels; ++panel) add_tile<F, kRows, 1>(part.at(0, panel));
@@ -130,15 +121,15 @@ void add_rows(const Part<F>& part, int64_t num_panels) {
 
 template <typename F>
 void add(const Part<F>& part, int64_t num_rows, int64_t num_panels) {
-    for (int64_t row = 0; row < num_rows; row += kTileRows) {
+    for (int64_t row = 0; row < num_rows; row += kMostRows) {
         const Part<F> tile = part.at(row, 0);
-        switch (std::min<int64_t>(kTileRows, num_rows - row)) {
+        switch (std::min<int64_t>(kMostRows, num_rows - row)) {
             case 1: add_rows<F, 1>(tile, num_panels); break;
             case 2: add_rows<F, 2>(tile, num_panels); break;
             case 3: add_rows<F, 3>(tile, num_panels); break;
             case 4: add_rows<F, 4>(tile, num_panels); break;
             case 5: add_rows<F, 5>(tile, num_panels); break;
-            default: add_rows<F, kTileRows>(tile, num_panels);
+            default: add_rows<F, kMostRows>(tile, num_panels);
         }
     }
 }
@@ -150,50 +141,44 @@ class Product {
     using Input = typename F::Input;
 
     Product(const Stored* packed, int64_t num_out, int64_t num_in)
-        : packed_(packed), num_out_(num_out), num_in_(num_in), num_steps_(divide_up(num_in, F::kTogether)) {}
+        : packed_(packed), num_out_(num_out), num_in_(num_in), num_steps_(padded_inputs(num_in) / F::kTogether) {}
 
     void run(Pool& pool, const Stored* x, int64_t num_rows, int64_t x_stride, const Stored* bias, Stored* y) const {
-        const int64_t row_inputs = num_steps_ * F::kInputs;
-        const std::unique_ptr<Input[]> inputs(new Input[static_cast<size_t>(num_rows * row_inputs)]);
-        const auto convert = [&](int64_t row) { F::convert(x + row * x_stride, num_in_, &inputs[row * row_inputs]); };
-        if (num_rows > kRowsToConvertAlone)
-            pool.run(num_rows, convert);
-        else
-            for (int64_t row = 0; row < num_rows; ++row) convert(row);
-
-        const int64_t num_panels = divide_up(num_out_, kPanel);
-        const int64_t group = std::clamp<int64_t>(num_panels / (4 * pool.num_threads()) / 4 * 4, 4, kMaxGroup);
+        const InputRows<Input> inputs(pool, num_rows, num_steps_ * F::kInputs, [&](int64_t row, Input* to) {
+            F::convert(x + row * x_stride, num_in_, to);
+        });
+        const int64_t num_panels = padded_panels(num_out_), group = panels_of_chunk(num_panels, pool.num_threads());
         const int64_t num_row_blocks = divide_up(num_rows, kBlockRows);
         pool.run(divide_up(num_panels, group) * num_row_blocks, [&](int64_t chunk) {
             const int64_t first_panel = chunk / num_row_blocks * group, first_row = chunk % num_row_blocks * kBlockRows;
             const int64_t panels = std::min(group, num_panels - first_panel);
             const int64_t rows = std::min(kBlockRows, num_rows - first_row);
-            thread_local float sums[kBlockRows * kMaxGroup * kPanel];
-            add_chunk(&inputs[first_row * row_inputs], rows, first_panel, panels, sums);
+            thread_local float sums[kBlockRows * kMostPanelsOfChunk * kPanel];
+            add_chunk(inputs.at(first_row), inputs.stride(), rows, first_panel, panels, sums);
             round_chunk(sums, rows, first_panel, panels, bias, y + first_row * num_out_);
         });
     }
 
   private:
-    void add_chunk(const Input* inputs, int64_t rows, int64_t first_panel, int64_t panels, float* sums) const {
+    void add_chunk(const Input* x, int64_t x_stride, int64_t rows, int64_t first_panel, int64_t panels,
+                   float* sums) const {
         // The rows of one tile read each weight once, so blocks would gain nothing.
-        const int64_t block = rows <= kTileRows ? num_steps_ : kBlockBytes / (kPanel * F::kTogether * sizeof(Stored));
+        const int64_t block = rows <= kMostRows ? num_steps_ : kBlockBytes / (kPanel * F::kTogether * sizeof(Stored));
         const int64_t panel_stride = num_steps_ * F::kTogether * kPanel;
         for (int64_t step = 0; step < num_steps_; step += block) {
             const Stored* panel = packed_ + first_panel * panel_stride + step * F::kTogether * kPanel;
-            add<F>({inputs + step * F::kInputs, num_steps_ * F::kInputs, panel, panel_stride,
-                    std::min(block, num_steps_ - step), sums, panels * kPanel, step == 0},
+            add<F>({x + step * F::kInputs, x_stride, panel, panel_stride, std::min(block, num_steps_ - step), sums,
+                    panels * kPanel, step == 0},
                    rows, panels);
         }
     }
 
-    void round_chunk(const float* sums, int64_t rows, int64_t first_panel, int64_t panels, const Stored* bias,
+    void round_chunk(float* sums, int64_t rows, int64_t first_panel, int64_t panels, const Stored* bias,
                      Stored* y) const {
         const int64_t first_out = first_panel * kPanel;
         const int64_t num_outs = std::min(panels * kPanel, num_out_ - first_out);
-        for (int64_t row = 0; row < rows; ++row, sums += panels * kPanel, y += num_out_)
-            for (int64_t out = 0; out < num_outs; ++out)
-                put(y + first_out + out, bias ? sums[out] + to_float(bias[first_out + out]) : sums[out]);
+        for (int64_t row = 0; row < rows; ++row, sums += panels * kPanel)
+            put_row(y + row * num_out_ + first_out, sums, bias ? bias + first_out : nullptr, num_outs);
     }
 
     const Stored* packed_;
@@ -205,10 +190,10 @@ void pack(Pool& pool, const typename F::Stored* weight, int64_t num_out, int64_t
           typename F::Stored* packed) {
     using Stored = typename F::Stored;
     constexpr int64_t kBlockSteps = 64;  // of a panel: what is written stays in the first-level cache
-    const int64_t num_steps = divide_up(num_in, F::kTogether);
-    pool.run(divide_up(num_out, kPanel), [&](int64_t panel) {
+    const int64_t num_steps = padded_inputs(num_in) / F::kTogether;
+    pool.run(padded_panels(num_out), [&](int64_t panel) {
         Stored* const to = packed + panel * num_steps * F::kTogether * kPanel;
-        const int64_t num_outs = std::min<int64_t>(kPanel, num_out - panel * kPanel);
+        const int64_t num_outs = std::clamp<int64_t>(num_out - panel * kPanel, 0, kPanel);
         std::fill(to, to + num_steps * F::kTogether * kPanel, Stored{0});
         for (int64_t block = 0; block < num_steps; block += kBlockSteps)
             for (int64_t out = 0; out < num_outs; ++out) {
@@ -219,6 +204,8 @@ void pack(Pool& pool, const typename F::Stored* weight, int64_t num_out, int64_t
                         to[(step * kPanel + out) * F::kTogether + i] = from[step * F::kTogether + i];
             }
     });
+    const int64_t num_elements = padded_panels(num_out) * num_steps * F::kTogether * kPanel;
+    use_huge_pages(packed, num_elements * static_cast<int64_t>(sizeof(Stored)));
 }
 
 }  // namespace
@@ -230,7 +217,7 @@ extern "C" {
 
 Pool* echelon_new_pool(int num_threads) { return new Pool(num_threads); }
 
-#define ECHELON_LINEAR(name, Format)                                                                            \
+#define ECHELON_LINEAR(name, Format, Product)                                                                   \
     void echelon_pack_##name(Pool* pool, const Format::Stored* weight, int64_t num_out, int64_t num_in,         \
                              int64_t stride, Format::Stored* packed) {                                          \
         echelon::pack<Format>(*pool, weight, num_out, num_in, stride, packed);                                  \
@@ -238,10 +225,14 @@ Pool* echelon_new_pool(int num_threads) { return new Pool(num_threads); }
     void echelon_linear_##name(Pool* pool, const Format::Stored* x, int64_t num_rows, int64_t x_stride,         \
                                const Format::Stored* packed, int64_t num_out, int64_t num_in,                   \
                                const Format::Stored* bias, Format::Stored* y) {                                 \
-        echelon::Product<Format>(packed, num_out, num_in).run(*pool, x, num_rows, x_stride, bias, y);           \
+        Product(packed, num_out, num_in).run(*pool, x, num_rows, x_stride, bias, y);                            \
     }
 
-ECHELON_LINEAR(float32, echelon::Fp32)
-ECHELON_LINEAR(bfloat16, echelon::Bf16)
+ECHELON_LINEAR(float32, echelon::Fp32, echelon::Product<echelon::Fp32>)
+#if defined(__AMX_BF16__)
+ECHELON_LINEAR(bfloat16, echelon::Bf16, echelon::TiledProduct)
+#else
+ECHELON_LINEAR(bfloat16, echelon::Bf16, echelon::Product<echelon::Bf16>)
+#endif
 
 }  // extern "C"

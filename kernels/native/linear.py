@@ -18,7 +18,7 @@ from kernels.native.library import CompileError, load_library
 from kernels.native.pool import pool
 
 DTYPES = (torch.float32, torch.bfloat16)
-_PANEL = 16  # outputs that lie side by side, as in linear.cpp
+_OUTPUTS, _INPUTS = 64, 32  # a packed weight has multiples of these, as in linear.cpp
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def _wrong_product() -> str | None:
     """Compare one product of each kind, because a compiler, or an instruction set never tested, may be wrong."""
     generator = torch.Generator().manual_seed(0)
     for dtype in DTYPES:
-        x, weight = (torch.randn(rows, 67, generator=generator).to(dtype) for rows in (9, 35))
+        x, weight = (torch.randn(rows, 67, generator=generator).to(dtype) for rows in (41, 35))
         expected = x.double() @ weight.double().T
         error = (native_linear(x, pack(weight)).double() - expected).abs().max().item()
         if not error < expected.abs().max().item() * 2**-7:
@@ -67,8 +67,7 @@ def pack(weight: Tensor) -> NativeWeight:
     out_features, in_features = weight.shape
     if weight.stride(1) != 1:
         weight = weight.contiguous()
-    together = 4 // weight.element_size()  # inputs whose weights share 32 bits
-    padded = -(-out_features // _PANEL) * _PANEL * -(-in_features // together) * together
+    padded = -(-out_features // _OUTPUTS) * _OUTPUTS * -(-in_features // _INPUTS) * _INPUTS
     packed = torch.empty(padded, dtype=weight.dtype)
     _functions(weight.dtype).pack(
         pool(), weight.data_ptr(), out_features, in_features, weight.stride(0), packed.data_ptr()
@@ -98,6 +97,13 @@ def native_linear(x: Tensor, weight: NativeWeight, bias: Tensor | None = None) -
         out.data_ptr(),
     )
     return out
+
+
+def product_address(dtype: torch.dtype) -> int:
+    """Where the function of linear.cpp that multiplies weights of this dtype is in memory, for others in C++."""
+    address = ctypes.cast(_functions(dtype).linear, ctypes.c_void_p).value  # type: ignore[arg-type]
+    assert address is not None, "a loaded function has an address"
+    return address
 
 
 class _Functions(NamedTuple):

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from kernels.native.sampling import ROW_SETTINGS, RowSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +21,16 @@ class NoiseKeys:
         return NoiseKeys(
             seeds=self.seeds[rows], sample_indices=self.sample_indices[rows], positions=self.positions[rows]
         )
+
+
+def row_settings(temperature: Tensor, keys: NoiseKeys, thresholds: Tensor | None) -> RowSettings:
+    """The same for the native kernels; all tensors [num_rows] on the CPU."""
+    settings = np.empty(temperature.shape[0], ROW_SETTINGS)
+    settings["seed"], settings["sample_index"], settings["position"] = keys.seeds, keys.sample_indices, keys.positions
+    settings["temperature"] = temperature
+    settings["threshold"] = -np.inf if thresholds is None else thresholds
+    settings["top_k"], settings["top_p"], settings["log_min_p"] = 0, 1, -np.inf
+    return settings
 
 
 def scale_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 from triton import language as tl
 
 from kernels.dispatch import runs_triton
+from kernels.native.sampling import can_choose, native_choose
 from kernels.sampling.gumbel import EXACT, gumbel_noise_jit, gumbel_noise_range, noise_bounds_jit, noise_from_words_jit
-from kernels.sampling.noise_keys import NoiseKeys, scale_by_temperature
+from kernels.sampling.noise_keys import NoiseKeys, row_settings, scale_by_temperature
 from kernels.sampling.philox import token_words_jit
 from kernels.sampling.sample_cpu import sample_cpu
 from kernels.sampling.sort_key import pack_sort_key_jit, unpack_sort_key_jit
@@ -161,13 +162,36 @@ def sample(
         token_ids: int64 [num_rows]; first_token_id if every token is excluded. Over the shards of a vocabulary,
             the choice is the token with the largest value, of equal ones the lowest id.
     """
+    check_arguments(logits, temperature, keys, thresholds)
+    if runs_triton(logits):
+        return _sample_triton(logits, temperature, keys, first_token_id=first_token_id, thresholds=thresholds)
+    if can_choose(logits):
+        settings = row_settings(temperature, keys, thresholds)
+        values, token_ids = native_choose(logits, settings, num=1, first_token_id=first_token_id)
+        return values.squeeze(1), token_ids.squeeze(1)
+    return sample_cpu(logits, temperature, keys, first_token_id=first_token_id, thresholds=thresholds)
+
+
+def check_arguments(logits: Tensor, temperature: Tensor, keys: NoiseKeys, thresholds: Tensor | None) -> None:
+    """Raises ValueError naming what does not fit."""
     check_logits(logits)
     check_row_values(logits, torch.float32, temperature=temperature, thresholds=thresholds)
     check_row_values(
         logits, torch.int64, seeds=keys.seeds, sample_indices=keys.sample_indices, positions=keys.positions
     )
-    implementation = _sample_triton if runs_triton(logits) else sample_cpu
-    return implementation(logits, temperature, keys, first_token_id=first_token_id, thresholds=thresholds)
+
+
+def noisy_logits_reference(
+    logits: Tensor, temperature: Tensor, keys: NoiseKeys, first_token_id: int, thresholds: Tensor | None
+) -> Tensor:
+    """What is compared: scaled logit plus noise of every token, -Inf if it is excluded. [num_rows, num_tokens]"""
+    noise = gumbel_noise_range(
+        keys.seeds, keys.sample_indices, keys.positions, first_token_id=first_token_id, num_tokens=logits.shape[1]
+    )
+    scaled = scale_by_temperature(logits, temperature)
+    if thresholds is not None:
+        scaled = scaled.masked_fill(scaled < thresholds.unsqueeze(1), -torch.inf)
+    return scaled + torch.where((temperature > 0).unsqueeze(1), noise, 0.0)
 
 
 def sample_reference(
@@ -179,12 +203,5 @@ def sample_reference(
     thresholds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`sample` in its simplest form: noise for every token."""
-    noise = gumbel_noise_range(
-        keys.seeds, keys.sample_indices, keys.positions, first_token_id=first_token_id, num_tokens=logits.shape[1]
-    )
-    scaled = scale_by_temperature(logits, temperature)
-    if thresholds is not None:
-        scaled = scaled.masked_fill(scaled < thresholds.unsqueeze(1), -torch.inf)
-    noisy = (temperature > 0).unsqueeze(1)
-    best = (scaled + torch.where(noisy, noise, 0.0)).max(dim=1)
+    best = noisy_logits_reference(logits, temperature, keys, first_token_id, thresholds).max(dim=1)
     return best.values, best.indices + first_token_id  # documented to be the first of equal maxima

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import runs_triton
-from kernels.sampling.gumbel import gumbel_noise_range
-from kernels.sampling.noise_keys import NoiseKeys, scale_by_temperature
+from kernels.native.sampling import can_choose, native_choose
+from kernels.sampling.noise_keys import NoiseKeys, row_settings
+from kernels.sampling.sample import check_arguments, noisy_logits_reference
 from kernels.sampling.sample_cpu import top_keys_cpu
 from kernels.sampling.sort_key import unpack_sort_key
-from kernels.sampling.tile import check_logits, check_row_values
 from kernels.sampling.top_keys import top_keys_triton, top_sort_keys_reference
 
 
@@ -30,13 +30,13 @@ def sample_top(
         values: fp32 [num_rows, num], scaled logit plus noise; -Inf where a row has no more tokens.
         token_ids: int64 [num_rows, num]; first_token_id where the value is -Inf.
     """
-    check_logits(logits)
-    check_row_values(logits, torch.float32, temperature=temperature, thresholds=thresholds)
-    check_row_values(
-        logits, torch.int64, seeds=keys.seeds, sample_indices=keys.sample_indices, positions=keys.positions
-    )
+    check_arguments(logits, temperature, keys, thresholds)
     if num < 1:
         raise ValueError(f"num must be at least 1, got {num}")
+    if not runs_triton(logits) and can_choose(logits, num=num):
+        return native_choose(
+            logits, row_settings(temperature, keys, thresholds), num=num, first_token_id=first_token_id
+        )
     if runs_triton(logits):
         sort_keys = top_keys_triton(
             logits, num, first_token_id=first_token_id, temperature=temperature, keys=keys, thresholds=thresholds
@@ -58,13 +58,7 @@ def sample_top_reference(
     thresholds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`sample_top` in its simplest form: noise for every token, and a sort."""
-    noise = gumbel_noise_range(
-        keys.seeds, keys.sample_indices, keys.positions, first_token_id=first_token_id, num_tokens=logits.shape[1]
-    )
-    scaled = scale_by_temperature(logits, temperature)
-    if thresholds is not None:
-        scaled = scaled.masked_fill(scaled < thresholds.unsqueeze(1), -torch.inf)
-    values = scaled + torch.where((temperature > 0).unsqueeze(1), noise, 0.0)
+    values = noisy_logits_reference(logits, temperature, keys, first_token_id, thresholds)
     return _unpack(top_sort_keys_reference(values, num, first_token_id=first_token_id), first_token_id)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from scheduler.engines.seat import Seat
+from scheduler.engines.slot import Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Drafted:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class DraftSeat(Seat):
+class DraftSlot(Slot):
     """The place of a seq, or of a branch, in a draft engine.
 
     Token counts of the engine, as they will be when every round sent so far has run: `num_agreed` committed tokens,

@@ -11,18 +11,21 @@ from dataclasses import dataclass
 from scheduler.config import SpeculationConfig
 from scheduler.drafting.branching import BranchPlanner
 from scheduler.drafting.drafter import Drafter
-from scheduler.drafting.seats import DraftSeats
+from scheduler.drafting.row import DraftRow
+from scheduler.drafting.slots import DraftSlots
 from scheduler.drafting.state import DraftState
-from scheduler.engines.engine import InFlight, PlannedRow
+from scheduler.engines.engine import InFlight
 from scheduler.policy.continuous import ContinuousPolicy
 from scheduler.requests.request import Seq
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundTuning:
-    # The scheduler decides how to continue when a round is answered, so rounds are short ...
+    """Lengths of draft rounds. The scheduler decides how to continue when a round is answered, so rounds are short, but
+    long compared with the time of a message."""
+
     max_steps: int = 4  # of a round; not measured
-    round_s: float = 2e-3  # ... but long compared with the time of a message; not measured
+    round_s: float = 2e-3  # a round has as many steps as fit into this time; not measured
     step_share: float = 0.1  # weight of a new step time in the mean; not measured
     max_growing: int = 2  # rounds in flight: the second one runs while the answer to the first travels; not measured
     max_branching: int = 64  # seqs; with more, choosing branches takes longer than they save; not measured
@@ -48,46 +51,46 @@ class Continuous(Drafter):
     def target_waits(self) -> bool:
         return False  # seqs are held one by one, each until its own time
 
-    def _on_landed(self, record: InFlight) -> None:
+    def _on_answer(self, record: InFlight[DraftRow]) -> None:
         """Nothing waits for this round alone."""
 
     def _observe_step(self, step_s: float) -> None:
         self._step_s += self._rounds.step_share * (step_s - self._step_s)
         self._num_steps = max(1, min(self._rounds.max_steps, round(self._rounds.round_s / self._step_s)))
 
-    def _plan_rows(self, seats: DraftSeats, speculating: list[DraftState]) -> list[PlannedRow]:
-        num_in_flight = len(seats.engine.in_flight)
+    def _plan_rows(self, slots: DraftSlots, speculating: list[DraftState]) -> list[DraftRow]:
+        num_in_flight = len(slots.engine.in_flight)
         if num_in_flight > self._rounds.max_growing:
             return []
-        seats.seat_newcomers(speculating)
+        slots.give_slots(speculating)
         drafting = [state for state in speculating if self._may_draft(state)]
         self._ask_policy(drafting)
-        rows: list[PlannedRow] = []
-        budget = seats.engine.info.max_num_batched_tokens
+        rows: list[DraftRow] = []
+        budget = slots.engine.prompt_budget
         growing = [state for state in drafting if self._grows(state)]
         if num_in_flight == self._rounds.max_growing:
             # Only a restart is urgent: the engine need not compute what the restart overtakes.
-            growing = [state for state in growing if state.seat is not None and state.seat.is_cut]
+            growing = [state for state in growing if state.slot is not None and state.slot.is_cut]
         elif self._config.verdict_cache_rows and len(drafting) <= self._rounds.max_branching:
             # Forks first: a fork copies what the slot holds before the round.
-            rows += self._branches.rows(seats, drafting, growing, self._num_steps)
+            rows += self._branches.rows(slots, drafting, growing, self._num_steps)
         budget -= sum(row.chunk_len for row in rows)
         for state in growing:
-            budget -= self._add(seats, rows, state, self._num_missing(state), budget=budget)
+            budget -= self._add(slots, rows, state, self._num_missing(state), budget=budget)
         if num_in_flight < self._rounds.max_growing:
             others_draft = rows or num_in_flight
             rows += self._catch_up_rows(
-                seats, speculating, budget // self._tuning.catch_up_share if others_draft else budget
+                slots, speculating, budget // self._tuning.catch_up_share if others_draft else budget
             )
         return rows
 
     def _may_draft(self, state: DraftState) -> bool:
-        seat = state.seat
+        slot = state.slot
         return (
-            seat is not None
+            slot is not None
             and state.target.is_decoding
-            and not seat.is_catching_up
-            and seat.lag(state.seq.token_ids) <= self._tuning.max_lag
+            and not slot.is_catching_up
+            and slot.lag(state.seq.token_ids) <= self._tuning.max_lag
         )
 
     def _num_missing(self, state: DraftState) -> int:

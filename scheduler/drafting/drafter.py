@@ -1,6 +1,6 @@
 """What the draft engine does next, as far as both pipelines share it. `serial.py` and `continuous.py` hold the rest.
 
-If the draft KV of a seq lags far behind, the draft catches up beside the target's rounds, and the seq decodes without
+If the draft KV of a seq lags far behind, the draft catches up during the target's rounds, and the seq decodes without
 drafts until then.
 """
 
@@ -12,12 +12,13 @@ from math import inf
 
 from echelon.pb import worker_pb2
 from scheduler.config import SpeculationConfig
-from scheduler.drafting.chain import DraftSeat
-from scheduler.drafting.seats import DraftSeats, is_complete
+from scheduler.drafting.chain import DraftSlot
+from scheduler.drafting.row import DraftRow
+from scheduler.drafting.slots import DraftSlots, is_complete
 from scheduler.drafting.state import DraftState
 from scheduler.drafting.verdict_cache import VerdictCache
-from scheduler.engines.engine import EngineView, InFlight, PlannedRow
-from scheduler.engines.seat import Seat
+from scheduler.engines.engine import EngineView, InFlight
+from scheduler.engines.slot import Slot
 from scheduler.policy.confidence import Calibration
 from scheduler.policy.policy import Drafts, SpeculationPolicy
 from scheduler.requests.request import Seq
@@ -53,7 +54,7 @@ class Drafter(ABC):
         self._config = config
         self._states = states
         self._tuning = tuning or Tuning()
-        self.seats: DraftSeats | None = None
+        self.slots: DraftSlots | None = None
         self.cache = VerdictCache(config.verdict_cache_rows)
         self._calibration = Calibration()
         self._asks_confidences = asks_confidences
@@ -71,12 +72,12 @@ class Drafter(ABC):
         """Whether the target waits until a round has brought drafts."""
 
     @abstractmethod
-    def _plan_rows(self, seats: DraftSeats, speculating: list[DraftState]) -> list[PlannedRow]:
+    def _plan_rows(self, slots: DraftSlots, speculating: list[DraftState]) -> list[DraftRow]:
         """The rows of the next round; none if the engine has enough to do or nothing pays. `speculating`: oldest
         first."""
 
     @abstractmethod
-    def _on_landed(self, record: InFlight) -> None:
+    def _on_answer(self, record: InFlight[DraftRow]) -> None:
         """A round has come back; its drafts are not taken in yet."""
 
     @abstractmethod
@@ -86,35 +87,38 @@ class Drafter(ABC):
     # -- seqs ---------------------------------------------------------------------------------------------------------
 
     @property
-    def engine(self) -> EngineView | None:
-        return self.seats.engine if self.seats else None
+    def engine(self) -> EngineView[DraftRow] | None:
+        return self.slots.engine if self.slots else None
 
-    def attach(self, engine: EngineView, *, shares_process: bool) -> None:
+    def attach(self, engine: EngineView[DraftRow], *, shares_process: bool) -> None:
         """`shares_process`: draft and target run in one process, so rounds of one wait for those of the other."""
-        self.seats = DraftSeats(engine)
+        self.slots = DraftSlots(engine)
         self._shares_process = shares_process
         self.is_left_behind = False
 
     def detach(self) -> None:
-        """The engine is gone and everything it held is lost."""
-        self.seats = None
+        """The engine is gone and everything it held is lost. A seq that it computed each time goes on without it."""
+        for seq in {row.seq for record in self.engine.in_flight for row in record.rows} if self.engine else ():
+            if seq in self._states:
+                self._states[seq].note_loss()
+        self.slots = None
         self.is_left_behind = False
         self.cache.clear()
         for state in self._states.values():
-            state.seat = state.fetch = None
+            state.slot = state.fetch = None
             state.has_fetched = False
             state.forget_window()
 
     def prefetch(self, state: DraftState, now: float) -> None:
         """Begin to bring KV of the seq's prefix to the device, if it is known to other tiers."""
-        if self.seats is not None and state.wants_draft_model:
-            self.seats.prefetch(state, now)
+        if self.slots is not None and state.wants_draft_model:
+            self.slots.prefetch(state, now)
 
     def release(self, state: DraftState) -> None:
         """The seq needs no more drafts: it has finished, was preempted or was given up."""
-        if self.seats is not None:
+        if self.slots is not None:
             self._release_branches(state)
-            self.seats.release(state)
+            self.slots.release(state)
         state.forget_window()
 
     def _give_up(self, state: DraftState) -> None:
@@ -124,77 +128,77 @@ class Drafter(ABC):
 
     def on_commit(self, state: DraftState, token_ids: Sequence[int]) -> None:
         """These tokens joined the history."""
-        if state.seat is not None and self.seats is not None and not self.seats.knows(token_ids):
+        if state.slot is not None and self.slots is not None and not self.slots.knows(token_ids):
             self._give_up(state)
         self.follow(state)
 
     def follow(self, state: DraftState) -> None:
         """After a commit or new drafts: compare chain and branches with the history."""
-        seat = state.seat
-        if seat is None or self.seats is None:
+        slot = state.slot
+        if slot is None or self.slots is None:
             return
-        history, num_agreed, chain = state.seq.token_ids, seat.num_agreed, seat.chain[:]
-        contradicted = seat.follow(history)
-        num_accepted = seat.num_agreed - num_agreed
+        history, num_agreed, chain = state.seq.token_ids, slot.num_agreed, slot.chain[:]
+        contradicted = slot.follow(history)
+        num_accepted = slot.num_agreed - num_agreed
         self._num_of_use += num_accepted
         if self._asks_confidences:
             for index, drafted in enumerate(chain[: num_accepted + (contradicted is not None)]):
                 self._calibration.observe(drafted.confidence, accepted=index < num_accepted)
         if contradicted is None:
             for dropped in self.cache.drop(state, before=len(history)):
-                self.seats.engine.release(dropped)
+                self.slots.engine.release(dropped)
             return
-        start = seat.num_agreed
+        start = slot.num_agreed
         foreseen = self.cache.resolve(state, contradicted, start, history[start])
         self._release_branches(state)
         if foreseen is not None and len(history) == start + 1:
-            self.seats.engine.release(seat)
-            state.seat = foreseen
+            self.slots.engine.release(slot)
+            state.slot = foreseen
         elif foreseen is not None:
-            self.seats.engine.release(foreseen)
+            self.slots.engine.release(foreseen)
 
     @property
     def num_wasted(self) -> int:
         """Drafts that were not accepted and no longer can be."""
         undecided = 0
         for state in self._states.values():
-            seats = [state.seat, *(branch.seat for branch in self.cache.branches(state))]
-            undecided += sum(len(seat.chain) for seat in seats if seat is not None)
+            slots = [state.slot, *(branch.slot for branch in self.cache.branches(state))]
+            undecided += sum(len(slot.chain) for slot in slots if slot is not None)
         return self.num_drafted - self._num_of_use - undecided
 
     def drafts_of(self, state: DraftState, *, may_hold: bool = True) -> Drafts:
         """What the policy needs to know about a seq."""
-        seq, seat = state.seq, state.seat
-        is_level = seat is not None and seat.num_agreed == len(seq.token_ids)
+        seq, slot = state.seq, state.slot
+        is_level = slot is not None and slot.num_agreed == len(seq.token_ids)
         return Drafts(
             acceptance=state.acceptance.rate,
-            num_ready=len(seat.chain) if seat is not None and is_level else 0,
-            num_coming=self._num_coming(state, seat),
+            num_ready=len(slot.chain) if slot is not None and is_level else 0,
+            num_coming=self._num_coming(state, slot),
             limit=state.limit,
-            is_fixed=state.wish.is_fixed,
-            num_behind=seat.lag(seq.token_ids) if seat is not None else len(seq.token_ids),
+            is_fixed=state.params.is_fixed,
+            num_behind=slot.lag(seq.token_ids) if slot is not None else len(seq.token_ids),
             may_hold=may_hold,
         )
 
-    def _num_coming(self, state: DraftState, seat: DraftSeat | None) -> int:
+    def _num_coming(self, state: DraftState, slot: DraftSlot | None) -> int:
         """Drafts in flight, plus those of the next round."""
         if self.is_left_behind:
             return 0
-        if seat is None or seat.is_catching_up or seat.lag(state.seq.token_ids) > self._tuning.max_lag:
+        if slot is None or slot.is_catching_up or slot.lag(state.seq.token_ids) > self._tuning.max_lag:
             return 0
         if not self._grows(state):
-            return seat.num_coming
-        return max(seat.num_coming, min(state.window, state.limit) - len(seat.chain), 0)
+            return slot.num_coming
+        return max(slot.num_coming, min(state.window, state.limit) - len(slot.chain), 0)
 
     def may_bring(self, state: DraftState) -> bool:
         """Whether the seq may have drafts to verify when the target's current round comes back."""
-        seat = state.seat
-        if seat is None or self.is_left_behind:
+        slot = state.slot
+        if slot is None or self.is_left_behind:
             return False
-        if seat.num_ahead or state.window:
+        if slot.num_ahead or state.window:
             return True
-        is_level = seat.lag(state.seq.token_ids) <= self._tuning.max_lag
-        return is_level and (state.wish.is_fixed or not self.policy.is_resting)
+        is_level = slot.lag(state.seq.token_ids) <= self._tuning.max_lag
+        return is_level and (state.params.is_fixed or not self.policy.is_resting)
 
     # -- rounds -------------------------------------------------------------------------------------------------------
 
@@ -210,18 +214,18 @@ class Drafter(ABC):
         """The next round for the draft engine, None if there is none. `running`: oldest first; `served`: those for
         which another source promises more."""
         self._served = served
-        if self.seats is None:
+        if self.slots is None:
             return None
-        self.seats.engine.expire_fetches(now)
-        speculating = [state for state in running if state.wants_draft_model and self._may_follow(self.seats, state)]
+        self.slots.engine.expire_fetches(now)
+        speculating = [state for state in running if state.wants_draft_model and self._may_follow(self.slots, state)]
         if not speculating:
             return None
         for state in speculating:
-            self.seats.prefetch(state, now)  # the target may have had its part on the device
-        rows = self._plan_rows(self.seats, speculating)
+            self.slots.prefetch(state, now)  # the target may have had its part on the device
+        rows = self._plan_rows(self.slots, speculating)
         if not rows:
             return None
-        return self.seats.engine.launch(
+        return self.slots.engine.launch(
             rows,
             now,
             num_alternatives=self.cache.num_alternatives if self._config.verdict_cache_rows else 0,
@@ -230,36 +234,36 @@ class Drafter(ABC):
 
     def on_result(self, result: worker_pb2.RoundResult, now: float, *, target_idle_since: float | None) -> None:
         """Take in a round's drafts. `target_idle_since`: None while it works. Raises UnexpectedAnswerError."""
-        assert self.seats is not None, "a result of an engine that is not connected"
-        record = self.seats.engine.land(result, now)
+        assert self.slots is not None, "a result of an engine that is not connected"
+        record = self.slots.engine.complete(result, now)
         self.is_left_behind = False
-        self._on_landed(record)
+        self._on_answer(record)
         was_alone = target_idle_since is not None and target_idle_since <= now - record.wall_s
         if not record.was_late:
             self._observe(record, beside_target=not was_alone)
         self.num_drafted += sum(len(answer.token_ids) for _, answer in record.answered)
-        for row, answer in self.seats.land(record, self._odds):
+        for row, answer in self.slots.take_in(record, self._odds):
             state = self._states[row.seq]
             if not is_complete(row, answer):
-                self._on_missing_drafts(self.seats, state, row.seat, is_non_finite=answer.non_finite)
-            elif state.seat is row.seat:
+                self._on_missing_drafts(self.slots, state, row.slot, is_non_finite=answer.non_finite)
+            elif state.slot is row.slot:
                 self.follow(state)
 
-    def _on_missing_drafts(self, seats: DraftSeats, state: DraftState, seat: Seat, *, is_non_finite: bool) -> None:
-        if seat is not state.seat:
-            seats.engine.release(self.cache.take(state, seat))
+    def _on_missing_drafts(self, slots: DraftSlots, state: DraftState, slot: Slot, *, is_non_finite: bool) -> None:
+        if slot is not state.slot:
+            slots.engine.release(self.cache.take(state, slot))
             return
         reason = "non-finite draft logits" if is_non_finite else "the draft engine gave fewer drafts than ordered"
         logger.warning("request %s: %s, going on without drafts", state.seq.request.request_id, reason)
         self._give_up(state)
 
-    def _may_follow(self, seats: DraftSeats, state: DraftState) -> bool:
-        if seats.has_room(len(state.seq.token_ids)):
+    def _may_follow(self, slots: DraftSlots, state: DraftState) -> bool:
+        if slots.has_room(len(state.seq.token_ids)):
             return True
         self._give_up(state)
         return False
 
-    def _observe(self, record: InFlight, *, beside_target: bool) -> None:
+    def _observe(self, record: InFlight[DraftRow], *, beside_target: bool) -> None:
         computed = [row for row, answer in record.answered if answer.token_ids or not row.num_draft_tokens]
         if not computed or any(_may_be_overtaken(row) for row in computed):
             return
@@ -276,16 +280,16 @@ class Drafter(ABC):
 
     def _grows(self, state: DraftState) -> bool:
         """Whether the seq's chain is worth another draft."""
-        seat = state.seat
-        assert seat is not None, "a seq that may draft has a seat"
-        if state.window <= seat.num_ahead:
+        slot = state.slot
+        assert slot is not None, "a seq that may draft has a slot"
+        if state.window <= slot.num_ahead:
             return False
-        if seat.num_coming and seat.num_agreed < len(state.seq.token_ids):
+        if slot.num_coming and slot.num_agreed < len(state.seq.token_ids):
             return False  # drafts in flight first have to show whether the chain agrees
-        if state.wish.is_fixed or not self._config.adaptive or not seat.chain:
+        if state.params.is_fixed or not self._config.adaptive or not slot.chain:
             return True
         rate = state.acceptance.rate
-        return self.policy.should_extend(seat.survival * rate**seat.num_coming, rate)
+        return self.policy.should_extend(slot.survival * rate**slot.num_coming, rate)
 
     def _odds(self, seq: Seq, confidence: float) -> float:
         """The probability that a draft is accepted if all before it are."""
@@ -303,46 +307,44 @@ class Drafter(ABC):
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
-    def _add(
-        self, seats: DraftSeats, rows: list[PlannedRow], state: DraftState, num_drafts: int, *, budget: int
-    ) -> int:
+    def _add(self, slots: DraftSlots, rows: list[DraftRow], state: DraftState, num_drafts: int, *, budget: int) -> int:
         """A row that drafts, if there is room for it. Returns the tokens of its chunk, at most `budget`."""
-        row = seats.drafting_row(state, num_drafts) if num_drafts > 0 else None
+        row = slots.drafting_row(state, num_drafts) if num_drafts > 0 else None
         if row is None:
             state.window = min(state.window, state.num_ahead)  # the target must not wait for drafts that will not come
         elif row.chunk_len <= budget:
-            seats.send(row)
+            slots.send(row)
             rows.append(row)
             return row.chunk_len
         return 0
 
-    def _catch_up_rows(self, seats: DraftSeats, speculating: list[DraftState], budget: int) -> list[PlannedRow]:
-        rows: list[PlannedRow] = []
+    def _catch_up_rows(self, slots: DraftSlots, speculating: list[DraftState], budget: int) -> list[DraftRow]:
+        rows: list[DraftRow] = []
         for state in speculating:
-            seq, seat = state.seq, state.seat
-            if seat is None or seat.is_catching_up or seat.num_ahead or budget < 1:
+            seq, slot = state.seq, state.slot
+            if slot is None or slot.is_catching_up or slot.num_ahead or budget < 1:
                 continue
-            if seat.lag(seq.token_ids) <= self._tuning.max_lag or state.target.is_verifying:
+            if slot.lag(seq.token_ids) <= self._tuning.max_lag or state.target.is_verifying:
                 continue
-            if not state.wish.is_fixed and not self.policy.pays_to_catch_up(
+            if not state.params.is_fixed and not self.policy.pays_to_catch_up(
                 num_seqs=len(speculating),
-                num_behind=seat.lag(seq.token_ids),
+                num_behind=slot.lag(seq.token_ids),
                 num_left=seq.max_len - len(seq.token_ids),
             ):
                 continue
-            row = seats.catch_up_row(state, budget)
+            row = slots.catch_up_row(state, budget)
             if row is not None:
                 budget -= row.chunk_len
-                seats.send(row)
+                slots.send(row)
                 rows.append(row)
         return rows
 
     def _release_branches(self, state: DraftState) -> None:
-        assert self.seats is not None, "branches live on an engine"
-        for seat in self.cache.drop(state):
-            self.seats.engine.release(seat)
+        assert self.slots is not None, "branches live on an engine"
+        for slot in self.cache.drop(state):
+            self.slots.engine.release(slot)
 
 
-def _may_be_overtaken(row: PlannedRow) -> bool:
+def _may_be_overtaken(row: DraftRow) -> bool:
     """A row without results does not show whether it was computed."""
-    return not row.num_draft_tokens and row.seat.is_released
+    return not row.num_draft_tokens and row.slot.is_released

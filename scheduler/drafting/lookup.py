@@ -30,7 +30,7 @@ class _LookupState:
 
 
 class Lookup:
-    """Serves a seq from `welcome` until `finish`."""
+    """Serves a seq from `add` until `finish`."""
 
     def __init__(self) -> None:
         self._index = SuffixIndex()
@@ -38,7 +38,7 @@ class Lookup:
         # How drafts fared, by the length of the context that was found: short contexts match by chance.
         self._odds = [AcceptancePrior() for _ in range(_TUNING.max_trust_len.bit_length())]
 
-    def welcome(self, seq: Seq) -> None:
+    def add(self, seq: Seq) -> None:
         self._states[seq] = _LookupState(SuffixDrafts(self._index, seq.token_ids))
 
     def finish(self, seq: Seq) -> None:

@@ -10,12 +10,14 @@ from scheduler.config import Pipeline, SpeculationConfig
 from scheduler.drafting.continuous import Continuous
 from scheduler.drafting.drafter import Drafter
 from scheduler.drafting.lookup import Lookup
+from scheduler.drafting.row import DraftRow
 from scheduler.drafting.serial import Serial
-from scheduler.drafting.state import DraftState, DraftWish
+from scheduler.drafting.state import DraftState, SpeculationParams
 from scheduler.engines.engine import EngineView, InFlight
 from scheduler.policy.acceptance import Acceptance
 from scheduler.policy.policy import Drafts
 from scheduler.requests.request import Seq
+from scheduler.target.row import TargetRow
 from scheduler.target.state import TargetState
 
 
@@ -58,18 +60,18 @@ class Speculation:
         self._recent_drafts = 0.0  # mean drafts of a row that had any
         self._recent_accepted = 0.0  # of them
 
-    def welcome(self, targets: Iterable[TargetState], wish: inference_pb2.Speculation) -> None:
-        """Add the seqs of a request that will run. `wish`: how it wants to speculate."""
+    def add(self, targets: Iterable[TargetState], params: inference_pb2.Speculation) -> None:
+        """Add the seqs of a request that will run. `params`: how it wants to speculate."""
         for target in targets:
             self._states[target.seq] = DraftState(
                 seq=target.seq,
                 target=target,
-                wish=DraftWish.of(wish, self._config),
+                params=SpeculationParams.of(params, self._config),
                 acceptance=Acceptance.start(self._policy.prior),
                 has_draft_model=self._config.uses_draft_model,
             )
             if self._lookup is not None:
-                self._lookup.welcome(target.seq)
+                self._lookup.add(target.seq)
 
     def prefetch(self, seq: Seq, now: float) -> None:
         """The seq's prefix is on its way to the target's device: bring the draft's to its own."""
@@ -88,11 +90,11 @@ class Speculation:
         if self._lookup is not None:
             self._lookup.finish(seq)
 
-    def adjust(self, seq: Seq, wish: inference_pb2.Speculation) -> None:
+    def adjust(self, seq: Seq, params: inference_pb2.Speculation) -> None:
         """The request changes how it speculates from now on."""
         state = self._states[seq]
-        state.wish = DraftWish.of(wish, self._config)
-        if state.wish.max_drafts == 0:
+        state.params = SpeculationParams.of(params, self._config)
+        if state.params.max_drafts == 0:
             self.release(seq)
 
     def _states_of(self, targets: Iterable[TargetState]) -> Iterator[DraftState]:
@@ -107,7 +109,7 @@ class Speculation:
         status.verdict_cache_misses_total = self.drafter.cache.num_misses
         status.acceptance_rate = self._recent_accepted / self._recent_drafts if self._recent_drafts else 0.0
         status.drafts_per_verification = self._recent_drafts
-        drafting = [state for state in self._states.values() if state.seat is not None and state.window]
+        drafting = [state for state in self._states.values() if state.slot is not None and state.window]
         if drafting:
             num_ahead, num_wanted = sum(state.num_ahead for state in drafting), sum(state.window for state in drafting)
             status.window_occupancy = min(1.0, num_ahead / num_wanted)
@@ -126,14 +128,14 @@ class Speculation:
     def speculates(self, running: Iterable[TargetState]) -> bool:
         """Whether some seq should get drafts, if they pay."""
         return any(
-            state.wish.max_drafts > 0 and (self._lookup is not None or state.seat is not None)
+            state.params.max_drafts > 0 and (self._lookup is not None or state.slot is not None)
             for state in self._states_of(running)
         )
 
     def expects_drafts(self, running: Iterable[TargetState]) -> bool:
         """Whether some seq may have drafts to verify when the current round comes back."""
         return any(
-            state.wish.max_drafts > 0 and (self._lookup is not None or self.drafter.may_bring(state))
+            state.params.max_drafts > 0 and (self._lookup is not None or self.drafter.may_bring(state))
             for state in self._states_of(running)
         )
 
@@ -164,6 +166,11 @@ class Speculation:
         """Whether the seq's next target row waits for drafts, as `choose` decided."""
         return self._states[target.seq] in self._held_until
 
+    def let_go(self, targets: Iterable[TargetState]) -> None:
+        """These seqs wait for no drafts now."""
+        for state in self._states_of(targets):
+            self._held_until.pop(state, None)
+
     @property
     def next_release(self) -> float | None:
         """When the first of the held seqs has waited long enough."""
@@ -175,9 +182,9 @@ class Speculation:
         return min(late_at, inf if self.next_release is None else self.next_release)
 
     def _offer(self, state: DraftState, now: float) -> _Offer:
-        seq, seat = state.seq, state.seat
+        seq, slot = state.seq, state.slot
         drafts = self.drafter.drafts_of(state, may_hold=now < self._held_until.get(state, inf))
-        chain = [drafted.token_id for drafted in seat.chain] if seat is not None and drafts.num_ready else []
+        chain = [drafted.token_id for drafted in slot.chain] if slot is not None and drafts.num_ready else []
         if self._lookup is None or not self._prefers_lookup(self._lookup, state):
             return _Offer(drafts, chain, is_chain=True)
         found = self._lookup.find(seq, state.limit).token_ids
@@ -205,7 +212,7 @@ class Speculation:
             self._lookup.on_commit(seq, token_ids)
         self.drafter.on_commit(self._states[seq], token_ids)
 
-    def observe_target(self, record: InFlight) -> None:
+    def observe_target(self, record: InFlight[TargetRow]) -> None:
         """A round of the target has come back. A round with prompts says nothing about decoding."""
         if not (record.is_prefill or record.was_late):
             self._policy.observe_target(
@@ -217,7 +224,7 @@ class Speculation:
 
     # -- the draft engine ---------------------------------------------------------------------------------------------
 
-    def attach(self, engine: EngineView, *, shares_process: bool) -> None:
+    def attach(self, engine: EngineView[DraftRow], *, shares_process: bool) -> None:
         self.drafter.attach(engine, shares_process=shares_process)
 
     def detach(self) -> None:

@@ -5,7 +5,7 @@ from typing import Self
 
 from echelon.pb import inference_pb2
 from scheduler.config import SpeculationConfig
-from scheduler.drafting.chain import DraftSeat
+from scheduler.drafting.chain import DraftSlot
 from scheduler.kv_cache.fetching import Fetch
 from scheduler.policy.acceptance import Acceptance
 from scheduler.requests.request import Seq
@@ -13,20 +13,23 @@ from scheduler.target.state import TargetState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DraftWish:
+class SpeculationParams:
     """How a request wants to speculate."""
 
     max_drafts: int  # per round; 0: no speculation
     is_fixed: bool  # the request fixed the number, so the policy does not choose
 
     @classmethod
-    def of(cls, wish: inference_pb2.Speculation, config: SpeculationConfig) -> Self:
+    def of(cls, params: inference_pb2.Speculation, config: SpeculationConfig) -> Self:
         """What a client asks for, limited to what the deployment allows."""
         most = config.num_speculative_tokens
-        is_fixed = wish.HasField("num_speculative_tokens")
-        if wish.HasField("enabled") and not wish.enabled:
+        is_fixed = params.HasField("num_speculative_tokens")
+        if params.HasField("enabled") and not params.enabled:
             return cls(max_drafts=0, is_fixed=is_fixed)
-        return cls(max_drafts=min(wish.num_speculative_tokens, most) if is_fixed else most, is_fixed=is_fixed)
+        return cls(max_drafts=min(params.num_speculative_tokens, most) if is_fixed else most, is_fixed=is_fixed)
+
+
+_MOST_LOSSES = 3
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
@@ -35,16 +38,17 @@ class DraftState:
 
     seq: Seq
     target: TargetState
-    wish: DraftWish
+    params: SpeculationParams
     acceptance: Acceptance  # of the draft model's drafts
     has_draft_model: bool  # False: the draft engine cannot follow the seq, or there is none
-    seat: DraftSeat | None = None
+    slot: DraftSlot | None = None
     verifies_chain: bool = False  # the drafts that the target verifies are the start of the chain
     window: int = 0  # drafts that the chain may run ahead, as the policy last chose; 0: the draft pauses
     window_chosen_at: int = -1  # length of the history when the policy chose it
     num_drafted_at: int = 0  # serial: length of the history when drafts were last ordered
     fetch: Fetch | None = None  # brings blocks of its prefix to the draft's device, or has brought them
-    has_fetched: bool = False  # since it was last seated: a fetch has begun, or none pays
+    has_fetched: bool = False  # since it last got a slot: a fetch has begun, or none pays
+    num_losses: int = 0  # draft engines that died while they computed it
     num_free_at_refusal: int = -1  # free draft blocks when they were too few for the seq
 
     def forget_window(self) -> None:
@@ -52,16 +56,22 @@ class DraftState:
         self.window = 0
         self.window_chosen_at = -1
 
+    def note_loss(self) -> None:
+        """The draft engine has died while it computed the seq, which may be why."""
+        self.num_losses += 1
+        if self.num_losses >= _MOST_LOSSES:
+            self.has_draft_model = False
+
     @property
     def wants_draft_model(self) -> bool:
-        return self.wish.max_drafts > 0 and self.has_draft_model
+        return self.params.max_drafts > 0 and self.has_draft_model
 
     @property
     def num_ahead(self) -> int:
         """Drafts of the model ahead of the last commit, including those in flight."""
-        return self.seat.num_ahead if self.seat is not None else 0
+        return self.slot.num_ahead if self.slot is not None else 0
 
     @property
     def limit(self) -> int:
         """Most drafts that the next target row may verify; the target adds a token of its own."""
-        return max(0, min(self.wish.max_drafts, self.seq.max_len - len(self.seq.token_ids) - 1))
+        return max(0, min(self.params.max_drafts, self.seq.max_len - len(self.seq.token_ids) - 1))

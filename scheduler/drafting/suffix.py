@@ -19,11 +19,12 @@ class Tuning:
 
     max_prompt: int = 32_768  # only the last so many tokens of a prompt are indexed; not measured
     prompt_slice: int = 1024  # tokens of prompts, of all seqs, indexed per round: some milliseconds; not measured
-    min_slice: int = 64  # tokens of each prompt; not measured
+    min_slice: int = 64  # tokens of each prompt indexed at a time, however many prompts wait; not measured
     request_slice: int = 4  # of finished requests, indexed per committed token: faster than they arrive; not measured
     max_context: int = 64  # latest tokens that are matched against finished requests; not measured
     max_contexts: int = 6  # contexts of different lengths that are tried; not measured
-    min_probability: float = 0.1  # of a draft and all before it; not measured
+    min_probability: float = 0.1  # of a draft and all before it, or no more drafts follow; not measured
+    max_indexed: int = 500_000  # tokens of finished requests that are searched: at most 75 MB; not measured
 
 
 _TUNING = Tuning()
@@ -57,10 +58,10 @@ class SuffixIndex:
     many.
 
     There are two automata. When the younger one is full it becomes the older one, which is forgotten. A token takes
-    about 150 bytes (`SuffixAutomaton`), so 75 MB bound the default. One per scheduler.
+    about 150 bytes (`SuffixAutomaton`). One per scheduler.
     """
 
-    def __init__(self, max_tokens: int = 500_000) -> None:
+    def __init__(self, max_tokens: int = _TUNING.max_indexed) -> None:
         self._half = max(2, max_tokens // 2)
         self._queue: deque[array[int]] = deque()  # not yet indexed
         self._num_queued = 0

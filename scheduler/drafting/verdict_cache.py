@@ -11,16 +11,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from scheduler.drafting.chain import Drafted, DraftSeat
+from scheduler.drafting.chain import Drafted, DraftSlot
 from scheduler.drafting.state import DraftState
-from scheduler.engines.seat import Seat
+from scheduler.engines.slot import Slot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
     """Which outcomes get branches."""
 
-    min_probability: float = 0.01  # of an outcome for which a branch is drafted; not measured
+    min_probability: float = 0.01  # no branch is drafted for outcomes that are less likely; not measured
     # How often the target's token is the draft's 2nd, 3rd or 4th choice if it is not the 1st; not measured.
     rank_odds: tuple[float, ...] = (0.4, 0.15, 0.08)
     prior_trials: float = 10.0  # weight of that guess; not measured
@@ -43,7 +43,7 @@ class Branch(NamedTuple):
     start: int
     token_id: int
     probability: float  # of the verdict, estimated when the branch was made
-    seat: DraftSeat
+    slot: DraftSlot
 
 
 class _RankOdds:
@@ -88,31 +88,31 @@ class VerdictCache:
 
     def likeliest(self, state: DraftState) -> list[Outcome]:
         """Outcomes of the verification in flight that deserve a branch and have none, likeliest first."""
-        seat = state.seat
+        slot = state.slot
         room = self._max_branches - len(self.branches(state))
-        if seat is None or room <= 0 or not state.verifies_chain:
+        if slot is None or room <= 0 or not state.verifies_chain:
             return []
         taken = {(branch.start, branch.token_id) for branch in self.branches(state)}
         return [
             outcome
-            for outcome in self._ranked(seat, state.target.num_verifying)[: self._max_branches]
+            for outcome in self._ranked(slot, state.target.num_verifying)[: self._max_branches]
             if (outcome.start, outcome.token_id) not in taken
         ][:room]
 
-    def _ranked(self, seat: DraftSeat, num_verifying: int) -> list[Outcome]:
+    def _ranked(self, slot: DraftSlot, num_verifying: int) -> list[Outcome]:
         rank_odds = [self._odds[rank] for rank in range(len(self._odds))]
         outcomes = []
         all_before = 1.0  # accepted
-        for i, drafted in enumerate(seat.chain[: num_verifying + 1]):
+        for i, drafted in enumerate(slot.chain[: num_verifying + 1]):
             stops_here = all_before * (1.0 - drafted.odds)
             all_before *= drafted.odds
             for token_id, odd in zip(drafted.alternatives, rank_odds, strict=False):
                 if stops_here * odd >= _TUNING.min_probability:
-                    start, probability = seat.num_agreed + i, stops_here * odd
+                    start, probability = slot.num_agreed + i, stops_here * odd
                     outcomes.append(Outcome(start=start, token_id=token_id, probability=probability))
         return sorted(outcomes, key=lambda outcome: -outcome.probability)
 
-    def resolve(self, state: DraftState, contradicted: Drafted, start: int, token_id: int) -> DraftSeat | None:
+    def resolve(self, state: DraftState, contradicted: Drafted, start: int, token_id: int) -> DraftSlot | None:
         """The verdict puts `token_id` at position `start`, in place of a draft. Returns the branch that foresaw it."""
         if not self._max_branches:
             return None
@@ -122,20 +122,20 @@ class VerdictCache:
             if (branch.start, branch.token_id) == (start, token_id):
                 self.num_hits += 1
                 self._branches[state].remove(branch)
-                return branch.seat
+                return branch.slot
         self.num_misses += 1
         return None
 
-    def take(self, state: DraftState, seat: Seat) -> DraftSeat:
-        """Forget the branch that has this seat. Returns the seat."""
-        branch = next(branch for branch in self.branches(state) if branch.seat is seat)
+    def take(self, state: DraftState, slot: Slot) -> DraftSlot:
+        """Forget the branch that has this slot. Returns the slot."""
+        branch = next(branch for branch in self.branches(state) if branch.slot is slot)
         self._branches[state].remove(branch)
-        return branch.seat
+        return branch.slot
 
-    def drop(self, state: DraftState, before: int | None = None) -> Iterable[DraftSeat]:
-        """Forget the seq's branches, or those that start before a position. Returns their seats, to be released."""
+    def drop(self, state: DraftState, before: int | None = None) -> Iterable[DraftSlot]:
+        """Forget the seq's branches, or those that start before a position. Returns their slots, to be released."""
         kept = [] if before is None else [branch for branch in self.branches(state) if branch.start >= before]
-        dropped = [branch.seat for branch in self._branches.pop(state, ()) if branch not in kept]
+        dropped = [branch.slot for branch in self._branches.pop(state, ()) if branch not in kept]
         if kept:
             self._branches[state] = kept
         return dropped

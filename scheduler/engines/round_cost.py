@@ -8,12 +8,13 @@ from scheduler.policy.recent_line import RecentLine
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
+    """How times are learned."""
+
     first_knee: float = 64.0  # tokens that take as long as the fixed part of a round, until measured; not measured
     keep: float = 0.99  # weight that earlier observations keep; not measured
-    # Weight of the rounds seen, and variance of their tokens, below which the slope is not trusted; not measured.
-    least_rounds: float = 2.0
-    least_variance: float = 64.0
-    knees: tuple[int, int] = (8, 1024)  # tokens: bounds of the knee; not measured
+    least_rounds: float = 2.0  # weight of the rounds seen, below which the slope is not trusted; not measured
+    least_variance: float = 64.0  # the same of the variance of their tokens; not measured
+    knees: tuple[int, int] = (8, 1024)  # tokens: bounds of the knee, whatever was measured; not measured
 
 
 _TUNING = Tuning()

@@ -7,9 +7,25 @@ they became idle. Nothing here scans the pool: every operation costs time in pro
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
-from scheduler.requests.digests import Digest
+from childproc.block_digests import Digest
+from scheduler.kv_cache.contents import CacheContents
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """How much is done at a time."""
+
+    # Blocks evicted together are the pool divided by this, or more if needed: neighbours come back together and form
+    # runs. Not measured.
+    eviction_share: int = 64
+    # Stale entries of the heap of runs are removed when it has more than this many and twice the runs; not measured.
+    max_stale: int = 64
+
+
+_TUNING = Tuning()
 
 
 class FreeRuns:
@@ -52,7 +68,7 @@ class FreeRuns:
             if i + 1 == len(ids) or ids[i + 1] != block_id + 1:
                 self._join(ids[first], block_id + 1)
                 first = i + 1
-        if len(self._longest) > 2 * len(self._start_of) + 64:
+        if len(self._longest) > 2 * len(self._start_of) + _TUNING.max_stale:
             self._longest = [(start - end, end) for end, start in self._start_of.items()]
             heapify(self._longest)
 
@@ -92,13 +108,23 @@ class FreeRuns:
 class BlockManager:
     """Reference counts, prefix reuse and eviction for the blocks of one engine."""
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool = True,
+        contents: CacheContents | None = None,
+    ) -> None:
+        """`contents` hears which blocks can be found."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._caching = enable_prefix_caching
+        self._contents = contents or CacheContents()
         self._free = FreeRuns(num_blocks)
         self._num_holders = [0] * num_blocks
         self._digest_of: list[Digest | None] = [None] * num_blocks
+        self._is_rounded = [False] * num_blocks
         self._by_digest: dict[Digest, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
 
@@ -119,6 +145,7 @@ class BlockManager:
         for _ in range(count):
             after = self._free.take(after)
             self._num_holders[after] = 1
+            self._is_rounded[after] = False
             taken.append(after)
         return taken
 
@@ -135,6 +162,10 @@ class BlockManager:
     def num_idle_among(self, block_ids: Iterable[int]) -> int:
         """How many of these blocks would stop being free if they were held."""
         return sum(self._num_holders[block_id] == 0 for block_id in block_ids)
+
+    def num_held_once(self, block_ids: Iterable[int]) -> int:
+        """How many of these blocks will be free when one holder releases them."""
+        return sum(self._num_holders[block_id] == 1 for block_id in block_ids)
 
     def hold(self, block_ids: Iterable[int]) -> None:
         """Add a holder to each of these blocks (found by `match`)."""
@@ -164,7 +195,15 @@ class BlockManager:
             return False
         self._by_digest[digest] = block_id
         self._digest_of[block_id] = digest
+        self._contents.add(digest)
         return True
+
+    def mark_rounded(self, block_id: int) -> None:
+        """Its KV is not what computing it from the tokens alone gives: it was rounded, or what it depends on was."""
+        self._is_rounded[block_id] = True
+
+    def has_rounded(self, block_ids: Iterable[int]) -> bool:
+        return any(self._is_rounded[block_id] for block_id in block_ids)
 
     def has(self, block_id: int, digest: Digest) -> bool:
         """Whether the block is the one that is found by this digest."""
@@ -175,12 +214,11 @@ class BlockManager:
         forgotten = [digest for block_id in block_ids if (digest := self._digest_of[block_id]) is not None]
         for digest in forgotten:
             self._digest_of[self._by_digest.pop(digest)] = None
+            self._contents.remove(digest)
         return forgotten
 
     def _evict(self, count: int) -> None:
-        # Evict a few more than needed at a time, so that neighbours come back together and form runs.
-        victims = [
-            self._idle.popitem(last=False)[0] for _ in range(min(len(self._idle), max(count, self.num_blocks // 64)))
-        ]
+        count = min(len(self._idle), max(count, self.num_blocks // _TUNING.eviction_share))
+        victims = [self._idle.popitem(last=False)[0] for _ in range(count)]
         self.forget(victims)
         self._free.give(victims)

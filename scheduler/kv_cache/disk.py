@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
 
-from scheduler.requests.digests import Digest
+from childproc.block_digests import Digest
+from scheduler.kv_cache.contents import CacheContents
 
 logger = logging.getLogger(__name__)
 
@@ -14,9 +15,9 @@ logger = logging.getLogger(__name__)
 class Tuning:
     """When a disk that misbehaves is left alone."""
 
-    most_errors: int = 3  # in a row; not measured
-    first_pause_s: float = 30.0  # then doubled each time; not measured
-    longest_pause_s: float = 600.0  # not measured
+    most_errors: int = 3  # in a row, after which it is left alone; not measured
+    first_pause_s: float = 30.0  # for so long, then for twice as long each time; not measured
+    longest_pause_s: float = 600.0  # the doubling ends here; not measured
 
 
 _TUNING = Tuning()
@@ -48,14 +49,15 @@ class Attempts:
 
 
 class DiskTier:
-    """What is on disk, and how reads and writes have gone of late. A full disk can still be read."""
+    """What is on disk, and how recent reads and writes have gone. A full disk can still be read."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, contents: CacheContents) -> None:
         self.num_blocks = num_blocks
         self.num_evictions = 0
         self.last_error = ""
         self.reads = Attempts()
         self.writes = Attempts()
+        self._contents = contents
         self._digests: set[Digest] = set()
         self._is_listed = False  # the ranks have said what they hold
 
@@ -67,19 +69,24 @@ class DiskTier:
 
     def announce(self, digests: Iterable[Digest], *, is_last: bool) -> None:
         """Part of what the ranks hold."""
-        self._digests.update(digests)
+        for digest in digests:
+            self.add(digest)
         self._is_listed = self._is_listed or is_last
 
     def add(self, digest: Digest) -> None:
-        self._digests.add(digest)
+        if digest not in self._digests:
+            self._digests.add(digest)
+            self._contents.add(digest)
 
     def discard(self, digest: Digest) -> None:
-        self._digests.discard(digest)
+        if digest in self._digests:
+            self._digests.remove(digest)
+            self._contents.remove(digest)
 
     def evict(self, digest: Digest) -> None:
         """The ranks have made room."""
         self.num_evictions += digest in self._digests
-        self._digests.discard(digest)
+        self.discard(digest)
 
     def may(self, attempts: Attempts, now: float) -> bool:
         """Whether to read or write, which is one of `reads` and `writes`."""

@@ -7,13 +7,14 @@ from functools import partial
 from itertools import takewhile
 from math import inf
 
+from childproc.block_digests import Digest
 from echelon.pb import worker_pb2
 from scheduler.kv_cache.blocks import BlockManager
 from scheduler.kv_cache.disk import DiskTier
+from scheduler.kv_cache.fetch_times import FetchTimes
+from scheduler.kv_cache.gains import Gains
 from scheduler.kv_cache.host import HostBlock, HostTier
 from scheduler.kv_cache.moves import LOAD, READ, Moves
-from scheduler.kv_cache.prices import FetchTimes
-from scheduler.requests.digests import Digest
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -29,6 +30,7 @@ class Fetch:
     num_from_host: int  # leading blocks that were in host memory when it began; the rest were on disk
     began_s: float
     deadline_s: float
+    recompute_s: Callable[[int], float]  # seconds to compute the tokens of so many blocks
     num_waiting: int = 1  # seqs
     is_over: bool = False
     limit: int = field(init=False)  # blocks that may still come: all before the first that did not
@@ -74,7 +76,9 @@ class Fetching:
     """A block on disk comes through a slot of host memory. A block that is loaded has a held device block and a pinned
     slot until the load is answered, even if nobody waits for it any more.
 
-    `most`: blocks of one move. `most_reads`: in flight.
+    `most`: blocks of one move. `most_reads`: in flight. `most_reading`: slots of host memory that reads fill; a disk
+    that hangs leaves the others. `rounds`: host memory and disk hold fewer bits than the device. `ignores_prices`: all
+    that is there is worthwhile.
     """
 
     def __init__(
@@ -87,6 +91,9 @@ class Fetching:
         timeout_s: float,
         most: int,
         most_reads: int,
+        most_reading: int,
+        rounds: bool,
+        ignores_prices: bool = False,
     ) -> None:
         self._blocks = blocks
         self._host = host
@@ -95,7 +102,10 @@ class Fetching:
         self._timeout_s = timeout_s
         self._most = most
         self._most_reads = most_reads
-        self._most_reading = host.num_slots // 2  # slots; a disk that hangs leaves the others
+        self._most_reading = most_reading
+        self._rounds = rounds
+        self._ignores_prices = ignores_prices
+        self.gains = Gains()
         self._times = FetchTimes()  # of blocks in host memory
         self._disk_times = FetchTimes()  # of blocks on disk, beyond that
         self._active: dict[Digest, Fetch] = {}  # not over yet, by their first digest
@@ -107,12 +117,14 @@ class Fetching:
     # -- what may be fetched ------------------------------------------------------------------------------------------
 
     def num_worthwhile(self, digests: Sequence[Digest], now: float, *, recompute_s: Callable[[int], float]) -> int:
-        """How many of these blocks, which follow one another, come faster by a fetch than by computing them.
+        """How many of these consecutive blocks are faster to fetch than to compute.
         `recompute_s`: seconds to compute the tokens of so many blocks."""
         num_host = self._num_in_host(digests)
         num_known = (
             sum(1 for _ in takewhile(self._may_come, digests)) if self._disk.may(self._disk.reads, now) else num_host
         )
+        if self._ignores_prices:
+            return num_known
         host_gain = recompute_s(num_host) - self._times.seconds(num_host)
         disk_s = self._times.seconds(num_known) + self._disk_times.seconds(num_known - num_host)
         if num_known > num_host:
@@ -139,9 +151,11 @@ class Fetching:
             fetch.num_waiting += 1
         return fetch
 
-    def start(self, digests: Sequence[Digest], held_ids: list[int], now: float) -> Fetch:
+    def start(
+        self, digests: Sequence[Digest], held_ids: list[int], now: float, *, recompute_s: Callable[[int], float]
+    ) -> Fetch:
         """Bring these blocks to the device, which has room for them. `held_ids`: device blocks of the prefix before
-        them."""
+        them. `recompute_s`: as for num_worthwhile."""
         self._blocks.hold(held_ids)
         fetch = Fetch(
             digests=digests,
@@ -150,6 +164,7 @@ class Fetching:
             num_from_host=self._num_in_host(digests),
             began_s=now,
             deadline_s=now + self._timeout_s,
+            recompute_s=recompute_s,
         )
         self._active[digests[0]] = fetch
         for index in range(len(digests)):
@@ -171,6 +186,7 @@ class Fetching:
         if not self._disk.may(self._disk.reads, now):
             self._give_up_reads(now)
         for fetch in [fetch for fetch in self._active.values() if now >= fetch.deadline_s]:
+            self._count(fetch, now)
             self._end(fetch)
 
     def next_deadline(self) -> float:
@@ -212,7 +228,17 @@ class Fetching:
         for fetch in [fetch for fetch in self._active.values() if fetch.num_come == fetch.limit]:
             if fetch.limit == len(fetch.digests):
                 self._measure(fetch, now)
+            self._count(fetch, now)
             self._end(fetch)
+
+    def _count(self, fetch: Fetch, now: float) -> None:
+        self.gains.add(
+            len(fetch.digests),
+            fetch.num_from_host,
+            fetch.num_come,
+            avoided_s=fetch.recompute_s(fetch.num_come),
+            waited_s=now - fetch.began_s,
+        )
 
     def _measure(self, fetch: Fetch, now: float) -> None:
         num_blocks, seconds = len(fetch.digests), now - fetch.began_s
@@ -229,7 +255,7 @@ class Fetching:
             yield self._moves.order(
                 LOAD,
                 now,
-                partial(self._land_loads, loads),
+                partial(self._complete_loads, loads),
                 block_ids=[load.wanted.block_id for load in loads],
                 host_slots=[load.host.slot for load in loads],
             )
@@ -237,7 +263,7 @@ class Fetching:
             yield self._moves.order(
                 READ,
                 now,
-                partial(self._land_reads, reads),
+                partial(self._complete_reads, reads),
                 host_slots=[host.slot for host in reads],
                 digests=[host.digest for host in reads],
             )
@@ -275,7 +301,7 @@ class Fetching:
             if wanted.is_still:
                 self._cut(wanted.fetch, wanted.index)
 
-    def _land_reads(self, reads: list[HostBlock], failed: Collection[int], now: float) -> None:
+    def _complete_reads(self, reads: list[HostBlock], failed: Collection[int], now: float) -> None:
         for index, host in enumerate(reads):
             if index in failed or not host.is_known:
                 self._disk.discard(host.digest)
@@ -286,7 +312,7 @@ class Fetching:
                 self._begin(wanted)
         self._end_finished(now)
 
-    def _land_loads(self, loads: list[_Load], failed: Collection[int], now: float) -> None:
+    def _complete_loads(self, loads: list[_Load], failed: Collection[int], now: float) -> None:
         for index, load in enumerate(loads):
             wanted, is_right = load.wanted, index not in failed and load.host.is_known
             self._loading.remove(wanted.block_id)
@@ -295,6 +321,8 @@ class Fetching:
                 self._blocks.release([wanted.block_id])
             elif is_right:
                 wanted.fetch.has_come[wanted.index] = True
+                if self._rounds:
+                    self._blocks.mark_rounded(wanted.block_id)
                 self._blocks.publish(wanted.block_id, wanted.digest)
             else:
                 self._cut(wanted.fetch, wanted.index)

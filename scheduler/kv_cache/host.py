@@ -1,10 +1,11 @@
-"""Which block of KV lies in which slot of host memory."""
+"""Which block of KV is in which slot of host memory."""
 
 from collections import OrderedDict
 from collections.abc import Sequence, ValuesView
 from dataclasses import dataclass
 
-from scheduler.requests.digests import Digest
+from childproc.block_digests import Digest
+from scheduler.kv_cache.contents import CacheContents
 
 
 @dataclass(slots=True, eq=False)
@@ -21,15 +22,16 @@ class HostBlock:
 
 
 class HostTier:
-    """Slots of host memory. The least recently used block that no move needs gives way to a new one.
+    """Slots of host memory. A new block replaces the least recently used one that no move needs.
 
     The blocks of a prefix are used from its end to its start. So the start, without which the rest is worthless, stays
     longest.
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, contents: CacheContents) -> None:
         self.num_slots = num_slots
         self.num_evictions = 0
+        self._contents = contents
         self._free = list(reversed(range(num_slots)))
         self._by_digest: OrderedDict[Digest, HostBlock] = OrderedDict()  # least recently used first
 
@@ -60,7 +62,9 @@ class HostTier:
     def filled(self, block: HostBlock, *, is_right: bool) -> None:
         """The move that fills the slot has ended."""
         block.is_ready = is_right
-        if not is_right:
+        if is_right and block.is_known:
+            self._contents.add(block.digest)
+        elif not is_right:
             self._forget(block)
         self.unpin(block)
 
@@ -111,3 +115,5 @@ class HostTier:
         if block.is_known:
             block.is_known = False
             del self._by_digest[block.digest]
+            if block.is_ready:
+                self._contents.remove(block.digest)

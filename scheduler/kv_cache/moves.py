@@ -4,9 +4,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from childproc.block_digests import Digest
 from echelon.pb import worker_pb2
 from scheduler.errors import UnexpectedAnswerError
-from scheduler.requests.digests import Digest
 
 Kind: TypeAlias = "worker_pb2.MoveOrder.Kind.ValueType"
 OnAnswer = Callable[[Collection[int], float], None]  # indexes of the blocks that failed, and the time
@@ -38,7 +38,9 @@ class MoveTotals:
 
     num_blocks: int = 0  # that succeeded
     num_failed: int = 0
+    num_damaged: int = 0  # of them
     run_s: float = 0.0
+    queue_s: float = 0.0  # from their order to their answer, but for the time in which they ran
 
 
 class Moves:
@@ -53,6 +55,9 @@ class Moves:
 
     def num_in_flight(self, kind: Kind) -> int:
         return sum(move.kind == kind for move in self)
+
+    def num_blocks_in_flight(self, *kinds: Kind) -> int:
+        return sum(move.num_blocks for move in self if move.kind in kinds)
 
     def order(
         self,
@@ -78,8 +83,8 @@ class Moves:
         self._in_flight[self._num_moves] = Move(kind, num_blocks, now, on_answer)
         return message
 
-    def land(self, result: worker_pb2.MoveResult, now: float) -> Move:
-        """Whoever ordered the move takes in its answer. Raises UnexpectedAnswerError."""
+    def complete(self, result: worker_pb2.MoveResult, now: float) -> Move:
+        """Pass the answer to the one that ordered the move. Raises UnexpectedAnswerError."""
         move = self._in_flight.pop(result.move_id, None)
         if move is None or max(result.failed, default=-1) >= move.num_blocks:
             raise UnexpectedAnswerError(f"the answer to move {result.move_id} does not fit what was ordered")
@@ -87,6 +92,8 @@ class Moves:
         totals = self.totals[move.kind]
         totals.num_blocks += move.num_blocks - len(failed)
         totals.num_failed += len(failed)
+        totals.num_damaged += result.num_damaged
         totals.run_s += result.run_ns * 1e-9
+        totals.queue_s += max(0.0, now - move.sent_s - result.run_ns * 1e-9)
         move.on_answer(failed, now)
         return move

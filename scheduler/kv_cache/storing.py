@@ -1,15 +1,15 @@
 """From the device to host memory: each block once, when it is complete."""
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import NamedTuple
 
+from childproc.block_digests import Digest
 from echelon.pb import worker_pb2
 from scheduler.kv_cache.blocks import BlockManager
 from scheduler.kv_cache.host import HostBlock, HostTier
-from scheduler.kv_cache.moves import STORE, Moves
-from scheduler.requests.digests import Digest
+from scheduler.kv_cache.moves import STORE, WRITE, Moves
 
 
 class _Store(NamedTuple):
@@ -18,48 +18,83 @@ class _Store(NamedTuple):
 
 
 class Storing:
-    """Orders one store at a time, so that few device blocks are held by stores. `most`: blocks of one store.
-    `on_stored`: told of each block that is in host memory."""
+    """Orders few blocks at a time: so a load waits little for them, seqs that grow find free blocks, and host memory
+    has free slots for them, without evicting what is to be written to disk.
+
+    `most`: blocks of one store. `most_in_flight`: of all stores. `num_spare`: device blocks that stay free, whatever is
+    stored. `most_slots`: of host memory that stores and writes to disk may fill and empty at once. `on_stored`: called
+    for each block in host memory.
+    """
 
     def __init__(
-        self, blocks: BlockManager, host: HostTier, moves: Moves, *, most: int, on_stored: Callable[[Digest], None]
+        self,
+        blocks: BlockManager,
+        host: HostTier,
+        moves: Moves,
+        *,
+        most: int,
+        most_in_flight: int,
+        num_spare: int,
+        most_slots: int,
+        on_stored: Callable[[Digest], None],
     ) -> None:
         self._blocks = blocks
         self._host = host
         self._moves = moves
         self._most = most
+        self._most_in_flight = most_in_flight
+        self._num_spare = num_spare
+        self._most_slots = most_slots
         self._on_stored = on_stored
         self._waiting: deque[tuple[int, Digest]] = deque()
+        self._in_flight: set[int] = set()  # device blocks
+
+    @property
+    def num_held_alone(self) -> int:
+        """Device blocks in flight that no seq holds."""
+        return self._blocks.num_held_once(self._in_flight)
 
     def add(self, block_id: int, digest: Digest) -> None:
         if self._host.get(digest) is None:
             self._waiting.append((block_id, digest))
 
-    def order(self, now: float) -> worker_pb2.MoveOrder | None:
-        if self._moves.num_in_flight(STORE):
-            return None
-        stores: list[_Store] = []
-        while self._waiting and len(stores) < self._most:
-            block_id, digest = self._waiting.popleft()
-            if self._host.get(digest) is not None:
-                continue
-            host = self._host.reserve(digest) if self._blocks.has(block_id, digest) else None
-            if host is not None:  # otherwise it has left the device before its turn, or every slot is in use
-                self._blocks.hold([block_id])
-                stores.append(_Store(block_id, host))
-        if not stores:
-            return None
-        return self._moves.order(
-            STORE,
-            now,
-            partial(self._land, stores),
-            block_ids=[store.block_id for store in stores],
-            host_slots=[store.host.slot for store in stores],
-        )
+    def orders(self, now: float) -> Iterator[worker_pb2.MoveOrder]:
+        while stores := self._next():
+            yield self._moves.order(
+                STORE,
+                now,
+                partial(self._complete, stores),
+                block_ids=[store.block_id for store in stores],
+                host_slots=[store.host.slot for store in stores],
+            )
 
-    def _land(self, stores: list[_Store], failed: Collection[int], now: float) -> None:
+    def _next(self) -> list[_Store]:
+        stores: list[_Store] = []
+        later: list[tuple[int, Digest]] = []
+        most = self._most_now()
+        while self._waiting and len(stores) < most:
+            block_id, digest = self._waiting.popleft()
+            if self._host.get(digest) is not None or not self._blocks.has(block_id, digest):
+                continue  # it is there already, or has left the device before its turn
+            if self._blocks.num_free <= self._num_spare and self._blocks.num_idle_among([block_id]):
+                later.append((block_id, digest))
+            elif (host := self._host.reserve(digest)) is not None:  # otherwise every slot is in use
+                self._blocks.hold([block_id])
+                self._in_flight.add(block_id)
+                stores.append(_Store(block_id, host))
+        self._waiting.extendleft(reversed(later))
+        return stores
+
+    def _most_now(self) -> int:
+        """Blocks of the next store."""
+        in_flight = self._moves.num_blocks_in_flight
+        num_slots = self._most_slots - in_flight(STORE, WRITE)
+        return min(self._most, self._most_in_flight - in_flight(STORE), num_slots)
+
+    def _complete(self, stores: list[_Store], failed: Collection[int], now: float) -> None:
         for index, store in enumerate(stores):
             self._host.filled(store.host, is_right=index not in failed)
             if store.host.is_ready:
                 self._on_stored(store.host.digest)
+        self._in_flight.difference_update(store.block_id for store in stores)
         self._blocks.release([store.block_id for store in stores])

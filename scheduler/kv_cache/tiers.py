@@ -1,20 +1,22 @@
-"""Host memory and disk behind the device blocks of one engine's KV cache."""
+"""Host memory and disk below the device blocks of one engine's KV cache."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
 
+from childproc.block_digests import Digest
 from echelon.pb import scheduler_pb2, worker_pb2
 from scheduler.config import TierConfig
 from scheduler.kv_cache.blocks import BlockManager
+from scheduler.kv_cache.contents import CacheContents
 from scheduler.kv_cache.disk import Attempts, DiskTier
 from scheduler.kv_cache.fetching import Fetching
+from scheduler.kv_cache.gains import Gain
 from scheduler.kv_cache.host import HostTier
 from scheduler.kv_cache.moves import LOAD, READ, STORE, WRITE, Kind, Move, Moves
 from scheduler.kv_cache.storing import Storing
 from scheduler.kv_cache.writing import Writing
-from scheduler.requests.digests import Digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,9 +25,12 @@ class Tuning:
 
     move_bytes: int = 16 << 20  # of one move on one rank; so a load waits little for a store; not measured
     most_reads: int = 8  # in flight; not measured
+    reading_share: int = 2  # reads fill at most the host slots divided by this; not measured
     most_writes: int = 2  # in flight; not measured
-    held_share: int = 16  # stores hold at most one device block in this many; not measured
-    spare_share: int = 8  # one host slot in this many is kept free, by writing old blocks to disk; not measured
+    most_stores: int = 4  # in flight; not measured
+    device_spare_share: int = 16  # stores leave one device block in this many free; not measured
+    host_spare_share: int = 8  # one host slot in this many is kept free, by writing old blocks to disk; not measured
+    looks: int = 2  # old blocks looked at for each slot to be freed, since some cannot go yet; not measured
     uses_to_write: int = 2  # a block that so many seqs began with is written to disk; not measured
 
 
@@ -33,7 +38,7 @@ _TUNING = Tuning()
 
 
 class Tiers:
-    """Decides which blocks move where, and knows what lies where once the moves are answered.
+    """Decides which blocks move where, and knows what is where once the moves are answered.
 
     A block is stored to host memory when it is complete, and written to disk when it has been used again or is about to
     leave host memory. Until a move is answered, the blocks that it touches are held and their slots are pinned. So
@@ -46,11 +51,18 @@ class Tiers:
         info: worker_pb2.EngineInfo,
         incarnation: int,
         config: TierConfig,
+        contents: CacheContents,
         tuning: Tuning = _TUNING,
     ) -> None:
+        """`contents` hears what is in host memory and on disk."""
         most = max(1, tuning.move_bytes // max(1, info.block_bytes))
-        self.host = HostTier(info.num_host_slots)
-        self.disk = DiskTier(info.num_disk_blocks)
+        rounds = info.tier_dtype not in ("", "same")
+        # What makes a seq approximate that begins with rounded blocks, for `usage`.
+        self.approximations = [f"kv_cache.tier_dtype: {info.tier_dtype}"] if rounds else []
+        self._writes = config.writes_disk and info.num_disk_blocks > 0
+        num_spare_slots = -(-info.num_host_slots // tuning.host_spare_share)
+        self.host = HostTier(info.num_host_slots, contents)
+        self.disk = DiskTier(info.num_disk_blocks, contents)
         self.moves = Moves(incarnation)
         self.fetching = Fetching(
             blocks,
@@ -60,6 +72,9 @@ class Tiers:
             timeout_s=config.load_timeout_s,
             most=most,
             most_reads=tuning.most_reads,
+            most_reading=info.num_host_slots // tuning.reading_share,
+            rounds=rounds,
+            ignores_prices=config.ignores_prices,
         )
         self._writing = Writing(
             self.host,
@@ -67,19 +82,22 @@ class Tiers:
             self.moves,
             most=most,
             most_in_flight=tuning.most_writes,
-            num_spare=-(-info.num_host_slots // tuning.spare_share),
+            num_spare=num_spare_slots,
+            looks=tuning.looks,
         )
         self._storing = Storing(
             blocks,
             self.host,
             self.moves,
-            most=min(most, max(1, info.num_blocks // tuning.held_share)),
+            most=most,
+            most_in_flight=tuning.most_stores * most,
+            num_spare=-(-info.num_blocks // tuning.device_spare_share),
+            most_slots=num_spare_slots if self._writes else info.num_host_slots,
             on_stored=self._on_stored,
         )
         self._config = config
-        self._block_bytes = info.block_bytes
+        self._host_block_bytes, self._disk_block_bytes = info.host_block_bytes, info.disk_block_bytes
         self._uses_to_write = tuning.uses_to_write
-        self._writes = config.writes_disk and info.num_disk_blocks > 0
 
     # -- what seqs do -------------------------------------------------------------------------------------------------
 
@@ -101,19 +119,23 @@ class Tiers:
             self.host.forget(digest)
             self._writing.forget(digest)
 
+    @property
+    def num_held_by_stores(self) -> int:
+        """Device blocks that nothing else holds."""
+        return self._storing.num_held_alone
+
     # -- moves --------------------------------------------------------------------------------------------------------
 
     def orders(self, now: float) -> Iterator[worker_pb2.MoveOrder]:
         """The moves to order now."""
         yield from self.fetching.orders(now)
-        if (store := self._storing.order(now)) is not None:
-            yield store
+        yield from self._storing.orders(now)
         while self._writes and (write := self._writing.order(now)) is not None:
             yield write
 
     def on_moved(self, result: worker_pb2.MoveResult, now: float) -> None:
         """Raises UnexpectedAnswerError."""
-        move = self.moves.land(result, now)
+        move = self.moves.complete(result, now)
         for digest in result.evicted:
             self.disk.evict(digest)
         attempts = self._attempts_of(move)
@@ -159,37 +181,45 @@ class Tiers:
         yield self._report(
             role,
             tier="host",
+            block_bytes=self._host_block_bytes,
             num_blocks=self.host.num_slots,
             num_used_blocks=len(self.host),
             evicted_blocks_total=self.host.num_evictions,
             moves=(STORE, LOAD),
+            gain=self.fetching.gains.host,
         )
         if self.disk.num_blocks:
             disk = self._report(
                 role,
                 tier="disk",
+                block_bytes=self._disk_block_bytes,
                 num_blocks=self.disk.num_blocks,
                 num_used_blocks=len(self.disk),
                 evicted_blocks_total=self.disk.num_evictions,
                 moves=(WRITE, READ),
+                gain=self.fetching.gains.disk,
             )
             disk.paused = self.disk.is_failing
             disk.last_error = self.disk.last_error
             yield disk
 
     def _report(
-        self, role: "worker_pb2.EngineRole.ValueType", *, moves: tuple[Kind, Kind], **fields: Any
+        self, role: "worker_pb2.EngineRole.ValueType", *, moves: tuple[Kind, Kind], gain: Gain, **fields: Any
     ) -> scheduler_pb2.TierStatus:
         """`moves`: into the tier and out of it. `fields`: what the tier itself knows."""
         into, out = (self.moves.totals[kind] for kind in moves)
         return scheduler_pb2.TierStatus(
             engine=role,
-            block_bytes=self._block_bytes,
             stored_blocks_total=into.num_blocks,
             fetched_blocks_total=out.num_blocks,
             failed_blocks_total=into.num_failed + out.num_failed,
+            damaged_blocks_total=out.num_damaged,
             store_seconds_total=into.run_s,
             fetch_seconds_total=out.run_s,
+            store_queue_seconds_total=into.queue_s,
+            fetch_queue_seconds_total=out.queue_s,
+            avoided_seconds_total=gain.avoided_s,
+            waited_seconds_total=gain.waited_s,
             **fields,
         )
 

@@ -5,18 +5,27 @@ from functools import partial
 from itertools import islice
 from math import inf
 
+from childproc.block_digests import Digest
 from echelon.pb import worker_pb2
 from scheduler.kv_cache.disk import DiskTier
 from scheduler.kv_cache.host import HostBlock, HostTier
 from scheduler.kv_cache.moves import DROP, WRITE, Moves
-from scheduler.requests.digests import Digest
 
 
 class Writing:
-    """`most`: blocks of one write; `most_in_flight`: writes; `num_spare`: host slots to keep free."""
+    """`most`: blocks of one write; `most_in_flight`: writes; `num_spare`: host slots to keep free; `looks`: old blocks
+    to look at for each slot to be freed."""
 
     def __init__(
-        self, host: HostTier, disk: DiskTier, moves: Moves, *, most: int, most_in_flight: int, num_spare: int
+        self,
+        host: HostTier,
+        disk: DiskTier,
+        moves: Moves,
+        *,
+        most: int,
+        most_in_flight: int,
+        num_spare: int,
+        looks: int,
     ) -> None:
         self._host = host
         self._disk = disk
@@ -24,6 +33,7 @@ class Writing:
         self._most = most
         self._most_in_flight = most_in_flight
         self._num_spare = num_spare
+        self._looks = looks
         self._waiting: dict[Digest, None] = {}
         self._to_drop: list[Digest] = []
 
@@ -69,7 +79,7 @@ class Writing:
         return self._moves.order(
             WRITE,
             now,
-            partial(self._land, writes),
+            partial(self._complete, writes),
             host_slots=[block.slot for block in writes],
             digests=[block.digest for block in writes],
         )
@@ -88,7 +98,7 @@ class Writing:
         """Make room in host memory before it is needed: old blocks that are on disk go, others are to be written."""
         missing = self._num_spare - self._host.num_free
         writes: list[HostBlock] = []
-        for block in list(islice(self._host.oldest(), max(0, 2 * missing))):
+        for block in list(islice(self._host.oldest(), max(0, self._looks * missing))):
             if missing <= 0 or len(writes) >= self._most:
                 break
             if not block.is_ready or block.num_pins:
@@ -100,7 +110,7 @@ class Writing:
             missing -= 1
         return writes
 
-    def _land(self, writes: list[HostBlock], failed: Collection[int], now: float) -> None:
+    def _complete(self, writes: list[HostBlock], failed: Collection[int], now: float) -> None:
         for index, block in enumerate(writes):
             block.is_being_written = False
             if index in failed:

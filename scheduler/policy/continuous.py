@@ -16,15 +16,10 @@ class HoldTuning:
     """When the target waits for drafts. Together these values reach what the simulations of tests/unit/test_policy.py
     demand. None is measured."""
 
-    # The target waits for curious_steps draft steps although nothing is gained, to learn the draft's speed alone: until
-    # num_waited draft rounds have run with no target round beside them, and in exploring rounds.
-    num_waited: int = 4
-    curious_steps: int = 2
     max_fine: int = 8  # with more seqs, only even numbers of draft steps are considered: trying all takes too long
     max_held: int = 64  # with more seqs, the target never waits for a gain: they hardly ever all lack drafts
     steady_rows: int = 8  # n rows: the steady state is recomputed every 1 + n // steady_rows target rounds
     max_unverified: int = 4  # target rounds in a row without a verified draft, after which it waits for a draft step
-    change_for: float = 1.02  # tokens per second of running ahead, relative to waiting, that start running ahead
     restart_steps: float = 0.5  # draft steps until a new chain begins: on average half a step is still running
     margin: float = 2.0  # a wait ends after this many times the expected time
 
@@ -33,7 +28,7 @@ class ContinuousPolicy(SpeculationPolicy):
     """`window`: most drafts ahead of the last commit; 0: the policy chooses. `has_branches`: the draft drafts for
     several verdicts, so it is never idle while the target verifies.
 
-    If the draft should not run beside the target (`times.runs_ahead` False), it drafts while the target waits.
+    If the draft should not run during target rounds (`times.runs_ahead` False), it drafts while the target waits.
     """
 
     times: OverlappedTimes
@@ -75,8 +70,6 @@ class ContinuousPolicy(SpeculationPolicy):
         if not self._may_gain(seqs):
             return 0.0
         num_waited = self._best_wait(seqs, verify_s)
-        if num_waited == 0 and self._is_curious(seqs):
-            num_waited = self._hold.curious_steps
         if num_waited == 0 and self._is_overdue(seqs):
             num_waited = 1
         return self._hold.margin * (num_waited + 1) * self.times.draft_step_s(len(seqs)) if num_waited else 0.0
@@ -114,11 +107,6 @@ class ContinuousPolicy(SpeculationPolicy):
         """Whether to verify now: drafts that are never verified cannot show that they are worse than thought."""
         return self._num_unverified >= self._hold.max_unverified and not any(seq.num_ready for seq in seqs)
 
-    def _is_curious(self, seqs: Sequence[Drafts]) -> bool:
-        """Whether to wait once, to learn how fast the draft is when the target does not run beside it."""
-        is_due = self.times.num_alone < self._hold.num_waited or self._is_exploring
-        return self._adaptive and is_due and not any(seq.num_ready for seq in seqs)
-
     def _value_of_going_on(
         self, rows: Sequence[Row], counts: Sequence[int], steady: SteadyState, step_s: float
     ) -> float:
@@ -129,8 +117,8 @@ class ContinuousPolicy(SpeculationPolicy):
         value = 0.0
         for row, count in zip(rows, counts, strict=True):
             a = row.acceptance
-            more = expected_tokens(a, steady.num_at_hand) - expected_tokens(a, steady.num_waited)
-            more /= 1.0 - a ** (steady.num_at_hand + 1.0) + a ** (steady.num_waited + 1.0)
+            more = expected_tokens(a, steady.num_ready) - expected_tokens(a, steady.num_waited)
+            more /= 1.0 - a ** (steady.num_ready + 1.0) + a ** (steady.num_waited + 1.0)
             value += a ** (count + 1.0) * (max(0.0, more) + saved)
         return value
 
@@ -151,8 +139,7 @@ class ContinuousPolicy(SpeculationPolicy):
         others = [PLAIN_ROW] * (num_rows - len(rows))
         verify_s = self._verify_times(rows, num_rows)
         waiting = plan_serial(rows + others, verify_s, self.times.waited_step_s)
-        needed = 1.0 if self.times.runs_ahead else self._hold.change_for
-        is_ahead = self._has_branches or steady.rate > waiting.rate * needed
+        is_ahead = self._has_branches or steady.rate > waiting.rate
         rate = steady.rate if is_ahead else waiting.rate
         is_on = self._is_on(rate, waiting.plain_rate, len(rows), num_rows)
         self._price = rate if is_on else waiting.plain_rate

@@ -116,7 +116,7 @@ def plan_serial(
 
 
 def pick_drafts(rows: Sequence[Row], verify_s: Callable[[float], float], price: float) -> tuple[list[int], float]:
-    """Which of the drafts at hand to verify. Returns drafts for each row, and tokens gained minus the price of the
+    """Which of the available drafts to verify. Returns drafts for each row, and tokens gained minus the price of the
     time.
 
     `price`: the value of a second in tokens.
@@ -141,8 +141,8 @@ class SteadyState(NamedTuple):
     """The steady state of a continuous pipeline with a given limit of drafts and number of draft steps to wait for."""
 
     num_drafts: int  # most that a row verifies
-    num_waited: int  # draft steps that the target waits for when a seq has no drafts at hand
-    num_at_hand: float  # drafts made during a verification
+    num_waited: int  # draft steps that the target waits for when a seq has no drafts available
+    num_ready: float  # drafts made during a verification
     rate: float  # tokens a second
 
 
@@ -152,8 +152,8 @@ def steady_state(
     """The best steady state with a draft that never pauses.
 
     When the target is free, a seq is in one of two states. Either its chain continues, because the last verdict agreed
-    with all drafts and with the draft's next token; then the drafts made during the verification are at hand. Or the
-    chain was restarted; then only the steps that the target waits for are. `step_s`: of a draft step beside a
+    with all drafts and with the draft's next token; then the drafts made during the verification are ready. Or the
+    chain was restarted; then only the steps that the target waits for are. `step_s`: of a draft step during a
     verification; `waited_step_s`: of one that the target waits for. `restart_s`: from a verdict to the first step of
     the new chain. `num_drafts` is at least 1.
     """
@@ -161,12 +161,12 @@ def steady_state(
     most = max((row.most for row in groups), default=0)
     best = SteadyState(1, 0, 0.0, 0.0)
     for num_drafts in range(1, most + 1):
-        at_hand = min(num_drafts, max(0.0, verify_s(groups.total() * num_drafts) / step_s - 1.0))
+        ready = min(num_drafts, max(0.0, verify_s(groups.total() * num_drafts) / step_s - 1.0))
         for num_waited in range(num_drafts + 1):
             wait_s = restart_s + num_waited * waited_step_s if num_waited else 0.0
-            rate = _steady_rate(groups, verify_s, wait_s, num_at_hand=at_hand, num_waited=num_waited)
+            rate = _steady_rate(groups, verify_s, wait_s, num_ready=ready, num_waited=num_waited)
             if rate > best.rate:
-                best = SteadyState(num_drafts, num_waited, at_hand, rate)
+                best = SteadyState(num_drafts, num_waited, ready, rate)
     return best
 
 
@@ -175,17 +175,17 @@ def _steady_rate(
     verify_s: Callable[[float], float],
     wait_s: float,
     *,
-    num_at_hand: float,
+    num_ready: float,
     num_waited: int,
 ) -> float:
     tokens = sum_drafts = 0.0
-    all_go_on = 1.0
+    all_continue = 1.0
     for row, count in groups.items():
-        at_hand, restarted = min(num_at_hand, row.most), min(num_waited, row.most)
-        goes_on, again = row.acceptance ** (at_hand + 1.0), row.acceptance ** (restarted + 1.0)
-        share = again / (1.0 - goes_on + again)  # share of the rounds in which the chain continued
-        going_on, anew = expected_tokens(row.acceptance, at_hand), expected_tokens(row.acceptance, restarted)
-        tokens += count * (share * going_on + (1.0 - share) * anew)
-        sum_drafts += count * (share * at_hand + (1.0 - share) * restarted)
-        all_go_on *= share**count
-    return tokens / (verify_s(sum_drafts) + (1.0 - all_go_on) * wait_s)
+        ready, restarted = min(num_ready, row.most), min(num_waited, row.most)
+        stays, recovers = row.acceptance ** (ready + 1.0), row.acceptance ** (restarted + 1.0)
+        share = recovers / (1.0 - stays + recovers)  # of the rounds in which the chain continued
+        continued = expected_tokens(row.acceptance, ready)
+        tokens += count * (share * continued + (1.0 - share) * expected_tokens(row.acceptance, restarted))
+        sum_drafts += count * (share * ready + (1.0 - share) * restarted)
+        all_continue *= share**count
+    return tokens / (verify_s(sum_drafts) + (1.0 - all_continue) * wait_s)

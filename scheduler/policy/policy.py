@@ -47,7 +47,7 @@ class Drafts:
     """One decoding seq, at the moment when the target is free for it."""
 
     acceptance: float  # estimated probability that a draft is accepted (Acceptance.rate)
-    num_ready: int  # drafts at hand
+    num_ready: int  # drafts available
     num_coming: int  # further drafts that rounds in flight will bring
     limit: int  # most drafts that it may verify (by request and room); 0: it decodes plainly
     is_fixed: bool = False  # the request asked for exactly `limit` drafts per round, so the policy does not choose
@@ -159,17 +159,17 @@ class SpeculationPolicy(ABC):
         return self._is_exploring
 
     def _price_of(self, rows: Sequence[Row], verify_s: VerifyTimes) -> float:
-        """Tokens a second with all drafts at hand or with none, whichever is more, if it exceeds all that was seen."""
+        """Tokens per second with all available drafts or with none, whichever is more, if above all that was seen."""
         all_s = verify_s(sum(row.most for row in rows))
         if isinf(all_s):
             return sum(row.fixed_tokens for row in rows) / verify_s(sum(row.num_fixed for row in rows))
         return sum(expected_tokens(row.acceptance, row.most) for row in rows) / all_s
 
     def _row_now(self, seq: Drafts, num_more: int = 0) -> Row:
-        at_hand = min(seq.num_ready + num_more, seq.limit)
+        num_ready = min(seq.num_ready + num_more, seq.limit)
         if seq.is_fixed or not self._adaptive:
-            return Row(seq.acceptance, 0, at_hand)
-        return Row(seq.acceptance, min(at_hand, self._max_drafts))
+            return Row(seq.acceptance, 0, num_ready)
+        return Row(seq.acceptance, min(num_ready, self._max_drafts))
 
     # -- what the draft writes ----------------------------------------------------------------------------------------
 
@@ -282,7 +282,7 @@ class SpeculationPolicy(ABC):
         return self._saving[1]
 
     def _rates_if_all(self, num_seqs: int, acceptance: float) -> tuple[float, float]:
-        """Tokens a second of this many seqs, with the best number of drafts if all had drafts at hand and accepted them
+        """Tokens a second of this many seqs, with the best number of drafts if all had drafts and accepted them
         at this rate; and without drafts."""
         verify_s = self.times.verify_times(num_seqs)
         start_s, further_s = self.times.draft_start_s(num_seqs), self.times.draft_further_s(num_seqs)

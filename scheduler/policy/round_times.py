@@ -1,4 +1,4 @@
-"""How long rounds take: the target's, the draft's beside it and alone, and how much each slows the other.
+"""How long rounds take: the target's, the draft's at the same time and alone, and how much each slows the other.
 
 Pure classes that learn from observed rounds. Single forwards are in `scheduler/policy/step_times.py`.
 """
@@ -15,7 +15,7 @@ class Tuning:
 
     num_measured: int = 3  # draft rounds to see before the policy relies on times
     num_trusted: float = 4.0  # target rounds of a size to see before one of that size can show a slowdown
-    first_slowdown: float = 1.03  # of a target round beside a draft round, until one is seen
+    first_slowdown: float = 1.03  # of a target round during a draft round, until one is seen
     max_slowdown: float = 1.5  # a larger one counts as this: it must have another cause
     learned: float = 0.02  # weight of a new slowdown in the mean
     # Until a draft step is seen, n seqs are taken to need first_step_s * (1 + first_row_share * n).
@@ -113,7 +113,6 @@ class OverlappedTimes(RoundTimes):
         super().__init__(tuning)
         self.runs_ahead = True  # the draft continues while the target verifies; the policy decides it
         self.slowdown = self._tuning.first_slowdown  # of a target round while the draft runs
-        self.num_alone = 0  # draft rounds that the target waited for
         self._draft_alone = DraftTimes()  # times of those rounds: the target may share memory with the draft
         self._has_drafted = False  # since the last target round
 
@@ -137,7 +136,6 @@ class OverlappedTimes(RoundTimes):
         self, *, num_seqs: int, num_steps: int, num_chunk_tokens: int, run_s: float, beside_target: bool
     ) -> None:
         self._has_drafted = True
-        self.num_alone += not beside_target
         super().observe_draft(
             num_seqs=num_seqs,
             num_steps=num_steps,

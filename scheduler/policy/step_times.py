@@ -315,7 +315,7 @@ class VerifyTimes:
         return self._slowdown * (self._base_s + self._times.predict(num_tokens))
 
     def slowed(self, slowdown: float) -> "VerifyTimes":
-        """The same with the draft running beside it."""
+        """The same while the draft runs."""
         twin = copy(self)
         twin._slowdown = slowdown
         return twin

@@ -1,11 +1,12 @@
 """The stream of rounds to one engine of a worker group, reopened when it breaks."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import grpc
 import grpc.aio
@@ -21,18 +22,22 @@ _CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
 ]
-_FIRST_BACKOFF_S = 0.1
-_MAX_BACKOFF_S = 5.0
-_INFO_TIMEOUT_S = 5.0
-_SECOND_LOOK_S = 1.0
+# None of these times is measured.
+_FIRST_BACKOFF_S = 0.1  # until the first attempt to connect again, then doubled each time ...
+_MAX_BACKOFF_S = 5.0  # ... up to this
+_INFO_TIMEOUT_S = 5.0  # for the leader to say what its group is
+_SECOND_LOOK_S = 1.0  # to read an answer that came while this process stalled
 _CALL_ON_IDLE_S = 2.0  # how often an idle group is asked whether it is there
 _RANK_PATIENCE_S = 5.0  # a rank that has not answered its leader for so long counts as a group that does not answer
-_IDLE_PATIENCE_S = 15.0
+_IDLE_PATIENCE_S = 15.0  # an idle group that has not answered for so long counts as lost
 _SIZES = ("vocab_size", "num_blocks", "block_size", "num_slots", "max_model_len", "max_num_batched_tokens")
 
 if TYPE_CHECKING:
     RoundsCall = grpc.aio.StreamStreamCall[worker_pb2.RoundRequest, worker_pb2.RoundReply]
     Answers = AsyncIterator[worker_pb2.RoundReply]
+
+
+Role: TypeAlias = "worker_pb2.EngineRole.ValueType"
 
 
 class GroupError(RuntimeError):
@@ -63,12 +68,14 @@ class GroupClient:
         self,
         name: str,
         endpoint: process_pb2.GroupEndpoint,
-        role: worker_pb2.EngineRole.ValueType,
+        role: Role,
         *,
         version: str,
         round_timeout_s: float,
         events: GroupEvents,
+        identity: process_pb2.ProcessIdentity | None = None,
     ) -> None:
+        self._identity = identity
         self.name = name
         self.attempted = asyncio.Event()  # the first attempt to connect has ended, successfully or not
         self.last_error = ""
@@ -85,6 +92,17 @@ class GroupClient:
         self._watchdog: asyncio.TimerHandle | None = None
         self._timed_out_s: float | None = None  # how long the client waited for the round that never came back
         self._was_connected = False
+        self._serving: asyncio.Task[None] | None = None
+        self._redirected = asyncio.Event()
+
+    def redirect(self, endpoint: process_pb2.GroupEndpoint) -> None:
+        """The group was started again: leave the old one, which may hang, and connect to the new one at once."""
+        if endpoint == self._endpoint:
+            return
+        self._endpoint = endpoint
+        self._redirected.set()
+        if self._serving is not None:
+            self._serving.cancel()
 
     def send(self, message: worker_pb2.Round) -> None:
         """Queue a round. Only between `connected` and `lost`."""
@@ -92,27 +110,44 @@ class GroupClient:
         self._num_in_flight += 1
 
     def send_move(self, order: worker_pb2.MoveOrder) -> None:
-        """Queue a move behind the rounds so far. Only between `connected` and `lost`. Nobody waits for the answer."""
+        """Queue a move after the rounds so far. Only between `connected` and `lost`. Nobody waits for the answer."""
         self._outgoing.put_nowait(worker_pb2.RoundRequest(move=order))
 
     async def run(self) -> None:
         """Stay connected until cancelled."""
         backoff_s = _FIRST_BACKOFF_S
         while True:
-            try:
-                await self._serve_once()
-            except (grpc.aio.AioRpcError, GroupError) as error:
-                reason = _describe(error)
-                if reason != self.last_error:
-                    logger.warning("%s at %s: %s", self.name, self._endpoint.address, reason)
-                self.last_error = reason
+            self._redirected.clear()
+            await self._serve_until_redirected()
             self.attempted.set()
             backoff_s = _FIRST_BACKOFF_S if self._was_connected else min(2 * backoff_s, _MAX_BACKOFF_S)
-            await asyncio.sleep(backoff_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._redirected.wait(), backoff_s)
+                backoff_s = _FIRST_BACKOFF_S
+
+    async def _serve_until_redirected(self) -> None:
+        """Until the stream ends, one way or another."""
+        self._serving = asyncio.create_task(self._serve_once())
+        try:
+            await asyncio.wait({self._serving})
+        except asyncio.CancelledError:
+            self._serving.cancel()
+            await asyncio.wait({self._serving})
+            raise
+        if self._serving.cancelled():
+            return
+        error = self._serving.exception()
+        if not isinstance(error, (grpc.aio.AioRpcError, GroupError)):
+            self._serving.result()
+            return
+        reason = _describe(error)
+        if reason != self.last_error:
+            logger.warning("%s at %s: %s", self.name, self._endpoint.address, reason)
+        self.last_error = reason
 
     async def _serve_once(self) -> None:
         self._was_connected = False
-        async with open_channel(self._endpoint.address, *_CHANNEL_OPTIONS) as channel:
+        async with open_channel(self._endpoint.address, *_CHANNEL_OPTIONS, identity=self._identity) as channel:
             stub = cast("worker_pb2_grpc.WorkerAsyncStub", worker_pb2_grpc.WorkerStub(channel))
             info = await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=_INFO_TIMEOUT_S)
             engine = self._check(info)
@@ -221,7 +256,7 @@ class GroupClient:
             raise GroupError(f"ended the stream: {await call.details() or 'no reason given'}")
         except (grpc.aio.AioRpcError, asyncio.CancelledError, GroupError, UnexpectedAnswerError) as error:
             self._events.lost(self._loss(error))
-            if isinstance(error, asyncio.CancelledError) and self._timed_out_s is None:
+            if isinstance(error, asyncio.CancelledError) and (self._timed_out_s is None or self._redirected.is_set()):
                 raise
             raise GroupError(self._loss(error)) from error
 
@@ -236,6 +271,8 @@ class GroupClient:
             self._arm(call)
 
     def _loss(self, error: BaseException) -> str:
+        if self._redirected.is_set():
+            return "it was started again"
         if self._timed_out_s is not None:
             return f"did not answer within {self._timed_out_s:.3g} s"
         if (num_bytes := self._last_sent.ByteSize()) > _MAX_MESSAGE_BYTES:
@@ -252,7 +289,7 @@ class GroupClient:
             self._watchdog = asyncio.get_running_loop().call_later(limit_s, self._look_again, call, limit_s)
 
     def _look_again(self, call: "RoundsCall", limit_s: float) -> None:
-        """If this process itself stood still, the answer may have arrived meanwhile and only waits to be read."""
+        """If this process itself stalled, the answer may have arrived meanwhile and only waits to be read."""
         again_s = min(limit_s, _SECOND_LOOK_S)
         self._watchdog = asyncio.get_running_loop().call_later(again_s, self._give_up, call, limit_s)
 
@@ -272,3 +309,16 @@ def _describe(error: BaseException) -> str:
 def _too_large(detail: str) -> str:
     limit = f"a message of a round has at most {_MAX_MESSAGE_BYTES >> 20} MiB"
     return f"{limit} ({detail}); lower scheduler.max_num_seqs or scheduler.max_model_len"
+
+
+def group_client(spec: process_pb2.SchedulerSpec, role: Role, events: GroupEvents) -> GroupClient:
+    is_target = role == worker_pb2.ENGINE_ROLE_TARGET
+    return GroupClient(
+        "target group" if is_target else "draft group",
+        spec.target if is_target else spec.draft,
+        role,
+        version=spec.version,
+        round_timeout_s=spec.round_timeout_s,
+        events=events,
+        identity=spec.identity,
+    )

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from math import inf
-from typing import TypeAlias, TypeGuard
+from typing import Any, TypeGuard
 
 from grpc import StatusCode
 
@@ -13,21 +13,16 @@ from echelon.pb import inference_pb2, process_pb2, scheduler_pb2, worker_pb2
 from scheduler.config import SpeculationConfig
 from scheduler.core import SchedulerCore
 from scheduler.engines.engine import EngineView
-from scheduler.process.group_client import GroupClient, GroupEvents
+from scheduler.process.group_client import GroupClient, GroupEvents, Role, group_client
 from scheduler.process.outbox import Outbox
 from scheduler.process.recorder import RoundRecorder
 from scheduler.requests.outputs import Chunk, Failed
 
 logger = logging.getLogger(__name__)
 
-Role: TypeAlias = "worker_pb2.EngineRole.ValueType"
 _TARGET, _DRAFT = worker_pb2.ENGINE_ROLE_TARGET, worker_pb2.ENGINE_ROLE_DRAFT
-_MIN_SILENCE_S = 2.0  # shorter silences are not reported
-
-
-def _group_client(spec: process_pb2.SchedulerSpec, role: Role, events: GroupEvents) -> GroupClient:
-    name, endpoint = ("target group", spec.target) if role == _TARGET else ("draft group", spec.draft)
-    return GroupClient(name, endpoint, role, version=spec.version, round_timeout_s=spec.round_timeout_s, events=events)
+_UNREADY_S = 4.0  # a target that is silent for longer makes health NOT_SERVING; not measured
+_MIN_SILENCE_S = 2.0  # shorter silences are not reported; not measured
 
 
 class Replica:
@@ -44,7 +39,8 @@ class Replica:
         self._core = core
         self._on_failure = on_failure
         self._on_ready = on_ready
-        self._outboxes: dict[str, Outbox] = {}
+        self._gateways: list[Outbox] = []
+        self._outboxes: dict[str, Outbox] = {}  # by request
         self._pump_is_due = False
         self._deadline: asyncio.TimerHandle | None = None
         self._release: asyncio.TimerHandle | None = None  # timer of the first seq that is held for drafts
@@ -54,6 +50,7 @@ class Replica:
         self._pumped = asyncio.Event()
         self.ready = False
         self._away_since = {_TARGET: self._now(), _DRAFT: self._now()}  # groups that are not connected, and since when
+        self._num_losses = {_TARGET: 0, _DRAFT: 0}
         self._is_colocated = spec.draft.address == spec.target.address
         self.recorder = RoundRecorder(core.status, is_colocated=self._is_colocated)
         events = GroupEvents(
@@ -64,7 +61,7 @@ class Replica:
             lost=self._target_lost,
             patience_s=lambda: self._patience_s(_TARGET, _DRAFT),
         )
-        self.target = _group_client(spec, _TARGET, events)
+        self.target = group_client(spec, _TARGET, events)
         self.draft: GroupClient | None = None
         if spec.HasField("draft") and SpeculationConfig.from_spec(spec.speculation).uses_draft_model:
             events = GroupEvents(
@@ -75,17 +72,26 @@ class Replica:
                 lost=self._draft_lost,
                 patience_s=lambda: self._patience_s(_DRAFT, _TARGET),
             )
-            self.draft = _group_client(spec, _DRAFT, events)
+            self.draft = group_client(spec, _DRAFT, events)
 
     # -- from gateways ------------------------------------------------------------------------------------------------
 
+    def connect(self, outbox: Outbox) -> None:
+        """A gateway is there. It hears what the target has cached."""
+        self._gateways.append(outbox)
+        outbox.look_at_cache(self._core.last_target)
+
     def submit(self, submit: scheduler_pb2.Submit, outbox: Outbox) -> None:
+        former = self._outboxes.get(submit.request_id)
+        if submit.HasField("resume_from") and former and former.tenants[submit.request_id] == submit.tenant:
+            self._core.cancel(submit.request_id, self._now())
+            self._deliver()  # what is left of it, to the stream that has ended
         refusal = self._refusal(submit) or self._core.add(submit, self._now())
         if refusal is not None:
             outbox.put(refusal)
             return
         self._outboxes[submit.request_id] = outbox
-        outbox.request_ids.add(submit.request_id)
+        outbox.tenants[submit.request_id] = submit.tenant
         self._idle.clear()
         self._arm_deadline()
         self._pump_soon()
@@ -94,26 +100,34 @@ class Replica:
         self._core.cancel(request_id, self._now())
         self._pump_soon()
 
-    def adjust(self, request_id: str, wish: inference_pb2.Speculation) -> None:
-        self._core.adjust(request_id, wish)
+    def adjust(self, request_id: str, params: inference_pb2.Speculation) -> None:
+        self._core.adjust(request_id, params)
         self._pump_soon()
 
     def drop(self, outbox: Outbox) -> None:
         """The gateway is gone, and so are its requests."""
-        for request_id in list(outbox.request_ids):
+        self._gateways.remove(outbox)
+        outbox.look_at_cache(None)
+        for request_id in list(outbox.tenants):
             self.cancel(request_id)
 
     def status(self) -> scheduler_pb2.SchedulerStatus:
         status = self._core.status()
-        status.ready = self.ready and not self._draining
         status.target_silent_s = self._silent_s(_TARGET, _DRAFT)
+        status.ready = self.ready and not self._draining and status.target_silent_s < _UNREADY_S
+        status.accepts_requests = self._core.accepts_requests and not self._draining
+        status.target_lost = _TARGET in self._away_since
+        status.target_losses_total, status.draft_losses_total = self._num_losses[_TARGET], self._num_losses[_DRAFT]
         if self.draft is not None:
             status.draft_silent_s = self._silent_s(_DRAFT, _TARGET)
             status.draft_ready = not status.draft_silent_s
             if _DRAFT in self._away_since:
+                status.draft_lost = True
                 status.draft_not_ready_reason = self.draft.last_error or "connecting"
         if not self.ready:
             status.not_ready_reason = f"{self.target.name}: {self.target.last_error or 'connecting'}"
+        elif status.target_silent_s >= _UNREADY_S:
+            status.not_ready_reason = f"{self.target.name}: does not answer"
         elif self._draining:
             status.not_ready_reason = "shutting down"
         return status
@@ -144,17 +158,26 @@ class Replica:
     def _refusal(self, submit: scheduler_pb2.Submit) -> Failed | None:
         if self._draining:
             reason = "this scheduler is shutting down"
-        elif not self.ready:
+        elif not self._core.accepts_requests:
             reason = f"{self.target.name}: {self.target.last_error or 'not connected yet'}"
         elif submit.request_id in self._outboxes:
-            return Failed(
-                request_id=submit.request_id,
-                code=StatusCode.ALREADY_EXISTS.value[0],
-                message=f"request_id {submit.request_id!r} has not ended yet",
-            )
+            reason = f"request_id {submit.request_id!r} has not ended yet"
+            return Failed.of(submit.request_id, StatusCode.ALREADY_EXISTS, reason)
         else:
             return None
-        return Failed(request_id=submit.request_id, code=StatusCode.UNAVAILABLE.value[0], message=reason)
+        return Failed.of(submit.request_id, StatusCode.UNAVAILABLE, reason)
+
+    def on_update(self, update: process_pb2.ProcessUpdate) -> None:
+        """The parent says what has changed."""
+        if not update.HasField("group"):
+            return
+        news, is_target = update.group, update.group.role == _TARGET
+        group = self.target if is_target else self.draft
+        if group is not None and news.HasField("endpoint"):
+            group.redirect(news.endpoint)
+        elif is_target:
+            self._core.give_up_target(f"{self.target.name}: {news.given_up}")
+            self._pump_soon()
 
     # -- from worker groups -------------------------------------------------------------------------------------------
 
@@ -163,6 +186,7 @@ class Replica:
         del self._away_since[_TARGET]
         self.ready = True
         self._on_ready(not self._draining)
+        self._pump_soon()
 
     def _target_result(self, result: worker_pb2.RoundResult) -> None:
         self.recorder.received(_TARGET, result)
@@ -173,7 +197,7 @@ class Replica:
         self.ready = False
         self._on_ready(False)
         self._note_loss(_TARGET)
-        self._core.disconnect_target(f"{self.target.name}: {reason}")
+        self._core.disconnect_target(f"{self.target.name}: {reason}", self._now())
         self._pump_soon()
 
     def _draft_up(self, info: worker_pb2.EngineInfo, incarnation: int) -> None:
@@ -192,14 +216,17 @@ class Replica:
         self._pump_soon()
 
     def _moved(self, role: Role, result: worker_pb2.MoveResult) -> None:
+        self.recorder.moved(role, result)
         self._core.tiers_of(role).on_moved(result, self._now())
         self._pump_soon()
 
     def _disk_contents(self, role: Role, contents: worker_pb2.DiskContents) -> None:
         self._core.tiers_of(role).on_disk_contents(contents)
+        self._pump_soon()
 
     def _note_loss(self, role: Role) -> None:
         self.recorder.lost(role)
+        self._num_losses[role] += 1
         self._away_since[role] = min(self._now(), self._late_since(role), self._idle_silence(role))
 
     def _patience_s(self, role: Role, other: Role) -> float:
@@ -258,6 +285,7 @@ class Replica:
         is_going = True
         while is_going:
             now = self._now()
+            self._order_moves(now)
             drafting = self._core.plan_draft(now) if self.draft is not None else None
             verifying = self._core.plan_target(now)
             self._order_moves(now)
@@ -274,10 +302,11 @@ class Replica:
             group.send(message)
 
     def _order_moves(self, now: float) -> None:
-        """Before the rounds planned with them, so that the workers begin them at once."""
+        """Those planned with rounds before these are sent, so that the workers begin them at once."""
         for role, order in self._core.order_moves(now):
             group = self.target if role == _TARGET else self.draft
             if group is not None:
+                self.recorder.ordered(role, order)
                 group.send_move(order)
 
     def _deliver(self) -> None:
@@ -286,25 +315,24 @@ class Replica:
             outbox.put(output)
             if not isinstance(output, Chunk):
                 del self._outboxes[output.request_id]
-                outbox.request_ids.discard(output.request_id)
+                del outbox.tenants[output.request_id]
+        for outbox in self._gateways:
+            outbox.look_at_cache(self._core.last_target)
         if not self._outboxes:
             self._idle.set()
 
     def _arm_release(self) -> None:
-        release = self._core.next_release()
-        if self._release is not None:
-            self._release.cancel()
-            self._release = None
-        if release is not None:
-            self._release = asyncio.get_running_loop().call_at(release, self._run, self._pump)
+        self._release = self._set_timer(self._release, self._core.next_release(), self._pump)
 
     def _arm_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-        deadline = self._core.next_deadline()
-        if deadline is not None:
-            self._deadline = asyncio.get_running_loop().call_at(deadline, self._run, self._expire)
+        self._deadline = self._set_timer(self._deadline, self._core.next_deadline(), self._expire)
+
+    def _set_timer(
+        self, former: asyncio.TimerHandle | None, at: float | None, callback: Callable[[], None]
+    ) -> asyncio.TimerHandle | None:
+        if former is not None:
+            former.cancel()
+        return None if at is None else asyncio.get_running_loop().call_at(at, self._run, callback)
 
     def _expire(self) -> None:
         self._core.expire(self._now())
@@ -312,5 +340,5 @@ class Replica:
         self._pump_soon()
 
 
-def _is_busy(engine: EngineView | None) -> TypeGuard[EngineView]:
+def _is_busy(engine: EngineView[Any] | None) -> TypeGuard[EngineView[Any]]:
     return engine is not None and bool(engine.in_flight)

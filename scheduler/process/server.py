@@ -14,6 +14,7 @@ from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined
 
 from checkpoint.token_table import TokenTable
 from checkpoint.tokenizer import load_tokenizer
+from childproc.wires import listen
 from echelon.pb import process_pb2, scheduler_pb2, scheduler_pb2_grpc
 from scheduler.config import ConfigError, SchedulerConfig
 from scheduler.core import SchedulerCore
@@ -23,7 +24,7 @@ from scheduler.process.replica import Replica
 
 logger = logging.getLogger(__name__)
 
-_MOST_OTHER_BYTES = 1 << 20  # of a Submit, beside its prompt
+_MOST_OTHER_BYTES = 1 << 20  # of a Submit, apart from its prompt
 _MAX_TOKEN_ID_BYTES = 5
 _SERVICE_NAME = "echelon.v1.Scheduler"
 _MAX_TRACE_S = 86400.0  # a timer of the loop; NaN would break the order of all others
@@ -52,6 +53,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
         self, request_iterator: AsyncIterator[scheduler_pb2.SchedulerRequest], context: "Context"
     ) -> None:
         outbox = Outbox()
+        self._replica.connect(outbox)
         writer = asyncio.create_task(self._write(outbox, context))
         try:
             async for request in request_iterator:
@@ -66,10 +68,10 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
             case "submit":
                 self._replica.submit(request.submit, outbox)
             case "cancel":
-                if request.cancel.request_id in outbox.request_ids:
+                if request.cancel.request_id in outbox.tenants:
                     self._replica.cancel(request.cancel.request_id)
             case "adjust":
-                if request.adjust.request_id in outbox.request_ids:
+                if request.adjust.request_id in outbox.tenants:
                     self._replica.adjust(request.adjust.request_id, request.adjust.speculation)
 
     async def _write(self, outbox: Outbox, context: "Context") -> None:
@@ -92,7 +94,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServicer):
             )
         recorder = self._replica.recorder
         try:
-            recording = recorder.start(max_rounds=request.num_rounds)
+            recording = recorder.start(max_rounds=request.num_rounds, has_spans=not request.rounds_only)
         except RecorderBusyError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         await context.send_initial_metadata(())  # the recording has begun, though there may be no event for a while
@@ -125,7 +127,7 @@ class SchedulerServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         address = f"{self._spec.host}:{self._spec.port}"
         try:
-            port = self._server.add_insecure_port(address)
+            port = listen(self._server, address, self._spec.identity)
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {address}: is the port taken? ({error})") from error
         self._set_health(False)

@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 
 from checkpoint.token_table import TokenTable
+from childproc.block_digests import DigestChain, root_digest
 from echelon.pb import sampling_pb2, scheduler_pb2
 from scheduler.config import SchedulerConfig
-from scheduler.requests.checks import check_submit, check_token_ids
+from scheduler.requests.checks import check_grammar, check_submit, check_token_ids
 from scheduler.requests.detokenizer import Detokenizer
-from scheduler.requests.digests import DigestChain, root_digest
 from scheduler.requests.request import Request, Seq
 from scheduler.requests.stopping import OutputText, StopRules, StopStrings
 
@@ -28,21 +28,22 @@ def build_request(
     Raises InvalidRequestError.
     """
     check_submit(submit, max_model_len=max_model_len, vocab_size=vocab_size)
+    check_grammar(submit, config.eos_token_ids)
     sampling = submit.sampling
     prompt = list(submit.prompt_token_ids)
     check_token_ids(prompt, vocab_size, "prompt_token_ids")
     max_len = _max_len(submit, max_model_len)
     request = _new_request(submit, now)
-    rules = _stop_rules(sampling, config, max_tokens=max_len - len(prompt))
+    rules = _stop_rules(submit, config, max_tokens=max_len - len(prompt))
     root = root_digest(config.model_name, block_size, submit.cache_salt)
     request.seqs += [
         Seq(
             request=request,
             index=index,
-            order=(number, index),
+            order=(submit.is_background, number, index),
             token_ids=prompt.copy(),
             max_len=max_len,
-            sampling=_seq_sampling(sampling, rules.stop_token_ids, index),
+            sampling=_seq_sampling(submit, config, rules.stop_token_ids, index),
             output=OutputText(rules, _detokenizer(submit, table)),
             digests=DigestChain(root, block_size),
         )
@@ -55,6 +56,8 @@ def _new_request(submit: scheduler_pb2.Submit, now: float) -> Request:
     num_prompt = len(submit.prompt_token_ids)
     return Request(
         request_id=submit.request_id,
+        tenant=submit.tenant,
+        is_background=submit.is_background,
         num_prompt_tokens=num_prompt,
         arrived_s=now,
         deadline_s=now + submit.timeout_s if submit.HasField("timeout_s") else None,
@@ -63,9 +66,11 @@ def _new_request(submit: scheduler_pb2.Submit, now: float) -> Request:
     )
 
 
-def _stop_rules(sampling: sampling_pb2.SamplingParams, config: SchedulerConfig, *, max_tokens: int) -> StopRules:
+def _stop_rules(submit: scheduler_pb2.Submit, config: SchedulerConfig, *, max_tokens: int) -> StopRules:
+    sampling = submit.sampling
     return StopRules(
         stop_token_ids=_stop_token_ids(sampling, config),
+        final_token_ids=config.eos_token_ids if submit.grammar else frozenset(),
         strings=StopStrings(sampling.stop),
         include_stop_str=sampling.include_stop_str_in_output,
         min_tokens=sampling.min_tokens,
@@ -91,8 +96,9 @@ def _stop_token_ids(sampling: sampling_pb2.SamplingParams, config: SchedulerConf
 
 
 def _seq_sampling(
-    sampling: sampling_pb2.SamplingParams, stop_token_ids: frozenset[int], index: int
+    submit: scheduler_pb2.Submit, config: SchedulerConfig, stop_token_ids: frozenset[int], index: int
 ) -> sampling_pb2.SeqSampling:
+    sampling = submit.sampling
     resolved = sampling_pb2.SeqSampling(
         seed=sampling.seed,
         sample_index=index,
@@ -111,4 +117,7 @@ def _seq_sampling(
         resolved.logprobs = sampling.logprobs
     if sampling.HasField("prompt_logprobs") and index == 0:
         resolved.prompt_logprobs = sampling.prompt_logprobs
+    if submit.grammar:
+        resolved.grammar.source = submit.grammar
+        resolved.grammar.eos_token_ids.extend(sorted(config.eos_token_ids))
     return resolved

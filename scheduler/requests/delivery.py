@@ -44,6 +44,8 @@ class Delivery:
         logprobs = [] if fresh.answer is None else list(fresh.answer.logprobs)[: len(fresh.token_ids)]
         for entry in logprobs:
             self._add_text(entry)
+        num_tokens = len(fresh.token_ids)
+        num_drafted = 0 if fresh.answer is None else min(fresh.answer.num_accepted_tokens, num_tokens)
         return Chunk(
             request_id=fresh.seq.request.request_id,
             index=fresh.seq.index,
@@ -51,6 +53,7 @@ class Delivery:
             token_ids=fresh.token_ids,
             text=fresh.seq.output.take_text(),
             logprobs=logprobs,
+            drafted=[True] * num_drafted + [False] * (num_tokens - num_drafted),
         )
 
     def take_prompt_logprobs(

@@ -1,6 +1,9 @@
 """What the scheduler delivers for a request."""
 
 from dataclasses import dataclass
+from typing import Self
+
+from grpc import StatusCode
 
 from echelon.pb import inference_pb2, sampling_pb2
 
@@ -15,6 +18,7 @@ class Chunk:
     token_ids: list[int]
     text: str
     logprobs: list[sampling_pb2.PositionLogprobs]
+    drafted: list[bool]  # for each token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +32,10 @@ class Failed:
     request_id: str
     code: int  # canonical gRPC status code
     message: str
+
+    @classmethod
+    def of(cls, request_id: str, code: StatusCode, message: str) -> Self:
+        return cls(request_id=request_id, code=code.value[0], message=message)
 
 
 Output = Chunk | Completed | Failed

@@ -1,10 +1,11 @@
 """A request from admission to its last message, and its samples, each with history and output."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from childproc.block_digests import DigestChain
 from echelon.pb import inference_pb2, sampling_pb2
-from scheduler.requests.digests import DigestChain
 from scheduler.requests.draft_tally import DraftTally
 from scheduler.requests.outputs import Completed
 from scheduler.requests.stopping import Finish, OutputText
@@ -28,7 +29,12 @@ class CachedTokens:
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Request:
+    """Others add to `seqs`, `speculation`, `prompt_logprobs` and `approximations`; the rest changes only through
+    methods."""
+
     request_id: str
+    tenant: str
+    is_background: bool  # others go first
     num_prompt_tokens: int
     arrived_s: float
     deadline_s: float | None
@@ -38,13 +44,35 @@ class Request:
     admitted_s: float | None = None
     first_token_s: float | None = None
     is_finished: bool = False
-    cached: CachedTokens = CachedTokens()  # of the first sample
+    cached: CachedTokens = CachedTokens()  # of the sample that started first
+    approximations: set[str] = field(default_factory=set)  # as in Usage
     # [i]: of prompt token i + 1, None while it has not been computed.
     prompt_logprobs: list[sampling_pb2.PositionLogprobs | None] | None = None  # None: not requested
 
     @property
+    def max_len(self) -> int:
+        """Most tokens of a sample, prompt included."""
+        return max(seq.max_len for seq in self.seqs)
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         return self.prompt_logprobs is not None and None in self.prompt_logprobs
+
+    def admit(self, now: float, cached: CachedTokens) -> bool:
+        """A sample starts with the KV of `cached`. Returns whether it is the first start of any sample."""
+        if self.admitted_s is not None:
+            return False
+        self.admitted_s, self.cached = now, cached
+        return True
+
+    def note_token(self, now: float) -> None:
+        """A sample has a new token."""
+        if self.first_token_s is None:
+            self.first_token_s = now
+
+    def close(self) -> None:
+        """The request has ended, one way or another."""
+        self.is_finished = True
 
     def completion(self, now: float) -> Completed:
         message = inference_pb2.GenerateComplete(
@@ -55,6 +83,7 @@ class Request:
                 cached_prompt_tokens=self.cached.total,
                 cached_prompt_tokens_from_host=self.cached.from_host,
                 cached_prompt_tokens_from_disk=self.cached.from_disk,
+                approximations=sorted(self.approximations),
             ),
             speculation=self.speculation.message(),
             seed=self.seed,
@@ -66,8 +95,9 @@ class Request:
         return Completed(request_id=self.request_id, message=message)
 
     def _timings(self, now: float) -> inference_pb2.RequestTimings:
-        admitted = now if self.admitted_s is None else self.admitted_s
         first_token = now if self.first_token_s is None else self.first_token_s
+        # A request that was resumed was admitted here after its first token had come.
+        admitted = first_token if self.admitted_s is None else min(self.admitted_s, first_token)
         return inference_pb2.RequestTimings(
             queue_s=admitted - self.arrived_s,
             first_token_s=first_token - self.arrived_s,
@@ -89,7 +119,7 @@ class Seq:
 
     request: Request
     index: int  # which of n
-    order: tuple[int, int]  # arrival; smaller is older
+    order: tuple[bool, int, int]  # background or not, then arrival; the smaller one goes first
     token_ids: list[int]  # prompt, then committed output
     max_len: int  # most tokens, prompt included
     sampling: sampling_pb2.SeqSampling
@@ -101,6 +131,15 @@ class Seq:
     @property
     def num_outputs(self) -> int:
         return len(self.token_ids) - self.request.num_prompt_tokens
+
+    def commit(self, token_ids: Iterable[int]) -> Finish | None:
+        """Append tokens to the history, up to the one that ends the seq."""
+        for token_id in token_ids:
+            self.token_ids.append(token_id)
+            finish = self.output.push(token_id)
+            if finish is not None:
+                return finish
+        return None
 
 
 def _finished(seq: Seq) -> inference_pb2.Finished:

@@ -77,6 +77,7 @@ class StopRules:
     """What ends the seqs of one request."""
 
     stop_token_ids: frozenset[int]  # EOS included unless it is ignored
+    final_token_ids: frozenset[int]  # of these, those that end a seq even before min_tokens
     strings: StopStrings
     include_stop_str: bool
     min_tokens: int
@@ -90,7 +91,7 @@ class OutputText:
     not affect when a seq ends, so tokens are decoded only on demand, while the next round already runs.
     """
 
-    __slots__ = ("_detokenizer", "_pieces", "_rules", "_scan", "_undecoded", "num_tokens")
+    __slots__ = ("_detokenizer", "_num_known", "_pieces", "_rules", "_scan", "_undecoded", "num_tokens")
 
     def __init__(self, rules: StopRules, detokenizer: Detokenizer) -> None:
         self._rules = rules
@@ -98,13 +99,20 @@ class OutputText:
         self._scan = StopScan(rules.strings) if rules.strings.strings else None
         self._pieces: list[str] = []
         self._undecoded: list[int] = []
+        self._num_known = 0  # characters to come that the client has already
         self.num_tokens = 0
+
+    def skip(self, num_chars: int) -> None:
+        """The client has so much of the text that will come."""
+        self._num_known += num_chars
 
     def push(self, token_id: int) -> Finish | None:
         """Add a token. A finished seq takes no more tokens."""
         rules = self._rules
         self.num_tokens += 1
-        if token_id in rules.stop_token_ids and self.num_tokens > rules.min_tokens:
+        if token_id in rules.stop_token_ids and (
+            self.num_tokens > rules.min_tokens or token_id in rules.final_token_ids
+        ):
             self.end()
             return Finish(reason=inference_pb2.FINISH_REASON_STOP, stop_token_id=token_id)
         found: str | None = None
@@ -123,7 +131,9 @@ class OutputText:
         self._decode()
         text = "".join(self._pieces)
         self._pieces.clear()
-        return text
+        num_known = min(self._num_known, len(text))
+        self._num_known -= num_known
+        return text[num_known:]
 
     def end(self) -> str | None:
         """No more tokens will come: text that was held back is released, unless it completes a stop string."""

@@ -28,6 +28,9 @@ class DraftSupply(Protocol):
     def holds(self, target: TargetState) -> bool:
         """Whether the seq's next row waits for drafts, as `choose` decided."""
 
+    def let_go(self, targets: Iterable[TargetState]) -> None:
+        """These seqs wait for no drafts now."""
+
     def prefetch(self, seq: Seq, now: float) -> None:
         """The seq's prefix is on its way to the target's device: bring the draft's to its own."""
 

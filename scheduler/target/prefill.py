@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from scheduler.target.state import TargetState
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
@@ -26,6 +28,11 @@ class Tuning:
     recent_s: float = 10.0  # how long an arrival counts; not measured
     long_ratio: int = 2  # times the shortest recent prompt; not measured
     num_recent: int = 64  # most arrivals that are remembered; not measured
+    chunk_share: int = 4  # the chunk of the long prompts is the shortest recent prompt divided by this; not measured
+    chunk_knees: int = 2  # but at least this many knees: then long prompts keep 2/3 of their speed; calculated
+    short_share: int = 2  # and at least the tokens of the short prompts divided by this; not measured
+    reserve_share: int = 2  # short prompts leave it at most the token budget divided by this; not measured
+    nearest_share: int = 2  # the prompt with the fewest tokens left gets the chunk divided by this; not measured
 
 
 _TUNING = Tuning()
@@ -52,6 +59,12 @@ class Prompt(NamedTuple):
     length: int  # tokens to compute in all
 
 
+def share_prompts(states: Sequence[TargetState], budget: int, *, shortest: int | None, knee: int) -> list[int]:
+    """`share_prefill` for seqs."""
+    prompts = [Prompt(state.num_uncomputed, state.num_tokens_ahead - state.num_reused) for state in states]
+    return share_prefill(prompts, budget, shortest=shortest, knee=knee)
+
+
 def share_prefill(prompts: Sequence[Prompt], budget: int, *, shortest: int | None, knee: int) -> list[int]:
     """Tokens of each prompt to compute now, at most `budget` in all.
 
@@ -59,8 +72,9 @@ def share_prefill(prompts: Sequence[Prompt], budget: int, *, shortest: int | Non
     """
     limit = _TUNING.long_ratio * shortest if shortest is not None else max(prompt.length for prompt in prompts)
     long = [i for i, prompt in enumerate(prompts) if prompt.length > limit]
-    chunk = max(2 * knee, limit // (4 * _TUNING.long_ratio))
-    reserved = min(sum(prompts[i].remaining for i in long), max(chunk, budget // 3), budget // 2)
+    chunk = max(_TUNING.chunk_knees * knee, limit // (_TUNING.chunk_share * _TUNING.long_ratio))
+    wanted = max(chunk, budget // (1 + _TUNING.short_share))
+    reserved = min(sum(prompts[i].remaining for i in long), wanted, budget // _TUNING.reserve_share)
     shares = [0] * len(prompts)
     left = budget - reserved
     for i, prompt in enumerate(prompts):
@@ -69,7 +83,7 @@ def share_prefill(prompts: Sequence[Prompt], budget: int, *, shortest: int | Non
             left -= shares[i]
     num_short = sum(shares)
     if long:
-        _share_chunk(shares, prompts, long, min(budget - num_short, max(chunk, num_short // 2)))
+        _share_chunk(shares, prompts, long, min(budget - num_short, max(chunk, num_short // _TUNING.short_share)))
     if shares[0] == 0 and budget > 0:  # the oldest always advances, so that each is computed in the end
         shares[shares.index(max(shares))] -= 1 if sum(shares) == budget else 0
         shares[0] = 1
@@ -80,6 +94,6 @@ def _share_chunk(shares: list[int], prompts: Sequence[Prompt], long: list[int], 
     oldest, others = long[0], long[1:]
     if others:
         nearest = min(others, key=lambda i: prompts[i].remaining)
-        shares[nearest] = min(prompts[nearest].remaining, chunk // 2)
+        shares[nearest] = min(prompts[nearest].remaining, chunk // _TUNING.nearest_share)
         chunk -= shares[nearest]
     shares[oldest] = min(prompts[oldest].remaining, chunk)

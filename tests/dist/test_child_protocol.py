@@ -84,7 +84,7 @@ def test_another_version_is_refused_with_one_message_even_if_its_spec_has_other_
 
 
 @pytest.mark.parametrize("spec", [{"version": __version__, "noSuchField": 1}, ["no object"], 1])
-def test_what_is_no_spec_is_the_last_word(module: str, spec: object) -> None:
+def test_an_invalid_spec_is_reported_as_the_last_event(module: str, spec: object) -> None:
     done = run(module, spec)
     (event,) = events_of(done)
     assert event.failed.error.startswith("standard input must start with a ")
@@ -92,7 +92,7 @@ def test_what_is_no_spec_is_the_last_word(module: str, spec: object) -> None:
     assert done.returncode == EXIT_FAILED
 
 
-def test_the_death_of_the_parent_ends_it_with_one_status(module: str) -> None:
+def test_a_process_whose_parent_dies_exits_with_status_3(module: str) -> None:
     done = run(module, {"name": f"test-{module}", "version": __version__, **WAITING[module]})
     assert done.returncode == EXIT_PARENT_DIED
     assert not any(event.HasField("failed") for event in events_of(done))

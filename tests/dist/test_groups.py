@@ -14,7 +14,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Collectives]:
     return run_on_ranks(collectives, SIZE, tmp_path_factory.mktemp("collectives"))
 
 
-def test_each_rank_gets_what_the_operation_promises(ranks: list[Collectives]) -> None:
+def test_each_rank_gets_the_documented_result(ranks: list[Collectives]) -> None:
     parts = torch.stack([torch.arange(6).view(2, 3) + 10 * rank for rank in range(SIZE)])
     expected = {"sum": parts.sum(dim=0), "gather": parts, "broadcast": parts[1]}
     for rank in ranks:
@@ -24,7 +24,7 @@ def test_each_rank_gets_what_the_operation_promises(ranks: list[Collectives]) ->
             assert str(value.dtype) == name.split()[-1]
 
 
-def test_an_ordered_sum_does_not_depend_on_the_rows_around(ranks: list[Collectives]) -> None:
+def test_an_ordered_sum_does_not_depend_on_other_rows(ranks: list[Collectives]) -> None:
     for rank in ranks:
         assert torch.equal(rank.sum_together, rank.sum_alone)
         assert torch.equal(rank.sum_together, ranks[0].sum_together)

@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("lp_size", [2, 3])
-def test_processes_compute_the_definition(folder: Path, tmp_path: Path, lp_size: int) -> None:
+def test_processes_together_compute_the_definition(folder: Path, tmp_path: Path, lp_size: int) -> None:
     exact_bits = [Case(folder=folder, lp_size=lp_size, num_ranks=lp_size, weights=weights) for weights in Weights]
     split = [
         Case(folder=folder, lp_size=lp_size, num_ranks=lp_size, weights=weights, mlps=MLPs.TENSOR_PARALLEL)
@@ -113,7 +113,7 @@ def test_a_group_of_workers_drafts_like_one(
             assert chains(Driver(info, stream.call)) == expected
 
 
-def test_what_is_left_open_is_decided_once_for_all_ranks(tmp_path: Path) -> None:
+def test_unset_options_are_decided_once_for_all_ranks(tmp_path: Path) -> None:
     """Groups are chosen by similarity, MLPs by time, beside a target with as many ranks in the same processes."""
     engines = [
         engine_spec(DEMO_DRAFT, TARGET, tp_size=2),

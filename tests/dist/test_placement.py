@@ -14,7 +14,7 @@ from cluster.deployment.settings import Settings
 from cluster.errors import PlanError
 from cluster.local import LocalDraft, local_settings
 from cluster.on_ray.cluster import NAMESPACE, plan_now, remnants, remove_groups, reserve
-from cluster.on_ray.host import RayChild, host_in_bundle
+from cluster.on_ray.host import RayChild, host_in_bundle, start_child
 from cluster.planning.plan import Plan
 from cluster.processes.child import Child
 from cluster.processes.specs import worker_specs
@@ -67,10 +67,11 @@ def test_hosts_run_where_the_plan_says_on_devices_of_their_own(
 ) -> None:
     settings = settings_for(folders, 2)
     plan = plan_now(settings)
-    assert plan.gateway.node_id == node_ids["head"]
+    assert plan.gateways[0].process.node_id == node_ids["head"]
     assert [bundle.node_id for bundle in plan.bundles] == [node_ids["three"]] * 3, "target and draft fit there together"
     groups = {
-        role: reserve(f"echelon:{plan.deployment}:{role}", plan.group(role), START_S) for role in ("target", "draft")
+        role: reserve(f"echelon:{plan.deployment}:{role}", plan.replicas[0].group(role), START_S)
+        for role in ("target", "draft")
     }
     children: dict[str, RayChild] = {}
 
@@ -78,12 +79,16 @@ def test_hosts_run_where_the_plan_says_on_devices_of_their_own(
         assert launch.bundle is not None
         host = host_in_bundle(f"echelon-{launch.name}:local", launch.bundle, groups[launch.bundle.group])
         fake = Launch(id=launch.id, module=FAKE, spec=launch.spec, bundle=launch.bundle, env=launch.env)
-        children[launch.name] = RayChild(fake, host, tmp_path)
+        children[launch.name] = start_child(fake, host, tmp_path)
         return children[launch.name]
 
     processes = ProcessSet(spawn)
     launches = [
-        GroupLaunch(role=role, specs=worker_specs(settings, plan.group(role), 1), bundles=plan.group(role))
+        GroupLaunch(
+            role=role,
+            specs=worker_specs(settings, plan.replicas[0].group(role), 1),
+            bundles=plan.replicas[0].group(role),
+        )
         for role in ("target", "draft")
     ]
     start_groups(processes, launches, time.monotonic() + START_S)
@@ -104,25 +109,25 @@ def test_hosts_run_where_the_plan_says_on_devices_of_their_own(
         assert time.monotonic() < deadline, f"Ray still has {remnants(plan.deployment)}"
 
 
-def test_the_draft_takes_another_node_where_the_target_fills_its_own(
+def test_the_draft_takes_another_node_if_the_target_fills_its_own(
     node_ids: dict[str, str], folders: tuple[Path, Path]
 ) -> None:
     plan = plan_now(settings_for(folders, 4))
     for role in ("target", "draft"):
-        reserve(f"echelon:{plan.deployment}:{role}", plan.group(role), START_S)
+        reserve(f"echelon:{plan.deployment}:{role}", plan.replicas[0].group(role), START_S)
     try:
         assert reserved(plan, node_ids) == ["three", "three", "three", "two", "two"]
     finally:
         remove_groups(plan.deployment)
 
 
-def test_devices_that_somebody_took_since_the_plan(node_ids: dict[str, str], folders: tuple[Path, Path]) -> None:
+def test_devices_taken_since_the_plan_are_an_error(node_ids: dict[str, str], folders: tuple[Path, Path]) -> None:
     plan = plan_now(settings_for(folders, 2))
-    reserve("echelon:other:target", plan.group("target"), START_S)
+    reserve("echelon:other:target", plan.replicas[0].group("target"), START_S)
     try:
-        reserve("echelon:local:draft", plan.group("draft"), START_S)
+        reserve("echelon:local:draft", plan.replicas[0].group("draft"), START_S)
         with pytest.raises(PlanError, match=r"did not reserve echelon:local:target .* target-0\.0 wants .*'GPU': 0\.0"):
-            reserve("echelon:local:target", plan.group("target"), timeout_s=1.0)
+            reserve("echelon:local:target", plan.replicas[0].group("target"), timeout_s=1.0)
         assert remnants("local") == ["echelon:local:draft"], "nothing stays reserved after a refusal"
     finally:
         remove_groups("other")

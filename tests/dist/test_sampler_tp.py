@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests.helpers.ranks import start_ranks
 from tests.helpers.sampling import LOGITS, mixed_states, rows_of, sample_sharded, sample_whole, shard_of, state
 from workers.collectives import SoloGroup, TorchGroup
 from workers.sampling.sampler import SampledRows, Sampler
@@ -54,7 +54,7 @@ def run_rank(rank: int, tp_size: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("tp_size", [4])
 def test_every_rank_gets_what_one_rank_with_the_whole_vocabulary_gets(tp_size: int, tmp_path: Path) -> None:
-    mp.spawn(run_rank, args=(tp_size, tmp_path), nprocs=tp_size)  # raises if a rank fails
+    start_ranks(run_rank, tp_size, tp_size, tmp_path)
     found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(tp_size)]
     for rank in range(1, tp_size):
         assert found[rank] == found[0]

@@ -59,7 +59,9 @@ def spec(tmp_path: Path) -> process_pb2.SchedulerSpec:
 
 
 @pytest.mark.parametrize("end", ["terminated", "orphaned"])
-async def test_it_says_where_it_listens_and_ends_with_its_parent(spec: process_pb2.SchedulerSpec, end: str) -> None:
+async def test_a_scheduler_reports_its_address_and_ends_with_its_parent(
+    spec: process_pb2.SchedulerSpec, end: str
+) -> None:
     group = FakeGroupServer(FakeEngine(), version=__version__)
     spec.target.address = await group.start()
     process = await start(json_format.MessageToJson(spec, indent=None))
@@ -83,7 +85,7 @@ async def test_it_says_where_it_listens_and_ends_with_its_parent(spec: process_p
         ({"no_such_field": 1}, "no_such_field"),
     ],
 )
-async def test_the_last_word_says_what_is_wrong(
+async def test_the_last_event_says_what_is_wrong(
     spec: process_pb2.SchedulerSpec, change: dict[str, object], words: str
 ) -> None:
     fields = json_format.MessageToDict(spec, preserving_proto_field_name=True) | change

@@ -227,7 +227,7 @@ def damage(folder: Path, block: bytes) -> None:
             file.write_bytes(contents.replace(block, bytes([block[0] ^ 1]) + block[1:]))
 
 
-def test_a_seq_goes_on_from_blocks_that_were_elsewhere(house: House) -> None:
+def test_a_seq_continues_from_blocks_of_other_tiers(house: House) -> None:
     """From host and disk, in this life of the group and the next: the tokens and the KV of the run that was never
     interrupted, bit for bit. A block that one rank's disk has spoiled is a miss, and the group lives on."""
     expected = {}
@@ -239,7 +239,9 @@ def test_a_seq_goes_on_from_blocks_that_were_elsewhere(house: House) -> None:
     for role, rank, info in house.shards():
         folder, size = house.rank_folder(role, rank), info.block_bytes
         store = opened(folder, size)
-        for whole, resumed in zip(digests(f"{role} whole", NUM_FULL), digests(f"{role} resumed", NUM_FULL), strict=True):
+        for whole, resumed in zip(
+            digests(f"{role} whole", NUM_FULL), digests(f"{role} resumed", NUM_FULL), strict=True
+        ):
             assert read(store, whole, size) == read(store, resumed, size)
         if rank == house.world_size - 1:
             damage(folder, read(store, digests(f"{role} other")[1], size))
@@ -253,7 +255,7 @@ def test_a_seq_goes_on_from_blocks_that_were_elsewhere(house: House) -> None:
             assert list(result.failed) == [1]
 
 
-def test_moves_beside_the_rounds_of_others_change_no_token(house: House) -> None:
+def test_moves_during_rounds_of_others_change_no_token(house: House) -> None:
     """All rounds and moves are under way at once; the moves that end are those of blocks that no round touches."""
     with house.open(house.engines["target"]) as client:
         expected = client.generate(client.start(0, PROMPT, SAMPLING), NUM_TOKENS)
@@ -277,7 +279,7 @@ def test_moves_beside_the_rounds_of_others_change_no_token(house: House) -> None
         assert client.generate(client.resume(3, PROMPT, SAMPLING, loaded), NUM_TOKENS) == expected
 
 
-def test_a_new_scheduler_finds_slots_and_blocks_its_own(house: House) -> None:
+def test_a_new_scheduler_finds_all_slots_and_blocks_free(house: House) -> None:
     """Its moves are answered, although those of its predecessor had the same ids, and the same slots and blocks."""
     with house.open(house.engines["target"]) as old:
         expected = old.generate(old.start(0, PROMPT, SAMPLING), NUM_TOKENS)
@@ -300,11 +302,14 @@ def test_a_new_scheduler_finds_slots_and_blocks_its_own(house: House) -> None:
     ("fields", "message"),
     [
         ({"block_ids": [1 << 20], "host_slots": [0]}, "move 1: block_ids: block 1048576, must be below {num_blocks}"),
-        ({"block_ids": [0], "host_slots": [0], "incarnation": 6}, "move 1: incarnation: 6, but the stream's hello said 7"),
+        (
+            {"block_ids": [0], "host_slots": [0], "incarnation": 6},
+            "move 1: incarnation: 6, but the stream's hello said 7",
+        ),
         ({"block_ids": [0], "host_slots": [0], "move_id": 0}, "move 0: move_id: must be above 0"),
     ],
 )
-def test_an_order_that_cannot_be_ends_its_stream_only(house: House, fields: dict[str, object], message: str) -> None:
+def test_an_impossible_move_ends_only_its_stream(house: House, fields: dict[str, object], message: str) -> None:
     info = house.engines["target"]
     with house.open(info) as client, house.open(house.engines["draft"]) as other:
         client.stream.send_move(MoveOrder(**VALID | {"move_id": 0}))  # type: ignore[arg-type]

@@ -179,7 +179,7 @@ def test_a_hello_to_another_group_is_refused(
     assert all(word in details for word in words)
 
 
-def test_a_bad_round_ends_its_stream_only(solo: WorkerGroup) -> None:
+def test_a_bad_round_ends_only_its_stream(solo: WorkerGroup) -> None:
     with RoundStream(solo.ready.address, TARGET) as stream, RoundStream(solo.ready.address, DRAFT) as other:
         target, draft = (
             Driver(info, s.call) for info, s in zip(solo.ready.worker.engines, (stream, other), strict=True)
@@ -210,7 +210,7 @@ def test_a_new_scheduler_replaces_the_old_one(solo: WorkerGroup) -> None:
         assert old.ending()[0] == grpc.StatusCode.ABORTED
 
 
-def test_a_stream_that_is_half_closed_gets_its_last_answers(solo: WorkerGroup) -> None:
+def test_a_half_closed_stream_gets_its_last_answers(solo: WorkerGroup) -> None:
     with RoundStream(solo.ready.address, TARGET) as stream:
         driver = Driver(solo.ready.worker.engines[0], stream.call)
         seq = driver.start(0, PROMPTS[0], greedy())

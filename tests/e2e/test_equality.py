@@ -29,10 +29,12 @@ from tests.helpers.deployment_streams import (
     Streams,
     generate,
     make_cases,
+    make_structured_cases,
 )
+from tests.helpers.structured import assert_valid
 from tests.helpers.token_rule import TokenRule
 from workers.collectives import SoloGroup
-from workers.models import load_model
+from workers.models.loading import load_model
 
 SMALL = LocalDraft(folder=DRAFT)
 SERIAL = SpeculationSettings(pipeline="serial")
@@ -58,9 +60,16 @@ def rule_of(folder: Path) -> TokenRule:
 
 
 @pytest.fixture(scope="module")
-def fp32(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Streams]:
+def fp32(cases: dict[str, Case], all_fp32: Callable[[int], Streams]) -> Callable[[int], Streams]:
+    """Those of `cases`."""
+    return lambda tp_size: {key: stream for key, stream in all_fp32(tp_size).items() if key[0] in cases}
+
+
+@pytest.fixture(scope="module")
+def all_fp32(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Streams]:
     """Streams in fp32 by the target's tp_size; one deployment runs at a time. In the first, the draft's context is so
     short that the long case outgrows it."""
+    wanted = cases | make_structured_cases()
     made: dict[int, Streams] = {}
     short = LocalDraft(folder=shortened(DRAFT, tmp_path_factory.mktemp("draft"), len(cases["long"].prompt) + 16))
 
@@ -68,7 +77,7 @@ def fp32(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Ca
         if tp_size not in made:
             draft = short if tp_size == 1 else SMALL
             made[tp_size] = generate(
-                cases, NUM_DRAFTS, target=TARGET, draft=draft, tp_size=tp_size, dtype="float32", speculation=SERIAL
+                wanted, NUM_DRAFTS, target=TARGET, draft=draft, tp_size=tp_size, dtype="float32", speculation=SERIAL
             )
         return made[tp_size]
 
@@ -144,7 +153,7 @@ def test_plain_decoding_follows_the_rule(
     assert len(set(sampled)) > len(SETTINGS) // 2, "the settings make no difference"
 
 
-def test_a_seq_that_outgrows_the_draft_goes_on_without_it(fp32: Callable[[int], Streams]) -> None:
+def test_a_seq_longer_than_the_drafts_context_continues_without_drafts(fp32: Callable[[int], Streams]) -> None:
     """The tests around this one check that its tokens stay the same."""
     stats = [fp32(1)["long", k].speculation for k in NUM_DRAFTS if k]
     assert sum(entry.num_draft_tokens for entry in stats) > 0
@@ -160,7 +169,7 @@ def test_drafts_change_no_token(
     assert_equal_but_for_ties(rule, cases, ((key, streams[key[0], 0], streams[key]) for key in streams if key[1]))
 
 
-def test_drafts_are_those_of_the_draft_model(fp32: Callable[[int], Streams], cases: dict[str, Case]) -> None:
+def test_drafts_come_from_the_draft_model(fp32: Callable[[int], Streams], cases: dict[str, Case]) -> None:
     """As many are accepted as if the draft model had computed each chain from the true history, so its state is cut
     correctly after each verdict. Which rounds have no drafts depends on timing."""
     draft_rule = rule_of(DRAFT)
@@ -194,6 +203,22 @@ def test_tensor_parallelism_changes_no_token(
     solo = fp32(1)
     streams = fp32(tp_size)
     assert_equal_but_for_ties(rule, cases, ((key, solo[key], streams[key]) for key in streams))
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_structured_output_is_valid_and_the_same_with_any_drafts(
+    all_fp32: Callable[[int], Streams], tp_size: int
+) -> None:
+    plain = all_fp32(1)
+    structured = {key: stream for key, stream in all_fp32(tp_size).items() if key[0].startswith("schema")}
+    num_ties = 0
+    for (name, _), stream in structured.items():
+        assert_valid(TARGET, stream.token_ids)
+        num_ties += stream.token_ids != plain[name, 0].token_ids
+    assert num_ties <= MOST_TIES, f"{num_ties} streams differ"
+    accepted = sum(stream.speculation.num_accepted_tokens for stream in structured.values())
+    drafted = sum(stream.speculation.num_draft_tokens for stream in structured.values())
+    assert accepted > drafted // 2, "drafts keep to the grammar too, which leaves little choice"
 
 
 @pytest.mark.parametrize("tp_size", [1, 4])

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -13,9 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import grpc
+import openai
+import pydantic
 import pytest
 from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -32,7 +35,6 @@ from echelon.errors import (
     EchelonError,
     InvalidRequestError,
     NotFoundError,
-    UnavailableError,
 )
 from echelon.pb import process_pb2, scheduler_pb2, scheduler_pb2_grpc
 from tests.helpers.hostile import garbled_call, knock
@@ -78,7 +80,7 @@ def channel(address: str) -> Iterator[grpc.Channel]:
 
 
 def scheduler_status(deployment: LocalDeployment) -> scheduler_pb2.SchedulerStatus:
-    with open_blocking_channel(deployment.running.scheduler_address) as channel:
+    with open_blocking_channel(deployment.running.replicas[0].scheduler_address) as channel:
         stub = scheduler_pb2_grpc.SchedulerStub(channel)
         return stub.GetSchedulerStatus(scheduler_pb2.GetSchedulerStatusRequest())
 
@@ -99,7 +101,7 @@ def all_is_free(deployment: LocalDeployment) -> bool:
     )
 
 
-def test_streams_what_generate_returns(client: Client) -> None:
+def test_the_stream_is_what_generate_returns(client: Client) -> None:
     options: Any = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
     with client.stream(PROMPT, **options) as stream:
         chunks = list(stream)
@@ -119,7 +121,7 @@ def test_a_seed_replays_a_request(client: Client) -> None:
     assert client.generate(PROMPT, max_tokens=16, temperature=1.0, seed=first.seed).token_ids == first.token_ids
 
 
-def test_speculation_is_a_requests_own_choice(client: Client) -> None:
+def test_a_request_chooses_how_it_speculates(client: Client) -> None:
     drafted = client.generate(
         PROMPT, max_tokens=16, ignore_eos=True, temperature=0, speculation={"num_speculative_tokens": 4}
     )
@@ -218,7 +220,7 @@ def endless(client: Client, **options: Any) -> Any:
     return stream
 
 
-def test_metrics_count_what_happens(deployment: LocalDeployment, client: Client) -> None:
+def test_metrics_count_requests_and_tokens(deployment: LocalDeployment, client: Client) -> None:
     def read() -> dict[tuple[str, ...], float]:
         return scrape(deployment.settings.server.http_port, model_name="demo-target")
 
@@ -300,6 +302,7 @@ def test_reflection_describes_the_services(channel: grpc.Channel) -> None:
     names = {service.name for service in services.list_services_response.service}
     assert names == {
         "echelon.v1.Inference",
+        "echelon.v1.Jobs",
         "echelon.v1.Control",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
@@ -316,28 +319,28 @@ def stopped(deployment: LocalDeployment, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # another is there in its place
+            os.kill(pid, signal.SIGCONT)
 
 
-def test_a_scheduler_that_hangs_ends_its_streams_and_comes_back(
+def test_a_hanging_scheduler_is_replaced_and_its_streams_go_on(
     deployment: LocalDeployment, channel: grpc.Channel, client: Client
 ) -> None:
     watch = health_pb2_grpc.HealthStub(channel).Watch(READY)
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-    stream = endless(client)
-    with stopped(deployment, deployment.plan.scheduler.name):
-        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        with pytest.raises(UnavailableError, match="no scheduler is ready"):
-            client.generate(PROMPT, max_tokens=1)
-        with pytest.raises(UnavailableError, match=r"was lost \(it does not answer\)"):
-            stream.result()
+    options: Any = {"max_tokens": 200, "ignore_eos": True, "temperature": 0}
+    undisturbed = client.generate(PROMPT, **options)
+    with client.stream(PROMPT, **options) as stream:
+        next(stream)
+        with stopped(deployment, deployment.plan.replicas[0].scheduler.name):
+            assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert stream.result().token_ids == undisturbed.token_ids
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
     watch.cancel()
-    assert client.generate(PROMPT, max_tokens=1).usage.completion_tokens == 1
     wait_until(lambda: all_is_free(deployment))
 
 
-def test_a_draft_that_hangs_is_missed_by_nobody_and_comes_back(deployment: LocalDeployment, client: Client) -> None:
+def test_a_hanging_draft_delays_no_request_and_comes_back(deployment: LocalDeployment, client: Client) -> None:
     options: Any = {"max_tokens": 200, "ignore_eos": True, "temperature": 0}
     undisturbed = client.generate(PROMPT, **options)
     drafting: Any = {**options, "speculation": {"num_speculative_tokens": 4}}
@@ -352,21 +355,19 @@ def test_a_draft_that_hangs_is_missed_by_nobody_and_comes_back(deployment: Local
     wait_until(lambda: all_is_free(deployment))
 
 
-def test_a_target_that_hangs_ends_its_requests_and_comes_back(deployment: LocalDeployment, client: Client) -> None:
-    expected = client.generate(PROMPT, max_tokens=16, temperature=0).token_ids
-    stream = endless(client)
-    with stopped(deployment, "target-0.0"):
-        wait_until(lambda: scheduler_status(deployment).target_silent_s > 0)
-        with pytest.raises(UnavailableError, match="target group: did not answer within"):
-            stream.result()
-        assert not scheduler_status(deployment).ready
-    wait_until(lambda: scheduler_status(deployment).ready)
+def test_a_hanging_target_is_replaced_and_its_streams_go_on(deployment: LocalDeployment, client: Client) -> None:
+    options: Any = {"max_tokens": 200, "ignore_eos": True, "temperature": 0}
+    undisturbed = client.generate(PROMPT, **options)
+    with client.stream(PROMPT, **options) as stream:
+        next(stream)
+        with stopped(deployment, "target-0.0"):
+            wait_until(lambda: not scheduler_status(deployment).ready)
+            assert stream.result().token_ids == undisturbed.token_ids
     wait_until(lambda: client.server_info().num_ready_replicas == 1)
-    assert client.generate(PROMPT, max_tokens=16, temperature=0).token_ids == expected
     wait_until(lambda: all_is_free(deployment))
 
 
-def test_whatever_comes_in_at_its_ports_a_deployment_goes_on(deployment: LocalDeployment, client: Client) -> None:
+def test_a_deployment_survives_anything_sent_to_its_ports(deployment: LocalDeployment, client: Client) -> None:
     rng = random.Random(5)
     processes = deployment.processes.read(lambda board: board.processes)
     doors = sorted(listening_sockets(process.pid for process in processes if process.pid is not None))
@@ -415,8 +416,136 @@ def next_event(process: "subprocess.Popen[bytes]") -> process_pb2.ProcessEvent:
     return json_format.Parse(process.stdout.readline(), process_pb2.ProcessEvent())
 
 
+@pytest.fixture
+def http(deployment: LocalDeployment) -> Iterator[openai.OpenAI]:
+    url = f"http://127.0.0.1:{deployment.settings.server.http_port}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as http:
+        yield http
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_seed_gives_the_same_over_http(client: Client, http: openai.OpenAI, stream: bool) -> None:
+    options: Any = {"max_tokens": 16, "temperature": 0.8, "seed": 5, "n": 2}
+    expected = client.generate(PROMPT, ignore_eos=True, **options)
+    extra = {"ignore_eos": True, "return_token_ids": True}
+    answer = http.completions.create(model="", prompt=PROMPT, extra_body=extra, stream=stream, **options)
+    texts, token_ids = {0: "", 1: ""}, {0: [], 1: []}
+    for part in answer if stream else [answer]:
+        for choice in part.choices:
+            texts[choice.index] += choice.text
+            token_ids[choice.index] += getattr(choice, "token_ids", [])
+    assert [texts[0], texts[1]] == [sample.text for sample in expected.samples]
+    assert [token_ids[0], token_ids[1]] == [list(sample.token_ids) for sample in expected.samples]
+
+
+def test_a_conversation_over_http(client: Client, http: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "import os"}]
+    options: Any = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    expected = client.chat(messages, logprobs=2, **options)
+    answer = http.chat.completions.create(
+        model="demo-target",
+        messages=messages,
+        max_completion_tokens=12,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=2,
+        extra_body={"ignore_eos": True, "speculation": {"enabled": False}},
+    )
+    (choice,) = answer.choices
+    assert choice.message.content == expected.text
+    assert choice.finish_reason == "length"
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    for position, ours in zip(choice.logprobs.content, expected.samples[0].logprobs, strict=True):
+        assert position.logprob == pytest.approx(ours.chosen.logprob, abs=1e-4)
+        assert len(position.top_logprobs) == 2
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == expected.usage.prompt_tokens
+    assert answer.usage.completion_tokens == 12
+    events = http.chat.completions.create(
+        model="demo-target",
+        messages=messages,
+        max_tokens=12,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    *pieces, last = events
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == expected.text
+    assert last.usage is not None
+    assert last.usage.completion_tokens == 12
+
+
+class Person(pydantic.BaseModel, extra="forbid"):
+    name: Annotated[str, pydantic.Field(max_length=8)]
+    age: Annotated[int, pydantic.Field(ge=0, le=150)]
+
+
+def test_structured_output(client: Client, http: openai.OpenAI) -> None:
+    """One schema through both doors, and the other forms."""
+    messages: Any = [{"role": "user", "content": "Who are you?"}]
+    parsed = http.chat.completions.parse(model="demo-target", messages=messages, response_format=Person, seed=3)
+    person = parsed.choices[0].message.parsed
+    assert person is not None
+    assert parsed.choices[0].finish_reason == "stop"
+    same = client.chat(messages, structured_output={"json_schema": Person.model_json_schema()}, seed=3)
+    assert same.text == parsed.choices[0].message.content
+    for form, expected in (
+        ({"regex": "[ab]{3,5}"}, r"[ab]{3,5}"),
+        ({"choice": ["yes", "no"]}, "yes|no"),
+        ({"grammar": 'root ::= "x" [0-9] [0-9] "y"?'}, r"x\d\dy?"),
+    ):
+        for options in ({"temperature": 0}, {"seed": 5, "min_tokens": 40, "max_tokens": 64}):
+            completion = client.generate("Answer:", structured_output=form, **options)
+            assert re.fullmatch(expected, completion.text)
+            assert completion.samples[0].finish_reason == "stop"
+    cut = client.generate("Answer:", structured_output={"regex": "[ab]{3,5}"}, stop="b", seed=1, max_tokens=2)
+    assert set(cut.text) <= {"a", "b"}, "a stop string and max_tokens end an output where they do"
+
+
+def test_prompts_are_scored_over_http(client: Client, http: openai.OpenAI) -> None:
+    """As evaluation harnesses do it: several prompts, no output."""
+    prompts = [PROMPT, "import os\n"]
+    answer = http.completions.create(model="demo-target", prompt=prompts, echo=True, logprobs=1, max_tokens=0)
+    for prompt, choice in zip(prompts, answer.choices, strict=True):
+        scored = client.generate(prompt, max_tokens=1, prompt_logprobs=1).prompt_logprobs
+        assert choice.text == prompt
+        assert choice.logprobs is not None
+        assert choice.logprobs.token_logprobs == [
+            None if position is None else pytest.approx(position.chosen.logprob, abs=1e-4) for position in scored
+        ]
+        assert "".join(choice.logprobs.tokens or []).endswith(prompt)
+
+
+async def test_a_client_that_leaves_over_http_frees_everything(deployment: LocalDeployment) -> None:
+    url = f"http://127.0.0.1:{deployment.settings.server.http_port}/v1"
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as http:
+        extra = {"ignore_eos": True}
+        stream = await http.completions.create(
+            model="demo-target", prompt=PROMPT, max_tokens=400, stream=True, extra_body=extra
+        )
+        async for _ in stream:
+            break
+        assert not all_is_free(deployment)
+        await stream.close()
+        wait_until(lambda: all_is_free(deployment))
+
+
+def test_http_errors(http: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=f"prompt: .* max_model_len is {MAX_MODEL_LEN}") as refused:
+        http.completions.create(model="demo-target", prompt="x = 1\n" * 600)
+    assert refused.value.param == "prompt"
+    with pytest.raises(openai.NotFoundError, match="model: 'gpt' is not served here"):
+        http.completions.create(model="gpt", prompt="x")
+    hurried = {"extra_body": {"ignore_eos": True}, "extra_headers": {"x-request-timeout": "0.05"}}
+    with pytest.raises(openai.InternalServerError, match=r"not finished within 0\.0\d\d s") as late:
+        http.completions.create(model="", prompt=PROMPT, max_tokens=400, **hurried)
+    assert late.value.status_code == 504
+
+
 @pytest.mark.parametrize("key", ["grpc_port", "http_port"])
-def test_a_taken_port_is_the_last_word(key: str) -> None:
+def test_a_taken_port_is_reported_as_the_last_event(key: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -428,13 +557,13 @@ def test_a_taken_port_is_the_last_word(key: str) -> None:
             assert process.wait(30) == 1
 
 
-def test_a_model_folder_that_is_not_there_is_named() -> None:
+def test_a_missing_model_folder_is_named() -> None:
     with start_gateway(model_dir="/nowhere") as process:
         assert "model_dir: /nowhere" in next_event(process).failed.error
         assert process.wait(30) == 1
 
 
-def test_it_dies_with_its_parent() -> None:
+def test_a_gateway_dies_with_its_parent() -> None:
     with start_gateway() as process:
         assert next_event(process).progress.stage == "waiting for the scheduler"
         assert process.stdin is not None
@@ -442,7 +571,7 @@ def test_it_dies_with_its_parent() -> None:
         assert process.wait(30) == EXIT_PARENT_DIED
 
 
-def test_sigterm_ends_it_in_order() -> None:
+def test_sigterm_ends_a_gateway_cleanly() -> None:
     with start_gateway() as process:
         assert next_event(process).progress.stage == "waiting for the scheduler"
         process.terminate()

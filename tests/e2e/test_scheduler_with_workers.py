@@ -39,7 +39,7 @@ def stub() -> Iterator[scheduler_pb2_grpc.SchedulerStub]:
     )
     with (
         LocalDeployment(settings) as deployment,
-        open_blocking_channel(deployment.running.scheduler_address) as channel,
+        open_blocking_channel(deployment.running.replicas[0].scheduler_address) as channel,
     ):
         yield scheduler_pb2_grpc.SchedulerStub(channel)
 

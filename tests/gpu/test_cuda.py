@@ -72,7 +72,7 @@ def test_noise_has_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_tokens_are_those_of_the_cpu(name: str, prompts: list[list[int]]) -> None:
+def test_tokens_equal_those_of_the_cpu(name: str, prompts: list[list[int]]) -> None:
     """In fp32 logits differ by about 1e-5, so all but a rare near-tie agrees: most of each output must."""
     expected, found = (plain_outputs(device, prompts, SETTINGS[name]) for device in DEVICES)
     assert sum(a == b for a, b in zip(expected, found, strict=True)) >= len(prompts) - 1
@@ -129,7 +129,7 @@ def test_a_round_waits_for_the_device_once(prompts: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("part", ["prefill", "decode", "verify"])
-def test_no_operator_of_torch_is_left_where_there_is_a_kernel(part: str, prompts: list[list[int]]) -> None:
+def test_no_torch_operator_is_left_that_has_a_kernel(part: str, prompts: list[list[int]]) -> None:
     """Attention, norms, gates and sampling are kernels of ours; products are cuBLAS's, copies and indexing torch's."""
     driver = demo_driver("cuda")
     for step in hot_rounds(driver, prompts[2]).values():

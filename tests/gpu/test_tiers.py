@@ -5,12 +5,14 @@ from itertools import chain
 import pytest
 import torch
 
+from childproc.tier_block import tier_block
 from kernels.kv.block_copy import cache_addresses
 from tests.helpers.kv_caches import Caches, clone, flat, random_caches
 from workers.engine.kv_cache import KVLayout
 from workers.tiers import copier
-from workers.tiers.copier import CudaCopier
+from workers.tiers.copier import CudaCopier, make_copier
 from workers.tiers.host_slots import HostSlots
+from workers.tiers.rounding import Rounding
 
 pytestmark = pytest.mark.gpu
 
@@ -32,10 +34,10 @@ def parts(
     """With a staging buffer that is smaller than an order, and with one that is larger."""
     monkeypatch.setattr(copier, "STAGING_BYTES", request.param * LAYOUT.block_bytes)
     host = HostSlots.allocate(NUM_SLOTS, LAYOUT, torch.device("cuda"), lambda done, total: None)
-    return CudaCopier(caches, cache_addresses(caches), host), host
+    return CudaCopier(caches, cache_addresses(caches), host, rounding=None), host
 
 
-def test_blocks_come_back_bit_by_bit(caches: Caches, parts: tuple[CudaCopier, HostSlots]) -> None:
+def test_blocks_come_back_bit_for_bit(caches: Caches, parts: tuple[CudaCopier, HostSlots]) -> None:
     copies, host = parts
     assert host.memory.is_pinned()
     before = clone(caches)
@@ -70,3 +72,18 @@ def test_rounds_after_a_load_see_it(caches: Caches, parts: tuple[CudaCopier, Hos
     after = [cache[BLOCKS] for cache in flat(caches)]
     assert all(torch.equal(cache.cpu(), old) for cache, old in zip(before, expected, strict=True))
     assert all((cache == 7).all() for cache in after)
+
+
+def test_rounded_blocks_are_the_bytes_that_a_cpu_makes_of_them(caches: Caches) -> None:
+    """On the way out, and on the way back."""
+    size = tier_block("int8", num_layers=3, block_size=4, num_kv_heads=2, head_dim=8, value_bytes=2)
+    on_cpu = [(k.cpu(), v.cpu()) for k, v in caches]
+    rows = []
+    for each, device in ((caches, torch.device("cuda")), (on_cpu, torch.device("cpu"))):
+        host = HostSlots.allocate(NUM_SLOTS, LAYOUT, device, lambda done, total: None, size)
+        copies = make_copier(each, cache_addresses(each), host, device, Rounding(LAYOUT))
+        copies.store(BLOCKS, SLOTS, copies.mark())
+        copies.load(BLOCKS[::-1], SLOTS, copies.mark())
+        rows.append(host.memory[SLOTS])
+    assert torch.equal(*rows)
+    assert all(torch.equal(cache.cpu(), right) for cache, right in zip(flat(caches), flat(on_cpu), strict=True))

@@ -94,8 +94,8 @@ class AttackedGateway:
         report = Report()
         async with AsyncClient(self.address) as client, open_channel(self.address) as channel:
             stream = client.stream([5, 6], request_id="watched")
+            await self._scheduler.next_submit()  # the gateway drops what is sent before
             reading = asyncio.create_task(self._read(stream, report))
-            await self._scheduler.next_submit()
             checking = asyncio.create_task(_check(health_pb2_grpc.HealthStub(channel), report))
             async with PauseMeter() as meter:
                 report.codes = await work or {}

@@ -13,13 +13,16 @@ from cluster.deployment.settings import KvCacheSettings, SchedulerSettings, Spec
 from cluster.local import LocalDeployment, LocalDraft, local_settings
 from echelon.pb import inference_pb2, sampling_pb2, scheduler_pb2_grpc
 from tests.helpers.scheduler_client import SchedulerClient
+from tests.helpers.structured import source_of
 
 MODELS = Path(__file__).parents[2] / "models"
 TARGET, DRAFT = MODELS / "demo-target", MODELS / "demo-draft"
 PROMPTS = ["def fibonacci(n):\n    ", "import os\nimport sys\n\ndef main(", "class Stack:\n    def __init__(self"]
 NUM_TOKENS = 24
+MAX_OBJECT_TOKENS = 60  # more than any object of the schema has
 MAX_MODEL_LEN = 640
 NUM_DRAFTS = (0, 1, 2, 3, 4)
+_MOST_WAVES = 4  # of requests
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -58,6 +61,18 @@ class Stream:
 Streams = dict[tuple[str, int], Stream]  # by case and number of drafts
 
 
+def make_structured_cases() -> dict[str, Case]:
+    """Outputs that keep to a schema, and end where it does, at temperature 0 and 1."""
+    tokenizer = Tokenizer.from_file(str(TARGET / "tokenizer.json"))
+    settings = {"grammar": source_of(), "ignore_eos": False, "max_tokens": MAX_OBJECT_TOKENS, "logprobs": 1}
+    return {
+        f"schema, temperature {temperature:g}": Case(
+            prompt=tokenizer.encode(PROMPTS[seed]).ids, settings={**settings, "temperature": temperature, "seed": seed}
+        )
+        for seed, temperature in enumerate((0.0, 0.7, 1.0))
+    }
+
+
 def make_cases() -> dict[str, Case]:
     """Each setting at temperature 0 and 1, and a long prompt whose output crosses position 512."""
     tokenizer = Tokenizer.from_file(str(TARGET / "tokenizer.json"))
@@ -79,7 +94,8 @@ def generate(
     speculation: SpeculationSettings,
     **settings: Any,
 ) -> Streams:
-    """Runs one deployment and sends it all requests at once."""
+    """Runs one deployment and sends it all requests at once; again if the target was too fast to verify a draft.
+    After that the draft has read the prompts."""
     streams = list(itertools.product(cases, num_drafts))
     wanted = local_settings(
         draft=draft,
@@ -89,12 +105,15 @@ def generate(
         **settings,
     )
     deployment = LocalDeployment(wanted)
-    with deployment, open_blocking_channel(deployment.running.scheduler_address) as channel:
+    with deployment, open_blocking_channel(deployment.running.replicas[0].scheduler_address) as channel:
         stub = scheduler_pb2_grpc.SchedulerStub(channel)
-        client = SchedulerClient(stub, max_tokens=NUM_TOKENS, ignore_eos=True)
-        for name, k in streams:
-            client.submit(f"{name}/{k}", cases[name].prompt, num_drafts=k, **cases[name].settings)
-        client.finish(len(streams))
+        for _ in range(_MOST_WAVES):
+            client = SchedulerClient(stub, max_tokens=NUM_TOKENS, ignore_eos=True)
+            for name, k in streams:
+                client.submit(f"{name}/{k}", cases[name].prompt, num_drafts=k, **cases[name].settings)
+            client.finish(len(streams))
+            if any(client.ends[f"{name}/{k}"].speculation.num_draft_tokens for name, k in streams if k):
+                break
     return {
         (name, k): Stream(
             token_ids=client.tokens[f"{name}/{k}", 0],

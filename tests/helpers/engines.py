@@ -19,7 +19,7 @@ from workers.engine.draft_engine import DraftEngine
 from workers.engine.engine import Engine, ModelRunner
 from workers.engine.kv_cache import KVLayout
 from workers.engine.seq_state import Limits, SeqTable
-from workers.models import load_model
+from workers.models.loading import load_model
 from workers.process.cohort import Cohort
 from workers.process.load import load_engines
 from workers.sampling.sampler import Sampler

@@ -110,6 +110,7 @@ class FakeEngine:
     _overtaken: set[tuple[int, int]] = field(default_factory=set)  # (round_id, slot) of those rows
     _last_round_id: int = -1
     tiers: FakeTiers | None = None
+    tier_dtype: str = "same"
     _reading: list[int] = field(default_factory=list)  # blocks that moves in flight read
     _filling: list[int] = field(default_factory=list)  # blocks that they write
 
@@ -127,6 +128,7 @@ class FakeEngine:
             block_bytes=1,
             num_host_slots=self.tiers.num_slots if self.tiers else 0,
             num_disk_blocks=self.tiers.num_disk_blocks if self.tiers else 0,
+            tier_dtype=self.tier_dtype,
         )
 
     def order(self, order: worker_pb2.MoveOrder) -> None:
@@ -140,7 +142,7 @@ class FakeEngine:
             self._filling += order.block_ids
 
     def receive(self, message: worker_pb2.Round) -> None:
-        """A round is on its way, behind the moves ordered so far."""
+        """A round is on its way, after the moves ordered so far."""
         named = [seq.block_table for seq in message.init_seqs]
         named += [each.new_block_ids for each in (*message.forks, *message.rows)]
         _require(
@@ -178,8 +180,8 @@ class FakeEngine:
             self.tiers.reset()
         self._last_round_id = -1
 
-    def overtake(self, message: worker_pb2.Round, behind: Iterable[worker_pb2.Round]) -> None:
-        """Called when the round is about to run and these have arrived behind it. What they make useless is not
+    def overtake(self, message: worker_pb2.Round, queued: Iterable[worker_pb2.Round]) -> None:
+        """Called when the round is about to run and these have arrived after it. What they make useless is not
         computed."""
         if self.role != worker_pb2.ENGINE_ROLE_DRAFT:
             return
@@ -188,8 +190,8 @@ class FakeEngine:
             num_computed = slot.num_computed if slot is not None else 0
             if row.HasField("crop_len"):
                 num_computed = min(num_computed, row.crop_len)
-            crops = [other for later in behind for other in later.rows if other.slot == row.slot]
-            is_freed = any(row.slot in later.free_slots for later in behind)
+            crops = [other for later in queued for other in later.rows if other.slot == row.slot]
+            is_freed = any(row.slot in later.free_slots for later in queued)
             if not row.calibrate_len and (
                 is_freed or any(crop.HasField("crop_len") and crop.crop_len <= num_computed for crop in crops)
             ):
@@ -222,6 +224,8 @@ class FakeEngine:
 
     def _init(self, seq: worker_pb2.SeqInit) -> None:
         _require(seq.slot < self.num_slots and seq.slot not in self.slots, f"slot {seq.slot} is free")
+        is_target = self.role == worker_pb2.ENGINE_ROLE_TARGET
+        _require(is_target or not seq.sampling.HasField("logprobs"), "a draft is asked for no logprobs")
         _require(seq.num_computed_tokens < len(seq.token_ids), "a token is left to compute")
         _require(1 <= seq.num_prompt_tokens <= len(seq.token_ids), "num_prompt_tokens")
         self._check_token_ids(seq.token_ids)

@@ -22,16 +22,17 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
         self.status = scheduler_pb2.SchedulerStatus()  # counters, in addition to the two above
         self.trace: list[scheduler_pb2.TraceEvent] | None = []  # None: refuses to record
         self.traces_asked: list[scheduler_pb2.TraceRequest] = []
+        self.trace_left = asyncio.Event()  # nobody reads the last recording any more
         self.streams_opened = asyncio.Semaphore(0)
-        self._replies: asyncio.Queue[scheduler_pb2.SchedulerReply | None] = asyncio.Queue()
+        self._replies: asyncio.Queue[scheduler_pb2.SchedulerReplies | None] = asyncio.Queue()
 
     async def Connect(self, request_iterator: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         self._replies = asyncio.Queue()
         self.streams_opened.release()
         reader = asyncio.create_task(self._read(request_iterator))
         try:
-            while (reply := await self._replies.get()) is not None:
-                yield scheduler_pb2.SchedulerReplies(replies=[reply])
+            while (replies := await self._replies.get()) is not None:
+                yield replies
         finally:
             reader.cancel()
 
@@ -43,7 +44,9 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
         if not self.answers:
             self.asked.release()
             await asyncio.Event().wait()
-        status = scheduler_pb2.SchedulerStatus(ready=self.ready, not_ready_reason=self.not_ready_reason)
+        status = scheduler_pb2.SchedulerStatus(
+            ready=self.ready, accepts_requests=self.ready, not_ready_reason=self.not_ready_reason
+        )
         status.MergeFrom(self.status)
         return status
 
@@ -51,10 +54,14 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
         self.traces_asked.append(request)
         if self.trace is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another recording runs")
-        for event in self.trace or ():
-            yield event
-        if not request.num_rounds and not request.duration_s:
-            await asyncio.Event().wait()
+        self.trace_left.clear()
+        try:
+            for event in self.trace or ():
+                yield event
+            if not request.num_rounds and not request.duration_s:
+                await asyncio.Event().wait()
+        finally:
+            self.trace_left.set()
 
     async def next_submit(self) -> scheduler_pb2.Submit:
         request = await self.received.get()
@@ -80,12 +87,17 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
         chunk = pb.GenerateChunk(token_ids=token_ids, text=text, **fields)
         self._send(scheduler_pb2.SchedulerReply(request_id=request_id, chunk=chunk))
 
-    def send_complete(self, request_id: str, *, reason: Any = pb.FINISH_REASON_LENGTH, num_samples: int = 1) -> None:
+    def send_complete(
+        self, request_id: str, *, reason: Any = pb.FINISH_REASON_LENGTH, num_samples: int = 1, **fields: Any
+    ) -> None:
         complete = pb.GenerateComplete(
             finished=[pb.Finished(index=i, reason=reason) for i in range(num_samples)],
-            usage=pb.Usage(prompt_tokens=3, completion_tokens=2),
+            usage=pb.Usage(
+                prompt_tokens=3, completion_tokens=2, cached_prompt_tokens=1, approximations=["attention: rough"]
+            ),
             speculation=pb.SpeculationStats(num_rounds=1, num_draft_tokens=4, num_accepted_tokens=1),
             seed=7,
+            **fields,
         )
         self._send(scheduler_pb2.SchedulerReply(request_id=request_id, complete=complete))
 
@@ -93,11 +105,18 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServicer):
         error = scheduler_pb2.RequestError(code=code.value[0], message=message)
         self._send(scheduler_pb2.SchedulerReply(request_id=request_id, error=error))
 
+    def send_cache(self, added: list[int], removed: list[int] | None = None, *, from_nothing: bool = False) -> None:
+        """That it has cached blocks of 4 tokens with these short digests, or not any more."""
+        report = scheduler_pb2.CacheReport(
+            from_nothing=from_nothing, block_size=4, num_blocks=1000, added=added, removed=removed
+        )
+        self._replies.put_nowait(scheduler_pb2.SchedulerReplies(cache=report))
+
     def drop_stream(self) -> None:
         self._replies.put_nowait(None)
 
     def _send(self, reply: scheduler_pb2.SchedulerReply) -> None:
-        self._replies.put_nowait(reply)
+        self._replies.put_nowait(scheduler_pb2.SchedulerReplies(replies=[reply]))
 
 
 async def serve(scheduler: FakeScheduler, port: int = 0) -> tuple[grpc.aio.Server, str]:

@@ -1,5 +1,6 @@
 """The cases of tests/corpus/model_folders and tests/corpus/deployments, as folders on disk."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ def _change_file(file: Path, changes: dict[str, Any]) -> None:
         file.unlink()
     if changes.get("folder"):
         file.mkdir()
+    if changes.get("pipe"):
+        os.mkfifo(file)
     if "cut" in changes:
         file.write_bytes(file.read_bytes()[: changes["cut"]])
     if "add" in changes:

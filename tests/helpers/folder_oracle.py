@@ -119,15 +119,15 @@ def _judge(error: ConfigError) -> Outcome:
 
 def _load(settings: Settings, plan: Plan) -> None:
     """Loads everything that the processes of a deployment read before they are ready."""
-    for bundles in (plan.group("target"), plan.group("draft")):
+    for bundles in (plan.replicas[0].group("target"), plan.replicas[0].group("draft")):
         board: dict[str, str] = {}
         for spec in worker_specs(settings, bundles, 1):
             _load_rank(spec, _Alone(spec.rank, spec.world_size, board))
     nowhere = GroupEndpoint()
-    scheduler = scheduler_spec(settings, process=plan.scheduler, target=nowhere, draft=nowhere)
+    scheduler = scheduler_spec(settings, process=plan.replicas[0].scheduler, target=nowhere, draft=nowhere)
     SchedulerConfig.from_spec(scheduler)
     TokenTable(load_tokenizer(Path(scheduler.tokenizer_dir)))
-    gateway = gateway_spec(settings, plan.gateway, scheduler_addresses=["127.0.0.1:1"])
+    gateway = gateway_spec(settings, plan.gateways[0], scheduler_addresses=["127.0.0.1:1"], processes=())
     load_sampling_defaults(Path(gateway.model_dir))
     eos_token_ids = PromptTokenizer(Path(gateway.model_dir)).eos_token_ids(gateway.vocab_size)
     ModelInfo(model=gateway.model_name, max_model_len=gateway.max_model_len, eos_token_ids=eos_token_ids)

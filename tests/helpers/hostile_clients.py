@@ -34,6 +34,36 @@ HTTP_ATTACKS = (
 )
 
 
+_COMPLETION, _CHAT = "/v1/completions", "/v1/chat/completions"
+_WRONG = b'"top_p": 7'  # found last
+_BODIES: tuple[tuple[str, Callable[[int], bytes]], ...] = (
+    (_COMPLETION, lambda size: b'{"prompt": "%s", %s}' % (b"x = 1\\n" * (size // 7), _WRONG)),
+    (_COMPLETION, lambda size: b'{"prompt": "%s", %s}' % (b"\\u0041" * (size // 6), _WRONG)),
+    (_COMPLETION, lambda size: b'{"prompt": [1%s], %s}' % (b",1" * (size // 2), _WRONG)),
+    (_COMPLETION, lambda size: b'{"prompt": ["a"%s], %s}' % (b',"a"' * (size // 4), _WRONG)),
+    (_COMPLETION, lambda size: b'{"prompt": [[1]%s], %s}' % (b",[1]" * (size // 4), _WRONG)),
+    (_COMPLETION, lambda size: b'{"prompt": "a", "stop": [""%s]}' % (b',""' * (size // 3))),
+    (
+        _COMPLETION,
+        lambda size: b'{"prompt": "a", %s, "a": %s}' % (_WRONG, b"[" * 100 + b"1" * (size - 200) + b"]" * 100),
+    ),
+    (_CHAT, lambda size: b"[" * size),
+    (_CHAT, lambda size: b'{"messages": [{"role":"a"}%s], %s}' % (b',{"role":"a"}' * (size // 13), _WRONG)),
+    (
+        _CHAT,
+        lambda size: b'{"messages": [{"role":"a","content":[%s{}]}]}' % (b'{"type":"text","text":""},' * (size // 26)),
+    ),
+    (_CHAT, lambda size: b'{"messages": [], %s}' % b",".join(b'"%d": 1' % i for i in range(size // 12))),
+    ("/tokenize", lambda size: b'{"prompt": "%s"}' % (b"y" * size)),
+    ("/detokenize", lambda size: b'{"tokens": [1%s]}' % (b",1" * (size // 2))),
+)
+
+
+def hostile_bodies(max_bytes: int) -> list[tuple[str, bytes]]:
+    """Paths of the HTTP API with bodies of about the most that one may hold; all but two are refused."""
+    return [(path, make(max_bytes - 300)) for path, make in _BODIES]
+
+
 def large_requests(max_bytes: int) -> list[bytes]:
     """Requests with about the most that a message may hold, one for each of its forms."""
     return [make(max_bytes - 64) for make in _LARGE]

@@ -12,7 +12,8 @@ from torch.distributed import ProcessGroup
 
 from tests.helpers.paged import PagedRunner
 from workers.collectives import Group, SoloGroup, TorchGroup
-from workers.models import CausalLM, load_model
+from workers.models.decoder import CausalLM
+from workers.models.loading import load_model
 
 DTYPE = torch.bfloat16
 

@@ -17,10 +17,11 @@ from tests.helpers.paged import BLOCK_SIZE, PagedRunner
 from workers.collectives import Group, SoloGroup, TorchGroup
 from workers.engine.kv_cache import KVLayout
 from workers.layers.rope import cos_sin_cache
-from workers.models import CausalLM, LayerParallelLM, load_layer_parallel_model, load_model
 from workers.models.batch import Batch
-from workers.models.decoder import KVCache, make_step
+from workers.models.decoder import CausalLM, KVCache, make_step
 from workers.models.layer_groups import LayerParallelPlan, MLPs, Weights
+from workers.models.layer_parallel_decoder import LayerParallelLM
+from workers.models.loading import load_layer_parallel_model, load_model
 
 MAX_MODEL_LEN = 48
 NUM_LAYERS = 7
@@ -172,7 +173,7 @@ class DraftRunner(PagedRunner):
 
     def draft(self, chunks: dict[int, list[int]], draft_forward: DraftForward) -> Tensor:
         with torch.inference_mode():
-            return draft_forward(self._batch(chunks), self.kv_caches)
+            return draft_forward(self.batch(chunks), self.kv_caches)
 
     def kv_of(self, seq: int) -> list[Tensor]:
         """Keys, then values, of each layer on this rank: [len, num_kv_heads, head_dim]."""

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention.paged_kv import SeqLengths
-from workers.models import CausalLM
 from workers.models.batch import Batch
+from workers.models.decoder import CausalLM
 
 BLOCK_SIZE = 4
 
@@ -33,7 +33,7 @@ class PagedRunner:
     def forward(self, chunks: dict[int, list[int]]) -> Tensor:
         """One forward over new tokens of some seqs: [num_tokens, hidden_size]."""
         with torch.inference_mode():
-            return self.model.forward(self._batch(chunks), self.kv_caches)
+            return self.model.forward(self.batch(chunks), self.kv_caches)
 
     def step(self, chunks: dict[int, list[int]]) -> dict[int, Tensor]:
         """The same, and the logits of each of these tokens, [len(chunk), shard]."""
@@ -41,7 +41,8 @@ class PagedRunner:
             logits = self.model.compute_logits(self.forward(chunks))
         return dict(zip(chunks, torch.split(logits, [len(chunk) for chunk in chunks.values()]), strict=True))
 
-    def _batch(self, chunks: dict[int, list[int]]) -> Batch:
+    def batch(self, chunks: dict[int, list[int]]) -> Batch:
+        """These new tokens, which count from now on."""
         input_ids, positions, slots, cu_seqlens_q = [], [], [], [0]
         for seq, chunk in chunks.items():
             start = self.lens[seq]

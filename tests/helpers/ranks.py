@@ -1,5 +1,6 @@
 """Runs a function on several gloo ranks, each in its own process with one thread."""
 
+import multiprocessing
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -17,8 +18,14 @@ RankFunction = Callable[..., Any]  # (process_group, *args) -> any picklable res
 def run_on_ranks(function: RankFunction, size: int, folder: Path, *args: Any) -> list[Any]:
     """Returns what `function(process_group, *args)` gave on each rank. `function` must be importable (a module of
     tests.helpers); an exception on any rank ends all ranks and is raised here. The ranks exchange files in `folder`."""
-    mp.spawn(_run_rank, args=(size, folder, function, args), nprocs=size, join=True)
+    start_ranks(_run_rank, size, size, folder, function, args)
     return [torch.load(_result_file(folder, rank), weights_only=False) for rank in range(size)]
+
+
+def start_ranks(run: Callable[..., None], size: int, *args: Any) -> None:
+    """Calls `run(rank, *args)` in a process for each rank. Returns when all have ended; raises if one fails."""
+    multiprocessing.set_forkserver_preload(["torch", __name__])  # one process imports it for all
+    mp.start_processes(run, args=args, nprocs=size, start_method="forkserver")
 
 
 def _run_rank(rank: int, size: int, folder: Path, function: RankFunction, args: tuple[Any, ...]) -> None:

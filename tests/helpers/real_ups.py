@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import yaml
 
-from cluster.on_ray.runtime import start_private_ray, stop_private_ray
+from cluster.private_ray import start_private_ray, stop_private_ray
 from echelon import Client
 from echelon.errors import EchelonError, InvalidRequestError
 from tests.helpers.folder_oracle import Kind, Outcome
@@ -55,7 +55,7 @@ class Lane:
     def deploy(self, file: Path, *, own_ray: bool) -> Outcome:
         """REFUSED: `up` says why it starts nothing. FAULT: a traceback, a hang, a process that refuses what it is
         told, a request that fails although it is right, or a process that is left."""
-        _give_free_port(file)
+        _give_free_ports(file)
         address = [] if own_ray else ["--ray-address", self._ray.address]
         ended = self._echelon("up", str(file), "--json", *address, limit_s=_UP_LIMIT_S)
         outcome = _use(json.loads(ended.out)) if ended.code == 0 else _judge(ended)
@@ -120,15 +120,15 @@ class Lane:
         return found
 
 
-def _give_free_port(file: Path) -> None:
-    """Unless the file names one: other deployments may run on this machine."""
+def _give_free_ports(file: Path) -> None:
+    """For each that the file does not name: other deployments may run on this machine."""
     content = yaml.safe_load(file.read_text())
     server = content.get("server") or {}
-    if "grpc_port" in server:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        content["server"] = {**server, "grpc_port": probe.getsockname()[1]}
+    for key in {"grpc_port", "http_port"} - server.keys():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            server[key] = probe.getsockname()[1]
+    content["server"] = server
     file.write_text(yaml.safe_dump(content, sort_keys=False))
 
 

@@ -22,7 +22,9 @@ class SchedulerClient:
         self.text: dict[Sample, str] = {}
         self.ends: dict[str, inference_pb2.GenerateComplete] = {}
 
-    def submit(self, request_id: str, prompt: list[int], *, num_drafts: int | None = None, **sampling: Any) -> None:
+    def submit(
+        self, request_id: str, prompt: list[int], *, num_drafts: int | None = None, grammar: str = "", **sampling: Any
+    ) -> None:
         """`num_drafts`: drafts per round; 0 switches speculation off, None leaves it to the deployment."""
         speculation = inference_pb2.Speculation()
         if num_drafts is not None:
@@ -33,6 +35,7 @@ class SchedulerClient:
             prompt_token_ids=prompt,
             sampling=resolved_sampling(**self._defaults | sampling),
             speculation=speculation,
+            grammar=grammar,
         )
         self._requests.put(scheduler_pb2.SchedulerRequest(submit=message))
 

@@ -30,7 +30,14 @@ def letters(token_ids: list[int]) -> str:
 
 
 def submit(
-    request_id: str, prompt: list[int], *, timeout_s: float | None = None, cache_salt: str = "", **fields: Any
+    request_id: str,
+    prompt: list[int],
+    *,
+    timeout_s: float | None = None,
+    cache_salt: str = "",
+    tenant: str = "",
+    is_background: bool = False,
+    **fields: Any,
 ) -> Any:
     """A Submit; `fields` are sampling parameters, or `enabled` and `num_speculative_tokens`."""
     speculation = {name: fields.pop(name) for name in ("enabled", "num_speculative_tokens") if name in fields}
@@ -41,6 +48,8 @@ def submit(
         speculation=inference_pb2.Speculation(**speculation),
         timeout_s=timeout_s,
         cache_salt=cache_salt,
+        tenant=tenant,
+        is_background=is_background,
     )
 
 
@@ -79,10 +88,9 @@ class Simulation:
                 | dict(speculation or {})
             ),
         }
-        self.core = SchedulerCore(SchedulerConfig(**defaults | config), token_table())
-        self.core.connect_target(self.target.info, self.target.incarnation)
-        if draft:
-            self.core.connect_draft(draft.info, draft.incarnation)
+        self._config = SchedulerConfig(**defaults | config)
+        self._connect()
+        self.submitted: dict[str, scheduler_pb2.Submit] = {}
         self.target_rounds: deque[worker_pb2.Round] = deque()
         self.draft_rounds: deque[worker_pb2.Round] = deque()
         self.moves: list[tuple[FakeEngine, worker_pb2.MoveOrder, int]] = []  # and the rounds sent before
@@ -95,7 +103,42 @@ class Simulation:
         self.ended_at: dict[str, float] = {}
         self.first_token_at: dict[str, float] = {}
 
+    def _connect(self) -> None:
+        """A new core takes over the engines."""
+        self.core = SchedulerCore(self._config, token_table())
+        self.core.connect_target(self.target.info, self.target.incarnation)
+        if self.draft:
+            self.core.connect_draft(self.draft.info, self.draft.incarnation)
+
+    def lose_scheduler(self) -> None:
+        """The core is lost. Another one goes on with what the clients have of their requests."""
+        self.target.reset()
+        self.target_rounds.clear()
+        if self.draft is not None:
+            self.draft.reset()
+            self.draft_rounds.clear()
+        self.moves.clear()
+        self._num_sent = dict.fromkeys(self._num_sent, 0)
+        self._connect()
+        for request_id, message in self.submitted.items():
+            if request_id not in self.ended_at:
+                again = scheduler_pb2.Submit()
+                again.CopyFrom(message)
+                again.resume_from.CopyFrom(self._resume(request_id, message.sampling.n))
+                refusal = self.core.add(again, self.now)
+                assert refusal is None, refusal
+        self.take(self.core.take_outputs())
+
+    def _resume(self, request_id: str, num_samples: int) -> inference_pb2.Resume:
+        keys = [(request_id, index) for index in range(num_samples)]
+        samples = [
+            inference_pb2.ResumedSample(token_ids=self.tokens.get(key, []), num_chars=len(self.text.get(key, "")))
+            for key in keys
+        ]
+        return inference_pb2.Resume(samples=samples)
+
     def submit(self, message: scheduler_pb2.Submit) -> None:
+        self.submitted[message.request_id] = message
         refusal = self.core.add(message, self.now)
         if refusal is not None:
             self.take([refusal])
@@ -109,8 +152,21 @@ class Simulation:
         self.take(self.core.take_outputs())
 
     def disconnect_target(self, reason: str) -> None:
-        self.core.disconnect_target(reason)
+        self.core.disconnect_target(reason, self.now)
         self.take(self.core.take_outputs())
+
+    def lose_target(self) -> None:
+        """The target engine is lost with everything in flight."""
+        self.disconnect_target("target group: it died")
+        self.target_rounds.clear()
+        self.moves = [move for move in self.moves if move[0] is not self.target]
+        self._num_sent[self.target.role] = 0
+        self.target.reset()
+
+    def return_target(self) -> None:
+        """It comes back empty, as the next incarnation."""
+        self.target.incarnation += 1
+        self.core.connect_target(self.target.info, self.target.incarnation)
 
     def reconnect_draft(self) -> None:
         """The draft engine is lost with everything in flight, and comes back empty."""
@@ -125,6 +181,7 @@ class Simulation:
     def plan(self) -> None:
         """Sends every round that the core wants to send."""
         while True:
+            self._order_moves()
             draft, target = self.core.plan_draft(self.now), self.core.plan_target(self.now)
             self._order_moves()
             if draft is not None:

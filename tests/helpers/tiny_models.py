@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,26 +54,29 @@ def _qwen3(**settings: Any) -> PreTrainedModel:
     return Qwen3ForCausalLM(Qwen3Config(**{**_SIZES, **settings}))
 
 
-FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: _llama(num_key_value_heads=2, rope_parameters=_LLAMA3),
-    "llama-biases-tied": lambda: _llama(
+# Settings replace those of the family.
+FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
+    "llama": partial(_llama, num_key_value_heads=2, rope_parameters=_LLAMA3),
+    "llama-biases-tied": partial(
+        _llama,
         num_key_value_heads=4,
         attention_bias=True,
         mlp_bias=True,
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
     ),
-    "mistral-window": lambda: _mistral(num_key_value_heads=1, sliding_window=7),
-    "mistral": lambda: _mistral(num_key_value_heads=2, sliding_window=None),
-    "qwen2-window": lambda: _qwen2(
+    "mistral-window": partial(_mistral, num_key_value_heads=1, sliding_window=7),
+    "mistral": partial(_mistral, num_key_value_heads=2, sliding_window=None),
+    "qwen2-window": partial(
+        _qwen2,
         num_key_value_heads=2,
         rope_parameters=_YARN,
         use_sliding_window=True,
         sliding_window=6,
         max_window_layers=1,
     ),
-    "qwen3-tied": lambda: _qwen3(num_key_value_heads=2, tie_word_embeddings=True, attention_bias=True),
-    "qwen3": lambda: _qwen3(num_key_value_heads=1),
+    "qwen3-tied": partial(_qwen3, num_key_value_heads=2, tie_word_embeddings=True, attention_bias=True),
+    "qwen3": partial(_qwen3, num_key_value_heads=1),
 }
 
 
@@ -93,8 +97,8 @@ def randomize(model: PreTrainedModel, seed: int) -> None:
             parameter.copy_(center + 0.2 * torch.randn(parameter.shape, generator=generator))
 
 
-def make_tiny_model(family: str, folder: Path, seed: int = 0) -> TinyModel:
-    model = FAMILIES[family]().eval()
+def make_tiny_model(family: str, folder: Path, seed: int = 0, **settings: Any) -> TinyModel:
+    model = FAMILIES[family](**settings).eval()
     randomize(model, seed)
     model.save_pretrained(folder)
     generator = torch.Generator().manual_seed(seed + 1)

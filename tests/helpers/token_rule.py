@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.sampling.gumbel import gumbel_noise_range
 from tests.helpers.paged import PagedRunner
-from workers.models import CausalLM
+from workers.models.decoder import CausalLM
 
 
 class TokenRule:

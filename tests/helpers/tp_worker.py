@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from tests.helpers.paged import run_seqs
 from workers.collectives import TorchGroup
-from workers.models import load_model
+from workers.models.loading import load_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("implementation")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "head_dim"), [((4, 4), 64), ((8, 2), 32), ((12, 4), 128)])
-def test_every_row_in_every_chunking(heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
+def test_every_row_is_the_same_in_every_chunking(heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
     """For hidden sizes 256 and 1536: 540 tokens one by one, as in decoding, and in prefill chunks of any size."""
     seqs = Seqs([540], heads, head_dim, dtype)
     decoded = seqs.in_chunks(0, 1)
@@ -25,7 +25,7 @@ def test_every_row_in_every_chunking(heads: tuple[int, int], head_dim: int, dtyp
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [((8, 2), 32), ((12, 12), 128)])
-def test_with_several_threads(heads: tuple[int, int], head_dim: int, torch_threads: None) -> None:
+def test_rows_are_the_same_with_several_threads(heads: tuple[int, int], head_dim: int, torch_threads: None) -> None:
     torch.set_num_threads(2)
     seqs = Seqs([300], heads, head_dim, torch.bfloat16)
     whole = seqs.attend([(0, 0, 300)])[0]
@@ -35,7 +35,7 @@ def test_with_several_threads(heads: tuple[int, int], head_dim: int, torch_threa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "head_dim"), [((4, 4), 64), ((12, 12), 128), ((6, 1), 96)])
-def test_any_company(heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
+def test_a_row_does_not_depend_on_the_rows_beside_it(heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
     """Decode, verify and prefill rows of other seqs are in the same call, in any order, at other places in memory."""
     lengths = [530, 257, 40, 512, 300]
     seqs = Seqs(lengths, heads, head_dim, dtype)
@@ -50,7 +50,7 @@ def test_any_company(heads: tuple[int, int], head_dim: int, dtype: torch.dtype) 
             assert torch.equal(result, whole[seq][start:end]), (seq, start, end)
 
 
-def test_where_the_pages_lie_does_not_matter() -> None:
+def test_the_place_of_the_pages_does_not_matter() -> None:
     scattered = Seqs([600], (4, 2), 64, torch.float32)
     together = Seqs([600], (4, 2), 64, torch.float32, neighbours=True)
     together.q = scattered.q
@@ -59,7 +59,7 @@ def test_where_the_pages_lie_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize("sliding_window", [5, 256, 300])
-def test_with_a_sliding_window(sliding_window: int) -> None:
+def test_rows_are_the_same_with_a_sliding_window(sliding_window: int) -> None:
     seqs = Seqs([600], (4, 2), 64, torch.bfloat16)
     whole = seqs.in_chunks(0, 600, sliding_window)
     for chunk in (1, 9, 100):

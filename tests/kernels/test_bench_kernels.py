@@ -11,7 +11,7 @@ CONTENDERS = ["rms_norm", "fused_add_rms_norm", "silu_and_mul", "reshape_and_cac
 
 
 @pytest.mark.usefixtures("torch_threads")
-def test_every_table_has_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_table_has_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--device", "cpu", "--quick", "--runs", "1", "--threads", "1"])
     text = capsys.readouterr().out
     assert re.search(r"Copies move \d+ GB/s", text)

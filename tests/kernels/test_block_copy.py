@@ -1,5 +1,7 @@
 """The references of the copies, compared with plain loops, and what the launchers refuse."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,10 +13,11 @@ from kernels.kv.block_copy import (
     copy_blocks,
     gather_blocks,
     gather_blocks_reference,
-    move_slots,
     scatter_blocks,
     scatter_blocks_reference,
 )
+from kernels.upcoming import move_slots as slot_moves
+from kernels.upcoming.move_slots import move_slots
 from tests.helpers.compile_sm90 import compile_for_sm90
 from tests.helpers.kv_caches import clone, flat, random_caches, same_bits
 
@@ -31,7 +34,7 @@ def test_blocks_are_copied_in_all_layers_and_nothing_else_changes() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.data())
-def test_moves_of_tree_nodes_are_those_done_one_after_the_other(data: st.DataObject) -> None:
+def test_moves_of_tree_nodes_equal_moves_done_one_by_one(data: st.DataObject) -> None:
     """The moves pack an accepted path through a tree in level order: node ids grow, and each is at least its depth."""
     num_nodes = data.draw(st.integers(1, 11))
     path = sorted(data.draw(st.sets(st.integers(1, num_nodes))))
@@ -47,7 +50,7 @@ def test_moves_of_tree_nodes_are_those_done_one_after_the_other(data: st.DataObj
     assert same_bits(caches, expected)
 
 
-def test_a_source_of_minus_one_is_no_move() -> None:
+def test_a_source_of_minus_one_moves_nothing() -> None:
     caches = random_caches(3)
     before = clone(caches)
     move_slots(caches, torch.tensor([-1, 7, -1]), torch.tensor([3, 2, -1]))
@@ -58,7 +61,7 @@ def test_a_source_of_minus_one_is_no_move() -> None:
 
 
 @pytest.mark.usefixtures("implementation")
-def test_blocks_come_back_from_staging_wherever_they_go() -> None:
+def test_blocks_return_from_staging_to_any_place() -> None:
     caches = random_caches(6)
     staging = torch.empty(3, 3, 2, 4, 2, 8)
     gather_blocks(caches, torch.tensor([5, 0, 3]), staging)
@@ -72,7 +75,7 @@ def test_blocks_come_back_from_staging_wherever_they_go() -> None:
 
 
 @pytest.mark.usefixtures("implementation")
-def test_blocks_go_to_the_rows_that_are_named_and_come_back_from_them() -> None:
+def test_blocks_go_to_the_given_rows_and_come_back_from_them() -> None:
     caches, elsewhere = random_caches(6), random_caches(6)
     staging = torch.full((5, 3, 2, 4, 2, 8), torch.nan)
     gather_blocks(caches, torch.tensor([5, 0, 3]), staging, rows=torch.tensor([4, 1, 2]))
@@ -95,7 +98,7 @@ def test_blocks_go_to_the_rows_that_are_named_and_come_back_from_them() -> None:
         (16, 8, 128, torch.bfloat16),  # 32 KiB
     ],
 )
-def test_blocks_of_any_size_are_staged_bit_by_bit(
+def test_blocks_of_any_size_are_staged_bit_for_bit(
     block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
     shape = {"block_size": block_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
@@ -131,7 +134,7 @@ def test_staging_touches_no_memory_outside_of_its_arguments(block: int, row: int
             copy(caches, torch.tensor([0, block]), staging, rows=torch.tensor([1, row]))
 
 
-def test_nothing_to_copy_is_no_change() -> None:
+def test_copying_nothing_changes_nothing() -> None:
     caches = random_caches(3)
     before = clone(caches)
     copy_blocks(caches, NONE, NONE)
@@ -141,7 +144,7 @@ def test_nothing_to_copy_is_no_change() -> None:
     assert same_bits(caches, before)
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_bad_arguments_are_named() -> None:
     caches, blocks = random_caches(6), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"dst_blocks: expected \[2\]"):
         copy_blocks(caches, blocks, torch.tensor([2]))
@@ -167,21 +170,21 @@ def test_what_does_not_fit_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "types", "constexprs"),
+    ("kernel", "types", "constexprs"),
     [
         (
-            "copy_blocks_kernel",
+            block_copy.copy_blocks_kernel,
             {"src_ptr": "*i64", "dst_ptr": "*i64", "block_words": "i32:16"},
             {"TILE": block_copy.TILE_WORDS},
         ),
         (
-            "move_slots_kernel",
+            slot_moves.move_slots_kernel,
             {"src_ptr": "*i64", "dst_ptr": "*i64", "num_moves": "i32", "slot_words": "i32:16"},
-            {"MOVES": block_copy.MOVES_AT_ONCE, "TILE": block_copy.MOVE_TILE_WORDS},
+            {"MOVES": slot_moves.MOVES_AT_ONCE, "TILE": slot_moves.MOVE_TILE_WORDS},
         ),
         *(
             (
-                "stage_blocks_kernel",
+                block_copy.stage_blocks_kernel,
                 {
                     "block_ptr": "*i64",
                     "row_ptr": "*i64",
@@ -198,9 +201,8 @@ def test_what_does_not_fit_is_named() -> None:
     ],
 )
 def test_kernels_compile_for_sm_90_into_wide_accesses(
-    name: str, types: dict[str, str], constexprs: dict[str, object]
+    kernel: Any, types: dict[str, str], constexprs: dict[str, object]
 ) -> None:
-    kernel = getattr(block_copy, name)
     ptx = compile_for_sm90(kernel, {"table_ptr": "*i64", **types}, constexprs).asm["ptx"]
     assert "ld.global.v4.b32" in ptx
     assert "st.global.v4.b32" in ptx

@@ -51,7 +51,7 @@ def test_any_split_in_any_order_is_attention_over_all_keys(
     torch.testing.assert_close(merged[1].double(), expected[1], rtol=1e-6, atol=1e-6)
 
 
-def test_a_part_without_keys_changes_no_bit_whatever_it_holds() -> None:
+def test_a_part_without_keys_changes_no_bit() -> None:
     o, lse = torch.randn(NUM_TOKENS, NUM_HEADS, HEAD_DIM), torch.randn(NUM_TOKENS, NUM_HEADS)
     empty = (torch.full_like(o, torch.nan), torch.full_like(lse, -torch.inf))
     for merged in (cascade_merge((o, lse), empty), cascade_merge(empty, (o, lse))):
@@ -62,14 +62,14 @@ def test_a_part_without_keys_changes_no_bit_whatever_it_holds() -> None:
     assert nothing_lse.isneginf().all()
 
 
-def test_the_result_can_go_over_a_part() -> None:
+def test_the_result_may_overwrite_a_part() -> None:
     first, second = ((torch.randn(2, 3, 8), torch.randn(2, 3)) for _ in range(2))
     expected = cascade_merge(first, second)[0]
     assert cascade_merge(first, second, out=second[0])[0] is second[0]
     assert torch.equal(second[0], expected)
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_bad_arguments_are_named() -> None:
     o, lse = torch.zeros(2, 3, 8), torch.zeros(2, 3)
     with pytest.raises(ValueError, match="first: expected floating"):
         cascade_merge((o[0], lse), (o, lse))

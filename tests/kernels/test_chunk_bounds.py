@@ -41,7 +41,7 @@ def greatest_exact_scores(q: Tensor, cache: PoisonedCache, chunk_size: int, num_
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 4, 8, 100])
-def test_bounds_are_the_least_and_greatest_keys_of_their_chunk(chunk_size: int) -> None:
+def test_bounds_are_the_smallest_and_largest_keys_of_their_chunk(chunk_size: int) -> None:
     cache = poisoned_cache(LENS)
     bounds = chunk_bounds(cache.k_cache, cache.block_table, cache.seq_lens, chunk_size=chunk_size)
     assert bounds.shape == (len(LENS), -(-12 // chunk_size), 2, 2, 8)
@@ -88,7 +88,7 @@ def test_scores_do_not_depend_on_strides_of_q() -> None:
     assert torch.equal(sliced, copied)
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_bad_arguments_are_named() -> None:
     cache = poisoned_cache([9, 4])
     bounds = chunk_bounds(cache.k_cache, cache.block_table, cache.seq_lens, chunk_size=4)
     with pytest.raises(ValueError, match="k_cache: expected contiguous"):

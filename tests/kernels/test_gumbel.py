@@ -44,12 +44,12 @@ def test_log_is_accurate_over_its_range() -> None:
     assert errors_in_ulp(log_fp32(x), np.log(x.double().numpy())) < 1.5
 
 
-def test_log1p_is_accurate_to_both_ends() -> None:
+def test_log1p_is_accurate_at_both_ends() -> None:
     w = ((words_everywhere().float() + 0.5) * 2.0**-32).clamp(max=LARGEST_UNIFORM)
     assert errors_in_ulp(log1p_negated(w), np.log1p(-w.double().numpy())) < 1.5
 
 
-def test_noise_is_accurate_to_both_ends() -> None:
+def test_noise_is_accurate_at_both_ends() -> None:
     words = words_everywhere()
     w = np.minimum((words.numpy() + 0.5) / 2.0**32, 1 - 2.0**-24)
     exact = -np.log(-np.log1p(-w))
@@ -67,13 +67,13 @@ def test_bounds_hold_with_little_to_spare() -> None:
     assert NOISE_MAX - NOISE_MIN < 27
 
 
-def test_tail_tells_single_words_apart() -> None:
+def test_the_tail_distinguishes_single_words() -> None:
     """The 2^18 largest values are all different; uniforms of 24 bits would give 1024 values there."""
     noise = noise_from_words(torch.arange(1 << 18))
     assert bool((noise[1:] < noise[:-1]).all())
 
 
-def test_top_of_a_flat_vocabulary_hardly_ties() -> None:
+def test_the_top_of_a_flat_vocabulary_hardly_ever_ties() -> None:
     """In 50 draws of 128k words, the best beats even the next larger word; 24-bit uniforms tie in 0.8 % of draws."""
     generator = torch.Generator().manual_seed(2)
     smallest = [torch.randint(0, 1 << 32, (128_256,), generator=generator).amin() for _ in range(50)]
@@ -81,7 +81,7 @@ def test_top_of_a_flat_vocabulary_hardly_ties() -> None:
     assert bool((noise_from_words(torch.stack(smallest)) > noise_from_words(second)).all())
 
 
-def test_law_is_gumbel() -> None:
+def test_the_distribution_is_gumbel() -> None:
     """Compares quantiles of 2^20 evenly spread words with exp(-exp(-g))."""
     words = torch.arange(1 << 20) * 4096 + 2048
     noise = noise_from_words(words).double().sort().values
@@ -98,7 +98,7 @@ def test_bits_are_pinned() -> None:
     assert int(noise_from_words(words).view(torch.int32).to(torch.int64).sum()) == PINNED_SUM
 
 
-def test_bits_depend_on_the_word_alone() -> None:
+def test_bits_depend_only_on_the_word() -> None:
     """They do not depend on length, alignment, stride or shape, which decide the library loop that computes an
     element."""
     words = words_everywhere()[:4096]

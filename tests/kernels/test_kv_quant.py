@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.upcoming import kv_quant
-from kernels.upcoming.kv_quant import QuantisedBlocks, dequantise_blocks, quantise_blocks
+from kernels.kv import kv_quant
+from kernels.kv.kv_quant import QuantisedBlocks, dequantise_blocks, quantise_blocks
 from tests.helpers.compile_sm90 import compile_for_sm90
 
 SHAPE = (3, 2, 2, 5, 2, 12)  # num_blocks, num_layers, keys and values, block_size, num_kv_heads, head_dim
@@ -88,7 +88,7 @@ def test_equal_elements_come_back_exactly(value: float, bits: int) -> None:
     assert torch.equal(read(quantise_blocks(kv), kv, bits), kv)
 
 
-def test_a_range_too_small_for_a_step_is_no_range() -> None:
+def test_a_range_smaller_than_a_step_counts_as_zero() -> None:
     kv = torch.full(SHAPE, 1e-40)
     kv[..., ::2] = 2e-40
     assert (read(quantise_blocks(kv), kv, 8) - kv).abs().max() <= 1.01e-40
@@ -101,12 +101,12 @@ def test_results_are_rounded_once_to_the_dtype_of_the_cache(dtype: torch.dtype) 
     assert torch.equal(read(quantised, kv, 8), read(quantised, kv.float(), 8).to(dtype))
 
 
-def test_no_block_is_no_work() -> None:
+def test_no_blocks_means_no_work() -> None:
     kv = torch.empty(0, 2, 2, 16, 2, 64)
     assert read(quantise_blocks(kv), kv, 8).shape == kv.shape
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="kv: expected contiguous floating"):
         quantise_blocks(torch.zeros(2, 4, 2, 7))
     with pytest.raises(ValueError, match="kv: expected contiguous floating"):

@@ -23,7 +23,7 @@ VOCAB_SIZE = 1000
         "void at::native::(anonymous namespace)::sampleMultinomialOnce<float, float>(long*, long)",
     ],
 )
-def test_kernels_that_ours_replace_are_found(name: str) -> None:
+def test_torch_kernels_that_ours_replace_are_found(name: str) -> None:
     assert foreign_kernels([name]) == [name]
 
 
@@ -54,7 +54,7 @@ def test_ours_and_harmless_kernels_pass() -> None:
         (lambda x: x.new_empty(x.shape).exponential_(), "aten::exponential_"),
     ],
 )
-def test_operators_that_ours_replace_are_found(work, found: str) -> None:  # type: ignore[no-untyped-def]
+def test_torch_operators_that_ours_replace_are_found(work, found: str) -> None:  # type: ignore[no-untyped-def]
     x = torch.randn(1, 2, 3, VOCAB_SIZE)
     operators = replaced_operators(launched_by(lambda: work(x)).operators, vocab_size=VOCAB_SIZE)
     assert any(found in operator for operator in operators)

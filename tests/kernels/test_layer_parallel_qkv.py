@@ -27,7 +27,7 @@ def inputs(num_layers: int, num_tokens: int, hidden: int, out: int, dtype: torch
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 @pytest.mark.parametrize("shape", [(1, 1, 8, 3), (4, 8, 96, 50), (3, 17, 640, 64), (2, 0, 64, 32)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_is_every_layers_norm_and_product(
+def test_the_result_is_each_layers_norm_and_product(
     operator, dtype: torch.dtype, tolerance: float, shape: tuple[int, int, int, int], with_bias: bool
 ) -> None:
     x, norms, weights, biases = inputs(*shape, dtype)
@@ -41,7 +41,7 @@ def test_is_every_layers_norm_and_product(
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_bad_arguments_are_named() -> None:
     x, norms, weights, biases = inputs(2, 3, 16, 8, torch.float32)
     with pytest.raises(ValueError, match=r"^hidden_states: expected floating \[num_tokens, hidden\], got .*\[16\]"):
         layer_parallel_qkv(x[0], norms, weights, biases, EPS)
@@ -56,7 +56,7 @@ def test_what_does_not_fit_is_named() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_compiles_for_sm_90(dtype: torch.dtype) -> None:
+def test_the_kernel_compiles_for_sm_90(dtype: torch.dtype) -> None:
     kind = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
     options = tile_options(dtype)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 import kernels.layers.linear
+import kernels.layers.partial_sums
 from kernels.layers.linear import (
-    MERGE_ELEMENTS,
     SPLIT_FEATURES,
-    add_partial_sums_kernel,
     linear,
     linear_batch_invariant,
     linear_batch_invariant_reference,
@@ -20,6 +19,7 @@ from kernels.layers.linear import (
     probe_linear_batch_invariant,
     tile_options,
 )
+from kernels.layers.partial_sums import MERGE_ELEMENTS, add_partial_sums_kernel
 from kernels.native.linear import NativeWeight, why_not
 from tests.helpers.compile_sm90 import compile_for_sm90
 
@@ -36,7 +36,7 @@ def inputs(num_rows: int, shape: tuple[int, int], dtype: torch.dtype) -> tuple[T
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (768, 256), (100, 1536)])
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 15, 16, 17, 257])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_is_the_product(
+def test_the_result_is_the_product(
     num_rows: int, shape: tuple[int, int], dtype: torch.dtype, tolerance: float, with_bias: bool
 ) -> None:
     x, weight, bias = inputs(num_rows, shape, dtype)
@@ -70,7 +70,7 @@ def test_a_row_does_not_depend_on_its_batch(
         assert torch.equal(linear_batch_invariant(x[part], weight, bias), whole[part]), f"{num_rows} rows"
 
 
-def test_every_lone_row() -> None:
+def test_every_lone_row_keeps_its_bits() -> None:
     x, weight, _ = inputs(300, (512, 1536), torch.bfloat16)
     if finding := probe_linear_batch_invariant(weight):
         pytest.skip(f"refused at load on this machine: {finding}")
@@ -120,7 +120,7 @@ def test_the_probe_sees_sums_that_are_split_and_sums_that_are_not(
     monkeypatch.setattr(kernels.layers.linear, "runs_triton", lambda x: True)
     monkeypatch.setattr(kernels.layers.linear, "linear_kernel", _Kernel(launch))
     monkeypatch.setattr(
-        kernels.layers.linear, "add_partial_sums_kernel", _Kernel(lambda *tensors, **_: tensors[2].zero_())
+        kernels.layers.partial_sums, "add_partial_sums_kernel", _Kernel(lambda *tensors, **_: tensors[2].zero_())
     )
     assert probe_linear_batch_invariant(torch.empty(shape, dtype=torch.bfloat16)) is None
     assert not splits[0]
@@ -157,7 +157,7 @@ def test_a_packed_weight_gives_the_same_product(
     assert (error.abs() <= bound * magnitude).all()
 
 
-def test_only_what_gains_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_weights_that_gain_from_it_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ECHELON_COMPILE", "off")
     weight = torch.randn(32, 32)
     assert pack_weight(weight) is weight
@@ -182,7 +182,7 @@ def test_compiled_kernels_keep_the_promise_of_batch_invariance(dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("apart", [False, True])
-def test_compiles_for_sm_90(dtype: torch.dtype, apart: bool) -> None:
+def test_the_kernel_compiles_for_sm_90(dtype: torch.dtype, apart: bool) -> None:
     kind = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
     options = tile_options(dtype)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}

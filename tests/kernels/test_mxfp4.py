@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.upcoming.mxfp4 import dequantize_mxfp4, quantize_kernel, quantize_mxfp4
-from kernels.upcoming.mxfp4_linear import mxfp4_linear, mxfp4_linear_kernel, tile_options
+from kernels.layers.mxfp4 import dequantize_mxfp4, quantize_kernel, quantize_mxfp4
+from kernels.layers.mxfp4_linear import mxfp4_linear, mxfp4_linear_kernel, mxfp4_linear_reference, tile_options
 from tests.helpers.compile_sm90 import compile_for_sm90
 
 MAGNITUDES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -40,7 +40,7 @@ def test_every_code_with_every_scale(dtype: torch.dtype) -> None:
     torch.testing.assert_close(dequantize_mxfp4(packed, scales, dtype), expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_every_weight_that_is_one_is_kept() -> None:
+def test_every_representable_weight_is_kept() -> None:
     packed, scales = every_code_and_scale()
     representable = dequantize_mxfp4(packed, scales).isfinite().all(dim=1)
     packed, scales = packed[representable], scales[representable]
@@ -75,7 +75,7 @@ def test_the_block_maximum_sets_the_scale_and_saturates() -> None:
         assert dequantize_mxfp4(packed, scales).unique().tolist() == [value]
 
 
-def test_zeros_and_what_is_not_finite() -> None:
+def test_zeros_and_non_finite_weights() -> None:
     weight = torch.ones(5, 64)
     weight[0] = 0
     weight[1, 3], weight[2, 3], weight[3, 3] = torch.nan, torch.inf, -torch.inf
@@ -118,11 +118,12 @@ def test_the_product(num_rows: int, out_features: int, in_features: int, dtype: 
     packed, scales = quantize_mxfp4(weights(out_features, in_features))
     x = torch.randn(num_rows, in_features).to(dtype)
     dense = oracle(packed, scales)
-    found = mxfp4_linear(x, packed, scales)
-    assert found.dtype == dtype
     magnitude = x.double().abs() @ dense.abs().t()
     bound = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
-    assert ((found.double() - x.double() @ dense.t()).abs() <= bound * magnitude + 1e-7).all()
+    for product in (mxfp4_linear, mxfp4_linear_reference):
+        found = product(x, packed, scales)
+        assert found.dtype == dtype
+        assert ((found.double() - x.double() @ dense.t()).abs() <= bound * magnitude + 1e-7).all()
 
 
 def test_errors_name_the_argument() -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
+from kernels.native import library
 from kernels.native.library import CompileError, compile_library, load_library
 from kernels.native.linear import DTYPES, native_linear, pack, why_not
 
@@ -31,7 +33,7 @@ def inputs(num_rows: int, shape: tuple[int, int], dtype: torch.dtype) -> tuple[T
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 5, 6, 7, 191, 193, 400])
 @pytest.mark.parametrize("shape", [(1, 1), (16, 2), (17, 33), (300, 1537), (1024, 512)])
-def test_is_the_product(num_rows: int, shape: tuple[int, int], with_bias: bool, dtype: torch.dtype) -> None:
+def test_the_result_is_the_product(num_rows: int, shape: tuple[int, int], with_bias: bool, dtype: torch.dtype) -> None:
     x, weight, bias = inputs(num_rows, shape, dtype)
     expected = x.double() @ weight.double().T + (bias.double() if with_bias else 0)
     y = native_linear(x, pack(weight), bias if with_bias else None)
@@ -43,7 +45,7 @@ def test_is_the_product(num_rows: int, shape: tuple[int, int], with_bias: bool, 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(16, 64), (250, 1000), (1536, 1536), (111, 5000)])
-def test_a_row_depends_on_nothing_but_itself(shape: tuple[int, int], dtype: torch.dtype, torch_threads: None) -> None:
+def test_a_row_depends_only_on_itself(shape: tuple[int, int], dtype: torch.dtype, torch_threads: None) -> None:
     x, weight, bias = inputs(400, shape, dtype)
     packed = pack(weight)
     torch.set_num_threads(1)
@@ -67,9 +69,9 @@ def test_strided_rows_and_weights(dtype: torch.dtype) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rounds_as_torch_does_and_keeps_what_is_not_finite(dtype: torch.dtype) -> None:
+def test_results_round_as_in_torch_and_non_finite_values_stay(dtype: torch.dtype) -> None:
     weight = torch.eye(4).to(dtype)
-    x = torch.tensor([[float("inf"), 1.0, 0.0, 3e38], [float("nan"), -0.0, 1e-40, 2.0]]).to(dtype)
+    x = torch.tensor([[float("inf"), 1.0, 0.0, 3e38], [float("nan"), -0.0, 2e-38, 2.0]]).to(dtype)
     finite = x.nan_to_num(0.0, posinf=0.0)
     assert torch.equal(native_linear(finite, pack(weight)), finite)
     y = native_linear(x, pack(weight))
@@ -79,6 +81,21 @@ def test_rounds_as_torch_does_and_keeps_what_is_not_finite(dtype: torch.dtype) -
     sums = torch.tensor([[1.0, 2**-9 + 2**-12]]).to(dtype)  # where a sum lies between two bf16 numbers
     expected = sums.double().sum().to(dtype)
     assert native_linear(sums, pack(torch.ones(1, 2).to(dtype))).item() == expected.item()
+
+
+@needs_compiler
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_leaves_the_processor_as_torch_needs_it(num_threads: int, torch_threads: None) -> None:
+    """oneDNN's bf16 products and ours set up the same tiles of a thread, each for its own shapes."""
+    torch.set_num_threads(num_threads)
+    x, weight, bias = inputs(75, (192, 320), torch.bfloat16)
+    packed = pack(weight)
+    num_rows = (1, 3, 17, 32, 41, 75)
+    theirs = [linear(x[:count], weight, bias) for count in num_rows]
+    ours = [native_linear(x[:count], packed, bias) for count in num_rows]
+    for i, count in [*enumerate(num_rows), *reversed([*enumerate(num_rows)])]:
+        assert torch.equal(native_linear(x[:count], packed, bias), ours[i])
+        assert torch.equal(linear(x[:count], weight, bias), theirs[i])
 
 
 @needs_compiler
@@ -92,18 +109,25 @@ def test_callers_of_several_threads_take_turns() -> None:
 
 
 @needs_compiler
-def test_is_compiled_once_by_whoever_comes_first(tmp_path: Path) -> None:
+def test_the_first_caller_compiles_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick, folder = tmp_path / "quick", tmp_path / "cache"
+    quick.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
+    quick.chmod(0o700)
+    monkeypatch.setenv("CXX", str(quick))
     with ThreadPoolExecutor(2) as executor:
-        paths = list(executor.map(lambda _: compile_library(tmp_path), range(2)))
+        paths = list(executor.map(lambda _: compile_library(folder), range(2)))
     assert paths[0] == paths[1]
-    assert list(tmp_path.iterdir()) == [paths[0]]
+    assert list(folder.iterdir()) == [paths[0]]
     compiled_at = paths[0].stat().st_mtime_ns
-    assert compile_library(tmp_path).stat().st_mtime_ns == compiled_at
+    assert compile_library(folder).stat().st_mtime_ns == compiled_at
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setenv("PATH", "")
+    assert compile_library(folder) == paths[0], "no compiler is needed any more"
 
 
-def test_says_why_it_cannot_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_compilation_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\n[ $1 = --version ] || { echo 'no space left' >&2; exit 1; }\n")
+    broken.write_text("#!/bin/sh\n[ $1 = --version ] || { printf '\\377 no space left\\n' >&2; exit 1; }\n")
     broken.chmod(0o700)
     monkeypatch.setenv("CXX", str(broken))
     with pytest.raises(CompileError, match=r"broken -O3 .*failed: .*no space left"):
@@ -115,7 +139,42 @@ def test_says_why_it_cannot_be_compiled(tmp_path: Path, monkeypatch: pytest.Monk
         compile_library(tmp_path / "cache")
 
 
-def test_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+WRONG_COMPILER = """#!/bin/sh
+[ "$1" = --version ] && exec c++ --version
+copy={copy}.$$
+cp -r {sources} $copy
+sed -i 's/static_cast<float>(size) + eps/static_cast<float>(size) + 2 * eps/' $copy/rows.hpp
+sed -i 's/state.result\\[i\\] / 1.1f * state.result[i] /' $copy/attention.cpp
+for argument; do
+    shift
+    case "$argument" in
+        */decoder.cpp | */quantized.cpp | */sampling.cpp) set -- "$@" -x c++ /dev/null ;;  # not used here
+        {sources}/*) set -- "$@" "$copy/${{argument##*/}}" ;;
+        -O3) set -- "$@" -O1 ;;
+        *) set -- "$@" "$argument" ;;
+    esac
+done
+exec c++ "$@"
+"""
+
+
+@needs_compiler
+def test_kernels_that_a_compiler_got_wrong_are_not_used(tmp_path: Path) -> None:
+    sources, compiler = Path(library.__file__).parent, tmp_path / "compiler"
+    compiler.write_text(WRONG_COMPILER.format(sources=sources, copy=tmp_path / "copy"))
+    compiler.chmod(0o700)
+    script = (
+        "import torch; from kernels.native import linear, rows; from kernels.attention.native import can_attend_heads\n"
+        "print(linear.why_not(), rows.can_compute(torch.zeros(2, 2)), can_attend_heads(torch.float32, 64, group=1))"
+    )
+    environment = os.environ | {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["None", "False", "False"]
+    assert "an operator on torch.float32 rows is wrong on this CPU" in done.stderr
+    assert "attention in torch.float32 is off by" in done.stderr
+
+
+def test_native_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ECHELON_COMPILE", "off")
     with pytest.raises(CompileError, match="ECHELON_COMPILE=off"):
         load_library()

@@ -37,7 +37,7 @@ def test_reference_is_the_formula(heads: tuple[int, int], head_dim: int, sliding
     ("heads", "head_dim"),
     [((2, 2), 32), ((3, 3), 96), ((4, 1), 64), ((8, 1), 128), ((6, 2), 128), ((16, 1), 64)],
 )
-def test_is_the_reference_for_all_heads_and_dtypes(
+def test_the_result_is_the_reference_for_all_heads_and_dtypes(
     heads: tuple[int, int], head_dim: int, dtype: torch.dtype, batch_invariant: bool
 ) -> None:
     case = Case(seqs=RAGGED, heads=heads, head_dim=head_dim, dtype=dtype)
@@ -71,7 +71,7 @@ def test_seqs_side_by_side(heads: tuple[int, int], neighbours: bool, dtype: torc
     assert_close(case.run(), case.run_reference()[0], dtype)
 
 
-def test_short_seqs_of_a_kind_share_a_call_of_torch(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_seqs_of_equal_shape_share_one_torch_call(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if implementation == "compiled":
         pytest.skip("one call serves all seqs")
     calls = []
@@ -89,7 +89,7 @@ def test_short_seqs_of_a_kind_share_a_call_of_torch(implementation: str, monkeyp
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("neighbours", [False, True])
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 255, 256, 257])
-def test_borders_of_blocks_and_tiles(length: int, neighbours: bool, batch_invariant: bool) -> None:
+def test_lengths_at_block_and_tile_boundaries(length: int, neighbours: bool, batch_invariant: bool) -> None:
     seqs = [(length, new) for new in (1, 2, 15, 16, 17, length) if new <= length]
     case = Case(seqs=seqs, neighbours=neighbours)
     assert_close(case.run(batch_invariant=batch_invariant), case.run_reference()[0], torch.float32)
@@ -98,7 +98,7 @@ def test_borders_of_blocks_and_tiles(length: int, neighbours: bool, batch_invari
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("sliding_window", [None, 6])
 @pytest.mark.parametrize("neighbours", [False, True])
-def test_what_lies_in_unused_slots_has_no_influence(
+def test_contents_of_unused_slots_have_no_influence(
     neighbours: bool, sliding_window: int | None, batch_invariant: bool
 ) -> None:
     options = {"seqs": RAGGED, "neighbours": neighbours, "sliding_window": sliding_window}
@@ -108,7 +108,7 @@ def test_what_lies_in_unused_slots_has_no_influence(
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
-def test_what_lies_before_the_window_has_no_influence(batch_invariant: bool) -> None:
+def test_keys_before_the_window_have_no_influence(batch_invariant: bool) -> None:
     clean, dirty = (Case(seqs=[(700, 3), (700, 90)], sliding_window=250) for _ in range(2))
     for row in range(2):
         forgotten = dirty.block_table[row, :14].long()  # positions up to 223; the first query at 610 sees from 361
@@ -142,7 +142,7 @@ def test_scores_of_any_size_stay_finite(batch_invariant: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_inputs_stay_as_they_are_and_strides_of_q_do_not_matter(dtype: torch.dtype) -> None:
+def test_inputs_stay_unchanged_and_strides_of_q_do_not_matter(dtype: torch.dtype) -> None:
     case = Case(seqs=RAGGED, dtype=dtype, poison=0.0)
     before = {name: x.clone() for name, x in case.arguments().items()}
     assert not case.q.is_contiguous()
@@ -189,7 +189,7 @@ def test_an_empty_window_is_refused() -> None:
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("sliding_window", [None, 300])
-def test_logarithms_of_the_sums(sliding_window: int | None, batch_invariant: bool) -> None:
+def test_log_sums_are_returned_on_request(sliding_window: int | None, batch_invariant: bool) -> None:
     case = Case(seqs=RAGGED, heads=(6, 2), sliding_window=sliding_window)
     out, lse = case.run_with_lse(batch_invariant=batch_invariant)
     expected = case.run_reference()
@@ -223,13 +223,13 @@ def test_the_reference_of_a_tree_is_the_formula(sliding_window: int | None) -> N
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("sliding_window", [None, 2, 20])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_a_tree_is_its_reference(dtype: torch.dtype, sliding_window: int | None, batch_invariant: bool) -> None:
+def test_a_tree_equals_its_reference(dtype: torch.dtype, sliding_window: int | None, batch_invariant: bool) -> None:
     case = tree_case(sliding_window, dtype=dtype)
     assert_close(case.run(batch_invariant=batch_invariant), case.run_reference()[0], dtype)
     assert_close(case.run_with_lse(batch_invariant=batch_invariant)[1], case.run_reference()[1], torch.float32)
 
 
-def test_a_chain_as_a_tree_is_the_chain() -> None:
+def test_a_chain_written_as_a_tree_gives_the_same_result() -> None:
     chain = Case(seqs=[(20, 5), (64, 64)])
     tree = Case(
         seqs=chain.seqs, ancestors=torch.tensor(tree_words([None, 0, 1, 2, 3]) + tree_words([None, *range(63)]))
@@ -244,7 +244,7 @@ def test_a_chain_as_a_tree_is_the_chain() -> None:
         (torch.zeros(3, dtype=torch.int64), r"^ancestors: expected contiguous int64 \[11\], got torch.int64 \[3\]"),
     ],
 )
-def test_words_that_do_not_fit_are_refused(words: Tensor, message: str) -> None:
+def test_mask_words_of_the_wrong_shape_are_refused(words: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Case(seqs=[(20, 11)], ancestors=words).run()
 

@@ -28,7 +28,9 @@ def settings(dtype: str, head_dim: int, *, batch_invariant: bool = False) -> Set
     )
 
 
-def compile_kernel(kernel: Any, model: Settings, dtype: str, tiling: Tiling, **choices: object) -> Any:
+def compile_kernel(
+    kernel: Any, model: Settings, dtype: str, tiling: Tiling, *, is_fp8: bool = False, **choices: Any
+) -> Any:
     """Compiles a kernel. choices: constexprs, and None for pointers that are left out."""
     constexprs = {
         "NUM_KV_HEADS": model.num_kv_heads,
@@ -39,9 +41,12 @@ def compile_kernel(kernel: Any, model: Settings, dtype: str, tiling: Tiling, **c
         "WINDOW": None,
         "ROWS": tiling.rows,
         "KEYS": tiling.keys,
+        **({} if is_fp8 else dict.fromkeys(("k_scales_ptr", "v_scales_ptr"))),
         **choices,
     }
     signature = {name: _type(name, dtype) for name in kernel.arg_names if name not in constexprs}
+    if is_fp8:
+        signature |= {"k_ptr": "*fp8e4nv", "v_ptr": "*fp8e4nv"}
     return compile_for_sm90(
         kernel, signature, constexprs, num_warps=tiling.num_warps, num_stages=tiling.num_stages, enable_fp_fusion=True
     )
@@ -54,12 +59,14 @@ def _type(name: str, dtype: str) -> str:
         return "*i64"
     if name == "scale":
         return "fp32"
+    if name.endswith("_scales_ptr"):
+        return "*fp32"
     return "*i32" if name.endswith("_ptr") else "i32"
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_of_every_type_and_size_of_head(dtype: str, head_dim: int) -> None:
+def test_kernels_compile_for_every_dtype_and_head_size(dtype: str, head_dim: int) -> None:
     model = settings(dtype, head_dim)
     tiling = choose_tiling(model, num_rows=16)
     compiled = compile_kernel(paged_attention_kernel, model, dtype, tiling, lse_ptr=None, ancestors_ptr=None)
@@ -78,7 +85,20 @@ def test_of_every_type_and_size_of_head(dtype: str, head_dim: int) -> None:
     )
 
 
-def test_parts_are_seen_by_whoever_merges_them() -> None:
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_kernels_compile_for_caches_in_fp8(dtype: str) -> None:
+    """They read bytes, and multiply in the dtype of the queries."""
+    model = settings(dtype, 128)
+    choices = {"lse_ptr": None, "ancestors_ptr": None, "is_fp8": True}
+    split = compile_kernel(paged_attention_kernel, model, dtype, choose_tiling(model, num_rows=16), **choices)
+    whole = compile_kernel(
+        prefill_attention_kernel, model, dtype, choose_whole_tiling(model), ONE_PASS=False, **choices
+    )
+    for compiled in (split, whole):
+        assert "e4m3" in compiled.asm["ptx"]
+
+
+def test_parts_are_visible_to_the_program_that_merges_them() -> None:
     """All threads write before one of them counts, with release and acquire; parts of others are read past the L1
     cache."""
     model = settings("bf16", 128)
@@ -99,7 +119,7 @@ def _around(lines: list[str], pattern: str) -> tuple[list[str], list[str], list[
 
 
 @pytest.mark.parametrize(("lse", "tree", "window"), [(True, True, None), (True, False, 4096), (False, True, 4096)])
-def test_of_every_variant(lse: bool, tree: bool, window: int | None) -> None:
+def test_every_variant_compiles(lse: bool, tree: bool, window: int | None) -> None:
     options: dict[str, object] = {"WINDOW": window}
     options |= {} if lse else {"lse_ptr": None}
     options |= {} if tree else {"ancestors_ptr": None}

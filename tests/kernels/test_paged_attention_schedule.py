@@ -56,7 +56,7 @@ def test_little_work_takes_few_programs() -> None:
 
 @pytest.mark.parametrize("invariant", [False, True])
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
-def test_every_new_token_stands_in_one_query_tile(group: int, invariant: bool) -> None:
+def test_every_new_token_is_in_one_query_tile(group: int, invariant: bool) -> None:
     seqs = [(5000, 4000), (300, 1), (40, 0), (0, 0), (64, 64), (700, 9), (2000, 2000)]
     chosen = schedule(seqs, group=group, invariant=invariant)
     tokens = []
@@ -78,7 +78,7 @@ def test_only_chunks_that_fill_the_device_are_not_split() -> None:
     assert schedule([(4000, 64)] * 30, tree=True).whole is None
 
 
-def test_the_longest_way_through_the_keys_begins_first() -> None:
+def test_the_longest_stretch_of_keys_starts_first() -> None:
     work = schedule([(1000, 1000), (9000, 1000)]).whole
     assert work is not None
     seq_of = work.query_tiles[:, 0].tolist()

@@ -19,7 +19,7 @@ MERGE_BYTES = 32 * (4 * 128 * 2 + 16)  # a query token
         ([64, 64], 0),  # full passes either way
     ],
 )
-def test_saving_is_readings_of_the_prefix_less_the_merge(num_new: list[int], readings_saved: int) -> None:
+def test_the_saving_is_the_reads_of_the_prefix_minus_the_merge(num_new: list[int], readings_saved: int) -> None:
     for num_prefix_tokens in (16, 4096):
         expected = readings_saved * num_prefix_tokens * KV_BYTES - sum(num_new) * MERGE_BYTES
         assert prefix_saving_bytes(num_prefix_tokens, num_new, LLAMA_8B) == expected
@@ -50,7 +50,7 @@ def test_a_prefix_ends_before_new_tokens_and_blocks_that_are_not_full() -> None:
     assert choose(copies, num_new=12) == [PrefixGroup(first_seq=0, num_seqs=4, num_blocks=48)]
 
 
-def test_what_saves_too_little_is_left() -> None:
+def test_groups_that_save_too_little_are_not_formed() -> None:
     short = tables(range(1), range(1), tail=40)
     saving = prefix_saving_bytes(16, [1, 1], LLAMA_8B)
     assert saving < 0

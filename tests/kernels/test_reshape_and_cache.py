@@ -71,6 +71,7 @@ class Case:
         }
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("operator", [reshape_and_cache, reshape_and_cache_reference])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ class Case:
         (0, 2, 2, 32, 32),
     ],
 )
-def test_rotates_and_writes(
+def test_keys_are_rotated_and_written(
     operator, dtype: torch.dtype, num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int
 ) -> None:
     case = Case(
@@ -116,8 +117,9 @@ def test_rotates_and_writes(
     assert v_slots[untouched].isnan().all()
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_has_the_bits_of_the_reference_for_any_batch(dtype: torch.dtype) -> None:
+def test_the_result_has_the_bits_of_the_reference_for_any_batch(dtype: torch.dtype) -> None:
     fast, slow = Case(300, dtype=dtype), Case(300, dtype=dtype)
     reshape_and_cache_reference(**slow.arguments())
     for start, end in [(0, 1), (1, 8), (8, 9), (9, 200), (200, 300)]:
@@ -131,6 +133,7 @@ def test_has_the_bits_of_the_reference_for_any_batch(dtype: torch.dtype) -> None
     assert torch.equal(fast.v_cache.nan_to_num(), slow.v_cache.nan_to_num())
 
 
+@pytest.mark.usefixtures("implementation")
 def test_strided_features_are_rotated_too() -> None:
     case, strided = Case(5), Case(5)
     strided.q = case.q.clone().transpose(1, 2).contiguous().transpose(1, 2)
@@ -142,6 +145,7 @@ def test_strided_features_are_rotated_too() -> None:
     assert torch.equal(strided.k_cache.nan_to_num(), case.k_cache.nan_to_num())
 
 
+@pytest.mark.usefixtures("implementation")
 def test_all_slots_may_be_skipped() -> None:
     case = Case(4)
     case.slots.fill_(-1)
@@ -190,17 +194,27 @@ def test_errors_of_the_gather_name_the_argument(name: str, change, message: str)
         gather_rotary(**arguments)
 
 
-@pytest.mark.parametrize("kind", ["*bf16", "*fp16", "*fp32"])
+@pytest.mark.parametrize(
+    ("kind", "cache"),
+    [("*bf16", "*bf16"), ("*fp16", "*fp16"), ("*fp32", "*fp32"), ("*bf16", "*fp8e4nv")],
+    ids=["bf16", "fp16", "fp32", "fp8"],
+)
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(128, 128), (96, 96), (80, 32)])
-def test_compiles_for_sm_90_into_wide_accesses(head_dim: int, rotary_dim: int, kind: str) -> None:
+def test_the_kernel_compiles_for_sm_90_into_wide_accesses(
+    head_dim: int, rotary_dim: int, kind: str, cache: str
+) -> None:
     block_half = {128: 64, 96: 64, 32: 16}[rotary_dim]
-    signature = {f"{name}_ptr": kind for name in ("q", "k", "v", "k_cache", "v_cache")}
+    signature = {f"{name}_ptr": kind for name in ("q", "k", "v")}
+    signature |= {f"{name}_cache_ptr": cache for name in "kv"}
     signature |= {"rotary_ptr": "*fp32", "slot_ptr": "*i64", "num_tokens": "i32"}
     signature |= {f"{name}_stride_{level}": "i32:16" for name in "qkv" for level in ("token", "head")}
     signature |= {f"rotary_stride_{level}": "i32:16" for level in ("sin", "token")}
     constexprs = {"q_stride": 1, "k_stride": 1, "v_stride": 1, "slot_stride": 1, "NUM_Q_HEADS": 32, "NUM_KV_HEADS": 8}
     constexprs |= {"HEAD_DIM": head_dim, "HALF": rotary_dim // 2, "ROWS": TILE_ELEMENTS // block_half}
     constexprs |= {"BLOCK_HALF": block_half, "BLOCK_REST": 64 if head_dim > rotary_dim else 0}
+    scales = ("k_scales_ptr", "v_scales_ptr")
+    signature |= dict.fromkeys(scales, "*fp32") if cache == "*fp8e4nv" else {}
+    constexprs |= {} if cache == "*fp8e4nv" else dict.fromkeys(scales)
     compiled = compile_for_sm90(reshape_and_cache_kernel, signature, constexprs)
     assert "ld.global.v4.b32" in compiled.asm["ptx"]
     assert "st.global.v4.b32" in compiled.asm["ptx"]

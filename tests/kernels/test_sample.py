@@ -13,6 +13,8 @@ from kernels.sampling.sample_top import sample_top, sample_top_reference
 from kernels.sampling.sort_key import pack_sort_key, unpack_sort_key
 from kernels.sampling.top_keys import top_sort_keys, top_sort_keys_reference
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 
 def noise_keys(num_rows: int, seed: int = 0) -> NoiseKeys:
     generator = torch.Generator().manual_seed(seed)
@@ -45,7 +47,7 @@ def logits_of_kind(kind: str, num_rows: int, num_tokens: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["peaked", "flat", "tied", "swallowing", "truncated", "mixed", "plain"])
 @pytest.mark.parametrize(("num_rows", "num_tokens", "first_token_id"), [(5, 1, 3), (7, 131, 0), (6, 4099, 2049)])
-def test_pruning_saves_work_only(kind: str, num_rows: int, num_tokens: int, first_token_id: int) -> None:
+def test_pruning_only_saves_work(kind: str, num_rows: int, num_tokens: int, first_token_id: int) -> None:
     logits, keys = logits_of_kind(kind, num_rows, num_tokens), noise_keys(num_rows)
     temperature = torch.tensor([1.0, 0.0, 0.7]).repeat(num_rows)[:num_rows]
     values, token_ids = sample(logits, temperature, keys, first_token_id=first_token_id)
@@ -65,7 +67,7 @@ def test_batches_that_are_greedy_throughout(kind: str, num_tokens: int, first_to
     assert torch.equal(token_ids, expected[1])
 
 
-def test_vocabularies_longer_than_what_is_drawn_at_once() -> None:
+def test_vocabularies_longer_than_one_draw() -> None:
     num_tokens = 2 * TILE * TILES_AT_ONCE + 77
     logits, keys, temperature = torch.zeros(2, num_tokens), noise_keys(2), torch.tensor([1.0, 0.0])
     values, token_ids = sample(logits, temperature, keys, first_token_id=5)
@@ -128,7 +130,7 @@ def test_a_row_does_not_see_its_batch(kind: str) -> None:
         assert torch.equal(alone[1], token_ids[rows])
 
 
-def test_none_of_the_best_is_no_question() -> None:
+def test_asking_for_no_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="num must be"):
         sample_top(torch.zeros(1, 4), torch.ones(1), noise_keys(1), num=0)
 
@@ -172,7 +174,7 @@ def test_sort_keys_order_by_value_then_lowest_id() -> None:
 @pytest.mark.parametrize("kind", ["peaked", "flat", "tied", "swallowing", "truncated", "mixed", "plain"])
 @pytest.mark.parametrize(("num_rows", "num_tokens", "first_token_id"), [(5, 1, 3), (7, 131, 0), (6, 4099, 2049)])
 @pytest.mark.parametrize("num", [1, 3, 80])
-def test_the_best_few_are_those_of_a_sort(
+def test_the_best_few_equal_those_of_a_sort(
     kind: str, num_rows: int, num_tokens: int, first_token_id: int, num: int
 ) -> None:
     logits, keys = logits_of_kind(kind, num_rows, num_tokens), noise_keys(num_rows)
@@ -190,7 +192,7 @@ def test_the_best_few_are_those_of_a_sort(
 
 
 @pytest.mark.parametrize("kind", ["flat", "tied", "plain", "mixed"])
-def test_what_is_below_its_threshold_is_as_good_as_masked(kind: str) -> None:
+def test_logits_below_the_threshold_count_as_masked(kind: str) -> None:
     logits, keys = logits_of_kind(kind, 6, 3001), noise_keys(6)
     temperature = torch.tensor([1.0, 0.0, 0.7]).repeat(2)
     scaled = scale_by_temperature(logits, temperature)
@@ -207,7 +209,7 @@ def test_what_is_below_its_threshold_is_as_good_as_masked(kind: str) -> None:
     assert torch.equal(found[1], expected[1])
 
 
-def test_a_row_without_luck_is_found_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unlucky_row_is_still_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the goal that nearly always works is far too high, no token reaches it: then the goal that is certain
     counts."""
     monkeypatch.setattr(sample_cpu, "LIKELY_TOKENS", 1e-17)

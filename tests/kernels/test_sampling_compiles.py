@@ -13,6 +13,7 @@ from kernels.sampling.probability_mass import mass_and_rank_kernel
 from kernels.sampling.sample import best_tile_kernel, sample_tiles_kernel
 from kernels.sampling.softmax_sum import row_sums_kernel, tile_sums_kernel
 from kernels.sampling.tile import NUM_WARPS, SMALL_TILE, TILE
+from kernels.sampling.token_bits import token_bits_kernel
 from kernels.sampling.top_keys import top_of_rows_kernel, top_of_tiles_kernel
 from kernels.sampling.truncation_threshold import (
     collect_kernel,
@@ -42,7 +43,7 @@ INT64 = {
     "draft_token_ids_ptr",
     "cu_rows_ptr",
 }
-OTHER = {"top_p_ptr": "*fp64", "found_ptr": "*u8", "seen_ptr": "*i1"}
+OTHER = {"top_p_ptr": "*fp64", "bits_ptr": "*i32", "found_ptr": "*u8", "seen_ptr": "*i1"}
 FUSED = re.compile(r"\bfma\.rn\.f32\b")
 # Divisions that are not rounded correctly, and arithmetic that flushes tiny numbers to zero. (A floor may do so: it
 # only gets numbers of 2^-26 and more.)
@@ -88,6 +89,7 @@ OTHER_KERNELS = [
     (part_maxima_kernel, {"TILE": TILE, "PART": 128}, 8),
     (lower_bound_kernel, {"BLOCK": 1024}, 4),
     (verify_chain_kernel, {"BLOCK": 32}, 1),
+    (token_bits_kernel, {"BLOCK": 1024}, 4),
     (edit_kernel, {"EDIT": BIAS, "BLOCK": 256, "seen_ptr": None, "settings_ptr": None}, 4),
     (edit_kernel, {"EDIT": MASK, "BLOCK": 256, "seen_ptr": None, "settings_ptr": None, "amounts_ptr": None}, 4),
 ]
@@ -100,11 +102,11 @@ def test_bits_are_left_alone(kernel: Any, constexprs: dict[str, object], num_war
     assert not INEXACT.search(ptx)
 
 
-def test_without_the_option_they_would_be_fused() -> None:
+def test_without_the_option_operations_would_be_fused() -> None:
     constexprs = {"HAS_THRESHOLDS": False, "TILE": SMALL_TILE}
     assert FUSED.search(compile_kernel(sample_tiles_kernel, constexprs, enable_fp_fusion=True))
 
 
 @pytest.mark.parametrize(("kernel", "constexprs", "num_warps"), OTHER_KERNELS)
-def test_the_others_compile(kernel: Any, constexprs: dict[str, object], num_warps: int) -> None:
+def test_all_other_kernels_compile(kernel: Any, constexprs: dict[str, object], num_warps: int) -> None:
     compile_kernel(kernel, constexprs, num_warps)

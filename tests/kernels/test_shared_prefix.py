@@ -62,7 +62,7 @@ def test_reading_a_prefix_together_changes_nothing(name: str, group: int) -> Non
     torch.testing.assert_close(attend(batch, groups).double(), dense(batch), rtol=1e-5, atol=1e-5)
 
 
-def test_groups_that_cannot_be_are_named() -> None:
+def test_impossible_groups_are_named() -> None:
     groups = [PrefixGroup(first_seq=0, num_seqs=2, num_blocks=2)]
     batch = shared_batch(groups, [3, 4], [1, 1])
     with pytest.raises(ValueError, match="groups: expected at least one"):

@@ -23,6 +23,7 @@ def exact(gate_up: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", list(RTOL))
 @pytest.mark.parametrize(("num_tokens", "intermediate"), SIZES)
 def test_launcher_and_reference_are_the_formula(num_tokens: int, intermediate: int, dtype: torch.dtype) -> None:
@@ -36,6 +37,7 @@ def test_launcher_and_reference_are_the_formula(num_tokens: int, intermediate: i
     assert torch.equal(gate_up, before)
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_gates_saturate(dtype: torch.dtype) -> None:
     gate_up = torch.tensor([[1e30, -1e30, 200.0, -200.0, 2.0, 2.0, 2.0, 2.0]], dtype=dtype)
@@ -44,12 +46,14 @@ def test_large_gates_saturate(dtype: torch.dtype) -> None:
     assert torch.equal(y[0, 1:], torch.tensor([0.0, 400.0, 0.0], dtype=dtype))
 
 
+@pytest.mark.usefixtures("implementation")
 def test_strides_do_not_matter() -> None:
     wide = inputs(12, 40, torch.float32)
     for strided in (wide[:, 5:71], wide.t()[:12].t(), wide[::2]):
         assert torch.equal(silu_and_mul(strided), silu_and_mul(strided.contiguous()))
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("intermediate", [7, 33, 1000, 4096])
@@ -64,6 +68,7 @@ def test_a_row_does_not_depend_on_its_batch(
         assert torch.equal(parts, whole), f"{num_rows} rows at a time"
 
 
+@pytest.mark.usefixtures("implementation")
 def test_every_bfloat16_gate_has_the_same_bits_alone_and_in_a_vector() -> None:
     gates = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     gates = gates[gates.isfinite()]
@@ -83,7 +88,7 @@ def test_errors_name_the_argument() -> None:
 
 
 @pytest.mark.parametrize("kind", ["*bf16", "*fp16", "*fp32"])
-def test_compiles_for_sm_90_into_wide_accesses(kind: str) -> None:
+def test_the_kernel_compiles_for_sm_90_into_wide_accesses(kind: str) -> None:
     signature = {
         "gate_up_ptr": kind,
         "out_ptr": kind,

@@ -7,7 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.native.linear import why_not
+from kernels.native.sampling import native_choose
+from kernels.sampling.noise_keys import NoiseKeys, row_settings
 from kernels.sampling.probability_mass import MASS_BITS, probability_mass, total_mass
+from kernels.sampling.sample_top import sample_top_reference
 from kernels.sampling.truncation import Candidates, Truncation, min_p_top_k_threshold, top_p_threshold
 
 
@@ -98,7 +102,7 @@ def test_equals_the_definition_on_random_rows(seed: int) -> None:
 
 @pytest.mark.parametrize("settings", [{"top_k": 20}, {"top_p": 0.8}, {"top_k": 30, "top_p": 0.9}, {"min_p": 0.2}])
 @pytest.mark.parametrize("spread", [0.0, 0.5, 3.0])
-def test_candidates_that_claim_to_suffice_do(settings: dict[str, float], spread: float) -> None:
+def test_candidates_that_claim_to_suffice_do_suffice(settings: dict[str, float], spread: float) -> None:
     generator = torch.Generator().manual_seed(5)
     logits = (torch.randn(40, 200, generator=generator) * spread * 2).round() / 2
     cut = truncation(**settings, num_rows=40)  # type: ignore[arg-type]
@@ -125,3 +129,37 @@ def test_mass_is_exp_and_its_sum_is_exact() -> None:
 def test_mass_of_the_far_and_the_excluded_is_zero() -> None:
     logits = torch.tensor([[5.0, -26.0, -1e30, -torch.inf]])
     assert probability_mass(logits, torch.tensor([5.0])).tolist() == [[1 << MASS_BITS, 0, 0, 0]]
+
+
+@pytest.mark.skipif(why_not() is not None, reason=f"cannot be compiled here: {why_not()}")
+@pytest.mark.parametrize("num_tokens", [1, 60, 700, 5000])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 20.0])
+def test_native_kernels_choose_among_the_same_tokens(num_tokens: int, spread: float) -> None:
+    """The values of the best tokens show whether one was excluded: each is kept or dropped somewhere."""
+    generator = torch.Generator().manual_seed(7)
+    for number in range(24):
+        logits = torch.randn(3, num_tokens, generator=generator) * spread
+        if number % 2:
+            logits = logits.round()  # ties
+        temperature = torch.rand(3, generator=generator) + 0.1
+        min_p, top_p = torch.rand(2, generator=generator).tolist()
+        top_k = int(torch.randint(0, min(num_tokens, 300) + 2, (1,), generator=generator))
+        cut = truncation(
+            min_p**4 * (number % 3 == 0),
+            top_k * (number % 4 < 2),
+            (1.0, 0.99999)[number % 2] if number % 5 == 0 else top_p,
+            3,
+        )
+        keys = NoiseKeys(
+            seeds=torch.arange(3) + number, sample_indices=torch.zeros(3).long(), positions=torch.arange(3)
+        )
+        scaled = logits / temperature.unsqueeze(1)
+        limits, covered = thresholds(scaled, cut)
+        assert bool(covered.all())
+        settings = row_settings(temperature, keys, None)
+        settings["top_k"], settings["top_p"], settings["log_min_p"] = cut.top_k, cut.top_p, cut.log_min_p
+        num = min(num_tokens, 65)
+        values, token_ids = native_choose(logits, settings, num=num, first_token_id=0)
+        expected = sample_top_reference(logits, temperature, keys, num=num, thresholds=limits)
+        assert torch.equal(values, expected[0])
+        assert torch.equal(token_ids, expected[1])

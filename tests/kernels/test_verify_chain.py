@@ -35,7 +35,7 @@ def test_equals_the_loop(chains: list[Chain]) -> None:
     assert verify(chains) == [verify_by_hand(*chain) for chain in chains]
 
 
-def test_agreement_behind_a_mismatch_does_not_count() -> None:
+def test_agreement_after_a_mismatch_does_not_count() -> None:
     assert verify([([5, 6, 7, 8], [5, 9, 7])]) == [(1, 6)]
 
 

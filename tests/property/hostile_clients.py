@@ -11,6 +11,7 @@ for a core, so run it on three cores or more.
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import random
 import sys
@@ -21,7 +22,7 @@ import grpc
 from childproc.wires import open_channel
 from tests.helpers.attacked_gateway import AttackedGateway, Report
 from tests.helpers.hostile import knock
-from tests.helpers.hostile_clients import HTTP_ATTACKS, large_requests, odd_request
+from tests.helpers.hostile_clients import HTTP_ATTACKS, hostile_bodies, large_requests, odd_request
 
 _IDLE_S = 5.0
 _ALLOWED_ABOVE_IDLE_S = 0.02
@@ -30,9 +31,9 @@ _SIDE_BY_SIDE = 8
 
 
 async def attack(address: str, http_port: int, count: int, seed: int, max_bytes: int) -> Counter[str]:
-    """How many of `count` calls ended with each status."""
+    """How many of `count` calls, and half as many over HTTP, ended with each status."""
     rng = random.Random(seed)
-    large = large_requests(max_bytes)
+    large, bodies = large_requests(max_bytes), hostile_bodies(max_bytes)
     turns = asyncio.Semaphore(_SIDE_BY_SIDE)
     host, _, port = address.rpartition(":")
     async with open_channel(address, ("grpc.max_send_message_length", -1)) as channel:
@@ -40,6 +41,9 @@ async def attack(address: str, http_port: int, count: int, seed: int, max_bytes:
         for number in range(count):
             data = large[number // 2 % len(large)] if number % 2 else odd_request(rng)
             calls.append(asyncio.create_task(_call(channel, data, turns)))
+            path, body = bodies[number // 2 % len(bodies)]
+            if number % 2:
+                calls.append(asyncio.create_task(_post(http_port, path, body, turns)))
             attacked = HTTP_ATTACKS[number % len(HTTP_ATTACKS)]
             noisy = await asyncio.to_thread(knock, (host, int(port)), rng)
             _, writer = await asyncio.open_connection(host, http_port)
@@ -62,15 +66,28 @@ async def _call(channel: grpc.aio.Channel, data: bytes, turns: asyncio.Semaphore
         return (await waiting).name
 
 
+async def _post(port: int, path: str, body: bytes, turns: asyncio.Semaphore) -> str:
+    """The status, as "HTTP 400"."""
+    async with turns:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        answer = await asyncio.wait_for(reader.read(), _CALL_S)
+        writer.close()
+        return f"HTTP {answer[9:12].decode()}"
+
+
 async def run(count: int, seed: int, max_model_len: int) -> bool:
     max_bytes = max(32 * max_model_len, 1 << 20)  # what the gateway accepts
     async with AttackedGateway(max_model_len=max_model_len) as gateway:
+        gc.freeze()  # as gateway/__main__.py does
         idle = await gateway.observe(asyncio.sleep(_IDLE_S))
         attacked = await gateway.observe(gateway.attack(count=count, seed=seed, max_bytes=max_bytes))
     for name, report in (("idle", idle), ("under attack", attacked)):
         print(_line(name, report))
     print("calls:", ", ".join(f"{number} {code}" for code, number in sorted(attacked.codes.items())))
-    answered = "DEADLINE_EXCEEDED" not in attacked.codes and sum(attacked.codes.values()) == count
+    answered = "DEADLINE_EXCEEDED" not in attacked.codes and sum(attacked.codes.values()) == count + count // 2
     return answered and attacked.busy_s <= idle.busy_s + _ALLOWED_ABOVE_IDLE_S
 
 

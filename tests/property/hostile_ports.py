@@ -12,7 +12,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,17 +78,22 @@ def main() -> None:
         processes = deployment.processes.read(lambda board: board.processes)
         _watch(victim, "nobody", options.seconds, lambda: time.sleep(0.01))
         for process in processes:
+            assert process.pid is not None, "it runs"
+            doors = sorted(listening_sockets([process.pid]))
+            if not doors:
+                print(f"{process.name:14} listens nowhere")
+                continue
             with contextlib.ExitStack() as stack:
-                _watch(victim, process.name, options.seconds, _attack(process, rng, stack))
+                _watch(victim, process.name, options.seconds, _attack(process, doors, rng, stack))
         if deployment.processes.read(lambda board: board.processes) != processes:
             victim.faults.append("a process has ended")
     print(*victim.faults, sep="\n")
     sys.exit(bool(victim.faults))
 
 
-def _attack(process: ProcessStatus, rng: random.Random, stack: contextlib.ExitStack) -> Callable[[], None]:
-    assert process.pid is not None, "it runs"
-    doors = sorted(listening_sockets([process.pid]))
+def _attack(
+    process: ProcessStatus, doors: Sequence[tuple[str, int]], rng: random.Random, stack: contextlib.ExitStack
+) -> Callable[[], None]:
     channel = stack.enter_context(open_blocking_channel(process.address)) if process.address else None
     num_held = 0
 

@@ -32,7 +32,7 @@ HEADS = [((4, 2), 64), ((3, 1), 32), ((2, 2), 128)]
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), HEADS)
-def test_every_row_in_every_chunking(
+def test_every_row_is_the_same_in_every_chunking(
     heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     seqs = Seqs([150], heads, head_dim, dtype, device=device)
@@ -43,7 +43,7 @@ def test_every_row_in_every_chunking(
         assert torch.equal(seqs.attend([(0, token, token + 1)])[0], whole[token : token + 1]), f"token {token} alone"
 
 
-def test_every_row_alone_and_verified(device: torch.device) -> None:
+def test_every_row_is_the_same_alone_and_when_verified(device: torch.device) -> None:
     """Each row alone, as in decoding, and with the 4 rows after it, as in verification."""
     seqs = Seqs([70], (4, 2), 64, torch.float16, device=device)
     whole = seqs.in_chunks(0, 70)
@@ -52,7 +52,7 @@ def test_every_row_alone_and_verified(device: torch.device) -> None:
         assert torch.equal(seqs.attend([(0, token, token + 5)])[0], whole[token : token + 5])
 
 
-def test_any_company(dtype: torch.dtype, device: torch.device) -> None:
+def test_a_row_does_not_depend_on_the_rows_beside_it(dtype: torch.dtype, device: torch.device) -> None:
     """Decode, verify and prefill rows of other seqs are in the same call, in any order."""
     lengths = [150, 65, 40, 128]
     seqs = Seqs(lengths, (4, 2), 64, dtype, device=device)
@@ -68,7 +68,7 @@ def test_any_company(dtype: torch.dtype, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("sliding_window", [5, 100])
-def test_with_a_sliding_window(sliding_window: int, device: torch.device) -> None:
+def test_rows_are_the_same_with_a_sliding_window(sliding_window: int, device: torch.device) -> None:
     seqs = Seqs([200], (4, 2), 64, torch.float32, device=device)
     whole = seqs.in_chunks(0, 200, sliding_window)
     for chunk in (9, 64):

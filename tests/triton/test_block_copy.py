@@ -4,17 +4,15 @@ import pytest
 import torch
 
 from kernels.kv.block_copy import (
-    MOVES_AT_ONCE,
     cache_addresses,
     copy_blocks,
     copy_blocks_reference,
     gather_blocks,
     gather_blocks_reference,
-    move_slots,
-    move_slots_reference,
     scatter_blocks,
     scatter_blocks_reference,
 )
+from kernels.upcoming.move_slots import MOVES_AT_ONCE, move_slots, move_slots_reference
 from tests.helpers.kv_caches import Caches, clone, random_caches, same_bits
 
 # Slots of fewer words than a program takes, of as many, and of more; a block that is not a multiple of a tile.

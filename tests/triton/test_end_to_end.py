@@ -35,7 +35,7 @@ def generate(**environment: str) -> tuple[dict[str, list[int]], int]:
         startup_timeout_s=300.0,
     )
     deployment = LocalDeployment(settings)
-    with deployment, open_blocking_channel(deployment.running.scheduler_address) as channel:
+    with deployment, open_blocking_channel(deployment.running.replicas[0].scheduler_address) as channel:
         client = SchedulerClient(scheduler_pb2_grpc.SchedulerStub(channel), max_tokens=NUM_TOKENS, ignore_eos=True)
         for name, sampling in SETTINGS.items():
             client.submit(name, PROMPT, num_drafts=3, **sampling)

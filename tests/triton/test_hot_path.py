@@ -26,7 +26,7 @@ def driver(folder: Path, device: torch.device) -> Driver:
     return drive(load_engines(spec, Cohort(0, 1, None), lambda stage, done, total: None)[TARGET])
 
 
-def test_rounds_call_kernels_alone(driver: Driver) -> None:
+def test_rounds_call_only_our_kernels(driver: Driver) -> None:
     for name, step in hot_rounds(driver, [3, 1, 4, 1, 5, 9, 2]).items():
         launched = launched_by(step)
         assert launched.operators, "the profiler saw nothing"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.upcoming.kv_quant import (
+from kernels.kv.kv_quant import (
     dequantise_blocks,
     dequantise_blocks_reference,
     quantise_blocks,
@@ -16,9 +16,7 @@ SHAPES = [(2, 1, 2, 16, 2, 64), (3, 2, 5, 3, 96), (1, 2, 1, 1, 128), (2, 8, 1, 2
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["normal", "large", "tiny", "constant"])
-def test_codes_and_what_they_stand_for(
-    shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_codes_and_their_values(shape: tuple[int, ...], kind: str, dtype: torch.dtype, device: torch.device) -> None:
     kv = torch.randn(shape, device=device)
     if kind == "large":
         kv = kv * (1e30 if dtype != torch.float16 else 1e4)

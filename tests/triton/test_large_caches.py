@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from kernels.attention.paged_attention import paged_attention, paged_attention_reference
-from kernels.kv.block_copy import copy_blocks, gather_blocks, move_slots
+from kernels.kv.block_copy import copy_blocks, gather_blocks
 from kernels.kv.reshape_and_cache import gather_rotary, reshape_and_cache
 from kernels.upcoming.chunk_bounds import chunk_bounds
+from kernels.upcoming.move_slots import move_slots
 
 NUM_BLOCKS, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM = (1 << 17) + 8, 16, 8, 128  # 2^31 elements, and some blocks
 FAR = [NUM_BLOCKS - 1, NUM_BLOCKS - 4]

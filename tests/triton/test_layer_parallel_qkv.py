@@ -25,7 +25,7 @@ def inputs(
 
 @pytest.mark.parametrize("shape", [(1, 1, 8, 3), (4, 8, 96, 50), (2, 17, 300, 130), (3, 1, 640, 64), (2, 0, 64, 32)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_is_the_reference(
+def test_the_result_is_the_reference(
     shape: tuple[int, int, int, int], with_bias: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
     x, norms, weights, biases = inputs(*shape, dtype=dtype, device=device)
@@ -45,7 +45,7 @@ def test_strided_inputs(dtype: torch.dtype, device: torch.device) -> None:
         torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-def test_a_bad_token_or_layer_stays_alone(dtype: torch.dtype, device: torch.device) -> None:
+def test_a_bad_token_or_layer_affects_no_other(dtype: torch.dtype, device: torch.device) -> None:
     x, norms, weights, biases = inputs(3, 5, 96, 40, dtype=dtype, device=device)
     expected = layer_parallel_qkv(x, norms, weights, biases, EPS)
     x[2, 0] = torch.nan

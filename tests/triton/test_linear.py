@@ -35,7 +35,7 @@ def assert_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 )
 @pytest.mark.parametrize("num_rows", [0, 1, 17, 65])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_is_the_product(
+def test_the_result_is_the_product(
     num_rows: int, shape: tuple[int, int], dtype: torch.dtype, with_bias: bool, device: torch.device
 ) -> None:
     x, weight, bias = inputs(num_rows, shape, dtype, device)
@@ -71,7 +71,7 @@ def test_sums_computed_apart_have_the_same_bits(
     assert torch.equal(linear_batch_invariant(x, weight, bias), apart)
 
 
-def test_other_rows_may_hold_anything(dtype: torch.dtype, device: torch.device) -> None:
+def test_other_rows_have_no_influence(dtype: torch.dtype, device: torch.device) -> None:
     x, weight, _ = inputs(5, (24, 64), dtype, device)
     expected = linear_batch_invariant(x, weight)
     x[2] = torch.nan

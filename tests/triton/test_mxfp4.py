@@ -1,14 +1,26 @@
 """The MXFP4 kernels: the cast, bit for bit, the decoding of every code and scale, and the product."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import triton
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from triton import language as tl
 
-import kernels.upcoming.mxfp4_linear
-from kernels.upcoming.mxfp4 import dequantize_mxfp4, quantize_mxfp4, quantize_mxfp4_reference
-from kernels.upcoming.mxfp4_linear import block_factors, decode_words, mxfp4_linear
+import kernels.layers.mxfp4_linear
+from checkpoint.quantization import WeightFormat
+from kernels.layers.linear import linear
+from kernels.layers.mxfp4 import dequantize_mxfp4, quantize_mxfp4, quantize_mxfp4_reference
+from kernels.layers.mxfp4_linear import block_factors, decode_words, mxfp4_linear
+from kernels.layers.quantized import quantize_weight
+from kernels.layers.quantized_linear import pack_quantized_weight, quantized_linear_reference
+from tests.helpers.paged import run_seqs
+from tests.helpers.tiny_models import MAX_MODEL_LEN, make_tiny_model
+from workers.collectives import SoloGroup
+from workers.models.loading import load_model
 
 
 def weights(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -114,7 +126,7 @@ def test_strided_inputs(dtype: torch.dtype, device: torch.device) -> None:
     assert_product(wide[::2, 10:138:2], packed, scales)
 
 
-def test_a_bad_row_or_block_stays_alone(dtype: torch.dtype, device: torch.device) -> None:
+def test_a_bad_row_or_block_affects_no_other(dtype: torch.dtype, device: torch.device) -> None:
     packed, scales = quantize_mxfp4(weights(20, 128, torch.float32, device))
     x = torch.randn(5, 128).to(device, dtype)
     expected = mxfp4_linear(x, packed, scales)
@@ -132,6 +144,50 @@ def test_more_splits_change_rounding_only(
 ) -> None:
     packed, scales = quantize_mxfp4(weights(20, 640, torch.float32, device))
     x = torch.randn(3, 640).to(device, dtype)
-    monkeypatch.setattr(kernels.upcoming.mxfp4_linear, "MIN_SPLIT_FEATURES", 128)
+    monkeypatch.setattr(kernels.layers.mxfp4_linear, "MIN_SPLIT_FEATURES", 128)
     assert_product(x, packed, scales)
     assert torch.equal(mxfp4_linear(x, packed, scales), mxfp4_linear(x, packed, scales))
+
+
+def test_quantised_weights_in_mxfp4_take_the_kernel(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = quantize_weight(weights(40, 64, torch.float32, device), "mxfp4")
+    x, bias = torch.randn(3, 64, device=device), torch.randn(40, device=device)
+    launches = []
+    launch = kernels.layers.mxfp4_linear.mxfp4_linear_kernel
+
+    class Watched:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            launches.append(grid)
+            return launch[grid]
+
+    monkeypatch.setattr(kernels.layers.mxfp4_linear, "mxfp4_linear_kernel", Watched())
+    packed = pack_quantized_weight(weight)
+    torch.testing.assert_close(
+        linear(x, packed, bias), quantized_linear_reference(x, weight, bias), rtol=1e-4, atol=1e-2
+    )
+    assert len(launches) == 1
+
+
+def test_a_model_in_mxfp4_computes_what_its_rounded_weights_say(tmp_path: Path, device: torch.device) -> None:
+    tiny = make_tiny_model("llama", tmp_path / "tiny", intermediate_size=96, head_dim=32)
+    rounded = tmp_path / "rounded"
+    shutil.copytree(tiny.folder, rounded)
+    tensors = load_file(tiny.folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and "embed" not in name:
+            tensors[name] = dequantize_mxfp4(*quantize_mxfp4_reference(tensor))
+    save_file(tensors, rounded / "model.safetensors")
+
+    def logits(folder: Path, quantization: WeightFormat | None) -> list[Tensor]:
+        model = load_model(
+            folder,
+            dtype=torch.float32,
+            device=device,
+            group=SoloGroup(),
+            max_model_len=MAX_MODEL_LEN,
+            quantization=quantization,
+        )
+        return run_seqs(model, [[1, 2, 3], [7] * 5], "whole")
+
+    for ours, theirs in zip(logits(tiny.folder, "mxfp4"), logits(rounded, None), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)

@@ -48,7 +48,7 @@ def set_programs(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda number: monkeypatch.setattr(attention_schedule, "resident_programs", lambda device: number)
 
 
-def test_lengths_at_the_borders(dtype: torch.dtype, device: torch.device) -> None:
+def test_lengths_at_tile_boundaries(dtype: torch.dtype, device: torch.device) -> None:
     assert_is_reference(Case(seqs=RAGGED, dtype=dtype, device=device))
 
 
@@ -79,14 +79,14 @@ def test_more_rows_than_a_tile(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("sliding_window", [None, 6])
-def test_what_lies_in_unused_slots_has_no_influence(sliding_window: int | None, device: torch.device) -> None:
+def test_contents_of_unused_slots_have_no_influence(sliding_window: int | None, device: torch.device) -> None:
     options = {"seqs": SHORT, "sliding_window": sliding_window, "device": device}
     clean = Case(**options, poison=0.0).run()
     for poison in (torch.nan, torch.inf):
         assert torch.equal(Case(**options, poison=poison).run(), clean)
 
 
-def test_what_lies_before_the_window_has_no_influence(device: torch.device) -> None:
+def test_keys_before_the_window_have_no_influence(device: torch.device) -> None:
     clean, dirty = (Case(seqs=[(300, 3)], sliding_window=100, device=device) for _ in range(2))
     forgotten = dirty.block_table[0, :12].long()  # positions up to 191; the first query at 297 sees from 198
     dirty.k_cache[forgotten] = torch.nan
@@ -140,7 +140,7 @@ def test_a_plan_serves_launch_after_launch(device: torch.device) -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="only the interpreter lets us say which program runs when")
-def test_who_comes_last_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_programs_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(seqs=[(700, 2), (1, 1), (300, 1)])
     in_order = case.run()
     builder: Any = interpreter.interpreter_builder

@@ -45,7 +45,7 @@ def check(case: Case) -> Schedule:
 
 
 @pytest.mark.parametrize("prefix", [0, 15, 16, 17, 127, 128, 129])
-def test_prefixes_at_the_borders(prefix: int, device: torch.device) -> None:
+def test_prefixes_at_tile_boundaries(prefix: int, device: torch.device) -> None:
     schedule = check(Case(seqs=[(prefix + 70, 70)], device=device))
     assert schedule.whole is not None
     assert schedule.split is None
@@ -69,7 +69,7 @@ def test_sliding_window(sliding_window: int, device: torch.device) -> None:
     assert check(case).whole is not None
 
 
-def test_a_mixed_batch_goes_two_ways(dtype: torch.dtype, device: torch.device) -> None:
+def test_a_mixed_batch_takes_both_paths(dtype: torch.dtype, device: torch.device) -> None:
     """Decode and verify rows beside chunks, a seq without new tokens, and an empty seq."""
     seqs = [(33, 1), (130, 90), (20, 0), (140, 4), (65, 65), (0, 0), (1, 1)]
     schedule = check(Case(seqs=seqs, dtype=dtype, device=device))
@@ -80,14 +80,14 @@ def test_a_mixed_batch_goes_two_ways(dtype: torch.dtype, device: torch.device) -
 
 
 @pytest.mark.parametrize("sliding_window", [None, 40])
-def test_what_lies_in_unused_slots_has_no_influence(sliding_window: int | None, device: torch.device) -> None:
+def test_contents_of_unused_slots_have_no_influence(sliding_window: int | None, device: torch.device) -> None:
     options = {"seqs": [(140, 70), (65, 65)], "sliding_window": sliding_window, "device": device}
     clean = Case(**options, poison=0.0).run()
     for poison in (torch.nan, torch.inf):
         assert torch.equal(Case(**options, poison=poison).run(), clean)
 
 
-def test_what_lies_before_the_window_has_no_influence(device: torch.device) -> None:
+def test_keys_before_the_window_have_no_influence(device: torch.device) -> None:
     clean, dirty = (Case(seqs=[(300, 70)], sliding_window=60, device=device) for _ in range(2))
     forgotten = dirty.block_table[0, :10].long()  # positions up to 159; the first query at 230 sees from 171
     dirty.k_cache[forgotten] = torch.nan

@@ -67,7 +67,9 @@ def assert_same(found: Case, expected: Case, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_is_the_reference(shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+def test_the_result_is_the_reference(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> None:
     found, expected = Case(shape, dtype, device), Case(shape, dtype, device)
     for case in (found, expected):
         case.slot_mapping[1:2] = -1

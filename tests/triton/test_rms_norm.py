@@ -24,7 +24,7 @@ def assert_normed(y: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_is_the_reference(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def test_the_result_is_the_reference(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     x, weight = random(*shape, dtype=dtype, device=device), random(shape[-1], dtype=dtype, device=device)
     before = x.clone()
     assert_normed(rms_norm(x, weight, EPS), x, weight)
@@ -86,7 +86,7 @@ def test_a_row_does_not_depend_on_its_batch(hidden: int, dtype: torch.dtype, dev
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter's numpy
-def test_one_bad_row_stays_alone(device: torch.device) -> None:
+def test_a_bad_row_affects_no_other(device: torch.device) -> None:
     x, weight = random(20, 64, dtype=torch.float32, device=device), random(64, dtype=torch.float32, device=device)
     expected = rms_norm(x, weight, EPS)
     x[7, 3] = torch.nan

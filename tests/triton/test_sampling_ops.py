@@ -8,6 +8,7 @@ from kernels.sampling.non_finite import non_finite_reference, screen
 from kernels.sampling.penalties import apply_bias, apply_mask, apply_penalties, apply_penalties_reference
 from kernels.sampling.probability_mass import mass_and_rank, mass_and_rank_reference, total_mass, total_mass_reference
 from kernels.sampling.softmax_sum import softmax_sum, softmax_sum_reference
+from kernels.sampling.token_bits import apply_token_bits
 from kernels.sampling.verify_chain import verify_chain, verify_chain_reference
 
 
@@ -43,6 +44,22 @@ def test_edits_of_single_logits(first_token_id: int, num_tokens: int, device: to
     logits[rows, token_ids] += bias
     logits[rows[:40], token_ids[:40]] = -torch.inf
     assert torch.equal(shard.cpu(), logits[:, first_token_id : first_token_id + num_tokens])
+
+
+@pytest.mark.parametrize(("first_token_id", "num_tokens"), [(0, 300), (100, 60), (260, 60)])
+def test_tokens_without_their_bit_are_excluded(first_token_id: int, num_tokens: int, device: torch.device) -> None:
+    """On the whole vocabulary and on shards, the last of which has more columns than there are bits."""
+    generator = torch.Generator().manual_seed(1)
+    logits = random_logits(4, num_tokens)
+    bits = torch.randint(-(2**31), 2**31, (2, 9), generator=generator, dtype=torch.int64).to(torch.int32)
+    shard = logits.to(device)
+    apply_token_bits(shard, torch.tensor([3, 1], device=device), bits.to(device), first_token_id=first_token_id)
+    for row, words in ((3, bits[0].tolist()), (1, bits[1].tolist())):
+        for column in range(num_tokens):
+            word, bit = divmod(first_token_id + column, 32)
+            if word >= len(words) or not words[word] >> bit & 1:
+                logits[row, column] = -torch.inf
+    assert torch.equal(shard.cpu(), logits)
 
 
 def test_no_entries(device: torch.device) -> None:

@@ -25,7 +25,9 @@ def assert_gated(gate_up: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("num_tokens", "intermediate"), SIZES)
-def test_is_the_reference(num_tokens: int, intermediate: int, dtype: torch.dtype, device: torch.device) -> None:
+def test_the_result_is_the_reference(
+    num_tokens: int, intermediate: int, dtype: torch.dtype, device: torch.device
+) -> None:
     assert_gated(random(num_tokens, 2 * intermediate, dtype=dtype, device=device))
 
 

@@ -56,7 +56,7 @@ def assert_is_the_reference(
 
 
 @pytest.mark.parametrize("kind", ["random", "flat", "tied", "masked"])
-def test_is_the_reference(kind: str, device: torch.device) -> None:
+def test_the_result_is_the_reference(kind: str, device: torch.device) -> None:
     temperature = torch.tensor([1.0, 0.5, 2.0, 1.0, 0.7, 1.0])
     assert_is_the_reference(logits_of_kind(kind, 6, 600), temperature, SETTINGS, device)
 
@@ -67,7 +67,7 @@ def test_sizes(num_tokens: int, device: torch.device) -> None:
     assert_is_the_reference(logits_of_kind("random", 2, num_tokens), torch.ones(2), settings, device)
 
 
-def test_a_mass_that_falls_short_by_one_unit_does_not_do(device: torch.device) -> None:
+def test_a_mass_that_is_one_unit_short_is_not_enough(device: torch.device) -> None:
     logits = torch.tensor([[0.0, -1.0, -9.0]])
     mass = probability_mass(logits, torch.zeros(1))[0]
     top_p = (float(mass[0]) + 0.5) / float(mass.sum())

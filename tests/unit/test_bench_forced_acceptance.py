@@ -50,13 +50,13 @@ def test_the_same_seeds_decide_alike(tiny: TinyModel) -> None:
     assert commit(tiny, 0.5) == commit(tiny, 0.5)
 
 
-def test_nothing_and_all(tiny: TinyModel) -> None:
+def test_rates_of_zero_and_one(tiny: TinyModel) -> None:
     plain, all_right = commit(tiny, 0.0), commit(tiny, 1.0)
     assert all(num_accepted == len(DRAFTS) for num_accepted, _ in all_right)
     assert sum(num_accepted for num_accepted, _ in plain) < NUM_SEEDS  # these drafts are as good as random
 
 
-def test_it_is_loud(tiny: TinyModel, caplog: pytest.LogCaptureFixture) -> None:
+def test_forced_acceptance_logs_a_warning(tiny: TinyModel, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert isinstance(make_engine(tiny.folder, TARGET), TargetEngine)
         assert not caplog.messages
@@ -64,7 +64,7 @@ def test_it_is_loud(tiny: TinyModel, caplog: pytest.LogCaptureFixture) -> None:
     assert "THE OUTPUT IS NOT THE MODEL'S" in caplog.text
 
 
-def test_what_is_no_share_is_refused(tiny: TinyModel) -> None:
+def test_a_rate_outside_zero_to_one_is_refused(tiny: TinyModel) -> None:
     with pytest.raises(ValueError, match=r"forced_acceptance 1.5 must be between 0 and 1"):
         make_engine(tiny.folder, TARGET, forced_acceptance=1.5)
 

@@ -6,7 +6,7 @@ import pytest
 
 from bench.differences import first_difference
 from bench.speculate_results import Cell, Results, Run
-from bench.variants import PLAIN, Pair, Variant, adjust_scheduler, adjust_worker, all_variants
+from bench.variants import METHODS, PLAIN, Pair, Variant, adjust_scheduler, adjust_worker, all_variants
 from echelon.pb.process_pb2 import EngineSpec, SchedulerSpec, SpeculationSpec, WorkerSpec
 from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET
 
@@ -69,7 +69,13 @@ def test_a_variant_reaches_the_scheduler(variant: Variant, expected: Speculation
     assert spec.speculation == expected
 
 
-def test_forced_acceptance_is_the_targets_and_layers_in_parallel_the_drafts() -> None:
+def test_a_draft_model_runs_exactly_if_a_variant_drafts_with_one() -> None:
+    sources = {variant.source for variant in all_variants(["serial"], [*METHODS], [3]) if variant.uses_draft_model}
+    made = {"draft", "self-int8", "self-int4", "self-mxfp4"}
+    assert sources == {"layer-parallel", "hybrid"} | made | {f"{source}+suffix" for source in made}
+
+
+def test_forced_acceptance_belongs_to_the_target_and_layer_parallelism_to_the_draft() -> None:
     target, draft = EngineSpec(role=ENGINE_ROLE_TARGET), EngineSpec(role=ENGINE_ROLE_DRAFT)
     spec = WorkerSpec(engines=[target, draft])
     adjust_worker(spec, PAIR, Variant(source="layer-parallel", num_drafts=3))
@@ -77,7 +83,7 @@ def test_forced_acceptance_is_the_targets_and_layers_in_parallel_the_drafts() ->
     assert [engine.lp_size for engine in spec.engines] == [0, 4]
 
 
-def test_ratios_are_those_of_neighbours_not_of_medians() -> None:
+def test_ratios_compare_neighbouring_runs_not_medians() -> None:
     results = Results()
     for plain, other in [(10.0, 20.0), (5.0, 11.0), (8.0, 24.0)]:
         results.add(PLAIN, GREEDY, run(plain))
@@ -105,7 +111,7 @@ def test_the_policy_is_measured_against_the_best_that_it_could_have_chosen() -> 
     assert results.best_without_policy(GREEDY, auto) == better
 
 
-def test_the_first_difference_comes_with_what_was_common() -> None:
+def test_the_first_difference_is_shown_with_the_common_part() -> None:
     found = first_difference([1, 2], [5, 6, 7], [5, 9, 7])
     assert found is not None
     assert (found.output, found.plain_token_id, found.other_token_id) == ([5], 6, 9)

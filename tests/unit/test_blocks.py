@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from childproc.block_digests import DigestChain, root_digest
 from scheduler.kv_cache.blocks import BlockManager, FreeRuns
-from scheduler.requests.digests import DigestChain, root_digest
 
 
 def chain(token_ids: list[int], block_size: int = 4, model: str = "m") -> list[bytes]:
@@ -25,7 +25,7 @@ def test_a_seq_grows_into_neighbouring_ids() -> None:
     assert second == list(range(second[0], second[0] + 11))
 
 
-def test_every_block_is_given_out_once() -> None:
+def test_every_block_is_allocated_once() -> None:
     blocks = BlockManager(17, 4)
     taken = [block for _ in range(17) for block in blocks.allocate(1)]
     assert sorted(taken) == list(range(17))
@@ -94,7 +94,7 @@ def test_the_longest_idle_block_is_given_up_first_and_ends_before_starts() -> No
     assert len(blocks.match(new)) == 2
 
 
-def test_what_is_forgotten_is_not_found() -> None:
+def test_forgotten_blocks_are_not_found() -> None:
     blocks = BlockManager(4, 4)
     digests = chain([1] * 4)
     held = blocks.allocate(1)
@@ -125,7 +125,7 @@ def test_without_caching_nothing_is_found() -> None:
     assert blocks.match(chain([1] * 4)) == []
 
 
-def test_releasing_too_often_is_noticed() -> None:
+def test_releasing_too_often_is_an_error() -> None:
     blocks = BlockManager(4, 4)
     held = blocks.allocate(1)
     blocks.release(held)

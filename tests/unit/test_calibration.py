@@ -112,13 +112,13 @@ def first_wrong(exact: list[bool]) -> int:
 NUM_PROMPT = len(PROMPT)
 
 
-def test_history_is_exact_and_drafts_are_not(blurred: Blurred, tiny: Path) -> None:
+def test_the_history_is_exact_and_drafts_are_not(blurred: Blurred, tiny: Path) -> None:
     seq = blurred.start(num_drafts=3)
     assert blurred.steps() == [("exact", [0, 1, 2, 3, 4, 5]), ("draft", [6]), ("draft", [7])]
     assert first_wrong(is_exact(blurred, tiny, seq)) == NUM_PROMPT
 
 
-def test_the_first_draft_behind_a_history_is_that_of_the_exact_model(blurred: Blurred, tiny: Path) -> None:
+def test_the_first_draft_after_a_history_is_that_of_the_exact_model(blurred: Blurred, tiny: Path) -> None:
     exact = drive(make_engine(tiny, DRAFT))
     seq = exact.start(0, PROMPT, seeded(3))
     (expected,) = exact.run((seq, exact.draft_row(seq, 1)))
@@ -147,7 +147,7 @@ def test_a_mismatch_calibrates_with_the_correction_in_one_forward(
 
 
 @pytest.mark.parametrize("num_agreed", [1, 3, 4])
-def test_a_chain_goes_on_behind_what_was_calibrated(blurred: Blurred, tiny: Path, num_agreed: int) -> None:
+def test_a_chain_continues_after_calibrated_tokens(blurred: Blurred, tiny: Path, num_agreed: int) -> None:
     """Drafts that are not verified yet stay: the exact forward comes first, and the steps after it read its KV."""
     driver, seq = blurred.driver, blurred.start()
     blurred.steps()
@@ -167,7 +167,7 @@ def test_a_chain_that_grows_by_one_a_round_is_approximate_too(blurred: Blurred, 
     assert first_wrong(is_exact(blurred, tiny, seq)) == NUM_PROMPT
 
 
-def test_what_is_computed_behind_approximate_kv_has_to_be_calibrated(blurred: Blurred, tiny: Path) -> None:
+def test_tokens_computed_after_approximate_kv_need_calibration(blurred: Blurred, tiny: Path) -> None:
     """A commit that is longer than the chain is appended without calibration; later all of it is calibrated."""
     driver, seq = blurred.driver, blurred.start(num_drafts=3)
     blurred.steps()
@@ -187,7 +187,7 @@ def test_a_token_of_the_target_is_never_computed_approximately(blurred: Blurred)
     assert blurred.steps() == [("exact", [NUM_PROMPT + 2]), ("draft", [NUM_PROMPT + 3])]
 
 
-def test_a_chunk_behind_a_calibration_that_falls_short_comes_after_it(blurred: Blurred, tiny: Path) -> None:
+def test_a_chunk_follows_a_calibration_that_falls_short(blurred: Blurred, tiny: Path) -> None:
     driver, seq = blurred.driver, blurred.start(num_drafts=4)
     other = blurred.start(slot=1, num_drafts=1)
     blurred.steps()
@@ -210,7 +210,7 @@ def test_a_row_may_calibrate_only(blurred: Blurred, tiny: Path) -> None:
     assert first_wrong(is_exact(blurred, tiny, seq)) == seq.num_computed - 1
 
 
-def test_all_that_is_exact_comes_in_one_forward_and_then_steps_for_all_chains(blurred: Blurred) -> None:
+def test_everything_exact_takes_one_forward_followed_by_steps_for_all_chains(blurred: Blurred) -> None:
     driver = blurred.driver
     goes_on, corrected = blurred.start(num_drafts=3), blurred.start(slot=1, num_drafts=3)
     newcomer = driver.start(2, [1, 2, 3], greedy())
@@ -225,7 +225,7 @@ def test_all_that_is_exact_comes_in_one_forward_and_then_steps_for_all_chains(bl
     assert [len(result.token_ids) for result in results] == [2, 3, 1]
 
 
-def test_a_branch_knows_what_is_exact(blurred: Blurred, tiny: Path) -> None:
+def test_a_branch_inherits_what_is_exact(blurred: Blurred, tiny: Path) -> None:
     driver, parent = blurred.driver, blurred.start()
     driver.send(driver.round([Row(slot=0, calibrate_len=2)]))
     branch = driver.fork(parent, 1, NUM_PROMPT + 3)

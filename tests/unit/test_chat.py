@@ -76,7 +76,7 @@ def chat_ids(folder: Path, messages: list[dict[str, str]], *, add_generation_pro
 
 @pytest.mark.parametrize("source", [LLAMA3, MISTRAL, BLOCKS], ids=["llama3", "mistral", "blocks"])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
-def test_chats_become_the_tokens_that_transformers_makes(
+def test_chats_become_the_same_tokens_as_in_transformers(
     tmp_path: Path, source: str, add_generation_prompt: bool
 ) -> None:
     folder = make_folder(tmp_path, config={"chat_template": source})
@@ -88,12 +88,12 @@ def test_chats_become_the_tokens_that_transformers_makes(
 
 
 @pytest.mark.parametrize("text", ["def f(x):\n    return x\n", "", f"a{BOS}b", " \u00e9\U0001f600\t", "x = 1\n" * 2000])
-def test_text_becomes_the_tokens_that_transformers_makes(text: str) -> None:
+def test_text_becomes_the_same_tokens_as_in_transformers(text: str) -> None:
     ours = encode(MODEL_DIR, text)
     assert ours == AutoTokenizer.from_pretrained(MODEL_DIR)(text).input_ids
 
 
-def test_never_two_bos(tmp_path: Path) -> None:
+def test_bos_is_never_added_twice(tmp_path: Path) -> None:
     """This tokenizer's post-processor adds BOS to any text, and this template writes BOS itself."""
     folder = make_folder(tmp_path, config={"chat_template": MISTRAL})
     bos_id = 0
@@ -103,7 +103,7 @@ def test_never_two_bos(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["value = 17\n", " " * 60 + "\n", "\u00e9\U0001f600\n"])
-def test_a_text_far_too_long_is_refused_by_its_beginning(line: str) -> None:
+def test_a_text_far_too_long_is_refused_after_reading_its_beginning(line: str) -> None:
     tokenizer = PromptTokenizer(MODEL_DIR)
     text = line * (1 << 17)
     with pytest.raises(TooLongError) as refused:
@@ -120,7 +120,7 @@ def test_a_long_text_of_few_tokens_is_read() -> None:
     assert len(text) > 8 * len(whole), "it is counted in pieces first"
 
 
-def test_truncation_that_a_folder_keeps_is_off(tmp_path: Path) -> None:
+def test_truncation_saved_in_a_folder_is_off(tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
     stored = json.loads((folder / "tokenizer.json").read_text())
     stored["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
@@ -152,12 +152,12 @@ def test_templates_run_in_a_sandbox(source: str) -> None:
         render(source)
 
 
-def test_a_template_that_calls_itself_for_ever_is_an_error_of_the_request() -> None:
+def test_endless_recursion_in_a_template_is_an_error_of_the_request() -> None:
     with pytest.raises(ChatError, match="calls itself too often"):
         render("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}")
 
 
-def test_what_a_template_writes_is_limited() -> None:
+def test_the_output_of_a_template_is_limited() -> None:
     with pytest.raises(ChatError, match="writes more than 16777216 characters"):
         render("{% for i in range(100000) %}{{ 'x' * 1000 }}{% endfor %}")
 
@@ -177,7 +177,7 @@ def test_a_template_that_does_not_compile_names_its_line() -> None:
     ],
     ids=["parentheses", "branches", "length", "autoescape"],
 )
-def test_a_template_beyond_reason_is_refused(source: str, words: str) -> None:
+def test_an_oversized_template_is_refused(source: str, words: str) -> None:
     with pytest.raises(ChatError, match=words):
         ChatTemplate(source, special_tokens={})
 
@@ -196,7 +196,7 @@ def test_a_template_beyond_reason_is_refused(source: str, words: str) -> None:
         "{% filter center(10000000) %}a{% endfilter %}",
     ],
 )
-def test_a_template_computes_nothing_before_it_is_rendered(source: str) -> None:
+def test_a_template_evaluates_nothing_before_it_is_rendered(source: str) -> None:
     """`plan` and the gateway compile it in their own processes, and `{{ 9 ** (9 ** 9) }}` never ends."""
     tracemalloc.start()
     try:
@@ -207,11 +207,11 @@ def test_a_template_computes_nothing_before_it_is_rendered(source: str) -> None:
     assert peak_bytes < 5_000_000
 
 
-def test_the_date_of_today() -> None:
+def test_a_template_knows_the_date() -> None:
     assert render("{{ strftime_now('%Y') }}").startswith("20")
 
 
-def test_where_templates_come_from(tmp_path: Path) -> None:
+def test_templates_are_found_wherever_folders_keep_them(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named {{ bos_token }}"}]
     bos_object = {"content": "<B>", "special": True}
     folder = make_folder(tmp_path, config={"chat_template": named, "bos_token": bos_object})

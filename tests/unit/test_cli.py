@@ -20,7 +20,8 @@ from checkpoint.eos import EosToken
 from cluster import lifecycle
 from cluster.errors import ConfigError, DeploymentNotFoundError, PlanError, Problem, StartError
 from cluster.lifecycle import PlanMade, ProcessChanged, RayConnected
-from cluster.planning.plan import Bundle, ControlProcess, MemoryEstimate, Plan
+from cluster.planning.drafters import DrafterEstimate
+from cluster.planning.plan import Bundle, ControlProcess, GatewayPlan, MemoryEstimate, Plan, ReplicaPlan
 from cluster.process_id import ProcessId
 from cluster.processes.status import DeploymentStatus, ProcessStatus, State, TierUse
 from echelon import __version__
@@ -34,32 +35,46 @@ RANK_0 = ProcessId(role="target", rank=0)
 PLAN = Plan(
     deployment="demo",
     device="cpu",
-    bundles=(
-        Bundle(
-            group="target",
-            rank=0,
-            engines=("target",),
-            node_id="n",
-            address="127.0.0.1",
-            num_gpus=0,
-            num_cpus=1.0,
-            cpu_ids=(0, 1),
-            memory=MemoryEstimate(weight_bytes=3 << 30, kv_cache_bytes=5 << 20, activation_bytes=1 << 20),
+    replicas=(
+        ReplicaPlan(
+            bundles=(
+                Bundle(
+                    group="target",
+                    rank=0,
+                    engines=("target",),
+                    node_id="n",
+                    address="127.0.0.1",
+                    num_gpus=0,
+                    num_cpus=1.0,
+                    cpu_ids=(0, 1),
+                    memory=MemoryEstimate(weight_bytes=3 << 30, kv_cache_bytes=5 << 20, activation_bytes=1 << 20),
+                ),
+            ),
+            scheduler=ControlProcess(id=ProcessId(role="scheduler"), node_id="n", address="127.0.0.1"),
         ),
     ),
-    scheduler=ControlProcess(id=ProcessId(role="scheduler"), node_id="n", address="127.0.0.1"),
-    gateway=ControlProcess(id=ProcessId(role="gateway"), node_id="n", address="127.0.0.1"),
+    gateways=(GatewayPlan(process=ControlProcess(id=ProcessId(role="gateway"), node_id="n", address="127.0.0.1")),),
+    http_url="http://127.0.0.1:8000",
     eos=(EosToken(token_id=2, text="[/s]", files=("config.json", "tokenizer_config.json")),),
     notes=("cores are shared",),
 )
+
+
+def with_bundles(plan: Plan, bundles: tuple[Bundle, ...]) -> Plan:
+    (replica,) = plan.replicas
+    return dataclasses.replace(plan, replicas=(dataclasses.replace(replica, bundles=bundles),))
+
+
 STATUS = DeploymentStatus(
     name="demo",
     state=State.READY,
     endpoint="127.0.0.1:50051",
+    http_url="http://127.0.0.1:8000",
     model="demo-target",
     ray_address="127.0.0.1:6379",
     private_ray=True,
     processes=(ProcessStatus(id=RANK_0, state=State.READY, pid=7, address="127.0.0.1:9"),),
+    settings={"batch_invariant": True},
 )
 BAD_KEY = ConfigError("d.yaml", [Problem(path="targt", message="is unknown", remedy="did you mean target?", line=3)])
 
@@ -113,7 +128,7 @@ def test_version_and_help(run: Run) -> None:
 @pytest.mark.parametrize(
     "arguments", [("nonsense",), ("generate", "--max-token", "3", "x"), ("plan",), ("up", "a", "b")]
 )
-def test_misuse_is_2(run: Run, arguments: tuple[str, ...]) -> None:
+def test_misuse_exits_with_status_2(run: Run, arguments: tuple[str, ...]) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert err
@@ -246,13 +261,17 @@ def test_a_gateway_that_goes_away_leaves_one_line() -> None:
     assert "goaway" not in ended.stderr.lower()
 
 
-def test_nobody_listens_is_1(run: Run) -> None:
-    code, out, err = run("generate", "Hi", "--address", "127.0.0.1:1")
-    assert (code, out) == (1, "")
-    assert err.startswith("error: UNAVAILABLE: ")
+@pytest.mark.parametrize("command", [("generate", "Hi"), ("chat",), ("status", "--watch"), ("trace", "-o", os.devnull)])
+def test_an_unreachable_server_exits_with_status_1(run: Run, command: tuple[str, ...]) -> None:
+    assert run(*command, "--address", "127.0.0.1:1") == (
+        1,
+        "",
+        "error: UNAVAILABLE: no deployment answers at 127.0.0.1:1 (Connection refused); start one with `echelon up`, "
+        "or give the address that `echelon status` shows\n",
+    )
 
 
-def test_interrupted_is_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_exits_with_status_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     stub(monkeypatch, "plan", KeyboardInterrupt())
     code, _, err = run("plan", "d.yaml")
     assert (code, err) == (130, "error: interrupted\n")
@@ -314,7 +333,7 @@ def test_chat_needs_a_template(run: Run, gateway: FakeGateway) -> None:
 # trace
 
 
-def test_trace_writes_what_comes(run: Run, gateway: FakeGateway, tmp_path: Path) -> None:
+def test_trace_writes_what_it_receives(run: Run, gateway: FakeGateway, tmp_path: Path) -> None:
     span = worker_pb2.Span(name="verify", start_ns=5_000, run_ns=10_000)
     traced = scheduler_pb2.TracedRound(
         engine=worker_pb2.ENGINE_ROLE_TARGET, group="target", received_ns=90_000, run_ns=50_000, spans=[span]
@@ -331,7 +350,7 @@ def test_trace_writes_what_comes(run: Run, gateway: FakeGateway, tmp_path: Path)
     assert limits == [(2, 0.0, 0), (0, 5.0, 0), (9, 2.0, 1)]
 
 
-def test_a_trace_of_nothing_is_1(run: Run, gateway: FakeGateway, tmp_path: Path) -> None:
+def test_an_empty_trace_exits_with_status_1(run: Run, gateway: FakeGateway, tmp_path: Path) -> None:
     code, _, err = run("trace", "--out", str(tmp_path / "trace.json"), "--address", gateway.address)
     assert (code, "no round ran" in err) == (1, True)
 
@@ -449,7 +468,7 @@ def test_watch_shows_a_table_of_tiers_on_a_terminal() -> None:
     assert "replica 0 target disk: paused after errors, the last one: full" in rows
 
 
-def test_watch_needs_somebody_to_ask(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watch_needs_a_deployment(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     stub(monkeypatch, "status", dataclasses.replace(STATUS, state=State.STARTING, endpoint=""))
     code, _, err = run("status", "demo", "--watch")
     assert (code, "demo is STARTING and has no gateway yet" in err) == (1, True)
@@ -470,29 +489,53 @@ def test_plan_shows_every_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert "a stream stops at token 2 '[/s]' (config.json, tokenizer_config.json)" in " ".join(out.split())
 
 
+def test_plan_shows_what_drafters_would_gain_if_asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafters = tuple(
+        DrafterEstimate(
+            name="self, int4, colocated",
+            acceptance=acceptance,
+            step_bytes=5 << 30,
+            step_s=0.25,
+            num_drafts=num_drafts,
+            speedup=1.5,
+        )
+        for acceptance, num_drafts in ((0.7, 2), (0.9, 6))
+    )
+    stub(monkeypatch, "plan", dataclasses.replace(PLAN, drafters=drafters))
+    code, out, _ = run("plan", "d.yaml", "--acceptance", "0.7", "--acceptance", "0.9", "--bandwidth", "20")
+    assert code == 0
+    for text in ("self, int4, colocated", "5.0 GiB", "250.0 ms", "0.7 accepted", "1.5 (2)", "1.5 (6)", "are assumed"):
+        assert text in out
+
+
 def test_plan_shows_host_memory_for_kv_where_there_is_any(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     (bundle,) = PLAN.bundles
     tiered = dataclasses.replace(bundle, memory=dataclasses.replace(bundle.memory, host_bytes=7 << 30))
     for bundles, is_shown in (((bundle,), False), ((tiered,), True)):
-        stub(monkeypatch, "plan", dataclasses.replace(PLAN, bundles=bundles))
+        stub(monkeypatch, "plan", with_bundles(PLAN, bundles))
         _, out, _ = run("plan", "d.yaml")
         assert ("host KV" in out, "7.0 GiB" in out) == (is_shown, is_shown)
 
 
-def test_a_plan_for_one_node_names_it_once_and_fits_80_columns(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_names_each_node_once_and_fits_80_columns(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = MemoryEstimate(
         weight_bytes=3 << 30, kv_cache_bytes=500 << 20, activation_bytes=1 << 20, host_bytes=7 << 30
     )
     (bundle,) = PLAN.bundles
-    stub(monkeypatch, "plan", dataclasses.replace(PLAN, bundles=(dataclasses.replace(bundle, memory=memory),)))
+    plan = dataclasses.replace(PLAN, http_url="")
+    stub(monkeypatch, "plan", with_bundles(plan, (dataclasses.replace(bundle, memory=memory),)))
     monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = run("plan", "d.yaml")
     assert "…" not in out
     assert out.count("127.0.0.1") == 1
     elsewhere = dataclasses.replace(bundle, address="10.0.0.2")
-    stub(monkeypatch, "plan", dataclasses.replace(PLAN, bundles=(elsewhere,)))
+    stub(monkeypatch, "plan", with_bundles(plan, (elsewhere,)))
     _, out, _ = run("plan", "d.yaml")
-    assert out.count("127.0.0.1") == 2
+    assert "…" not in out
+    lines = [line.split()[:2] for line in out.splitlines() if line.strip()]
+    places = [lines.index(["node", "10.0.0.2"]), lines.index(["target-0.0", "cores"])]
+    places += [lines.index(["node", "127.0.0.1"]), lines.index(["scheduler-0"]), lines.index(["gateway-0"])]
+    assert places == sorted(places)
     assert out.count("10.0.0.2") == 1
 
 
@@ -501,8 +544,8 @@ def test_plan_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = run("plan", "d.yaml", "--json")
     assert code == 0
     shown = json.loads(out)
-    assert shown["bundles"][0]["memory"]["weight_bytes"] == 3 << 30
-    assert shown["scheduler"]["name"] == "scheduler-0"
+    assert shown["replicas"][0]["bundles"][0]["memory"]["weight_bytes"] == 3 << 30
+    assert shown["replicas"][0]["scheduler"]["name"] == "scheduler-0"
 
 
 @pytest.mark.parametrize(
@@ -540,6 +583,8 @@ def test_up_reports_progress_and_the_endpoint(run: Run, monkeypatch: pytest.Monk
     code, out, err = run("up", "d.yaml", "--timeout", "90", "--ray-address", "10.0.0.1:6379")
     assert code == 0
     assert "demo serves demo-target at 127.0.0.1:50051" in out
+    assert "OpenAI API: http://127.0.0.1:8000/v1, metrics: http://127.0.0.1:8000/metrics" in out
+    assert "OpenAI's API will be at http://127.0.0.1:8000/v1" in err
     assert "connected to Ray at 10.0.0.1:6379" in err
     assert err.count("target-0.0 STARTING loading\n") == 1  # one line per change of state, not per step
     assert "target-0.0 READY 127.0.0.1:9\n" in err
@@ -556,10 +601,17 @@ def test_status(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [("demo",)]
     assert "demo is READY" in out
     assert "target-0.0" in out
+    assert "batch_invariant true" in out
     shown = json.loads(run("status", "demo", "--json")[1])
     assert shown["state"] == "READY"
     assert shown["processes"][0]["name"] == "target-0.0"
     assert shown["processes"][0]["id"] == {"role": "target", "replica": 0, "rank": 0}
+
+
+def test_the_status_of_what_cannot_be_asked_has_no_empty_fields(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = DeploymentStatus(name="demo", state=State.FAILED, reason="its Ray is gone", ray_address="10.0.0.1:6379")
+    stub(monkeypatch, "status", lost)
+    assert run("status", "demo")[1] == "demo is FAILED: its Ray is gone\nRay 10.0.0.1:6379\n"
 
 
 def test_status_shows_the_tiers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,15 +622,17 @@ def test_status_shows_the_tiers(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
         capacity_bytes=8 << 30,
         num_stored=30,
         num_fetched=20,
-        num_failed=2,
+        num_failed=3,
+        num_damaged=2,
         num_evicted=1,
+        saved_s=7.25,
         paused=True,
         last_error="no space left on device",
     )
     stub(monkeypatch, "status", dataclasses.replace(STATUS, tiers=(disk,)))
     _, out, _ = run("status", "demo")
     rows = [" ".join(line.split()) for line in out.splitlines()]
-    assert "draft disk 512.0 MiB 8.0 GiB 30 20 2 1 paused" in rows
+    assert "draft disk 512.0 MiB 8.0 GiB 30 20 3 (2) 1 7.2 s paused" in rows
     assert "draft disk: paused after errors, the last one: no space left on device" in " ".join(rows)
     assert json.loads(run("status", "demo", "--json")[1])["tiers"][0]["capacity_bytes"] == 8 << 30
 
@@ -586,7 +640,9 @@ def test_status_shows_the_tiers(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("state", "code"), [(State.READY, 0), (State.DEGRADED, 0), (State.STARTING, 1), (State.FAILED, 1)]
 )
-def test_status_is_0_only_if_it_serves(run: Run, monkeypatch: pytest.MonkeyPatch, state: State, code: int) -> None:
+def test_status_exits_with_0_only_if_the_deployment_serves(
+    run: Run, monkeypatch: pytest.MonkeyPatch, state: State, code: int
+) -> None:
     stub(monkeypatch, "status", dataclasses.replace(STATUS, state=state, reason="because"))
     got, out, _ = run("status", "demo")
     assert got == code
@@ -603,7 +659,7 @@ def test_down(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("command", ["status", "down"])
-def test_which_deployment(run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+def test_commands_find_the_deployment(run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     stub(monkeypatch, "list_deployments", ["a", "b"])
     code, _, err = run(command)
     assert code == 2

@@ -79,7 +79,7 @@ def test_forgetting_a_stream_cancels_the_request(client: Client, gateway: FakeGa
     assert gateway.dropped.wait(30)
 
 
-async def test_the_async_client_does_the_same(gateway: FakeGateway) -> None:
+async def test_the_async_client_behaves_the_same(gateway: FakeGateway) -> None:
     async with AsyncClient(gateway.address) as client:
         assert (await client.generate([1, 2], n=1, cache_salt="tenant")).text == "Hello"
         assert gateway.requests[-1].cache_salt == "tenant"
@@ -102,7 +102,7 @@ async def test_the_async_client_does_the_same(gateway: FakeGateway) -> None:
     assert gateway.dropped.wait(30)
 
 
-def test_what_a_chat_template_reads_is_sent_as_json(client: Client, gateway: FakeGateway) -> None:
+def test_chat_template_variables_are_sent_as_json(client: Client, gateway: FakeGateway) -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     client.chat(
         [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "", "tool_calls": [call]}],  # type: ignore[typeddict-unknown-key]
@@ -140,7 +140,7 @@ def test_other_calls(client: Client, gateway: FakeGateway) -> None:
     assert client.server_info().version == "1"
 
 
-def test_a_running_request_speculates_in_another_way(client: Client, gateway: FakeGateway) -> None:
+def test_the_speculation_of_a_running_request_can_change(client: Client, gateway: FakeGateway) -> None:
     assert client.set_speculation("r", enabled=False)
     assert client.set_speculation("r", num_speculative_tokens=3, enabled=None)
     assert client.set_speculation("r")
@@ -168,7 +168,7 @@ def test_a_running_request_speculates_in_another_way(client: Client, gateway: Fa
         (grpc.StatusCode.INTERNAL, EchelonError),
     ],
 )
-def test_errors_have_the_status_and_the_servers_words(
+def test_errors_carry_the_status_and_message_of_the_server(
     client: Client, gateway: FakeGateway, code: grpc.StatusCode, error: type[EchelonError]
 ) -> None:
     gateway.script = refuse(code, "in these words")
@@ -177,9 +177,36 @@ def test_errors_have_the_status_and_the_servers_words(
     assert (caught.value.code, caught.value.message) == (code.name, "in these words")
 
 
-def test_nobody_listens() -> None:
+def test_an_unreachable_server_is_an_error() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1"):
         client.server_info()
+
+
+def test_of_several_gateways_the_first_that_answers_serves(gateway: FakeGateway) -> None:
+    with Client(f"127.0.0.1:1, {gateway.address}") as client:
+        assert client.generate("Hi").text == "Hello"
+        assert client.server_info().version == "1"
+        assert client.cancel("r")
+        assert not client.cancel("other")
+    with Client(["127.0.0.1:1", "127.0.0.1:2"]) as client:
+        for ask in (client.server_info, lambda: client.generate("Hi"), lambda: client.cancel("r")):
+            with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:[12]"):
+                ask()
+
+
+async def test_the_async_client_takes_several_gateways_too(gateway: FakeGateway) -> None:
+    async with AsyncClient(["127.0.0.1:1", gateway.address]) as client:
+        assert (await client.model_info()).model == "demo"
+        assert (await client.generate("Hi")).text == "Hello"
+        assert await client.cancel("r")
+    async with AsyncClient(["127.0.0.1:1", "127.0.0.1:2"]) as client:
+        with pytest.raises(UnavailableError):
+            await client.generate("Hi")
+
+
+def test_an_address_is_needed() -> None:
+    with pytest.raises(ValueError, match="address: host:port of at least one gateway is needed, got ' ,'"):
+        Client(" ,")
 
 
 def test_an_interrupt_while_a_call_starts_does_not_hang_close(
@@ -241,6 +268,7 @@ def test_every_option_reaches_its_field() -> None:
         request_id="me",
         model="demo",
         cache_salt="tenant",
+        structured_output={"json_schema": {"b": 1, "a": 2}},
         speculation={"enabled": False, "num_speculative_tokens": 0},
         top_k=None,
     )
@@ -252,13 +280,14 @@ def test_every_option_reaches_its_field() -> None:
     assert request.sampling.ignore_eos
     assert request.sampling.seed == (1 << 64) - 1
     assert (request.request_id, request.model, request.cache_salt) == ("me", "demo", "tenant")
+    assert request.structured_output.json_schema == '{"b": 1, "a": 2}'
     assert request.speculation.HasField("num_speculative_tokens")
     assert request.speculation.enabled is False
     assert not request.sampling.HasField("top_k")
     assert request.chat.messages[0].content == "Hi"
 
 
-def test_the_typed_options_are_those_of_the_wire() -> None:
+def test_typed_options_match_the_wire() -> None:
     assert SamplingOptions.__optional_keys__ == set(sampling_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
     assert SpeculationOptions.__optional_keys__ == set(pb.Speculation.DESCRIPTOR.fields_by_name)
 
@@ -274,6 +303,8 @@ def test_the_typed_options_are_those_of_the_wire() -> None:
         ("Hi", {"stop": 3}, TypeError, "^stop: "),
         ("Hi", {"seed": -1}, ValueError, "^seed: "),
         ("Hi", {"cache_salt": 7}, TypeError, "^cache_salt: "),
+        ("Hi", {"structured_output": {"choices": ["a"]}}, TypeError, "did you mean 'choice'"),
+        ("Hi", {"structured_output": {"choice": [1]}}, TypeError, "^texts: "),
         ("Hi", {"logit_bias": {"a": 1}}, TypeError, "^logit_bias: "),
         ("Hi", {"add_generation_prompt": True}, TypeError, "^add_generation_prompt: "),
         ("Hi", {"chat_template_kwargs": {}}, TypeError, "^chat_template_kwargs: is for a conversation"),

@@ -12,11 +12,11 @@ def rate(calibration: Calibration, confidence: float) -> float:
 
 
 @pytest.mark.parametrize("confidence", [0.0, 0.03, 0.5, 0.97, 1.0])
-def test_without_verdicts_the_draft_is_believed(confidence: float) -> None:
+def test_without_verdicts_the_confidence_is_believed(confidence: float) -> None:
     assert rate(Calibration(), confidence) == pytest.approx(confidence)
 
 
-def test_verdicts_overrule_a_draft_that_thinks_too_much_of_itself() -> None:
+def test_verdicts_overrule_an_overconfident_draft() -> None:
     calibration = Calibration()
     rng = random.Random(1)
     for _ in range(2000):
@@ -27,7 +27,7 @@ def test_verdicts_overrule_a_draft_that_thinks_too_much_of_itself() -> None:
     assert rate(calibration, 0.05) == pytest.approx(0.05), "of other confidences nothing was learned"
 
 
-def test_what_was_long_ago_is_forgotten() -> None:
+def test_old_verdicts_are_forgotten() -> None:
     calibration = Calibration()
     for accepted in (True, False):
         for _ in range(1500):
@@ -35,7 +35,7 @@ def test_what_was_long_ago_is_forgotten() -> None:
     assert rate(calibration, 0.7) < 0.1
 
 
-def test_a_seq_whose_drafts_fare_better_than_most_moves_the_odds() -> None:
+def test_a_seq_with_better_drafts_than_most_gets_better_odds() -> None:
     calibration = Calibration()
     better, worse = calibration.rate(0.6, 0.9, 0.8), calibration.rate(0.6, 0.6, 0.8)
     assert worse < rate(calibration, 0.6) < better

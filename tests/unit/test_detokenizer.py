@@ -46,7 +46,7 @@ def test_pieces_join_to_the_whole(kind: str, data: st.DataObject, skip: bool) ->
 @pytest.mark.parametrize("kind", KINDS)
 @given(st.data(), st.booleans())
 @settings(max_examples=80, deadline=None)
-def test_an_output_goes_on_where_the_prompt_ends(kind: str, data: st.DataObject, skip: bool) -> None:
+def test_the_output_continues_where_the_prompt_ends(kind: str, data: st.DataObject, skip: bool) -> None:
     tokenizer, table = TOKENIZERS[kind], TABLES[kind]
     some_ids = st.lists(st.integers(0, len(table.bytes_of) - 1), max_size=5)
     prompt, output = data.draw(some_ids), data.draw(some_ids)

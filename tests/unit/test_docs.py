@@ -58,9 +58,14 @@ def missing_paths(page: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_what_a_page_points_to_exists(page: Path) -> None:
+def test_links_and_paths_in_pages_exist(page: Path) -> None:
     assert list(broken_links(page)) == []
     assert list(missing_paths(page)) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_conflict_of_a_merge_is_left(page: Path) -> None:
+    assert not re.search(r"^(<<<<<<< |=======$|>>>>>>> )", page.read_text(), flags=re.MULTILINE)
 
 
 def test_a_wrong_link_and_a_wrong_path_are_found(tmp_path: Path) -> None:

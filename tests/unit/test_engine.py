@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from checkpoint.config_json import load_model_config
+from checkpoint.errors import LoadError
 from childproc.spec import SpecError
 from echelon.pb.sampling_pb2 import SeqSampling
 from echelon.pb.worker_pb2 import Round, Row, SeqInit
+from kernels.native.linear import why_not
 from tests.helpers.engines import (
     DRAFT,
     KV_CACHE_BYTES,
@@ -31,9 +33,9 @@ from tests.helpers.tiny_models import TinyModel, make_tiny_model
 from workers.engine.kv_cache import KVCacheError
 from workers.engine.rounds import ProtocolError
 from workers.engine.target_engine import TargetEngine
-from workers.models import LoadError
-from workers.process import load
+from workers.process import batch_invariance
 
+DEMO_DRAFT = Path(__file__).parents[2] / "models" / "demo-draft"
 PROMPTS = [[5, 99, 3, 14, 15, 92, 6, 53, 58, 9, 79], [31, 41], [7] * 17]
 NUM_TOKENS = 12
 SAMPLINGS = {
@@ -47,9 +49,10 @@ SAMPLINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    return make_tiny_model("llama", tmp_path_factory.mktemp("tiny"))
+@pytest.fixture(scope="module", params=[24, 48], ids=["operators", "one_call"])
+def tiny(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> TinyModel:
+    """Native kernels take heads of a multiple of 16 features; then a forward, or a chain of drafts, is one call."""
+    return make_tiny_model("llama", tmp_path_factory.mktemp("tiny"), head_dim=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -109,21 +112,39 @@ def test_batch_invariance_makes_it_exact_in_bf16(tiny: TinyModel) -> None:
 def test_a_machine_that_cannot_keep_batch_invariance_says_so(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, probe: str
 ) -> None:
-    monkeypatch.setattr(load, probe, lambda *_, **__: "this machine rounds as it likes")
+    monkeypatch.setattr(batch_invariance, probe, lambda *_, **__: "this machine rounds as it likes")
     with pytest.raises(SpecError, match="rounds as it likes; set batch_invariant: false"):
         make_engine(tiny.folder, TARGET, batch_invariant=True)
 
 
+@pytest.mark.skipif(why_not() is not None, reason=f"cannot be compiled here: {why_not()}")
+def test_batch_invariance_is_chosen_where_it_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_chosen(folder: Path = DEMO_DRAFT, **settings: Any) -> bool:
+        return make_engine(folder, TARGET, kv_cache_bytes=1 << 24, **settings).info.batch_invariant
+
+    assert is_chosen()
+    assert not is_chosen(batch_invariant=False)
+    assert not is_chosen(dtype="float16")  # which is not compiled
+    assert not is_chosen(make_tiny_model("llama", tmp_path, head_dim=24).folder)  # nor is attention with 24 features
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_invariance, "probe_paged_attention", lambda *_, **__: "this machine rounds as it likes")
+        assert not is_chosen()
+    monkeypatch.setenv("ECHELON_COMPILE", "off")
+    assert not is_chosen()
+
+
 def test_batch_invariance_is_probed_in_the_dtype_of_the_model(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     probed = []
-    monkeypatch.setattr(load, "probe_paged_attention", lambda *heads, **on: probed.append((*heads, *on.values())))
+    monkeypatch.setattr(
+        batch_invariance, "probe_paged_attention", lambda *heads, **on: probed.append((*heads, *on.values()))
+    )
     make_engine(tiny.folder, TARGET, dtype="bfloat16", batch_invariant=True)
     config = load_model_config(tiny.folder)
     heads = (config.num_q_heads, config.num_kv_heads, config.head_dim)
     assert probed == [(*heads, torch.bfloat16, torch.device("cpu"))]
 
 
-def test_verification_says_what_it_compared(target: Driver) -> None:
+def test_verification_reports_what_it_compared(target: Driver) -> None:
     stream = plain(target, PROMPTS[0], seeded())
     seq = target.start(0, PROMPTS[0], seeded())
     target.run((seq, target.target_row(seq)))
@@ -143,7 +164,7 @@ def test_drafts_for_another_history_are_dropped(target: Driver) -> None:
     assert (result.num_verified_tokens, list(result.token_ids)) == (0, stream[1:2])
 
 
-def test_a_decode_row_stands_for_the_last_token_whatever_it_was(target: Driver) -> None:
+def test_a_decode_row_computes_the_last_committed_token(target: Driver) -> None:
     """Each round is built before the previous one is answered, as with two rounds in flight."""
     stream = plain(target, PROMPTS[1], seeded(3))
     seq = target.start(0, PROMPTS[1], seeded(3))
@@ -153,7 +174,7 @@ def test_a_decode_row_stands_for_the_last_token_whatever_it_was(target: Driver) 
     assert [token for result in results for token in result.token_ids] == stream[:6]
 
 
-def test_a_rebuilt_seq_goes_on_where_it_was(target: Driver) -> None:
+def test_a_rebuilt_seq_continues_where_it_was(target: Driver) -> None:
     """As after preemption: earlier output comes back as part of the history and still counts as output."""
     sampling = SAMPLINGS["processed"][1]
     stream = plain(target, PROMPTS[0], sampling)
@@ -248,7 +269,7 @@ def poisoned(tiny: TinyModel, tmp_path: Path) -> Driver:
     return drive(make_engine(poisoned_model(tiny.folder, tmp_path / "poisoned"), TARGET))
 
 
-def test_a_row_that_is_not_finite_harms_no_other(poisoned: Driver, target: Driver) -> None:
+def test_a_non_finite_row_harms_no_other(poisoned: Driver, target: Driver) -> None:
     sound = [
         poisoned.start(0, PROMPTS[0], greedy(logit_bias=NEVER)),
         poisoned.start(2, PROMPTS[1], seeded(logit_bias=NEVER)),
@@ -264,7 +285,7 @@ def test_a_row_that_is_not_finite_harms_no_other(poisoned: Driver, target: Drive
     assert poisoned.generate(sound[1], NUM_TOKENS) == plain(target, PROMPTS[1], seeded(logit_bias=NEVER))
 
 
-def test_blocks_of_a_sick_seq_are_fit_for_the_next(poisoned: Driver, target: Driver) -> None:
+def test_blocks_of_a_broken_seq_can_be_reused(poisoned: Driver, target: Driver) -> None:
     """NaN in KV that attention masks out must not reach the result: 0 * NaN is NaN."""
     sick = poisoned.start(0, [POISON] * 8, greedy())
     row = poisoned.target_row(sick)
@@ -306,7 +327,7 @@ def test_the_stream_up_to_the_breakdown_is_that_of_plain_decoding(poisoned: Driv
 # -- draft ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_draft_of_the_same_model_guesses_right(draft: Driver, target: Driver) -> None:
+def test_a_draft_of_the_same_model_drafts_the_tokens_of_the_target(draft: Driver, target: Driver) -> None:
     """It uses the same rule and the same noise at the same absolute positions."""
     streams = [plain(target, prompt, seeded(slot)) for slot, prompt in enumerate(PROMPTS)]
     seqs = [draft.start(slot, prompt, seeded(slot, logprobs=3)) for slot, prompt in enumerate(PROMPTS)]
@@ -321,7 +342,7 @@ def test_a_draft_of_the_same_model_guesses_right(draft: Driver, target: Driver) 
     assert not any(row.logprobs for row in result.rows)
 
 
-def test_a_chain_goes_on_in_the_next_round(draft: Driver, target: Driver) -> None:
+def test_a_chain_continues_in_the_next_round(draft: Driver, target: Driver) -> None:
     stream = plain(target, PROMPTS[0], seeded())
     seq = draft.start(0, PROMPTS[0], seeded())
     for n in (1, 3, 2):
@@ -341,7 +362,9 @@ def blind_row(driver: Driver, seq: Seq, num_drafts: int, *, num_known: int) -> R
 
 @pytest.mark.parametrize("settings", SAMPLINGS)
 @pytest.mark.parametrize("pieces", [(1, 1, 6), (3, 5), (2, 4, 1, 1)])
-def test_a_chain_in_pieces_is_that_of_one_round(draft: Driver, settings: str, pieces: tuple[int, ...]) -> None:
+def test_a_chain_drafted_in_pieces_equals_that_of_one_round(
+    draft: Driver, settings: str, pieces: tuple[int, ...]
+) -> None:
     """All rounds are built before any answer, like queued ones."""
     seqs = [draft.start(slot, prompt, SAMPLINGS[settings][slot]) for slot, prompt in enumerate(PROMPTS)]
     draft.run(*[(seq, draft.draft_row(seq, 8)) for seq in seqs])
@@ -356,7 +379,7 @@ def test_a_chain_in_pieces_is_that_of_one_round(draft: Driver, settings: str, pi
         assert [token_id for row in rows for token_id in row.token_ids] == seq.output
 
 
-def test_drafts_come_with_what_came_next_and_how_likely_they_were(draft: Driver, target: Driver) -> None:
+def test_drafts_come_with_alternatives_and_confidences(draft: Driver, target: Driver) -> None:
     """The same model, as a target, reports this in its logprobs."""
     seq = target.start(0, PROMPTS[0], greedy(logprobs=4))
     expected = []
@@ -392,7 +415,7 @@ def test_a_row_without_drafts_only_catches_up(draft: Driver) -> None:
 
 
 @pytest.mark.parametrize("accepted", [0, 1, 2, 3])
-def test_a_cropped_chain_is_that_of_a_fresh_engine(draft: Driver, accepted: int) -> None:
+def test_a_cropped_chain_equals_that_of_a_fresh_engine(draft: Driver, accepted: int) -> None:
     """After a verdict the accepted drafts stay, the correction is appended, and stale KV is not read."""
     sampling = seeded(9, repetition_penalty=1.5, presence_penalty=1.0)
     seq = draft.start(0, PROMPTS[0], sampling)
@@ -412,7 +435,7 @@ def test_a_chain_ends_at_max_model_len(draft: Driver) -> None:
     assert len(result.token_ids) == 2
 
 
-def test_rounds_behind_the_end_of_a_context_draft_nothing(draft: Driver) -> None:
+def test_rounds_after_the_end_of_a_context_draft_nothing(draft: Driver) -> None:
     """They were sent before it was known that the chain had reached max_model_len. Then the verdict is a mismatch."""
     num_prompt = MAX_MODEL_LEN - 3
     seq = draft.start(0, [7] * num_prompt, greedy())
@@ -434,7 +457,7 @@ def sick_draft(tiny: TinyModel, tmp_path: Path) -> Driver:
     return drive(make_engine(poisoned_model(tiny.folder, tmp_path / "poisoned"), DRAFT))
 
 
-def test_a_draft_that_is_not_finite_ends_its_chain_only(sick_draft: Driver) -> None:
+def test_a_non_finite_draft_ends_only_its_chain(sick_draft: Driver) -> None:
     driver = sick_draft
     sick = driver.start(0, PROMPTS[0], greedy(logit_bias={POISON: 100.0}))
     sound = driver.start(1, PROMPTS[1], greedy())
@@ -446,7 +469,7 @@ def test_a_draft_that_is_not_finite_ends_its_chain_only(sick_draft: Driver) -> N
 
 
 @pytest.mark.parametrize("num_appended", [1, 2])
-def test_rounds_behind_a_chain_that_broke_are_harmless(sick_draft: Driver, num_appended: int) -> None:
+def test_rounds_after_a_broken_chain_are_harmless(sick_draft: Driver, num_appended: int) -> None:
     """One of 4 ordered drafts came. Three rounds that rely on all four are in flight; then the verdict comes."""
     driver = sick_draft
     num_prompt = len(PROMPTS[0])
@@ -470,7 +493,7 @@ def test_rounds_behind_a_chain_that_broke_are_harmless(sick_draft: Driver, num_a
     assert list(result.token_ids) == [POISON]
 
 
-def test_a_crop_behind_a_row_that_drafted_nothing_finds_what_it_expects(sick_draft: Driver) -> None:
+def test_a_crop_after_a_row_without_drafts_works(sick_draft: Driver) -> None:
     """The verdict came while that row was in flight: history up to the last token seen, and one after it."""
     driver = sick_draft
     settings = greedy(logit_bias={POISON: 100.0})
@@ -486,7 +509,7 @@ def test_a_crop_behind_a_row_that_drafted_nothing_finds_what_it_expects(sick_dra
     assert [(result.non_finite, len(result.token_ids)) for result in results] == [(True, 0), (True, 0), (False, 0)]
 
 
-def test_a_chain_that_did_not_end_cannot_go_on_twice(draft: Driver) -> None:
+def test_a_complete_chain_cannot_continue_twice(draft: Driver) -> None:
     """Only chains that ended early are treated leniently."""
     seq = draft.start(0, PROMPTS[0], greedy())
     draft.run((seq, draft.draft_row(seq, 2)))
@@ -514,7 +537,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_round_that_cannot_be_is_refused_untouched(target: Driver, case: str) -> None:
+def test_an_impossible_round_is_refused_and_changes_nothing(target: Driver, case: str) -> None:
     fields, message = BAD_ROWS[case]
     stream = plain(target, PROMPTS[0], greedy())
     seq, other = target.start(0, PROMPTS[0], greedy()), target.start(1, PROMPTS[1], greedy())
@@ -604,7 +627,7 @@ def test_too_little_memory_for_one_seq_says_what_to_raise(tiny: TinyModel) -> No
         make_engine(tiny.folder, TARGET, kv_cache_bytes=20_000)
 
 
-def test_the_cache_takes_the_bytes_that_it_was_given(target: Driver, tiny: TinyModel) -> None:
+def test_the_cache_uses_the_bytes_that_it_is_given(target: Driver, tiny: TinyModel) -> None:
     config = json.loads((tiny.folder / "config.json").read_text())
     kv_size = config["num_key_value_heads"] * config["head_dim"]
     bytes_per_block = config["num_hidden_layers"] * 2 * target.info.block_size * kv_size * 4  # k and v, fp32

@@ -40,12 +40,12 @@ def test_generation_config_comes_before_config(tmp_path: Path) -> None:
     ]
 
 
-def test_config_counts_where_generation_config_says_nothing(tmp_path: Path) -> None:
+def test_config_counts_if_generation_config_says_nothing(tmp_path: Path) -> None:
     assert eos_of(tmp_path, config=4) == [(4, ["config.json"])]
 
 
 @pytest.mark.parametrize("eos", ["</s>", EOS_OBJECT])
-def test_the_tokenisers_own_counts_always(tmp_path: Path, eos: Any) -> None:
+def test_the_tokenisers_own_eos_always_counts(tmp_path: Path, eos: Any) -> None:
     assert eos_of(tmp_path, config=[4, 2], eos_token=eos) == [
         (4, ["config.json"]),
         (2, ["config.json", "tokenizer_config.json"]),
@@ -63,7 +63,7 @@ def test_a_token_that_the_model_cannot_choose_does_not_count(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("eos", [100, -1, 2.5, "2", [2, None], True])
-def test_an_id_that_is_none_is_refused(tmp_path: Path, eos: Any) -> None:
+def test_an_invalid_id_is_refused(tmp_path: Path, eos: Any) -> None:
     with pytest.raises(LoadError, match=r"generation_config\.json.*eos_token_id"):
         eos_of(tmp_path, config=2, generation=eos)
 
@@ -71,13 +71,13 @@ def test_an_id_that_is_none_is_refused(tmp_path: Path, eos: Any) -> None:
 def test_every_process_stops_at_the_tokens_of_the_plan(tmp_path: Path) -> None:
     eos_of(tmp_path, config=None, eos_token="</s>")
     settings, plan = planned(tmp_path)
-    spec = scheduler_spec(settings, process=plan.scheduler, target=process_pb2.GroupEndpoint(), draft=None)
+    spec = scheduler_spec(settings, process=plan.replicas[0].scheduler, target=process_pb2.GroupEndpoint(), draft=None)
     assert list(spec.eos_token_ids) == [token.token_id for token in plan.eos] == [2]
     assert PromptTokenizer(tmp_path / "target").eos_token_ids(settings.target.folder.config.vocab_size) == [2]
     assert plan.notes == ()
 
 
-def test_the_plan_warns_where_nothing_ends_a_text(tmp_path: Path) -> None:
+def test_the_plan_warns_if_nothing_ends_a_text(tmp_path: Path) -> None:
     eos_of(tmp_path, config=None)
     _, plan = planned(tmp_path)
     assert plan.eos == ()

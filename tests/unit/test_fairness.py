@@ -121,7 +121,7 @@ def test_several_long_prompts_share_their_chunk() -> None:
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_shares_are_possible_and_the_oldest_advances(seed: int) -> None:
+def test_shares_fit_the_budget_and_the_oldest_prompt_advances(seed: int) -> None:
     rng = random.Random(seed)
     remaining = [rng.choice([2, 30, 400, 5000]) + rng.randrange(9) for _ in range(rng.randint(1, 12))]
     budget = rng.choice([1, 2, 7, 100, 2048])
@@ -131,7 +131,7 @@ def test_shares_are_possible_and_the_oldest_advances(seed: int) -> None:
     assert shares[0] > 0
 
 
-def test_the_knee_is_found_from_the_rounds_seen() -> None:
+def test_the_knee_is_learned_from_rounds() -> None:
     cost = RoundCost()
     assert cost.knee == 64
     for num_tokens in (1, 1, 300, 80, 1, 500):
@@ -139,8 +139,22 @@ def test_the_knee_is_found_from_the_rounds_seen() -> None:
     assert abs(cost.knee - KNEE) <= 1
 
 
-def test_rounds_of_one_size_tell_no_knee() -> None:
+def test_rounds_of_one_size_reveal_no_knee() -> None:
     cost = RoundCost()
     for _ in range(50):
         cost.observe(8, round_ns(8))
     assert cost.knee == 64
+
+
+def test_a_tenant_with_many_requests_delays_others_by_no_more_than_one() -> None:
+    """Two slots: those who come later need not wait for what is queued, and then take turns with it."""
+    sim = Simulation(target=FakeEngine(num_blocks=256, block_size=16, num_slots=2, max_model_len=512))
+    for number in range(20):
+        sim.submit(submit(f"greedy-{number}", [1, 2, 3], max_tokens=8, tenant="greedy"))
+    sim.plan()
+    for name in ("alice", "bob"):
+        sim.submit(submit(name, [4, 5], max_tokens=8, tenant=name))
+    sim.run()
+    ends = list(sim.completed)
+    assert set(ends[:4]) == {"greedy-0", "greedy-1", "alice", "bob"}
+    assert [name for name in ends if name.startswith("greedy")] == [f"greedy-{number}" for number in range(20)]

@@ -82,7 +82,7 @@ def test_branches_outlive_their_parent(draft: Driver, tiny: Path, length: int) -
     assert_same(drafts(draft, branch, OTHER), expected)
 
 
-def test_branches_branch(draft: Driver, tiny: Path) -> None:
+def test_a_branch_can_have_branches(draft: Driver, tiny: Path) -> None:
     """All in one round, while the parent continues: each branch copies the block in which it differs from the
     others."""
     sampling = SAMPLINGS["penalised"]
@@ -149,7 +149,7 @@ def test_a_branch_of_tokens_that_never_came_is_void(short: tuple[Driver, Seq]) -
     assert len(seq.output) == 6
 
 
-def test_a_branch_of_tokens_that_did_come_is_not(short: tuple[Driver, Seq], tiny: Path) -> None:
+def test_a_branch_of_tokens_that_did_come_is_not_void(short: tuple[Driver, Seq], tiny: Path) -> None:
     driver, parent = short
     branch = driver.fork(parent, 1, len(PROMPT))
     settings = greedy(logit_bias={100: 100.0})
@@ -176,7 +176,7 @@ BAD_FORKS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_FORKS)
-def test_a_fork_that_cannot_be_is_refused_untouched(draft: Driver, case: str) -> None:
+def test_an_impossible_fork_is_refused_and_changes_nothing(draft: Driver, case: str) -> None:
     changes, message = BAD_FORKS[case]
     parent = chain(draft, greedy())
     chain(draft, greedy(), slot=2)

@@ -161,7 +161,7 @@ async def test_cancel_rpc_ends_the_stream_with_abort(house: House) -> None:
         await house.client.cancel("")
 
 
-async def test_a_wish_about_speculation_reaches_the_scheduler_of_its_request(house: House) -> None:
+async def test_speculation_settings_reach_the_scheduler_of_their_request(house: House) -> None:
     call = asyncio.ensure_future(house.client.generate("x", request_id="r"))
     await house.scheduler.next_submit()
     assert await house.client.set_speculation("r", num_speculative_tokens=2)
@@ -201,7 +201,7 @@ async def test_a_running_id_is_refused(house: House) -> None:
     await call
 
 
-async def test_a_client_that_does_not_read_holds_nobody_up(house: House) -> None:
+async def test_a_client_that_does_not_read_delays_nobody(house: House) -> None:
     slow = house.client.stream("slow", request_id="slow")
     reading = asyncio.ensure_future(anext(slow))
     await house.scheduler.next_submit()
@@ -224,11 +224,11 @@ async def test_a_client_that_does_not_read_holds_nobody_up(house: House) -> None
 
 
 async def test_a_mailbox_holds_one_chunk_for_each_sample() -> None:
-    mailbox = Mailbox()
+    mailbox = Mailbox(asyncio.Event())
     position = sampling_pb2.PositionLogprobs(chosen=sampling_pb2.TokenLogprob(token_id=1))
     for offset, (index, text) in enumerate([(0, "a"), (1, "x"), (0, "b"), (0, ""), (1, "y")]):
         mailbox.put(pb.GenerateChunk(index=index, token_ids=[offset], text=text, logprobs=[position], offset=offset))
-    chunks, final = await mailbox.take()
+    chunks, final = mailbox.take()
     assert final is None
     assert [(c.index, list(c.token_ids), c.text, len(c.logprobs), c.offset) for c in chunks] == [
         (0, [0, 2, 3], "ab", 3, 0),
@@ -236,12 +236,12 @@ async def test_a_mailbox_holds_one_chunk_for_each_sample() -> None:
     ]
     mailbox.put(pb.GenerateChunk(token_ids=[9]))
     mailbox.finish(pb.GenerateComplete(seed=3))
-    chunks, final = await mailbox.take()
+    chunks, final = mailbox.take()
     assert [list(c.token_ids) for c in chunks] == [[9]]
     assert final == pb.GenerateComplete(seed=3)
 
 
-async def test_a_lost_scheduler_ends_requests_and_health_tells(house: House) -> None:
+async def test_a_lost_scheduler_ends_requests_and_health_reports_it(house: House) -> None:
     watch = health_pb2_grpc.HealthStub(house.channel).Watch(
         health_pb2.HealthCheckRequest(service="echelon.v1.Inference")
     )
@@ -369,10 +369,10 @@ async def test_a_taken_port_is_named(house: House) -> None:
             {"server": {"host": "192.0.2.1"}},
             r"cannot listen on 192\.0\.2\.1:0 .*server\.host",
         ),  # an address reserved for documentation
-        ({"model_dir": "/nowhere"}, "model_dir: /nowhere is no folder"),
+        ({"model_dir": "/nowhere"}, "model_dir: /nowhere is not a folder"),
     ],
 )
-async def test_a_spec_that_cannot_work(fields: dict[str, Any], message: str) -> None:
+async def test_an_unusable_spec_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(StartupError, match=message):
         await Gateway(gateway_spec("127.0.0.1:1", **fields)).start()
 

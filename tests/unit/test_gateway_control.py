@@ -57,7 +57,7 @@ async def house() -> AsyncIterator[House]:
     await server.stop(grace=0)
 
 
-async def test_replicas_are_asked_now(house: House) -> None:
+async def test_the_status_of_replicas_is_asked_anew(house: House) -> None:
     house.scheduler.status = SchedulerStatus(num_requests_running=3)
     answer = await asyncio.to_thread(house.client.replicas)
     assert answer.model == "demo"
@@ -75,7 +75,7 @@ async def test_a_trace_is_passed_through(house: House) -> None:
     assert (asked.num_rounds, asked.duration_s) == (3, 2.5)
 
 
-async def test_a_scheduler_that_refuses_to_record_keeps_its_words(house: House) -> None:
+async def test_the_message_of_a_scheduler_that_refuses_to_record_arrives(house: House) -> None:
     house.scheduler.trace = None
     with pytest.raises(EchelonError, match=r"^FAILED_PRECONDITION: another recording runs"):
         await house.trace()

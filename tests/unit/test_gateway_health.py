@@ -14,7 +14,7 @@ def request() -> Any:
     return health_pb2.HealthCheckRequest(service=READINESS)
 
 
-async def test_a_watcher_that_is_slow_hears_the_end_too() -> None:
+async def test_a_slow_watcher_hears_the_end_too() -> None:
     health = Health()
     health.set(READINESS, True)
     watch = health.Watch(request(), CONTEXT)
@@ -23,7 +23,7 @@ async def test_a_watcher_that_is_slow_hears_the_end_too() -> None:
     assert [response.status async for response in watch] == [NOT_SERVING]
 
 
-async def test_closed_is_closed() -> None:
+async def test_a_closed_health_service_stays_closed() -> None:
     health = Health()
     health.set(READINESS, True)
     health.close()
@@ -31,3 +31,15 @@ async def test_closed_is_closed() -> None:
     health.set(READINESS, True)  # a scheduler came back meanwhile
     assert (await health.Check(request(), CONTEXT)).status == NOT_SERVING
     assert [response.status async for response in health.Watch(request(), CONTEXT)] == [NOT_SERVING]
+
+
+async def test_the_controller_learns_whether_a_gateway_uses_a_scheduler() -> None:
+    health = Health()
+    asked = health_pb2.HealthCheckRequest(service="127.0.0.1:1")
+    health.note_schedulers({"127.0.0.1:1": False})
+    assert (await health.Check(asked, CONTEXT)).status == NOT_SERVING
+    health.note_schedulers({"127.0.0.1:1": True})
+    assert (await health.Check(asked, CONTEXT)).status == SERVING
+    health.close()
+    health.note_schedulers({"127.0.0.1:1": True})
+    assert (await health.Check(asked, CONTEXT)).status == NOT_SERVING

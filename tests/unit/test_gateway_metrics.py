@@ -16,6 +16,7 @@ from echelon.client import AsyncClient
 from echelon.errors import InvalidRequestError
 from echelon.pb import inference_pb2 as pb
 from echelon.pb import process_pb2, scheduler_pb2, worker_pb2
+from gateway.doors import http_server
 from gateway.metrics import RequestMetrics
 from gateway.server import Gateway, StartupError
 from tests.helpers.fake_scheduler import FakeScheduler, serve
@@ -39,7 +40,7 @@ def samples_of(metrics: RequestMetrics) -> Samples:
 def test_a_request_is_measured_from_its_arrival_to_its_end() -> None:
     clock = Clock()
     metrics = RequestMetrics("demo", now=clock)
-    meter = metrics.start()
+    meter = metrics.start(clock.now)
     for at, num_tokens in ((102.0, 2), (102.5, 0), (103.0, 4), (104.0, 1)):
         clock.now = at
         meter.on_chunk(pb.GenerateChunk(token_ids=range(num_tokens), text="x"))
@@ -69,7 +70,7 @@ def test_a_request_is_measured_from_its_arrival_to_its_end() -> None:
 def test_samples_of_a_request_run_side_by_side() -> None:
     clock = Clock()
     metrics = RequestMetrics("demo", now=clock)
-    meter = metrics.start()
+    meter = metrics.start(clock.now)
     for at, index in ((101.0, 0), (101.0, 1), (102.0, 0), (102.0, 1)):
         clock.now = at
         meter.on_chunk(pb.GenerateChunk(index=index, token_ids=[1]))
@@ -106,7 +107,8 @@ def gateway_spec(scheduler_address: str, http_port: int) -> process_pb2.GatewayS
 
 
 @pytest_asyncio.fixture
-async def house() -> AsyncIterator[House]:
+async def house(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+    monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 20)
     scheduler = FakeScheduler()
     server, scheduler_address = await serve(scheduler)
     port = free_port()
@@ -193,6 +195,11 @@ async def test_a_scrape_shows_every_tier_of_every_engine(house: House) -> None:
                 evicted_blocks_total=15,
                 store_seconds_total=2.5,
                 fetch_seconds_total=0.5,
+                damaged_blocks_total=1,
+                store_queue_seconds_total=0.25,
+                fetch_queue_seconds_total=0.125,
+                avoided_seconds_total=30.0,
+                waited_seconds_total=4.0,
                 paused=True,
                 last_error="no space left on device",
             ),
@@ -211,6 +218,11 @@ async def test_a_scrape_shows_every_tier_of_every_engine(house: House) -> None:
         "store_time_total": 2.5,
         "load_time_total": 0.5,
         "failed_blocks_total": 3,
+        "checksum_failures_total": 1,
+        "store_queue_time_total": 0.25,
+        "load_queue_time_total": 0.125,
+        "avoided_time_total": 30.0,
+        "waited_time_total": 4.0,
         "evicted_blocks_total": 15,
     }
     assert {name: samples[f"echelon:kv_offload_{name}", "target", "0", "disk"] for name in expected} == expected
@@ -255,13 +267,13 @@ async def test_a_scheduler_that_does_not_answer_is_not_ready(house: House) -> No
     assert ("echelon:num_requests_running", "0") not in samples
 
 
-async def test_there_is_only_metrics(house: House) -> None:
+async def test_other_paths_than_metrics_are_not_found(house: House) -> None:
     with pytest.raises(urllib.error.HTTPError, match="404"):
         await asyncio.to_thread(fetch, f"http://127.0.0.1:{house.port}/")
 
 
-async def test_connections_that_say_nothing_shut_nobody_out(house: House) -> None:
-    silent = [await asyncio.open_connection("127.0.0.1", house.port) for _ in range(200)]
+async def test_silent_connections_shut_nobody_out(house: House) -> None:
+    silent = [await asyncio.open_connection("127.0.0.1", house.port) for _ in range(http_server.MAX_CONNECTIONS + 1)]
     assert (await house.scrape())["echelon:replica_ready", "0"] == 1
     assert await silent[0][0].read() == b"", "the oldest was dropped"
     for _, writer in silent:
@@ -271,17 +283,18 @@ async def test_connections_that_say_nothing_shut_nobody_out(house: House) -> Non
 @pytest.mark.parametrize(
     ("request_", "status"),
     [
-        (b"GET /metrics HTTP/1.1\r\nAccept: application/openmetrics-text\r\n\r\n", b"HTTP/1.1 200 OK"),
-        (b"HEAD /metrics HTTP/1.0\r\n\r\n", b"HTTP/1.1 200 OK"),
-        (b"GET /metrics?a=b HTTP/1.1\r\n\r\n", b"HTTP/1.1 200 OK"),
-        (b"POST /metrics HTTP/1.1\r\n\r\n", b"HTTP/1.1 405"),
-        (b"\xff\r\n\r\n", b"HTTP/1.1 404"),
-        (b"GET /metrics HTTP/1.1\r\nA: " + b"a" * (1 << 20), b"HTTP/1.1 431"),
+        (b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: application/openmetrics-text\r\n", b"HTTP/1.1 200 OK"),
+        (b"HEAD /metrics HTTP/1.0\r\n", b"HTTP/1.1 200 OK"),
+        (b"GET /metrics?a=b HTTP/1.1\r\nHost: x\r\n", b"HTTP/1.1 200 OK"),
+        (b"POST /metrics HTTP/1.1\r\nHost: x\r\n", b"HTTP/1.1 405"),
+        (b"GET /nothing HTTP/1.1\r\nHost: x\r\n", b"HTTP/1.1 404"),
+        (b"\xff\r\n", b"HTTP/1.1 400"),
+        (b"GET /metrics HTTP/1.1\r\nA: " + b"a" * (1 << 20), b"HTTP/1.1 400"),
     ],
 )
 async def test_every_request_has_a_status(house: House, request_: bytes, status: bytes) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", house.port)
-    writer.write(request_)
+    writer.write(request_ + b"Connection: close\r\n\r\n")
     assert (await reader.read()).startswith(status)
     writer.close()
 

@@ -9,7 +9,7 @@ from tests.helpers.attacked_gateway import AttackedGateway
 
 COUNT = 24
 # The faults that once blocked the event loop took at least 1.5 s per request of these sizes.
-ALLOWED_ABOVE_IDLE_S = 0.5
+ALLOWED_ABOVE_IDLE_S = 1.0
 ALLOWED_COMPUTING_S = 0.1  # CPU time of the loop's own thread, which does not depend on how busy the machine is
 
 
@@ -17,7 +17,10 @@ async def test_attacks_delay_neither_a_stream_nor_a_health_check() -> None:
     async with AttackedGateway(max_model_len=2048) as gateway:
         idle = await gateway.observe(asyncio.sleep(0.5))
         attacked = await gateway.observe(gateway.attack(count=COUNT, seed=1, max_bytes=1 << 20))
-    assert sum(attacked.codes.values()) == COUNT
+    over_http = {code: number for code, number in attacked.codes.items() if code.startswith("HTTP")}
+    assert sum(attacked.codes.values()) == COUNT + COUNT // 2
+    assert sum(over_http.values()) == COUNT // 2
+    assert over_http.keys() <= {"HTTP 400", "HTTP 200"}
     assert "DEADLINE_EXCEEDED" not in attacked.codes
     assert attacked.num_checks > 10
     assert attacked.num_chunks > 10

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bench.inflate import HeadMap, InflateError, Size, inflate
 from tests.helpers.paged import run_seqs
 from workers.collectives import SoloGroup
-from workers.models import load_model
+from workers.models.loading import load_model
 
 MODELS = Path(__file__).parents[2] / "models"
 TARGET = MODELS / "demo-target"
@@ -40,7 +40,7 @@ def reference(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def test_our_logits_are_those_of_the_small_model(inflated: Path) -> None:
+def test_the_inflated_model_has_the_logits_of_the_small_one(inflated: Path) -> None:
     assert (our_logits(inflated) - our_logits(TARGET)).abs().max() < 1e-4
 
 
@@ -54,7 +54,7 @@ def test_transformers_writes_the_same_text(inflated: Path) -> None:
     assert big.tolist() == small.tolist()
 
 
-def test_what_was_added_costs_work_in_every_layer(tmp_path: Path) -> None:
+def test_the_added_weights_cost_work_in_every_layer(tmp_path: Path) -> None:
     """New heads have keys and scores of their own, and new MLP columns are not multiplied by zero."""
     inflate(TARGET, tmp_path / "big", BIGGER)
     model = reference(tmp_path / "big")

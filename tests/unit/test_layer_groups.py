@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoint.errors import LoadError
 from checkpoint.layer_parallel import LayerGroups
-from workers.models import LoadError
 from workers.models.layer_groups import (
     LayerParallelPlan,
     MLPs,
@@ -84,13 +84,13 @@ def test_first_and_last_layer_stand_alone_and_the_others_are_grouped() -> None:
     assert choose_groups(similar(1), lp_size=4, least_similarity=0.5) == ((0,),)
 
 
-def test_no_group_reaches_over_a_break() -> None:
+def test_no_group_spans_a_break() -> None:
     groups = choose_groups(similar(10, layer4=0.6), lp_size=4, least_similarity=0.5)
     assert groups[1] == (1, 2, 3)
     assert [len(group) for group in groups[2:-1]] in ([3, 2], [2, 3], [4, 1], [1, 4])
 
 
-def test_groups_part_where_layers_differ_most() -> None:
+def test_groups_are_split_where_layers_differ_most() -> None:
     """Any division needs two groups."""
     assert choose_groups(similar(8, layer3=0.2), lp_size=4, least_similarity=0.5) == ((0,), (1, 2), (3, 4, 5, 6), (7,))
     assert choose_groups(similar(8, layer5=0.2), lp_size=4, least_similarity=0.5) == ((0,), (1, 2, 3, 4), (5, 6), (7,))

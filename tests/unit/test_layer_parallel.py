@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from checkpoint.errors import LoadError
 from tests.helpers.layer_parallel_cases import (
     CONFIGS,
     GROUPS,
@@ -22,7 +23,6 @@ from tests.helpers.layer_parallel_cases import (
 )
 from tests.helpers.thread_group import ThreadGroup, run_ranks
 from workers.collectives import SoloGroup
-from workers.models import LoadError
 from workers.models.batch import Batch
 from workers.models.decoder import KVCache
 from workers.models.layer_groups import MLPs, Weights
@@ -50,7 +50,7 @@ def test_a_batch_of_layers_computes_the_definition(folders: dict[str, Path], nam
         assert torch.equal(hidden, expected), f"forward {step}"
 
 
-def test_a_token_without_a_slot_leaves_every_layer_alone(folders: dict[str, Path]) -> None:
+def test_a_token_without_a_slot_changes_no_layer(folders: dict[str, Path]) -> None:
     model = Case(folder=folders["llama"], lp_size=3, num_ranks=1).load(SoloGroup())
     runner = DraftRunner(model, num_seqs=1, dtype=torch.float32)
     tensors = [tensor.zero_() for tensors in runner.kv_caches for tensor in tensors]
@@ -89,7 +89,9 @@ def test_groups_of_one_layer_are_ordinary_decoding(folders: dict[str, Path], dty
 @pytest.mark.parametrize("weights", Weights)
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2-window"])
 @pytest.mark.parametrize("lp_size", [2, 3, 4])
-def test_ranks_compute_the_definition(folders: dict[str, Path], name: str, lp_size: int, weights: Weights) -> None:
+def test_ranks_together_compute_the_definition(
+    folders: dict[str, Path], name: str, lp_size: int, weights: Weights
+) -> None:
     case = Case(folder=folders[name], lp_size=lp_size, num_ranks=lp_size, weights=weights)
     expected = reference(case)
     for rank, outcome in enumerate(outcomes(case)):
@@ -244,7 +246,7 @@ def test_a_rank_reads_only_its_layers_and_still_finds_a_missing_tensor(tmp_path:
         ({"intermediate_size": 96}, 5, MLPs.TENSOR_PARALLEL, "5 does not divide the draft's intermediate size 96"),
     ],
 )
-def test_what_ranks_cannot_share_is_refused(
+def test_layouts_that_ranks_cannot_share_are_refused(
     tmp_path: Path, changes: dict[str, int], num_ranks: int, mlps: MLPs, message: str
 ) -> None:
     folder = write_deep_model(tmp_path / "model", "llama", **changes)

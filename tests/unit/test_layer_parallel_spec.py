@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoint.config import ModelConfig
 from childproc.spec import SpecError
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.worker_pb2 import LayerGroup
@@ -15,7 +16,6 @@ from tests.helpers.rounds import greedy
 from tests.helpers.thread_group import ThreadGroup, run_ranks
 from workers.engine.engine import Engine
 from workers.layers.context import BuildContext
-from workers.models import ModelConfig
 from workers.models.layer_groups import LayerParallelPlan, MLPs, Weights
 from workers.process.cohort import Cohort
 from workers.process.draft_layout import num_ranks, resolve_plan
@@ -67,7 +67,7 @@ def test_a_draft_runs_on_a_rank_for_each_layer_or_on_one(lp_size: int, world_siz
         (EngineSpec(role=TARGET, tp_size=1, lp_size=2), "lp_size 2 is for a draft only"),
     ],
 )
-def test_what_does_not_go_together_is_refused(spec: EngineSpec, message: str) -> None:
+def test_contradictory_settings_are_refused(spec: EngineSpec, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         num_ranks(spec, 2)
 

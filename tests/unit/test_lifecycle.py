@@ -12,10 +12,11 @@ from cluster import lifecycle, state_dir
 from cluster.deployment.deployment_file import load_deployment
 from cluster.errors import StartError
 from cluster.local import local_settings
-from cluster.on_ray import controller
 from cluster.on_ray import lifecycle as ray_lifecycle
-from cluster.on_ray.controller import Controller, DesiredState
-from cluster.on_ray.runtime import PrivateRay
+from cluster.on_ray.controller import Controller
+from cluster.on_ray.desired import DesiredState
+from cluster.private_ray import PrivateRay
+from cluster.processes import rollout
 from cluster.processes.status import State
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo.yaml"
@@ -28,7 +29,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_file_that_cannot_be_copied_does_not_take_the_name(root: Path) -> None:
+def test_a_file_that_cannot_be_copied_does_not_claim_the_name(root: Path) -> None:
     pipe = root / "pipe"  # what `echelon up <(sed ...)` gives
     os.mkfifo(pipe)
     with pytest.raises(StartError, match=r"cannot be copied to .*; give a regular file"):
@@ -42,7 +43,7 @@ def test_a_state_folder_that_cannot_be_written_is_named(root: Path) -> None:
         state_dir.claim("demo", DEMO)
 
 
-def test_an_empty_record_is_of_a_deployment_that_never_started(root: Path) -> None:
+def test_an_empty_record_means_a_deployment_that_never_started(root: Path) -> None:
     """Its `up` died between taking the name and writing the record."""
     (root / "state" / "demo").mkdir(parents=True)
     (root / "state" / "demo" / "record.json").touch()
@@ -60,7 +61,7 @@ def test_a_damaged_record_is_named(root: Path, content: str) -> None:
             command("demo")
 
 
-def test_a_failed_start_says_why_although_somebody_took_it_down(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_start_says_why_even_if_it_was_taken_down(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(log_path: Path) -> NoReturn:
         state_dir.forget("demo")  # `echelon down demo` in another terminal
         raise StartError("Ray is out of cheese")
@@ -87,7 +88,7 @@ def test_a_failure_to_clean_up_does_not_hide_why_the_start_failed(
     assert "demo is not entirely gone: Ray still has a gateway; run: echelon down demo" in caplog.text
 
 
-def test_a_private_ray_that_hangs_is_ended_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_private_ray_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     def hang(record: state_dir.Record, grace_s: float) -> NoReturn:
         raise StartError("cannot connect to the Ray cluster")
 
@@ -108,11 +109,11 @@ def test_a_private_ray_that_hangs_is_ended_all_the_same(monkeypatch: pytest.Monk
     assert state_dir.names() == ["demo"], "so that down can be tried again"
 
 
-def test_an_error_that_nobody_expected_fails_the_start(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_fails_the_start(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def break_down(host: str, port: int, key: str) -> NoReturn:
         raise ZeroDivisionError("cheese / 0")
 
-    monkeypatch.setattr(controller, "check_port", break_down)
+    monkeypatch.setattr(rollout, "check_port", break_down)
     plan = lifecycle.plan(DEMO)
     desired = DesiredState(settings=load_deployment(DEMO), plan=plan, log_dir=root, timeout_s=60.0)
     starting = Controller(desired)
@@ -124,6 +125,6 @@ def test_an_error_that_nobody_expected_fails_the_start(root: Path, monkeypatch: 
     assert "break_down" in status.detail
 
 
-def test_the_scheduler_waits_no_shorter_than_the_ranks() -> None:
+def test_the_scheduler_waits_at_least_as_long_as_the_ranks() -> None:
     target = DEMO.parents[1] / "models" / "demo-target"
     assert local_settings(target, collective_timeout_s=300.0).round_timeout_s == 300.0

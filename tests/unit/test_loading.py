@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoint.errors import LoadError
 from workers.collectives import SoloGroup
-from workers.models import CausalLM, LoadError, load_model
+from workers.models.decoder import CausalLM
+from workers.models.loading import load_model
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

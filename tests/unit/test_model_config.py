@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from checkpoint.config_json import parse_config
+from checkpoint.config_json import load_model_config, parse_config
+from checkpoint.errors import LoadError
 from checkpoint.rope import DynamicRope, Rope
-from workers.models import LoadError, load_model_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -37,7 +37,7 @@ def test_llama_2_as_transformers_4_wrote_it() -> None:
     assert not any(features)
 
 
-def test_head_dim_of_its_own_or_null() -> None:
+def test_head_dim_may_be_given_or_null() -> None:
     assert parse_config(LLAMA | {"head_dim": 32}).head_dim == 32
     assert parse_config(LLAMA | {"head_dim": None}).head_dim == 8
     assert parse_config(variant("Qwen3ForCausalLM")).head_dim == 128  # the default of Qwen3Config
@@ -80,7 +80,7 @@ def test_qwen_window(architecture: str) -> None:
     [
         ({"architectures": ["MixtralForCausalLM"]}, r"MixtralForCausalLM.*LlamaForCausalLM"),
         ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "bits": 4}}, "bitsandbytes"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
@@ -114,7 +114,7 @@ def test_refusals_name_the_key(changes: dict[str, Any], complaint: str) -> None:
         ("Qwen3ForCausalLM", {"layer_types": ["linear_attention"] * 4}, "linear_attention"),
     ],
 )
-def test_windows_are_honoured_or_refused(architecture: str, changes: dict[str, Any], complaint: str) -> None:
+def test_unsupported_windows_are_refused(architecture: str, changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(LoadError, match=complaint):
         parse_config(variant(architecture, **changes))
 

@@ -74,8 +74,8 @@ def test_an_older_file_says_torch_dtype(tmp_path: Path) -> None:
 
 
 def test_broken_folders_say_what_to_do(tmp_path: Path) -> None:
-    quantised = write_model_folder(tmp_path / "q", quantization_config={"quant_method": "awq"})
-    with pytest.raises(LoadError, match=r"quantised \(awq\); use unquantised weights"):
+    quantised = write_model_folder(tmp_path / "q", quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(LoadError, match=r"quantised \(bitsandbytes\), supported are .*; use unquantised weights"):
         read_model_folder(quantised)
     assert read_model_folder(write_model_folder(tmp_path / "null", quantization_config=None)).config.num_layers == 2
     broken = write_model_folder(tmp_path / "b", max_position_embeddings=8.5)

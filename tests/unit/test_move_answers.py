@@ -35,16 +35,16 @@ def test_a_move_is_answered_when_the_last_rank_has_done_it() -> None:
     answers.add(ticket, 2, moved(failed=[4], error="rank 2", run_ns=5, evicted=[b"a", b"b"]))
     answers.add(ticket, 0, moved(failed=[1, 4], run_ns=9, evicted=[b"b", b"c"]))
     assert not scheduler.moved
-    answers.add(ticket, 1, moved(error="rank 1", run_ns=7))
+    answers.add(ticket, 1, moved(error="rank 1", run_ns=7, num_damaged=2))
     (result,) = scheduler.moved
     assert (result.move_id, result.incarnation) == (7, 3)
     assert list(result.failed) == [1, 4]
     assert result.error == "rank 1"
-    assert result.run_ns == 9
+    assert (result.run_ns, list(result.rank_run_ns), result.num_damaged) == (9, [9, 7, 5], 2)
     assert sorted(result.evicted) == [b"a", b"b", b"c"]
 
 
-def test_answers_that_nobody_awaits_are_dropped() -> None:
+def test_unexpected_answers_are_dropped() -> None:
     answers, scheduler = MoveAnswers(), Scheduler()
     ticket = answers.expect(scheduler, 1)
     answers.forget(EngineRole.ENGINE_ROLE_DRAFT)
@@ -66,7 +66,7 @@ def test_the_disk_holds_what_every_rank_holds_in_the_order_of_the_first() -> Non
     assert [(list(contents.digests), contents.is_last) for contents in scheduler.disk] == [([b"c", b"a"], True)]
 
 
-def test_large_disks_are_told_in_messages_of_a_mebibyte() -> None:
+def test_large_disks_are_listed_in_messages_of_a_mebibyte() -> None:
     answers, scheduler = MoveAnswers(), Scheduler()
     digests = [number.to_bytes(16, "little") for number in range(120_000)]
     answers.add(answers.expect(scheduler, 1), 0, on_disk(*digests))
@@ -75,7 +75,7 @@ def test_large_disks_are_told_in_messages_of_a_mebibyte() -> None:
     assert max(contents.ByteSize() for contents in scheduler.disk) <= 1 << 20
 
 
-def test_an_empty_disk_is_told_too() -> None:
+def test_an_empty_disk_is_listed_too() -> None:
     answers, scheduler = MoveAnswers(), Scheduler()
     answers.add(answers.expect(scheduler, 1), 0, on_disk())
     assert scheduler.disk == [DiskContents(is_last=True)]
@@ -94,7 +94,7 @@ async def test_a_stream_with_too_many_moves_ends_with_a_message() -> None:
     assert ending.message == "move 1025: 1024 moves of this stream are waiting already"
 
 
-async def test_a_stream_that_is_half_closed_waits_for_its_moves() -> None:
+async def test_a_half_closed_stream_waits_for_its_moves() -> None:
     stream = RoundStream(Hello(role=EngineRole.ENGINE_ROLE_TARGET, incarnation=3))
     assert stream.accept_move(MoveOrder(move_id=1, incarnation=3))
     stream.half_close()

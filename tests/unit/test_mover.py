@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from childproc.tier_block import tier_block
 from echelon.pb.worker_pb2 import EngineInfo, MoveOrder, MoveResult
 from kernels.kv.block_copy import cache_addresses
 from tests.helpers.kv_caches import Caches, clone, flat, random_caches
 from workers.engine.kv_cache import KVLayout
 from workers.engine.rounds import ProtocolError
-from workers.tiers.copier import CpuCopier, Mark
+from workers.tiers.copier import CpuCopier, Mark, make_copier
 from workers.tiers.files import Files
 from workers.tiers.host_slots import HostSlots
 from workers.tiers.mover import Mover, Store
 from workers.tiers.orders import check_order
+from workers.tiers.rounding import Rounding
 from workers.tiers.segment_store import SegmentStore, Written
 
 LAYOUT = KVLayout(num_layers=3, block_size=4, num_kv_heads=2, head_dim=8, dtype=torch.float32)
@@ -61,8 +63,8 @@ class StuckStore:
                 buffer[:] = self.blocks[digest]
         return [digest in self.blocks for digest in digests]
 
-    def take_read_error(self) -> str:
-        return ""
+    def take_read_trouble(self) -> tuple[str, int]:
+        return "", 0
 
     def drop(self, digests: Sequence[bytes]) -> None:
         for digest in digests:
@@ -146,7 +148,7 @@ def blocks_of(caches: Caches, *numbers: int) -> list[torch.Tensor]:
     return [cache[list(numbers)] for cache in flat(caches)]
 
 
-def test_blocks_come_back_from_host_and_disk_bit_by_bit(rank: Rank) -> None:
+def test_blocks_come_back_from_host_and_disk_bit_for_bit(rank: Rank) -> None:
     before = clone(rank.caches)
     assert not rank.run(MoveOrder.STORE, block_ids=[5, 0], host_slots=[1, 3]).failed
     assert not rank.run(MoveOrder.WRITE, host_slots=[1, 3], digests=[digest(1), digest(2)]).failed
@@ -159,7 +161,46 @@ def test_blocks_come_back_from_host_and_disk_bit_by_bit(rank: Rank) -> None:
     assert all(torch.equal(*pair) for pair in zip(flat(rank.caches), expected, strict=True))
 
 
-def test_more_blocks_than_are_read_at_once_all_come(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tier_dtype", "num_steps"), [("int8", 0.5), ("int4", 8.5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounded_blocks_come_back_close_to_what_they_were(
+    tmp_path: Path, tier_dtype: str, num_steps: float, dtype: torch.dtype
+) -> None:
+    """From host memory within half a step of 8 bits; with int4 from disk within 8.5. An element that is nothing but its
+    group's least or greatest in 8 bits keeps its value up to the last bits of the dtype."""
+    layout = KVLayout(num_layers=3, block_size=4, num_kv_heads=2, head_dim=8, dtype=dtype)
+    size = tier_block(tier_dtype, num_layers=3, block_size=4, num_kv_heads=2, head_dim=8, value_bytes=dtype.itemsize)
+    host = HostSlots.allocate(4, layout, torch.device("cpu"), lambda done, total: None, size)
+    assert (host.block_bytes, host.disk_block_bytes) == (size.host_bytes, size.disk_bytes)
+    caches = random_caches(6, dtype=dtype)
+    before = clone(caches)
+    store = SegmentStore.open(tmp_path, block_bytes=size.disk_bytes, num_parts=3, max_bytes=1 << 20, layout={})
+    mover = Mover(
+        make_copier(caches, cache_addresses(caches), host, torch.device("cpu"), Rounding(layout)), host, store
+    )
+    answers: queue.Queue[MoveResult] = queue.Queue()
+    two = [digest(1), digest(2)]
+    for fields in (
+        {"kind": MoveOrder.STORE, "block_ids": [5, 0], "host_slots": [1, 3]},
+        {"kind": MoveOrder.WRITE, "host_slots": [1, 3], "digests": two},
+        {"kind": MoveOrder.LOAD, "block_ids": [2, 4], "host_slots": [1, 3]},  # blocks 5 and 0 from host memory
+        {"kind": MoveOrder.READ, "host_slots": [2, 0], "digests": two},
+        {"kind": MoveOrder.LOAD, "block_ids": [1, 3], "host_slots": [2, 0]},  # the same from disk
+    ):
+        mover.submit(MoveOrder(**fields), answers.put)  # type: ignore[arg-type]
+        assert not answers.get(timeout=PATIENCE_S).failed
+    mover.close(PATIENCE_S)
+    for number, (cache, old) in enumerate(zip(flat(caches), flat(before), strict=True)):
+        group_dim = -1 if number % 2 else -3
+        for blocks, most_steps in (([2, 4], 0.5), ([1, 3], num_steps)):
+            expected = old[[5, 0]].float()
+            step = (expected.amax(group_dim, keepdim=True) - expected.amin(group_dim, keepdim=True)) / 255
+            last_bits = expected.abs().amax() * torch.finfo(dtype).eps
+            assert ((cache[blocks].float() - expected).abs() <= most_steps * step + last_bits).all()
+        assert torch.equal(cache[[0, 5]], old[[0, 5]])
+
+
+def test_more_blocks_than_one_read_holds_all_arrive(tmp_path: Path) -> None:
     """Of 2 MiB each: two are read at a time."""
     layout = KVLayout(num_layers=2, block_size=16, num_kv_heads=16, head_dim=512, dtype=torch.float32)
     host = HostSlots.allocate(7, layout, torch.device("cpu"), lambda done, total: None)
@@ -178,12 +219,23 @@ def test_more_blocks_than_are_read_at_once_all_come(tmp_path: Path) -> None:
     mover.close(PATIENCE_S)
 
 
-def test_a_block_that_is_not_there_is_an_index_without_an_error(rank: Rank) -> None:
+def test_a_missing_block_fails_without_an_error(rank: Rank) -> None:
     rank.run(MoveOrder.STORE, block_ids=[5], host_slots=[1])
     rank.run(MoveOrder.WRITE, host_slots=[1], digests=[digest(1)])
     result = rank.run(MoveOrder.READ, host_slots=[0, 2], digests=[digest(7), digest(1)])
     assert (list(result.failed), result.error) == ([0], "")
     assert rank.slot(2) == rank.slot(1)
+
+
+def test_a_damaged_block_is_counted_apart_from_missing_ones(rank: Rank, tmp_path: Path) -> None:
+    rank.run(MoveOrder.STORE, block_ids=[5], host_slots=[1])
+    rank.run(MoveOrder.WRITE, host_slots=[1], digests=[digest(1)])
+    (segment,) = tmp_path.glob("*.tmp")
+    whole = segment.read_bytes()
+    assert rank.slot(1) in whole
+    segment.write_bytes(whole.replace(rank.slot(1), bytes(LAYOUT.block_bytes)))
+    result = rank.run(MoveOrder.READ, host_slots=[0, 2], digests=[digest(7), digest(1)])
+    assert (list(result.failed), result.error, result.num_damaged) == ([0, 1], "", 1)
 
 
 def test_dropped_blocks_are_gone(rank: Rank) -> None:
@@ -195,7 +247,7 @@ def test_dropped_blocks_are_gone(rank: Rank) -> None:
     assert list(rank.run(MoveOrder.READ, host_slots=[2, 3], digests=[digest(1), digest(2)]).failed) == [0]
 
 
-def test_a_block_that_fails_is_an_index_with_the_error(stuck: tuple[Rank, StuckStore]) -> None:
+def test_a_block_that_fails_is_reported_with_the_error(stuck: tuple[Rank, StuckStore]) -> None:
     rank, store = stuck
     result = rank.run(MoveOrder.READ, host_slots=[0], digests=[digest(9)])
     assert list(result.failed) == [0]
@@ -218,7 +270,7 @@ class BrokenFiles(Files):
         return super().preadv(fd, into, offset)
 
 
-def test_a_disk_that_cannot_be_read_is_told_from_a_block_that_is_not_there(tmp_path: Path) -> None:
+def test_an_unreadable_disk_is_distinguished_from_a_missing_block(tmp_path: Path) -> None:
     """Each error is told once."""
     files = BrokenFiles()
     options = {"block_bytes": LAYOUT.block_bytes, "num_parts": LAYOUT.num_layers, "max_bytes": 1 << 20}
@@ -233,7 +285,7 @@ def test_a_disk_that_cannot_be_read_is_told_from_a_block_that_is_not_there(tmp_p
     rank.mover.close(PATIENCE_S)
 
 
-def test_a_read_that_hangs_holds_up_nobody_else(stuck: tuple[Rank, StuckStore]) -> None:
+def test_a_hanging_read_delays_nobody_else(stuck: tuple[Rank, StuckStore]) -> None:
     rank, store = stuck
     hanging = rank.submit(MoveOrder.READ, host_slots=[0, 1], digests=[digest(1), digest(2)])
     assert store.entered.get(timeout=PATIENCE_S) == digest(1)
@@ -287,7 +339,7 @@ class SlowCopier(CopierOfNothing):
         self.record.append(f"stored {list(block_ids)}")
 
 
-def test_a_reset_waits_for_the_copy_that_has_begun_and_drops_those_behind_it() -> None:
+def test_a_reset_waits_for_the_copy_under_way_and_drops_later_ones() -> None:
     copier = SlowCopier()
     host = HostSlots.allocate(NUM_SLOTS, LAYOUT, torch.device("cpu"), lambda done, total: None)
     mover = Mover(copier, host, None)
@@ -309,7 +361,7 @@ def test_a_reset_waits_for_the_copy_that_has_begun_and_drops_those_behind_it() -
     mover.close(PATIENCE_S)
 
 
-def test_closing_leaves_behind_what_hangs(stuck: tuple[Rank, StuckStore]) -> None:
+def test_closing_does_not_wait_for_what_hangs(stuck: tuple[Rank, StuckStore]) -> None:
     rank, store = stuck
     rank.submit(MoveOrder.READ, host_slots=[0], digests=[digest(1)])
     store.entered.get(timeout=PATIENCE_S)
@@ -326,7 +378,7 @@ def test_closing_keeps_what_was_written(rank: Rank, tmp_path: Path) -> None:
     again.close()
 
 
-def test_host_memory_is_taken_at_once() -> None:
+def test_host_memory_is_allocated_at_once() -> None:
     """As much of it as was asked for, and not when the first blocks come."""
     layout = KVLayout(num_layers=4, block_size=16, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16)
     told: list[tuple[int, int]] = []
@@ -364,7 +416,7 @@ D = [digest(1), digest(2)]
         (MoveOrder.DROP, {"digests": D, "host_slots": [1, 2]}, "host_slots: has 2 entries, must have 0"),
     ],
 )
-def test_an_order_that_cannot_be_is_refused_by_the_name_of_its_field(
+def test_an_impossible_order_is_refused_and_names_the_field(
     kind: MoveOrder.Kind.ValueType, fields: dict[str, object], message: str
 ) -> None:
     order = MoveOrder(move_id=7, kind=kind, **fields)  # type: ignore[arg-type]
@@ -373,7 +425,7 @@ def test_an_order_that_cannot_be_is_refused_by_the_name_of_its_field(
     assert str(error.value) == f"move 7: {message}"
 
 
-def test_an_order_to_a_tier_that_is_not_there_is_refused() -> None:
+def test_an_order_to_a_missing_tier_is_refused() -> None:
     load = MoveOrder(move_id=7, kind=MoveOrder.LOAD, block_ids=[1], host_slots=[1])
     read = MoveOrder(move_id=7, kind=MoveOrder.READ, digests=D[:1], host_slots=[1])
     for order in (load, read):

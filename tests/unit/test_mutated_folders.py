@@ -13,7 +13,7 @@ CASES_A_TEST = 30
 
 
 @pytest.mark.parametrize("first", range(0, 150, CASES_A_TEST))
-def test_damage_is_served_or_refused_with_a_message(first: int, tmp_path: Path) -> None:
+def test_damaged_folders_are_served_or_refused_with_a_message(first: int, tmp_path: Path) -> None:
     folders = Folders(tmp_path / "valid")
     cases = [run_case(number, SEED, folders, tmp_path / "case") for number in range(first, first + CASES_A_TEST)]
     faults = [

@@ -94,7 +94,7 @@ def test_bytes_on_disk_with_those_of_old_layouts_stay_within_the_limit(tmp_path:
         assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [disk.folder(name).name]
 
 
-def test_a_layout_that_a_process_uses_stays(tmp_path: Path) -> None:
+def test_a_layout_in_use_stays(tmp_path: Path) -> None:
     """Even if it is that of one rank only, and the disk is too small."""
     disk = Disk(tmp_path, num_ranks=2)
     disk.fill("other", used_s=1_000)
@@ -104,7 +104,7 @@ def test_a_layout_that_a_process_uses_stays(tmp_path: Path) -> None:
         assert len(other.digests()) == 4 * 16
 
 
-def test_nothing_goes_while_a_process_opens_its_folder(tmp_path: Path) -> None:
+def test_nothing_is_removed_while_a_process_opens_its_folder(tmp_path: Path) -> None:
     disk = Disk(tmp_path, num_ranks=2)
     disk.fill("old", used_s=1_000)
     with disk.opened("mine") as store:
@@ -116,7 +116,7 @@ def test_nothing_goes_while_a_process_opens_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["notes", "0123456789abcdef" * 2])
-def test_what_others_keep_there_stays(tmp_path: Path, name: str) -> None:
+def test_files_of_others_stay(tmp_path: Path, name: str) -> None:
     disk = Disk(tmp_path, num_ranks=2)
     disk.fill("old", used_s=1_000)
     mine = tmp_path / name / "target-rank0of1" / "mine.txt"

@@ -30,8 +30,8 @@ class Fixture:
         self.grow = self.driver.draft_row(self.seq, 3)
         self.growing = self.driver.round([self.grow])
 
-    def run(self, round_: Round, behind: list[Round]) -> RoundResult:
-        self.engine.check(round_, behind)
+    def run(self, round_: Round, queued: list[Round]) -> RoundResult:
+        self.engine.check(round_, queued)
         return self.engine.run(round_)
 
 
@@ -83,13 +83,13 @@ def test_a_branch_lives_on_when_its_parent_is_overtaken(fixture: Fixture, tiny: 
     assert not results[1].token_ids
 
 
-def test_what_calibrates_is_done(fixture: Fixture) -> None:
+def test_an_overtaken_row_still_calibrates(fixture: Fixture) -> None:
     fixture.grow.calibrate_len = 2
     round_ = fixture.driver.round([fixture.grow])
     assert fixture.run(round_, [fixture.driver.round([], free_slots=[0])]).rows[0].token_ids
 
 
-def test_changes_of_an_overtaken_row_are_made(fixture: Fixture, tiny: Path) -> None:
+def test_an_overtaken_row_still_changes_its_slot(fixture: Fixture, tiny: Path) -> None:
     """The blocks and tokens that the row brings are not sent again."""
     driver, seq = fixture.driver, fixture.seq
     fixture.run(fixture.growing, [])

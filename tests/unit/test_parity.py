@@ -10,7 +10,8 @@ import torch
 from tests.helpers.paged import FEEDS, run_seqs
 from tests.helpers.tiny_models import FAMILIES, MAX_MODEL_LEN, TinyModel, make_tiny_model
 from workers.collectives import SoloGroup
-from workers.models import CausalLM, load_model
+from workers.models.decoder import CausalLM
+from workers.models.loading import load_model
 
 TOLERANCE = 1e-4  # fp32
 VISIBLE = 1e-3  # dropping a feature moves some logit by more

@@ -39,7 +39,7 @@ def simulate(
     num_requests: int = 1,
     k: int = 8,
     delay_s: Callable[[], float] = lambda: 0.0004,
-    **wish: Any,
+    **params: Any,
 ) -> TimedSimulation:
     """Runs to the end. `draft_step`: the time of a draft step, in target rounds."""
     sim = TimedSimulation(
@@ -52,7 +52,7 @@ def simulate(
         delay_s=delay_s,
         may_wait=speculation["pipeline"] is Pipeline.SERIAL,
     )
-    messages = [submit(f"r{i}", [i + 1] * 9, seed=i, max_tokens=NUM_TOKENS, **wish) for i in range(num_requests)]
+    messages = [submit(f"r{i}", [i + 1] * 9, seed=i, max_tokens=NUM_TOKENS, **params) for i in range(num_requests)]
     for message in messages:
         sim.submit(message)
     sim.run_timed()
@@ -94,7 +94,7 @@ def test_the_draft_does_not_stand_idle_while_its_answers_travel(speculation: dic
     assert sim.draft_lane.busy_s > 0.6 * sim.now
 
 
-def test_what_a_verdict_has_made_useless_is_not_drafted() -> None:
+def test_nothing_is_drafted_that_a_verdict_has_made_useless() -> None:
     sim = simulate(60, CACHED, draft_step=0.3)
     assert sim.draft is not None
     assert sim.draft.num_overtaken > 20
@@ -108,7 +108,7 @@ def test_most_mismatches_are_foreseen_when_the_second_choice_is_right() -> None:
 
 
 @pytest.mark.parametrize("speculation", [SERIAL, CONTINUOUS, CACHED], ids=["serial", "continuous", "cached"])
-def test_every_draft_is_of_use_or_wasted(speculation: dict[str, Any]) -> None:
+def test_every_draft_counts_as_used_or_wasted(speculation: dict[str, Any]) -> None:
     perfect, useless = simulate(100, speculation).core.status(), simulate(0, speculation).core.status()
     assert useless.wasted_draft_tokens_total == useless.draft_tokens_total > 0
     assert perfect.wasted_draft_tokens_total < 0.3 * perfect.draft_tokens_total, "the end, and branches"
@@ -117,7 +117,7 @@ def test_every_draft_is_of_use_or_wasted(speculation: dict[str, Any]) -> None:
     )
 
 
-def test_what_is_committed_is_calibrated() -> None:
+def test_committed_tokens_are_calibrated() -> None:
     """In a layer-parallel draft, the KV of accepted drafts is approximate until it has been computed again."""
     sim = TimedSimulation(target=target_engine(), draft=draft_engine(90, lp_size=4), k=4, speculation=CACHED)
     message = submit("r", [1] * 9, max_tokens=200)
@@ -133,7 +133,7 @@ def test_what_is_committed_is_calibrated() -> None:
     sim.assert_plain(again)
 
 
-def test_requests_side_by_side_keep_both_engines_busy() -> None:
+def test_concurrent_requests_keep_both_engines_busy() -> None:
     serial, continuous = (simulate(80, mode, num_requests=8, k=4) for mode in (SERIAL, CONTINUOUS))
     assert continuous.now < serial.now
     assert continuous.target_lane.busy_s > 0.9 * continuous.now
@@ -164,7 +164,7 @@ def test_any_timing_gives_the_plain_stream(seed: int, speculation: dict[str, Any
     for i, message in enumerate(messages):
         sim.at(rng.uniform(0.0, 3.0), lambda message=message: sim.submit(message))
         if i == 2:
-            sim.at(rng.uniform(0.0, 4.0), lambda: sim.core.adjust("r0", wish(rng)))
+            sim.at(rng.uniform(0.0, 4.0), lambda: sim.core.adjust("r0", params(rng)))
     sim.run_timed()
     for message in messages:
         sim.assert_plain(message)
@@ -172,13 +172,13 @@ def test_any_timing_gives_the_plain_stream(seed: int, speculation: dict[str, Any
     sim.assert_all_free()
 
 
-def wish(rng: random.Random) -> Any:
+def params(rng: random.Random) -> Any:
     return submit("", [1], **rng.choice([{"enabled": False}, {"num_speculative_tokens": 2}, {}])).speculation
 
 
 @pytest.mark.parametrize("speculation", [CONTINUOUS, CACHED], ids=["continuous", "cached"])
 @pytest.mark.parametrize("lost_at", [round(0.013 + 0.037 * i, 3) for i in range(24)])
-def test_losing_the_draft_at_any_point_costs_speed_only(lost_at: float, speculation: dict[str, Any]) -> None:
+def test_losing_the_draft_at_any_point_only_costs_speed(lost_at: float, speculation: dict[str, Any]) -> None:
     sim = TimedSimulation(target=target_engine(), draft=draft_engine(80), k=5, speculation=speculation)
     message = submit("r", [1] * 9, max_tokens=80)
     sim.submit(message)
@@ -191,7 +191,7 @@ def test_losing_the_draft_at_any_point_costs_speed_only(lost_at: float, speculat
     sim.assert_all_free()
 
 
-def test_a_request_switches_its_speculation_while_it_runs() -> None:
+def test_a_request_changes_its_speculation_while_it_runs() -> None:
     sim = TimedSimulation(target=target_engine(), draft=draft_engine(100), k=4, speculation=CONTINUOUS)
     message = submit("r", [1] * 9, max_tokens=120)
     sim.submit(message)
@@ -218,7 +218,7 @@ def repetitive(seed: int) -> list[int]:
 
 @pytest.mark.parametrize("pipeline", [Pipeline.SERIAL, Pipeline.CONTINUOUS])
 @pytest.mark.parametrize("method", [Method.SUFFIX, Method.HYBRID])
-def test_lookup_finds_what_was_said_before(method: Method, pipeline: Pipeline) -> None:
+def test_lookup_finds_earlier_text(method: Method, pipeline: Pipeline) -> None:
     """The second of two equal requests gets its drafts from the first one's output, however good the draft model is."""
     sim = TimedSimulation(
         target=target_engine(),
@@ -290,7 +290,7 @@ def test_branches_end_with_the_context(seed: int) -> None:
 
 
 @pytest.mark.parametrize("speculation", [SERIAL, CONTINUOUS, CACHED], ids=["serial", "continuous", "cached"])
-def test_where_drafts_do_not_pay_rounds_are_queued_and_where_they_do_again_they_come_back(
+def test_rounds_are_queued_while_drafts_do_not_pay_and_drafts_return_when_they_do(
     speculation: dict[str, Any],
 ) -> None:
     """With many seqs the target is bound by computation, so a draft costs as much as a token; then one seq is left."""
@@ -321,7 +321,7 @@ def test_where_drafts_do_not_pay_rounds_are_queued_and_where_they_do_again_they_
     assert sim.core.status().speculation_total.num_draft_tokens > num_verified[0] + 100, "when one is left"
 
 
-def test_drafts_of_a_seat_that_is_gone_do_not_count_as_those_of_the_next() -> None:
+def test_drafts_of_a_released_slot_do_not_count_for_the_next_one() -> None:
     """Serial: speculation is switched off and on again while the seq's drafts are in flight."""
     sim = TimedSimulation(
         target=target_engine(),
@@ -346,7 +346,7 @@ def test_drafts_of_a_seat_that_is_gone_do_not_count_as_those_of_the_next() -> No
     sim.assert_all_free()
 
 
-def test_nobody_waits_for_drafts_that_have_no_room() -> None:
+def test_no_seq_waits_for_drafts_that_have_no_room() -> None:
     """The draft engine has room for some of the seqs only: the target does not wait for drafts of the others."""
     sim = TimedSimulation(target=target_engine(), draft=draft_engine(90, num_blocks=60), k=8, speculation=CONTINUOUS)
     messages = [submit(f"r{i}", [i + 1] * 9, seed=i, max_tokens=100) for i in range(6)]
@@ -358,7 +358,7 @@ def test_nobody_waits_for_drafts_that_have_no_room() -> None:
     assert sim.target_lane.busy_s > 0.97 * sim.now
 
 
-def test_who_is_held_does_not_wait_for_a_newcomers_prompt() -> None:
+def test_a_held_seq_does_not_wait_for_a_newcomers_prompt() -> None:
     sim = TimedSimulation(
         target=target_engine(), draft=draft_engine(70), k=8, speculation=CONTINUOUS, draft_s=lambda num_rows: 0.02
     )
@@ -384,13 +384,18 @@ def test_who_is_held_does_not_wait_for_a_newcomers_prompt() -> None:
     assert len(olds) == 2
 
 
-def test_a_request_gets_its_number_of_drafts_although_few_are_accepted() -> None:
+def test_a_request_gets_its_number_of_drafts_even_if_few_are_accepted() -> None:
     sim = simulate(10, CONTINUOUS | {"adaptive": True}, num_speculative_tokens=6)
     stats = sim.completed["r0"].speculation
     assert stats.num_draft_tokens > 5.5 * stats.num_drafts
 
 
-def test_the_drafts_own_doubts_say_where_a_verdict_will_part_from_the_chain() -> None:
+def test_the_target_alone_is_asked_for_logprobs() -> None:
+    """They would only make drafts slower. The fake draft engine refuses them."""
+    assert simulate(80, SERIAL, logprobs=1).completed["r0"].speculation.num_drafts > 0
+
+
+def test_the_drafts_confidence_shows_where_a_verdict_will_leave_the_chain() -> None:
     """The draft is sure of most of its drafts, and they are right; the others are a coin toss. Branches start at
     these."""
     runs = []

@@ -118,7 +118,7 @@ def run(given: World, policy: SpeculationPolicy, num_tokens: int) -> Outcome:
 
 
 @pytest.mark.parametrize("pipeline", ["serial", "continuous"])
-def test_it_recovers_when_drafts_become_good(pipeline: str) -> None:
+def test_the_policy_recovers_when_drafts_become_good(pipeline: str) -> None:
     given = World(verify_s=CPU, step_s=SMALL_DRAFT, acceptance=lambda number, over: 0.02 if over < 0.3 else 0.8)
     outcome = run(given, new_policy(pipeline), 5000)
     good, _ = best_serial_rate(world(CPU, SMALL_DRAFT, 0.8), 1)
@@ -127,7 +127,7 @@ def test_it_recovers_when_drafts_become_good(pipeline: str) -> None:
 
 
 @pytest.mark.parametrize("pipeline", ["serial", "continuous"])
-def test_it_stops_when_drafts_become_bad(pipeline: str) -> None:
+def test_the_policy_stops_when_drafts_become_bad(pipeline: str) -> None:
     given = World(verify_s=CPU, step_s=SMALL_DRAFT, acceptance=lambda number, over: 0.8 if over < 0.5 else 0.02)
     outcome = run(given, new_policy(pipeline), 3000)
     assert outcome.rate_between(0.6, 1.0) >= 0.97 / CPU(1)
@@ -159,7 +159,7 @@ def shares_of(outcome: Outcome) -> list[tuple[float, float]]:
     return found
 
 
-def test_it_does_not_oscillate() -> None:
+def test_the_policy_does_not_oscillate() -> None:
     """Where speculation hardly pays, on and off are equally good, but each change costs."""
     given = world(CPU, BIG_DRAFT, 0.22)
     outcome = Simulation(given, new_policy("serial"), num_tokens=3000).serial()
@@ -184,7 +184,7 @@ def taught(
     return policy
 
 
-def test_nothing_measured_yet() -> None:
+def test_the_policy_works_before_anything_is_measured() -> None:
     policy = new_policy("continuous")
     assert policy.choose([drafts(ready=3)], num_other_tokens=0, num_waiting=0)[0].num_verify == 3
     assert policy.choose([], num_other_tokens=0, num_waiting=0) == []
@@ -192,7 +192,7 @@ def test_nothing_measured_yet() -> None:
     assert policy.draft_lengths([drafts(limit=0)]) == [0]
 
 
-def test_hold_pays_where_a_draft_step_is_short_and_not_where_it_is_long() -> None:
+def test_holding_pays_if_a_draft_step_is_short_and_not_if_it_is_long() -> None:
     empty = [drafts(0.8, ready=0, coming=4)]
     quick = taught("continuous", step_s=line(0.0008, 0.0)).choose(empty, num_other_tokens=0, num_waiting=0)[0]
     assert 0.0008 < quick.hold_s < 0.02
@@ -210,7 +210,7 @@ def test_hold_pays_where_a_draft_step_is_short_and_not_where_it_is_long() -> Non
     ],
     ids=["its time is up", "nothing comes", "another seq decodes anyway"],
 )
-def test_nobody_is_held_in_vain(seqs: list[Drafts]) -> None:
+def test_no_seq_is_held_in_vain(seqs: list[Drafts]) -> None:
     assert [choice.hold_s for choice in taught("continuous").choose(seqs, num_other_tokens=0, num_waiting=0)] == [
         0.0
     ] * len(seqs)
@@ -221,7 +221,7 @@ def test_prompts_in_the_round_are_not_kept_waiting() -> None:
     assert choice.hold_s == 0.0
 
 
-def test_compiling_kernels_is_not_what_a_draft_takes() -> None:
+def test_the_time_to_compile_kernels_does_not_count_as_drafting() -> None:
     """The first rounds take seconds because kernels compile: that must not switch drafting off."""
     policy = new_policy("serial")
     for run_s in (4.0, 2.0, *[CPU(1)] * 20):
@@ -241,7 +241,7 @@ def test_better_seqs_get_more_drafts() -> None:
     assert lengths[0] > lengths[1] > lengths[2] == lengths[3] == 0
 
 
-def test_a_request_that_asked_for_a_number_gets_it() -> None:
+def test_a_request_with_a_fixed_number_of_drafts_gets_it() -> None:
     for pipeline in ("serial", "continuous"):
         policy = taught(pipeline, verify_s=COMPUTE)
         fixed, free = drafts(0.1, limit=5, is_fixed=True), drafts(0.1)
@@ -256,7 +256,7 @@ def test_a_request_that_asked_for_a_number_gets_it() -> None:
     assert held.hold_s > 0.0
 
 
-def test_nobody_misses_a_round_while_a_request_gets_its_number() -> None:
+def test_no_seq_misses_a_round_while_a_request_gets_its_number() -> None:
     policy = taught("continuous", verify_s=COMPUTE)
     waits, has_all = drafts(0.8, coming=5, limit=5, is_fixed=True), drafts(0.8, ready=5, limit=5, is_fixed=True)
     for choice in policy.choose([waits, has_all], num_other_tokens=0, num_waiting=0):
@@ -266,7 +266,7 @@ def test_nobody_misses_a_round_while_a_request_gets_its_number() -> None:
 
 
 @pytest.mark.parametrize("pipeline", ["serial", "continuous"])
-def test_more_drafts_than_any_round_had_are_no_reason_to_fail(pipeline: str) -> None:
+def test_more_drafts_than_in_any_round_so_far_are_fine(pipeline: str) -> None:
     """Many requests fix their number of drafts, while all rounds so far were small."""
     policy = new_policy(pipeline)
     for _ in range(10):
@@ -301,7 +301,7 @@ def test_a_chain_ends_where_another_draft_would_hardly_be_accepted() -> None:
     assert not policy.should_extend(0.9**40, 0.8)
 
 
-def test_a_draft_catches_up_only_where_that_will_be_made_up_for() -> None:
+def test_a_draft_catches_up_only_if_that_pays_off() -> None:
     policy = taught("serial")
     for _ in range(4):
         policy.observe_draft(num_seqs=1, num_steps=1, num_chunk_tokens=100, run_s=0.05)
@@ -341,7 +341,7 @@ def test_a_window_is_bounded_as_configured() -> None:
     assert policy.draft_lengths([drafts(0.9)]) == [5]
 
 
-def test_probes_wait_for_their_cost_to_be_saved_up() -> None:
+def test_probes_wait_until_their_cost_is_saved_up() -> None:
     """The further behind the draft is, the less often a probe makes it catch up."""
 
     def num_probes(num_behind: int) -> int:
@@ -362,7 +362,7 @@ def test_probes_wait_for_their_cost_to_be_saved_up() -> None:
 
 
 @pytest.mark.parametrize(("verify_s", "least", "most"), [(CPU, 6, 100), (line(0.0001, 0.0020), 0, 2)])
-def test_probes_are_rare_where_even_the_best_drafts_would_gain_nothing(verify_s: Law, least: int, most: int) -> None:
+def test_probes_are_rare_if_even_the_best_drafts_would_gain_nothing(verify_s: Law, least: int, most: int) -> None:
     policy = taught("serial", verify_s=verify_s)
     num_probes = 0
     for _ in range(2000):

@@ -41,14 +41,14 @@ def test_a_few_verdicts_expose_a_useless_draft() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.9, 0.3), (0.1, 0.8)])
-def test_a_change_of_the_text_is_noticed_soon(before: float, after: float) -> None:
+def test_a_change_of_the_text_is_noticed_quickly(before: float, after: float) -> None:
     acceptance = Acceptance.start(AcceptancePrior())
     verdicts(acceptance, before, [4], num_rounds=300)
     verdicts(acceptance, after, [4], num_rounds=30, seed=2)
     assert acceptance.rate == pytest.approx(after, abs=0.15)
 
 
-def test_a_verdict_without_drafts_says_nothing() -> None:
+def test_a_verdict_without_drafts_teaches_nothing() -> None:
     acceptance = Acceptance.start(AcceptancePrior())
     before = acceptance.rate
     acceptance.observe(0, 0)

@@ -38,7 +38,7 @@ _ASK = st.tuples(st.just("ask"), _SEQS, st.integers(0, 512), st.integers(0, 3))
 @pytest.mark.parametrize("adaptive", [True, False])
 @settings(max_examples=60, deadline=None)
 @given(window=st.integers(0, 6), events=st.lists(st.one_of(_TARGET, _DRAFT, _VERDICT, _ASK), max_size=40))
-def test_any_history_is_survived(
+def test_the_policy_survives_any_history(
     pipeline: str,
     has_branches: bool,
     adaptive: bool,

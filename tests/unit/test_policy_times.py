@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scheduler.policy.step_times import DraftTimes, StepTimes
 
 
-def test_small_batches_are_known_exactly_also_on_a_staircase() -> None:
+def test_small_batches_are_known_exactly_even_if_times_rise_in_steps() -> None:
     times = StepTimes()
     stairs = {1: 0.010, 2: 0.010, 3: 0.014, 4: 0.014, 5: 0.030}
     for _ in range(5):
@@ -20,7 +20,7 @@ def test_small_batches_are_known_exactly_also_on_a_staircase() -> None:
         assert times.predict(num_tokens) == pytest.approx(run_s)
 
 
-def test_what_was_not_seen_is_guessed_between_its_neighbours_and_beyond_them() -> None:
+def test_unseen_sizes_are_interpolated_and_extrapolated() -> None:
     times = StepTimes()
     for num_tokens in (8, 16, 32):
         times.observe(num_tokens, 0.001 * num_tokens)
@@ -37,7 +37,7 @@ def test_more_tokens_never_seem_faster() -> None:
     assert predicted == sorted(predicted)
 
 
-def test_context_is_told_from_tokens() -> None:
+def test_the_cost_of_context_is_separated_from_that_of_tokens() -> None:
     times = StepTimes()
     for index in range(60):
         for num_tokens in (1, 4):
@@ -47,7 +47,7 @@ def test_context_is_told_from_tokens() -> None:
     assert times.predict(1, num_context=0) == pytest.approx(0.011, rel=0.05)
 
 
-def test_what_context_takes_is_not_told_from_noise() -> None:
+def test_noise_is_not_taken_for_the_cost_of_context() -> None:
     times = StepTimes()
     for num_context, run_s in ((3000, 0.042), (3001, 0.046), (3002, 0.044), (3003, 0.048)):
         times.observe(4, run_s, num_context=num_context)
@@ -56,7 +56,7 @@ def test_what_context_takes_is_not_told_from_noise() -> None:
     assert times.predict(4) == pytest.approx(0.045, rel=0.05)
 
 
-def test_a_short_request_behind_a_long_one_is_not_thought_fast() -> None:
+def test_a_short_request_after_a_long_one_is_not_thought_fast() -> None:
     times = StepTimes()
     noise = Random(3)
     for number in range(200):
@@ -74,7 +74,7 @@ _OBSERVATIONS = st.lists(
 
 @settings(deadline=None)
 @given(_OBSERVATIONS)
-def test_whatever_was_seen_a_forward_takes_time(observations: list[tuple[int, float, int]]) -> None:
+def test_a_forward_never_seems_to_take_no_time(observations: list[tuple[int, float, int]]) -> None:
     times = StepTimes()
     for num_tokens, run_s, num_context in observations:
         times.observe(num_tokens, run_s, num_context=num_context)
@@ -82,7 +82,7 @@ def test_whatever_was_seen_a_forward_takes_time(observations: list[tuple[int, fl
         assert times.predict(1, num_context=0) > 0.0
 
 
-def test_a_hiccup_is_no_news_and_a_slower_machine_is() -> None:
+def test_a_hiccup_is_ignored_and_a_slower_machine_is_not() -> None:
     times = StepTimes()
     for _ in range(30):
         times.observe(1, 0.010)
@@ -93,7 +93,7 @@ def test_a_hiccup_is_no_news_and_a_slower_machine_is() -> None:
     assert times.predict(1) == pytest.approx(0.030, rel=0.1)
 
 
-def test_a_draft_round_is_a_chunk_and_steps() -> None:
+def test_the_time_of_a_draft_round_is_that_of_its_chunk_and_its_steps() -> None:
     times = DraftTimes()
     for num_steps in (1, 4, 2, 8) * 10:
         times.observe(num_seqs=4, num_steps=num_steps, num_chunk_tokens=9, run_s=0.003 + 0.002 * (num_steps - 1))
@@ -101,7 +101,7 @@ def test_a_draft_round_is_a_chunk_and_steps() -> None:
     assert times.chunk_s(9) == pytest.approx(0.003, rel=0.1)
 
 
-def test_a_draft_round_takes_something_however_many_steps_it_has() -> None:
+def test_a_draft_round_never_seems_to_take_no_time() -> None:
     times = DraftTimes()
     for num_steps in (1, 4, 2, 5) * 10:
         times.observe(num_seqs=4, num_steps=num_steps, num_chunk_tokens=5, run_s=0.005 + 0.007 * num_steps)
@@ -110,7 +110,7 @@ def test_a_draft_round_takes_something_however_many_steps_it_has() -> None:
         assert round_s == pytest.approx(0.005 + 0.007 * num_steps, rel=0.1)
 
 
-def test_of_rounds_of_one_length_nobody_knows_what_is_fixed() -> None:
+def test_rounds_of_one_length_do_not_show_the_fixed_part() -> None:
     times = DraftTimes()
     for _ in range(20):
         times.observe(num_seqs=1, num_steps=3, num_chunk_tokens=1, run_s=0.030)
@@ -118,7 +118,7 @@ def test_of_rounds_of_one_length_nobody_knows_what_is_fixed() -> None:
     assert times.further_s(1) == pytest.approx(0.010, rel=0.01)
 
 
-def test_one_slow_observation_does_not_bar_a_size() -> None:
+def test_one_slow_observation_does_not_rule_out_a_size() -> None:
     times = StepTimes()
     for _ in range(20):
         for num_tokens in (4, 8, 12, 24):

@@ -70,7 +70,7 @@ def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     assert child.poll() == -signal.SIGKILL
 
 
-def test_what_a_child_started_ends_with_it(tmp_path: Path) -> None:
+def test_processes_started_by_a_child_end_with_it(tmp_path: Path) -> None:
     child = start(tmp_path, "orphan")
     events_of(child, "ready")
     grandchildren = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
@@ -139,7 +139,7 @@ def test_the_leaders_store_goes_to_the_other_ranks(tmp_path: Path, to_stop: list
     assert "rank 2 joins 127.0.0.1:1234" in stages["target-0.2"]
 
 
-def test_a_failed_rank_fails_the_group_with_its_own_words(tmp_path: Path) -> None:
+def test_a_failed_rank_fails_the_group_with_its_message(tmp_path: Path) -> None:
     spawn = Spawner(tmp_path, {"target-0.1": "fail"})
     with pytest.raises(StartError, match=r"^target-0\.1: the weights are made of cheese; use other weights$") as caught:
         start_worker_group([spec(rank, 2) for rank in range(2)], spawn, timeout_s=ANSWER_S)
@@ -147,7 +147,7 @@ def test_a_failed_rank_fails_the_group_with_its_own_words(tmp_path: Path) -> Non
     assert [child.poll() is None for child in spawn.children] == [False, False], "everything was stopped"
 
 
-def test_a_rank_that_dies_wordlessly_is_described_by_its_log(tmp_path: Path) -> None:
+def test_a_rank_that_dies_without_a_message_is_described_by_its_log(tmp_path: Path) -> None:
     spawn = Spawner(tmp_path, {"target-0.0": "die"})
     with pytest.raises(StartError, match=r"target-0\.0: ended with exit status 3; last words: out of cheese") as caught:
         start_worker_group([spec()], spawn, timeout_s=ANSWER_S)
@@ -185,7 +185,7 @@ def test_a_process_that_dies_later_changes_the_deployments_state(tmp_path: Path,
     os.kill(spawn.children[0].pid, signal.SIGKILL)
     processes.wait_change(version, ANSWER_S)
     state, reason = processes.read(lambda board: board.deployment())
-    assert state is State.FAILED
+    assert state is State.RECOVERING
     assert reason.startswith("target-0.0: was killed by SIGKILL")
 
 

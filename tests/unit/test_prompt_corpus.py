@@ -38,7 +38,7 @@ def theirs() -> PreTrainedTokenizerBase:
 
 
 @pytest.mark.parametrize("path", CONVERSATIONS, ids=name_of)
-def test_a_conversation_becomes_what_transformers_makes_of_it(
+def test_a_conversation_becomes_the_same_text_as_in_transformers(
     path: Path, tmp_path: Path, theirs: PreTrainedTokenizerBase
 ) -> None:
     """This covers the whole way from the client's arguments to token ids."""

@@ -87,7 +87,7 @@ def test_others_may_be_behind_a_proxy(address: str) -> None:
     assert channel_options(address, ("grpc.keepalive_time_ms", 1)) == (("grpc.keepalive_time_ms", 1),)
 
 
-def test_the_variables_do_break_a_channel_that_heeds_them() -> None:
+def test_the_variables_do_break_a_channel_that_obeys_them() -> None:
     """Otherwise the tests above would prove nothing."""
     channel = grpc.insecure_channel("127.0.0.1:2")
     with pytest.raises(grpc.RpcError) as err:

@@ -14,9 +14,10 @@ import pytest_asyncio
 from echelon import __version__
 from echelon.pb import inference_pb2 as pb
 from echelon.pb.process_pb2 import GatewaySpec
+from echelon.pb.reading_pb2 import ReadAnswer, Reading
 from echelon.pb.sampling_pb2 import SamplingParams
 from echelon.pb.scheduler_pb2 import RequestError, Submit
-from gateway.requests import frames
+from gateway.requests.forms import Form
 from gateway.requests.lane import Lane
 from gateway.requests.reader_process import ReaderLostError, ReaderProcess
 from gateway.requests.refusal import Refusal
@@ -40,6 +41,7 @@ WILD = """
 {%- endif -%}
 """
 FOR_EVER_S = 1000.0
+LESS = "send a shorter one, or token_ids, which are read as they are"
 
 
 @pytest.fixture
@@ -75,9 +77,14 @@ def lane_before(start: Any, *, limit_s: float = FOR_EVER_S, max_waiting_bytes: i
     return Lane(start, limit_s=limit_s, max_waiting_bytes=max_waiting_bytes)
 
 
+async def read(lane: Lane, data: bytes) -> Submit:
+    (submit,) = (await lane.read(Form.GENERATE, data)).submits
+    return submit
+
+
 async def refusal(lane: Lane, data: bytes) -> Refusal:
     with pytest.raises(Refusal) as refused:
-        await lane.read(data)
+        await read(lane, data)
     return refused.value
 
 
@@ -85,14 +92,14 @@ async def test_wild_templates_are_refused_and_the_next_request_is_read(spec: Gat
     processes = Processes(spec, cpu_limit_s=0.5)
     lane = lane_before(processes)
     for wish, words in (
-        ("loop", "request: reading it takes more than 0.5 s of computing; send a shorter one"),
-        ("memory", "request: reading it takes more than 1024 MiB; send a shorter one"),
+        ("loop", "request: reading it takes more than 0.5 s of computing; " + LESS),
+        ("memory", "request: reading it takes more than 1024 MiB; " + LESS),
         ("recursion", "chat.messages: the model's chat template calls itself too often with this conversation"),
         ("", "chat: the prompt is empty; at least one token is needed"),
     ):
         refused = await refusal(lane, chat(wish))
         assert (refused.code, refused.message) == (grpc.StatusCode.INVALID_ARGUMENT, words)
-    assert await lane.read(chat("Hi")) == build_validator(spec).read(chat("Hi"))
+    assert await read(lane, chat("Hi")) == build_validator(spec).read(chat("Hi"))
     assert len(processes.started) == 1, "none of these costs the process"
     await lane.close()
 
@@ -103,9 +110,13 @@ async def test_a_process_that_does_not_answer_is_replaced(spec: GatewaySpec) -> 
     for wish in ("loop", "power"):
         refused = await refusal(lane, chat(wish))
         assert refused.code == grpc.StatusCode.INVALID_ARGUMENT
-        assert "given up, because it did not answer within 2 s" in refused.message
-    assert (await lane.read(chat("Hi"))).request_id == "r"
+        assert "given up, because its process did not answer within 2 s" in refused.message
+    assert (await read(lane, chat("Hi"))).request_id == "r"
     assert [process.is_alive for process in processes.started] == [False, False, True]
+    asked = asyncio.create_task(processes.started[-1].ask(Form.GENERATE, chat("loop"), limit_s=FOR_EVER_S))
+    os.kill(processes.started[-1].pid, signal.SIGABRT)  # what a library does that gets no memory
+    with pytest.raises(ReaderLostError, match="ended by SIGABRT, as it does when it needs more than 1024 MiB"):
+        await asked
     await lane.close()
     assert not processes.started[-1].is_alive
 
@@ -113,11 +124,11 @@ async def test_a_process_that_does_not_answer_is_replaced(spec: GatewaySpec) -> 
 async def test_a_process_that_died_while_idle_costs_no_request(spec: GatewaySpec) -> None:
     processes = Processes(spec, cpu_limit_s=FOR_EVER_S)
     lane = lane_before(processes)
-    await lane.read(chat("Hi"))
+    await read(lane, chat("Hi"))
     first = processes.started[0]
     os.kill(first.pid, signal.SIGKILL)
     await asyncio.to_thread(os.waitid, os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
-    assert (await lane.read(chat("Hi"))).request_id == "r"
+    assert (await read(lane, chat("Hi"))).request_id == "r"
     await lane.close()
 
 
@@ -131,7 +142,7 @@ class Played:
         self.answers: asyncio.Queue[bytes] = asyncio.Queue()
         self.ended = False
 
-    async def ask(self, request: bytes, *, limit_s: float) -> bytes:
+    async def ask(self, form: Form, request: bytes, *, limit_s: float) -> bytes:
         self.asked.put_nowait(request)
         answer = await self.answers.get()
         if not answer:
@@ -142,7 +153,8 @@ class Played:
         self.ended = True
 
     def submit(self, request_id: str) -> None:
-        self.answers.put_nowait(frames.SUBMIT + Submit(request_id=request_id).SerializeToString())
+        reading = Reading(submits=[Submit(request_id=request_id)])
+        self.answers.put_nowait(ReadAnswer(reading=reading).SerializeToString())
 
 
 @pytest.fixture
@@ -161,7 +173,7 @@ async def lane(played: Played) -> AsyncIterator[Lane]:
 
 
 async def test_the_shortest_request_is_read_first(played: Played, lane: Lane) -> None:
-    reads = [asyncio.create_task(lane.read(b"x" * size)) for size in (9, 30, 20, 10, 30)]
+    reads = [asyncio.create_task(read(lane, b"x" * size)) for size in (9, 30, 20, 10, 30)]
     for i in range(5):
         await played.asked.get() if i else None
         played.submit(str(i))
@@ -169,8 +181,8 @@ async def test_the_shortest_request_is_read_first(played: Played, lane: Lane) ->
     assert done == ["0", "3", "2", "1", "4"]
 
 
-async def test_who_left_is_not_waited_for(played: Played, lane: Lane) -> None:
-    leaving, waiting, staying = (asyncio.create_task(lane.read(data)) for data in (b"a", b"bb", b"ccc"))
+async def test_clients_that_left_are_not_waited_for(played: Played, lane: Lane) -> None:
+    leaving, waiting, staying = (asyncio.create_task(read(lane, data)) for data in (b"a", b"bb", b"ccc"))
     assert await played.asked.get() == b"a"
     leaving.cancel()
     waiting.cancel()
@@ -182,9 +194,9 @@ async def test_who_left_is_not_waited_for(played: Played, lane: Lane) -> None:
 
 
 async def test_bytes_that_wait_are_limited(played: Played, lane: Lane) -> None:
-    reading = asyncio.create_task(lane.read(b"x" * 60))
+    reading = asyncio.create_task(read(lane, b"x" * 60))
     await played.asked.get()  # it has left the queue
-    waiting = asyncio.create_task(lane.read(b"x" * 60))
+    waiting = asyncio.create_task(read(lane, b"x" * 60))
     await asyncio.sleep(0)
     refused = await refusal(lane, b"x" * 60)
     assert refused.code == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -198,13 +210,13 @@ async def test_bytes_that_wait_are_limited(played: Played, lane: Lane) -> None:
 
 async def test_a_refusal_arrives_as_it_was_written(played: Played, lane: Lane) -> None:
     error = RequestError(code=grpc.StatusCode.NOT_FOUND.value[0], message="model: no")
-    played.answers.put_nowait(frames.REFUSAL + error.SerializeToString())
+    played.answers.put_nowait(ReadAnswer(refusal=error).SerializeToString())
     refused = await refusal(lane, b"x")
     assert (refused.code, refused.message) == (grpc.StatusCode.NOT_FOUND, "model: no")
 
 
 async def test_only_the_request_that_lost_the_process_fails(played: Played, lane: Lane) -> None:
-    first, second = asyncio.create_task(lane.read(b"a")), asyncio.create_task(lane.read(b"bb"))
+    first, second = asyncio.create_task(read(lane, b"a")), asyncio.create_task(read(lane, b"bb"))
     played.answers.put_nowait(b"")
     with pytest.raises(Refusal, match="given up, because it ended with status 9"):
         await first

@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 
 from echelon.pb import scheduler_pb2
-from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET, Round, RoundResult, Row, Span
+from echelon.pb.worker_pb2 import (
+    ENGINE_ROLE_DRAFT,
+    ENGINE_ROLE_TARGET,
+    MoveOrder,
+    MoveResult,
+    Round,
+    RoundResult,
+    Row,
+    Span,
+)
 from scheduler.process.recorder import RecorderBusyError, Recording, RoundRecorder
 
 TARGET, DRAFT = ENGINE_ROLE_TARGET, ENGINE_ROLE_DRAFT
@@ -82,7 +91,7 @@ async def test_a_colocated_draft_runs_in_the_targets_ranks() -> None:
     assert (event.round.engine, event.round.group) == (DRAFT, "target")
 
 
-async def test_a_lost_group_ends_what_waits_for_it() -> None:
+async def test_a_lost_group_ends_waits_for_it() -> None:
     bench = Bench()
     recording = bench.recorder.start()
     bench.send(TARGET, 1, at_ns=0)
@@ -106,3 +115,75 @@ def test_there_is_one_recording_at_a_time() -> None:
     second.close()
     bench.answer(TARGET, 2, at_ns=1)
     bench.recorder.start()
+
+
+async def test_rounds_can_be_watched_without_spans_by_several_at_once() -> None:
+    bench = Bench()
+    watchers = [bench.recorder.start(has_spans=False) for _ in range(2)]
+    assert not bench.send(TARGET, 1, at_ns=100).trace, "nobody waits for a device"
+    with_spans = bench.recorder.start()
+    assert bench.send(TARGET, 2, at_ns=200).trace
+    span = Span(rank=1, name="verify")
+    for round_id in (1, 2):
+        bench.answer(TARGET, round_id, at_ns=300, spans=[span])
+    for recording in (*watchers, with_spans):
+        recording.close()
+    for watcher in watchers:
+        rounds = [event.round for event in await all_of(watcher)]
+        assert [(traced.round_id, traced.sent_ns, list(traced.spans)) for traced in rounds] == [
+            (1, 100, []),
+            (2, 200, []),
+        ]
+    (traced,) = [event.round for event in await all_of(with_spans)]
+    assert (traced.round_id, list(traced.spans)) == (2, [span])
+
+
+async def test_a_watcher_that_falls_behind_misses_events() -> None:
+    bench = Bench()
+    watcher = bench.recorder.start(has_spans=False)
+    for round_id in range(5000):
+        bench.send(TARGET, round_id, at_ns=0)
+        bench.answer(TARGET, round_id, at_ns=1)
+    watcher.close()
+    assert 1000 < len(await all_of(watcher)) < 5000
+
+
+def test_the_number_of_watchers_is_limited() -> None:
+    bench = Bench()
+    watchers = [bench.recorder.start(has_spans=False) for _ in range(16)]
+    with pytest.raises(RecorderBusyError, match="16 clients watch rounds already"):
+        bench.recorder.start(has_spans=False)
+    bench.recorder.start()
+    bench.recorder.stop(watchers[0])
+    bench.recorder.start(has_spans=False)
+
+
+async def test_moves_are_recorded_until_the_recording_ends() -> None:
+    """It does not wait for them."""
+    bench = Bench()
+    recording = bench.recorder.start(max_rounds=1)
+    for move_id in (1, 2, 3):
+        order = MoveOrder(move_id=move_id, kind=MoveOrder.READ, host_slots=[4, 5], digests=[b"a", b"b"])
+        bench.now_ns += 100
+        bench.recorder.ordered(DRAFT if move_id == 3 else TARGET, order)
+    bench.now_ns += 1000
+    bench.recorder.moved(TARGET, MoveResult(move_id=1, failed=[1], rank_run_ns=[30, 40]))
+    bench.recorder.moved(TARGET, MoveResult(move_id=9))  # older than the recording
+    bench.recorder.lost(DRAFT)
+    bench.recorder.moved(DRAFT, MoveResult(move_id=3))
+    bench.send(TARGET, 1, at_ns=2000)
+    bench.answer(TARGET, 1, at_ns=3000)
+    bench.recorder.moved(TARGET, MoveResult(move_id=2))
+    events = await all_of(recording)
+    assert [event.WhichOneof("event") for event in events] == ["move", "round"]
+    assert events[0].move == scheduler_pb2.TracedMove(
+        engine=TARGET,
+        group="target",
+        kind=MoveOrder.READ,
+        move_id=1,
+        sent_ns=100,
+        received_ns=1300,
+        num_blocks=2,
+        num_failed=1,
+        rank_run_ns=[30, 40],
+    )

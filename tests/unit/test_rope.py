@@ -7,11 +7,11 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from checkpoint.errors import LoadError
 from checkpoint.fields import Fields
 from checkpoint.rope import Rope
 from checkpoint.rope_json import parse_rope
 from workers.layers.rope import cos_sin_cache
-from workers.models import LoadError
 
 HEAD_DIM = 32
 NUM_POSITIONS = 300

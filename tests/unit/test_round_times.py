@@ -20,16 +20,16 @@ class Rounds:
     def answer(self, at_s: float, *, queue_s: float, run_s: float) -> float:
         """Answers the oldest round; returns its time."""
         result = RoundResult(round_id=self._ids.pop(0), queue_ns=round(queue_s * 1e9), run_ns=round(run_s * 1e9))
-        return self._engine.land(result, at_s).wall_s
+        return self._engine.complete(result, at_s).wall_s
 
 
-def test_the_way_there_and_back_counts() -> None:
+def test_the_time_of_both_messages_counts() -> None:
     rounds = Rounds()
     rounds.send(1.0)
     assert rounds.answer(1.5, queue_s=0.0, run_s=0.4) == pytest.approx(0.5)
 
 
-def test_behind_another_round_it_begins_with_the_answer_to_that() -> None:
+def test_a_queued_round_begins_with_the_answer_to_the_one_before() -> None:
     rounds = Rounds()
     rounds.send(1.0)
     rounds.send(1.1)
@@ -37,7 +37,7 @@ def test_behind_another_round_it_begins_with_the_answer_to_that() -> None:
     assert rounds.answer(2.75, queue_s=0.8, run_s=0.7) == pytest.approx(0.75)
 
 
-def test_a_round_of_another_engine_before_it_is_not_its_time() -> None:
+def test_time_of_another_engines_round_does_not_count() -> None:
     """Target and draft take turns in one process."""
     rounds = Rounds()
     rounds.send(1.0)

@@ -44,7 +44,7 @@ class RecordingEngine:
     record: list[str]
     loop: list[RunLoop] = field(default_factory=list)
     num_ranks: int = 1
-    behind: dict[int, list[int]] = field(default_factory=dict)  # for each round, those that were queued behind it
+    queued: dict[int, list[int]] = field(default_factory=dict)  # for each round, those that were queued after it
     num_host_slots: int = 4
     num_disk_blocks: int = 8
 
@@ -61,8 +61,8 @@ class RecordingEngine:
             num_disk_blocks=self.num_disk_blocks,
         )
 
-    def check(self, round_: Round, behind: Sequence[Round] = ()) -> None:
-        self.behind[round_.round_id] = [other.round_id for other in behind]
+    def check(self, round_: Round, queued: Sequence[Round] = ()) -> None:
+        self.queued[round_.round_id] = [other.round_id for other in queued]
         if round_.round_id == 13:
             raise ProtocolError("round 13: is unlucky")
 
@@ -149,11 +149,11 @@ def test_an_engine_sees_what_is_queued_behind_a_round_on_its_own_stream(fixture:
     fixture.arrive(fixture.target, 7)
     fixture.arrive(fixture.draft, 3)
     fixture.run()
-    assert fixture.engines[DRAFT].behind == {1: [2, 3, 99], 2: [3, 99], 3: [99], 99: []}
-    assert fixture.engines[TARGET].behind == {7: []}
+    assert fixture.engines[DRAFT].queued == {1: [2, 3, 99], 2: [3, 99], 3: [99], 99: []}
+    assert fixture.engines[TARGET].queued == {7: []}
 
 
-def test_a_bad_round_takes_what_is_queued_behind_it_along(fixture: Fixture) -> None:
+def test_a_bad_round_ends_the_rounds_queued_after_it(fixture: Fixture) -> None:
     fixture.arrive(fixture.target, 1, 13, 14)
     fixture.arrive(fixture.draft, 14)
     assert fixture.run() == ["target 1", "draft 14"]
@@ -177,7 +177,7 @@ def test_moves_begin_in_order_with_the_rounds_of_their_stream(fixture: Fixture) 
     assert [list(contents.digests) for contents in fixture.target.disk] == [[b"on disk"]]
 
 
-def test_a_bad_order_ends_its_stream_and_moves_nothing(fixture: Fixture) -> None:
+def test_a_bad_move_order_ends_its_stream_and_moves_nothing(fixture: Fixture) -> None:
     fixture.order(fixture.target, 1, block_id=2)
     fixture.order(fixture.target, 2)
     fixture.arrive(fixture.target, 1)
@@ -209,7 +209,7 @@ def test_answers_to_a_replaced_scheduler_reach_nobody(fixture: Fixture) -> None:
     assert (fixture.target.moved, new.moved) == ([], [1])
 
 
-def test_stopping_ends_the_round_that_runs_and_starts_no_other(fixture: Fixture) -> None:
+def test_stopping_finishes_the_running_round_and_starts_no_other(fixture: Fixture) -> None:
     fixture.arrive(fixture.target, 99, 100)
     fixture.loop.run()
     assert fixture.record[2:] == ["target 99"]

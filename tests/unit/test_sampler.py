@@ -48,7 +48,7 @@ def as_tuple(sampled: SampledRows) -> tuple[list[int], list[bool], list[bytes]]:
 # --- choice
 
 
-def test_greedy_takes_the_lowest_of_the_best() -> None:
+def test_greedy_takes_the_lowest_id_of_the_best() -> None:
     logits = random_logits(1)
     logits[0, [17, 90]] = 50.0
     assert drawn(logits, 3, temperature=0.0) == {17}
@@ -82,7 +82,7 @@ def test_truncation_reaches_the_draw() -> None:
     assert len(drawn(logits)) > 20
 
 
-def test_order_of_processors() -> None:
+def test_logits_processors_run_in_order() -> None:
     """Bias and mask come before top-k, temperature before min-p."""
     logits = torch.full((1, VOCAB_SIZE), -30.0)
     logits[0, [5, 6, 7]] = torch.tensor([2.0, 1.0, 0.0])
@@ -107,7 +107,7 @@ def test_end_tokens_are_masked_until_min_tokens() -> None:
             assert (chosen == {40}) == (num_output >= 2)
 
 
-def test_end_tokens_cost_nothing_behind_min_tokens() -> None:
+def test_end_tokens_cost_nothing_after_min_tokens() -> None:
     """Every seq of a model with EOS has end tokens, so their masks must not copy the logits at each step."""
     settings: dict[str, Any] = {"min_tokens": 2, "suppressed_token_ids": [40]}
     assert rows_of([state(VOCAB_SIZE, output=[9], **settings)]).edits is not None
@@ -167,7 +167,7 @@ def test_penalties_equal_the_formula_over_a_long_history() -> None:
     torch.testing.assert_close(found[0], expected)
 
 
-def test_history_that_does_not_end_before_the_position_is_noticed() -> None:
+def test_a_history_that_does_not_end_before_the_position_is_an_error() -> None:
     seq = state(VOCAB_SIZE, output=[9], presence_penalty=1.0)
     with pytest.raises(AssertionError, match="position 9"):
         SamplingRows.build([RowEntry(seq, 9, [1])], CPU)
@@ -215,7 +215,7 @@ def test_shards_choose_what_the_whole_vocabulary_chooses(logits_kind: str, tp_si
         assert as_tuple(sampled) == expected
 
 
-def test_shards_agree_where_candidates_do_not_cover() -> None:
+def test_shards_agree_if_candidates_do_not_suffice() -> None:
     """2 shards of 3000 tokens: the nucleus and top-k are far larger than what is exchanged at first."""
     vocab_size = 6000
     settings: list[dict[str, Any]] = [{"top_p": 0.9}, {"top_k": 2500}, {"top_k": 2900, "top_p": 0.99}, {"top_p": 0.05}]
@@ -261,7 +261,7 @@ def test_plain_rows_cost_one_small_collective(names: list[str], num_collectives:
     assert run_ranks(2, count) == [num_collectives] * 2
 
 
-def test_logits_are_left_as_they_are() -> None:
+def test_logits_stay_unchanged() -> None:
     states = mixed_states(VOCAB_SIZE)
     logits = random_logits(len(states))
     before = logits.clone()
@@ -303,7 +303,7 @@ def test_alternatives_are_what_would_have_been_chosen_next(logits_kind: str) -> 
         assert [int(sampled.token_ids[row]), *sampled.alternatives[row].tolist()] == expected
 
 
-def test_the_last_alternative_is_repeated_where_fewer_remain() -> None:
+def test_the_last_alternative_is_repeated_if_fewer_remain() -> None:
     logits = torch.tensor([[0.0, 5.0, 4.0, 3.0], [9.0, 5.0, 4.0, 3.0]])
     states = [state(4, temperature=0.0), state(4, top_k=1)]
     states[0] = state(4, temperature=0.0, min_tokens=9, suppressed_token_ids=[0, 3])
@@ -348,7 +348,7 @@ def test_shards_agree_on_alternatives_and_on_the_bits_of_confidences(logits_kind
         torch.testing.assert_close(sampled.confidences, expected.confidences, rtol=1e-5, atol=1e-9)
 
 
-def test_they_are_left_out_unless_wanted() -> None:
+def test_alternatives_and_confidences_are_left_out_unless_asked_for() -> None:
     sampled = sample_whole(random_logits(2), [state(VOCAB_SIZE)] * 2)
     assert sampled.alternatives is None
     assert sampled.confidences is None

@@ -105,18 +105,18 @@ def p_value_of(engine: ToyEngine, num_seqs: int, settings: dict[str, Any], first
 
 
 @pytest.mark.parametrize("first_seed", [0, 1 << 40, (1 << 64) - 100_000])
-def test_law_is_the_targets(first_seed: int) -> None:
+def test_the_distribution_is_that_of_the_target(first_seed: int) -> None:
     engine = ToyEngine(TARGET, DRAFT, num_draft_tokens=2)
     assert p_value_of(engine, 30_000, {}, first_seed) > P_VALUE
     assert 0.3 < engine.num_first_matches / engine.num_first_drafts < 0.95  # both outcomes occurred
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_law_with_processors(name: str) -> None:
+def test_the_distribution_is_right_with_logits_processors(name: str) -> None:
     assert p_value_of(ToyEngine(TARGET, DRAFT, num_draft_tokens=2), FEW_SEQS, SETTINGS[name]) > P_VALUE
 
 
-def test_law_of_samples_of_one_request() -> None:
+def test_samples_of_one_request_have_the_right_distribution() -> None:
     """The samples of a request share a seed and differ in their index."""
     states = [state(VOCAB_SIZE, seed=7, sample_index=index) for index in range(4000)]
     token_ids = sample_whole(TARGET[PROMPT].expand(len(states), -1), states).token_ids
@@ -124,7 +124,7 @@ def test_law_of_samples_of_one_request() -> None:
     assert chi_squared_p_value(counts, law_of_continuations(TARGET, PROMPT, 1, {})) > P_VALUE
 
 
-def test_law_under_tensor_parallelism() -> None:
+def test_the_distribution_is_right_under_tensor_parallelism() -> None:
     engine = ToyEngine(TARGET, DRAFT, num_draft_tokens=2, tp_size=2)
     assert p_value_of(engine, FEW_SEQS, SETTINGS["top_p"]) > P_VALUE
 
@@ -139,15 +139,15 @@ def test_law_under_tensor_parallelism() -> None:
         (PenaltiesFromCommittedHistory, PENALTIES),
     ],
 )
-def test_law_tells_wrong_engines_apart(mutant: type[ToyEngine], settings: dict[str, Any]) -> None:
+def test_the_test_of_the_distribution_catches_wrong_engines(mutant: type[ToyEngine], settings: dict[str, Any]) -> None:
     assert p_value_of(mutant(TARGET, DRAFT, num_draft_tokens=2), FEW_SEQS, settings) < P_VALUE
 
 
-def test_law_tells_top_p_of_each_shard_apart() -> None:
+def test_the_test_of_the_distribution_catches_top_p_within_shards() -> None:
     assert p_value_of(TopPOfEachShard(TARGET, DRAFT, num_draft_tokens=2, tp_size=2), FEW_SEQS, {"top_p": 0.8}) < P_VALUE
 
 
-def test_law_cannot_see_draft_noise_off_by_one() -> None:
+def test_the_test_of_the_distribution_cannot_see_shifted_draft_noise() -> None:
     """That mistake only lowers acceptance: the test of acceptance below must see it."""
     assert p_value_of(DraftNoiseOffByOne(TARGET, DRAFT, num_draft_tokens=2), FEW_SEQS, {}) > P_VALUE
 
@@ -200,7 +200,7 @@ def plain_streams() -> dict[str, list[list[int]]]:
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 2, 5])
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_tokens_are_those_of_plain_decoding(
+def test_tokens_equal_those_of_plain_decoding(
     draft: str, num_draft_tokens: int, plain_streams: dict[str, list[list[int]]]
 ) -> None:
     assert decode_mixed(ToyEngine(TARGET, DRAFTS[draft], num_draft_tokens=num_draft_tokens)) == plain_streams
@@ -222,7 +222,7 @@ def test_tokens_do_not_depend_on_shards(tp_size: int, plain_streams: dict[str, l
         (PenaltiesFromCommittedHistory, "greedy penalties"),
     ],
 )
-def test_equality_tells_wrong_engines_apart(
+def test_the_test_of_equality_catches_wrong_engines(
     mutant: type[ToyEngine], name: str, plain_streams: dict[str, list[list[int]]]
 ) -> None:
     assert decode_mixed(mutant(TARGET, DRAFT, num_draft_tokens=3))[name] != plain_streams[name]
@@ -252,7 +252,7 @@ def test_drafts_match_as_often_as_shared_noise_promises(share: float) -> None:
     assert rate < float((1 - distance).mean()) + tolerance
 
 
-def test_acceptance_tells_draft_noise_off_by_one_apart() -> None:
+def test_the_acceptance_rate_reveals_shifted_draft_noise() -> None:
     distance = (TARGET.softmax(dim=2) - DRAFT.softmax(dim=2)).abs().sum(dim=2) / 2
     rate = first_match_rate(DraftNoiseOffByOne(TARGET, DRAFT, num_draft_tokens=1), COPIES)
     assert rate < float(((1 - distance) / (1 + distance)).mean()) - 0.05

@@ -1,6 +1,7 @@
 """Streams from the scheduler are those of plain decoding, whatever happens on the way."""
 
 import random
+import re
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def only_finish(sim: Simulation, request_id: str) -> inference_pb2.Finished:
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("speculate", [False, True])
-def test_streams_are_those_of_plain_decoding(depth: int, speculate: bool) -> None:
+def test_streams_equal_those_of_plain_decoding(depth: int, speculate: bool) -> None:
     sim = Simulation(draft=draft_engine() if speculate else None, max_rounds_in_flight=depth)
     messages = [submit(f"r{i}", prompt(i, 5 + 7 * i), seed=i, max_tokens=10 + i) for i in range(6)]
     for message in messages:
@@ -63,6 +64,7 @@ def random_simulation(rng: random.Random, speculation: dict[str, Any]) -> Simula
         max_num_batched_tokens=rng.choice([8, 16, 64]),
         max_rounds_in_flight=rng.choice([1, 2]),
         enable_prefix_caching=rng.random() < 0.8,
+        keeps_requests=True,
     )
 
 
@@ -75,7 +77,17 @@ def random_submit(rng: random.Random, number: int) -> Any:
         fields["enabled"] = rng.random() < 0.5
     if rng.random() < 0.3:
         fields["num_speculative_tokens"] = rng.randrange(5)
+    fields["is_background"] = rng.random() < 0.3
     return submit(f"r{number}", shared[: rng.randint(1, 24)] + prompt(number, rng.randint(1, 12)), **fields)
+
+
+def lose_target_for_a_while(sim: Simulation, rng: random.Random) -> None:
+    """What the draft does and the clients want goes on meanwhile."""
+    sim.lose_target()
+    for number in range(rng.randrange(4)):
+        sim.submit(submit(f"meanwhile-{number}-{sim.target.incarnation}", prompt(number, 9)))
+        sim.step(rng)
+    sim.return_target()
 
 
 PIPELINES: list[dict[str, Any]] = [
@@ -90,7 +102,8 @@ PIPELINES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("speculation", PIPELINES, ids=str)
 @pytest.mark.parametrize("seed", range(30))
 def test_any_schedule_gives_the_plain_stream(seed: int, speculation: dict[str, Any]) -> None:
-    """Chunks, prefix hits, preemption, draft lengths, lost drafts and cancels come in random order."""
+    """Chunks, prefix hits, preemption, draft lengths, cancels, and lost drafts, targets and schedulers come in random
+    order."""
     rng = random.Random(seed)
     sim = random_simulation(rng, speculation)
     messages = [random_submit(rng, i) for i in range(14)]
@@ -102,6 +115,10 @@ def test_any_schedule_gives_the_plain_stream(seed: int, speculation: dict[str, A
             sim.cancel(rng.choice(messages).request_id)
         if sim.draft and rng.random() < 0.01:
             sim.reconnect_draft()
+        if rng.random() < 0.02:
+            lose_target_for_a_while(sim, rng)
+        if rng.random() < 0.01:
+            sim.lose_scheduler()
         assert sim.step(rng) or waiting or not sim.core.num_requests, "stuck"
     sim.run(rng)
     for message in messages:
@@ -114,7 +131,7 @@ def test_any_schedule_gives_the_plain_stream(seed: int, speculation: dict[str, A
 
 @pytest.mark.parametrize("speculation", PIPELINES[:2], ids=str)
 @pytest.mark.parametrize("seed", range(16))
-def test_whoever_catches_up_with_a_prompt_is_waited_for_and_never_in_vain(
+def test_the_target_waits_for_a_draft_that_catches_up_with_a_prompt_and_never_in_vain(
     seed: int, speculation: dict[str, Any]
 ) -> None:
     """Serial: the draft computes prompts in several rounds, while requests come, end and change their settings, and the
@@ -216,10 +233,12 @@ def test_acceptance_is_that_of_the_draft_model() -> None:
     assert 0.6 < first < 0.8
 
 
-@pytest.mark.parametrize(("wish", "expected_k"), [({"enabled": False}, 0), ({"num_speculative_tokens": 2}, 2), ({}, 4)])
-def test_a_request_sets_its_own_speculation(wish: dict[str, Any], expected_k: int) -> None:
+@pytest.mark.parametrize(
+    ("params", "expected_k"), [({"enabled": False}, 0), ({"num_speculative_tokens": 2}, 2), ({}, 4)]
+)
+def test_a_request_sets_its_own_speculation(params: dict[str, Any], expected_k: int) -> None:
     sim = Simulation(draft=draft_engine(0), k=4)
-    sim.submit(submit("r", prompt(1, 9), max_tokens=20, **wish))
+    sim.submit(submit("r", prompt(1, 9), max_tokens=20, **params))
     sim.run()
     stats = sim.completed["r"].speculation
     assert len(stats.accepted_per_position) == expected_k
@@ -258,7 +277,7 @@ def test_a_padding_token_of_one_vocabulary_is_not_shown_to_the_other_model(draft
     assert bool(sim.core.status().draft_tokens_total) == (draft_vocab_size > 39)
 
 
-def test_a_seq_that_outgrows_the_draft_goes_on_without_it() -> None:
+def test_a_seq_longer_than_the_drafts_context_continues_without_drafts() -> None:
     draft = draft_engine(max_model_len=60, max_num_batched_tokens=8)
     sim = Simulation(draft=draft)
     message = submit("r", prompt(1, 50), max_tokens=70)
@@ -286,7 +305,7 @@ def test_the_first_token_does_not_wait_for_the_draft() -> None:
     assert sim.target_rounds, "the seq decodes on without drafts"
 
 
-def test_one_drafting_round_serves_seqs_that_were_due_and_one_that_has_just_caught_up() -> None:
+def test_one_drafting_round_serves_seqs_that_were_waiting_and_one_that_has_just_caught_up() -> None:
     """Serial: the target waits for every drafting round."""
     sim = Simulation(draft=draft_engine(), k=3)
     messages = [submit("old", prompt(1, 9), max_tokens=30), submit("new", prompt(2, 60), max_tokens=30)]
@@ -427,7 +446,7 @@ def test_a_full_queue_refuses_with_numbers() -> None:
         (submit("r", [1], max_tokens=0), "max_tokens must be >= 1"),
     ],
 )
-def test_what_can_never_run_is_refused(message: Any, words: str) -> None:
+def test_requests_that_can_never_run_are_refused(message: Any, words: str) -> None:
     sim = Simulation()
     sim.submit(message)
     assert sim.failed["r"].code == StatusCode.INVALID_ARGUMENT.value[0]
@@ -470,7 +489,7 @@ def test_the_deadline_includes_the_queue() -> None:
     sim.assert_all_free()
 
 
-def test_a_non_finite_row_fails_its_own_request_alone() -> None:
+def test_a_non_finite_row_fails_only_its_own_request() -> None:
     bad = plain_tokens(prompt(1, 9), seq_sampling(submit("bad", prompt(1, 9))), 5)
     sim = Simulation(target=FakeEngine(model=FakeModel(bad_prefix=tuple(bad[3:5]))))
     good = submit("good", prompt(2, 9))
@@ -489,7 +508,7 @@ def test_a_non_finite_row_fails_its_own_request_alone() -> None:
     assert sim.completed["again"].usage.cached_prompt_tokens == 0, "what it computed is not trusted"
 
 
-def test_non_finite_drafts_cost_nothing_but_speed() -> None:
+def test_non_finite_drafts_only_cost_speed() -> None:
     message = submit("r", prompt(1, 9), max_tokens=20)
     tokens = plain_tokens(prompt(1, 9), seq_sampling(message), 20)
     sim = Simulation(draft=FakeEngine(role=DRAFT, model=FakeModel(bad_prefix=tuple(tokens[:2]))), k=1)
@@ -543,7 +562,7 @@ def test_logprobs_carry_text_and_cover_the_tokens() -> None:
 
 
 @pytest.mark.parametrize("num_blocks", [64, 20])
-def test_prompt_logprobs_are_whole_with_prefix_hits_and_preemption(num_blocks: int) -> None:
+def test_prompt_logprobs_are_complete_despite_prefix_hits_and_preemption(num_blocks: int) -> None:
     sim = Simulation(target=FakeEngine(num_blocks=num_blocks, max_model_len=64), max_num_batched_tokens=16)
     for i in range(3):
         sim.submit(submit(f"r{i}", prompt(1, 30), max_tokens=20, prompt_logprobs=0, n=2))
@@ -556,7 +575,190 @@ def test_prompt_logprobs_are_whole_with_prefix_hits_and_preemption(num_blocks: i
         sim.assert_plain(submit(f"r{i}", prompt(1, 30)))
 
 
-def test_losing_the_target_fails_what_runs_and_names_the_reason() -> None:
+def test_requests_wait_for_a_target_that_comes_back() -> None:
+    sim = Simulation(draft=draft_engine(), keeps_requests=True)
+    running, hurried = submit("running", prompt(1, 9), n=3), submit("hurried", prompt(2, 9), timeout_s=1.0)
+    for message in (running, hurried):
+        sim.submit(message)
+    while not sim.tokens.get(("running", 1)):
+        sim.step()
+    sim.lose_target()
+    late, unwanted = submit("late", prompt(3, 9)), submit("unwanted", prompt(4, 9))
+    for message in (late, unwanted):
+        sim.submit(message)
+    assert not sim.failed
+    sim.now = 2.0
+    sim.expire()
+    assert sim.failed["hurried"].code == StatusCode.DEADLINE_EXCEEDED.value[0], "deadlines hold meanwhile"
+    sim.cancel("unwanted")
+    assert only_finish(sim, "unwanted").reason == inference_pb2.FINISH_REASON_ABORT
+    sim.return_target()
+    sim.run()
+    for message in (running, late):
+        assert len(sim.tokens[message.request_id, 0]) == 16
+        for index in range(message.sampling.n):
+            sim.assert_plain(message, index)
+    assert list(sim.failed) == ["hurried"]
+    sim.assert_all_free()
+
+
+def test_a_target_that_comes_back_smaller_fails_only_what_it_cannot_hold() -> None:
+    sim = Simulation(target=FakeEngine(num_blocks=16, max_model_len=64), keeps_requests=True)
+    sim.submit(submit("long", prompt(1, 30), max_tokens=30))
+    sim.submit(submit("short", prompt(2, 9), max_tokens=9))
+    sim.step()
+    sim.lose_target()
+    sim.target.num_blocks = 8
+    sim.return_target()
+    sim.run()
+    assert sim.failed["long"].message.startswith("the target was started again and has room for 32 tokens")
+    sim.assert_plain(submit("short", prompt(2, 9)))
+    assert len(sim.tokens["short", 0]) == 9
+
+
+def break_target(sim: Simulation, poison: str) -> None:
+    """Run until the target computes this request, which ends it; then it comes back."""
+    seed = sim.submitted[poison].sampling.seed
+    while True:
+        sim.plan()
+        if not sim.target_rounds:
+            return
+        message = sim.target_rounds[0]
+        for init in message.init_seqs:
+            if init.sampling.seed == seed:
+                sim.lose_target()
+                sim.return_target()
+                return
+        sim.run_target_round()
+
+
+def test_a_request_that_ends_the_target_each_time_fails_and_no_other() -> None:
+    sim = Simulation(keeps_requests=True)
+    for number, name in enumerate(("a", "poison", "b", "c")):
+        sim.submit(submit(name, prompt(number, 9), seed=number, max_tokens=5))
+    while sim.core.num_requests:
+        break_target(sim, "poison")
+        sim.now += 1.0
+        if "poison" in sim.failed:
+            break
+    sim.run()
+    assert list(sim.failed) == ["poison"]
+    assert sim.failed["poison"].code == StatusCode.INTERNAL.value[0]
+    assert "request 'poison' was being computed each of the 3 times that the target was lost within 60 s" in (
+        sim.failed["poison"].message
+    )
+    for number, name in enumerate(("a", "poison", "b", "c")):
+        if name != "poison":
+            sim.assert_plain(submit(name, prompt(number, 9), seed=number))
+            assert len(sim.tokens[name, 0]) == 5
+    sim.assert_all_free()
+
+
+@pytest.mark.parametrize("pause_s", [1.0, 31.0])
+def test_a_request_that_commits_or_takes_its_time_is_not_to_blame(pause_s: float) -> None:
+    sim = Simulation(keeps_requests=True)
+    sim.submit(submit("r", prompt(1, 9), max_tokens=16))
+    while not (sim.completed or sim.failed):
+        if pause_s < 30.0:  # otherwise it dies before it commits, but rarely
+            for _ in range(4):
+                sim.step()
+        sim.plan()
+        if len(sim.tokens.get(("r", 0), [])) > 12 or sim.now > 200.0:
+            sim.run()
+        else:
+            sim.lose_target()
+            sim.return_target()
+            sim.now += pause_s
+    assert not sim.failed
+    sim.assert_plain(submit("r", prompt(1, 9)))
+
+
+def test_a_seq_with_which_the_draft_died_three_times_goes_on_without_it() -> None:
+    sim = Simulation(draft=draft_engine(100))
+    sim.submit(submit("r", prompt(1, 9), max_tokens=30))
+    num_drafts = []
+    for _ in range(3):
+        while not sim.draft_rounds:
+            sim.plan()
+            if not sim.draft_rounds:
+                sim.run_target_round()
+        num_drafts.append(len(sim.draft_rounds))
+        sim.reconnect_draft()
+    sim.run()
+    assert all(num_drafts)
+    sim.assert_plain(submit("r", prompt(1, 9)))
+    assert sim.completed["r"].speculation.num_draft_tokens == 0
+
+
+def test_requests_on_a_target_that_is_given_up_fail() -> None:
+    sim = Simulation(keeps_requests=True)
+    sim.submit(submit("r", prompt(1, 9)))
+    sim.step()
+    sim.lose_target()
+    sim.core.give_up_target("target group: it is not started again")
+    sim.submit(submit("late", prompt(1, 9)))
+    sim.take(sim.core.take_outputs())
+    assert {failed.code for failed in sim.failed.values()} == {StatusCode.UNAVAILABLE.value[0]}
+    assert set(sim.failed) == {"r", "late"}
+
+
+@pytest.mark.parametrize("num_before", [0, 1, 5, 11])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_request_goes_on_at_another_scheduler(n: int, num_before: int) -> None:
+    options: dict[str, Any] = {"max_tokens": 12, "n": n, "logprobs": 1, "prompt_logprobs": 0}
+    first_tokens = plain_tokens(prompt(1, 9), seq_sampling(submit("r", [1])), 9)
+    message = submit("r", prompt(1, 9), stop=[letters(first_tokens[7:9])], **options)
+    undisturbed, sim = Simulation(), Simulation(draft=draft_engine())
+    for each in (undisturbed, sim):
+        each.submit(message)
+    undisturbed.run()
+    while len(sim.tokens.get(("r", 0), [])) < min(num_before, len(undisturbed.tokens["r", 0])):
+        sim.step()
+    sim.now = 5.0
+    sim.lose_scheduler()
+    sim.run()
+    assert sim.tokens == undisturbed.tokens
+    assert sim.text == undisturbed.text, "held back text too comes once"
+    ours, theirs = sim.completed["r"], undisturbed.completed["r"]
+    assert ours.finished == theirs.finished
+    assert ours.prompt_logprobs == theirs.prompt_logprobs
+    assert ours.usage.completion_tokens == theirs.usage.completion_tokens
+    sim.assert_all_free()
+
+
+def test_timings_of_a_resumed_request_count_from_its_arrival() -> None:
+    sim = Simulation()
+    sim.now = 100.0
+    message = submit("r", prompt(1, 9), max_tokens=3)
+    samples = [inference_pb2.ResumedSample(token_ids=plain_tokens(prompt(1, 9), seq_sampling(message), 1))]
+    message.resume_from.CopyFrom(inference_pb2.Resume(samples=samples, elapsed_s=10.0, first_token_s=2.0))
+    assert sim.core.add(message, sim.now) is None
+    sim.tokens["r", 0] = list(samples[0].token_ids)
+    sim.now = 101.0
+    sim.run()
+    timings = sim.completed["r"].timings
+    assert (timings.first_token_s, timings.total_s) == (2.0, 11.0)
+    assert timings.queue_s <= timings.first_token_s
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "problem"),
+    [
+        ([[1]], "resume_from.samples must be as many as n, 2, got 1"),
+        ([[1], [40]], r"resume_from.samples\[1\].token_ids: token id 40 is outside"),
+        ([[1, 2, 3], [1]], r"resume_from.samples\[0\].token_ids: the sample ends with token 2, but has 3"),
+    ],
+)
+def test_what_no_scheduler_has_sent_cannot_be_resumed(token_ids: list[list[int]], problem: str) -> None:
+    message = submit("r", prompt(1, 9), max_tokens=2, n=2)
+    message.resume_from.samples.extend(inference_pb2.ResumedSample(token_ids=ids) for ids in token_ids)
+    sim = Simulation()
+    sim.submit(message)
+    assert re.search(problem, sim.failed["r"].message)
+    assert sim.core.num_requests == 0
+
+
+def test_losing_the_target_fails_running_requests_with_the_reason() -> None:
     sim = Simulation(draft=draft_engine())
     sim.submit(submit("r", prompt(1, 9)))
     sim.step()
@@ -577,7 +779,7 @@ def test_losing_the_target_fails_what_runs_and_names_the_reason() -> None:
         {"confidences": [0.5, 0.5]},
     ],
 )
-def test_an_answer_that_no_row_can_have_is_not_taken(change: dict[str, Any]) -> None:
+def test_an_impossible_answer_is_refused(change: dict[str, Any]) -> None:
     sim = Simulation()
     sim.submit(submit("r", prompt(1, 9)))
     sim.plan()
@@ -589,7 +791,7 @@ def test_an_answer_that_no_row_can_have_is_not_taken(change: dict[str, Any]) -> 
         sim.core.on_target_result(result, sim.now)
 
 
-def test_timings_are_those_of_the_clock() -> None:
+def test_timings_follow_the_clock() -> None:
     sim = Simulation()
     sim.now = 10.0
     sim.submit(submit("r", prompt(1, 9), max_tokens=2))

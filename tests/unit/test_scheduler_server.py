@@ -142,7 +142,7 @@ def expected(message: scheduler_pb2.Submit, count: int) -> list[int]:
     return plain_tokens(list(message.prompt_token_ids), seq_sampling(message), count)
 
 
-async def test_requests_stream_side_by_side(house: House) -> None:
+async def test_requests_stream_concurrently(house: House) -> None:
     gateway = house.gateway()
     messages = [submit(f"r{i}", [*PROMPT, i], max_tokens=20, seed=i) for i in range(4)]
     for message in messages:
@@ -179,7 +179,7 @@ async def test_cancel_ends_with_abort_and_frees_everything(house: House) -> None
     assert status.num_free_blocks == status.num_blocks
 
 
-async def test_a_lost_gateway_takes_its_requests_along_and_no_others(house: House) -> None:
+async def test_a_lost_gateway_ends_only_its_own_requests(house: House) -> None:
     house.target.pause()
     lost, other = house.gateway(), house.gateway()
     await lost.submit(submit("lost", PROMPT, max_tokens=100))
@@ -191,7 +191,7 @@ async def test_a_lost_gateway_takes_its_requests_along_and_no_others(house: Hous
     assert (await other.end_of("other")).HasField("complete")
 
 
-async def test_a_deadline_ends_a_request_that_hangs(house: House) -> None:
+async def test_a_deadline_ends_a_hanging_request(house: House) -> None:
     house.target.pause()
     gateway = house.gateway()
     await gateway.submit(submit("r", PROMPT, timeout_s=0.05))
@@ -201,7 +201,7 @@ async def test_a_deadline_ends_a_request_that_hangs(house: House) -> None:
     await gateway.until(lambda status: status.num_free_blocks == status.num_blocks)
 
 
-async def test_refusals_do_not_disturb_what_runs(house: House) -> None:
+async def test_refusals_do_not_disturb_running_requests(house: House) -> None:
     house.target.pause()
     gateway = house.gateway()
     await gateway.submit(submit("r", PROMPT, max_tokens=9))
@@ -213,7 +213,7 @@ async def test_refusals_do_not_disturb_what_runs(house: House) -> None:
     assert gateway.tokens["r"] == expected(submit("r", PROMPT), 9)
 
 
-async def test_a_stream_rules_its_own_requests_only(house: House) -> None:
+async def test_a_stream_controls_only_its_own_requests(house: House) -> None:
     house.target.pause()
     owner, stranger = house.gateway(), house.gateway()
     message = submit("r", PROMPT, max_tokens=9, enabled=False)
@@ -254,7 +254,25 @@ async def test_a_recording_lasts_a_number_of_seconds(house: House, duration_s: f
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_an_id_is_taken_until_its_end_has_been_delivered(house: House) -> None:
+async def test_a_request_is_taken_over_by_its_own_client_only(house: House) -> None:
+    """Which has lost its gateway, or believes so, and comes through another."""
+    house.target.pause()
+    first, stranger, second = house.gateway(), house.gateway(), house.gateway()
+    await first.submit(submit("r", PROMPT, max_tokens=9, tenant="a"))
+    await first.until(lambda status: status.num_requests_running + status.num_requests_waiting == 1)
+    resumed = submit("r", PROMPT, max_tokens=9, tenant="b")
+    resumed.resume_from.samples.add()
+    await stranger.submit(resumed)
+    assert (await stranger.end_of("r")).error.code == grpc.StatusCode.ALREADY_EXISTS.value[0]
+    resumed.tenant = "a"
+    await second.submit(resumed)
+    assert (await first.end_of("r")).complete.finished[0].reason == inference_pb2.FINISH_REASON_ABORT
+    house.target.resume()
+    assert (await second.end_of("r")).HasField("complete")
+    assert second.tokens["r"] == expected(resumed, 9)
+
+
+async def test_an_id_stays_in_use_until_its_end_is_delivered(house: House) -> None:
     """Another gateway may send the same id in the same pass of the event loop in which the first one cancels."""
     replica = house.server.replica
     house.target.pause()
@@ -281,6 +299,25 @@ async def test_speculation_survives_its_group(house: House) -> None:
     assert (await gateway.end_of("again")).complete.speculation.num_accepted_tokens > 0
 
 
+@pytest.mark.parametrize("hangs", [True, False])
+async def test_a_draft_group_that_was_started_again_is_used_at_once(house: House, hangs: bool) -> None:
+    gateway = house.gateway()
+    if hangs:
+        house.draft.pause()
+    else:
+        await house.draft.stop()
+    another = FakeGroupServer(FakeEngine(role=DRAFT, incarnation=2, model=FakeModel(agreement=80)))
+    endpoint = process_pb2.GroupEndpoint(address=await another.start(), incarnation=2)
+    await gateway.submit(submit("r", PROMPT, max_tokens=60))
+    await gateway.next_reply()
+    update = process_pb2.GroupUpdate(role=DRAFT, endpoint=endpoint)
+    house.server.replica.on_update(process_pb2.ProcessUpdate(group=update))
+    assert (await gateway.end_of("r")).complete.speculation.num_accepted_tokens > 0
+    assert gateway.tokens["r"] == expected(submit("r", PROMPT), 60)
+    assert not (await gateway.status()).draft_lost
+    await another.stop()
+
+
 async def test_losing_the_target_fails_requests_and_health_until_it_is_back(house: House) -> None:
     gateway = house.gateway()
     health = health_pb2_grpc.HealthStub(house.channel())
@@ -299,6 +336,57 @@ async def test_losing_the_target_fails_requests_and_health_until_it_is_back(hous
     await gateway.submit(submit("again", PROMPT, max_tokens=9))
     assert (await gateway.end_of("again")).HasField("complete")
     assert gateway.tokens["again"] == expected(submit("again", PROMPT), 9)
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs", "answers nonsense"])
+async def test_requests_go_on_at_the_target_group_that_was_started_again(tokenizer_dir: Path, how: str) -> None:
+    house = House(tokenizer_dir)
+    house.spec.keeps_requests = True
+    await house.start()
+    gateway = house.gateway()
+    await gateway.submit(submit("r", PROMPT, max_tokens=60, n=1))
+    await gateway.next_reply()
+    match how:
+        case "dies":
+            await house.target.stop()
+            await gateway.until(lambda status: status.target_lost)
+        case "hangs":
+            house.target.pause()
+        case _:
+            house.target.shift_round_ids = 1
+            await gateway.until(lambda status: status.target_lost)
+    await gateway.submit(submit("late", PROMPT, max_tokens=9))
+    another = FakeGroupServer(FakeEngine(incarnation=2))
+    endpoint = process_pb2.GroupEndpoint(address=await another.start(), incarnation=2)
+    update = process_pb2.GroupUpdate(role=TARGET, endpoint=endpoint)
+    house.server.replica.on_update(process_pb2.ProcessUpdate(group=update))
+    for request_id, count in (("r", 60), ("late", 9)):
+        if request_id not in gateway.tokens or len(gateway.tokens[request_id]) < count:
+            await gateway.end_of(request_id)
+        assert gateway.tokens[request_id] == expected(submit(request_id, PROMPT), count)
+    status = await gateway.status()
+    assert (status.ready, status.target_losses_total, status.draft_losses_total) == (True, 1, 0)
+    await house.stop()
+    await another.stop()
+
+
+async def test_a_target_group_that_is_given_up_fails_its_requests(tokenizer_dir: Path) -> None:
+    house = House(tokenizer_dir)
+    house.spec.keeps_requests = True
+    await house.start()
+    gateway = house.gateway()
+    house.target.pause()
+    await gateway.submit(submit("r", PROMPT))
+    await house.target.stop()
+    await gateway.until(lambda status: status.target_lost)
+    assert (await gateway.status()).accepts_requests
+    update = process_pb2.GroupUpdate(role=TARGET, given_up="five starts failed")
+    house.server.replica.on_update(process_pb2.ProcessUpdate(group=update))
+    assert (await gateway.end_of("r")).error.message == "target group: five starts failed"
+    assert not (await gateway.status()).accepts_requests
+    await gateway.submit(submit("late", PROMPT))
+    assert (await gateway.end_of("late")).error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+    await house.stop()
 
 
 async def test_a_round_without_answer_counts_as_a_lost_group_until_one_is_answered(tokenizer_dir: Path) -> None:
@@ -348,7 +436,7 @@ async def test_an_idle_group_with_a_rank_that_is_gone_is_noticed(house: House, m
     assert (await gateway.end_of("r")).HasField("complete")
 
 
-async def test_a_draft_that_hangs_is_left_behind_and_catches_up(house: House) -> None:
+async def test_a_hanging_draft_is_left_behind_and_catches_up(house: House) -> None:
     """Its rounds were quick, so the target does not wait for a slow one; when the draft answers again, it drafts
     again."""
     gateway = house.gateway()
@@ -368,7 +456,7 @@ async def test_a_draft_that_hangs_is_left_behind_and_catches_up(house: House) ->
     assert status.num_free_draft_blocks == status.num_draft_blocks
 
 
-async def test_a_round_beyond_the_limit_of_the_wire_is_refused_before_it_is_sent(house: House) -> None:
+async def test_a_round_beyond_the_message_limit_is_refused_before_it_is_sent(house: House) -> None:
     lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     connected = asyncio.Event()
     client = GroupClient(
@@ -392,7 +480,7 @@ async def test_a_round_beyond_the_limit_of_the_wire_is_refused_before_it_is_sent
     running.cancel()
 
 
-async def test_moves_are_answered_beside_rounds_and_do_not_count_as_such(house: House) -> None:
+async def test_moves_are_answered_during_rounds_and_do_not_count_as_rounds(house: House) -> None:
     """What the disk holds comes after `connected`. A round that is not answered is noticed as if no move had been."""
     digests = [bytes([number]) * 16 for number in range(2)]
     engine = house.target.engines[worker_pb2.ENGINE_ROLE_TARGET]
@@ -427,7 +515,7 @@ async def test_moves_are_answered_beside_rounds_and_do_not_count_as_such(house: 
     running.cancel()
 
 
-async def test_draining_finishes_what_runs_and_takes_nothing_new(house: House) -> None:
+async def test_draining_finishes_running_requests_and_accepts_no_new_ones(house: House) -> None:
     house.target.pause()
     gateway = house.gateway()
     await gateway.submit(submit("r", PROMPT, max_tokens=9))
@@ -474,10 +562,11 @@ async def test_a_taken_port_is_named(house: House) -> None:
 
 
 def chunk(index: int, offset: int, text: str) -> Chunk:
-    return Chunk(request_id="r", index=index, offset=offset, token_ids=[offset], text=text, logprobs=[])
+    told = {"token_ids": [offset], "logprobs": [], "drafted": [offset == 1]}
+    return Chunk(request_id="r", index=index, offset=offset, text=text, **told)
 
 
-async def test_a_slow_gateway_holds_one_chunk_a_sample() -> None:
+async def test_a_slow_gateway_holds_one_chunk_for_each_sample() -> None:
     outbox = Outbox()
     for offset in range(3):
         outbox.put(chunk(0, offset, "ab"))
@@ -486,6 +575,7 @@ async def test_a_slow_gateway_holds_one_chunk_a_sample() -> None:
     first, second, last = (await outbox.take_all()).replies
     assert (first.chunk.index, list(first.chunk.token_ids), first.chunk.text) == (0, [0, 1, 2], "ababab")
     assert (second.chunk.index, list(second.chunk.token_ids), second.chunk.text) == (1, [0, 1, 2], "cdcdcd")
+    assert list(first.chunk.drafted) == [False, True, False]
     assert last.error.message == "over"
 
 
@@ -532,7 +622,7 @@ async def test_a_trace_ends_with_its_time_and_with_its_reader(house: House) -> N
                 break
 
 
-async def test_an_error_of_its_own_is_fatal(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_internal_error_is_fatal(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scheduler that has lost its state must end instead of answering."""
     gateway = house.gateway()
 
@@ -545,7 +635,7 @@ async def test_an_error_of_its_own_is_fatal(house: House, monkeypatch: pytest.Mo
         await asyncio.wait_for(house.server.failure, 30)
 
 
-async def test_an_answer_that_nobody_asked_for_counts_as_a_lost_group(house: House) -> None:
+async def test_an_unexpected_answer_counts_as_a_lost_group(house: House) -> None:
     gateway = house.gateway()
     house.target.shift_round_ids = 1
     await gateway.submit(submit("r", PROMPT))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from google.protobuf.message import Message
 
+from checkpoint.weights import EMBEDDING
 from cluster.deployment import schema
 from cluster.deployment.deployment_file import load_deployment
 from cluster.deployment.schema import json_schema, parse_size
@@ -14,6 +15,7 @@ from cluster.deployment.settings import (
     AUTO_NUM_SPECULATIVE_TOKENS,
     AUTO_VERDICT_CACHE_ROWS,
     SEPARATE_PIPELINE,
+    AuthSettings,
     CpuSettings,
     KvCacheSettings,
     SchedulerSettings,
@@ -21,7 +23,9 @@ from cluster.deployment.settings import (
     Settings,
     Speculation,
     SpeculationSettings,
+    TlsSettings,
 )
+from cluster.deployment.start_time import start_time_notes, start_time_problems
 from cluster.errors import ConfigError
 from cluster.layer_parallel import LayerParallel
 from echelon.pb import process_pb2
@@ -63,7 +67,7 @@ def test_the_demo_file() -> None:
     assert settings.method == "draft_model"
     assert settings.num_speculative_tokens == AUTO_NUM_SPECULATIVE_TOKENS
     assert settings.target.folder.path == ROOT / "models" / "demo-target", "relative to the file"
-    assert (settings.server.host, settings.server.grpc_port, settings.server.http_port) == ("127.0.0.1", 50051, 0)
+    assert (settings.server.host, settings.server.grpc_port, settings.server.http_port) == ("127.0.0.1", 50051, 8000)
 
 
 def test_defaults(folder: Path) -> None:
@@ -172,7 +176,7 @@ def test_layer_parallel_drafts(folder: Path) -> None:
         ("layer_parallel_size: 0", "layer_parallel_size: 0: must be greater than or equal to 1"),
     ],
 )
-def test_layers_that_cannot_run_like_that(folder: Path, text: str, problem: str) -> None:
+def test_impossible_layer_groups_are_refused(folder: Path, text: str, problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         layered(folder, text)
     assert problem in str(caught.value)
@@ -209,15 +213,15 @@ def test_all_problems_at_once_each_with_its_line(folder: Path) -> None:
         ("frobnicate: 1\n", "unknown key; known keys here: apiVersion, kind, name"),
         ("scheduler: {max_num_seqs: '8'}\n", "'8': must be a valid integer; write a whole number, without quotes"),
         ("cpu: {threads_per_worker: [1]}\n", "threads_per_worker: [1]: must be a valid integer; write a whole number"),
-        ("batch_invariant: 'yes'\n", "'yes': must be a valid boolean; write true or false, without quotes"),
+        ("batch_invariant: 'yes'\n", "'yes': must be auto or a boolean; write true or false, without quotes"),
         ("scheduler: {max_num_seqs: 0}\n", "scheduler.max_num_seqs: 0: must be greater than or equal to 1"),
         ("device: tpu\n", "device: 'tpu': must be 'cpu' or 'cuda'"),
-        ("kv_cache: {disk: {path: '', bytes: 1GiB}}\n", "kv_cache.disk.path: '': is no path; give a folder"),
+        ("kv_cache: {disk: {path: '', bytes: 1GiB}}\n", "kv_cache.disk.path: '': is not a path; give a folder"),
         (
             'kv_cache: {disk: {path: "a\\0b", bytes: 1GiB}}\n',
-            "kv_cache.disk.path: 'a\\x00b': is no path; give a folder",
+            "kv_cache.disk.path: 'a\\x00b': is not a path; give a folder",
         ),
-        ("kv_cache: {device_bytes: 12 parsecs}\n", "'12 parsecs': is no size; write bytes, or a number with a unit"),
+        ("kv_cache: {device_bytes: 12 parsecs}\n", "'12 parsecs': is not a size; write bytes, or a number with a unit"),
         ("speculation: {num_speculative_tokens: 17}\n", "17: must be auto or an integer from 1 to 16"),
         ("speculation: {num_speculative_tokens: true}\n", "True: must be auto or an integer from 1 to 16"),
         ("speculation: {verdict_cache: true}\n", "True: must be auto, off or an integer from 1 to 16"),
@@ -229,12 +233,36 @@ def test_all_problems_at_once_each_with_its_line(folder: Path) -> None:
             "kv_cache: {cpu_bytes: 1GiB}\nscheduler: {enable_prefix_caching: false}\n",
             "kv_cache.cpu_bytes: 1073741824: keeps prefixes, and scheduler.enable_prefix_caching is false",
         ),
+        (
+            "kv_cache: {tier_dtype: int8}\n",
+            "kv_cache.tier_dtype: 'int8': there are no tiers below the devices; set kv_cache.cpu_bytes too",
+        ),
+        (
+            "kv_cache: {cpu_bytes: 1GiB, tier_dtype: int4, dtype: fp8}\n",
+            "kv_cache.tier_dtype: 'int4': the blocks of kv_cache.dtype fp8 have 8 bits already; leave one of them out",
+        ),
+        ("kv_cache: {cpu_bytes: 1GiB, tier_dtype: int3}\n", "kv_cache.tier_dtype: 'int3'"),
+        ("kv_cache: {cpu_bytes: 0}\n", "kv_cache.cpu_bytes: 0: is nothing; leave the key out"),
+        ("kv_cache: {cpu_bytes: 0GiB}\n", "kv_cache.cpu_bytes: 0: is nothing; leave the key out"),
+        (
+            "kv_cache: {cpu_bytes: 1GiB, disk: {path: kv, bytes: 1GiB, write: all, read_only: true}}\n",
+            "kv_cache.disk.write: 'all': nothing is written with kv_cache.disk.read_only; leave one of them out",
+        ),
+        ("replicas: {min: 3, max: 2}\n", "replicas.max: 2: is less than replicas.min, 3; raise it, or leave it out"),
         ("server: {host: 0.0.0.0}\n", "server.host: '0.0.0.0': is reachable by others"),
         ("server: {host: 0.0.0.0, insecure: false}\n", "or set server.insecure: true to insist"),
+        ("server: {host: 0.0.0.0, tls: {cert: c, key: k}}\n", "so it needs server.tls and server.auth"),
+        ("server: {host: 0.0.0.0, auth: {tokens_file: t}}\n", "so it needs server.tls and server.auth"),
+        ("server: {tls: {cert: c}}\n", "server.tls.key: is missing"),
+        ("server: {tls: {cert: c, key: ''}}\n", "server.tls.key: '': is not a path; give a file"),
+        ("server: {auth: {}}\n", "server.auth.tokens_file: is missing"),
         ("startup_timeout_s: .inf\n", "startup_timeout_s: inf: must be a finite number"),
         ("scheduler: {max_queue: 5000000000}\n", "scheduler.max_queue: 5000000000: must be less than or equal to"),
+        ("replicas: {target_ongoing_requests: 4}\n", "replicas.target_ongoing_requests: 4: needs replicas.max"),
+        ("replicas: {max: 2, target_ongoing_requests: 0}\n", "replicas.target_ongoing_requests: 0: must be greater"),
         ("8: 1\n", "8: a key must be text; put it in quotes"),
         ("server: {grpc_port: 70000}\n", "server.grpc_port: 70000: must be less than or equal to 65535"),
+        ("server: {grpc_port: 8000}\n", "server.http_port: 8000: is server.grpc_port too; choose another"),
         ("server: {http_port: 50051}\n", "server.http_port: 50051: is server.grpc_port too; choose another"),
     ],
 )
@@ -246,11 +274,6 @@ def test_wrong_values(folder: Path, text: str, problem: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "replicas: {max: 4}\n",
-        "replicas: {min: 2, max: 2}\n",
-        "replicas: {target_ongoing_requests: 16}\n",
-        "server: {tls: {cert: x}}\n",
-        "server: {auth: {tokens: x}}\n",
         "attention: budgeted\n",
     ],
 )
@@ -260,17 +283,32 @@ def test_what_is_not_built_yet_is_refused(folder: Path, text: str) -> None:
 
 def test_not_built_keys_may_be_written_as_off(folder: Path) -> None:
     off = "server: {tls: null, auth: null, http_port: null}\nreplicas: {min: 1, max: 1}\n"
-    load_deployment(write(folder, HEAD + TARGET + CPU + off))
+    assert load_deployment(write(folder, HEAD + TARGET + CPU + off)).http_url("") == ""
 
 
-def test_an_http_port_is_for_metrics(folder: Path) -> None:
-    settings = load_deployment(write(folder, HEAD + TARGET + CPU + "server: {http_port: 8000}\n"))
-    assert settings.metrics_url == "http://127.0.0.1:8000/metrics"
+def test_http_has_a_port_unless_told_otherwise(folder: Path) -> None:
+    assert load_deployment(write(folder, HEAD + TARGET + CPU)).http_url("10.0.0.1") == "http://127.0.0.1:8000"
+    settings = load_deployment(write(folder, HEAD + TARGET + CPU + "server: {http_port: 8001}\n"))
+    assert settings.http_url("10.0.0.1") == "http://127.0.0.1:8001"
 
 
-def test_whoever_insists_listens_to_the_world(folder: Path) -> None:
+def test_ports_of_several_gateways_may_not_meet(folder: Path) -> None:
+    ports = "server: {gateways: 3, grpc_port: 8000, http_port: 8002}\n"
+    assert "with 3 gateways they must be 3 apart" in problems_of(folder, HEAD + TARGET + CPU + ports)[0]
+    assert load_deployment(write(folder, HEAD + TARGET + CPU + ports.replace("8002", "8003"))).server.gateways == 3
+
+
+def test_insecure_lets_a_gateway_listen_on_every_address(folder: Path) -> None:
     text = HEAD + TARGET + CPU + "server: {host: 0.0.0.0, insecure: true}\n"
     assert load_deployment(write(folder, text)).server.host == "0.0.0.0"
+
+
+def test_with_tls_and_tokens_a_gateway_may_listen_on_every_address(folder: Path) -> None:
+    given = "server: {host: 0.0.0.0, tls: {cert: c.pem, key: /k.pem}, auth: {tokens_file: t.json}}\n"
+    settings = load_deployment(write(folder, HEAD + TARGET + CPU + given))
+    assert settings.server.tls == TlsSettings(cert=str(folder / "c.pem"), key="/k.pem")
+    assert settings.server.auth == AuthSettings(tokens_file=str(folder / "t.json"))
+    assert settings.http_url("10.0.0.1") == "https://10.0.0.1:8000"
 
 
 def test_yaml_errors(folder: Path) -> None:
@@ -313,7 +351,7 @@ def test_models_are_checked(folder: Path) -> None:
     ]
 
 
-def test_values_that_do_not_go_together(folder: Path) -> None:
+def test_contradictory_values_are_refused(folder: Path) -> None:
     assert problems_of(folder, HEAD + TARGET + CPU + "speculation: {method: draft_model}\n") == [
         "line 6: speculation.method: 'draft_model': needs a draft model; add a draft section or set method: none"
     ]
@@ -362,9 +400,14 @@ def test_an_editor_accepts_sizes_with_a_unit() -> None:
 
 
 def test_any_device_may_be_asked_for_batch_invariance(folder: Path) -> None:
-    """A probe on the device that has the model finds out whether the promise can be kept."""
-    for device in (CPU, "device: cuda\n"):
-        assert load_deployment(write(folder, HEAD + TARGET + device + "batch_invariant: true\n")).batch_invariant
+    """A probe on the device that has the model finds out whether the promise can be kept. By default, the workers find
+    out on a CPU, and a GPU, where nobody has measured the price, is not asked."""
+    for device, default in ((CPU, None), ("device: cuda\n", False)):
+        text = HEAD + TARGET + device
+        assert load_deployment(write(folder, text + "batch_invariant: true\n")).batch_invariant is True
+        assert load_deployment(write(folder, text + "batch_invariant: false\n")).batch_invariant is False
+        for automatic in ("", "batch_invariant: auto\n"):
+            assert load_deployment(write(folder, text + automatic)).batch_invariant is default
 
 
 @pytest.mark.parametrize(
@@ -372,6 +415,8 @@ def test_any_device_may_be_asked_for_batch_invariance(folder: Path) -> None:
     [
         (schema.Scheduler, SchedulerSettings, process_pb2.SchedulerSection),
         (schema.Server, ServerSettings, process_pb2.ServerSection),
+        (schema.Tls, TlsSettings, process_pb2.TlsSection),
+        (schema.Auth, AuthSettings, process_pb2.AuthSection),
         (schema.KvCache, KvCacheSettings, None),
         (schema.Cpu, CpuSettings, None),
         (schema.Speculation, SpeculationSettings, None),
@@ -391,10 +436,25 @@ def test_a_section_has_the_same_keys_all_the_way(
         assert keys == {field.name for field in message.DESCRIPTOR.fields}
 
 
-def test_what_is_left_open_gets_the_settings_defaults_and_what_is_given_arrives(folder: Path) -> None:
+def test_unset_keys_get_defaults_and_given_ones_arrive(folder: Path) -> None:
     settings = load_deployment(write(folder, HEAD + TARGET + CPU))
     assert (settings.kv_cache, settings.server, settings.cpu) == (KvCacheSettings(), ServerSettings(), CpuSettings())
     given = "server: {grpc_port: 7, http_port: 8}\nscheduler: {max_queue: 9, enable_prefix_caching: false}\n"
     settings = load_deployment(write(folder, HEAD + TARGET + CPU + given))
     assert settings.server == ServerSettings(grpc_port=7, http_port=8)
     assert settings.scheduler == SchedulerSettings(max_model_len=512, max_queue=9, enable_prefix_caching=False)
+
+
+def test_a_large_model_needs_the_time_to_read_it(folder: Path) -> None:
+    settings = load_deployment(write(folder, HEAD + TARGET + CPU), startup_timeout_s=30.0)
+    model = settings.target.folder
+    head = dataclasses.replace(model.weights[EMBEDDING], shape=(10**6, 10**6), num_bytes=2 * 10**12)
+    large = dataclasses.replace(model, weights={EMBEDDING: head}, dtype="bfloat16")
+    settings = dataclasses.replace(settings, target=dataclasses.replace(settings.target, folder=large))
+    (problem,) = start_time_problems(settings)
+    assert str(problem).startswith("startup_timeout_s: 30: no start takes less than 102.0 s: ")
+    assert "a rank of the target can take 2000.0 GB of weights; allow at least 2010;" in str(problem)
+    (note,) = start_time_notes(dataclasses.replace(settings, startup_timeout_s=1800.0))
+    assert "startup_timeout_s 1800 may be too short: with 2000.0 GB of weights a start takes about 2010 s" in note
+    enough = dataclasses.replace(settings, startup_timeout_s=2010.0)
+    assert [*start_time_problems(enough), *start_time_notes(enough)] == []

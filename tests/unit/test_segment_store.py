@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from childproc.segment_shape import TooFewBytesError
 from workers.tiers.files import Files, aligned_buffer, aligned_buffers
 from workers.tiers.folder import StoreError
 from workers.tiers.layout import layout_digest
@@ -105,7 +106,7 @@ def test_blocks_come_back_at_once_and_after_a_restart(tmp_path: Path, block_byte
         assert not is_there(store, 20, block_bytes)
 
 
-def test_what_was_written_first_stays(tmp_path: Path) -> None:
+def test_the_first_write_of_a_block_stays(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         write(store, 1)
         store.write(digest_of(1), aligned_buffer(BLOCK_BYTES))
@@ -138,6 +139,7 @@ def test_many_blocks_are_read_at_once(tmp_path: Path, block_bytes: int) -> None:
     with opened(tmp_path, block_bytes=block_bytes, num_parts=1, max_bytes=64 * 12288) as store:
         assert read_many(store, range(12), block_bytes) == [0, 1, 2, 4, 5, 6, 7, 8, 11]
         assert store.stats.num_checksum_failures == 1
+        assert [store.take_read_trouble() for _ in range(2)] == [("", 1), ("", 0)]
 
 
 # Damage
@@ -258,7 +260,7 @@ def test_a_killed_process_loses_nothing_that_it_had_written(tmp_path: Path) -> N
         first += 1000
 
 
-def test_what_was_left_half_made_is_removed(tmp_path: Path) -> None:
+def test_half_made_segments_are_removed(tmp_path: Path) -> None:
     with opened(tmp_path):
         pass
     (tmp_path / "0000000000000001.tmp").write_bytes(b"")
@@ -273,7 +275,7 @@ def test_what_was_left_half_made_is_removed(tmp_path: Path) -> None:
 # Room
 
 
-def test_three_times_the_capacity(tmp_path: Path) -> None:
+def test_writing_three_times_the_capacity_works(tmp_path: Path) -> None:
     expected: dict[bytes, None] = {}
     num_blocks = 3 * MAX_BYTES // BLOCK_BYTES
     with opened(tmp_path) as store:
@@ -306,7 +308,7 @@ def test_blocks_that_were_read_outlive_their_segment_once(tmp_path: Path) -> Non
         assert not is_there(store, 2)
 
 
-def test_a_block_that_is_dropped_while_it_is_rewritten_stays_away(tmp_path: Path) -> None:
+def test_a_block_dropped_while_it_is_rewritten_stays_away(tmp_path: Path) -> None:
     files = Faulty()
 
     def drop(name: str, *args: Any, **options: Any) -> None:
@@ -351,10 +353,17 @@ def test_bytes_of_an_earlier_process_count(tmp_path: Path) -> None:
         assert digest_of(99) in store.digests()
 
 
-def test_room_for_two_segments_is_the_least(tmp_path: Path) -> None:
-    problem = f"100,000 bytes .* take {2 * SEGMENT_BYTES:,}; give {-(-2 * SEGMENT_BYTES // 100_000)} times as many"
-    with pytest.raises(StoreError, match=problem), opened(tmp_path, max_bytes=100_000):
+def test_two_segments_are_the_minimum(tmp_path: Path) -> None:
+    problem = f"100,000 bytes .* take {2 * SEGMENT_BYTES:,}"
+    with pytest.raises(TooFewBytesError, match=problem), opened(tmp_path, max_bytes=100_000):
         pass
+
+
+@pytest.mark.parametrize("max_bytes", [5 << 20, 100 << 20, 999 << 20, 500 << 30])
+def test_segments_use_nearly_all_of_their_room(tmp_path: Path, max_bytes: int) -> None:
+    block_bytes = 64 << 10
+    with opened(tmp_path, block_bytes=block_bytes, max_bytes=max_bytes) as store:
+        assert 0.93 * max_bytes < store.capacity * block_bytes <= max_bytes
 
 
 # Whose folder it is
@@ -364,7 +373,7 @@ def test_a_second_owner_is_told_who_the_first_one_is(tmp_path: Path) -> None:
     with another_writer(tmp_path, 0) as lines:
         assert next(lines) == "0\n"
         owner = f"pid [0-9]+ on {socket.gethostname()}"
-        with pytest.raises(StoreError, match=f"{tmp_path} belongs to {owner}; .*read-only"), opened(tmp_path):
+        with pytest.raises(StoreError, match=f"{tmp_path} belongs to {owner}; .*read_only"), opened(tmp_path):
             pass
     with opened(tmp_path), pytest.raises(StoreError, match=f"pid {os.getpid()} on "), opened(tmp_path):
         pass
@@ -516,7 +525,7 @@ def test_a_segment_that_cannot_be_made_leaves_nothing(tmp_path: Path, call: str,
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "truncate"])
-def test_a_segment_that_cannot_be_sealed_is_gone_and_said_to_be(tmp_path: Path, call: str) -> None:
+def test_a_segment_that_cannot_be_sealed_is_removed_and_reported(tmp_path: Path, call: str) -> None:
     files = Faulty()
     with opened(tmp_path, files=files) as store:
         write_many(store, range(SEGMENT_BLOCKS - 1))
@@ -568,7 +577,7 @@ def test_short_reads_and_writes_are_continued(tmp_path: Path) -> None:
         assert is_there(store, 1, 10240)
 
 
-def test_a_read_of_many_blocks_that_stops_anywhere_goes_on(tmp_path: Path) -> None:
+def test_a_read_of_many_blocks_that_stops_anywhere_continues(tmp_path: Path) -> None:
     files = Faulty()
     chance = random.Random(0)
 
@@ -630,7 +639,7 @@ class Hang:
 
 
 @pytest.mark.parametrize("call", ["preadv", "close"])
-def test_a_read_that_hangs_delays_nobody_else(tmp_path: Path, call: str) -> None:
+def test_a_hanging_read_delays_nobody_else(tmp_path: Path, call: str) -> None:
     files = Faulty()
     with opened(tmp_path, files=files) as store, ThreadPoolExecutor() as threads:
         write_many(store, range(20))
@@ -652,7 +661,7 @@ def test_a_read_that_hangs_delays_nobody_else(tmp_path: Path, call: str) -> None
 
 
 @pytest.mark.parametrize("call", ["pwrite", "allocate", "fsync", "rename", "unlink"])
-def test_a_write_that_hangs_delays_nobody_else(tmp_path: Path, call: str) -> None:
+def test_a_hanging_write_delays_nobody_else(tmp_path: Path, call: str) -> None:
     files = Faulty()
     with opened(tmp_path, files=files) as store, ThreadPoolExecutor() as threads:
         write_many(store, range(3 * SEGMENT_BLOCKS))
@@ -686,7 +695,7 @@ def test_a_folder_stays_locked_while_a_write_hangs_in_it(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("error_every", [0, 50])
-def test_many_threads_at_random(tmp_path: Path, error_every: int) -> None:
+def test_many_threads_read_and_write_at_random(tmp_path: Path, error_every: int) -> None:
     files = Faulty()
     num_calls = iter(range(10**9))
 
@@ -724,7 +733,7 @@ def test_many_threads_at_random(tmp_path: Path, error_every: int) -> None:
         assert there <= set(those_there(store, range(150)))
 
 
-def test_a_real_disk_that_is_full(tmp_path: Path) -> None:
+def test_a_real_full_disk(tmp_path: Path) -> None:
     mounting = ["mount", "-t", "tmpfs", "-o", f"size={3 * SEGMENT_BYTES}", "tmpfs", str(tmp_path)]
     if os.geteuid() or subprocess.run(mounting, capture_output=True, check=False).returncode:
         pytest.skip("mounting is not permitted")
@@ -741,7 +750,7 @@ def test_a_real_disk_that_is_full(tmp_path: Path) -> None:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_a_layout_is_named_by_its_facts_alone() -> None:
+def test_the_name_of_a_layout_depends_only_on_its_facts() -> None:
     facts: dict[str, str | int | bool] = {"a": 1, "b": True, "c": "x"}
     assert layout_digest(facts) == layout_digest(dict(reversed(facts.items())))
     others = [{**facts, "a": "1"}, {**facts, "a": True}, {**facts, "d": 0}, {"a": 1, "b": True}, {**facts, "c": "y"}]

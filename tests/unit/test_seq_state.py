@@ -48,8 +48,8 @@ def test_tokens_join_several_histories_at_once(table: SeqTable) -> None:
     assert table.pack([0, 2], [2, 6], CPU).input_ids.tolist() == [4, 62, 23, 24, 25, 26, 60, 61]
 
 
-def test_drafts_behind_the_history_are_read_but_do_not_join_it(table: SeqTable) -> None:
-    table.put_behind(0, [50, 51])
+def test_drafts_after_the_history_are_read_but_do_not_join_it(table: SeqTable) -> None:
+    table.put_drafts(0, [50, 51])
     assert table.pack([0], [3], CPU).input_ids.tolist() == [4, 50, 51]
     assert table.lengths[0] == 5
 
@@ -72,7 +72,7 @@ def test_a_crop_makes_kv_stale_and_takes_tokens_out_of_the_counts(table: SeqTabl
     }
 
 
-def test_new_blocks_go_behind_the_old_ones(table: SeqTable) -> None:
+def test_new_blocks_follow_the_old_ones(table: SeqTable) -> None:
     table.append([0], [[60, 61, 62, 63]])
     table.add_blocks(0, [20])
     assert table.pack([0], [5], CPU).block_table.tolist() == [[7, 1, 20]]
@@ -86,7 +86,7 @@ def test_a_freed_slot_takes_another_seq(table: SeqTable) -> None:
     assert (state.length, state.num_computed, state.num_blocks, state.num_prompt) == (2, 0, 1, 1)
 
 
-def test_a_branch_counts_tokens_of_its_own() -> None:
+def test_a_branch_counts_its_own_tokens() -> None:
     parent = SeqSamplingState(PENALISED, [1, 2], vocab_size=100)
     parent.extend([3, 3])
     branch = parent.branch(3)

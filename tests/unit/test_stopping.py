@@ -17,7 +17,13 @@ def ids(text: str) -> list[int]:
 
 
 def output(*, stop: tuple[str, ...] = (), **rules: object) -> OutputText:
-    defaults = {"stop_token_ids": frozenset(), "include_stop_str": False, "min_tokens": 0, "max_tokens": 100}
+    defaults = {
+        "stop_token_ids": frozenset(),
+        "final_token_ids": frozenset(),
+        "include_stop_str": False,
+        "min_tokens": 0,
+        "max_tokens": 100,
+    }
     return OutputText(
         StopRules(strings=StopStrings(stop), **defaults | rules),  # type: ignore[arg-type]
         Detokenizer(TABLE, skip_special_tokens=True, follows_text=True),
@@ -35,7 +41,7 @@ def feed(out: OutputText, text: str) -> tuple[list[str], Finish | None]:
     return pieces, None
 
 
-def test_what_may_become_a_stop_string_is_held_back() -> None:
+def test_text_that_may_become_a_stop_string_is_held_back() -> None:
     pieces, finish = feed(output(stop=("cde",)), "abcdxcde")
     assert pieces == ["a", "b", "", "", "cdx", "", "", ""]
     assert finish == Finish(reason=FINISH_REASON_STOP, stop_str="cde")
@@ -46,7 +52,7 @@ def test_a_stop_string_is_kept_on_request() -> None:
     assert "".join(pieces) == "abcd"
 
 
-def test_what_was_held_back_is_text_at_the_end() -> None:
+def test_text_held_back_is_delivered_at_the_end() -> None:
     pieces, finish = feed(output(stop=("cde",), max_tokens=4), "abcd")
     assert "".join(pieces) == "abcd"
     assert finish == Finish(reason=FINISH_REASON_LENGTH)
@@ -101,7 +107,7 @@ def first_end(text: str, stops: list[str]) -> tuple[int, str] | None:
     st.lists(st.text(alphabet="ab\u00e9", max_size=4), max_size=3),
 )
 @settings(max_examples=600, deadline=None)
-def test_any_cutting_into_pieces_finds_the_same_end(pieces: list[str], stops: list[str]) -> None:
+def test_any_division_into_pieces_finds_the_same_end(pieces: list[str], stops: list[str]) -> None:
     scan, emitted, found = StopScan(StopStrings(stops)), "", None
     for piece in pieces:
         text, found = scan.push(piece)

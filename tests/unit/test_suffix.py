@@ -15,7 +15,7 @@ def index_of(*texts: list[int], max_tokens: int = 10_000) -> SuffixIndex:
     return shared
 
 
-def test_what_followed_in_the_prompt_is_proposed() -> None:
+def test_continuations_from_the_prompt_are_proposed() -> None:
     drafts = SuffixDrafts(SuffixIndex(), [*SENTENCE, 1, 2, *SENTENCE[:5]])
     proposal = drafts.propose(8)
     assert proposal.token_ids == SENTENCE[5:10], "a context of five tokens is trusted for five"
@@ -25,7 +25,7 @@ def test_what_followed_in_the_prompt_is_proposed() -> None:
     assert drafts.propose(2).token_ids == SENTENCE[9:11]
 
 
-def test_what_was_generated_is_proposed_too() -> None:
+def test_continuations_from_generated_text_are_proposed_too() -> None:
     drafts = SuffixDrafts(SuffixIndex(), [1, 2, 3])
     drafts.propose(4)
     for token_id in [*SENTENCE, 9, *SENTENCE[:4]]:
@@ -33,7 +33,7 @@ def test_what_was_generated_is_proposed_too() -> None:
     assert drafts.propose(4).token_ids == SENTENCE[4:8]
 
 
-def test_finished_requests_are_proposed_and_the_own_text_wins_ties() -> None:
+def test_finished_requests_are_proposed_and_a_seqs_own_text_wins_ties() -> None:
     shared = index_of([*SENTENCE])
     drafts = SuffixDrafts(shared, [1, *SENTENCE[:6]])
     assert drafts.propose(4).token_ids == SENTENCE[6:10]
@@ -56,7 +56,7 @@ def test_drafts_do_not_run_from_one_request_into_the_next() -> None:
     assert SuffixDrafts(shared, [1, 2, 3]).propose(8).token_ids == [4]
 
 
-def test_the_score_is_what_counts_expect_to_be_accepted() -> None:
+def test_the_score_is_the_expected_number_of_accepted_tokens() -> None:
     shared = index_of([1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 2, 3, 4, 5], [1, 2, 3, 9])
     proposal = SuffixDrafts(shared, [1, 2, 3]).propose(2)
     assert proposal.token_ids == [4, 5]
@@ -69,7 +69,7 @@ def test_an_unlikely_draft_ends_the_proposal() -> None:
     assert SuffixDrafts(index_of(*texts), [1, 2, 3]).propose(8).token_ids == [4]
 
 
-def test_a_shorter_context_wins_where_it_is_surer() -> None:
+def test_a_shorter_context_wins_if_it_is_more_certain() -> None:
     # 9 1 2 was followed by 3 and by 4 equally often, then by 5; 1 2 is mostly followed by 6 7.
     texts = [[9, 1, 2, 3, 8, 8], [9, 1, 2, 4, 8, 8], *([[i, 1, 2, 6, 7, 7] for i in range(20, 40)])]
     proposal = SuffixDrafts(index_of(*texts), [9, 1, 2]).propose(8)
@@ -123,7 +123,7 @@ def test_a_long_prompt_is_indexed_in_slices() -> None:
     assert proposal.token_ids == [0, 1, 2, 3]
 
 
-def test_tokens_committed_meanwhile_are_indexed_behind_the_prompt() -> None:
+def test_tokens_committed_meanwhile_are_indexed_after_the_prompt() -> None:
     drafts = SuffixDrafts(SuffixIndex(), list(range(3000)))
     drafts.propose(4)
     drafts.extend([10, 11, 12])
@@ -144,7 +144,7 @@ def test_many_prompts_share_the_time() -> None:
     assert seqs[0].num_indexed >= 1024, "those that ended leave it theirs"
 
 
-def test_hybrid_takes_what_promises_more() -> None:
+def test_hybrid_takes_the_source_that_promises_more() -> None:
     sure = Proposal([1, 2, 3, 4], [1.0, 1.0, 1.0, 1.0], 4)
     assert prefers_lookup(sure, reliability=1.0, expected_by_model=3.0)
     assert not prefers_lookup(sure, reliability=1.0, expected_by_model=4.0)

@@ -90,7 +90,7 @@ def test_memory_stays_linear_in_the_worst_texts() -> None:
         assert built(text).num_states <= 2 * len(text)
 
 
-def test_a_context_that_anything_followed_predicts_nothing() -> None:
+def test_a_context_followed_by_anything_predicts_nothing() -> None:
     text = [token for follower in range(1, 200) for token in (0, follower)]
     automaton = built(text)
     assert automaton.likeliest(automaton.matched([0]).state) is None

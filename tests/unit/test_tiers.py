@@ -7,6 +7,7 @@ import pytest
 
 from echelon.pb import worker_pb2
 from scheduler.config import Pipeline, TierConfig
+from scheduler.kv_cache.contents import CacheContents
 from scheduler.kv_cache.disk import DiskTier
 from tests.helpers.fake_group import FakeEngine, FakeModel, plain_tokens
 from tests.helpers.fake_tiers import LOAD, READ, STORE, WRITE, FakeTiers
@@ -22,12 +23,23 @@ PIPELINES: list[dict[str, Any]] = [
 
 
 def tiered(
-    num_blocks: int = 16, num_slots: int = 64, num_disk_blocks: int = 0, *, draft: bool = False, **config: Any
+    num_blocks: int = 16,
+    num_slots: int = 64,
+    num_disk_blocks: int = 0,
+    *,
+    draft: bool = False,
+    tier_dtype: str = "same",
+    **config: Any,
 ) -> Simulation:
     def engine(role: "worker_pb2.EngineRole.ValueType") -> FakeEngine:
         tiers = FakeTiers(num_slots=num_slots, num_disk_blocks=num_disk_blocks)
         return FakeEngine(
-            role=role, num_blocks=num_blocks, block_size=BLOCK, max_model_len=BLOCK * num_blocks, tiers=tiers
+            role=role,
+            num_blocks=num_blocks,
+            block_size=BLOCK,
+            max_model_len=BLOCK * num_blocks,
+            tiers=tiers,
+            tier_dtype=tier_dtype,
         )
 
     target = engine(worker_pb2.ENGINE_ROLE_TARGET)
@@ -112,7 +124,41 @@ def test_requests_of_different_salts_share_no_prefix_in_any_tier() -> None:
     assert ask(sim, "at once", prompt(1), cache_salt="a").cached_prompt_tokens == 36
 
 
-def test_the_status_tells_what_each_tier_holds_and_did() -> None:
+def test_a_request_that_begins_with_rounded_blocks_says_so() -> None:
+    """They may have come back for another one, and what was computed after them depends on them."""
+    sim = tiered(tier_dtype="int8")
+    rounded = ["kv_cache.tier_dtype: int8"]
+    assert ask(sim, "first", prompt(1)).approximations == []
+    assert ask(sim, "from the device", prompt(1)).approximations == []
+    flood(sim, 1, 2)
+    again = ask(sim, "again", prompt(1))
+    assert (again.cached_prompt_tokens_from_host, again.approximations) == (36, rounded)
+    after = ask(sim, "after", prompt(1))
+    assert (after.cached_prompt_tokens_from_host, after.approximations) == (0, rounded)
+    assert ask(sim, "salted", prompt(1), cache_salt="a").approximations == []
+    longer = [*prompt(1), *prompt(2, 12)]
+    usage = ask(sim, "longer", longer)
+    assert (usage.cached_prompt_tokens, usage.approximations) == (40, rounded)
+    assert ask(sim, "no rounded block any more", prompt(3)).approximations == []
+
+
+@pytest.mark.parametrize(("tier_dtype", "expected"), [("same", []), ("int8", ["kv_cache.tier_dtype: int8"])])
+def test_a_request_that_goes_on_elsewhere_may_have_begun_with_rounded_blocks(
+    tier_dtype: str, expected: list[str]
+) -> None:
+    """The scheduler that knew was lost."""
+    sim = tiered(tier_dtype=tier_dtype)
+    message = submit("resumed", prompt(1), max_tokens=4)
+    sim.submit(message)
+    while not sim.tokens.get(("resumed", 0)):
+        sim.step()
+    sim.lose_scheduler()
+    sim.run()
+    sim.assert_plain(message)
+    assert sim.completed["resumed"].usage.approximations == expected
+
+
+def test_the_status_reports_what_each_tier_holds_and_did() -> None:
     sim = tiered(num_slots=24, num_disk_blocks=50, draft=True)
     ask(sim, "first", prompt(1))
     flood(sim, *range(4))
@@ -139,7 +185,33 @@ def test_the_status_tells_what_each_tier_holds_and_did() -> None:
     assert disk.fetch_seconds_total > 0
 
 
-def test_what_a_broken_seq_computed_is_not_kept_in_any_tier() -> None:
+def test_the_status_tells_what_fetched_prefixes_saved_and_what_was_damaged() -> None:
+    sim = tiered(num_slots=24, num_disk_blocks=200)
+    ask(sim, "first", prompt(1))
+    flood(sim, *range(4))
+    sim.submit(submit("again", prompt(1), max_tokens=1))
+    while sim.core.num_requests or sim.moves:
+        sim.plan()
+        for index in sim.ready_moves()[:1]:
+            sim.now += 0.25 if sim.moves[index][1].kind in (READ, LOAD) else 0.0
+            sim.run_move(index)
+        if sim.target_rounds and not sim.moves:
+            sim.run_target_round()
+    host, disk = sim.core.status().tiers
+    blocks_s = sim.core.engines[sim.target.role].cost.seconds(36, 64)
+    assert disk.avoided_seconds_total == pytest.approx(blocks_s)
+    assert disk.waited_seconds_total == pytest.approx(0.5), "a read, then a load"
+    assert (host.avoided_seconds_total, host.waited_seconds_total) == (0.0, 0.0)
+    assert disk.fetch_queue_seconds_total == pytest.approx(0.25 - 0.001)
+    assert host.fetch_queue_seconds_total == pytest.approx(0.25 - 0.001)
+    tiers = sim.core.tiers_of(sim.target.role)
+    order = tiers.moves.order(READ, sim.now, lambda failed, now: None, host_slots=[0, 1], digests=[b"a", b"b"])
+    tiers.on_moved(worker_pb2.MoveResult(move_id=order.move_id, failed=[0, 1], num_damaged=1), sim.now)
+    disk = sim.core.status().tiers[1]
+    assert (disk.damaged_blocks_total, disk.failed_blocks_total) == (1, 2)
+
+
+def test_no_tier_keeps_what_a_broken_seq_computed() -> None:
     message = submit("bad", prompt(1))
     bad = plain_tokens(prompt(1), seq_sampling(message), 5)
     sim = tiered(num_slots=200, num_disk_blocks=200, tiers=TierConfig(writes_at_once=True))
@@ -154,7 +226,7 @@ def test_what_a_broken_seq_computed_is_not_kept_in_any_tier() -> None:
     assert sim.completed["again"].usage.cached_prompt_tokens == 0
 
 
-def test_what_host_memory_holds_goes_to_disk_before_the_end() -> None:
+def test_host_memory_is_written_to_disk_before_the_end() -> None:
     sim = tiered(num_disk_blocks=200)
     ask(sim, "first", prompt(1))
     assert not sim.target.tiers.disk, "nobody has asked for it again"
@@ -166,7 +238,7 @@ def test_what_host_memory_holds_goes_to_disk_before_the_end() -> None:
     assert len(sim.target.tiers.disk) == 10
 
 
-def test_a_disk_that_hangs_delays_a_seq_by_its_deadline_and_nobody_else() -> None:
+def test_a_hanging_disk_delays_a_seq_until_its_deadline_and_nobody_else() -> None:
     sim = tiered(num_slots=24, num_disk_blocks=200)
     ask(sim, "first", prompt(1))
     flood(sim, *range(4))
@@ -216,7 +288,7 @@ def test_a_disk_with_errors_is_left_alone_and_tried_again() -> None:
 
 
 def test_moves_that_fail_together_make_one_pause_of_30_seconds_then_one_of_60() -> None:
-    disk = DiskTier(num_blocks=1)
+    disk = DiskTier(1, CacheContents())
     disk.announce((), is_last=True)
     for now, pause_s in ((0.0, 30.0), (30.0, 60.0), (90.0, 120.0)):
         for _ in range(10):
@@ -226,7 +298,7 @@ def test_moves_that_fail_together_make_one_pause_of_30_seconds_then_one_of_60() 
         assert disk.may(disk.reads, now), "a full disk can be read"
 
 
-def test_a_draft_whose_part_left_its_device_gets_it_back_though_the_target_kept_its_own() -> None:
+def test_a_draft_gets_evicted_blocks_back_even_if_the_target_kept_its_own() -> None:
     sim = tiered(num_blocks=64, draft=True)
     assert sim.draft is not None
     sim.draft.num_blocks = 16
@@ -283,6 +355,22 @@ def test_each_block_is_stored_once() -> None:
     assert sim.target.tiers.num_moved[STORE] == 10  # 40 prompt tokens, and 4 outputs of which the last has no KV
 
 
+def test_a_device_that_one_prompt_fills_loses_no_block_to_the_next_one() -> None:
+    """Stores are done before the rounds that were sent after them, as copies are that a round waits for."""
+    sim = tiered(num_slots=160)
+    for number in range(6):
+        sim.submit(submit(f"r{number}", prompt(number, 56), max_tokens=1))
+    while sim.core.num_requests:
+        sim.plan()
+        moves = sim.ready_moves()
+        sim.run_move(moves[0]) if moves else sim.run_target_round()
+    sim.run()
+    assert sim.target.num_rounds == 6, "a prompt waits for the stores of the one before, and is then computed at once"
+    for number in range(6):
+        usage = ask(sim, f"again {number}", prompt(number, 56))
+        assert usage.cached_prompt_tokens == 52
+
+
 def random_engine(rng: random.Random, role: "worker_pb2.EngineRole.ValueType") -> FakeEngine:
     return FakeEngine(
         role=role,
@@ -308,6 +396,7 @@ def random_simulation(rng: random.Random, speculation: dict[str, Any]) -> Simula
         max_num_batched_tokens=rng.choice([8, 16, 64]),
         max_rounds_in_flight=rng.choice([1, 2]),
         tiers=TierConfig(writes_at_once=rng.random() < 0.5, load_timeout_s=0.05),
+        keeps_requests=True,
     )
     list_disks(sim)
     return sim
@@ -346,6 +435,10 @@ def test_any_interleaving_of_moves_rounds_aborts_and_failures_gives_the_plain_st
             sim.cancel(rng.choice(messages).request_id)
         if sim.draft and rng.random() < 0.01:
             sim.reconnect_draft()
+            list_disks(sim)
+        if rng.random() < 0.01:
+            sim.lose_target()
+            sim.return_target()
             list_disks(sim)
         if rng.random() < 0.05:
             sim.now += 0.02

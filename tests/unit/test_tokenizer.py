@@ -48,7 +48,7 @@ def side_files(draw: Callable[..., Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", KINDS)
 @given(side_files())
 @settings(max_examples=25, deadline=None)
-def test_side_files_mean_what_they_mean_to_transformers(kind: str, config: dict[str, Any]) -> None:
+def test_side_files_mean_the_same_as_in_transformers(kind: str, config: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "tokenizer.json").write_text(SAVED[kind])
@@ -74,7 +74,7 @@ def test_tokens_of_tokenizer_config_alone(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == [0, 4096, 1550, 199, 3058, 4097]
 
 
-def test_truncation_and_padding_of_training_are_off(tmp_path: Path) -> None:
+def test_truncation_and_padding_from_training_are_off(tmp_path: Path) -> None:
     tokenizer = KINDS["byte_level"]()
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=100)
@@ -93,7 +93,7 @@ def test_the_plan_says_which_tokens_a_model_cannot_take(tmp_path: Path) -> None:
     assert "no embedding for 2 tokens ('b', ...) of the target (its vocab_size is 4)" in unknown
 
 
-def test_the_plan_says_where_an_id_is_not_the_one_of_the_file(tmp_path: Path) -> None:
+def test_the_plan_says_where_an_id_differs_from_the_file(tmp_path: Path) -> None:
     folder = write_model_folder(tmp_path / "target")
     added = {"2": {"content": "</s>"}, "9": {"content": "<new>"}}
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))

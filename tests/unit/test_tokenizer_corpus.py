@@ -31,7 +31,7 @@ def folder_of(name: str, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", tokenizers_that("texts"))
-def test_texts_have_the_ids_of_transformers(name: str) -> None:
+def test_texts_get_the_same_ids_as_in_transformers(name: str) -> None:
     ours = load_tokenizer(TOKENIZERS[name])
     theirs = PreTrainedTokenizerFast.from_pretrained(TOKENIZERS[name])
     for case in read(TOKENIZERS[name] / "expected.json")["texts"]:
@@ -41,7 +41,7 @@ def test_texts_have_the_ids_of_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("name", tokenizers_that("texts"))
-def test_streams_give_the_text_that_transformers_gives(name: str, skip: bool) -> None:
+def test_streams_give_the_same_text_as_transformers(name: str, skip: bool) -> None:
     table = TokenTable(load_tokenizer(TOKENIZERS[name]))
     theirs = PreTrainedTokenizerFast.from_pretrained(TOKENIZERS[name])
     for case in read(TOKENIZERS[name] / "expected.json")["texts"]:

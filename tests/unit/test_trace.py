@@ -42,7 +42,7 @@ class Traced:
         return [span.name for span in self.tracer.stop()]
 
 
-def test_a_target_says_what_its_forwards_are_for(tiny: Path) -> None:
+def test_spans_of_a_target_say_what_forwards_are_for(tiny: Path) -> None:
     traced = Traced(tiny, TARGET)
     seq = traced.driver.start(0, PROMPT, greedy())
     assert traced.names(traced.driver.target_row(seq)) == ["prefill", "sample"]
@@ -52,7 +52,7 @@ def test_a_target_says_what_its_forwards_are_for(tiny: Path) -> None:
     assert traced.names(row) == ["verify", "sample"]
 
 
-def test_a_draft_says_what_its_forwards_are_for(tiny: Path) -> None:
+def test_spans_of_a_draft_say_what_forwards_are_for(tiny: Path) -> None:
     traced = Traced(tiny, DRAFT)
     driver = traced.driver
     seq = driver.start(0, PROMPT, greedy())
@@ -64,7 +64,7 @@ def test_a_draft_says_what_its_forwards_are_for(tiny: Path) -> None:
     assert traced.names(Row(slot=1, append_token_ids=[7], chunk_len=1)) == ["transfer", "prefill"]
 
 
-def test_a_layer_parallel_draft_says_when_it_calibrates(tiny: Path) -> None:
+def test_spans_of_a_layer_parallel_draft_show_calibration(tiny: Path) -> None:
     traced = Traced(tiny, DRAFT, lp_size=2, layer_groups=[LayerGroup(layers=[0, 1])])
     driver = traced.driver
     seq = driver.start(0, PROMPT, greedy())
@@ -72,7 +72,7 @@ def test_a_layer_parallel_draft_says_when_it_calibrates(tiny: Path) -> None:
     assert traced.names(driver.draft_row(seq, 1, calibrate_len=1)) == ["calibrate", "draft", "sample"]
 
 
-def test_spans_stand_in_each_other_on_the_clock_of_the_round() -> None:
+def test_spans_nest_on_the_clock_of_the_round() -> None:
     tracer = Tracer(rank=3)
     before_ns = time.monotonic_ns()
     tracer.start()
@@ -113,7 +113,7 @@ class SpanEngine:
     def info(self) -> EngineInfo:
         return EngineInfo(role=TARGET)
 
-    def check(self, round_: Round, behind: Sequence[Round] = ()) -> None:
+    def check(self, round_: Round, queued: Sequence[Round] = ()) -> None:
         pass
 
     def run(self, round_: Round) -> RoundResult:

@@ -5,8 +5,8 @@ import random
 from typing import Any
 
 from echelon.cli.trace_file import align, chrome_trace
-from echelon.pb.scheduler_pb2 import TracedRound, TracedWait, TraceEvent
-from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET, Span
+from echelon.pb.scheduler_pb2 import TracedMove, TracedRound, TracedWait, TraceEvent
+from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET, MoveOrder, Span
 
 TARGET, DRAFT = ENGINE_ROLE_TARGET, ENGINE_ROLE_DRAFT
 
@@ -59,7 +59,7 @@ def test_every_rank_has_its_lane() -> None:
     assert all(event["ph"] in ("X", "M") for event in events)
 
 
-def test_rounds_that_are_on_their_way_at_once_do_not_share_a_lane() -> None:
+def test_rounds_in_flight_at_once_do_not_share_a_lane() -> None:
     events = events_of(*(traced(TARGET, i, 10 * i, 10 * i + 15, run_ns=8_000) for i in range(4)))
     names = lane_names(events)
     lanes = [names[e["pid"], e["tid"]] for e in events if e["ph"] == "X"]
@@ -101,3 +101,40 @@ def test_aligned_rounds_are_possible_and_never_overlap() -> None:
 
 def test_a_round_begins_in_the_middle_of_what_is_possible() -> None:
     assert align([TracedRound(sent_ns=100, queue_ns=20, run_ns=50, received_ns=200)]) == [135]
+
+
+def test_moves_have_lanes_of_their_own() -> None:
+    """One for each engine and kind, more where moves overlap; and one for each rank."""
+
+    def move(engine: Any, kind: Any, sent_us: int, received_us: int, *rank_run_us: int) -> TraceEvent:
+        return TraceEvent(
+            move=TracedMove(
+                engine=engine,
+                group="target",
+                kind=kind,
+                sent_ns=1000 * sent_us,
+                received_ns=1000 * received_us,
+                num_blocks=3,
+                rank_run_ns=[1000 * run_us for run_us in rank_run_us],
+            )
+        )
+
+    events = events_of(
+        move(TARGET, MoveOrder.STORE, 10, 50, 20, 30),
+        move(TARGET, MoveOrder.STORE, 20, 90, 40, 10),
+        move(DRAFT, MoveOrder.LOAD, 30, 60, 100),  # a clock that is wrong
+    )
+    names = lane_names(events)
+    lanes = {
+        (names[e["pid"], None], names[e["pid"], e["tid"]], e["name"]): (e["ts"], e["dur"])
+        for e in events
+        if e["ph"] == "X"
+    }
+    assert lanes == {
+        ("scheduler", "target stores", "store"): (10.0, 40.0),
+        ("scheduler", "target stores, 2", "store"): (20.0, 70.0),
+        ("scheduler", "draft loads", "load"): (30.0, 30.0),
+        ("target group", "rank 0, target stores", "store"): (50.0, 40.0),
+        ("target group", "rank 1, target stores", "store"): (80.0, 10.0),
+        ("target group", "rank 0, draft loads", "load"): (30.0, 30.0),
+    }

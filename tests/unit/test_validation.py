@@ -289,7 +289,7 @@ def test_a_field_of_another_wire_type_is_unknown() -> None:
     assert decoded.error.startswith("sampling: unknown field number 1")
 
 
-def test_fields_are_limited_wherever_they_are() -> None:
+def test_fields_are_limited_at_every_depth() -> None:
     messages = [b"\x0a\x00"] * (MAX_FIELDS // 2)
     chat = b"".join(messages)
     inside = b"\x22" + _varint(len(chat)) + chat

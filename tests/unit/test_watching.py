@@ -56,7 +56,7 @@ def test_counters_become_rates_and_shares() -> None:
     )
 
 
-def test_without_speculation_nothing_is_made_up() -> None:
+def test_without_speculation_its_columns_are_empty() -> None:
     seen = view(replica(), replica(generation_tokens_total=5), 1.0)
     assert seen.tokens_per_s == 5.0
     assert (seen.acceptance_rate, seen.drafts_per_verification, seen.verdict_cache_hit_rate) == (None, None, None)
@@ -67,7 +67,7 @@ def test_a_wait_that_ends_may_be_longer_than_the_interval() -> None:
     assert view(replica(), replica(draft_idle_seconds_total=9.0), 1.0).draft_idle_share == 1.0
 
 
-def test_a_scheduler_that_is_gone_or_new_has_no_rates() -> None:
+def test_a_lost_or_new_scheduler_has_no_rates() -> None:
     gone = ReplicaStatus(replica=3, error="UNAVAILABLE: gone")
     assert view(replica(), gone, 1.0) == ReplicaView(replica=3, ready=False, reason="UNAVAILABLE: gone")
     old = replica(target_rounds_total=9, generation_tokens_total=90)
@@ -112,7 +112,7 @@ def test_blocks_of_a_tier_become_bytes_per_second() -> None:
     ],
     ids=["another scheduler", "another draft group", "no tiers then", "no answer then"],
 )
-def test_a_tier_whose_counters_began_anew_has_no_rates(before: ReplicaStatus) -> None:
+def test_a_tier_whose_counters_restarted_has_no_rates(before: ReplicaStatus) -> None:
     (tier,) = view(before, replica(target_rounds_total=2, tiers=[disk(fetched_blocks_total=4)]), 1.0).tiers
     assert (tier.num_hits, tier.fetched_bytes_per_s, tier.stored_bytes_per_s) == (None, None, None)
     assert tier.capacity_bytes == 100_000

@@ -53,7 +53,7 @@ def config_of(family: str) -> tuple[ModelConfig, dict[str, tuple[int, ...]]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_folder_must_hold_what_transformers_saves(family: str) -> None:
+def test_a_folder_must_hold_the_files_that_transformers_saves(family: str) -> None:
     config, saved = config_of(family)
     assert dict(expected_tensors(config)) == saved
 
@@ -77,7 +77,7 @@ def test_the_plan_counts_the_bytes_of_the_fullest_rank(family: str, size: int) -
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_the_ranks_of_a_decoder_read_just_that(family: str, size: int) -> None:
+def test_the_ranks_of_a_decoder_read_exactly_that(family: str, size: int) -> None:
     config, saved = config_of(family)
     for rank in range(size):
         ctx = context(rank, size)

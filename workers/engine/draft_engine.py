@@ -1,13 +1,16 @@
 """The draft: extends a chain of tokens for each seq, one token per step for the whole batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from echelon.pb.worker_pb2 import EngineInfo, Round, RowResult
+from kernels.sampling.verify_chain import verify_chain
+from workers.engine.chain_lookup import NOTHING, ChainLookup, Proposal
 from workers.engine.engine import NO_TOKEN, ActiveRow, ModelEngine, ModelRunner, Mover, chosen_token_ids
 from workers.engine.overtaken import drop_overtaken
 from workers.engine.rounds import plan_draft
@@ -15,6 +18,9 @@ from workers.engine.seq_state import SeqTable
 from workers.sampling.rows import RowEntry
 from workers.sampling.sampler import SampledRows
 from workers.upload import upload
+
+_NO_PROPOSAL = -1
+_MOST_ROWS = 16  # of a step with proposals: more take longer than few with weights in few bits on a CPU
 
 
 @dataclass(slots=True)
@@ -24,6 +30,12 @@ class _Chain:
     slot: int
     remaining: int
     result: RowResult
+    proposal: Proposal = field(default=NOTHING)  # what the next forward verifies
+
+    @property
+    def num_rows(self) -> int:
+        """Of hidden states at its end, after which tokens are chosen."""
+        return 1 + len(self.proposal.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +48,29 @@ class _Span:
     chain: _Chain | None  # grows after these tokens
 
 
+class _Chosen(NamedTuple):
+    """Choices of rows as Python's numbers."""
+
+    token_ids: list[int]  # NO_TOKEN where logits were not finite
+    alternatives: list[list[int]] | None
+    confidences: list[float] | None
+
+    @classmethod
+    def of(cls, sampled: SampledRows) -> Self:
+        return cls(
+            chosen_token_ids(sampled).tolist(),
+            None if sampled.alternatives is None else sampled.alternatives.tolist(),
+            None if sampled.confidences is None else sampled.confidences.tolist(),
+        )
+
+    def write(self, row: int, result: RowResult) -> None:
+        result.token_ids.append(self.token_ids[row])
+        if self.alternatives is not None:
+            result.alternative_token_ids.extend(self.alternatives[row])
+        if self.confidences is not None:
+            result.confidences.append(self.confidences[row])
+
+
 class DraftEngine(ModelEngine):
     """See workers.engine.Engine.
 
@@ -45,29 +80,43 @@ class DraftEngine(ModelEngine):
     In a layer-parallel model, a step that drafts leaves approximate KV. Calibration replaces the KV of tokens that were
     accepted. Source: arXiv 2502.02493. So a round begins with a forward of the exact model, for history and calibration
     of all rows. Then each step adds a token to the chains that grow.
+
+    With a `lookup`, the draft has a draft of its own. A step then computes the last token of a chain and what the
+    lookup proposes after it. The draft chooses a token at each of these positions by the same rule, and keeps proposals
+    as far as they equal its choices. So the chain is the draft's own, whatever was proposed. Source: arXiv 2503.13565.
     """
 
-    def __init__(self, runner: ModelRunner, table: SeqTable, info: EngineInfo, *, mover: Mover | None = None) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        table: SeqTable,
+        info: EngineInfo,
+        *,
+        mover: Mover | None = None,
+        lookup: ChainLookup | None = None,
+    ) -> None:
         super().__init__(runner, table, info, plan_draft, mover)
+        self.lookup = lookup
 
-    def check(self, round_: Round, behind: Sequence[Round] = ()) -> None:
-        drop_overtaken(round_, behind, self._table)
-        super().check(round_, behind)
+    def check(self, round_: Round, queued: Sequence[Round] = ()) -> None:
+        drop_overtaken(round_, queued, self._table)
+        super().check(round_, queued)
 
     def _run_rows(self, round_: Round, active: list[ActiveRow]) -> int:
         exact, late, chains = self._spans(active)
         num_steps = 0
         for spans in filter(None, (exact, late)):
             hidden, opened = self._compute_exactly(spans)
-            chains += self._grow(opened, hidden, round_)
-            num_steps += 1
+            opened, num_more = self._grow(opened, hidden, round_)
+            chains += opened
+            num_steps += 1 + num_more
         while chains:
-            chains = self._grow(chains, self._step(chains), round_)
-            num_steps += 1
+            chains, num_more = self._grow(chains, self._step(chains), round_)
+            num_steps += 1 + num_more
         for each in active:
             if len(each.result.token_ids) < each.plan.num_ordered:
                 self._table.fell_short[each.plan.slot] = True
-        return num_steps
+        return max(num_steps, *(len(each.result.token_ids) for each in active))
 
     def _spans(self, active: list[ActiveRow]) -> tuple[list[_Span], list[_Span], list[_Chain]]:
         """The spans to compute exactly, the spans for a second forward because the first leaves a gap before them, and
@@ -93,17 +142,18 @@ class DraftEngine(ModelEngine):
         return exact, late, chains
 
     def _compute_exactly(self, spans: list[_Span]) -> tuple[Tensor, list[_Chain]]:
-        """Compute the spans. Returns hidden states [num_chains, hidden_size] at the ends of those whose chains grow,
-        and these chains."""
+        """Compute the spans. Returns hidden states [num_rows, hidden_size] at the ends of those whose chains grow, and
+        these chains, each with its `num_rows`."""
         slots = [span.slot for span in spans]
-        counts = [span.end - span.start for span in spans]
+        self._propose([span.chain for span in spans if span.chain])
+        counts = [span.end - span.start + (span.chain.num_rows - 1 if span.chain else 0) for span in spans]
         starts = [span.start for span in spans]
         with self._runner.tracer.span(self._step_name(spans)):
             hidden = self._runner.forward(self._table.compute(slots, starts, counts, self._runner.device))
         ends = zip(spans, accumulate(counts), strict=True)
-        last_rows = [(end - 1, span.chain) for span, end in ends if span.chain]
-        rows = upload([row for row, _ in last_rows], torch.int64, hidden.device)
-        return hidden[rows], [chain for _, chain in last_rows]
+        grown = [(end, span.chain) for span, end in ends if span.chain]
+        last_rows = [row for end, chain in grown for row in range(end - chain.num_rows, end)]
+        return hidden[upload(last_rows, torch.int64, hidden.device)], [chain for _, chain in grown]
 
     def _step_name(self, spans: list[_Span]) -> str:
         """The name of a forward of all these spans in a trace."""
@@ -113,43 +163,116 @@ class DraftEngine(ModelEngine):
         return "draft" if all(span.chain and span.end - span.start <= 2 for span in spans) else "prefill"
 
     def _step(self, chains: list[_Chain]) -> Tensor:
-        """Compute the last token of each chain -> hidden states [num_chains, hidden_size]."""
+        """Compute the last token of each chain, and what is proposed after it -> hidden states [num_rows,
+        hidden_size], the `num_rows` of each chain."""
         table, slots = self._table, [chain.slot for chain in chains]
+        self._propose(chains)
         with self._runner.tracer.span("draft"):
-            hidden = self._runner.draft_forward(table.pack(slots, [1] * len(slots), self._runner.device))
-        table.num_computed[slots] += 1
-        if not self._runner.is_approximate:
-            table.num_exact[slots] = table.num_computed[slots]
+            batch = table.pack(slots, [chain.num_rows for chain in chains], self._runner.device)
+            hidden = self._runner.draft_forward(batch)
+        self._count_computed(slots)
         return hidden
 
-    def _grow(self, chains: list[_Chain], hidden: Tensor, round_: Round) -> list[_Chain]:
-        """Append one token to each chain; hidden [num_chains, hidden_size]. Returns the chains that want another."""
-        if not chains:
-            return []
+    def _propose(self, chains: list[_Chain]) -> None:
+        """Write what the lookup proposes after the end of each chain. The more chains, the less for each."""
+        if self.lookup is None or not chains:
+            return
+        most = _MOST_ROWS // len(chains) - 1
+        for chain in chains:
+            slot, length = chain.slot, int(self._table.lengths[chain.slot])
+            found = self.lookup.propose(self._table.token_ids[slot, :length], min(most, chain.remaining - 1))
+            grammar = self._table.sampling(slot).grammar
+            if grammar is not None and found.token_ids:
+                found = Proposal(found.token_ids[: grammar.num_legal(found.token_ids)], found.match_len)
+            chain.proposal = found
+            self._table.put_drafts(slot, found.token_ids)
+
+    def _count_computed(self, slots: list[int], counts: int | list[int] = 1) -> None:
+        """Draft steps have computed so many more tokens of each slot."""
         table = self._table
-        entries = [RowEntry(table.sampling(chain.slot), int(table.lengths[chain.slot]), ()) for chain in chains]
-        sampled = self._runner.choose(
-            hidden, entries, num_alternatives=round_.num_alternatives, with_confidence=round_.confidences
+        table.num_computed[slots] += counts
+        if not self._runner.is_approximate:
+            table.num_exact[slots] = table.num_computed[slots]
+
+    def _grow(self, chains: list[_Chain], hidden: Tensor, round_: Round) -> tuple[list[_Chain], int]:
+        """Append tokens to each chain: one and what is kept of its proposal, or, if nothing is proposed, as many as all
+        of them want if that is one call. `hidden` [num_rows, hidden_size] are the states at their ends. Returns the
+        chains that want more, and the number of forwards that this took."""
+        if not chains:
+            return [], 0
+        if self.lookup is not None and any(chain.proposal.token_ids for chain in chains):
+            return self._verify(self.lookup, chains, hidden, round_), 0
+        table, slots = self._table, [chain.slot for chain in chains]
+        num_wanted = min(chain.remaining for chain in chains)
+        steps = self._runner.draft(
+            hidden,
+            [RowEntry(table.sampling(slot), int(table.lengths[slot]), ()) for slot in slots],
+            table.blocks(slots, int(table.lengths[slots].max()) + num_wanted - 1, hidden.device),
+            num_steps=num_wanted,
+            num_alternatives=round_.num_alternatives,
+            with_confidence=round_.confidences,
         )
-        grown = self._fill_in(chains, sampled)
-        table.append([chain.slot for chain in grown], [chain.result.token_ids[-1:] for chain in grown])
-        return [chain for chain in grown if chain.remaining]
+        for index, sampled in enumerate(steps):
+            if index:
+                self._count_computed(slots)
+            chains = self._fill_in(chains, sampled)
+            table.append([chain.slot for chain in chains], [chain.result.token_ids[-1:] for chain in chains])
+        return [chain for chain in chains if chain.remaining], len(steps) - 1
+
+    def _verify(self, lookup: ChainLookup, chains: list[_Chain], hidden: Tensor, round_: Round) -> list[_Chain]:
+        """Choose a token after each chain and after each token proposed for it; keep proposals as far as they equal
+        the choices. Returns the chains that want more."""
+        table = self._table
+        sampled = self._runner.choose(
+            hidden,
+            [
+                RowEntry(table.sampling(chain.slot), int(table.lengths[chain.slot]) + depth, proposed[:depth])
+                for chain, proposed in ((chain, chain.proposal.token_ids) for chain in chains)
+                for depth in range(chain.num_rows)
+            ],
+            num_alternatives=round_.num_alternatives,
+            with_confidence=round_.confidences,
+        )
+        cu_rows = [0, *accumulate(chain.num_rows for chain in chains)]
+        proposed = [token_id for chain in chains for token_id in (*chain.proposal.token_ids, _NO_PROPOSAL)]
+        device = hidden.device
+        num_kept, _ = verify_chain(
+            chosen_token_ids(sampled),
+            upload(proposed, torch.int64, device),
+            upload(cu_rows, torch.int64, device),
+        )
+        chosen = _Chosen.of(sampled)
+        going_on = []
+        for chain, row, kept in zip(chains, cu_rows, num_kept.tolist(), strict=False):
+            lookup.observe(chain.proposal, kept)
+            if self._take(chain, chosen, range(row, row + kept + 1)):
+                going_on.append(chain)
+        return going_on
+
+    def _take(self, chain: _Chain, chosen: "_Chosen", rows: range) -> bool:
+        """Append the choices of these rows to the chain. All but the last of them have been computed. Whether it wants
+        more."""
+        taken = [row for row in rows if chosen.token_ids[row] != NO_TOKEN]
+        for row in taken:
+            chosen.write(row, chain.result)
+        self._table.append([chain.slot], [[chosen.token_ids[row] for row in taken]])
+        self._count_computed([chain.slot], len(rows) - 1)
+        chain.remaining -= len(taken)
+        if len(taken) < len(rows):
+            self._end(chain)
+            return False
+        return chain.remaining > 0
 
     def _fill_in(self, chains: list[_Chain], sampled: SampledRows) -> list[_Chain]:
         """Add the drafts to the answers. Returns the chains that got one."""
-        alternatives = None if sampled.alternatives is None else sampled.alternatives.tolist()
-        confidences = None if sampled.confidences is None else sampled.confidences.tolist()
+        chosen = _Chosen.of(sampled)
         grown = []
-        for row, (chain, token_id) in enumerate(zip(chains, chosen_token_ids(sampled).tolist(), strict=True)):
+        for row, (chain, token_id) in enumerate(zip(chains, chosen.token_ids, strict=True)):
             if token_id == NO_TOKEN:
                 self._end(chain)
                 continue
-            chain.result.token_ids.append(token_id)
+            chosen.write(row, chain.result)
             chain.remaining -= 1
-            if alternatives is not None:
-                chain.result.alternative_token_ids.extend(alternatives[row])
-            if confidences is not None:
-                chain.result.confidences.append(confidences[row])
             grown.append(chain)
         return grown
 

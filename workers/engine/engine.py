@@ -13,12 +13,14 @@ from checkpoint.memory import SAMPLING_TILE_ROWS
 from echelon.pb.sampling_pb2 import PositionLogprobs
 from echelon.pb.worker_pb2 import EngineInfo, MoveOrder, MoveResult, Round, RoundResult, Row, RowResult
 from kernels.kv.block_copy import CacheAddresses, copy_blocks
+from kernels.native.sampling import RowSettings
 from workers.engine.kv_cache import KVCaches
 from workers.engine.rounds import RowPlan
 from workers.engine.seq_state import SeqTable
-from workers.models import CausalLM, LayerParallelLM
 from workers.models.batch import Batch
-from workers.sampling.rows import RowEntry, SamplingRows
+from workers.models.decoder import CausalLM
+from workers.models.layer_parallel_decoder import LayerParallelLM
+from workers.sampling.rows import RowEntry, SamplingRows, native_settings
 from workers.sampling.sampler import SampledRows, Sampler
 from workers.trace import Tracer
 from workers.upload import upload
@@ -52,9 +54,9 @@ class Engine(Protocol):
     def num_ranks(self) -> int:
         """Ranks 0 to num_ranks - 1 of the group take part in its rounds."""
 
-    def check(self, round_: Round, behind: Sequence[Round] = ()) -> None:
+    def check(self, round_: Round, queued: Sequence[Round] = ()) -> None:
         """Raises ProtocolError if the round does not fit the state, which stays untouched. Removes from the round what
-        the rounds queued `behind` it have made useless."""
+        the rounds `queued` after it have made useless."""
 
     def run(self, round_: Round) -> RoundResult:
         """Run a round that `check` accepted; fill in `rows` and `num_steps`. Every rank calls it for each round."""
@@ -100,19 +102,59 @@ class ModelRunner:
         self, hidden: Tensor, entries: Sequence[RowEntry], *, num_alternatives: int = 0, with_confidence: bool = False
     ) -> SampledRows:
         """Choose a token for each row of hidden [num_rows, hidden_size], tile by tile; see Sampler.sample."""
-        with torch.inference_mode(), self.tracer.span("sample"):
-            return SampledRows.join(
-                [
-                    self.sampler.sample(
-                        self._logits(tile)[: rows.stop - rows.start],
-                        self.model.vocab_range[0],
-                        SamplingRows.build(entries[rows], self.device),
-                        num_alternatives=num_alternatives,
-                        with_confidence=with_confidence,
-                    )
-                    for rows, tile in self._tiles(hidden)
-                ]
+
+        def choose_tile(rows: slice, tile: Tensor) -> SampledRows:
+            native, settings = self.model.native, self._native_settings(entries[rows])
+            if native is not None and settings is not None:
+                hidden_of_rows = tile[: rows.stop - rows.start]
+                return SampledRows.of_choices(
+                    native.choose(hidden_of_rows, settings, num=1 + num_alternatives, with_confidence=with_confidence)
+                )
+            return self.sampler.sample(
+                self._logits(tile)[: rows.stop - rows.start],
+                self.model.vocab_range[0],
+                SamplingRows.build(entries[rows], self.device),
+                num_alternatives=num_alternatives,
+                with_confidence=with_confidence,
             )
+
+        with torch.inference_mode(), self.tracer.span("sample"):
+            return SampledRows.join([choose_tile(rows, tile) for rows, tile in self._tiles(hidden)])
+
+    def draft(
+        self,
+        hidden: Tensor,
+        entries: Sequence[RowEntry],
+        block_table: Tensor,
+        *,
+        num_steps: int,
+        num_alternatives: int = 0,
+        with_confidence: bool = False,
+    ) -> list[SampledRows]:
+        """Choose a token for each row of hidden [num_rows, hidden_size], the states of the last tokens of seqs, then
+        compute these tokens and choose again, and so on. block_table: int32 [num_rows, max_blocks].
+
+        Returns the choices of each step: `num_steps` if native kernels compute all of it and logits stay finite, else
+        fewer, but at least one. There was a forward between two steps, none after the last.
+        """
+        native, settings = self.model.native, self._native_settings(entries)
+        if native is None or settings is None or num_steps == 1:
+            return [self.choose(hidden, entries, num_alternatives=num_alternatives, with_confidence=with_confidence)]
+        with torch.inference_mode(), self.tracer.span("draft"):
+            steps = native.draft(
+                hidden,
+                settings,
+                block_table,
+                self.kv_caches,
+                num_steps=num_steps,
+                num=1 + num_alternatives,
+                with_confidence=with_confidence,
+            )
+            return [SampledRows.of_choices(choices) for choices in steps]
+
+    def _native_settings(self, entries: Sequence[RowEntry]) -> RowSettings | None:
+        """What decides the tokens of these rows, if native kernels can choose them."""
+        return None if self.model.native is None else native_settings(entries)
 
     def prompt_logprobs(self, hidden: Tensor, next_token_ids: Tensor, num_top: int) -> list[PositionLogprobs]:
         """Logprobs of the tokens int64 [num_rows] after rows of hidden [num_rows, hidden_size], tiled as in
@@ -181,7 +223,7 @@ class ModelEngine(ABC):
     def num_ranks(self) -> int:
         return self._runner.num_ranks
 
-    def check(self, round_: Round, behind: Sequence[Round] = ()) -> None:
+    def check(self, round_: Round, queued: Sequence[Round] = ()) -> None:
         self._checked = round_, self._plan(round_, self._table)
 
     def reset(self) -> None:

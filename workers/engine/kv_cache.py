@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from kernels.attention.paged_kv import SeqLengths
-from workers.models import CausalLM, LayerParallelLM
 from workers.models.batch import Batch
+from workers.models.decoder import CausalLM
+from workers.models.layer_parallel_decoder import LayerParallelLM
 
 KVCaches = list[tuple[Tensor, Tensor]]  # of each layer: k, v [num_blocks, block_size, num_kv_heads, head_dim]
 

@@ -11,14 +11,14 @@ from echelon.pb.worker_pb2 import Round
 from workers.engine.seq_state import SeqTable
 
 
-def drop_overtaken(round_: Round, behind: Sequence[Round], table: SeqTable) -> None:
-    """Remove the work of rows that rounds `behind` it overtake: they free the row's slot, or crop it to tokens that
-    have KV before the row. The other changes of the round stay."""
-    if not behind:
+def drop_overtaken(round_: Round, queued: Sequence[Round], table: SeqTable) -> None:
+    """Remove the work of rows that the rounds `queued` after it overtake: they free the row's slot, or crop it to
+    tokens that have KV before the row. The other changes of the round stay."""
+    if not queued:
         return
-    freed = {slot for later in behind for slot in later.free_slots}
+    freed = {slot for later in queued for slot in later.free_slots}
     crops: dict[int, int] = {}  # the shortest of each slot
-    for later in behind:
+    for later in queued:
         for row in later.rows:
             if row.HasField("crop_len"):
                 crops[row.slot] = min(row.crop_len, crops.get(row.slot, row.crop_len))

@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from checkpoint.sampling_ranges import MAX_LOGPROBS
 from echelon.pb.sampling_pb2 import SeqSampling
 from echelon.pb.worker_pb2 import Fork, Round, Row, SeqInit
 from workers.engine.seq_state import Limits, SeqTable
-from workers.engine.slot import SlotState
+from workers.engine.slot_state import SlotState
 
 _MAX_ALTERNATIVES = 64  # per draft; a scheduler asks for a few
-_MAX_LOGPROBS = 20
 
 
 class ProtocolError(ValueError):
@@ -183,13 +183,15 @@ def _check_sampling(sampling: SeqSampling, limits: Limits, where: str) -> None:
         "presence_penalty": math.isfinite(sampling.presence_penalty),
         "frequency_penalty": math.isfinite(sampling.frequency_penalty),
         "logit_bias": all(map(math.isfinite, sampling.logit_bias.values())),
-        "logprobs": sampling.logprobs <= _MAX_LOGPROBS,
-        "prompt_logprobs": sampling.prompt_logprobs <= _MAX_LOGPROBS,
+        "logprobs": sampling.logprobs <= MAX_LOGPROBS,
+        "prompt_logprobs": sampling.prompt_logprobs <= MAX_LOGPROBS,
+        "grammar": not sampling.HasField("grammar") or len(sampling.grammar.eos_token_ids) > 0,
     }
     for field, valid in is_valid.items():
         if not valid:
             raise ProtocolError(f"{where}{field}: {getattr(sampling, field)} cannot be")
     _check_token_ids(list(sampling.logit_bias), limits, f"{where}logit_bias")
+    _check_token_ids(sampling.grammar.eos_token_ids, limits, f"{where}grammar.eos_token_ids")
 
 
 def _check_fork(fork: Fork, parent: SlotState, limits: Limits, where: str) -> SlotState:

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from echelon.pb.worker_pb2 import Fork, SeqInit
 from kernels.attention.paged_kv import SeqLengths
-from workers.engine.slot import SlotState
+from workers.engine.slot_state import SlotState
 from workers.models.batch import Batch
+from workers.sampling.grammar import GrammarCompiler
 from workers.sampling.state import SeqSamplingState
 
 
@@ -43,9 +44,11 @@ class SeqTable:
     how the changes of a round move these values. Not thread-safe. Methods trust their arguments; rounds.py checks them.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, grammars: GrammarCompiler | None = None) -> None:
+        """Without `grammars`, no seq may have one."""
         slots = limits.num_slots
         self.limits = limits
+        self._grammars = grammars
         self.token_ids: NDArray[np.int32] = np.zeros(
             (slots, limits.max_model_len), np.int32
         )  # the system gives memory to a page on first use
@@ -100,7 +103,12 @@ class SeqTable:
         self.block_table[slot, : len(seq.block_table)] = seq.block_table
         wants_prompt_logprobs = seq.sampling.HasField("prompt_logprobs")
         self.num_prompt_logprobs[slot] = seq.sampling.prompt_logprobs if wants_prompt_logprobs else None
-        state = SeqSamplingState(seq.sampling, seq.token_ids[: seq.num_prompt_tokens], self.limits.vocab_size)
+        grammar = None
+        if seq.sampling.HasField("grammar"):
+            assert self._grammars is not None, f"slot {slot}: this engine compiles no grammars"
+            grammar = self._grammars.start(seq.sampling.grammar)
+        prompt = seq.token_ids[: seq.num_prompt_tokens]
+        state = SeqSamplingState(seq.sampling, prompt, self.limits.vocab_size, grammar)
         state.extend(seq.token_ids[seq.num_prompt_tokens :])
         self._sampling[slot] = state
 
@@ -164,13 +172,14 @@ class SeqTable:
     ) -> Batch:
         """Pack counts[i] tokens of slots[i], from starts[i] on, for the exact model and count their KV as exact.
 
-        Some of them may have KV already.
+        Some of them may have KV already. Those that `put_drafts` wrote do not count.
         """
         slot, start = np.array(slots, np.int64), np.array(starts, np.int64)
         end = start + np.array(counts, np.int64)
         held, exact = self.num_computed[slot], self.num_exact[slot]
         self.num_computed[slot] = start
         batch = self.pack(slots, counts, device)
+        end = np.minimum(end, self.lengths[slot])
         self.num_computed[slot] = np.maximum(held, end)
         # KV that the exact model computes from approximate KV is still approximate.
         self.num_exact[slot] = np.where(start <= exact, np.maximum(exact, end), exact)
@@ -181,13 +190,13 @@ class SeqTable:
         self.num_computed[slot] = min(self.num_computed[slot], self.lengths[slot] - 1)
         self.num_exact[slot] = min(self.num_exact[slot], self.num_computed[slot])
 
-    def put_behind(self, slot: int, draft_token_ids: Sequence[int]) -> None:
+    def put_drafts(self, slot: int, draft_token_ids: Sequence[int]) -> None:
         """Write tokens after the end of the history without adding them, as the input of a verify step."""
         start = int(self.lengths[slot])
         self.token_ids[slot, start : start + len(draft_token_ids)] = draft_token_ids
 
-    def behind(self, slot: int, num_tokens: int) -> list[int]:
-        """The tokens that `put_behind` wrote."""
+    def drafts(self, slot: int, num_tokens: int) -> list[int]:
+        """The tokens that `put_drafts` wrote."""
         start = int(self.lengths[slot])
         return self.token_ids[slot, start : start + num_tokens].tolist() if num_tokens else []
 
@@ -198,10 +207,15 @@ class SeqTable:
         self._store(slot, state)
         self.block_table[slot, start : state.num_blocks] = block_ids
 
+    def blocks(self, slots: Sequence[int], num_tokens: int, device: torch.device) -> torch.Tensor:
+        """The blocks of so many tokens of each slot: int32 [num_seqs, max_blocks]."""
+        width = -(-num_tokens // self.limits.block_size)
+        return torch.from_numpy(self.block_table[list(slots), :width]).to(device, non_blocking=True)
+
     def pack(self, slots: Sequence[int], counts: Sequence[int], device: torch.device) -> Batch:
         """Pack the next `counts[i]` tokens without KV of each `slots[i]`, one seq after another.
 
-        The count may run past the history, into tokens that `put_behind` wrote.
+        The count may run past the history, into tokens that `put_drafts` wrote.
         """
         slot = np.array(slots, np.int64)  # [num_seqs]
         count = np.array(counts, np.int64)

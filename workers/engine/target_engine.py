@@ -61,8 +61,16 @@ class TargetEngine(ModelEngine):
     def _run_rows(self, round_: Round, active: list[ActiveRow]) -> int:
         for each in active:
             if num_drafts := each.plan.num_drafts:
-                self._table.put_behind(each.plan.slot, each.row.draft_token_ids[:num_drafts])
-        return self._step([(each.plan, each.result) for each in active])
+                self._table.put_drafts(each.plan.slot, each.row.draft_token_ids[:num_drafts])
+                each.result.num_verified_tokens = num_drafts
+        return self._step([(self._without_illegal(each.plan), each.result) for each in active])
+
+    def _without_illegal(self, plan: RowPlan) -> RowPlan:
+        """Drafts that leave the seq's grammar are rejected before they cost anything."""
+        grammar = self._table.sampling(plan.slot).grammar
+        if grammar is None or not plan.num_drafts:
+            return plan
+        return replace(plan, num_drafts=grammar.num_legal(self._table.drafts(plan.slot, plan.num_drafts)))
 
     def _step(self, active: list[tuple[RowPlan, RowResult]]) -> int:
         """Run all rows in one forward, and rows spoiled by their drafts in a second. Returns the number of forwards."""
@@ -77,7 +85,7 @@ class TargetEngine(ModelEngine):
             if table.num_prompt_logprobs[plan.slot] is not None:
                 self._prompt_logprobs(plan, hidden[first_row + 1 - plan.chunk_len : first_row + 1], result)
             if plan.at_end:
-                verifies.append(_Verify(plan, result, table.behind(plan.slot, plan.num_drafts), first_row))
+                verifies.append(_Verify(plan, result, table.drafts(plan.slot, plan.num_drafts), first_row))
         table.num_computed[slots] += [plan.chunk_len for plan, _ in active]
         spoiled = self._verify(hidden, verifies) if verifies else []
         return 1 + (self._step([self._undo(seq) for seq in spoiled]) if spoiled else 0)
@@ -106,7 +114,7 @@ class TargetEngine(ModelEngine):
             elif seq.draft_token_ids:
                 spoiled.append(seq)
             else:
-                seq.result.non_finite = True
+                self._refuse(seq)
                 self._table.num_computed[seq.plan.slot] -= 1  # the next row computes the last token again
         if committing:
             slots = [seq.plan.slot for seq in committing]
@@ -140,10 +148,16 @@ class TargetEngine(ModelEngine):
 
     def _fill_in(self, seq: _Verify, num_accepted: int, next_token_id: int) -> None:
         result = seq.result
-        result.num_verified_tokens = len(seq.draft_token_ids)
         result.num_accepted_tokens = num_accepted
         result.token_ids.extend(seq.draft_token_ids[:num_accepted])
         result.token_ids.append(next_token_id)
+
+    def _refuse(self, seq: _Verify) -> None:
+        """Say why no token could be chosen."""
+        grammar = self._table.sampling(seq.plan.slot).grammar
+        error = "" if grammar is None else grammar.error()
+        seq.result.grammar_error = error
+        seq.result.non_finite = not error
 
     def _prompt_logprobs(self, plan: RowPlan, hidden: Tensor, result: RowResult) -> None:
         """Logprobs of the prompt tokens that follow the chunk's positions; hidden [chunk_len, hidden_size]."""

@@ -24,17 +24,18 @@ class ColumnParallelLinear:
     def __init__(self, parts: list[ColumnPart], in_features: int, *, bias: bool, ctx: BuildContext) -> None:
         self._linear = ctx.linear
         num_rows = sum(part.size for part in parts)
-        weight = ctx.empty(num_rows, in_features)
+        format = ctx.format_of(f"{parts[0].name}.weight")
+        weight = ctx.matrix(num_rows, in_features, format)
         self.weight: Weight = weight
         self.bias = ctx.empty(num_rows) if bias else None
         row = 0
         for part in parts:
             rows = slice(row, row + part.size)
-            ctx.read(f"{part.name}.weight", (part.out_features, in_features), weight[rows], start=part.start)
+            ctx.read(f"{part.name}.weight", (part.out_features, in_features), weight, rows=rows, start=part.start)
             if self.bias is not None:
-                ctx.read(f"{part.name}.bias", (part.out_features,), self.bias[rows], start=part.start)
+                ctx.read(f"{part.name}.bias", (part.out_features,), self.bias, rows=rows, start=part.start)
             row += part.size
-        ctx.packable(self)
+        ctx.packable(self, format)
 
     def __call__(self, x: Tensor) -> Tensor:  # [num_tokens, in_features] -> [num_tokens, sum of part sizes]
         return self._linear(x, self.weight, self.bias)
@@ -93,11 +94,12 @@ class RowParallelLinear:
         self._linear = ctx.linear
         self._all_reduce = ctx.group.all_reduce
         size = in_features // ctx.group.size
-        weight = ctx.empty(out_features, size)
+        format = ctx.format_of(f"{name}.weight")
+        weight = ctx.matrix(out_features, size, format)
         self.weight: Weight = weight
         ctx.read(f"{name}.weight", (out_features, in_features), weight, dim=1, start=ctx.group.rank * size)
         self.bias = ctx.replicated(f"{name}.bias", out_features) if bias else None
-        ctx.packable(self)
+        ctx.packable(self, format)
 
     def __call__(self, x: Tensor) -> Tensor:  # [num_tokens, in_features / tp_size] -> [num_tokens, out_features]
         y = self._all_reduce(self._linear(x, self.weight, None))

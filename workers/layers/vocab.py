@@ -39,16 +39,16 @@ class ParallelLMHead:
         self._linear = ctx.linear
         self.vocab_range = vocab_range(vocab_size, ctx.group.rank, ctx.group.size)
         if tied_to is not None:
-            # Packing makes a copy (only on CPU), because the embedding reads rows of the original. In a small draft the
-            # head is the largest matrix, and its product takes half the time when packed.
+            # Packing makes a copy (on CPU, or rounded), because the embedding reads rows of the original. In a small
+            # draft the head is the largest matrix, and its product takes half the time when packed.
             self.weight: Weight = tied_to
-            ctx.packable(self)
+            ctx.packable(self, ctx.head_format, is_shared=True)
             return
         start, end = self.vocab_range
-        weight = ctx.empty(end - start, hidden_size)
+        weight = ctx.matrix(end - start, hidden_size, ctx.head_format)
         self.weight = weight
         ctx.read(f"{name}.weight", (vocab_size, hidden_size), weight, start=start)
-        ctx.packable(self)
+        ctx.packable(self, ctx.head_format)
 
     def __call__(self, hidden: Tensor) -> Tensor:  # [rows, hidden_size] -> fp32 [rows, end - start]
         return self._linear(hidden, self.weight, None).float()

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from checkpoint.config import ModelConfig
 from kernels.attention.paged_attention import AttentionPlan, paged_attention, plan_attention
+from kernels.kv.fp8 import KVScales
 from kernels.kv.reshape_and_cache import gather_rotary, reshape_and_cache
 from kernels.layers.rms_norm import fused_add_rms_norm, rms_norm
 from kernels.layers.silu_and_mul import silu_and_mul
+from kernels.native.decoder import NativeDecoder, PackedTokens
 from workers.layers.context import BuildContext
 from workers.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from workers.layers.rope import cos_sin_cache
@@ -48,7 +50,7 @@ class Attention:
 
     def __init__(self, prefix: str, layer: int, *, config: ModelConfig, ctx: BuildContext) -> None:
         self._head_dim = config.head_dim
-        self._sliding_window = config.sliding_windows[layer]
+        self.sliding_window = config.sliding_windows[layer]
         self._batch_invariant = ctx.batch_invariant
         self._eps = config.rms_norm_eps
         self.qkv_proj = QKVParallelLinear(
@@ -65,6 +67,7 @@ class Attention:
         self.o_proj = RowParallelLinear(f"{prefix}.o_proj", q_size, config.hidden_size, bias=config.o_bias, ctx=ctx)
         self.q_norm = ctx.replicated(f"{prefix}.q_norm.weight", config.head_dim) if config.qk_norm else None
         self.k_norm = ctx.replicated(f"{prefix}.k_norm.weight", config.head_dim) if config.qk_norm else None
+        self.kv_scales: KVScales | None = None  # the cache is in FP8
 
     def __call__(self, x: Tensor, step: Step, kv_cache: KVCache) -> Tensor:  # [num_tokens, hidden_size], twice
         q, k, v = self.heads(self.qkv_proj(x))
@@ -83,7 +86,7 @@ class Attention:
         """Rotate q and k, write k and v into the cache, and attend. Returns a tensor like q, which is overwritten."""
         batch = step.batch
         k_cache, v_cache = kv_cache
-        reshape_and_cache(q, k, v, step.rotary, batch.slot_mapping, k_cache, v_cache)
+        reshape_and_cache(q, k, v, step.rotary, batch.slot_mapping, k_cache, v_cache, self.kv_scales)
         return paged_attention(
             q,
             k_cache,
@@ -92,9 +95,10 @@ class Attention:
             batch.seq_lens,
             batch.cu_seqlens_q,
             softmax_scale=self._head_dim**-0.5,
-            sliding_window=self._sliding_window,
+            sliding_window=self.sliding_window,
             batch_invariant=self._batch_invariant,
             plan=step.attention_plan,
+            kv_scales=self.kv_scales,
         )
 
 
@@ -140,7 +144,8 @@ class CausalLM:
     def __init__(self, config: ModelConfig, *, max_model_len: int, ctx: BuildContext) -> None:
         self.config = config
         self._eps = config.rms_norm_eps
-        self._cos_sin = cos_sin_cache(
+        self.tp_size = ctx.group.size
+        self.cos_sin = cos_sin_cache(
             config.rope, head_dim=config.head_dim, num_positions=max_model_len, device=ctx.device
         )
         self.embedding = VocabParallelEmbedding("model.embed_tokens", config.vocab_size, config.hidden_size, ctx=ctx)
@@ -149,6 +154,7 @@ class CausalLM:
         tied_to = self.embedding.weight if config.tie_word_embeddings else None
         self.head = ParallelLMHead("lm_head", config.vocab_size, config.hidden_size, tied_to=tied_to, ctx=ctx)
         self.weight_bytes = ctx.num_bytes  # on this rank
+        self.native: NativeDecoder | None = None  # computes all forwards if set, see workers.models.native_decoder
 
     @property
     def num_kv_layers(self) -> int:
@@ -166,9 +172,24 @@ class CausalLM:
 
     def forward(self, batch: Batch, kv_caches: list[KVCache]) -> Tensor:
         """Final hidden states of all tokens of the batch: [num_tokens, hidden_size] in the model's dtype, the same on
-        every rank. Writes the batch's keys and values into `kv_caches` (one entry a layer, in the model's dtype)."""
+        every rank. Writes the batch's keys and values into `kv_caches`, one entry a layer, in the model's dtype, or in
+        FP8 if its layers have scales."""
+        if self.native is None:
+            return self.forward_by_operators(batch, kv_caches)
+        tokens = PackedTokens(
+            batch.input_ids,
+            batch.positions,
+            batch.slot_mapping,
+            batch.block_table,
+            batch.seq_lens,
+            batch.cu_seqlens_q,
+        )
+        return self.native.forward(tokens, kv_caches)
+
+    def forward_by_operators(self, batch: Batch, kv_caches: list[KVCache]) -> Tensor:
+        """`forward` as it reads: one operator after another, with the same bits."""
         hidden = self.embedding(batch.input_ids)
-        step = make_step(batch, self._cos_sin, kv_caches[0])
+        step = make_step(batch, self.cos_sin, kv_caches[0])
         residual: Tensor | None = None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             hidden, residual = layer(hidden, residual, step, kv_cache)

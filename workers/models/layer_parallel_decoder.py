@@ -45,6 +45,8 @@ class LayerParallelLM:
     are sharded, it is split like the head.
     """
 
+    native: None = None  # no forward of it is one call
+
     def __init__(self, config: ModelConfig, plan: LayerParallelPlan, *, max_model_len: int, ctx: BuildContext) -> None:
         self.config = config
         self.plan = plan

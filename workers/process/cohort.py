@@ -14,7 +14,7 @@ from echelon.pb.process_pb2 import WorkerSpec
 from workers.collectives import Group, SoloGroup, TorchGroup
 from workers.trace import TracedGroup, Tracer
 
-START_TIMEOUT_S = 1800.0  # ranks load at different speeds; whoever starts them has a shorter limit
+START_TIMEOUT_S = 1800.0  # ranks load at different speeds; the process that starts them has a shorter limit
 _GLOO_ON_HOST = "gloo_on_host"
 
 
@@ -146,7 +146,7 @@ def _is_listening(fd: int) -> bool:
 
 
 def _close_under(fd: int) -> None:
-    """Closes what a descriptor stands for, and leaves the number to its owner, which does not know."""
+    """Closes what a descriptor stands for, and leaves the number to its owner, which does not notice."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, fd)
     os.close(nothing)

@@ -3,20 +3,24 @@
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
+from checkpoint.config import ModelConfig
+from checkpoint.config_json import load_model_config
 from checkpoint.layer_parallel import LayerGroups, tensor_parallel_too_problem
+from checkpoint.quantization import WeightFormat
 from childproc.spec import SpecError
 from echelon.pb.process_pb2 import EngineSpec
 from echelon.pb.worker_pb2 import EngineRole
 from workers.collectives import Group, SoloGroup
-from workers.layers.context import BuildContext
-from workers.models import LayerParallelPlan, ModelConfig, load_model_config
+from workers.engine.chain_lookup import ChainLookup
+from workers.layers.context import BuildContext, WeightSlice
 from workers.models.decoder import MLP
-from workers.models.layer_groups import MLPs, Weights, check_groups, choose_groups
+from workers.models.layer_groups import LayerParallelPlan, MLPs, Weights, check_groups, choose_groups
 from workers.models.layer_similarity import layer_input_similarity
 from workers.process.cohort import Cohort
 
@@ -24,8 +28,9 @@ from workers.process.cohort import Cohort
 # groups of four. With the demo draft, a group of six whose last layer is at 0.70 loses 2.6 % of the acceptance.
 LEAST_SIMILARITY = 0.7
 _AUTO = "auto"
-_SCRATCH_BYTES = 256 << 20  # MLP weights to time: more than fits in a processor's cache
-_TIMED_RUNS = 5
+SUFFIX = "suffix"
+_SCRATCH_BYTES = 256 << 20  # MLP weights to time: more than fits in a processor's cache; not measured
+_TIMED_RUNS = 5  # after a first one, which may be slower; the median counts; not measured
 
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 TimeMLPs = Callable[[ModelConfig, Group, BuildContext], float]
@@ -33,6 +38,30 @@ TimeMLPs = Callable[[ModelConfig, Group, BuildContext], float]
 
 def is_layer_parallel(spec: EngineSpec) -> bool:
     return spec.lp_size > 1
+
+
+def quantization_of(spec: EngineSpec) -> WeightFormat | None:
+    """Raises SpecError if the spec names a format that there is not, or rounds a target."""
+    if not spec.quantization:
+        return None
+    if spec.role != EngineRole.ENGINE_ROLE_DRAFT:
+        raise SpecError(f"engines: quantization {spec.quantization!r} is for a draft only: it would change the output")
+    formats: tuple[WeightFormat, ...] = get_args(WeightFormat)
+    for known in formats:
+        if known == spec.quantization:
+            return known
+    raise SpecError(f"engines: quantization {spec.quantization!r} must be one of {', '.join(formats)}")
+
+
+def lookup_of(spec: EngineSpec) -> ChainLookup | None:
+    """What drafts for a draft. Raises SpecError if the spec names what there is not, or gives one to a target."""
+    if not spec.lower_draft:
+        return None
+    if spec.role != EngineRole.ENGINE_ROLE_DRAFT:
+        raise SpecError(f"engines: lower_draft {spec.lower_draft!r} is for a draft only")
+    if spec.lower_draft != SUFFIX:
+        raise SpecError(f"engines: lower_draft {spec.lower_draft!r} must be {SUFFIX!r}")
+    return ChainLookup()
 
 
 def num_ranks(spec: EngineSpec, world_size: int) -> int:
@@ -58,11 +87,14 @@ def time_mlps(config: ModelConfig, group: Group, ctx: BuildContext) -> float:
     num_layers = max(1, min(config.num_layers, _SCRATCH_BYTES // bytes_each))
     mlps = [MLP(f"scratch.{layer}", config=config, ctx=ctx) for layer in range(num_layers)]
     with torch.inference_mode():
-        for part in ctx.slices:
-            part.target.fill_(1e-3)
-        ctx.pack()
+        ctx.fill(_fill_with_any)
         x = torch.ones(1, config.hidden_size, dtype=ctx.dtype, device=ctx.device)
         return statistics.median(_time(mlps, x, group) for _ in range(1 + _TIMED_RUNS))
+
+
+def _fill_with_any(slices: Sequence[WeightSlice]) -> None:
+    for part in slices:
+        part.target.fill_(1e-3)
 
 
 def _time(mlps: list[MLP], x: torch.Tensor, group: Group) -> float:
@@ -92,7 +124,7 @@ def resolve_plan(
         LoadError: The groups of the spec are not those of the model, or the folder cannot be read.
         SpecError: A field of the spec has a value that it does not allow.
     """
-    config = load_model_config(Path(spec.model))
+    config = load_model_config(Path(spec.model)).first_layers(spec.num_layers)
     weights = _choice("layer_parallel_weights", spec.layer_parallel_weights or Weights.REPLICATED, [*Weights])
     mlps = _choice("layer_parallel_mlp", spec.layer_parallel_mlp or _AUTO, [*MLPs, _AUTO])
     if group.size == 1:
@@ -126,6 +158,7 @@ def _groups(
         return tuple(tuple(group) for group in json.loads(cohort.read(key)))
     similarity = layer_input_similarity(
         Path(spec.model),
+        num_layers=spec.num_layers,
         dtype=getattr(torch, spec.dtype),
         device=device,
         max_model_len=spec.max_model_len,
@@ -145,7 +178,13 @@ def _faster_mlps(
 
     def time_over(shared_by: Group) -> float:
         dtype = getattr(torch, spec.dtype)
-        ctx = BuildContext(shared_by, dtype=dtype, device=device, batch_invariant=spec.batch_invariant)
+        ctx = BuildContext(
+            shared_by,
+            dtype=dtype,
+            device=device,
+            batch_invariant=spec.batch_invariant,
+            quantization=quantization_of(spec),
+        )
         return time_mlps(config, group, ctx)
 
     own = [time_over(SoloGroup()), time_over(group)]

@@ -10,12 +10,11 @@ from typing import NamedTuple, TypedDict
 import torch
 
 from checkpoint.memory import num_sampled_rows, sampling_bytes
+from checkpoint.quantization import WeightFormat
 from childproc.spec import SpecError
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.worker_pb2 import EngineInfo, EngineRole, LayerGroup
-from kernels.attention.probe import probe_paged_attention
 from kernels.kv.block_copy import cache_addresses
-from kernels.layers.linear import probe_linear_batch_invariant
 from kernels.native.linear import why_not
 from workers.collectives import Group
 from workers.engine.draft_engine import DraftEngine
@@ -23,12 +22,26 @@ from workers.engine.engine import Engine, ModelRunner
 from workers.engine.kv_cache import KVLayout, activation_bytes, check_num_blocks
 from workers.engine.seq_state import Limits, SeqTable
 from workers.engine.target_engine import TargetEngine
-from workers.models import CausalLM, LayerParallelLM, LayerParallelPlan, load_layer_parallel_model, load_model
 from workers.models.checkpoint import Progress
-from workers.models.decoder import MLP, Attention
+from workers.models.decoder import CausalLM
+from workers.models.fp8_caches import use_fp8_caches
+from workers.models.layer_groups import LayerParallelPlan
+from workers.models.layer_parallel_decoder import LayerParallelLM
+from workers.models.loading import load_layer_parallel_model, load_model
+from workers.process.batch_invariance import choose_batch_invariance, keeps_batch_invariance
 from workers.process.cohort import Cohort
-from workers.process.draft_layout import is_layer_parallel, num_ranks, resolve_plan
-from workers.process.tiers import build_mover, has_disk, kv_facts, open_store, staging_bytes, weights_fingerprint
+from workers.process.draft_layout import is_layer_parallel, lookup_of, num_ranks, quantization_of, resolve_plan
+from workers.process.tier_setup import (
+    block_in_tiers,
+    build_mover,
+    has_disk,
+    kv_facts,
+    open_store,
+    staging_bytes,
+    tier_dtype,
+    weights_fingerprint,
+)
+from workers.sampling.grammar import GrammarCompiler
 from workers.sampling.sampler import Sampler
 from workers.tiers.segment_store import SegmentStore
 from workers.trace import Tracer
@@ -50,6 +63,8 @@ class _LoadOptions(TypedDict):
     group: Group
     max_model_len: int
     batch_invariant: bool
+    quantization: WeightFormat | None
+    num_layers: int
     progress: Progress
 
 
@@ -61,6 +76,7 @@ class _Loaded:
     model: CausalLM | LayerParallelLM
     group: Group
     layout: KVLayout
+    kv_scales: str  # a digest; empty: the cache has the dtype of the weights
     load_s: float
 
 
@@ -110,10 +126,12 @@ def _open_store(
     on_progress(f"opening the disk tier of the {role}", 0, 0)
     members = num_ranks(spec, cohort.world_size)
     weights = weights_fingerprint(spec, cohort, key, num_ranks=members)
+    kv_scales = cohort.gather(f"{key}/kv_scales", "" if entry is None else entry.kv_scales)
     if entry is None:
         return None
     plan = entry.model.plan if isinstance(entry.model, LayerParallelLM) else None
-    facts = kv_facts(spec, plan, num_ranks=members, weights=weights, device=device)
+    facts = kv_facts(entry.spec, plan, num_ranks=members, weights=weights, device=device)
+    facts |= {"kv_scales": " ".join(kv_scales).strip()}
     return open_store(spec, entry.layout, facts, role=role, rank=cohort.rank, num_ranks=members)
 
 
@@ -132,7 +150,9 @@ def _load(spec: EngineSpec, cohort: Cohort, device: torch.device, on_progress: O
         raise SpecError(f"engines: dtype {spec.dtype!r} must be one of {', '.join(DTYPES)}")
     if not 1 <= spec.tp_size <= cohort.world_size:
         raise SpecError(f"engines: tp_size {spec.tp_size} must be 1 to the group's world_size {cohort.world_size}")
-    num_members = num_ranks(spec, cohort.world_size)
+    is_asked_for = spec.HasField("batch_invariant")
+    num_members, dtype = num_ranks(spec, cohort.world_size), DTYPES[spec.dtype]
+    spec = choose_batch_invariance(spec, cohort, num_members=num_members, dtype=dtype, device=device)
     group = cohort.group(num_members, ordered_sum=spec.batch_invariant)
     if group is None:
         return None
@@ -140,15 +160,31 @@ def _load(spec: EngineSpec, cohort: Cohort, device: torch.device, on_progress: O
     model = _load_model(spec, group, cohort, device, on_progress)
     if spec.batch_invariant:
         on_progress("probing batch invariance", 0, 0)
-        _probe(model, dtype=DTYPES[spec.dtype], device=device)
+        spec.batch_invariant = keeps_batch_invariance(
+            model, group, is_asked_for=is_asked_for, dtype=dtype, device=device
+        )
+    kv_scales = _use_kv_dtype(spec, model, dtype, on_progress)
     layout = KVLayout(
         num_layers=model.num_kv_layers,
         block_size=spec.block_size,
         num_kv_heads=model.kv_heads_per_rank,
         head_dim=model.config.head_dim,
-        dtype=DTYPES[spec.dtype],
+        dtype=torch.uint8 if kv_scales else dtype,
     )
-    return _Loaded(spec=spec, model=model, group=group, layout=layout, load_s=time.monotonic() - started_s)
+    load_s = time.monotonic() - started_s
+    return _Loaded(spec=spec, model=model, group=group, layout=layout, kv_scales=kv_scales, load_s=load_s)
+
+
+def _use_kv_dtype(
+    spec: EngineSpec, model: CausalLM | LayerParallelLM, dtype: torch.dtype, on_progress: OnProgress
+) -> str:
+    """A digest of the rank's scales if the cache is in FP8, else nothing. Raises SpecError and LoadError."""
+    if spec.kv_dtype in ("", "auto"):
+        return ""
+    if spec.kv_dtype != "fp8" or spec.role != EngineRole.ENGINE_ROLE_TARGET or not isinstance(model, CausalLM):
+        raise SpecError(f"engines: kv_dtype {spec.kv_dtype!r} must be auto, or, for a target, fp8")
+    on_progress("measuring keys and values", 0, 0)
+    return use_fp8_caches(model, Path(spec.model), max_model_len=spec.max_model_len, dtype=dtype)
 
 
 def _load_model(
@@ -161,34 +197,14 @@ def _load_model(
         "group": group,
         "max_model_len": spec.max_model_len,
         "batch_invariant": spec.batch_invariant,
+        "quantization": quantization_of(spec),
+        "num_layers": spec.num_layers,
         "progress": lambda done, total: on_progress(stage, done, total),
     }
     if not is_layer_parallel(spec):
-        return load_model(Path(spec.model), **options)
+        return load_model(Path(spec.model), keeps_bits=spec.keeps_bits, **options)
     plan = resolve_plan(spec, group, cohort, device, on_progress)
     return load_layer_parallel_model(Path(spec.model), plan, **options)
-
-
-def _probe(model: CausalLM | LayerParallelLM, *, dtype: torch.dtype, device: torch.device) -> None:
-    """Batch invariance depends on the machine's matrix products, so try one weight of each shape, and attention."""
-    attention, mlp = _sublayers(model)
-    with torch.inference_mode():
-        for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj, model.head):
-            _require(probe_linear_batch_invariant(linear.weight))
-        heads = (attention.qkv_proj.num_q_heads, attention.qkv_proj.num_kv_heads, model.config.head_dim)
-        _require(probe_paged_attention(*heads, dtype=dtype, device=device))
-
-
-def _sublayers(model: CausalLM | LayerParallelLM) -> tuple[Attention, MLP]:
-    """One weight of each shape on this rank: all layers have the same shapes."""
-    if isinstance(model, LayerParallelLM):
-        return next(iter(model.attention_layers.values())).attention, model.mlp_layers[0].mlp
-    return model.layers[0].attention, model.layers[0].mlp
-
-
-def _require(finding: str | None) -> None:
-    if finding is not None:
-        raise SpecError(f"batch_invariant: {finding}; set batch_invariant: false")
 
 
 def _own_num_blocks(loaded: Sequence[_Loaded], device: torch.device) -> dict[EngineRole.ValueType, int]:
@@ -255,6 +271,7 @@ def _build(
         num_blocks=num_blocks,
         max_num_batched_tokens=spec.max_num_batched_tokens,
     )
+    in_tiers = block_in_tiers(spec, layout)
     kv_caches = layout.allocate(num_blocks, device)
     addresses = cache_addresses(kv_caches)
     runner = ModelRunner(
@@ -285,14 +302,24 @@ def _build(
         block_bytes=layout.block_bytes,
         num_host_slots=sizes.num_host_slots,
         num_disk_blocks=sizes.num_disk_blocks,
+        tier_dtype=tier_dtype(spec),
+        kv_dtype=spec.kv_dtype or "auto",
+        host_block_bytes=in_tiers.host_bytes,
+        disk_block_bytes=in_tiers.disk_bytes,
+        batch_invariant=spec.batch_invariant,
+        quantization=spec.quantization,
+        lower_draft=spec.lower_draft,
+        num_layers=model.config.num_layers,
     )
     if isinstance(model, LayerParallelLM):
         _describe_layers(model.plan, info)
     role = _ROLE_NAMES[spec.role]
     mover = build_mover(spec, layout, kv_caches, addresses, store, role=role, device=device, on_progress=on_progress)
+    table = SeqTable(limits, GrammarCompiler(Path(spec.model), vocab_size))
+    lookup = lookup_of(spec)
     if spec.role == EngineRole.ENGINE_ROLE_TARGET:
-        return TargetEngine(runner, SeqTable(limits), info, mover=mover, forced_acceptance=spec.forced_acceptance)
-    return DraftEngine(runner, SeqTable(limits), info, mover=mover)
+        return TargetEngine(runner, table, info, mover=mover, forced_acceptance=spec.forced_acceptance)
+    return DraftEngine(runner, table, info, mover=mover, lookup=lookup)
 
 
 def _describe_layers(plan: LayerParallelPlan, info: EngineInfo) -> None:

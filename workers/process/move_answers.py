@@ -80,6 +80,8 @@ def merge_moves(results: list[MoveResult]) -> MoveResult:
         error=next((result.error for result in results if result.error), ""),
         run_ns=max(result.run_ns for result in results),
         evicted=dict.fromkeys(digest for result in results for digest in result.evicted),
+        num_damaged=sum(result.num_damaged for result in results),
+        rank_run_ns=[result.run_ns for result in results],
     )
 
 

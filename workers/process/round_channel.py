@@ -22,12 +22,13 @@ from enum import IntEnum
 from itertools import product
 from math import inf
 
+from childproc.sockets import receive_exactly
 from workers.process.cohort import Cohort
-from workers.process.greeting import TOKEN_BYTES, accept_peers, greet
+from workers.process.handshake import TOKEN_BYTES, accept_peers, introduce
 
 _HEADER = struct.Struct("<IBBQ")  # bytes of payload, kind, role, ticket
 _ROUNDS, _PULSE, _MOVES = _CHANNELS = range(3)  # the connections of a follower
-_PULSE_INTERVAL_S = 1.0
+_PULSE_INTERVAL_S = 1.0  # how often the leader asks each follower whether it is there; not measured
 OnLost = Callable[[str], None]
 OnAnswer = Callable[[int, "Frame"], None]  # rank, answer
 
@@ -222,7 +223,7 @@ def _connect(address: tuple[str, int], token: bytes, rank: int, channel: int) ->
     connection = socket.create_connection(address, timeout=_PULSE_INTERVAL_S * 10)
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    greet(connection, token, (rank, channel))
+    introduce(connection, token, (rank, channel))
     return connection
 
 
@@ -237,16 +238,5 @@ def _pack(frame: Frame) -> bytes:
 
 
 def _receive(connection: socket.socket) -> Frame:
-    num_bytes, kind, role, ticket = _HEADER.unpack(_receive_exactly(connection, _HEADER.size))
-    return Frame(Kind(kind), role, bytes(_receive_exactly(connection, num_bytes)), ticket)
-
-
-def _receive_exactly(connection: socket.socket, num_bytes: int) -> bytearray:
-    data = bytearray(num_bytes)
-    view = memoryview(data)
-    while view:
-        received = connection.recv_into(view)
-        if received == 0:
-            raise ConnectionError("end of the connection")
-        view = view[received:]
-    return data
+    num_bytes, kind, role, ticket = _HEADER.unpack(receive_exactly(connection, _HEADER.size))
+    return Frame(Kind(kind), role, bytes(receive_exactly(connection, num_bytes)), ticket)

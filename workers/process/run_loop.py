@@ -73,7 +73,7 @@ Work = Opened | Arrived | Ordered | Stop
 
 
 class RunLoop:
-    """The leader's loop. `submit` may be called from any thread, and from a signal handler."""
+    """The leader's loop. `submit` may be called from any thread."""
 
     def __init__(
         self, engines: Mapping[EngineRole.ValueType, Engine], channel: round_channel.Leader, tracer: Tracer
@@ -133,9 +133,9 @@ class RunLoop:
             return
         engine = self._engines[session.role]
         started_ns = time.monotonic_ns()
-        behind = [other.round_ for other in self._next if isinstance(other, Arrived) and other.session is session]
+        queued = [other.round_ for other in self._next if isinstance(other, Arrived) and other.session is session]
         try:
-            engine.check(round_, behind)
+            engine.check(round_, queued)
         except ProtocolError as err:
             logger.error("refused: %s", err)
             session.reject(str(err))
@@ -176,7 +176,7 @@ class RunLoop:
         _do(engine, frame, lambda reply: self._answers.add(frame.ticket, 0, reply))
 
     def _is_current(self, session: Session) -> bool:
-        """Whether its stream goes on."""
+        """Whether its stream is still open."""
         return self._owners[session.role] is session and session.is_open
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from childproc.wires import listen
+from echelon.pb.process_pb2 import ProcessIdentity
 from echelon.pb.worker_pb2 import (
     DiskContents,
     EngineRole,
@@ -38,7 +40,7 @@ _OPTIONS = [
 ]
 _MAX_PENDING_ROUNDS = 64  # per stream; a scheduler has at most three in flight
 _MAX_PENDING_MOVES = 1024  # per stream
-_FAIL_GRACE_S = 1.0
+_FAIL_GRACE_S = 1.0  # for open streams to end with the reason of a failure; not measured
 _SERVICE_NAME = "echelon.v1.Worker"
 _HEALTH_NAMES = {EngineRole.ENGINE_ROLE_TARGET: "target", EngineRole.ENGINE_ROLE_DRAFT: "draft"}
 
@@ -230,8 +232,11 @@ class Servicer(WorkerServicer):
 class ServerThread:
     """Serves from `start` to `stop`. Call the methods from other threads than its own; they block."""
 
-    def __init__(self, info: WorkerInfo, silence: Silence, submit: Callable[[Work], None]) -> None:
+    def __init__(
+        self, info: WorkerInfo, silence: Silence, submit: Callable[[Work], None], identity: ProcessIdentity
+    ) -> None:
         """`silence`: see round_channel.Leader."""
+        self._identity = identity
         self._info = info
         self._servicer = Servicer(info, silence, submit)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # made when the package is imported
@@ -260,7 +265,7 @@ class ServerThread:
         self._server = grpc.aio.server(options=_OPTIONS)
         add_WorkerServicer_to_server(self._servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        port = self._server.add_insecure_port(f"{host}:0")
+        port = listen(self._server, f"{host}:0", self._identity)
         await self._server.start()
         for service in self._health_services():
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)

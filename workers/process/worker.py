@@ -2,10 +2,9 @@
 
 import logging
 import os
-import signal
 import threading
+import time
 from collections.abc import Callable
-from types import FrameType
 
 import torch
 
@@ -24,9 +23,10 @@ from workers.trace import Tracer
 
 logger = logging.getLogger(__name__)
 
-STOP_GRACE_S = 5.0
-_CLOSE_GRACE_S = 3.0
-_DEFAULT_COLLECTIVE_TIMEOUT_S = 30.0
+# None of these times is measured.
+STOP_GRACE_S = 5.0  # for streams to end, and for a follower to hear from its leader that it may go
+_CLOSE_GRACE_S = 3.0  # for all tiers of a rank to finish the moves that have begun
+_DEFAULT_COLLECTIVE_TIMEOUT_S = 30.0  # without one in the spec
 BuildEngines = Callable[[WorkerSpec, Cohort, OnProgress], Engines]
 Fail = Callable[[str], None]
 
@@ -79,7 +79,7 @@ def _lead(
 ) -> None:
     info = _info(spec, engines)
     loop = RunLoop(engines, channel, tracer)
-    server = ServerThread(info, channel.silence, loop.submit)
+    server = ServerThread(info, channel.silence, loop.submit, spec.identity)
     failing = threading.Lock()
 
     def fail(error: str) -> None:
@@ -89,7 +89,7 @@ def _lead(
         events.fail(error)
 
     address = server.start(spec.host)
-    signal.signal(signal.SIGTERM, lambda signum, frame: loop.submit(Stop()))
+    edge.on_terminate(lambda: loop.submit(Stop()))
     channel.watch(fail)
     events.ready(address, info)
     logger.info("serving on %s", address)
@@ -107,7 +107,7 @@ def _lead(
 def _follow(
     spec: WorkerSpec, channel: round_channel.Follower, engines: Engines, events: EventWriter, *, tracer: Tracer
 ) -> None:
-    signal.signal(signal.SIGTERM, _exit_after_leader)
+    edge.on_terminate(_exit_after_leader)
     channel.watch(events.fail)
     events.ready("", _info(spec, engines))
     try:
@@ -126,11 +126,10 @@ def _close_tiers(engines: Engines) -> None:
         mover.close(_CLOSE_GRACE_S / len(movers))
 
 
-def _exit_after_leader(signum: int, frame: FrameType | None) -> None:
+def _exit_after_leader() -> None:
     """A group is stopped by a signal to all its ranks. The leader ends its round and says stop; leave it that time."""
-    timer = threading.Timer(STOP_GRACE_S, os._exit, args=(0,))
-    timer.daemon = True
-    timer.start()
+    time.sleep(STOP_GRACE_S)
+    os._exit(0)
 
 
 def _info(spec: WorkerSpec, engines: Engines) -> WorkerInfo:

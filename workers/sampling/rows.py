@@ -1,5 +1,6 @@
 """The positions of a batch that need a token, as tensors."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.native.sampling import ROW_SETTINGS, RowSettings
 from kernels.sampling.noise_keys import NoiseKeys
 from kernels.sampling.penalties import apply_bias, apply_mask, apply_penalties
+from kernels.sampling.token_bits import apply_token_bits
 from kernels.sampling.truncation import Truncation
+from workers.sampling.grammar import GrammarError, TokenBits
 from workers.sampling.state import SeqSamplingState
 from workers.upload import upload
 
@@ -45,6 +49,14 @@ class TokenEntries:
         return TokenEntries(there[0], there[1], tuple(there[2:]))
 
 
+@dataclass(frozen=True, slots=True)
+class GrammarBits:
+    """What grammars allow in rows of a batch."""
+
+    rows: Tensor  # int64 [num_entries]
+    bits: Tensor  # int32 [num_entries, ceil(vocab_size / 32)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitEdits:
     """Penalties, bias and masks of a batch, in the order in which they apply."""
@@ -53,6 +65,8 @@ class LogitEdits:
     penalty_settings: Tensor  # fp32 [num_rows, 3]
     biased: TokenEntries | None  # values: bias
     masked: TokenEntries | None
+    allowed: GrammarBits | None = None
+    void: Tensor | None = None  # bool [num_rows]: a grammar allows no token
 
     def apply(self, logits: Tensor, first_token_id: int) -> None:
         """Edit logits [num_rows, num_tokens] in place. The first column is token first_token_id."""
@@ -72,6 +86,8 @@ class LogitEdits:
             apply_bias(logits, self.biased.rows, self.biased.token_ids, bias, first_token_id=first_token_id)
         if self.masked is not None:
             apply_mask(logits, self.masked.rows, self.masked.token_ids, first_token_id=first_token_id)
+        if self.allowed is not None:
+            apply_token_bits(logits, self.allowed.rows, self.allowed.bits, first_token_id=first_token_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +100,7 @@ class SamplingRows:
     truncated_rows: Tensor | None  # int64 [num_truncated]
     truncation: Truncation | None  # of these
     logprob_rows: tuple[int, ...]  # ascending
-    num_logprobs: tuple[int, ...]  # of these: top-n beside the chosen token
+    num_logprobs: tuple[int, ...]  # of these: top-n besides the chosen token
 
     @staticmethod
     def build(entries: Sequence[RowEntry], device: torch.device) -> "SamplingRows":
@@ -108,6 +124,20 @@ class SamplingRows:
             logprob_rows=tuple(row for row, _ in asking),
             num_logprobs=tuple(num_top for _, num_top in asking),
         )
+
+
+def native_settings(entries: Sequence[RowEntry]) -> RowSettings | None:
+    """What the native kernels need to choose the tokens of these rows; None if some row needs more than temperature,
+    noise and truncation."""
+    for entry in entries:
+        if entry.state.logprobs is not None or entry.state.edits_logits_at(entry.position):
+            return None
+    return np.array([_native_row(entry.state, entry.position) for entry in entries], dtype=ROW_SETTINGS)
+
+
+def _native_row(state: SeqSamplingState, position: int) -> tuple[float, ...]:
+    truncation = (state.top_k, state.top_p, state.log_min_p) if state.truncates else (0, 1, -math.inf)
+    return state.seed, state.sample_index, position, state.temperature, -math.inf, *truncation
 
 
 def _integers(device: torch.device, *columns: Iterable[int]) -> Tensor:
@@ -142,11 +172,42 @@ def _logit_edits(entries: Sequence[RowEntry], device: torch.device) -> LogitEdit
             )
             penalised.append((row, (counts.token_ids, counts.seen, counts.output_counts.astype(np.float32))))
     biased = [(row, entry.state.bias) for row, entry in editing]
-    masked = [(row, (entry.state.suppressed_at(entry.position),)) for row, entry in editing]
+    masked = [
+        (row, (entry.state.suppressed_at(entry.position),)) for row, entry in editing if entry.state.grammar is None
+    ]
     settings = [entry.state.penalties for entry in entries]
+    allowed, void = _grammar_bits(editing, len(entries), device)
     return LogitEdits(
         penalised=TokenEntries.collect(penalised, device),
         penalty_settings=upload(settings, torch.float32, device),
         biased=TokenEntries.collect(biased, device),
         masked=TokenEntries.collect(masked, device),
+        allowed=allowed,
+        void=void,
     )
+
+
+def _grammar_bits(
+    editing: Sequence[tuple[int, RowEntry]], num_rows: int, device: torch.device
+) -> tuple[GrammarBits | None, Tensor | None]:
+    """What the grammars of rows allow, and the rows in which they allow nothing. A device may still be busy with the
+    forward meanwhile."""
+    rows: list[int] = []
+    bits: list[TokenBits] = []
+    void: list[int] = []
+    for row, entry in editing:
+        if entry.state.grammar is None:
+            continue
+        try:
+            own = entry.state.grammar.bits_behind(entry.hypothetical, entry.state.suppressed_at(entry.position))
+        except GrammarError:
+            void.append(row)
+            continue
+        if own is not None:
+            rows.append(row)
+            bits.append(own)
+    allowed = None
+    if rows:
+        there = torch.from_numpy(np.stack(bits)).to(device, non_blocking=True)
+        allowed = GrammarBits(upload(rows, torch.int64, device), there)
+    return allowed, upload([row in void for row in range(num_rows)], torch.bool, device) if void else None

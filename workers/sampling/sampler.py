@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from echelon.pb.sampling_pb2 import PositionLogprobs
+from kernels.native.decoder import Choices
 from kernels.sampling.noise_keys import scale_by_temperature
 from kernels.sampling.non_finite import screen
 from kernels.sampling.probability_mass import MAX_TOKENS, total_mass
@@ -28,7 +29,7 @@ from workers.upload import upload
 
 _NON_FINITE_KEY = torch.iinfo(torch.int64).max  # above the key of every number
 _TOP_P_CANDIDATES = 512  # of each shard; a nucleus is rarely larger, and for one that is, the whole row is gathered
-_MAX_CANDIDATES = 1024
+_MAX_CANDIDATES = 1024  # of each shard with top_k; beyond, whole rows are gathered; not measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ class SampledRows:
     """The choice in each row, the same on every rank."""
 
     token_ids: Tensor  # int64 [num_rows]; 0 where non_finite
-    non_finite: Tensor  # bool [num_rows], the raw logits hold NaN or Inf
+    non_finite: Tensor  # bool [num_rows], the raw logits hold NaN or Inf, or a grammar allows no token
     logprobs: Sequence[PositionLogprobs | None] | None  # one per row, None unless requested; None if no row asked
     # int64 [num_rows, num_alternatives]: the runners-up of the choice, best first. If the processors leave fewer
     # tokens, the last one is repeated; void where non_finite.
@@ -56,6 +57,17 @@ class SampledRows:
             logprobs=_join_logprobs(parts),
             alternatives=_join_optional([part.alternatives for part in parts]),
             confidences=_join_optional([part.confidences for part in parts]),
+        )
+
+    @staticmethod
+    def of_choices(choices: Choices) -> "SampledRows":
+        """What the native kernels chose."""
+        return SampledRows(
+            token_ids=choices.token_ids[:, 0].where(choices.is_finite, 0),
+            non_finite=~choices.is_finite,
+            logprobs=None,
+            alternatives=_runners_up(choices.values, choices.token_ids) if choices.values.shape[1] > 1 else None,
+            confidences=choices.confidences,
         )
 
 
@@ -103,6 +115,8 @@ class Sampler:
         if rows.edits is not None:
             processed = raw.clone()
             rows.edits.apply(processed, vocab_start)
+            if rows.edits.void is not None:
+                non_finite = non_finite | rows.edits.void
         choice = self._choose(processed, vocab_start, rows, num=1 + num_alternatives)
         words = None
         if with_confidence:
@@ -115,7 +129,7 @@ class Sampler:
             token_ids=token_ids,
             non_finite=non_finite,
             logprobs=self._logprobs(raw, vocab_start, rows, token_ids, non_finite) if rows.logprob_rows else None,
-            alternatives=_runners_up(choice) if num_alternatives else None,
+            alternatives=_runners_up(choice.values, choice.token_ids) if num_alternatives else None,
             confidences=None if words is None else confidences(words, winner),
         )
 
@@ -158,7 +172,7 @@ class Sampler:
         Args:
             logits_shard: fp32 [num_rows, shard_size], as for `sample`.
             next_token_ids: int64 [num_rows], the token that follows in the prompt.
-            num_top: most likely tokens beside it.
+            num_top: most likely tokens besides it.
         Returns:
             One for each row; NaN where the logits hold NaN or Inf.
         """
@@ -239,15 +253,15 @@ class Sampler:
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """The best tokens of each row, best first; a value of -Inf where there are no more."""
+    """The best tokens of each row, best first; a value of -Inf if there are no more."""
 
     values: Tensor  # fp32 [num_rows, num]
     token_ids: Tensor  # int64 [num_rows, num]
 
 
-def _runners_up(choice: _Choice) -> Tensor:
+def _runners_up(values: Tensor, token_ids: Tensor) -> Tensor:
     """Token ids [num_rows, num - 1] of all but the best, the last one repeated."""
-    num = choice.values.shape[1]
-    last = (choice.values > -torch.inf).sum(dim=1, keepdim=True).clamp(min=1) - 1
+    num = values.shape[1]
+    last = (values > -torch.inf).sum(dim=1, keepdim=True).clamp(min=1) - 1
     columns = torch.arange(1, num, device=last.device).clamp(max=last)  # [num_rows, num - 1]
-    return choice.token_ids.gather(1, columns)
+    return token_ids.gather(1, columns)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from echelon.pb.sampling_pb2 import SeqSampling
+from workers.sampling.grammar import GrammarState
 
 IntArray = NDArray[np.int64]
 
@@ -80,12 +81,13 @@ class SeqSamplingState:
     """The sampling settings of one seq in the form that batches are built from, with the history that they need.
 
     `extend` and `truncate` follow the committed history (on a draft engine, together with the chain of its drafts).
-    They cost almost nothing unless a penalty is on. Not thread-safe.
+    They cost almost nothing unless a penalty is on or the seq has a grammar. Not thread-safe.
     """
 
     __slots__ = (
         "_history",
         "bias",
+        "grammar",
         "length",
         "log_min_p",
         "logprobs",
@@ -101,7 +103,13 @@ class SeqSamplingState:
         "truncates",
     )
 
-    def __init__(self, sampling: SeqSampling, prompt_token_ids: Sequence[int], vocab_size: int) -> None:
+    def __init__(
+        self,
+        sampling: SeqSampling,
+        prompt_token_ids: Sequence[int],
+        vocab_size: int,
+        grammar: GrammarState | None = None,
+    ) -> None:
         # torch has no arithmetic on uint64: the same 64 bits as a signed number.
         self.seed: int = sampling.seed - (1 << 64) if sampling.seed >> 63 else sampling.seed
         self.sample_index: int = sampling.sample_index
@@ -118,6 +126,7 @@ class SeqSamplingState:
         self.length: int = self.num_prompt_tokens
         self.penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
         self._history = _History(prompt_token_ids) if self.penalties != (1.0, 0.0, 0.0) else None
+        self.grammar = grammar
         bias = sorted(sampling.logit_bias.items())
         self.bias = (
             np.array([token_id for token_id, _ in bias], dtype=np.int64),
@@ -128,13 +137,20 @@ class SeqSamplingState:
 
     def edits_logits_at(self, position: int) -> bool:
         """Whether single logits may change before the choice of the token at this absolute position."""
-        return self._history is not None or len(self.bias[0]) > 0 or len(self.suppressed_at(position)) > 0
+        return (
+            self._history is not None
+            or self.grammar is not None
+            or len(self.bias[0]) > 0
+            or len(self.suppressed_at(position)) > 0
+        )
 
     def branch(self, length: int) -> "SeqSamplingState":
         """The same settings after the first `length` tokens. Later changes to either do not affect the other."""
         twin = copy(self)
         if self._history is not None:
             twin._history = self._history.copy()
+        if self.grammar is not None:
+            twin.grammar = self.grammar.branch()
         twin.truncate(length)
         return twin
 
@@ -143,6 +159,8 @@ class SeqSamplingState:
         self.length += len(token_ids)
         if self._history is not None:
             self._history.extend(token_ids)
+        if self.grammar is not None:
+            self.grammar.extend(token_ids)
 
     def truncate(self, length: int) -> None:
         """Cut the history to `length` tokens, prompt included; never into the prompt."""
@@ -150,6 +168,8 @@ class SeqSamplingState:
         self.length = length
         if self._history is not None:
             self._history.truncate(length - self.num_prompt_tokens)
+        if self.grammar is not None:
+            self.grammar.truncate(length - self.num_prompt_tokens)
 
     def counts_behind(self, hypothetical: Sequence[int]) -> TokenCounts | None:
         """Counts of the history followed by drafted tokens; None if no penalty is on."""

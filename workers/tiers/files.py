@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-PAGE_BYTES = 4096  # what offsets, lengths and addresses of direct I/O are multiples of
+from childproc.segment_shape import PAGE_BYTES, page_aligned
+
 _HUGE_PAGE_BYTES = 2 << 20
 
 
@@ -102,11 +103,6 @@ def aligned_buffers(num_buffers: int, num_bytes: int) -> list[memoryview]:
 def is_aligned(buffer: memoryview) -> bool:
     """Whether direct I/O accepts the address. `buffer` must be writable."""
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % PAGE_BYTES == 0
-
-
-def page_aligned(num_bytes: int) -> int:
-    """The next multiple of PAGE_BYTES."""
-    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def write_all(files: Files, fd: int, data: memoryview, offset: int) -> None:

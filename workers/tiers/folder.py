@@ -1,4 +1,4 @@
-"""Whose folder it is, and what its blocks are: `lock` and `layout.json`, beside the segments."""
+"""Who owns a folder and what its blocks are: `lock` and `layout.json`, next to the segments."""
 
 import contextlib
 import json
@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workers.tiers.files import PAGE_BYTES, Files, aligned_buffer, read_up_to, sync_folder, write_all
+from childproc.segment_shape import PAGE_BYTES
+from workers.tiers.files import Files, aligned_buffer, read_up_to, sync_folder, write_all
 
 _LOCK = "lock"
 _LAYOUT = "layout.json"
@@ -39,7 +40,7 @@ def take_ownership(files: Files, folder: Path) -> int:
             owner = _read_text(files, fd).strip() or "another process"
             raise StoreError(
                 f"{folder} belongs to {owner}; stop that process, give each deployment a folder of its own, "
-                "or open it read-only"
+                "or set read_only"
             )
         files.truncate(fd, 0)
         write_all(files, fd, memoryview(f"pid {os.getpid()} on {socket.gethostname()}\n".encode()), 0)

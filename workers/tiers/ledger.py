@@ -1,4 +1,4 @@
-"""Which block lies where, which slots are free, and what may go: everything of the disk tier that is not I/O."""
+"""Which block is where, which slots are free, and what may be evicted: everything of the disk tier that is not I/O."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,6 @@ class StoreStats:
     bytes_on_disk: int  # of segment files, whatever they hold
     num_checksum_failures: int
     num_read_errors: int
-    num_write_errors: int
     num_evicted: int  # blocks that made room for others
     num_rewritten: int  # blocks that stayed although their segment went, because they had been read
 
@@ -61,7 +60,7 @@ class Place:
 
 
 def runs(places: Sequence[Place | None]) -> Iterator[slice]:
-    """Where places follow one another on disk without a gap."""
+    """Runs of places that are adjacent on disk."""
     start = 0
     for end in range(1, len(places) + 1):
         before, after = places[end - 1], places[end] if end < len(places) else None
@@ -85,9 +84,10 @@ class Ledger:
         self._being_written: set[bytes] = set()
         self._evicted: list[bytes] = []  # not yet reported
         self._read_error = ""  # not yet reported
+        self._num_damaged = 0  # not yet reported
         self._num_bytes = 0
         self._num_leaving_bytes = 0
-        self._counts = dict.fromkeys(("checksum_failures", "read_errors", "write_errors", "evicted", "rewritten"), 0)
+        self._counts = dict.fromkeys(("checksum_failures", "read_errors", "evicted", "rewritten"), 0)
 
     # Blocks
 
@@ -125,7 +125,7 @@ class Ledger:
             self._free_bytes(place.segment)
 
     def publish(self, digest: bytes, place: Place, *, instead_of: Place | None = None) -> bool:
-        """Whoever looks for the block finds it at `place` from now on. False: it was dropped in the meantime."""
+        """Lookups find the block at `place` from now on. False: it was dropped in the meantime."""
         with self._lock:
             if instead_of is not None:
                 if self._places.get(digest) != self._number(instead_of):
@@ -148,11 +148,17 @@ class Ledger:
             self._counts["read_errors"] += 1
             self._read_error = text
 
-    def take_read_error(self) -> str:
-        """The last one since this was called before; empty if there was none."""
+    def note_damage(self) -> None:
         with self._lock:
-            text, self._read_error = self._read_error, ""
-            return text
+            self._counts["checksum_failures"] += 1
+            self._num_damaged += 1
+
+    def take_read_trouble(self) -> tuple[str, int]:
+        """The last error, empty if there was none, and the number of damaged blocks, since this was called before."""
+        with self._lock:
+            trouble = self._read_error, self._num_damaged
+            self._read_error, self._num_damaged = "", 0
+            return trouble
 
     def take_evicted(self) -> list[bytes]:
         """Digests that are gone and were not reported yet."""

@@ -16,15 +16,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
+from childproc.segment_shape import page_aligned
 from echelon.pb.worker_pb2 import MoveOrder, MoveResult
 from workers.tiers.copier import Copier, Mark
-from workers.tiers.files import aligned_buffer, page_aligned
+from workers.tiers.files import aligned_buffer
 from workers.tiers.host_slots import HostSlots
 
 logger = logging.getLogger(__name__)
 
+# None of these numbers is measured.
 _NUM_READERS = 4  # a disk is fast only with several requests at a time
-_NUM_WRITERS = 2  # the second goes on while the first makes a segment
+_NUM_WRITERS = 2  # the second continues while the first makes a segment
 _READ_BYTES = 4 << 20  # at a time, or one block: blocks that lie side by side are read in one go
 
 OnMoved = Callable[[MoveResult], None]
@@ -45,7 +47,7 @@ class Store(Protocol):
 
     def read_many(self, digests: Sequence[bytes], into: Sequence[memoryview]) -> list[bool]: ...
 
-    def take_read_error(self) -> str: ...
+    def take_read_trouble(self) -> tuple[str, int]: ...
 
     def drop(self, digests: Iterable[bytes]) -> None: ...
 
@@ -68,8 +70,11 @@ class _Move:
         with self.lock:
             self.began_ns = self.began_ns or time.monotonic_ns()
 
-    def end(self, failed: Iterable[int] = (), error: str = "", evicted: Iterable[bytes] = ()) -> None:
+    def end(
+        self, failed: Iterable[int] = (), error: str = "", *, evicted: Iterable[bytes] = (), num_damaged: int = 0
+    ) -> None:
         with self.lock:
+            self.result.num_damaged += num_damaged
             self.result.failed.extend(failed)
             self.result.error = self.result.error or error
             self.result.evicted.extend(evicted)
@@ -95,7 +100,7 @@ class Mover:
         num_readers, num_writers = (_NUM_READERS, _NUM_WRITERS) if store else (0, 0)
         self._reads = _Worker("reads of KV blocks", num_readers)
         self._writes = _Worker("writes of KV blocks", num_writers)
-        self._blocks_at_once = max(1, _READ_BYTES // host.block_bytes)
+        self._blocks_at_once = max(1, _READ_BYTES // host.disk_block_bytes)
         self._local = threading.local()
 
     def submit(self, order: MoveOrder, on_moved: OnMoved) -> None:
@@ -194,7 +199,8 @@ class Mover:
                 if is_there:
                     self._host.fill(order.host_slots[index], buffer)
         failed = [index for index, is_there in zip(part, found, strict=True) if not is_there]
-        move.end(failed, self._disk.take_read_error() if failed else "")
+        error, num_damaged = self._disk.take_read_trouble() if failed else ("", 0)
+        move.end(failed, error, num_damaged=num_damaged)
 
     def _drop(self, move: _Move, part: range) -> None:
         if self._is_old(move):
@@ -210,7 +216,7 @@ class Mover:
     def _buffers(self) -> list[memoryview]:
         """Of this thread, each for a block."""
         if not hasattr(self._local, "buffers"):
-            size, stride = self._host.block_bytes, page_aligned(self._host.block_bytes)
+            size, stride = self._host.disk_block_bytes, page_aligned(self._host.disk_block_bytes)
             memory = aligned_buffer(self._blocks_at_once * stride)
             self._local.buffers = [memory[at * stride : at * stride + size] for at in range(self._blocks_at_once)]
         buffers: list[memoryview] = self._local.buffers

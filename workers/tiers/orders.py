@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from childproc.segment_shape import DIGEST_BYTES
 from echelon.pb.worker_pb2 import EngineInfo, MoveOrder
 from workers.engine.rounds import ProtocolError
 
-_DIGEST_BYTES = 16
 _FIELDS = {  # that an order of each kind has, all of one length
     MoveOrder.STORE: ("block_ids", "host_slots"),
     MoveOrder.LOAD: ("block_ids", "host_slots"),
@@ -31,8 +31,8 @@ def check_order(order: MoveOrder, info: EngineInfo) -> None:
     _check_ids(order.block_ids, info.num_blocks, f"{where} block_ids: block")
     _check_ids(order.host_slots, info.num_host_slots, f"{where} host_slots: slot")
     for digest in order.digests:
-        if len(digest) != _DIGEST_BYTES:
-            raise ProtocolError(f"{where} digests: one of {len(digest)} bytes, must have {_DIGEST_BYTES}")
+        if len(digest) != DIGEST_BYTES:
+            raise ProtocolError(f"{where} digests: one of {len(digest)} bytes, must have {DIGEST_BYTES}")
     if len(set(order.digests)) < len(order.digests):
         raise ProtocolError(f"{where} digests: one is named twice")
 

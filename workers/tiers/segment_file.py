@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from workers.tiers.files import PAGE_BYTES, Files, read_up_to, sync_folder, write_all
-from workers.tiers.segments import Shape, agrees, digest_of, pack_entry, pack_header, parse_header
+from childproc.segment_shape import PAGE_BYTES, Shape
+from workers.tiers.files import Files, read_up_to, sync_folder, write_all
+from workers.tiers.segments import agrees, digest_of, pack_entry, pack_header, parse_header
 
 SEALED = ".seg"
 UNSEALED = ".tmp"
@@ -102,7 +103,7 @@ class SegmentFile:
                 yield slot, digest
 
     def write(self, slot: int, digest: bytes, block: memoryview) -> None:
-        """The block first, its entry afterwards: so it is there wholly or not at all."""
+        """The block first, its entry afterwards: so it is there completely or not at all."""
         entry = pack_entry(digest, block, self.shape.num_parts)
         write_all(self._files, self._block_fd, block, self.shape.block_offset(slot))
         write_all(self._files, self._entry_fd, memoryview(entry), self.shape.entry_offset(slot))

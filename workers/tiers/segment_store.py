@@ -18,16 +18,17 @@ from dataclasses import dataclass
 from errno import ENOSPC
 from pathlib import Path
 
-from workers.tiers.files import PAGE_BYTES, Files, aligned_buffer, is_aligned
+from childproc.segment_shape import DIGEST_BYTES, PAGE_BYTES, Shape, choose_shape
+from workers.tiers.files import Files, aligned_buffer, is_aligned
 from workers.tiers.folder import StoreError, check_layout, has_direct_io, make_private, take_ownership, write_layout
 from workers.tiers.layout import layout_digest
 from workers.tiers.ledger import Ledger, Place, Segment, StoreStats, runs
 from workers.tiers.segment_file import SEALED, UNSEALED, SegmentFile, is_segment_name
-from workers.tiers.segments import DIGEST_BYTES, FORMAT_VERSION, Shape, choose_shape
+from workers.tiers.segments import FORMAT_VERSION
 
 logger = logging.getLogger(__name__)
 
-_OPENING_PATIENCE_S = 0.25  # segments are made one after another, unless that takes longer
+_OPENING_PATIENCE_S = 0.25  # segments are made one after another, unless that takes longer; not measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class SegmentStore:
         same; it is written to `layout.json`.
 
         `read_only`: reads the sealed segments of another process; see `refresh`. Raises StoreError if the folder
-        belongs to another process or holds blocks of another layout, or if `max_bytes` is too small; else OSError."""
+        belongs to another process or holds blocks of another layout; TooFewBytesError; else OSError."""
         files = files or Files()
         shape = choose_shape(block_bytes, num_parts, max_bytes)
         facts = {**layout, "format": FORMAT_VERSION, "block_bytes": block_bytes, "num_parts": num_parts}
@@ -98,7 +99,7 @@ class SegmentStore:
     @property
     def capacity(self) -> int:
         """Blocks that fit in `max_bytes`."""
-        return self._max_bytes // self._shape.file_bytes * self._shape.num_blocks
+        return self._shape.capacity(self._max_bytes)
 
     @property
     def stats(self) -> StoreStats:
@@ -141,10 +142,10 @@ class SegmentStore:
                 self._end_read(digest, place, is_good)
         return are_good
 
-    def take_read_error(self) -> str:
-        """What the disk said when it could not read a block, reported once; empty if it could. A block that is damaged
-        or not there is no such error."""
-        return self._ledger.take_read_error()
+    def take_read_trouble(self) -> tuple[str, int]:
+        """What the disk said when it could not read a block, empty if it could, and the number of blocks that it read
+        and that were damaged. Each is reported once."""
+        return self._ledger.take_read_trouble()
 
     def drop(self, digests: Iterable[bytes]) -> None:
         """Forget them. Their bytes stay until their segment goes."""
@@ -182,9 +183,6 @@ class SegmentStore:
         try:
             place.segment.file.write(place.slot, digest, block)
             is_found = self._ledger.publish(digest, place, instead_of=instead_of)
-        except OSError:
-            self._ledger.count("write_errors")
-            raise
         finally:
             if self._ledger.release_slot(place):
                 self._seal(place.segment)
@@ -266,7 +264,7 @@ class SegmentStore:
     # Reading
 
     def _read_run(self, run: Sequence[Place], into: Sequence[memoryview]) -> list[bool]:
-        """Blocks that lie one after another."""
+        """Blocks that are adjacent on disk."""
         try:
             are_good = run[0].segment.file.read(run[0].slot, into)
         except FileNotFoundError:  # evicted in the meantime
@@ -279,7 +277,7 @@ class SegmentStore:
             return [False]
         for _ in range(are_good.count(False)):
             logger.warning("a block of %s is damaged", self._folder)
-            self._ledger.count("checksum_failures")
+            self._ledger.note_damage()
         return are_good
 
     def _end_read(self, digest: bytes, place: Place | None, is_good: bool) -> None:
@@ -331,7 +329,7 @@ class SegmentStore:
             self._evict(victim)
 
     def _take_in(self, path: Path) -> None:
-        """An owner seals what was left unsealed, and removes what is of no use. Raises OSError if it cannot."""
+        """An owner seals what was left unsealed, and removes what is useless. Raises OSError if it cannot."""
         blocks: list[tuple[int, bytes]] = []
         try:
             file = SegmentFile.load(self._files, path, like=self._shape, layout=self._layout, direct=self._direct)

@@ -1,0 +1,53 @@
+"""Drafts that are made when they are loaded: rounded weights, the first layers only, of the target itself or of another
+model."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+from checkpoint.quantization import Quantization, WeightFormat
+from cluster.deployment.settings import ModelSettings, Settings
+from cluster.errors import Problem
+
+SELF = "self"  # draft.model: the target's own checkpoint
+
+
+def made_at_load(
+    draft: ModelSettings, device: Literal["cpu", "cuda"], *, quantization: WeightFormat | None, num_layers: int
+) -> ModelSettings:
+    """The draft that is made of a model; num_layers 0: of all its layers. Raises LoadError if it has fewer."""
+    folder = draft.folder.first_layers(num_layers)
+    if quantization is not None:
+        folder = folder.rounded(Quantization(format=quantization, device=device))
+    return replace(draft, folder=folder)
+
+
+def quantization_problems(draft: ModelSettings) -> Iterator[Problem]:
+    """Why the draft's weights cannot be rounded as they should be."""
+    wanted, layers = draft.folder.quantization, draft.layer_parallel
+    if wanted is None:
+        return
+    problem = wanted.problem(
+        draft.folder.config,
+        num_ranks=draft.num_ranks,
+        splits_heads=layers is None,
+        splits_mlps=layers is None or layers.mlps == "tensor_parallel",
+    )
+    if problem is not None:
+        remedy = "use mxfp4" if wanted.device == "cuda" and wanted.format != "mxfp4" else "use another format"
+        yield Problem(path="draft.quantization", value=repr(wanted.format), message=problem, remedy=remedy)
+
+
+def what_was_made(settings: Settings) -> str:
+    """Of which weights the draft is made at load, and how, and what drafts for it, for people; empty if it is a model
+    as it is."""
+    draft = settings.draft
+    if draft is None:
+        return ""
+    is_self = draft.folder.path == settings.target.folder.path
+    if not is_self and draft.folder.quantization is None and not draft.lower_draft:
+        return ""
+    source = "the target's own weights" if is_self else draft.folder.path.name
+    rounded = "" if draft.folder.quantization is None else f" in {draft.folder.quantization.format}"
+    lower = ", with drafts of its own from earlier text" if draft.lower_draft else ""
+    return f"{source}{rounded}, {draft.folder.config.num_layers} layers{lower}"

@@ -1,0 +1,347 @@
+"""Keeps a deployment running: what is lost is started again beside what runs, wherever the processes are."""
+
+import logging
+import threading
+import time
+from dataclasses import replace
+
+from cluster.deployment.settings import Role, Settings
+from cluster.errors import StartError
+from cluster.planning.plan import Plan, ReplicaPlan
+from cluster.process_id import PartId
+from cluster.processes.recovery import Recovery
+from cluster.processes.rollout import RunningDeployment, RunningReplica, group_launch, start_gateway, start_scheduler
+from cluster.processes.specs import ENGINE_ROLES, names_by_part, placed_processes
+from cluster.processes.startup import ProcessSet
+from cluster.processes.status import DeploymentEvent, ProcessStatus, State, TierUse
+from cluster.processes.supervision import Board
+from cluster.processes.telling import ToldGateways, tell_of_groups, tell_scheduler
+from cluster.processes.vitals import VitalsWatch, wait_until_used
+from cluster.processes.worker_group import start_groups
+from echelon.pb import process_pb2
+
+logger = logging.getLogger(__name__)
+
+_INTERVAL_S = 1.0  # how often silence is looked for; a death is noticed at once
+_DRAIN_POLL_S = 0.1
+_HEARD_S = 5.0  # what was heard before is no measure of the load
+_GIVEN_UP = "it was lost and is not started again"
+
+
+class Supervisor:
+    """Watches the parts of a deployment that serves, from a thread, until `stop`. Each part is started again in a
+    thread of its own, since that takes as long as the start did."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        plan: Plan,
+        processes: ProcessSet,
+        running: RunningDeployment,
+        identity: process_pb2.ProcessIdentity | None = None,
+    ) -> None:
+        """`identity`: with which it asks schedulers how they fare; None: wires are plain."""
+        self._settings, self._plan, self._processes = settings, plan, processes
+        self._replicas = {replica.number: replica for replica in plan.replicas}
+        self._running = dict(zip(self._replicas, running.replicas, strict=True))
+        gateways = {gateway.process.id.part: gateway for gateway in plan.gateways}
+        self._gateways = gateways if running.gateway_addresses else {}
+        self._gateway_addresses = dict(zip(self._gateways, running.gateway_addresses, strict=True))
+        self._names = names_by_part(
+            process for process in plan.processes if self._gateways or process not in plan.gateway_processes
+        )
+        self._starts: dict[PartId, threading.Thread] = {}  # the latest of each part
+        now = time.monotonic()
+        self._lock = threading.Lock()
+        can_start = self._names if settings.rebuild else ()
+        needs = {part: parts for replica in plan.replicas for part, parts in replica.needs.items()}
+        self._recovery = Recovery(self._names, now, can_start=can_start, needs=needs)
+        asked = [replica.scheduler.id for replica in plan.replicas]
+        asked += [gateway.process.id for gateway in self._gateways.values()]
+        self._vitals = VitalsWatch(asked, self._address_of, identity)
+        names = [gateway.process.name for gateway in self._gateways.values()]
+        self._told = ToldGateways(processes, names, self._replicas)
+        self._is_drained = False
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> RunningDeployment:
+        """Where everything is now."""
+        addresses = tuple(self._gateway_addresses.values())
+        return RunningDeployment(replicas=tuple(self._running.values()), gateway_addresses=addresses)
+
+    def use(self, settings: Settings) -> None:
+        """For the deployment as a whole from now on; a replica keeps those with which it was started."""
+        self._settings = settings
+
+    def add(self, replica: ReplicaPlan, running: RunningReplica) -> None:
+        """One more replica, which serves; the gateway may send requests to it from now on."""
+        names = names_by_part(replica.processes)
+        with self._lock:
+            self._replicas[replica.number], self._running[replica.number] = replica, running
+            for part in names:
+                needs = replica.needs.get(part, ())
+                self._recovery.add(part, time.monotonic(), can_start=self._settings.rebuild, needs=needs)
+            self._names = {**self._names, **names}
+        self._vitals.add(replica.scheduler.id)
+        placed = placed_processes(replica.processes, self._processes.devices_of)
+        news = process_pb2.SchedulerUpdate(address=running.scheduler_address, processes=placed)
+        self._told.add(replica.number, news)
+        if self._is_drained:
+            self._told.tell(replica.number, process_pb2.SchedulerUpdate(retiring=True))
+        else:
+            wait_until_used(running.scheduler_address, self._told.gateways, self._address_of, self._stopped)
+
+    def restart(self, name: str) -> None:
+        """Start a part again, by its or a process's name, and block until it is up. Raises StartError."""
+        part = next((part for part, names in self._names.items() if name in (part.name, *names)), None)
+        if part is None:
+            known = ", ".join(name for names in self._names.values() for name in names)
+            raise StartError(f"there is no process {name!r}; there are {known}")
+        if not self._settings.rebuild:
+            raise StartError("with rebuild: false nothing is started again; run echelon down and up")
+        with self._lock:
+            if not self._recovery.is_up(part):
+                raise StartError(f"{part.name} is not up; it is started again anyway, or was given up")
+        self._processes.fail(self._names[part][:1], "a restart was asked for")
+        self._on_lost(part, "a restart was asked for")
+        self._wait_up(part)
+
+    def _wait_up(self, part: PartId) -> None:
+        while not self._stopped.wait(_DRAIN_POLL_S):
+            with self._lock:
+                if self._recovery.is_up(part):
+                    return
+                if self._recovery.is_given_up(part):
+                    raise StartError(f"{part.name} did not come up again: {self._recovery.events[-1].text}")
+
+    def drain(self, timeout_s: float) -> int:
+        """No replica gets new requests until `resume`. Blocks until none has any, at most this long; returns how many
+        are left. Raises StartError if a replica does not say how many it has."""
+        self._is_drained = True
+        self._told.retire_all(self._is_drained)
+        deadline = time.monotonic() + timeout_s
+        for replica in list(self._replicas.values()):
+            self._wait_idle(replica, deadline)
+        heard = self._heard_requests()
+        if silent := [name for name, number in heard.items() if number is None]:
+            raise StartError(f"it takes no new requests, but {', '.join(silent)} cannot be asked whether any still run")
+        return sum(number or 0 for number in heard.values())
+
+    def resume(self) -> None:
+        """Replicas get requests again."""
+        self._is_drained = False
+        self._told.retire_all(self._is_drained)
+
+    def retire(self, replica: ReplicaPlan, timeout_s: float) -> None:
+        """The replica gets no new requests. Blocks until it has none, at most this long."""
+        self._told.tell(replica.number, process_pb2.SchedulerUpdate(retiring=True))
+        self._wait_idle(replica, time.monotonic() + timeout_s)
+
+    def _wait_idle(self, replica: ReplicaPlan, deadline: float) -> None:
+        settled_s = time.monotonic() + _INTERVAL_S  # for the gateway to hear of it
+        while time.monotonic() < deadline and not self._stopped.is_set():
+            if self._vitals.num_requests(replica.scheduler.name, since_s=settled_s) == 0:
+                return
+            self._stopped.wait(_DRAIN_POLL_S)
+
+    def remove(self, replica: ReplicaPlan) -> None:
+        """The replica is about to be ended; what it still runs goes on at others."""
+        names = names_by_part(replica.processes)
+        with self._lock:
+            for part in names:
+                self._recovery.remove(part)
+            self._names = {part: known for part, known in self._names.items() if part not in names}
+            starts = [start for part in names if (start := self._starts.get(part)) is not None]
+        self._vitals.remove(replica.scheduler.name)
+        self._told.remove(replica.number)
+        for start in starts:
+            start.join()
+        with self._lock:
+            del self._replicas[replica.number], self._running[replica.number]
+
+    def stop(self) -> None:
+        """Start nothing any more; whoever stops the processes afterwards ends the starts under way."""
+        self._stopped.set()
+        self._vitals.stop()
+
+    def judge(self, board: Board) -> tuple[State, str, tuple[ProcessStatus, ...]]:
+        """The deployment's state, the reason, and the processes as they are to be shown."""
+        state, reason = board.deployment()
+        processes = board.processes
+        if self._is_drained and state in (State.READY, State.DEGRADED):
+            return State.DRAINED, "it takes no new requests; echelon drain --undo ends that", processes
+        if state in (State.READY, State.DEGRADED):
+            now_state, now_reason, processes = self._vitals.judge(processes)
+            if state is State.READY or now_state is State.NOT_RESPONDING:
+                state, reason = now_state, now_reason
+        return state, reason, processes
+
+    def num_requests(self) -> int | None:
+        """That wait or run on all replicas, as heard within the last seconds; None: nothing was heard."""
+        known = [number for number in self._heard_requests().values() if number is not None]
+        return sum(known) if known else None
+
+    def _heard_requests(self) -> dict[str, int | None]:
+        """The same of each scheduler."""
+        since_s = time.monotonic() - _HEARD_S
+        with self._lock:
+            schedulers = [replica.scheduler.name for replica in self._replicas.values()]
+        return {name: self._vitals.num_requests(name, since_s=since_s) for name in schedulers}
+
+    def note(self, part: str, text: str) -> None:
+        """Show this as an event."""
+        with self._lock:
+            self._recovery.note(part, text, time.monotonic())
+
+    def tell_all(self, *, is_drained: bool) -> None:
+        """Where everything is, of which processes that somebody else has watched so far may know only a part."""
+        self._is_drained = is_drained
+        for number, running in self._running_in_order():
+            if running.target.address and (running.draft is None or running.draft.address):
+                tell_of_groups(self._processes, self._replicas[number], running)
+            if running.scheduler_address:
+                self._told.tell(number, process_pb2.SchedulerUpdate(address=running.scheduler_address))
+        self._told.retire_all(self._is_drained)
+
+    def tiers(self) -> tuple[TierUse, ...]:
+        return self._vitals.tiers()
+
+    def events(self) -> tuple[DeploymentEvent, ...]:
+        with self._lock:
+            events = self._recovery.events
+        began = time.time() - time.monotonic()
+        return tuple(DeploymentEvent(at=began + event.at_s, part=event.part, text=event.text) for event in events)
+
+    def _address_of(self, name: str) -> str:
+        process = self._processes.read(lambda board: board.ready_process(name))
+        return "" if process is None else process.asked_at
+
+    def _watch(self) -> None:
+        while not self._stopped.is_set():
+            version = self._processes.read(lambda board: board.version)
+            self._notice_losses()
+            now = time.monotonic()
+            with self._lock:
+                due = self._recovery.take_due(now)
+                wait_s = min(_INTERVAL_S, self._recovery.next_due() - now)
+            for part in due:
+                start = threading.Thread(target=self._restart, args=(part,), name=f"start {part.name}", daemon=True)
+                self._starts[part] = start
+                start.start()
+            self._processes.wait_change(version, max(0.0, wait_s))
+
+    def _notice_losses(self) -> None:
+        for part, names in self._names.items():
+            failed = self._processes.read(lambda board, names=names: board.first_failure(names))  # type: ignore[misc]
+            if failed is not None:
+                self._on_lost(part, f"{failed.name}: {failed.error}")
+        for part, reason in self._vitals.lost().items():
+            with self._lock:
+                is_settled = self._recovery.is_settled(part, time.monotonic())
+            if is_settled and self._settings.rebuild:  # otherwise it may answer again
+                self._processes.fail(self._names.get(part, [])[:1], reason)
+
+    def _on_lost(self, part: PartId, reason: str) -> None:
+        with self._lock:
+            if not self._recovery.is_up(part):
+                return
+            self._recovery.on_lost(part, reason, time.monotonic())
+        self._give_up_hopeless(part)
+
+    def _give_up_hopeless(self, part: PartId) -> None:
+        with self._lock:
+            is_hopeless = self._recovery.is_given_up(part)
+        if not is_hopeless:
+            return
+        self._processes.give_up(self._names[part])
+        if part.role == "target":
+            news = process_pb2.GroupUpdate(role=ENGINE_ROLES["target"], given_up=_GIVEN_UP)
+            tell_scheduler(self._processes, self._replicas[part.replica], news)
+        elif part.role == "scheduler":
+            self._told.tell(part.replica, process_pb2.SchedulerUpdate(given_up=_GIVEN_UP))
+
+    def _restart(self, part: PartId) -> None:
+        try:
+            self._processes.clear(self._names[part])
+            self._start_again(part, time.monotonic() + self._settings.startup_timeout_s)
+        except StartError as err:
+            self._on_failed_start(part, str(err))
+        except Exception as err:  # the edge of the thread: nobody else would try again
+            logger.exception("the start of %s broke", part.name)
+            self._on_failed_start(part, repr(err))
+        else:
+            with self._lock:
+                self._recovery.on_up(part, time.monotonic())
+
+    def _on_failed_start(self, part: PartId, error: str) -> None:
+        if self._stopped.is_set():
+            return
+        with self._lock:
+            self._recovery.on_failed_start(part, error, time.monotonic())
+        self._give_up_hopeless(part)
+
+    def _start_again(self, part: PartId, deadline: float) -> None:
+        """Block until it is ready. Raises StartError."""
+        if part.role == "scheduler":
+            self._restart_scheduler(part, deadline)
+        elif part.role == "gateway":
+            self._restart_gateway(part, deadline)
+        else:
+            self._restart_group(part, deadline)
+
+    def _restart_group(self, part: PartId, deadline: float) -> None:
+        """On the same devices, as a new incarnation."""
+        replica, running = self._replicas[part.replica], self._running[part.replica]
+        role: Role = "target" if part.role == "target" else "draft"
+        old = running.target if role == "target" else running.draft
+        assert old is not None, "a group that was lost has run"
+        launch = group_launch(running.settings, replica.group(role), old.incarnation + 1)
+        (group,) = start_groups(self._processes, [launch], deadline, within=launch.names)
+        with self._lock:
+            running = self._running[part.replica]
+            now = replace(running, target=group) if role == "target" else replace(running, draft=group)
+            self._running[part.replica] = now
+        tell_of_groups(self._processes, replica, self._running[replica.number])
+
+    def _restart_scheduler(self, part: PartId, deadline: float) -> None:
+        """The groups keep running; it takes over their engines."""
+        replica, running, names = self._replicas[part.replica], self._running[part.replica], self._names[part]
+        address = start_scheduler(
+            running.settings,
+            replica.scheduler,
+            self._processes,
+            running.target,
+            running.draft,
+            deadline=deadline,
+            within=names,
+        )
+        self._vitals.on_start(names[0])
+        with self._lock:
+            self._running[part.replica] = replace(self._running[part.replica], scheduler_address=address)
+        tell_of_groups(self._processes, replica, self._running[replica.number])
+        self._told.tell(part.replica, process_pb2.SchedulerUpdate(address=address))
+
+    def _restart_gateway(self, part: PartId, deadline: float) -> None:
+        """On the same ports."""
+        names = self._names[part]
+        start_gateway(
+            self._settings,
+            replace(self._plan, replicas=tuple(self._replicas.values())),
+            self._gateways[part],
+            self._processes,
+            scheduler_addresses=[running.scheduler_address for _, running in self._running_in_order()],
+            deadline=deadline,
+            within=names,
+            grpc_port=int(self._gateway_addresses[part].rpartition(":")[2]),
+        )
+        self._vitals.on_start(names[0])
+        for number, running in self._running_in_order():
+            self._told.tell(number, process_pb2.SchedulerUpdate(address=running.scheduler_address))
+        if self._is_drained:
+            self._told.retire_all(self._is_drained)
+
+    def _running_in_order(self) -> list[tuple[int, RunningReplica]]:
+        return [(number, self._running[number]) for number in self._told.replicas]

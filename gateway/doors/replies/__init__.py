@@ -1,0 +1,1 @@
+"""A model's reply, taken apart, for the APIs that show its parts."""

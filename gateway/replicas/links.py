@@ -1,0 +1,116 @@
+"""The links to all schedulers, which come and go with the replicas."""
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from typing import overload
+
+from echelon.pb.process_pb2 import ProcessIdentity, SchedulerUpdate
+from echelon.pb.scheduler_pb2 import Submit
+from gateway.replicas.events import EventLog, StatusWatch
+from gateway.replicas.progress import RunningRequest
+from gateway.replicas.routing import Router
+from gateway.replicas.scheduler_link import SchedulerLink
+
+
+class Links(Sequence[SchedulerLink]):
+    """By replica. `start` within a running event loop, then `close`; both once."""
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        model_name: str,
+        on_change: Callable[[], None],
+        keeps_requests: bool,
+        events: EventLog,
+        identity: ProcessIdentity | None = None,
+    ) -> None:
+        """`on_change` is called when a link becomes ready, or is so no more."""
+        self._router = Router(model_name)
+        self._events = events
+        self._identity = identity
+        self._on_change = on_change
+        self._keeps_requests = keeps_requests
+        self._links = [self._open(replica, address) for replica, address in enumerate(addresses)]
+        self._tasks: dict[SchedulerLink, asyncio.Task[None]] = {}
+
+    def start(self) -> None:
+        for link in self._links:
+            self._tasks[link] = asyncio.create_task(link.run())
+
+    async def close(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def choose(self, submit: Submit) -> SchedulerLink | None:
+        """Where a new request goes; None if it would be served nowhere."""
+        accepting = [link for link in self._links if link.accepts_requests]
+        candidates = [link for link in accepting if link.ready] or accepting
+        return self._router.choose(submit, candidates) if candidates else None
+
+    def on_update(self, update: SchedulerUpdate) -> None:
+        """The parent says what has become of a scheduler."""
+        if update.replica == len(self._links) and update.address:
+            self._add(update.address)
+        elif update.replica < len(self._links):
+            self._tell(self._links[update.replica], update)
+
+    def _tell(self, link: SchedulerLink, update: SchedulerUpdate) -> None:
+        match update.WhichOneof("state"):
+            case "address":
+                if update.address != link.address:
+                    self._events.info(update.replica, f"its scheduler was started again at {update.address}")
+                link.redirect(update.address)
+            case "given_up":
+                self._events.error(update.replica, f"its scheduler is given up: {update.given_up}")
+                link.give_up(f"scheduler {link.address}: {update.given_up}")
+            case "retiring":
+                self._events.info(update.replica, f"gets {'no new requests' if update.retiring else 'requests again'}")
+                link.retire(update.retiring)
+            case "removed":
+                self._events.info(update.replica, "removed")
+                self._remove(link)
+
+    def _open(self, replica: int, address: str) -> SchedulerLink:
+        return SchedulerLink(
+            address,
+            StatusWatch(self._events, replica),
+            on_change=self._on_change,
+            on_refusal=self._move,
+            keeps_requests=self._keeps_requests,
+            identity=self._identity,
+        )
+
+    def _add(self, address: str) -> None:
+        link = self._open(len(self._links), address)
+        self._events.info(len(self._links), "added")
+        self._links.append(link)
+        self._tasks[link] = asyncio.create_task(link.run())
+
+    def _remove(self, link: SchedulerLink) -> None:
+        self._links.remove(link)
+        link.hand_over()
+        self._tasks[link].cancel()  # `close` waits for it
+        self._on_change()
+
+    def _move(self, request_id: str, running: RunningRequest) -> bool:
+        """To a link that has not refused it, from where its client is. False: there is none."""
+        links = [link for link in self._links if link.accepts_requests and link not in running.refused_by]
+        if not links:
+            return False
+        min(links, key=lambda link: (not link.ready, link.load)).take_over(request_id, running)
+        return True
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    def __iter__(self) -> Iterator[SchedulerLink]:
+        return iter(self._links)
+
+    @overload
+    def __getitem__(self, replica: int) -> SchedulerLink: ...
+    @overload
+    def __getitem__(self, replica: slice) -> Sequence[SchedulerLink]: ...
+    def __getitem__(self, replica: int | slice) -> SchedulerLink | Sequence[SchedulerLink]:
+        return self._links[replica]

@@ -1,0 +1,68 @@
+"""Products with weights in few bits (`kernels.layers.quantized`), made for the few rows of a draft's step.
+
+The speed of such a step is that of reading the weights. On a CPU, kernels/native reads 4 or 8 bits for each of them; it
+took less CPU time than torch's `_weight_int4pack_mm_for_cpu` and `_weight_int8pack_mm` for 1 to 16 rows (see
+docs/kernels.md). On CUDA, MXFP4 has a Triton kernel (`kernels.layers.mxfp4_linear`), and the others have none.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.dispatch import runs_triton
+from kernels.layers.mxfp4_linear import mxfp4_linear
+from kernels.layers.quantized import QuantizedWeight, dequantize_weight
+from kernels.native import quantized as native
+from kernels.native.quantized import NativeQuantizedWeight
+
+AnyQuantizedWeight = QuantizedWeight | NativeQuantizedWeight
+_TILE_WEIGHTS = 1 << 19  # dequantised at a time: they stay in the cache of a core
+
+
+def pack_quantized_weight(weight: QuantizedWeight, *, batch_invariant: bool = False) -> AnyQuantizedWeight:
+    """Convert a weight to the layout that is read fastest; the caller drops the original. batch_invariant: it is for
+    `linear_batch_invariant`, which not every machine can offer."""
+    if weight.codes.device.type != "cpu" or runs_triton(weight.codes) or native.why_not():
+        return weight
+    return native.pack_quantized(
+        weight.codes.contiguous(),
+        weight.fp32_scales,
+        weight.table,
+        group_size=weight.group_size,
+        in_features=weight.shape[1],
+        zeros=weight.zeros,
+        batch_invariant=batch_invariant,
+    )
+
+
+def quantized_linear(x: Tensor, weight: AnyQuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """x @ weight^T + bias, sums in fp32, rounded once.
+
+    x: fp32, bf16 or fp16 [num_rows, in_features]; bias: [out_features] like x. Returns [num_rows, out_features] like x.
+    Many rows are multiplied with a dense copy of the weight in the dtype of x, made anew in each call, and so may round
+    otherwise than few.
+    """
+    if isinstance(weight, NativeQuantizedWeight):
+        if x.dtype in native.DTYPES:
+            return native.native_quantized_linear(x, weight, bias)
+        return quantized_linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+    if weight.format == "mxfp4" and runs_triton(x):
+        y = mxfp4_linear(x, weight.codes, weight.scales)
+        return y if bias is None else y + bias
+    return _multiply_dense_tiles(x, weight, bias)
+
+
+def quantized_linear_reference(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """The definition: dequantise, multiply in fp32."""
+    return F.linear(x.float(), dequantize_weight(weight), None if bias is None else bias.float()).to(x.dtype)
+
+
+def _multiply_dense_tiles(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """A few output features at a time. Saves memory, not time."""
+    out_features, in_features = weight.shape
+    features_at_once = max(1, _TILE_WEIGHTS // max(1, in_features))
+    out = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
+    for start in range(0, out_features, features_at_once):
+        tile = slice(start, start + features_at_once)
+        out[:, tile] = F.linear(x, dequantize_weight(weight, tile).to(x.dtype), None if bias is None else bias[tile])
+    return out

@@ -1,0 +1,48 @@
+"""What `echelon apply` finds between a deployment and its edited file."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.deployment.changes import Effect, changes
+from cluster.deployment.settings import KvCacheSettings, ScalingSettings, ServerSettings, Settings, TlsSettings
+from cluster.local import LocalDraft, local_settings
+from tests.helpers.model_folders import write_model_folder
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    folder = write_model_folder(tmp_path / "model")
+    return local_settings(folder, draft=LocalDraft(folder=folder))
+
+
+def found(old: Settings, new: Settings) -> list[tuple[str, str, str, bool]]:
+    return [(change.key, change.old, change.new, change.effect is Effect.LIVE) for change in changes(old, new)]
+
+
+def test_nothing_differs_from_itself(settings: Settings) -> None:
+    assert changes(settings, settings) == []
+
+
+def test_replicas_change_while_the_deployment_runs(settings: Settings) -> None:
+    assert found(settings, replace(settings, num_replicas=3, max_replicas=3)) == [
+        ("replicas.min", "1", "3", True),
+        ("replicas.max", "1", "3", True),
+    ]
+    scaling = ScalingSettings(target_ongoing_requests=4, upscale_delay_s=1, downscale_delay_s=2)
+    follows = replace(settings, scaling=scaling)
+    assert found(settings, follows) == [("replicas.target_ongoing_requests", "none", "4", True)]
+    slower = replace(follows, scaling=replace(scaling, downscale_delay_s=9))
+    assert found(follows, slower) == [("replicas.downscale_delay_s", "2", "9", True)]
+    with_tier = replace(settings, kv_cache=KvCacheSettings(cpu_bytes=1 << 30))
+    assert found(with_tier, replace(with_tier, max_replicas=2)) == [("replicas.max", "1", "2", False)]
+
+
+def test_other_keys_are_named_as_in_the_file(settings: Settings, tmp_path: Path) -> None:
+    other = local_settings(write_model_folder(tmp_path / "other"), tp_size=2, draft=None)
+    keys = {change.key for change in changes(settings, other)}
+    assert {"target.model", "target.tensor_parallel_size", "draft", "speculation.method"} <= keys
+    server = ServerSettings(grpc_port=0, http_port=0, tls=TlsSettings(cert="c", key="k"))
+    (change,) = changes(settings, replace(settings, server=server))
+    assert (change.key, change.old, change.effect) == ("server.tls", "none", Effect.DOWN)
