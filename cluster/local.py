@@ -202,6 +202,7 @@ class LocalDeployment:
                 gateway=self._gateway,
             )
             self._supervisor = Supervisor(self.settings, self.plan, self.processes, running)
+            self.processes.all_ready()
         except StartError as err:
             self._end()
             log_dir, self._log_dir = self._log_dir, None

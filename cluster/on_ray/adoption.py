@@ -88,7 +88,6 @@ def adopt(plan: Plan, processes: ProcessSet, found: Mapping[str, Found]) -> dict
             launch = _launch(process, known.process)
             children[process.name] = RayChild(launch, known.host, known.process, known.teller)
             processes.adopt(launch, children[process.name], known.process.events)
-    processes.all_ready()
     for process in plan.processes:
         if process.name not in found:
             processes.miss(process.name, _LOST)

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -70,6 +70,7 @@ class Controller:
         self._scaler: Scaler | None = None  # once it serves, if replicas come and go with the load
         self._joining: list[str] = []  # processes of replicas that are being added
         self._changing = threading.Lock()  # held while `apply` runs
+        self._keeping = threading.Lock()  # `drain` may come while replicas come and go
         self._changer = Changer(
             desired=self.desired,
             add=self._add,
@@ -93,24 +94,25 @@ class Controller:
 
     def apply(self, settings: Settings) -> None:
         """Make it what these settings say. Raises StartError; it is written down how far it came."""
+        supervisor = self._serving()
         if not self._changing.acquire(blocking=False):
             raise StartError("another change of this deployment is under way; wait until it has ended")
         try:
-            supervisor = self._serving()
             self._end_scaler()
             number = settings.num_replicas_from(len(self._desired.plan.replicas))
             self._changer.roll(settings, number)
-            self._keep(replace(self._desired, settings=settings, others={}))
+            self._keep(lambda desired: replace(desired, settings=settings, others={}))
             supervisor.use(settings)
             self._changer.resize(number)
         finally:
-            self._start_scaler()
+            self._start_scaler(supervisor)
             self._changing.release()
 
-    def _keep(self, desired: DesiredState) -> None:
-        """Also by the next controller, if this one is lost."""
-        self._desired = desired
-        save(desired)
+    def _keep(self, change: Callable[[DesiredState], DesiredState]) -> None:
+        """Also for the next controller, if this one is lost."""
+        with self._keeping:
+            self._desired = change(self._desired)
+            save(self._desired)
 
     def restart(self, names: Sequence[str]) -> None:
         """Start these parts or processes again, one after the other; none: all but the gateway. Raises StartError."""
@@ -122,16 +124,16 @@ class Controller:
     def drain(self, timeout_s: float) -> int:
         """Take no new requests until `resume`; the number of those that are left after this time."""
         supervisor = self._serving()
-        self._keep(replace(self._desired, is_drained=True))
+        self._keep(lambda desired: replace(desired, is_drained=True))
         return supervisor.drain(timeout_s)
 
     def resume(self) -> None:
         self._serving().resume()
-        self._keep(replace(self._desired, is_drained=False))
+        self._keep(lambda desired: replace(desired, is_drained=False))
 
-    def _start_scaler(self) -> None:
-        settings, supervisor = self._desired.settings, self._supervisor
-        if supervisor is None or settings.scaling is None or self._desired.others:
+    def _start_scaler(self, supervisor: Supervisor) -> None:
+        settings = self._desired.settings
+        if settings.scaling is None or self._desired.others:
             return
         self._scaler = Scaler(
             Scaling(settings.scaling, least=settings.num_replicas, most=settings.max_replicas),
@@ -153,7 +155,8 @@ class Controller:
         names = [process.name for process in processes]
         before = self._desired
         others = dict.fromkeys((replica.number for replica in replicas if settings != before.settings), settings)
-        self._desired = before.with_replicas((*before.plan.replicas, *replicas), others)
+        with self._keeping:
+            self._desired = self._desired.with_replicas((*before.plan.replicas, *replicas), others)
         try:
             self._processes.join(process.id for process in processes)
             self._joining = names
@@ -165,10 +168,12 @@ class Controller:
         except BaseException:
             self._joining = []
             self._end(processes, grace_s=_FAILED_GRACE_S)
-            self._desired = self._desired.with_replicas(before.plan.replicas)
+            with self._keeping:
+                self._desired = self._desired.with_replicas(before.plan.replicas)
             raise
         self._processes.joined(names)
-        save(self._desired)  # before gateways hear of them: another controller ends what it does not know
+        # Before gateways hear of them: another controller ends what it does not know.
+        self._keep(lambda desired: desired)
         for replica, group in zip(replicas, running, strict=True):
             supervisor.add(replica, group)
 
@@ -178,7 +183,8 @@ class Controller:
         supervisor.retire(replica, drain_timeout_s)
         supervisor.remove(replica)
         others = [other for other in self._desired.plan.replicas if other != replica]
-        self._keep(self._desired.with_replicas(others))  # from now on another controller would end what is left of it
+        # From now on another controller would end what is left of it.
+        self._keep(lambda desired: desired.with_replicas(others))
         self._end(replica.processes, grace_s=_REMOVED_GRACE_S, first=[replica.scheduler.name])
 
     def _end(self, processes: Sequence[Bundle | ControlProcess], *, grace_s: float, first: Sequence[str] = ()) -> None:
@@ -212,15 +218,17 @@ class Controller:
 
     def _start(self) -> None:
         try:
-            self._take_over() if self._is_successor else self._bring_up()
-            self._start_scaler()
+            supervisor = self._take_over() if self._is_successor else self._bring_up()
+            self._start_scaler(supervisor)
+            self._supervisor = supervisor  # from now on others may change it
+            self._processes.all_ready()
         except StartError as err:
             self._give_up(err)
         except Exception as err:  # the edge of the thread: whoever waits for the start must learn of every error
             logger.exception("the start of %s broke", self._desired.settings.name)
             self._give_up(StartError(f"{type(err).__name__}: {err}", traceback.format_exc()))
 
-    def _bring_up(self) -> None:
+    def _bring_up(self) -> Supervisor:
         settings, plan = self._desired.settings, self._desired.plan
         deadline = time.monotonic() + self._desired.timeout_s
         self._desired.path.unlink(missing_ok=True)
@@ -229,10 +237,10 @@ class Controller:
         self._reserve(plan.replicas)
         self._create_hosts(plan.processes)
         running = roll_out(settings, plan, self._processes, timeout_s=deadline - time.monotonic())
-        self._serve(running)
         save(self._desired)
+        return self._supervise(running)
 
-    def _take_over(self) -> None:
+    def _take_over(self) -> Supervisor:
         """The controller before this one was lost. What it had started runs on; nothing is started again."""
         desired = load(self._desired.path)
         if desired is None:
@@ -245,17 +253,17 @@ class Controller:
         self._reserve(plan.replicas)  # what is missing
         self._hosts = {name: each.host for name, each in found.items()}
         self._children = adopt(plan, self._processes, found)
-        supervisor = self._serve(where_all_is(desired, self._processes, found))
+        supervisor = self._supervise(where_all_is(desired, self._processes, found))
         supervisor.note("controller", f"was lost; the next one has taken over {len(found)} processes")
         if desired.unfinished:
             supervisor.note("replicas", desired.unfinished)
         supervisor.tell_all(is_drained=desired.is_drained)
+        return supervisor
 
-    def _serve(self, running: RunningDeployment) -> Supervisor:
+    def _supervise(self, running: RunningDeployment) -> Supervisor:
         self._endpoint = running.gateway_address
         identity = self._authority.issue("controller")
-        self._supervisor = Supervisor(self._desired.settings, self._desired.plan, self._processes, running, identity)
-        return self._supervisor
+        return Supervisor(self._desired.settings, self._desired.plan, self._processes, running, identity)
 
     def _reserve(self, replicas: Sequence[ReplicaPlan]) -> None:
         """A placement group for each worker group."""

@@ -56,7 +56,10 @@ def stop_order(plan: Plan) -> list[str]:
 def roll_out(
     settings: Settings, plan: Plan, processes: ProcessSet, *, timeout_s: float, gateway: bool = True
 ) -> RunningDeployment:
-    """Start everything and block until it serves. Raises StartError; the caller then stops `processes`."""
+    """Start everything and block until it serves. Raises StartError; the caller then stops `processes`.
+
+    The caller says `all_ready` once it can be asked for changes.
+    """
     deadline = time.monotonic() + timeout_s
     processes.expect(process_ids(plan, gateway=gateway))
     replicas = start_replicas(settings, plan.replicas, processes, deadline)
@@ -66,7 +69,6 @@ def roll_out(
         for each in plan.gateways
         if gateway
     ]
-    processes.all_ready()
     return RunningDeployment(replicas=tuple(replicas), gateway_addresses=tuple(addresses))
 
 
