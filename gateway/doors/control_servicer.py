@@ -3,11 +3,10 @@
 from echelon.pb import control_pb2
 from gateway.doors.service_handlers import Context
 from gateway.operations import Operations
-from gateway.requests.refusal import Refusal
 
 
 class ControlServicer:
-    """Serves every method of `echelon.v1.Control`."""
+    """Serves every method of `echelon.v1.Control`. They raise Refusal."""
 
     def __init__(self, operations: Operations) -> None:
         self._operations = operations
@@ -18,10 +17,7 @@ class ControlServicer:
         return await self._operations.status()
 
     async def Trace(self, request: control_pb2.ReplicaTraceRequest, context: Context) -> None:
-        try:
-            async with self._operations.recording(request) as events:
-                await context.send_initial_metadata(())  # it has begun
-                async for event in events:
-                    await context.write(event)
-        except Refusal as refusal:
-            await context.abort(refusal.code, refusal.message)
+        async with self._operations.recording(request) as events:
+            await context.send_initial_metadata(())  # it has begun
+            async for event in events:
+                await context.write(event)

@@ -2,8 +2,6 @@
 
 import time
 
-import grpc
-
 import echelon
 from childproc.tokens_file import Scope
 from echelon.pb import inference_pb2, scheduler_pb2
@@ -13,14 +11,14 @@ from gateway.core import Core
 from gateway.doors.grpc_access import caller_of
 from gateway.doors.service_handlers import Context
 from gateway.requests.forms import Form
-from gateway.requests.refusal import Refusal
+from gateway.requests.refusal import Refusal, invalid
 
 # Says that the request has failed. Without it UNAVAILABLE means that the gateway was lost, and a client may resume.
 _FINAL = (("echelon-final", "1"),)
 
 
 class InferenceServicer:
-    """Serves every method of `echelon.v1.Inference`."""
+    """Serves every method of `echelon.v1.Inference`. They raise Refusal."""
 
     def __init__(self, core: Core, info: inference_pb2.ModelInfo, tokens: Tokens) -> None:
         self._core = core
@@ -42,7 +40,7 @@ class InferenceServicer:
 
     async def Cancel(self, request: inference_pb2.CancelRequest, context: Context) -> inference_pb2.CancelResponse:
         if not request.request_id:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "request_id: is empty")
+            raise invalid("request_id: is empty")
         link = self._core.link_of(request.request_id, self._caller(context))
         if link is not None:
             link.cancel(request.request_id)
@@ -52,7 +50,7 @@ class InferenceServicer:
         self, request: inference_pb2.SetSpeculationRequest, context: Context
     ) -> inference_pb2.SetSpeculationResponse:
         if not request.request_id:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "request_id: is empty")
+            raise invalid("request_id: is empty")
         link = self._core.link_of(request.request_id, self._caller(context))
         if link is not None:
             link.adjust(request.request_id, request.speculation)

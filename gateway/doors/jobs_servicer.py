@@ -27,49 +27,34 @@ _STATES = {status: jobs_pb2.JobState.Value(f"JOB_STATE_{status.name}") for statu
 
 
 class JobsServicer:
-    """Serves every method of `echelon.v1.Jobs`."""
+    """Serves every method of `echelon.v1.Jobs`. They raise Refusal."""
 
     def __init__(self, jobs: Jobs, tokens: Tokens) -> None:
         self._jobs = jobs
         self._tokens = tokens
 
     async def SubmitJob(self, requests: AsyncIterator[bytes], context: Context) -> jobs_pb2.Job:
-        try:
-            return _message(await self._submit(requests, self._caller(context)))
-        except Refusal as refusal:
-            await context.abort(refusal.code, refusal.message)
+        return _message(await self._submit(requests, self._caller(context)))
 
     async def GetJob(self, request: jobs_pb2.GetJobRequest, context: Context) -> jobs_pb2.Job:
-        try:
-            return _message(await self._jobs.job(request.job_id, self._owner(context)))
-        except Refusal as refusal:
-            await context.abort(refusal.code, refusal.message)
+        return _message(await self._jobs.job(request.job_id, self._owner(context)))
 
     async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Context) -> jobs_pb2.ListJobsResponse:
         limit = request.limit or _DEFAULT_PAGE
-        try:
-            if limit > _MAX_PAGE:
-                raise invalid(f"limit: must be at most {_MAX_PAGE}, got {limit}")
-            views = await self._jobs.jobs(self._owner(context), Page(limit=limit + 1, after=request.after))
-        except Refusal as refusal:
-            await context.abort(refusal.code, refusal.message)
+        if limit > _MAX_PAGE:
+            raise invalid(f"limit: must be at most {_MAX_PAGE}, got {limit}")
+        views = await self._jobs.jobs(self._owner(context), Page(limit=limit + 1, after=request.after))
         return jobs_pb2.ListJobsResponse(jobs=map(_message, views[:limit]), has_more=len(views) > limit)
 
     async def CancelJob(self, request: jobs_pb2.CancelJobRequest, context: Context) -> jobs_pb2.Job:
-        try:
-            return _message(await self._jobs.cancel(request.job_id, self._owner(context)))
-        except Refusal as refusal:
-            await context.abort(refusal.code, refusal.message)
+        return _message(await self._jobs.cancel(request.job_id, self._owner(context)))
 
     async def StreamResults(self, request: jobs_pb2.StreamResultsRequest, context: Context) -> None:
         after = request.after if request.HasField("after") else -1
-        try:
-            results = self._jobs.results(request.job_id, self._owner(context), after=after, follow=request.follow)
-            async for result in results:
-                message = jobs_pb2.JobResult(number=result.number, is_error=result.is_error, line=result.line)
-                await context.write(message)
-        except Refusal as refusal:
-            await context.abort(refusal.code, refusal.message)
+        results = self._jobs.results(request.job_id, self._owner(context), after=after, follow=request.follow)
+        async for result in results:
+            message = jobs_pb2.JobResult(number=result.number, is_error=result.is_error, line=result.line)
+            await context.write(message)
 
     async def _submit(self, requests: AsyncIterator[bytes], caller: Caller) -> JobView:
         options = await _options(requests)

@@ -1,4 +1,4 @@
-"""Services of ours on a grpc server, with strict decoding of every request."""
+"""Services of ours on a grpc server: requests are decoded strictly, and a Refusal becomes the call's status."""
 
 import inspect
 from collections.abc import AsyncIterator, Callable, Collection
@@ -9,10 +9,11 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from gateway.requests.refusal import Refusal, invalid
 from gateway.requests.wire import Malformed, strict_decoder
 
 Context = grpc.aio.ServicerContext[Any, Any]
-# A handler returns its reply or, where it streams, writes to the context or generates its replies.
+# A handler returns its reply or, where it streams, writes to the context or generates its replies. May raise Refusal.
 _Handler = Callable[[Any, Context], Any]
 
 # Of a request that is decoded on the event loop. Those of every method but Generate are tiny.
@@ -33,8 +34,9 @@ def service_handlers(
         if handler is None:
             continue  # a newer method of a service that is not ours: UNIMPLEMENTED
         raw = method.name in undecoded
+        strict = handler if raw else _refuse_malformed(handler, streamed=method.client_streaming)
         handlers[method.name] = _shape(method)(
-            handler if raw else _refuse_malformed(handler, streamed=method.client_streaming),
+            _abort_refused(strict),
             request_deserializer=None if raw else _decoder_of_small(GetMessageClass(method.input_type)),
             response_serializer=lambda message: message.SerializeToString(),
         )
@@ -61,22 +63,39 @@ def _decoder_of_small(message_class: type[Message]) -> Callable[[bytes], Message
 
 def _refuse_malformed(handler: _Handler, *, streamed: bool) -> _Handler:
     async def handle(request: Any, context: Context) -> Any:
-        return await handler(await _well_formed(request, context), context)
+        return await handler(_well_formed(request), context)
 
     async def generate(request: Any, context: Context) -> AsyncIterator[Any]:
-        well_formed = _each_well_formed(request, context) if streamed else await _well_formed(request, context)
+        well_formed = _each_well_formed(request) if streamed else _well_formed(request)
         async for response in handler(well_formed, context):
             yield response
 
     return generate if inspect.isasyncgenfunction(handler) else handle
 
 
-async def _well_formed(request: Any, context: Context) -> Any:
+def _abort_refused(handler: _Handler) -> _Handler:
+    async def handle(request: Any, context: Context) -> Any:
+        try:
+            return await handler(request, context)
+        except Refusal as refusal:
+            await context.abort(refusal.code, refusal.message)
+
+    async def generate(request: Any, context: Context) -> AsyncIterator[Any]:
+        try:
+            async for response in handler(request, context):
+                yield response
+        except Refusal as refusal:
+            await context.abort(refusal.code, refusal.message)
+
+    return generate if inspect.isasyncgenfunction(handler) else handle
+
+
+def _well_formed(request: Any) -> Any:
     if isinstance(request, Malformed):
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.error)
+        raise invalid(request.error)
     return request
 
 
-async def _each_well_formed(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+async def _each_well_formed(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
-        yield await _well_formed(request, context)
+        yield _well_formed(request)

@@ -1,4 +1,4 @@
-"""What a job's submission may say, through whichever door it comes."""
+"""What an upload and a job's submission may say, through whichever door they come."""
 
 import math
 
@@ -9,7 +9,14 @@ from gateway.requests.refusal import invalid, shown
 DEFAULT_WINDOW_S = 86_400.0
 _MAX_WINDOW_S = 30 * 86_400.0
 _MAX_KEY_BYTES = 255
+_MAX_FILE_NAME_CHARS = 255
 _MAX_PAIRS, _MAX_NAME_CHARS, _MAX_VALUE_CHARS = 16, 64, 512
+
+
+def check_file_name(name: str) -> None:
+    """Raises Refusal."""
+    if len(name) > _MAX_FILE_NAME_CHARS:
+        raise invalid(f"file: its name may have at most {_MAX_FILE_NAME_CHARS} characters, got {len(name)}")
 
 
 def check_order(order: JobOrder, metadata: dict[str, str]) -> None:

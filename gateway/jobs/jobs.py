@@ -11,6 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
 
+from gateway.jobs.checks import check_file_name
 from gateway.jobs.errors import KeyTakenError, NoInputError
 from gateway.jobs.folder import JobsFolder
 from gateway.jobs.job_run import JobRun, Means
@@ -28,8 +29,7 @@ T = TypeVar("T")
 _TAKE_AGAIN_S = 1.0
 _RUN_AGAIN_S = 5.0  # a job that failed for an unexpected reason
 _SWEEP_S = 600.0
-_PAGE = 100  # results that are read at once
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 20  # of a file, that are read at once; and characters of results
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +95,7 @@ class Jobs:
 
     async def upload(self, pieces: AsyncIterator[bytes], *, owner: str, name: str) -> FileRecord:
         """A file whose content arrives in pieces."""
+        check_file_name(name)
         await self._take_room(0)
         upload, num_bytes = await asyncio.to_thread(self._folder.upload), 0
         try:
@@ -145,7 +146,7 @@ class Jobs:
 
     async def _pages(self, record: FileRecord) -> AsyncIterator[list[Result]]:
         last = -1
-        while page := await self._call(JobStore.results, record.job, last, _PAGE, is_error=record.holds_errors):
+        while page := await self._call(JobStore.results, record.job, last, _PIECE_BYTES, is_error=record.holds_errors):
             yield page
             last = page[-1].number
 
@@ -195,7 +196,7 @@ class Jobs:
         while True:
             progress = self._progress
             job = await self._known(job_id, owner)
-            while page := await self._call(JobStore.results_in_turn, job_id, after, _PAGE):
+            while page := await self._call(JobStore.results_in_turn, job_id, after, _PIECE_BYTES):
                 for result in page:
                     yield result
                 after = page[-1].number

@@ -215,23 +215,24 @@ class JobStore:
             for result in results:
                 self._record(result)
 
-    def results(self, job_id: str, after: int, limit: int, *, is_error: bool | None = None) -> list[Result]:
-        """In the order of the items. `is_error`: only those or only the others."""
-        rows = self._db.execute(
-            "SELECT * FROM results WHERE job = ? AND number > ? AND (? IS NULL OR is_error = ?) "
-            "ORDER BY number LIMIT ?",
-            (job_id, after, is_error, is_error, limit),
-        )
-        return [_result(row) for row in rows]
+    def results(self, job_id: str, after: int, max_chars: int, *, is_error: bool | None = None) -> list[Result]:
+        """The next ones in the order of the items, until they have so many characters together.
 
-    def results_in_turn(self, job_id: str, after: int, limit: int) -> list[Result]:
+        `is_error`: only those or only the others."""
+        rows = self._db.execute(
+            "SELECT * FROM results WHERE job = ? AND number > ? AND (? IS NULL OR is_error = ?) ORDER BY number",
+            (job_id, after, is_error, is_error),
+        )
+        return _first(rows, max_chars)
+
+    def results_in_turn(self, job_id: str, after: int, max_chars: int) -> list[Result]:
         """The same, up to the first item that has none yet."""
         first_left = "coalesce((SELECT min(number) FROM items WHERE job = ? AND is_done = 0), 1 << 62)"
         rows = self._db.execute(
-            f"SELECT * FROM results WHERE job = ? AND number > ? AND number < {first_left} ORDER BY number LIMIT ?",
-            (job_id, after, job_id, limit),
+            f"SELECT * FROM results WHERE job = ? AND number > ? AND number < {first_left} ORDER BY number",
+            (job_id, after, job_id),
         )
-        return [_result(row) for row in rows]
+        return _first(rows, max_chars)
 
     def _record(self, result: Result) -> None:
         done = self._db.execute(
@@ -331,6 +332,18 @@ def _job(row: sqlite3.Row) -> Job:
     order = JobOrder(**{name: row[name] for name in _ORDER_FIELDS} | {"seed": int(row["seed"])})
     values = {name: row[name] for name in _JOB_FIELDS}
     return Job(**values | {"order": order, "status": JobStatus(row["status"])})
+
+
+def _first(rows: sqlite3.Cursor, max_chars: int) -> list[Result]:
+    """Rows are read one by one, because each may be as long as an answer."""
+    results: list[Result] = []
+    for row in rows:
+        results.append(_result(row))
+        max_chars -= len(row["line"])
+        if max_chars <= 0:
+            break
+    rows.close()
+    return results
 
 
 def _result(row: sqlite3.Row) -> Result:

@@ -80,7 +80,7 @@ class Lane:
                 process = await self._start()
             except ReaderLostError as err:
                 logger.error("the process that reads requests did not start: %s", err)
-                problem = Refusal(grpc.StatusCode.INTERNAL, f"requests of this kind cannot be read now: {err}")
+                problem = Refusal(grpc.StatusCode.UNAVAILABLE, f"requests of this kind cannot be read now: {err}")
                 _fail(await self._next(), problem)
                 continue
             try:

@@ -14,6 +14,7 @@ from gateway.jobs.schema import StoreError
 from gateway.jobs.store import JobStore, Page
 
 NOW = 1_700_000_000
+ALL = 1 << 20  # characters: all results
 ITEMS = [Item(number=i, start=100 * i, num_bytes=99, custom_id=f"c{i}") for i in range(5)]
 
 
@@ -60,20 +61,33 @@ def test_a_result_is_recorded_once_whatever_is_repeated(store: JobStore) -> None
     found = store.job(job.id, None)
     assert found is not None
     assert (found.completed, found.failed, found.prompt_tokens, found.completion_tokens) == (1, 0, 3, 4)
-    assert [kept.line for kept in store.results(job.id, -1, 10)] == [result.line]
-    assert [item.number for item in store.items_left(job.id, -1, 10)] == [0, 2, 3, 4]
+    assert [kept.line for kept in store.results(job.id, -1, ALL)] == [result.line]
+    assert [item.number for item in store.items_left(job.id, -1, ALL)] == [0, 2, 3, 4]
     store.record([Result(job="batch_gone", number=0, line="x")])
 
 
 def test_results_come_in_the_order_of_the_items_up_to_the_first_that_is_missing(store: JobStore) -> None:
     job = running_job(store)
     store.record([answered(job, ITEMS[i], 200 if i else 400, "{}") for i in (3, 1, 0)])
-    assert [result.number for result in store.results(job.id, -1, 10)] == [0, 1, 3]
-    assert [result.number for result in store.results_in_turn(job.id, -1, 10)] == [0, 1]
-    assert [result.number for result in store.results_in_turn(job.id, 0, 10)] == [1]
-    assert [result.number for result in store.results(job.id, -1, 10, is_error=True)] == [0]
+    assert [result.number for result in store.results(job.id, -1, ALL)] == [0, 1, 3]
+    assert [result.number for result in store.results_in_turn(job.id, -1, ALL)] == [0, 1]
+    assert [result.number for result in store.results_in_turn(job.id, 0, ALL)] == [1]
+    assert [result.number for result in store.results(job.id, -1, ALL, is_error=True)] == [0]
     store.record([answered(job, ITEMS[i], 200, "{}") for i in (2, 4)])
-    assert [result.number for result in store.results_in_turn(job.id, 0, 10)] == [1, 2, 3, 4]
+    assert [result.number for result in store.results_in_turn(job.id, 0, ALL)] == [1, 2, 3, 4]
+
+
+def test_results_are_read_a_bounded_part_at_a_time_whatever_their_length(store: JobStore) -> None:
+    job = running_job(store)
+    short, long = answered(job, ITEMS[1], 200, "1"), answered(job, ITEMS[2], 200, f'"{"x" * 5000}"')
+    store.record([answered(job, ITEMS[0], 200, "0"), short, long, answered(job, ITEMS[3], 200, "3")])
+    for read in (store.results, store.results_in_turn):
+        parts, last = [], -1
+        while part := read(job.id, last, 2000):
+            parts.append([result.number for result in part])
+            last = part[-1].number
+        assert parts == [[0, 1, 2], [3]]
+        assert [result.number for result in read(job.id, 1, 1)] == [2], "one that is longer than that comes alone"
 
 
 def test_a_job_ends_with_a_file_of_answers_and_one_of_errors(store: JobStore) -> None:
@@ -84,7 +98,7 @@ def test_a_job_ends_with_a_file_of_answers_and_one_of_errors(store: JobStore) ->
     output, errors = store.file(ended.output_file, "ann"), store.file(ended.error_file, "ann")
     assert output is not None
     assert errors is not None
-    lines = [result.line for result in store.results(job.id, -1, 10, is_error=False)]
+    lines = [result.line for result in store.results(job.id, -1, ALL, is_error=False)]
     assert output.num_bytes == sum(len(line.encode()) + 1 for line in lines)
     assert json.loads(lines[0])["response"]["body"] == {"é": 1}
     assert store.end(job.id) == ended
@@ -95,7 +109,7 @@ def test_a_job_that_stops_gives_the_items_left_an_error(store: JobStore) -> None
     job = running_job(store)
     store.record([answered(job, ITEMS[0], 200, "{}")])
     job = store.stop(job.id, JobStatus.CANCELLING)
-    store.record([not_run(job, item) for item in store.items_left(job.id, -1, 10)])
+    store.record([not_run(job, item) for item in store.items_left(job.id, -1, ALL)])
     ended = store.end(job.id)
     assert (ended.status, ended.completed, ended.failed) == (JobStatus.CANCELLED, 1, 4)
     line = json.loads(store.results(job.id, 3, 1)[0].line)
@@ -128,7 +142,7 @@ def test_two_lines_with_one_custom_id_are_refused_as_a_whole(store: JobStore) ->
     found = store.job(job.id, None)
     assert found is not None
     assert found.scanned_lines == 0
-    assert store.items_left(job.id, -1, 10) == []
+    assert store.items_left(job.id, -1, ALL) == []
 
 
 def test_an_owner_sees_its_own_alone(store: JobStore) -> None:
@@ -179,7 +193,7 @@ def test_a_deleted_file_of_results_takes_them_along(store: JobStore) -> None:
     output = store.file(job.output_file, None)
     assert output is not None
     store.delete_file(output)
-    assert [result.number for result in store.results(job.id, -1, 10)] == [2]
+    assert [result.number for result in store.results(job.id, -1, ALL)] == [2]
 
 
 def test_seeds_follow_from_the_job_and_the_number(store: JobStore) -> None:

@@ -176,7 +176,7 @@ async def test_an_item_is_tried_again_while_its_job_has_time(tmp_path: Path) -> 
     def refuse(line: str) -> Refusal | None:
         tries[line] += 1
         if line == "b":
-            return Refusal(grpc.StatusCode.INTERNAL, "NaN")
+            return Refusal(grpc.StatusCode.ABORTED, "nobody knows why")
         return UNAVAILABLE if tries["a"] < 3 else None
 
     worker = FakeWorker(refuses=refuse)
@@ -253,6 +253,13 @@ async def test_uploads_have_a_limit_and_leave_nothing_when_they_fail(tmp_path: P
             await jobs.upload(pieces("x" * 60), owner="ann", name="b")
         assert len(await jobs.files("ann", Page(limit=9))) == 1
     assert list((tmp_path / "uploads").iterdir()) == []
+
+
+async def test_the_name_of_a_file_has_a_limit(tmp_path: Path) -> None:
+    async with opened(tmp_path, FakeWorker()) as jobs:
+        with pytest.raises(Refusal, match="file: its name may have at most 255 characters, got 256"):
+            await jobs.upload(pieces("a"), owner="ann", name="n" * 256)
+        assert (await jobs.upload(pieces("a"), owner="ann", name="n" * 255)).name == "n" * 255
 
 
 async def test_uploads_at_once_share_the_limit(tmp_path: Path) -> None:

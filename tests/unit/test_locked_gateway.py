@@ -29,6 +29,7 @@ from echelon.errors import (
 )
 from echelon.pb import process_pb2
 from gateway.doors import http_server
+from gateway.doors.grpc_access import TokenInterceptor
 from gateway.server import Gateway, StartupError
 from tests.helpers.fake_scheduler import FakeScheduler, serve
 from tests.helpers.scrape import free_port
@@ -274,6 +275,26 @@ async def test_nobody_touches_requests_of_another_but_operators(files: Files) ->
         await running
 
 
+async def test_a_token_that_is_revoked_while_its_call_comes_in_is_named(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.token("alice")
+
+    async def let_in(self: TokenInterceptor, continuation: Any, details: Any) -> Any:
+        return await continuation(details)
+
+    monkeypatch.setattr(TokenInterceptor, "intercept_service", let_in)  # it still knew the token
+    async with opened(files) as house, house.client("revoked") as client:
+        for call in (
+            client.cancel("x"),
+            client.set_speculation("x", enabled=False),
+            client.generate("x"),
+            asyncio.to_thread(Client(house.address, token="revoked", tls=house.tls).jobs.get, "x"),
+        ):
+            with pytest.raises(AuthenticationError, match="this token is not known here"):
+                await call
+
+
 async def test_a_gateway_may_ask_for_certificates_of_clients(files: Files) -> None:
     async with opened(files, client_ca=str(files.ca_file), tokens=False) as house:
         async with house.client() as client:
@@ -410,3 +431,14 @@ async def test_jobs_are_seen_by_those_who_submitted_them_and_by_operators(files:
         assert (await house.ask("/v1/batches"))[0] == 401
         for client in clients.values():
             client.close()
+
+
+async def test_an_item_that_ends_its_target_each_time_is_not_tried_again(files: Files) -> None:
+    async with opened(files, tokens=False) as house:
+        with Client(house.address, tls=house.tls) as client:
+            job = await asyncio.to_thread(client.jobs.submit, [{"prompt": "x", "max_tokens": 2}])
+            submit = await house.scheduler.next_submit()
+            house.scheduler.send_error(submit.request_id, grpc.StatusCode.INTERNAL, "it is not tried again")
+            (result,) = await asyncio.to_thread(lambda: list(client.jobs.results(job.job_id)))
+    assert result.body["error"]["message"] == "it is not tried again"
+    assert house.scheduler.received.empty(), "by the job neither"

@@ -15,7 +15,6 @@ from gateway.jobs.records import FileRecord, Purpose
 from gateway.requests.refusal import invalid, shown
 
 _PATH = "/v1/files"
-_MAX_NAME_CHARS = 255
 
 
 class FilePaths:
@@ -35,8 +34,6 @@ class FilePaths:
         check_origin(request)
         form = UploadForm(request)
         name = await form.open()
-        if len(name) > _MAX_NAME_CHARS:
-            raise invalid(f"file: its name may have at most {_MAX_NAME_CHARS} characters, got {len(name)}")
         record = await self._jobs.upload(_for_batches(form), owner=caller_of(request).name, name=name)
         return JSONResponse(_object(record))
 

@@ -20,8 +20,9 @@ from gateway.requests.openai.job_lines import CHAT, COMPLETIONS, join_item, join
 from gateway.requests.refusal import Refusal
 
 _SHAPES: dict[str, Shape] = {COMPLETIONS: CompletionShape(), CHAT: ChatShape()}
-# What the request itself is to blame for, whenever it runs.
-_FINAL = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
+# What the request itself is to blame for, whenever it runs. INTERNAL: it had numbers that are not finite, or whatever
+# computed it died each time. Another try would take the deployment down again.
+_FINAL = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INTERNAL)
 
 
 class JobWorker:
