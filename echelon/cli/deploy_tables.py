@@ -116,7 +116,7 @@ def tier_table(tiers: "tuple[TierUse, ...]") -> Table:
     for tier in tiers:
         failed = f"{tier.num_failed} ({tier.num_damaged})" if tier.num_damaged else str(tier.num_failed)
         counts = (str(tier.num_stored), str(tier.num_fetched), failed, str(tier.num_evicted))
-        saved = f"{tier.saved_s:.1f} s"
+        saved = f"{round(tier.saved_s, 1) + 0.0:.1f} s"  # never -0.0
         replica = f" of replica {tier.replica}" if several else ""
         table.add_row(f"{tier.engine} {tier.tier}{replica}", *fill_of(tier), *counts, saved, state_of(tier))
     troubles = [f"{tier.engine} {tier.tier}: {trouble}" for tier in tiers if (trouble := trouble_of(tier))]

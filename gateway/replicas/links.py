@@ -36,7 +36,7 @@ class Links(Sequence[SchedulerLink]):
 
     def start(self) -> None:
         for link in self._links:
-            self._tasks[link] = asyncio.create_task(link.run())
+            self._run(link)
 
     async def close(self) -> None:
         for task in self._tasks.values():
@@ -86,13 +86,17 @@ class Links(Sequence[SchedulerLink]):
         link = self._open(len(self._links), address)
         self._events.info(len(self._links), "added")
         self._links.append(link)
-        self._tasks[link] = asyncio.create_task(link.run())
+        self._run(link)
 
     def _remove(self, link: SchedulerLink) -> None:
         self._links.remove(link)
         link.hand_over()
-        self._tasks[link].cancel()  # `close` waits for it
+        self._tasks[link].cancel()  # until it has ended, `close` waits for it
         self._on_change()
+
+    def _run(self, link: SchedulerLink) -> None:
+        task = self._tasks[link] = asyncio.create_task(link.run())
+        task.add_done_callback(lambda _: self._tasks.pop(link))
 
     def _move(self, request_id: str, running: RunningRequest) -> bool:
         """To a link that has not refused it, from where its client is. False: there is none."""
