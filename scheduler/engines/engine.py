@@ -147,6 +147,10 @@ class EngineView(Generic[RowT]):
             is_rounded=is_rounded,
         )
 
+    def is_settling(self, now: float) -> bool:
+        """Whether it has just started, and is about to say what it has on disk."""
+        return self.tiers is not None and self.tiers.expects_more(now)
+
     def fetch(self, seq: Seq, now: float, *, num_spare: int, takes_part: bool) -> Fetch | None:
         """Begin to bring blocks of the seq's prefix from host memory or disk, if that is faster than computing them, or
         wait for them with another seq.

@@ -60,6 +60,8 @@ class DiskTier:
         self._contents = contents
         self._digests: set[Digest] = set()
         self._is_listed = False  # the ranks have said what they hold
+        self._awaits_list = num_blocks > 0
+        self.list_due_s = inf  # when seqs wait for that no longer
 
     def __len__(self) -> int:
         return len(self._digests)
@@ -71,7 +73,24 @@ class DiskTier:
         """Part of what the ranks hold."""
         for digest in digests:
             self.add(digest)
-        self._is_listed = self._is_listed or is_last
+        if is_last:
+            self._is_listed = True
+            self._end_wait()
+
+    def expects_list(self, now: float, timeout_s: float) -> bool:
+        """Whether a seq had better wait until the ranks have said what they hold, as they do when they have started.
+        A disk that hangs then is waited for once, for `timeout_s` after the first seq asked."""
+        if self._awaits_list:
+            self.list_due_s = min(self.list_due_s, now + timeout_s)
+        return self._awaits_list
+
+    def expire(self, now: float) -> None:
+        """Let seqs go on for which the list has not come in time."""
+        if now >= self.list_due_s:
+            self._end_wait()
+
+    def _end_wait(self) -> None:
+        self._awaits_list, self.list_due_s = False, inf
 
     def add(self, digest: Digest) -> None:
         if digest not in self._digests:

@@ -156,6 +156,10 @@ class Tiers:
     def on_disk_contents(self, contents: worker_pb2.DiskContents) -> None:
         self.disk.announce(contents.digests, is_last=contents.is_last)
 
+    def expects_more(self, now: float) -> bool:
+        """Whether seqs had better wait, because the ranks are about to say what is on disk."""
+        return self.disk.expects_list(now, self._config.load_timeout_s)
+
     def expire(self, now: float) -> None:
         """Let seqs go on whose blocks have not come in time, and note disk moves that take too long."""
         for move in self.moves:
@@ -163,13 +167,14 @@ class Tiers:
             if attempts is not None and not move.is_late and now >= move.sent_s + self._config.load_timeout_s:
                 move.is_late = True
                 self.disk.failed(attempts, f"no answer within {self._config.load_timeout_s:g} s", now)
+        self.disk.expire(now)
         self.fetching.expire(now)
 
     def next_deadline(self) -> float:
         """When to call `expire`; inf if nothing is awaited."""
         late = (move.sent_s for move in self.moves if move.needs_disk and not move.is_late)
         answers = min(late, default=inf) + self._config.load_timeout_s
-        return min(self.fetching.next_deadline(), answers, self._writing.next_trial())
+        return min(self.fetching.next_deadline(), answers, self._writing.next_trial(), self.disk.list_due_s)
 
     def _attempts_of(self, move: Move) -> Attempts | None:
         if not move.needs_disk:

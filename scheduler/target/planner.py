@@ -240,6 +240,8 @@ class TargetPlanner:
 
     def _admit(self, engine: EngineView[TargetRow], now: float, rows: _Rows) -> bool:
         """Start as many waiting seqs as there is room for. Returns whether any started."""
+        if engine.is_settling(now):
+            return False
         num_running = len(self.running)
         limit = min(self._config.max_num_seqs, self._budget(engine))
         while (seq := self._waiting.first(other.seq for other in self.running)) is not None:

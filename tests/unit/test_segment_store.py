@@ -228,19 +228,20 @@ from workers.tiers.segment_store import SegmentStore
 options = dict(block_bytes=4096, num_parts=4, max_bytes=int(sys.argv[3]), layout=eval(sys.argv[4]))
 store = SegmentStore.open(Path(sys.argv[1]), **options)
 block = aligned_buffer(4096)
-for number in range(int(sys.argv[2]), 10 ** 9):
+for number in range(int(sys.argv[2]), int(sys.argv[5])):
     digest = number.to_bytes(16, "big")
     block[:] = random.Random(digest).randbytes(4096)
     store.write(digest, block)
     print(number, flush=True)
+sys.stdin.read()
 """
 
 
 @contextmanager
-def another_writer(folder: Path, first: int) -> Iterator[Iterator[str]]:
+def another_writer(folder: Path, first: int, end: int = 10**9) -> Iterator[Iterator[str]]:
     """A process that writes numbered blocks, and a line for each. It is killed at the end."""
-    command = [sys.executable, "-c", WRITER, str(folder), str(first), str(MAX_BYTES), str(LAYOUT)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-c", WRITER, str(folder), str(first), str(MAX_BYTES), str(LAYOUT), str(end)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         try:
             yield process.stdout
@@ -258,6 +259,30 @@ def test_a_killed_process_loses_nothing_that_it_had_written(tmp_path: Path) -> N
             later = len(store.digests())
             assert len(those_there(store, range(first + 200))) == later
         first += 1000
+
+
+def test_blocks_that_a_loss_of_power_tore_are_cut_off_before_anyone_relies_on_them(tmp_path: Path) -> None:
+    """A writer is killed in the middle of a segment. The entries of three blocks had reached the disk, but not all of
+    their bytes."""
+    num_unsealed = 9
+    written = range(SEGMENT_BLOCKS + num_unsealed)
+    with another_writer(tmp_path, 0, written.stop) as lines:
+        assert [int(next(lines)) for _ in written] == list(written)
+    sealed, unsealed = segment_files(tmp_path)
+    assert (sealed.suffix, unsealed.suffix) == (".seg", ".tmp")
+    torn = {2, num_unsealed - 2, num_unsealed - 1}
+    with open(unsealed, "r+b") as file:
+        for slot in torn:
+            file.seek((2 + slot) * 4096 + BLOCK_BYTES // 2)
+            file.write(bytes(BLOCK_BYTES // 2))
+    whole = [number for number in written if number - SEGMENT_BLOCKS not in torn]
+    for _ in range(2):
+        with opened(tmp_path) as store:
+            assert store.digests() == [digest_of(number) for number in whole]
+            assert those_there(store, written) == whole
+            assert store.stats.num_checksum_failures == 0
+    assert segment_files(tmp_path) == [sealed, unsealed.with_suffix(".seg")]
+    assert bytes_on_disk(tmp_path) == SEGMENT_BYTES + (2 + num_unsealed - 2) * 4096
 
 
 def test_half_made_segments_are_removed(tmp_path: Path) -> None:

@@ -110,6 +110,34 @@ def test_a_prefix_that_left_host_memory_comes_back_from_disk_after_a_restart() -
     assert usage.cached_prompt_tokens_from_disk == 36
 
 
+def test_a_target_that_returns_is_asked_for_its_disk_before_prompts_are_computed_again() -> None:
+    """It says what it has a moment after it is there."""
+    sim = tiered(num_slots=24, num_disk_blocks=200, keeps_requests=True, tiers=TierConfig(writes_at_once=True))
+    ask(sim, "first", prompt(1))
+    sim.lose_target()
+    message = submit("again", prompt(1), max_tokens=4)
+    sim.submit(message)
+    sim.return_target()
+    sim.plan()
+    assert not sim.target_rounds
+    list_disks(sim)
+    sim.run()
+    sim.assert_plain(message)
+    assert sim.completed["again"].usage.cached_prompt_tokens_from_disk == 36
+
+
+def test_a_disk_that_never_says_what_it_has_delays_the_first_prompt_only() -> None:
+    sim = tiered(num_slots=24, num_disk_blocks=200, keeps_requests=True, tiers=TierConfig(load_timeout_s=2.0))
+    sim.lose_target()
+    sim.submit(submit("patient", prompt(1), max_tokens=4))
+    sim.return_target()
+    started_s = sim.now
+    sim.run()
+    assert sim.first_token_at["patient"] == started_s + 2.0
+    ask(sim, "later", prompt(2))
+    assert sim.first_token_at["later"] == started_s + 2.0
+
+
 def test_requests_of_different_salts_share_no_prefix_in_any_tier() -> None:
     """On the device, in host memory and on disk."""
     sim = tiered(num_slots=24, num_disk_blocks=200, tiers=TierConfig(writes_at_once=True))

@@ -1,14 +1,17 @@
 """One segment on disk: how it is made, filled, sealed and read. Who may do what when is the store's business."""
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from childproc.segment_shape import PAGE_BYTES, Shape
-from workers.tiers.files import Files, read_up_to, sync_folder, write_all
+from workers.tiers.files import Files, aligned_buffer, read_up_to, sync_folder, write_all
 from workers.tiers.segments import agrees, digest_of, pack_entry, pack_header, parse_header
+
+logger = logging.getLogger(__name__)
 
 SEALED = ".seg"
 UNSEALED = ".tmp"
@@ -148,6 +151,26 @@ class SegmentFile:
         self._files.rename(self._path(UNSEALED), self._path(SEALED))
         self._is_sealed = True
         sync_folder(self._files, self._folder)
+
+    def recover(self) -> None:
+        """Seal what a process that died had begun, with the blocks that agree with their checksums: after a loss of
+        power, an entry may be on disk and its block not. Without such blocks it stays unsealed."""
+        buffer = aligned_buffer(self.shape.block_bytes)
+        found = [slot for slot, _ in self.blocks()]
+        whole = [slot for slot in found if self._is_whole(slot, buffer)]
+        torn = set(found).difference(whole)
+        logger.info("%s was left unsealed: %d of its %d blocks are whole", self.name, len(whole), len(found))
+        for slot in torn:
+            self._entries[self._entry_range(slot)] = bytes(self.shape.entry_bytes)
+        if whole:
+            self.erase(torn)
+            self.seal(whole[-1] + 1)
+
+    def _is_whole(self, slot: int, buffer: memoryview) -> bool:
+        try:
+            return self.read(slot, [buffer]) == [True]
+        except OSError:
+            return False
 
     def stop_writing(self) -> None:
         fds, self._block_fd, self._entry_fd = (self._block_fd, self._entry_fd), -1, -1

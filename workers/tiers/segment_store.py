@@ -5,8 +5,9 @@ goes. Of its blocks, those that were read since they were last written are writt
 that eviction gains room. A block can be read as soon as its `write` has returned, sealed or not.
 
 What a crash loses: if the process is killed, only blocks whose `write` had not returned. If the machine loses power,
-also blocks of segments that were not yet full; sealed ones are durable. A block that is damaged fails its checksum and
-is a miss.
+also blocks of segments that were not yet full; sealed ones are durable. The next owner reads what was left unsealed,
+keeps the blocks that agree with their checksums, cuts off the rest, and seals it. A sealed block that is damaged fails
+its checksum when it is read, and is a miss.
 """
 
 import contextlib
@@ -333,9 +334,9 @@ class SegmentStore:
         blocks: list[tuple[int, bytes]] = []
         try:
             file = SegmentFile.load(self._files, path, like=self._shape, layout=self._layout, direct=self._direct)
+            if file and not file.is_sealed:
+                file.recover()
             blocks = list(file.blocks()) if file else []
-            if file and blocks and not file.is_sealed:
-                file.seal(max(blocks)[0] + 1)
         except OSError as err:
             logger.warning("%s cannot be used: %s", path, err)
             file = None
