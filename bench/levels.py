@@ -129,7 +129,7 @@ def measure(
         alone = decode(target, None, prompt, sampling, **options)
         plain.add(alone)
         for drafter in drafters.values():
-            drafter.engine.lookup = drafter.lookup
+            drafter.engine.lower = drafter.lookup
             cost = decode(target, drafter.engine, prompt, sampling, **options)
             drafter.cost.add(cost)
             drafter.gains.append(alone.token_s / cost.token_s)

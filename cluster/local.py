@@ -15,6 +15,7 @@ from checkpoint.folder import read_model_folder
 from checkpoint.quantization import WeightFormat
 from childproc.speculation import DRAFT_MODEL_METHODS
 from cluster.deployment.made_drafts import made_at_load
+from cluster.deployment.resolving import resolve_batch_invariant, resolve_scheduler, resolve_speculation
 from cluster.deployment.settings import (
     DEFAULT_COLLECTIVE_TIMEOUT_S,
     DEFAULT_STARTUP_TIMEOUT_S,
@@ -28,9 +29,6 @@ from cluster.deployment.settings import (
     ServerSettings,
     Settings,
     SpeculationSettings,
-    resolve_batch_invariant,
-    resolve_scheduler,
-    resolve_speculation,
 )
 from cluster.deployment.stored_weights import StoredWeights, resolve_weights
 from cluster.errors import StartError
@@ -63,6 +61,7 @@ class LocalDraft:
     quantization: WeightFormat | None = None
     num_layers: int = 0  # 0: all
     lower_draft: LowerDraft | Literal[""] = ""
+    lower_folder: Path | None = None  # of a model beneath the draft, instead
     tp_size: int = 1
     layer_parallel_size: int = 1
     layer_groups: Sequence[Sequence[int]] | None = None  # None: auto
@@ -121,6 +120,8 @@ def local_settings(
         whole = replace(
             model("draft", draft.folder, draft.tp_size), layer_parallel=layers, lower_draft=draft.lower_draft
         )
+        if draft.lower_folder is not None:
+            whole = replace(whole, lower=model("draft", draft.lower_folder, draft.tp_size))
         draft_model = made_at_load(whole, device, quantization=draft.quantization, num_layers=draft.num_layers)
         draft_model, _ = resolve_weights(draft_model, "auto", device, compiles=compiles)
     colocated = draft is not None and draft.colocated

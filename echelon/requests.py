@@ -25,6 +25,7 @@ class SpeculationOptions(TypedDict, total=False):
 
     enabled: bool | None
     num_speculative_tokens: int | None  # fixed number of drafts a round; at most the deployment's
+    lower_draft: bool | None  # False: the draft drafts without the level beneath it
 
 
 class StructuredOutputOptions(TypedDict, total=False):

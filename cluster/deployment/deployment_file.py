@@ -12,8 +12,10 @@ from checkpoint.errors import LoadError
 from checkpoint.folder import ModelFolder, find_model, read_model_folder
 from childproc.speculation import DRAFT_MODEL_METHODS
 from cluster import state_dir
+from cluster.deployment.lower_drafts import with_lower
 from cluster.deployment.made_drafts import SELF, made_at_load, quantization_problems
 from cluster.deployment.problems import problems_of
+from cluster.deployment.resolving import resolve_batch_invariant, resolve_scheduler, resolve_speculation
 from cluster.deployment.schema import DeploymentFile, Draft, KvCache, Replicas, Section, Server, Target, Tls
 from cluster.deployment.settings import (
     AuthSettings,
@@ -29,9 +31,6 @@ from cluster.deployment.settings import (
     Settings,
     SpeculationSettings,
     TlsSettings,
-    resolve_batch_invariant,
-    resolve_scheduler,
-    resolve_speculation,
 )
 from cluster.deployment.start_time import start_time_notes, start_time_problems
 from cluster.deployment.stored_weights import resolve_weights
@@ -77,8 +76,8 @@ def _resolve(file: DeploymentFile, base: Path) -> tuple[Settings | None, list[Pr
     if target is None or (file.draft is not None and draft is None):
         return None, problems
     if draft is not None and file.draft is not None:
-        lower = "" if file.draft.draft is None else file.draft.draft.method
-        draft = replace(draft, layer_parallel=_layer_parallel(file.draft, target), lower_draft=lower)
+        draft = replace(draft, layer_parallel=_layer_parallel(file.draft, target))
+        draft = with_lower(draft, file.draft.draft, base, problems)
         problems += [*_layer_parallel_problems(file.draft, draft), *quantization_problems(draft)]
     target, draft = _with_stored_weights(file, target, draft, problems)
     if method is not None and method not in DRAFT_MODEL_METHODS:
@@ -255,7 +254,7 @@ def _served_name(model: str, folder: ModelFolder) -> str:
 def _cap_max_model_len(settings: Settings) -> Settings:
     """A default must work: no longer than what the KV cache of one device holds."""
     models = [settings.target] if settings.draft is None else [settings.target, settings.draft]
-    num_tokens = min(settings.kv_cache_bytes(model.role) // model.kv_bytes_per_token for model in models)
+    num_tokens = min(settings.kv_cache_bytes(model.role) // model.held_kv_bytes_per_token for model in models)
     max_model_len = max(1, min(settings.max_model_len, num_tokens))
     return replace(settings, scheduler=replace(settings.scheduler, max_model_len=max_model_len))
 
@@ -299,7 +298,7 @@ def _kv_problems(settings: Settings) -> Iterator[Problem]:
     """On cpu the KV cache's size is given, so whether it holds one longest seq is known before anything starts."""
     if settings.device != "cpu":
         return
-    target, draft = settings.target.kv_bytes_per_token, settings.draft.kv_bytes_per_token if settings.draft else 0
+    target, draft = settings.target.kv_bytes_per_token, settings.draft.held_kv_bytes_per_token if settings.draft else 0
     if settings.colocated:
         yield from _kv_problem(settings, "", settings.max_model_len, target + draft)
         return

@@ -45,9 +45,10 @@ def what_was_made(settings: Settings) -> str:
     if draft is None:
         return ""
     is_self = draft.folder.path == settings.target.folder.path
-    if not is_self and draft.folder.quantization is None and not draft.lower_draft:
+    if not is_self and draft.folder.quantization is None and not draft.lower_draft and draft.lower is None:
         return ""
     source = "the target's own weights" if is_self else draft.folder.path.name
     rounded = "" if draft.folder.quantization is None else f" in {draft.folder.quantization.format}"
-    lower = ", with drafts of its own from earlier text" if draft.lower_draft else ""
+    beneath = "earlier text" if draft.lower_draft else draft.lower and draft.lower.folder.path.name
+    lower = f", with drafts of its own from {beneath}" if beneath else ""
     return f"{source}{rounded}, {draft.folder.config.num_layers} layers{lower}"

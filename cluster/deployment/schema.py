@@ -165,8 +165,8 @@ class Target(Section):
 
 
 class LowerDraft(Section):
-    method: Literal["suffix"] = Field(description="suffix: what followed the same tokens earlier in the sequence")
-    model: NotBuilt = None
+    method: Literal["suffix"] | None = Field(default=None, description="suffix: earlier text of the sequence")
+    model: str | None = Field(default=None, description="a small model, named like draft.model, in the draft's dtype")
 
 
 class Draft(Section):

@@ -10,7 +10,6 @@ from typing import Literal
 from checkpoint.folder import ModelFolder
 from checkpoint.weights import EMBEDDING, HEAD
 from childproc.ports import reachable_host
-from childproc.speculation import DRAFT_MODEL_METHODS
 from childproc.tier_block import TierBlock, TierDtype, tier_block
 from cluster.layer_parallel import LayerParallel
 
@@ -19,11 +18,7 @@ Method = Literal["none", "draft_model", "suffix", "hybrid"]
 LowerDraft = Literal["suffix"]
 Pipeline = Literal["serial", "continuous"]
 KvDtype = Literal["auto", "fp8"]
-SEPARATE_PIPELINE: Pipeline = "continuous"  # the default of a draft on devices of its own; a colocated one takes turns
-AUTO_NUM_SPECULATIVE_TOKENS = 8  # a limit: the policy chooses below it
-AUTO_VERDICT_CACHE_ROWS = 8
 _MAX_BRANCHES = 64  # of all seqs together: rows of a draft step that are not free any more
-_DEFAULT_MAX_MODEL_LEN = 32768  # a longer context must be asked for: its KV cache decides how many seqs fit
 _DEFAULT_DEVICE_BYTES = 1 << 30
 DEFAULT_DRAIN_TIMEOUT_S = 30.0
 DEFAULT_JOBS_BYTES = 32 << 30
@@ -41,7 +36,8 @@ class ModelSettings:
     folder: ModelFolder
     tp_size: int
     layer_parallel: LayerParallel | None = None  # draft only; tp_size is 1 then
-    lower_draft: LowerDraft | Literal[""] = ""  # draft only: what drafts for it; empty: nothing
+    lower_draft: LowerDraft | Literal[""] = ""  # draft only: what drafts for it; empty: nothing, or a model
+    lower: "ModelSettings | None" = None  # draft only: a model that drafts for it, on the same ranks
     kv_dtype: KvDtype = "auto"  # auto: that of the weights
 
     @property
@@ -74,6 +70,11 @@ class ModelSettings:
         if self.layer_parallel is not None:
             return self.layer_parallel.kv_bytes_per_token(self.folder)
         return self.folder.kv_bytes_per_token(self.tp_size) // self.folder.value_bytes * self.kv_value_bytes
+
+    @property
+    def held_kv_bytes_per_token(self) -> int:
+        """On the device of one rank, with those of the model beneath."""
+        return self.kv_bytes_per_token + (self.lower.kv_bytes_per_token if self.lower else 0)
 
     @property
     def kv_value_bytes(self) -> int:
@@ -121,37 +122,6 @@ class SpeculationSettings:
     pipeline: Pipeline | None = None
     window: int | Literal["auto"] = "auto"
     verdict_cache: int | Literal["auto", "off"] = "auto"
-
-
-def resolve_speculation(wanted: SpeculationSettings, *, has_draft: bool, colocated: bool) -> Speculation:
-    """Fill in what is unset (None, "auto")."""
-    pipeline, verdict_cache = wanted.pipeline, wanted.verdict_cache
-    method = wanted.method or ("draft_model" if has_draft else "none")
-    if method == "none":
-        return Speculation()
-    if method not in DRAFT_MODEL_METHODS:
-        pipeline = "serial"  # lookup takes no time that could overlap
-    pipeline = pipeline or ("serial" if colocated else SEPARATE_PIPELINE)
-    is_continuous = pipeline == "continuous"
-    if verdict_cache == "auto":
-        verdict_cache = AUTO_VERDICT_CACHE_ROWS
-    return Speculation(
-        method=method,
-        pipeline=pipeline,
-        num_speculative_tokens=(
-            AUTO_NUM_SPECULATIVE_TOKENS if wanted.num_speculative_tokens == "auto" else wanted.num_speculative_tokens
-        ),
-        adaptive=wanted.num_speculative_tokens == "auto",
-        window=wanted.window if is_continuous and wanted.window != "auto" else 0,
-        verdict_cache_rows=verdict_cache if is_continuous and verdict_cache != "off" else 0,
-    )
-
-
-def resolve_batch_invariant(wanted: bool | Literal["auto"], device: Literal["cpu", "cuda"]) -> bool | None:
-    """None: only the workers can say. On CUDA nobody has measured what it costs."""
-    if wanted == "auto":
-        return None if device == "cpu" else False
-    return wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,16 +303,9 @@ class Settings:
         if self.device == "cuda":
             return 0
         target = self.target.kv_bytes_per_token
-        draft = 0 if self.draft is None else self.draft.kv_bytes_per_token
+        draft = 0 if self.draft is None else self.draft.held_kv_bytes_per_token
         per_token = target + draft if self.colocated else target
         num_tokens = self.kv_cache.device_bytes // (per_token * self.kv_cache.block_size) * self.kv_cache.block_size
         if role == "target":
             return num_tokens * target
         return num_tokens * draft if self.colocated else min(self.kv_cache.device_bytes, num_tokens * draft)
-
-
-def resolve_scheduler(wanted: SchedulerSettings, target: ModelSettings) -> SchedulerSettings:
-    """An open max_model_len becomes the target's own limit, at most 32768; a longer context must be asked for."""
-    if wanted.max_model_len is not None:
-        return wanted
-    return replace(wanted, max_model_len=min(target.folder.config.max_len, _DEFAULT_MAX_MODEL_LEN))

@@ -45,7 +45,8 @@ def _file_bytes(settings: Settings) -> int:
 
 
 def _models(settings: Settings) -> list[ModelSettings]:
-    return [settings.target] if settings.draft is None else [settings.target, settings.draft]
+    draft = settings.draft
+    return [model for model in (settings.target, draft, draft and draft.lower) if model is not None]
 
 
 def _gigabytes(num_bytes: int) -> str:

@@ -36,15 +36,25 @@ def check_text(settings: Settings, names: Mapping[Role, str]) -> TextReport:
     if settings.draft is None:
         return TextReport(notes=tuple(notes))
     try:
-        draft = load_tokenizer(settings.draft.folder.path)
-        report = compare_tokenizers(target, draft)
-        if report.problem is not None:
-            message = f"its tokeniser is not the target's: {report.problem}"
-            raise LoadError(message, "use a draft that was trained with the target's tokeniser")
+        notes += [*_pair_notes(target, settings.draft), *_draft_notes(settings.draft, target)]
     except LoadError as err:
         return TextReport(problems=(_problem("draft", names, err),))
-    notes += [*report.notes, *_draft_notes(settings.draft, target)]
+    try:
+        if settings.draft.lower is not None:
+            notes += [f"the model beneath the draft: {note}" for note in _pair_notes(target, settings.draft.lower)]
+    except LoadError as err:
+        problem = Problem(path="draft.draft.model", message=err.message, remedy=err.remedy)
+        return TextReport(problems=(problem,))
     return TextReport(notes=tuple(notes))
+
+
+def _pair_notes(target: Tokenizer, model: ModelSettings) -> tuple[str, ...]:
+    """How the tokeniser of a draft differs from the target's. Raises LoadError if it is another one."""
+    report = compare_tokenizers(target, load_tokenizer(model.folder.path))
+    if report.problem is not None:
+        message = f"its tokeniser is not the target's: {report.problem}"
+        raise LoadError(message, "use a draft that was trained with the target's tokeniser")
+    return tuple(report.notes)
 
 
 def _problem(role: Role, names: Mapping[Role, str], error: LoadError) -> Problem:

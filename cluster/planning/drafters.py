@@ -50,8 +50,12 @@ def estimate_drafters(settings: Settings, acceptance: float, speed: Speed) -> It
     for name, draft, overlaps in _drafters(settings):
         step = _Step(0, 0.0) if draft is None else _step(draft, speed, settings.device)
 
-        def speedup(num_drafts: int, step: _Step = step, overlaps: bool = overlaps) -> float:
-            draft_s = num_drafts * step.seconds
+        draft_token_s = step.seconds
+        if draft is not None and draft.lower is not None:
+            draft_token_s = _token_s(step, _step(draft.lower, speed, settings.device), acceptance)
+
+        def speedup(num_drafts: int, draft_token_s: float = draft_token_s, overlaps: bool = overlaps) -> float:
+            draft_s = num_drafts * draft_token_s
             round_s = max(draft_s, target.seconds) if overlaps else draft_s + target.seconds
             return _expected_tokens(acceptance, num_drafts) * target.seconds / round_s
 
@@ -60,7 +64,7 @@ def estimate_drafters(settings: Settings, acceptance: float, speed: Speed) -> It
             name=name,
             acceptance=acceptance,
             step_bytes=step.num_bytes,
-            step_s=step.seconds,
+            step_s=draft_token_s,
             num_drafts=best,
             speedup=speedup(best),
         )
@@ -103,6 +107,13 @@ def _drafters(settings: Settings) -> Iterator[tuple[str, ModelSettings | None, b
         if not is_this and not any(quantization_problems(made)):
             yield f"self, {format}, colocated", made, False
     yield "suffix, where earlier text repeats", None, False
+
+
+def _token_s(draft: _Step, lower: _Step, acceptance: float) -> float:
+    """Of a draft that verifies what a model beneath it proposes: as many tokens as are best, which may be none. The
+    draft is taken to keep as large a share of them as the target keeps of drafts."""
+    counts = range(_MOST_DRAFTS + 1)
+    return min((draft.seconds + num * lower.seconds) / _expected_tokens(acceptance, num) for num in counts)
 
 
 def _expected_tokens(acceptance: float, num_drafts: int) -> float:

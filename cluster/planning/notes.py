@@ -13,6 +13,7 @@ def model_notes(settings: Settings) -> Iterator[str]:
     """All of them."""
     yield from stored_weights_notes(settings)
     yield from _made_draft_notes(settings)
+    yield from _lower_draft_notes(settings)
     yield from _layer_parallel_notes(settings)
     yield from _draft_limit_notes(settings)
     yield from _batch_invariance_notes(settings)
@@ -22,10 +23,27 @@ def _made_draft_notes(settings: Settings) -> Iterator[str]:
     """What a draft that is made at load takes, beside the target."""
     made, draft, target = what_was_made(settings), settings.draft, settings.target
     if made and draft is not None:
+        lower = draft.lower
+        beneath = (
+            f"; beneath it, a step of {lower.folder.path.name} reads {size_text(lower.step_bytes)} and a token of KV "
+            f"takes {lower.kv_bytes_per_token} bytes more on a rank"
+            if lower
+            else ""
+        )
         yield (
             f"the draft is made of {made}; a step reads {size_text(draft.step_bytes)} of weights on a rank, one of the "
             f"target {size_text(target.step_bytes)}; a token of KV takes {draft.kv_bytes_per_token} bytes on a rank of "
-            f"the draft, {target.kv_bytes_per_token} on one of the target"
+            f"the draft, {target.kv_bytes_per_token} on one of the target{beneath}"
+        )
+
+
+def _lower_draft_notes(settings: Settings) -> Iterator[str]:
+    """A level beneath the draft that cannot pay."""
+    draft = settings.draft
+    if draft is not None and draft.lower is not None and draft.lower.step_bytes >= draft.step_bytes:
+        yield (
+            f"a step of {draft.lower.folder.path.name} reads no less than one of the draft above it, so it will hardly "
+            "be asked for drafts; a smaller model would be"
         )
 
 

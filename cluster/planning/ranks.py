@@ -36,12 +36,13 @@ def ranks_of(settings: Settings, replica: int) -> list[Rank]:
 
 
 def _rank(replica: int, group: Role, rank: int, models: list[ModelSettings], settings: Settings) -> Rank:
+    loaded = [*models, *(model.lower for model in models if model.lower is not None)]
     memory = MemoryEstimate(
-        weight_bytes=sum(model.weight_bytes + _packed_head_bytes(model, settings) for model in models),
+        weight_bytes=sum(model.weight_bytes + _packed_head_bytes(model, settings) for model in loaded),
         kv_cache_bytes=sum(_kv_cache_bytes(model, settings) for model in models),
         # Engines of one device take turns, so only the larger working set counts. Their tables stay.
-        activation_bytes=max(_activation_bytes(model, settings) for model in models)
-        + sum(_rope_table_bytes(model, settings) for model in models),
+        activation_bytes=max(_activation_bytes(model, settings) for model in loaded)
+        + sum(_rope_table_bytes(model, settings) for model in loaded),
     )
     engines = tuple(model.role for model in models)
     return Rank(replica=replica, group=group, rank=rank, engines=engines, memory=memory)
@@ -62,7 +63,7 @@ def _kv_cache_bytes(model: ModelSettings, settings: Settings) -> int:
     # Engines that share a device get blocks for equally many tokens.
     num_tokens = settings.max_model_len if settings.colocated else settings.max_model_len_of(model.role)
     num_blocks = -(-num_tokens // settings.kv_cache.block_size)
-    return num_blocks * settings.kv_cache.block_size * model.kv_bytes_per_token
+    return num_blocks * settings.kv_cache.block_size * model.held_kv_bytes_per_token
 
 
 def _activation_bytes(model: ModelSettings, settings: Settings) -> int:

@@ -39,4 +39,10 @@ def _shown_weights(settings: Settings, target: EngineInfo | None) -> str:
 def _shown_draft(settings: Settings, draft: EngineInfo | None) -> str:
     """A draft that was made at load, and what it takes; empty if it is a model as it is."""
     made = what_was_made(settings)
-    return f"{made}, {size_text(draft.weight_bytes)} on a rank" if made and draft is not None else made
+    if not made or draft is None:
+        return made
+    shown = f"{made}, {size_text(draft.weight_bytes)} on a rank"
+    if not draft.lower_weight_bytes:
+        return shown
+    kv_sizes = f"{size_text(draft.kv_cache_bytes)} and {size_text(draft.lower_kv_cache_bytes)}"
+    return f"{shown} and {size_text(draft.lower_weight_bytes)} beneath it; KV cache {kv_sizes}"

@@ -53,6 +53,7 @@ def _engine_spec(settings: Settings, role: Role, bundle: Bundle) -> process_pb2.
         quantization="" if model.folder.quantization is None else model.folder.quantization.format,
         keeps_bits=model.folder.keeps_bits,
         lower_draft=model.lower_draft,
+        lower_model="" if model.lower is None else str(model.lower.folder.path),
         num_layers=model.folder.config.num_layers if role == "draft" else 0,
         kv_dtype=model.kv_dtype,
     )
@@ -87,7 +88,7 @@ def _kv_cache_bytes(settings: Settings, role: Role, bundle: Bundle) -> int:
     if settings.device == "cpu" or len(bundle.engines) == 1:
         return settings.kv_cache_bytes(role)
     # Engines that share a GPU get blocks for the same number of tokens.
-    per_token = {engine: settings.model(engine).kv_bytes_per_token for engine in bundle.engines}
+    per_token = {engine: settings.model(engine).held_kv_bytes_per_token for engine in bundle.engines}
     block_bytes = settings.kv_cache.block_size * sum(per_token.values())
     return bundle.memory.kv_cache_bytes // block_bytes * settings.kv_cache.block_size * per_token[role]
 

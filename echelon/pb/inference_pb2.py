@@ -15,15 +15,15 @@ _sym_db = _symbol_database.Default()
 from echelon.pb import sampling_pb2 as echelon_dot_pb_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65\x63helon/pb/inference.proto\x12\nechelon.v1\x1a\x19\x65\x63helon/pb/sampling.proto\"\xac\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x18.echelon.v1.ChatMessagesH\x00\x12)\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x14.echelon.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.echelon.v1.SamplingParams\x12,\n\x0bspeculation\x18\x07 \x01(\x0b\x32\x17.echelon.v1.Speculation\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x08 \x01(\x08H\x01\x88\x01\x01\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x37\n\x11structured_output\x18\n \x01(\x0b\x32\x1c.echelon.v1.StructuredOutput\x12\'\n\x0bresume_from\x18\x0b \x01(\x0b\x32\x12.echelon.v1.ResumeB\x07\n\x05inputB\x15\n\x13_add_special_tokens\"u\n\x06Resume\x12*\n\x07samples\x18\x01 \x03(\x0b\x32\x19.echelon.v1.ResumedSample\x12\x11\n\telapsed_s\x18\x02 \x01(\x01\x12\x1a\n\rfirst_token_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_first_token_s\"5\n\rResumedSample\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x11\n\tnum_chars\x18\x02 \x01(\r\"\x92\x01\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x12$\n\x06\x63hoice\x18\x05 \x01(\x0b\x32\x12.echelon.v1.ChoiceH\x00\x42\x06\n\x04\x66orm\"\x17\n\x06\x43hoice\x12\r\n\x05texts\x18\x01 \x03(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb5\x01\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.echelon.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08\x12\x1c\n\x14\x63hat_template_kwargs\x18\x04 \x01(\tB\x18\n\x16_add_generation_prompt\";\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\r\n\x05\x65xtra\x18\x03 \x01(\t\"o\n\x0bSpeculation\x12\x14\n\x07\x65nabled\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16num_speculative_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\n\n\x08_enabledB\x19\n\x17_num_speculative_tokens\"Y\n\x15SetSpeculationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x0bspeculation\x18\x02 \x01(\x0b\x32\x17.echelon.v1.Speculation\"\'\n\x16SetSpeculationResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\xbf\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12.\n\x07started\x18\x04 \x01(\x0b\x32\x1b.echelon.v1.GenerateStartedH\x00\x12*\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x19.echelon.v1.GenerateChunkH\x00\x12\x30\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x1c.echelon.v1.GenerateCompleteH\x00\x42\t\n\x07message\"\x1f\n\x0fGenerateStarted\x12\x0c\n\x04seed\x18\x01 \x01(\x04\"\x90\x01\n\rGenerateChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.echelon.v1.PositionLogprobs\x12\x0e\n\x06offset\x18\x05 \x01(\r\x12\x0f\n\x07\x64rafted\x18\x06 \x03(\x08\"\x81\x02\n\x10GenerateComplete\x12&\n\x08\x66inished\x18\x01 \x03(\x0b\x32\x14.echelon.v1.Finished\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.echelon.v1.Usage\x12\x31\n\x0bspeculation\x18\x03 \x01(\x0b\x32\x1c.echelon.v1.SpeculationStats\x12\x35\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1c.echelon.v1.PositionLogprobs\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12+\n\x07timings\x18\x06 \x01(\x0b\x32\x1a.echelon.v1.RequestTimings\"\x97\x01\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.echelon.v1.FinishReason\x12\x10\n\x08stop_str\x18\x03 \x01(\t\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nnum_tokens\x18\x05 \x01(\rB\x10\n\x0e_stop_token_id\"\xbf\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\x12&\n\x1e\x63\x61\x63hed_prompt_tokens_from_host\x18\x04 \x01(\r\x12&\n\x1e\x63\x61\x63hed_prompt_tokens_from_disk\x18\x05 \x01(\r\x12\x16\n\x0e\x61pproximations\x18\x06 \x03(\t\"\x90\x01\n\x10SpeculationStats\x12\x12\n\nnum_rounds\x18\x01 \x01(\x04\x12\x12\n\nnum_drafts\x18\x02 \x01(\x04\x12\x18\n\x10num_draft_tokens\x18\x03 \x01(\x04\x12\x1b\n\x13num_accepted_tokens\x18\x04 \x01(\x04\x12\x1d\n\x15\x61\x63\x63\x65pted_per_position\x18\x05 \x03(\x04\"I\n\x0eRequestTimings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x15\n\x13GetModelInfoRequest\"w\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\"\x16\n\x14GetServerInfoRequest\"a\n\nServerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08uptime_s\x18\x02 \x01(\x01\x12\x14\n\x0cnum_replicas\x18\x03 \x01(\r\x12\x1a\n\x12num_ready_replicas\x18\x04 \x01(\r*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\x81\x03\n\tInference\x12G\n\x08Generate\x12\x1b.echelon.v1.GenerateRequest\x1a\x1c.echelon.v1.GenerateResponse0\x01\x12?\n\x06\x43\x61ncel\x12\x19.echelon.v1.CancelRequest\x1a\x1a.echelon.v1.CancelResponse\x12W\n\x0eSetSpeculation\x12!.echelon.v1.SetSpeculationRequest\x1a\".echelon.v1.SetSpeculationResponse\x12\x46\n\x0cGetModelInfo\x12\x1f.echelon.v1.GetModelInfoRequest\x1a\x15.echelon.v1.ModelInfo\x12I\n\rGetServerInfo\x12 .echelon.v1.GetServerInfoRequest\x1a\x16.echelon.v1.ServerInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65\x63helon/pb/inference.proto\x12\nechelon.v1\x1a\x19\x65\x63helon/pb/sampling.proto\"\xac\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x18.echelon.v1.ChatMessagesH\x00\x12)\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x14.echelon.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.echelon.v1.SamplingParams\x12,\n\x0bspeculation\x18\x07 \x01(\x0b\x32\x17.echelon.v1.Speculation\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x08 \x01(\x08H\x01\x88\x01\x01\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x37\n\x11structured_output\x18\n \x01(\x0b\x32\x1c.echelon.v1.StructuredOutput\x12\'\n\x0bresume_from\x18\x0b \x01(\x0b\x32\x12.echelon.v1.ResumeB\x07\n\x05inputB\x15\n\x13_add_special_tokens\"u\n\x06Resume\x12*\n\x07samples\x18\x01 \x03(\x0b\x32\x19.echelon.v1.ResumedSample\x12\x11\n\telapsed_s\x18\x02 \x01(\x01\x12\x1a\n\rfirst_token_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_first_token_s\"5\n\rResumedSample\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x11\n\tnum_chars\x18\x02 \x01(\r\"\x92\x01\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x12$\n\x06\x63hoice\x18\x05 \x01(\x0b\x32\x12.echelon.v1.ChoiceH\x00\x42\x06\n\x04\x66orm\"\x17\n\x06\x43hoice\x12\r\n\x05texts\x18\x01 \x03(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb5\x01\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.echelon.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08\x12\x1c\n\x14\x63hat_template_kwargs\x18\x04 \x01(\tB\x18\n\x16_add_generation_prompt\";\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\r\n\x05\x65xtra\x18\x03 \x01(\t\"\x99\x01\n\x0bSpeculation\x12\x14\n\x07\x65nabled\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12#\n\x16num_speculative_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0blower_draft\x18\x03 \x01(\x08H\x02\x88\x01\x01\x42\n\n\x08_enabledB\x19\n\x17_num_speculative_tokensB\x0e\n\x0c_lower_draft\"Y\n\x15SetSpeculationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\x0bspeculation\x18\x02 \x01(\x0b\x32\x17.echelon.v1.Speculation\"\'\n\x16SetSpeculationResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\xbf\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12.\n\x07started\x18\x04 \x01(\x0b\x32\x1b.echelon.v1.GenerateStartedH\x00\x12*\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x19.echelon.v1.GenerateChunkH\x00\x12\x30\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x1c.echelon.v1.GenerateCompleteH\x00\x42\t\n\x07message\"\x1f\n\x0fGenerateStarted\x12\x0c\n\x04seed\x18\x01 \x01(\x04\"\x90\x01\n\rGenerateChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.echelon.v1.PositionLogprobs\x12\x0e\n\x06offset\x18\x05 \x01(\r\x12\x0f\n\x07\x64rafted\x18\x06 \x03(\x08\"\x81\x02\n\x10GenerateComplete\x12&\n\x08\x66inished\x18\x01 \x03(\x0b\x32\x14.echelon.v1.Finished\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.echelon.v1.Usage\x12\x31\n\x0bspeculation\x18\x03 \x01(\x0b\x32\x1c.echelon.v1.SpeculationStats\x12\x35\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1c.echelon.v1.PositionLogprobs\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12+\n\x07timings\x18\x06 \x01(\x0b\x32\x1a.echelon.v1.RequestTimings\"\x97\x01\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.echelon.v1.FinishReason\x12\x10\n\x08stop_str\x18\x03 \x01(\t\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nnum_tokens\x18\x05 \x01(\rB\x10\n\x0e_stop_token_id\"\xbf\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\x12&\n\x1e\x63\x61\x63hed_prompt_tokens_from_host\x18\x04 \x01(\r\x12&\n\x1e\x63\x61\x63hed_prompt_tokens_from_disk\x18\x05 \x01(\r\x12\x16\n\x0e\x61pproximations\x18\x06 \x03(\t\"\x90\x01\n\x10SpeculationStats\x12\x12\n\nnum_rounds\x18\x01 \x01(\x04\x12\x12\n\nnum_drafts\x18\x02 \x01(\x04\x12\x18\n\x10num_draft_tokens\x18\x03 \x01(\x04\x12\x1b\n\x13num_accepted_tokens\x18\x04 \x01(\x04\x12\x1d\n\x15\x61\x63\x63\x65pted_per_position\x18\x05 \x03(\x04\"I\n\x0eRequestTimings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x15\n\x13GetModelInfoRequest\"w\n\tModelInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\"\x16\n\x14GetServerInfoRequest\"a\n\nServerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08uptime_s\x18\x02 \x01(\x01\x12\x14\n\x0cnum_replicas\x18\x03 \x01(\r\x12\x1a\n\x12num_ready_replicas\x18\x04 \x01(\r*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\x81\x03\n\tInference\x12G\n\x08Generate\x12\x1b.echelon.v1.GenerateRequest\x1a\x1c.echelon.v1.GenerateResponse0\x01\x12?\n\x06\x43\x61ncel\x12\x19.echelon.v1.CancelRequest\x1a\x1a.echelon.v1.CancelResponse\x12W\n\x0eSetSpeculation\x12!.echelon.v1.SetSpeculationRequest\x1a\".echelon.v1.SetSpeculationResponse\x12\x46\n\x0cGetModelInfo\x12\x1f.echelon.v1.GetModelInfoRequest\x1a\x15.echelon.v1.ModelInfo\x12I\n\rGetServerInfo\x12 .echelon.v1.GetServerInfoRequest\x1a\x16.echelon.v1.ServerInfob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'echelon.pb.inference_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_FINISHREASON']._serialized_start=2904
-  _globals['_FINISHREASON']._serialized_end=3024
+  _globals['_FINISHREASON']._serialized_start=2947
+  _globals['_FINISHREASON']._serialized_end=3067
   _globals['_GENERATEREQUEST']._serialized_start=70
   _globals['_GENERATEREQUEST']._serialized_end=498
   _globals['_RESUME']._serialized_start=500
@@ -40,40 +40,40 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_CHATMESSAGES']._serialized_end=1055
   _globals['_CHATMESSAGE']._serialized_start=1057
   _globals['_CHATMESSAGE']._serialized_end=1116
-  _globals['_SPECULATION']._serialized_start=1118
-  _globals['_SPECULATION']._serialized_end=1229
-  _globals['_SETSPECULATIONREQUEST']._serialized_start=1231
-  _globals['_SETSPECULATIONREQUEST']._serialized_end=1320
-  _globals['_SETSPECULATIONRESPONSE']._serialized_start=1322
-  _globals['_SETSPECULATIONRESPONSE']._serialized_end=1361
-  _globals['_GENERATERESPONSE']._serialized_start=1364
-  _globals['_GENERATERESPONSE']._serialized_end=1555
-  _globals['_GENERATESTARTED']._serialized_start=1557
-  _globals['_GENERATESTARTED']._serialized_end=1588
-  _globals['_GENERATECHUNK']._serialized_start=1591
-  _globals['_GENERATECHUNK']._serialized_end=1735
-  _globals['_GENERATECOMPLETE']._serialized_start=1738
-  _globals['_GENERATECOMPLETE']._serialized_end=1995
-  _globals['_FINISHED']._serialized_start=1998
-  _globals['_FINISHED']._serialized_end=2149
-  _globals['_USAGE']._serialized_start=2152
-  _globals['_USAGE']._serialized_end=2343
-  _globals['_SPECULATIONSTATS']._serialized_start=2346
-  _globals['_SPECULATIONSTATS']._serialized_end=2490
-  _globals['_REQUESTTIMINGS']._serialized_start=2492
-  _globals['_REQUESTTIMINGS']._serialized_end=2565
-  _globals['_CANCELREQUEST']._serialized_start=2567
-  _globals['_CANCELREQUEST']._serialized_end=2602
-  _globals['_CANCELRESPONSE']._serialized_start=2604
-  _globals['_CANCELRESPONSE']._serialized_end=2635
-  _globals['_GETMODELINFOREQUEST']._serialized_start=2637
-  _globals['_GETMODELINFOREQUEST']._serialized_end=2658
-  _globals['_MODELINFO']._serialized_start=2660
-  _globals['_MODELINFO']._serialized_end=2779
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=2781
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=2803
-  _globals['_SERVERINFO']._serialized_start=2805
-  _globals['_SERVERINFO']._serialized_end=2902
-  _globals['_INFERENCE']._serialized_start=3027
-  _globals['_INFERENCE']._serialized_end=3412
+  _globals['_SPECULATION']._serialized_start=1119
+  _globals['_SPECULATION']._serialized_end=1272
+  _globals['_SETSPECULATIONREQUEST']._serialized_start=1274
+  _globals['_SETSPECULATIONREQUEST']._serialized_end=1363
+  _globals['_SETSPECULATIONRESPONSE']._serialized_start=1365
+  _globals['_SETSPECULATIONRESPONSE']._serialized_end=1404
+  _globals['_GENERATERESPONSE']._serialized_start=1407
+  _globals['_GENERATERESPONSE']._serialized_end=1598
+  _globals['_GENERATESTARTED']._serialized_start=1600
+  _globals['_GENERATESTARTED']._serialized_end=1631
+  _globals['_GENERATECHUNK']._serialized_start=1634
+  _globals['_GENERATECHUNK']._serialized_end=1778
+  _globals['_GENERATECOMPLETE']._serialized_start=1781
+  _globals['_GENERATECOMPLETE']._serialized_end=2038
+  _globals['_FINISHED']._serialized_start=2041
+  _globals['_FINISHED']._serialized_end=2192
+  _globals['_USAGE']._serialized_start=2195
+  _globals['_USAGE']._serialized_end=2386
+  _globals['_SPECULATIONSTATS']._serialized_start=2389
+  _globals['_SPECULATIONSTATS']._serialized_end=2533
+  _globals['_REQUESTTIMINGS']._serialized_start=2535
+  _globals['_REQUESTTIMINGS']._serialized_end=2608
+  _globals['_CANCELREQUEST']._serialized_start=2610
+  _globals['_CANCELREQUEST']._serialized_end=2645
+  _globals['_CANCELRESPONSE']._serialized_start=2647
+  _globals['_CANCELRESPONSE']._serialized_end=2678
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2680
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2701
+  _globals['_MODELINFO']._serialized_start=2703
+  _globals['_MODELINFO']._serialized_end=2822
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=2824
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=2846
+  _globals['_SERVERINFO']._serialized_start=2848
+  _globals['_SERVERINFO']._serialized_end=2945
+  _globals['_INFERENCE']._serialized_start=3070
+  _globals['_INFERENCE']._serialized_end=3455
 # @@protoc_insertion_point(module_scope)

@@ -296,19 +296,25 @@ class Speculation(google.protobuf.message.Message):
 
     ENABLED_FIELD_NUMBER: builtins.int
     NUM_SPECULATIVE_TOKENS_FIELD_NUMBER: builtins.int
+    LOWER_DRAFT_FIELD_NUMBER: builtins.int
     enabled: builtins.bool
     num_speculative_tokens: builtins.int
     """fixed number of drafts per round, at most the deployment's"""
+    lower_draft: builtins.bool
+    """false: the draft drafts without the level beneath it. Default true"""
     def __init__(
         self,
         *,
         enabled: builtins.bool | None = ...,
         num_speculative_tokens: builtins.int | None = ...,
+        lower_draft: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_enabled", b"_enabled", "_num_speculative_tokens", b"_num_speculative_tokens", "enabled", b"enabled", "num_speculative_tokens", b"num_speculative_tokens"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_enabled", b"_enabled", "_num_speculative_tokens", b"_num_speculative_tokens", "enabled", b"enabled", "num_speculative_tokens", b"num_speculative_tokens"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_enabled", b"_enabled", "_lower_draft", b"_lower_draft", "_num_speculative_tokens", b"_num_speculative_tokens", "enabled", b"enabled", "lower_draft", b"lower_draft", "num_speculative_tokens", b"num_speculative_tokens"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_enabled", b"_enabled", "_lower_draft", b"_lower_draft", "_num_speculative_tokens", b"_num_speculative_tokens", "enabled", b"enabled", "lower_draft", b"lower_draft", "num_speculative_tokens", b"num_speculative_tokens"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_enabled", b"_enabled"]) -> typing.Literal["enabled"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_lower_draft", b"_lower_draft"]) -> typing.Literal["lower_draft"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_num_speculative_tokens", b"_num_speculative_tokens"]) -> typing.Literal["num_speculative_tokens"] | None: ...
 

@@ -288,6 +288,7 @@ class Row(google.protobuf.message.Message):
     DRAFT_TOKEN_IDS_FIELD_NUMBER: builtins.int
     DRAFT_BASE_LEN_FIELD_NUMBER: builtins.int
     NUM_DRAFT_TOKENS_FIELD_NUMBER: builtins.int
+    WITHOUT_LOWER_FIELD_NUMBER: builtins.int
     slot: builtins.int
     crop_len: builtins.int
     """1. The history is cut to this many tokens, and KV after them is stale. Not below the prompt or above the history ..."""
@@ -305,6 +306,8 @@ class Row(google.protobuf.message.Message):
     """   draft: the chain grows by this many tokens, a step each. With chunk_len 1 and nothing appended, a chain of
               earlier rounds continues, even of a round in flight: the chunk is its last draft.
     """
+    without_lower: builtins.bool
+    """   Draft engine: no level beneath the draft takes part. The chain is the same."""
     @property
     def append_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """2. ... and extended by these (tokens that the target committed; draft engine)."""
@@ -337,9 +340,10 @@ class Row(google.protobuf.message.Message):
         draft_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         draft_base_len: builtins.int = ...,
         num_draft_tokens: builtins.int = ...,
+        without_lower: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_crop_len", b"_crop_len", "crop_len", b"crop_len"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_crop_len", b"_crop_len", "append_token_ids", b"append_token_ids", "calibrate_len", b"calibrate_len", "chunk_len", b"chunk_len", "crop_len", b"crop_len", "draft_base_len", b"draft_base_len", "draft_token_ids", b"draft_token_ids", "new_block_ids", b"new_block_ids", "num_draft_tokens", b"num_draft_tokens", "slot", b"slot"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_crop_len", b"_crop_len", "append_token_ids", b"append_token_ids", "calibrate_len", b"calibrate_len", "chunk_len", b"chunk_len", "crop_len", b"crop_len", "draft_base_len", b"draft_base_len", "draft_token_ids", b"draft_token_ids", "new_block_ids", b"new_block_ids", "num_draft_tokens", b"num_draft_tokens", "slot", b"slot", "without_lower", b"without_lower"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_crop_len", b"_crop_len"]) -> typing.Literal["crop_len"] | None: ...
 
 global___Row = Row
@@ -362,7 +366,7 @@ class RoundResult(google.protobuf.message.Message):
     run_ns: builtins.int
     """time of running, on the leader's monotonic clock"""
     num_steps: builtins.int
-    """forwards; those of a draft as if it had no lower_draft"""
+    """forwards; those of a draft as if it had no level beneath it"""
     @property
     def rows(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RowResult]:
         """one for each row of the round, in order"""
@@ -711,6 +715,8 @@ class EngineInfo(google.protobuf.message.Message):
     HOST_BLOCK_BYTES_FIELD_NUMBER: builtins.int
     DISK_BLOCK_BYTES_FIELD_NUMBER: builtins.int
     LOWER_DRAFT_FIELD_NUMBER: builtins.int
+    LOWER_WEIGHT_BYTES_FIELD_NUMBER: builtins.int
+    LOWER_KV_CACHE_BYTES_FIELD_NUMBER: builtins.int
     KV_DTYPE_FIELD_NUMBER: builtins.int
     role: global___EngineRole.ValueType
     model: builtins.str
@@ -755,6 +761,10 @@ class EngineInfo(google.protobuf.message.Message):
     """... and on disk"""
     lower_draft: builtins.str
     """as in EngineSpec"""
+    lower_weight_bytes: builtins.int
+    """on this rank, of the model beneath the draft; not part of weight_bytes"""
+    lower_kv_cache_bytes: builtins.int
+    """of its cache; not part of kv_cache_bytes"""
     kv_dtype: builtins.str
     """as in EngineSpec"""
     @property
@@ -791,9 +801,11 @@ class EngineInfo(google.protobuf.message.Message):
         host_block_bytes: builtins.int = ...,
         disk_block_bytes: builtins.int = ...,
         lower_draft: builtins.str = ...,
+        lower_weight_bytes: builtins.int = ...,
+        lower_kv_cache_bytes: builtins.int = ...,
         kv_dtype: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["batch_invariant", b"batch_invariant", "block_bytes", b"block_bytes", "block_size", b"block_size", "disk_block_bytes", b"disk_block_bytes", "dtype", b"dtype", "host_block_bytes", b"host_block_bytes", "kv_cache_bytes", b"kv_cache_bytes", "kv_dtype", b"kv_dtype", "layer_groups", b"layer_groups", "layer_parallel_mlp", b"layer_parallel_mlp", "layer_parallel_weights", b"layer_parallel_weights", "load_s", b"load_s", "lower_draft", b"lower_draft", "lp_size", b"lp_size", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "model", b"model", "num_blocks", b"num_blocks", "num_disk_blocks", b"num_disk_blocks", "num_host_slots", b"num_host_slots", "num_layers", b"num_layers", "num_slots", b"num_slots", "quantization", b"quantization", "role", b"role", "tier_dtype", b"tier_dtype", "tp_size", b"tp_size", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["batch_invariant", b"batch_invariant", "block_bytes", b"block_bytes", "block_size", b"block_size", "disk_block_bytes", b"disk_block_bytes", "dtype", b"dtype", "host_block_bytes", b"host_block_bytes", "kv_cache_bytes", b"kv_cache_bytes", "kv_dtype", b"kv_dtype", "layer_groups", b"layer_groups", "layer_parallel_mlp", b"layer_parallel_mlp", "layer_parallel_weights", b"layer_parallel_weights", "load_s", b"load_s", "lower_draft", b"lower_draft", "lower_kv_cache_bytes", b"lower_kv_cache_bytes", "lower_weight_bytes", b"lower_weight_bytes", "lp_size", b"lp_size", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "model", b"model", "num_blocks", b"num_blocks", "num_disk_blocks", b"num_disk_blocks", "num_host_slots", b"num_host_slots", "num_layers", b"num_layers", "num_slots", b"num_slots", "quantization", b"quantization", "role", b"role", "tier_dtype", b"tier_dtype", "tp_size", b"tp_size", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]) -> None: ...
 
 global___EngineInfo = EngineInfo
 

@@ -197,8 +197,8 @@ class Drafter(ABC):
             return False
         if slot.num_ahead or state.window:
             return True
-        is_level = slot.lag(state.seq.token_ids) <= self._tuning.max_lag
-        return is_level and (state.params.is_fixed or not self.policy.is_resting)
+        is_worth_it = state.params.is_fixed or not self.policy.is_resting
+        return is_worth_it and slot.lag(state.seq.token_ids) <= self._tuning.max_lag
 
     # -- rounds -------------------------------------------------------------------------------------------------------
 
@@ -218,13 +218,12 @@ class Drafter(ABC):
             return None
         self.slots.engine.expire_fetches(now)
         speculating = [state for state in running if state.wants_draft_model and self._may_follow(self.slots, state)]
-        if not speculating:
-            return None
         for state in speculating:
             self.slots.prefetch(state, now)  # the target may have had its part on the device
-        rows = self._plan_rows(self.slots, speculating)
-        if not rows:
+        if not speculating or not (rows := self._plan_rows(self.slots, speculating)):
             return None
+        for row in rows:
+            row.without_lower = not self._states[row.seq].params.has_lower
         return self.slots.engine.launch(
             rows,
             now,

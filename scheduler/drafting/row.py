@@ -26,6 +26,7 @@ class DraftRow(PlannedRow):
     fork: ForkFrom | None = None  # how the slot of a branch begins
     calibrate_len: int = 0  # tokens whose approximate KV is first replaced
     epoch: int = 0  # of the chain that grows
+    without_lower: bool = False  # no level beneath the draft takes part
     num_exact: int = 0  # leading tokens of the slot whose KV is exact after the row
 
     @property
@@ -67,3 +68,5 @@ class DraftRow(PlannedRow):
             pb.num_draft_tokens = self.num_draft_tokens
         if self.calibrate_len:
             pb.calibrate_len = self.calibrate_len
+        if self.without_lower:
+            pb.without_lower = True

@@ -18,6 +18,7 @@ class SpeculationParams:
 
     max_drafts: int  # per round; 0: no speculation
     is_fixed: bool  # the request fixed the number, so the policy does not choose
+    has_lower: bool = True  # the draft may use the level beneath it
 
     @classmethod
     def of(cls, params: inference_pb2.Speculation, config: SpeculationConfig) -> Self:
@@ -26,7 +27,11 @@ class SpeculationParams:
         is_fixed = params.HasField("num_speculative_tokens")
         if params.HasField("enabled") and not params.enabled:
             return cls(max_drafts=0, is_fixed=is_fixed)
-        return cls(max_drafts=min(params.num_speculative_tokens, most) if is_fixed else most, is_fixed=is_fixed)
+        return cls(
+            max_drafts=min(params.num_speculative_tokens, most) if is_fixed else most,
+            is_fixed=is_fixed,
+            has_lower=not params.HasField("lower_draft") or params.lower_draft,
+        )
 
 
 _MOST_LOSSES = 3

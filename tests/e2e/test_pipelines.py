@@ -45,14 +45,14 @@ DEPLOYMENTS: dict[str, dict[str, Any]] = {
         "speculation": CONTINUOUS,
         "draft": {"folder": TARGET, "quantization": "int4", "lower_draft": "suffix"},
     },
-    "tensor-parallel MXFP4 self-draft of the first layers": {
+    "tensor-parallel MXFP4 self-draft of the first layers, a model beneath": {
         "speculation": CONTINUOUS,
         "draft": {
             "folder": TARGET,
             "quantization": "mxfp4",
             "num_layers": 6,
             "tp_size": 2,
-            "lower_draft": "suffix",
+            "lower_folder": DRAFT,
         },
     },
     "colocated int8 self-draft, layers in one batch": {

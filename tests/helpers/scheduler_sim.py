@@ -39,8 +39,9 @@ def submit(
     is_background: bool = False,
     **fields: Any,
 ) -> Any:
-    """A Submit; `fields` are sampling parameters, or `enabled` and `num_speculative_tokens`."""
-    speculation = {name: fields.pop(name) for name in ("enabled", "num_speculative_tokens") if name in fields}
+    """A Submit; `fields` are sampling parameters, or those of Speculation."""
+    wishes = ("enabled", "num_speculative_tokens", "lower_draft")
+    speculation = {name: fields.pop(name) for name in wishes if name in fields}
     return scheduler_pb2.Submit(
         request_id=request_id,
         prompt_token_ids=prompt,

@@ -19,9 +19,10 @@ from tests.helpers.engines import DRAFT, assemble_draft, drive, make_engine, poi
 from tests.helpers.engines import POISON as BREAKS
 from tests.helpers.rounds import Driver, greedy, seeded
 from tests.helpers.tiny_models import TinyModel, make_tiny_model
-from workers.engine.chain_lookup import ChainLookup, Proposal, longest_repeated
+from workers.engine.chain_lookup import ChainLookup, longest_repeated
 from workers.engine.draft_engine import DraftEngine
 from workers.engine.engine import ModelRunner
+from workers.engine.lower_draft import Proposal
 from workers.models.batch import Batch
 
 REPEATED = [5, 17, 3, 80, 41] * 4
@@ -59,7 +60,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 def engine_of(tiny: TinyModel, lookup: ChainLookup | None = None, **changes: Any) -> tuple[DraftEngine, Driver]:
     engine = make_engine(tiny.folder, DRAFT, **changes)
     assert isinstance(engine, DraftEngine)
-    engine.lookup = lookup
+    engine.lower = lookup
     return engine, drive(engine)
 
 
@@ -124,7 +125,7 @@ def test_right_proposals_save_forwards(tiny: TinyModel) -> None:
                 return super().draft_forward(batch)
 
         engine = assemble_draft(tiny.folder, CountingRunner).engine
-        engine.lookup = lookup
+        engine.lower = lookup
         driver = drive(engine)
         seq = driver.start(0, REPEATED, greedy())
         result = driver.send(driver.round([driver.draft_row(seq, 24)]))

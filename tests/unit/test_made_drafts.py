@@ -18,6 +18,7 @@ from cluster.planning.plan import Inventory, Node
 from cluster.planning.planner import make_plan
 from cluster.planning.ranks import ranks_of
 from cluster.processes.shown_settings import shown_settings
+from cluster.processes.specs import worker_specs
 from echelon.pb.process_pb2 import WorkerSpec
 from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET, EngineInfo, EngineRole
 from kernels.layers.quantized import dequantize_weight, quantize_weight
@@ -121,7 +122,12 @@ REFUSED = {
     "model: self": "draft.model: 'self': would be the target again",
     "model: self, quantization: int3": "draft.quantization: 'int3': must be 'int8', 'int4' or 'mxfp4'",
     "model: self, quantization: int4, kv_dtype: int8": "draft.kv_dtype: 'int8': is not built yet; leave the key out",
-    "model: self, quantization: int4, draft: {method: suffix, model: x}": "is not built yet; leave the key out",
+    "model: self, quantization: int4, draft: {method: suffix, model: x}": "draft.draft: needs one of method and model",
+    "model: self, quantization: int4, draft: {}": "set method: suffix, or the folder of a small model",
+    "model: self, quantization: int4, draft: {model: nowhere}": "draft.draft.model: 'nowhere': there is no such folder",
+    f"model: self, quantization: int4, draft: {{model: {DRAFT}}}, layer_parallel_size: 2": (
+        "cannot be beneath a layer-parallel draft; use method: suffix, or layer_parallel_size: 1"
+    ),
     "model: self, quantization: int4, draft: {method: lookup}": "draft.draft.method: 'lookup': must be 'suffix'",
     "model: self, layers: 9": "draft.layers: 9: 9 layers are more than the model's 8; use fewer, or all",
     "model: self, layers: some": "draft.layers: 'some': must be all or an integer from 1 to 4096",
@@ -168,6 +174,38 @@ def test_a_draft_has_a_draft_where_the_file_says_so(tmp_path: Path) -> None:
     for role, lower in ((ENGINE_ROLE_DRAFT, "lookup"), (ENGINE_ROLE_TARGET, "suffix")):
         with pytest.raises(SpecError, match=f"lower_draft '{lower}'"):
             engine_of(DRAFT, role, lower_draft=lower)
+
+
+def test_a_model_beneath_a_draft_is_counted_and_shown(tmp_path: Path) -> None:
+    key = "model: self, quantization: int4"
+    settings = settings_of(tmp_path, key + f", draft: {{model: {DRAFT}}}")
+    lower = settings.draft.lower
+    assert lower.dtype == settings.draft.dtype
+    node = Node(node_id="a" * 56, address="127.0.0.1", num_cpus=4.0, num_gpus=0)
+    inventory = Inventory(nodes=(node,), head_node_id=node.node_id)
+    plan = make_plan(settings, inventory)
+    files = key, f"model: {DRAFT}"
+    memory_alone, memory_lower = (make_plan(settings_of(tmp_path, x), inventory).bundles[1].memory for x in files)
+    memory = plan.bundles[1].memory
+    assert memory.weight_bytes == memory_alone.weight_bytes + memory_lower.weight_bytes
+    together = settings_of(tmp_path, key + f", draft: {{model: {DRAFT}}}, placement: colocated")
+    held = settings.draft.kv_bytes_per_token + lower.kv_bytes_per_token
+    num_tokens = together.kv_cache_bytes("target") // together.target.kv_bytes_per_token
+    assert together.kv_cache_bytes("draft") == num_tokens * held, "both levels hold what the target holds"
+    note = next(note for note in plan.notes if note.startswith("the draft is made of"))
+    assert "with drafts of its own from demo-draft" in note
+    assert f"a token of KV takes {lower.kv_bytes_per_token} bytes more" in note
+    assert any("demo-draft reads no less than one of the draft above it" in note for note in plan.notes)
+    (worker,) = worker_specs(settings, plan.bundles[1:2], 1)
+    spec = worker.engines[0]
+    assert (spec.lower_model, spec.lower_draft) == (str(DRAFT.resolve()), "")
+    made = EngineInfo(
+        weight_bytes=5 << 20, kv_cache_bytes=7 << 20, lower_weight_bytes=1 << 20, lower_kv_cache_bytes=2 << 20
+    )
+    assert shown_settings(settings, None, made)["draft"] == (
+        "the target's own weights in int4, 8 layers, with drafts of its own from demo-draft, 5.0 MiB on a rank and "
+        "1.0 MiB beneath it; KV cache 7.0 MiB and 2.0 MiB"
+    )
 
 
 def test_the_plan_says_what_is_made(tmp_path: Path) -> None:

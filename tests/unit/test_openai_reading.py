@@ -83,9 +83,14 @@ def test_every_setting_reaches_the_scheduler(ask: Any, validator: RequestValidat
         "seed": 11,
     }
     wishes = {"stop": ["a", "b"], "logit_bias": {"17": -100}, "cache_salt": "s"}
-    (submit,) = ask(validator, **settings, **wishes, speculation={"enabled": True, "num_speculative_tokens": 2}).submits
+    (submit,) = ask(
+        validator,
+        **settings,
+        **wishes,
+        speculation={"enabled": True, "num_speculative_tokens": 2, "lower_draft": False},
+    ).submits
     assert submit.sampling == SamplingParams(**settings, stop=["a", "b"], logit_bias={17: -100})
-    assert submit.speculation == pb.Speculation(enabled=True, num_speculative_tokens=2)
+    assert submit.speculation == pb.Speculation(enabled=True, num_speculative_tokens=2, lower_draft=False)
     assert submit.cache_salt == "s"
     assert ask(validator, seed=-1).submits[0].sampling.seed == 2**64 - 1
     (plain,) = ask(validator, **dict.fromkeys([*settings, *wishes, "speculation", "model", "stream", "n"])).submits

@@ -211,6 +211,25 @@ def test_a_request_changes_its_speculation_while_it_runs() -> None:
     assert sim.core.status().speculation_total.num_accepted_tokens > meanwhile
 
 
+@pytest.mark.parametrize("speculation", [CONTINUOUS, CACHED], ids=["continuous", "cached"])
+def test_a_request_switches_the_level_beneath_the_draft(speculation: dict[str, Any]) -> None:
+    sim = TimedSimulation(target=target_engine(), draft=draft_engine(80), k=4, speculation=speculation)
+    rounds, seconds = list[worker_pb2.Round](), sim.draft_lane.seconds
+
+    def note(message: worker_pb2.Round) -> float:
+        rounds.append(message)
+        return seconds(message)
+
+    sim.draft_lane.seconds = note
+    sim.submit(submit("r", [1] * 9, max_tokens=80, lower_draft=False))
+    sim.at(1.0, lambda: sim.core.adjust("r", submit("", [1]).speculation))
+    sim.run_timed()
+    without = [row.without_lower for message in rounds for row in message.rows]
+    assert without == sorted(without, reverse=True), "every row until the change, and none after it"
+    assert any(without)
+    assert not all(without)
+
+
 def repetitive(seed: int) -> list[int]:
     """A prompt that repeats the same tokens over and over."""
     return [(7 * i + seed) % 40 for i in range(12)] * 4

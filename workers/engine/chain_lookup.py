@@ -1,4 +1,4 @@
-"""The draft of a draft: what followed the same tokens earlier in a seq. It needs no model and keeps no state of a seq.
+"""A draft of a draft: what followed the same tokens earlier in a seq. It needs no model and keeps no state of a seq.
 
 The longest suffix that occurred before proposes what came after its latest occurrence (prompt lookup). The draft
 computes several proposals in one forward and keeps those that it would have drafted itself (see DraftEngine), so they
@@ -6,11 +6,15 @@ change no draft. How many are worth a row of a forward is learned from how they 
 Counts alone decide, so that all ranks propose alike. Multi-level drafting: ML-SpecQD, arXiv 2503.13565.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor, log
 
 import numpy as np
 from numpy.typing import NDArray
+
+from workers.engine.lower_draft import MAX_PROPOSED, NOTHING, LowerDraft, Proposal, Wanted
+from workers.engine.seq_state import SeqTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +22,6 @@ class Tuning:
     """None is measured."""
 
     max_match: int = 8  # longer suffixes are trusted like this one
-    max_proposed: int = 7  # in one forward: with its last token, a draft computes 8 rows, of which few cost little
     min_worth: float = 0.3  # the probability that a proposal is kept, or it is not worth its row
     max_rate: float = 0.95
     explore_every: int = 16  # suffixes that seem worth nothing; one of them proposes a token nevertheless
@@ -39,7 +42,7 @@ class _Trust:
         """How many tokens to propose."""
         rate = min(_TUNING.max_rate, self._num_kept / self._num_judged)
         if rate >= _TUNING.min_worth:
-            return min(_TUNING.max_proposed, floor(log(_TUNING.min_worth) / log(rate)))
+            return min(MAX_PROPOSED, floor(log(_TUNING.min_worth) / log(rate)))
         self._num_refused += 1
         return 1 if self._num_refused % _TUNING.explore_every == 0 else 0
 
@@ -49,22 +52,15 @@ class _Trust:
         self._num_judged = share * self._num_judged + num_judged
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    token_ids: list[int]
-    match_len: int  # tokens of the suffix that they followed before
-
-
-NOTHING = Proposal([], 0)
-
-
-class ChainLookup:
+class ChainLookup(LowerDraft):
     """One for an engine."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._trust = [_Trust() for _ in range(_TUNING.max_match + 1)]
-        self.num_proposed = 0
-        self.num_kept = 0
+
+    def propose_all(self, table: SeqTable, wanted: Sequence[Wanted]) -> list[Proposal]:
+        return [self.propose(table.token_ids[slot, : table.lengths[slot]], most) for slot, most in wanted]
 
     def propose(self, token_ids: NDArray[np.int32], most: int) -> Proposal:
         """At most `most` tokens that may follow `token_ids` [num_tokens]."""
@@ -76,11 +72,8 @@ class ChainLookup:
         return Proposal(token_ids[end + np.arange(count) % period].tolist(), match_len)
 
     def observe(self, proposal: Proposal, num_kept: int) -> None:
-        """The draft kept the first so many tokens of a proposal."""
-        num_proposed = len(proposal.token_ids)
-        self.num_proposed += num_proposed
-        self.num_kept += num_kept
-        if num_proposed:
+        super().observe(proposal, num_kept)
+        if num_proposed := len(proposal.token_ids):
             self._trust[proposal.match_len].observe(num_kept, min(num_kept + 1, num_proposed))
 
 

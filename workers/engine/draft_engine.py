@@ -1,7 +1,7 @@
 """The draft: extends a chain of tokens for each seq, one token per step for the whole batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import NamedTuple, Self
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from echelon.pb.worker_pb2 import EngineInfo, Round, RowResult
 from kernels.sampling.verify_chain import verify_chain
-from workers.engine.chain_lookup import NOTHING, ChainLookup, Proposal
 from workers.engine.engine import NO_TOKEN, ActiveRow, ModelEngine, ModelRunner, Mover, chosen_token_ids
+from workers.engine.lower_draft import NOTHING, LowerDraft, Proposal, Wanted
 from workers.engine.overtaken import drop_overtaken
 from workers.engine.rounds import plan_draft
 from workers.engine.seq_state import SeqTable
@@ -30,6 +30,7 @@ class _Chain:
     slot: int
     remaining: int
     result: RowResult
+    has_lower: bool  # the request allows a level beneath the draft
     proposal: Proposal = field(default=NOTHING)  # what the next forward verifies
 
     @property
@@ -81,8 +82,8 @@ class DraftEngine(ModelEngine):
     accepted. Source: arXiv 2502.02493. So a round begins with a forward of the exact model, for history and calibration
     of all rows. Then each step adds a token to the chains that grow.
 
-    With a `lookup`, the draft has a draft of its own. A step then computes the last token of a chain and what the
-    lookup proposes after it. The draft chooses a token at each of these positions by the same rule, and keeps proposals
+    With a `lower` level, the draft has a draft of its own. A step then computes the last token of a chain and what that
+    level proposes after it. The draft chooses a token at each of these positions by the same rule, and keeps proposals
     as far as they equal its choices. So the chain is the draft's own, whatever was proposed. Source: arXiv 2503.13565.
     """
 
@@ -93,10 +94,10 @@ class DraftEngine(ModelEngine):
         info: EngineInfo,
         *,
         mover: Mover | None = None,
-        lookup: ChainLookup | None = None,
+        lower: LowerDraft | None = None,
     ) -> None:
         super().__init__(runner, table, info, plan_draft, mover)
-        self.lookup = lookup
+        self.lower = lower
 
     def check(self, round_: Round, queued: Sequence[Round] = ()) -> None:
         drop_overtaken(round_, queued, self._table)
@@ -116,6 +117,9 @@ class DraftEngine(ModelEngine):
         for each in active:
             if len(each.result.token_ids) < each.plan.num_ordered:
                 self._table.fell_short[each.plan.slot] = True
+        if self.lower is not None:
+            followed = (each for each in active if not each.plan.num_drafts and not each.row.without_lower)
+            self.lower.follow(self._table, [each.plan.slot for each in followed])
         return max(num_steps, *(len(each.result.token_ids) for each in active))
 
     def _spans(self, active: list[ActiveRow]) -> tuple[list[_Span], list[_Span], list[_Chain]]:
@@ -127,7 +131,9 @@ class DraftEngine(ModelEngine):
         for each in active:
             plan, slot = each.plan, each.plan.slot
             num_exact, num_computed = int(self._table.num_exact[slot]), int(self._table.num_computed[slot])
-            chain = _Chain(slot, plan.num_drafts, each.result) if plan.num_drafts else None
+            chain = None
+            if plan.num_drafts:
+                chain = _Chain(slot, plan.num_drafts, each.result, has_lower=not each.row.without_lower)
             calibrated, end = num_exact + plan.calibrate_len, num_computed + plan.chunk_len
             goes_on = plan.goes_on and self._runner.is_approximate
             if calibrated == num_computed and not goes_on:
@@ -174,18 +180,17 @@ class DraftEngine(ModelEngine):
         return hidden
 
     def _propose(self, chains: list[_Chain]) -> None:
-        """Write what the lookup proposes after the end of each chain. The more chains, the less for each."""
-        if self.lookup is None or not chains:
+        """Write what the lower level proposes after the end of each chain. The more chains, the less for each."""
+        if self.lower is None or not chains:
             return
         most = _MOST_ROWS // len(chains) - 1
-        for chain in chains:
-            slot, length = chain.slot, int(self._table.lengths[chain.slot])
-            found = self.lookup.propose(self._table.token_ids[slot, :length], min(most, chain.remaining - 1))
-            grammar = self._table.sampling(slot).grammar
+        wanted = [Wanted(each.slot, min(most, each.remaining - 1) if each.has_lower else 0) for each in chains]
+        for chain, found in zip(chains, self.lower.propose_all(self._table, wanted), strict=True):
+            grammar = self._table.sampling(chain.slot).grammar
             if grammar is not None and found.token_ids:
-                found = Proposal(found.token_ids[: grammar.num_legal(found.token_ids)], found.match_len)
+                found = replace(found, token_ids=found.token_ids[: grammar.num_legal(found.token_ids)])
             chain.proposal = found
-            self._table.put_drafts(slot, found.token_ids)
+            self._table.put_drafts(chain.slot, found.token_ids)
 
     def _count_computed(self, slots: list[int], counts: int | list[int] = 1) -> None:
         """Draft steps have computed so many more tokens of each slot."""
@@ -200,8 +205,8 @@ class DraftEngine(ModelEngine):
         chains that want more, and the number of forwards that this took."""
         if not chains:
             return [], 0
-        if self.lookup is not None and any(chain.proposal.token_ids for chain in chains):
-            return self._verify(self.lookup, chains, hidden, round_), 0
+        if self.lower is not None and any(chain.proposal.token_ids for chain in chains):
+            return self._verify(self.lower, chains, hidden, round_), 0
         table, slots = self._table, [chain.slot for chain in chains]
         num_wanted = min(chain.remaining for chain in chains)
         steps = self._runner.draft(
@@ -219,7 +224,7 @@ class DraftEngine(ModelEngine):
             table.append([chain.slot for chain in chains], [chain.result.token_ids[-1:] for chain in chains])
         return [chain for chain in chains if chain.remaining], len(steps) - 1
 
-    def _verify(self, lookup: ChainLookup, chains: list[_Chain], hidden: Tensor, round_: Round) -> list[_Chain]:
+    def _verify(self, lower: LowerDraft, chains: list[_Chain], hidden: Tensor, round_: Round) -> list[_Chain]:
         """Choose a token after each chain and after each token proposed for it; keep proposals as far as they equal
         the choices. Returns the chains that want more."""
         table = self._table
@@ -244,7 +249,7 @@ class DraftEngine(ModelEngine):
         chosen = _Chosen.of(sampled)
         going_on = []
         for chain, row, kept in zip(chains, cu_rows, num_kept.tolist(), strict=False):
-            lookup.observe(chain.proposal, kept)
+            lower.observe(chain.proposal, kept)
             if self._take(chain, chosen, range(row, row + kept + 1)):
                 going_on.append(chain)
         return going_on

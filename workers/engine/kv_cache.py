@@ -85,6 +85,11 @@ def activation_bytes(
     return peak
 
 
+def one_block_batch(num_tokens: int, device: torch.device) -> Batch:
+    """One seq of so many tokens, in the first block of a cache."""
+    return _dummy_batch(num_tokens, num_tokens, num_tokens, device)
+
+
 def _dummy_batch(num_tokens: int, max_model_len: int, block_size: int, device: torch.device) -> Batch:
     """Seqs of max_model_len tokens, all in the same blocks, that make up `num_tokens`."""
     lengths = torch.tensor([max_model_len] * (num_tokens // max_model_len) + [num_tokens % max_model_len])

@@ -175,15 +175,12 @@ class SeqTable:
         Some of them may have KV already. Those that `put_drafts` wrote do not count.
         """
         slot, start = np.array(slots, np.int64), np.array(starts, np.int64)
-        end = start + np.array(counts, np.int64)
         held, exact = self.num_computed[slot], self.num_exact[slot]
-        self.num_computed[slot] = start
-        batch = self.pack(slots, counts, device)
-        end = np.minimum(end, self.lengths[slot])
+        end = np.minimum(start + np.array(counts, np.int64), self.lengths[slot])
         self.num_computed[slot] = np.maximum(held, end)
         # KV that the exact model computes from approximate KV is still approximate.
         self.num_exact[slot] = np.where(start <= exact, np.maximum(exact, end), exact)
-        return batch
+        return self.pack_from(slots, starts, counts, device)
 
     def forget_last(self, slot: int) -> None:
         """Count the last token as one without KV."""
@@ -217,9 +214,15 @@ class SeqTable:
 
         The count may run past the history, into tokens that `put_drafts` wrote.
         """
+        return self.pack_from(slots, self.num_computed[list(slots)].tolist(), counts, device)
+
+    def pack_from(
+        self, slots: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: torch.device
+    ) -> Batch:
+        """As `pack`, from `starts[i]` on."""
         slot = np.array(slots, np.int64)  # [num_seqs]
         count = np.array(counts, np.int64)
-        start = self.num_computed[slot]
+        start = np.array(starts, np.int64)
         cu_seqlens_q = np.zeros(len(slot) + 1, np.int32)
         np.cumsum(count, out=cu_seqlens_q[1:])
         token_slot = np.repeat(slot, count)  # [num_tokens]

@@ -17,7 +17,6 @@ from childproc.spec import SpecError
 from echelon.pb.process_pb2 import EngineSpec
 from echelon.pb.worker_pb2 import EngineRole
 from workers.collectives import Group, SoloGroup
-from workers.engine.chain_lookup import ChainLookup
 from workers.layers.context import BuildContext, WeightSlice
 from workers.models.decoder import MLP
 from workers.models.layer_groups import LayerParallelPlan, MLPs, Weights, check_groups, choose_groups
@@ -28,7 +27,6 @@ from workers.process.cohort import Cohort
 # groups of four. With the demo draft, a group of six whose last layer is at 0.70 loses 2.6 % of the acceptance.
 LEAST_SIMILARITY = 0.7
 _AUTO = "auto"
-SUFFIX = "suffix"
 _SCRATCH_BYTES = 256 << 20  # MLP weights to time: more than fits in a processor's cache; not measured
 _TIMED_RUNS = 5  # after a first one, which may be slower; the median counts; not measured
 
@@ -51,17 +49,6 @@ def quantization_of(spec: EngineSpec) -> WeightFormat | None:
         if known == spec.quantization:
             return known
     raise SpecError(f"engines: quantization {spec.quantization!r} must be one of {', '.join(formats)}")
-
-
-def lookup_of(spec: EngineSpec) -> ChainLookup | None:
-    """What drafts for a draft. Raises SpecError if the spec names what there is not, or gives one to a target."""
-    if not spec.lower_draft:
-        return None
-    if spec.role != EngineRole.ENGINE_ROLE_DRAFT:
-        raise SpecError(f"engines: lower_draft {spec.lower_draft!r} is for a draft only")
-    if spec.lower_draft != SUFFIX:
-        raise SpecError(f"engines: lower_draft {spec.lower_draft!r} must be {SUFFIX!r}")
-    return ChainLookup()
 
 
 def num_ranks(spec: EngineSpec, world_size: int) -> int:

@@ -30,7 +30,8 @@ from workers.models.layer_parallel_decoder import LayerParallelLM
 from workers.models.loading import load_layer_parallel_model, load_model
 from workers.process.batch_invariance import choose_batch_invariance, keeps_batch_invariance
 from workers.process.cohort import Cohort
-from workers.process.draft_layout import is_layer_parallel, lookup_of, num_ranks, quantization_of, resolve_plan
+from workers.process.draft_layout import is_layer_parallel, num_ranks, quantization_of, resolve_plan
+from workers.process.lower_level import LoadedLower, build_lower, check_lower, load_lower
 from workers.process.tier_setup import (
     block_in_tiers,
     build_mover,
@@ -78,6 +79,12 @@ class _Loaded:
     layout: KVLayout
     kv_scales: str  # a digest; empty: the cache has the dtype of the weights
     load_s: float
+    lower: LoadedLower | None  # beneath a draft
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a block on the device, with that of the model beneath."""
+        return self.layout.block_bytes + (self.lower.layout.block_bytes if self.lower else 0)
 
 
 class _Sizes(NamedTuple):
@@ -150,6 +157,7 @@ def _load(spec: EngineSpec, cohort: Cohort, device: torch.device, on_progress: O
         raise SpecError(f"engines: dtype {spec.dtype!r} must be one of {', '.join(DTYPES)}")
     if not 1 <= spec.tp_size <= cohort.world_size:
         raise SpecError(f"engines: tp_size {spec.tp_size} must be 1 to the group's world_size {cohort.world_size}")
+    check_lower(spec)
     is_asked_for = spec.HasField("batch_invariant")
     num_members, dtype = num_ranks(spec, cohort.world_size), DTYPES[spec.dtype]
     spec = choose_batch_invariance(spec, cohort, num_members=num_members, dtype=dtype, device=device)
@@ -171,8 +179,15 @@ def _load(spec: EngineSpec, cohort: Cohort, device: torch.device, on_progress: O
         head_dim=model.config.head_dim,
         dtype=torch.uint8 if kv_scales else dtype,
     )
+    lower = load_lower(
+        spec,
+        group,
+        dtype=dtype,
+        device=device,
+        progress=lambda done, total: on_progress("loading weights beneath the draft", done, total),
+    )
     load_s = time.monotonic() - started_s
-    return _Loaded(spec=spec, model=model, group=group, layout=layout, kv_scales=kv_scales, load_s=load_s)
+    return _Loaded(spec=spec, model=model, group=group, layout=layout, kv_scales=kv_scales, load_s=load_s, lower=lower)
 
 
 def _use_kv_dtype(
@@ -212,11 +227,9 @@ def _own_num_blocks(loaded: Sequence[_Loaded], device: torch.device) -> dict[Eng
     because a seq has as many tokens on the draft as on the target."""
     sharing = [entry for entry in loaded if entry.spec.kv_cache_bytes == 0]
     left = _bytes_left(sharing, device) if sharing else 0
-    shared_blocks = left // sum(entry.layout.block_bytes for entry in sharing) if sharing else 0
+    shared_blocks = left // sum(entry.block_bytes for entry in sharing) if sharing else 0
     return {
-        entry.spec.role: entry.spec.kv_cache_bytes // entry.layout.block_bytes
-        if entry.spec.kv_cache_bytes
-        else shared_blocks
+        entry.spec.role: entry.spec.kv_cache_bytes // entry.block_bytes if entry.spec.kv_cache_bytes else shared_blocks
         for entry in loaded
     }
 
@@ -311,15 +324,18 @@ def _build(
         lower_draft=spec.lower_draft,
         num_layers=model.config.num_layers,
     )
+    if entry.lower is not None:
+        info.lower_weight_bytes = entry.lower.model.weight_bytes
+        info.lower_kv_cache_bytes = num_blocks * entry.lower.layout.block_bytes
     if isinstance(model, LayerParallelLM):
         _describe_layers(model.plan, info)
     role = _ROLE_NAMES[spec.role]
     mover = build_mover(spec, layout, kv_caches, addresses, store, role=role, device=device, on_progress=on_progress)
     table = SeqTable(limits, GrammarCompiler(Path(spec.model), vocab_size))
-    lookup = lookup_of(spec)
     if spec.role == EngineRole.ENGINE_ROLE_TARGET:
         return TargetEngine(runner, table, info, mover=mover, forced_acceptance=spec.forced_acceptance)
-    return DraftEngine(runner, table, info, mover=mover, lookup=lookup)
+    lower = build_lower(spec, entry.lower, runner, limits)
+    return DraftEngine(runner, table, info, mover=mover, lower=lower)
 
 
 def _describe_layers(plan: LayerParallelPlan, info: EngineInfo) -> None:

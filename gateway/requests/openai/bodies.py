@@ -60,6 +60,7 @@ class SpeculationWish(ApiObject):
 
     enabled: bool | None = None
     num_speculative_tokens: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
+    lower_draft: bool | None = None
 
 
 class StructuredOutputs(ApiObject):
