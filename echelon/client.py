@@ -20,7 +20,7 @@ import grpc
 
 from echelon.channel import Tls, metadata, open_async_channel, open_channel
 from echelon.errors import UnavailableError, error_from_call
-from echelon.jobs import JobsClient
+from echelon.jobs import AsyncJobsClient, JobsClient
 from echelon.pb import inference_pb2, inference_pb2_grpc
 from echelon.requests import (
     ChatMessage,
@@ -182,6 +182,8 @@ class AsyncClient:
             each: cast("inference_pb2_grpc.InferenceAsyncStub", inference_pb2_grpc.InferenceStub(channel))
             for each, channel in self._channels.items()
         }
+        first = self._gateways.addresses[0]  # which keeps the jobs
+        self.jobs = AsyncJobsClient(self._channels[first], first, self._metadata)
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncStream:
         """Starts a request and returns its chunks as they come. Keywords are those of `GenerateOptions`."""

@@ -8,11 +8,13 @@
 Requests are bodies of OpenAI's /v1/completions and /v1/chat/completions, or lines as in the files of its batches.
 """
 
+import asyncio
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import grpc
 
@@ -75,6 +77,15 @@ class JobResult:
         return content["response"]["body"] if content["response"] else {"error": content["error"]}
 
 
+class SubmitOptions(TypedDict, total=False):
+    """What `submit` takes beside the requests."""
+
+    completion_window_s: float | None  # after which the job expires; default: a day
+    idempotency_key: str  # a repetition with it returns the first one's job
+    seed: int | None  # makes the results of items without seeds of their own repeatable; default: drawn
+    metadata: Mapping[str, str]
+
+
 class JobsClient:
     """`client.jobs`. Methods raise the errors of `echelon.errors`."""
 
@@ -83,71 +94,107 @@ class JobsClient:
         self._address = address
         self._metadata = metadata
 
-    def submit(
-        self,
-        requests: Requests,
-        *,
-        completion_window_s: float | None = None,
-        idempotency_key: str = "",
-        seed: int | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> Job:
-        """Uploads the requests and returns once the job survives everything.
+    def submit(self, requests: Requests, **options: Unpack[SubmitOptions]) -> Job:
+        """Uploads the requests and returns once the job survives everything. Keywords are those of `SubmitOptions`.
 
-        With `idempotency_key`, a repetition returns the first one's job. `seed` makes the results of items without
-        seeds of their own repeatable. After `completion_window_s` (default: a day) the job expires. Raises what reading
-        the requests raises, such as OSError, and then nothing is submitted.
+        Raises what reading the requests raises, such as OSError, and then nothing is submitted.
         """
-        options = jobs_pb2.JobOptions(
-            completion_window_s=completion_window_s,
-            idempotency_key=idempotency_key,
-            seed=seed,
-            metadata=dict(metadata or {}),
-            name=Path(requests).name if isinstance(requests, str | Path) else "",
-        )
-        messages = _Messages(options, requests)
-        try:
-            return job_of(self._stub.SubmitJob(iter(messages), metadata=self._metadata))
-        except grpc.RpcError as err:
-            if messages.problem is not None:
-                raise messages.problem from err
-            raise error_from_call(err, self._address) from err
+        submission = _Submission(requests, options)
+        with _named_errors(self._address), submission.own_problems():
+            return job_of(self._stub.SubmitJob(iter(submission), metadata=self._metadata))
 
     def get(self, job_id: str) -> Job:
-        try:
+        with _named_errors(self._address):
             return job_of(self._stub.GetJob(jobs_pb2.GetJobRequest(job_id=job_id), metadata=self._metadata))
-        except grpc.RpcError as err:
-            raise error_from_call(err, self._address) from err
 
     def list(self) -> Iterator[Job]:
         """Newest first; read as you go."""
-        after, has_more = "", True
-        while has_more:
-            request = jobs_pb2.ListJobsRequest(limit=100, after=after)
-            try:
+        request: jobs_pb2.ListJobsRequest | None = _FIRST_PAGE
+        while request is not None:
+            with _named_errors(self._address):
                 page = self._stub.ListJobs(request, metadata=self._metadata)
-            except grpc.RpcError as err:
-                raise error_from_call(err, self._address) from err
             yield from map(job_of, page.jobs)
-            has_more = page.has_more
-            after = page.jobs[-1].job_id if page.jobs else ""
+            request = _after(page)
 
     def cancel(self, job_id: str) -> Job:
         """Items that have ended keep their results; the others get an error."""
-        try:
+        with _named_errors(self._address):
             return job_of(self._stub.CancelJob(jobs_pb2.CancelJobRequest(job_id=job_id), metadata=self._metadata))
-        except grpc.RpcError as err:
-            raise error_from_call(err, self._address) from err
 
     def results(self, job_id: str, *, after: int | None = None, follow: bool = True) -> Iterator[JobResult]:
         """In the order of the items. `follow`: waits for those that are missing, until the job has ended. `after`: only
         of items with a larger number, to go on where an earlier call was lost."""
         request = jobs_pb2.StreamResultsRequest(job_id=job_id, after=after, follow=follow)
-        try:
+        with _named_errors(self._address):
             for result in self._stub.StreamResults(request, metadata=self._metadata):
-                yield JobResult(number=result.number, is_error=result.is_error, line=result.line)
-        except grpc.RpcError as err:
-            raise error_from_call(err, self._address) from err
+                yield _result_of(result)
+
+
+class AsyncJobsClient:
+    """`JobsClient` for asyncio. `list` and `results` need no await, what comes from them does."""
+
+    def __init__(self, channel: grpc.aio.Channel, address: str, metadata: Metadata) -> None:
+        # The stubs' declarations know asynchronous methods under another name than the code does.
+        self._stub = cast("jobs_pb2_grpc.JobsAsyncStub", jobs_pb2_grpc.JobsStub(channel))
+        self._address = address
+        self._metadata = metadata
+
+    async def submit(self, requests: Requests, **options: Unpack[SubmitOptions]) -> Job:
+        """See JobsClient. The requests are read in another thread."""
+        submission = _Submission(requests, options)
+        with _named_errors(self._address), submission.own_problems():
+            return job_of(await self._stub.SubmitJob(aiter(submission), metadata=self._metadata))
+
+    async def get(self, job_id: str) -> Job:
+        with _named_errors(self._address):
+            return job_of(await self._stub.GetJob(jobs_pb2.GetJobRequest(job_id=job_id), metadata=self._metadata))
+
+    async def list(self) -> AsyncIterator[Job]:
+        """Newest first; read as you go."""
+        request: jobs_pb2.ListJobsRequest | None = _FIRST_PAGE
+        while request is not None:
+            with _named_errors(self._address):
+                page = await self._stub.ListJobs(request, metadata=self._metadata)
+            for job in page.jobs:
+                yield job_of(job)
+            request = _after(page)
+
+    async def cancel(self, job_id: str) -> Job:
+        """Items that have ended keep their results; the others get an error."""
+        with _named_errors(self._address):
+            return job_of(await self._stub.CancelJob(jobs_pb2.CancelJobRequest(job_id=job_id), metadata=self._metadata))
+
+    async def results(self, job_id: str, *, after: int | None = None, follow: bool = True) -> AsyncIterator[JobResult]:
+        """See JobsClient."""
+        request = jobs_pb2.StreamResultsRequest(job_id=job_id, after=after, follow=follow)
+        call = self._stub.StreamResults(request, metadata=self._metadata)
+        try:
+            with _named_errors(self._address):
+                async for result in call:
+                    yield _result_of(result)
+        finally:
+            call.cancel()
+
+
+@contextmanager
+def _named_errors(address: str) -> Iterator[None]:
+    """Raises the errors of `echelon.errors` in the place of grpc's."""
+    try:
+        yield
+    except grpc.RpcError as err:
+        raise error_from_call(err, address) from err
+
+
+_FIRST_PAGE = jobs_pb2.ListJobsRequest(limit=100)
+
+
+def _after(page: jobs_pb2.ListJobsResponse) -> jobs_pb2.ListJobsRequest | None:
+    """What asks for the page after this one; None: it is the last."""
+    return jobs_pb2.ListJobsRequest(limit=100, after=page.jobs[-1].job_id) if page.has_more else None
+
+
+def _result_of(message: jobs_pb2.JobResult) -> JobResult:
+    return JobResult(number=message.number, is_error=message.is_error, line=message.line)
 
 
 def job_of(message: jobs_pb2.Job) -> Job:
@@ -178,13 +225,25 @@ def _problem(problem: jobs_pb2.JobProblem) -> str:
     return f"line {problem.line}: {problem.message}" if problem.line else problem.message
 
 
-class _Messages:
-    """Of a submission. grpc swallows what an iterator raises, so it is kept: `problem`."""
+class _Submission:
+    """The messages of a submission, to iterate over once, in either way."""
 
-    def __init__(self, options: jobs_pb2.JobOptions, requests: Requests) -> None:
-        self.problem: Exception | None = None
-        self._options = options
+    def __init__(self, requests: Requests, options: SubmitOptions) -> None:
         self._requests = requests
+        self._options = jobs_pb2.JobOptions(
+            **options, name=Path(requests).name if isinstance(requests, str | Path) else ""
+        )
+        self._problem: Exception | None = None
+
+    @contextmanager
+    def own_problems(self) -> Iterator[None]:
+        """Raises what reading the requests has raised: grpc swallows it, and cancels the call."""
+        try:
+            yield
+        except (grpc.RpcError, asyncio.CancelledError) as err:
+            if self._problem is None:
+                raise
+            raise self._problem from err
 
     def __iter__(self) -> Iterator[jobs_pb2.SubmitJobRequest]:
         try:
@@ -192,8 +251,13 @@ class _Messages:
             for piece in _pieces(self._requests):
                 yield jobs_pb2.SubmitJobRequest(data=piece)
         except Exception as err:
-            self.problem = err
+            self._problem = err
             raise
+
+    async def __aiter__(self) -> AsyncIterator[jobs_pb2.SubmitJobRequest]:
+        messages = iter(self)
+        while (message := await asyncio.to_thread(next, messages, None)) is not None:
+            yield message
 
 
 def _pieces(requests: Requests) -> Iterator[bytes]:

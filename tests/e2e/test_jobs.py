@@ -1,5 +1,6 @@
 """Durable jobs in a real deployment: through every door, and through the death of what serves them."""
 
+import asyncio
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 
 from cluster.deployment.settings import JobsSettings, KvCacheSettings, SchedulerSettings
 from cluster.local import LOCAL_SERVER, LocalDeployment, local_settings
-from echelon import Client
+from echelon import AsyncClient, Client
 from echelon.errors import InvalidRequestError, NotFoundError, UnavailableError
 from echelon.jobs import line_of
 from tests.helpers.scrape import free_port
@@ -91,6 +92,29 @@ def test_items_fail_alone_and_bad_lines_together(client: Client) -> None:
     assert "line 1: url: must be /v1/completions or" in client.jobs.get(job.job_id).problems[0]
     with pytest.raises(InvalidRequestError, match="completion_window: must be more than 0"):
         client.jobs.submit(requests, completion_window_s=-1)
+
+
+async def use_the_async_client(address: str, missing: Path) -> None:
+    async with AsyncClient(address) as client:
+        jobs = client.jobs
+        job = await jobs.submit((body for body in bodies(4)), seed=5, metadata={"for": "async"})
+        results = [result async for result in jobs.results(job.job_id)]
+        assert [(result.number, result.is_error) for result in results] == [(i, False) for i in range(4)]
+        assert (await jobs.get(job.job_id)).state == "completed"
+        assert (await anext(jobs.list())).metadata == {"for": "async"}
+        assert (await jobs.cancel(job.job_id)).state == "completed"
+        rest = [result.number async for result in jobs.results(job.job_id, after=1, follow=False)]
+        assert rest == [2, 3]
+        with pytest.raises(FileNotFoundError):
+            await jobs.submit(missing)
+        with pytest.raises(NotFoundError, match="job: 'nothing' is not known here"):
+            await anext(jobs.results("nothing"))
+        with pytest.raises(InvalidRequestError, match="completion_window: must be more than 0"):
+            await jobs.submit(bodies(1), completion_window_s=-1)
+
+
+def test_the_async_client_has_the_same_calls(deployment: LocalDeployment, tmp_path: Path) -> None:
+    asyncio.run(use_the_async_client(deployment.running.gateway_address, tmp_path / "missing"))
 
 
 def test_a_repeated_submission_is_the_same_job(client: Client) -> None:

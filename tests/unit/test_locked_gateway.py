@@ -442,3 +442,11 @@ async def test_an_item_that_ends_its_target_each_time_is_not_tried_again(files: 
             (result,) = await asyncio.to_thread(lambda: list(client.jobs.results(job.job_id)))
     assert result.body["error"]["message"] == "it is not tried again"
     assert house.scheduler.received.empty(), "by the job neither"
+
+
+async def test_an_upload_beyond_the_room_is_refused_while_it_comes(files: Files) -> None:
+    too_many = ({"prompt": "x" * 1000} for _ in range(20_000))
+    async with opened(files, tokens=False) as house, house.client() as client:
+        with pytest.raises(OverloadedError, match=r"all uploads together may take 1048576 bytes \(jobs.max_bytes\)"):
+            await client.jobs.submit(too_many)
+        assert [job async for job in client.jobs.list()] == []
