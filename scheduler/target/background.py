@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from scheduler.engines.round_cost import RoundCost
 from scheduler.target.state import TargetState
 
 _PROMPT_KNEES = 4  # of background prompts alone in a round: they keep 4/5 of their speed, and newcomers wait less
@@ -10,25 +11,26 @@ _PROMPT_KNEES = 4  # of background prompts alone in a round: they keep 4/5 of th
 class BackgroundShare:
     """Background seqs may slow rounds of others by `max_slowdown`, a share, on average.
 
-    A round takes fixed + per_token * tokens, as measured (`RoundCost`), and the knee is fixed / per_token. So a round
-    with n tokens of others takes max_slowdown longer with max_slowdown * (knee + n) tokens more. What is less than a
-    token is saved for later rounds.
+    What more tokens cost a round is measured (`RoundCost`). A round in which they are not worth it leaves its share to
+    later ones.
     """
 
     def __init__(self, max_slowdown: float) -> None:
         self._max_slowdown = max_slowdown
-        self._saved = 0.0
+        self._saved = 0.0  # of the time of a round
         self._num_spent = 0
 
-    def grant(self, num_tokens: int, knee: int) -> int:
+    def grant(self, num_tokens: int, cost: RoundCost) -> int:
         """Tokens of background seqs that may join a round of `num_tokens` tokens of others."""
-        earned = self._max_slowdown * (knee + num_tokens)
-        self._saved = min(self._saved + earned, 1.0 + earned)
-        return int(self._saved)
+        most = cost.slowdown(num_tokens, 1) + self._max_slowdown
+        self._saved = min(self._saved + self._max_slowdown, most)
+        return cost.room(num_tokens, self._saved)
 
-    def spend(self, num_tokens: int) -> None:
-        self._saved -= num_tokens
-        self._num_spent += num_tokens
+    def spend(self, num_tokens: int, more: int, cost: RoundCost) -> None:
+        """So many `more` have joined it."""
+        if more:
+            self._saved -= cost.slowdown(num_tokens, more)
+        self._num_spent += more
 
     def in_turns(self, states: list[TargetState]) -> Iterable[TargetState]:
         """So that each has its share, however few tokens are granted."""

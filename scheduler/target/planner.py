@@ -168,15 +168,15 @@ class TargetPlanner:
     def _plan_background(self, engine: EngineView[TargetRow], rows: _Rows, now: float) -> None:
         """Rows of background seqs beside others, as few as these hardly notice. They have no drafts."""
         background = self.running[len(self.foremost) :]
-        if not background:
-            return
         self._drafts.let_go(background)
+        if not background or not rows:
+            return  # others that wait for drafts, or for a round in flight, would wait for a whole round more
         num_others = sum(row.num_tokens for row in rows.values())
-        granted = min(self._share.grant(num_others, engine.cost.knee), self._budget(engine) - num_others)
+        granted = min(self._share.grant(num_others, engine.cost), self._budget(engine) - num_others)
         decoding = [state for state in background if state.may_decode]
         self._plan_decodes(engine, rows, list(self._share.in_turns(decoding))[:granted])
         self._plan_prefills(engine, rows, background, now, granted - sum(state in rows for state in decoding))
-        self._share.spend(sum(row.num_tokens for row in rows.values()) - num_others)
+        self._share.spend(num_others, sum(row.num_tokens for row in rows.values()) - num_others, engine.cost)
 
     def _may_queue(self, engine: EngineView[TargetRow]) -> bool:
         if self._drafts.target_waits:

@@ -124,6 +124,9 @@ def test_any_schedule_gives_the_plain_stream(seed: int, speculation: dict[str, A
     for message in messages:
         for index in range(message.sampling.n):
             sim.assert_plain(message, index)
+        if (failed := sim.failed.get(message.request_id)) is not None:
+            assert "is not tried again" in failed.message, "three losses while it ran, by chance"
+            continue
         for finished in sim.completed[message.request_id].finished:
             check_end(sim, message, finished)
     sim.assert_all_free()
