@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from functools import partial
 
 import grpc
 from starlette.requests import ClientDisconnect, Request
@@ -31,8 +32,9 @@ class TokenMiddleware:
         if path not in _FREE and not path.startswith(_FREE_FOLDER):
             request = Request(scope, receive)
             wanted = TokenScope.ADMIN if path.startswith(_OPERATORS) else TokenScope.GENERATE
+            request.state.look_up = partial(self._tokens.caller, _authorization(request), wanted)
             try:
-                request.state.caller = self._tokens.caller(_authorization(request), wanted)
+                request.state.caller = request.state.look_up()
             except Refusal as refusal:
                 await _discard_body(request)
                 await _answer(refusal, scope, receive, send)
@@ -44,6 +46,11 @@ def caller_of(request: Request) -> Caller:
     """Whose token it has."""
     caller: Caller = request.state.caller
     return caller
+
+
+def check_again(request: Request) -> None:
+    """For answers that go on for long. Raises Refusal where the token was revoked meanwhile."""
+    request.state.look_up()
 
 
 def _authorization(request: Request) -> str | None:

@@ -90,7 +90,7 @@ def build_app(
         Route("/openapi.json", openapi),
         Route("/metrics", metrics),
         *_job_routes(jobs, bodies),
-        *control_routes(operations),
+        *control_routes(operations, jobs),
         *ui_routes(),
     ]
     middleware = [Middleware(TokenMiddleware, tokens=tokens)]

@@ -1,37 +1,51 @@
-"""What operators ask over HTTP: the Control service as JSON, and rounds as they happen."""
+"""What operators ask over HTTP: the Control service and jobs as JSON, and rounds as they happen."""
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from google.protobuf.json_format import MessageToJson
+from google.protobuf.json_format import MessageToDict, MessageToJson
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from echelon.pb.control_pb2 import ReplicaTraceRequest
 from echelon.pb.scheduler_pb2 import TracedMove, TracedRound, TracedWait, TraceEvent, TraceRequest
 from echelon.pb.worker_pb2 import EngineRole, MoveOrder
+from gateway.doors.http_access import check_again
 from gateway.doors.http_errors import HttpProblem, error_body, problem_of, problem_response
 from gateway.doors.http_exchange import unless_client_leaves
 from gateway.doors.http_reply import HttpReply
+from gateway.doors.job_messages import job_message
+from gateway.jobs.jobs import Jobs
 from gateway.operations import Operations
 from gateway.requests.refusal import Refusal, invalid, shown
 
 _BATCH_S = 0.25
+_MOST_JOBS = 20
 _MOST_UNSENT = 4096  # events that wait for a slow client; later ones are dropped
 
 
-def control_routes(operations: Operations) -> list[Route]:
+def control_routes(operations: Operations, jobs: Jobs | None) -> list[Route]:
     async def status(request: Request) -> Response:
         answer = MessageToJson(await operations.status(), preserving_proto_field_name=True, indent=None)
         return Response(answer, headers={"cache-control": "no-store"}, media_type="application/json")
 
-    return [Route("/control/status", status), Route("/control/rounds", _RoundsEndpoint(operations))]
+    async def watched_jobs(request: Request) -> Response:
+        views = [] if jobs is None else await jobs.watched(_MOST_JOBS)
+        messages = [MessageToDict(job_message(view), preserving_proto_field_name=True) for view in views]
+        return JSONResponse({"kept": jobs is not None, "jobs": messages}, headers={"cache-control": "no-store"})
+
+    return [
+        Route("/control/status", status),
+        Route("/control/jobs", watched_jobs),
+        Route("/control/rounds", _RoundsEndpoint(operations)),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +60,10 @@ class _RoundsEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = HttpReply(scope, receive, send)
         try:
-            trace = ReplicaTraceRequest(replica=_replica(Request(scope)), trace=TraceRequest(rounds_only=True))
-            await unless_client_leaves(reply.stream(_batches(self.operations, trace)), receive)
+            request = Request(scope)
+            trace = ReplicaTraceRequest(replica=_replica(request), trace=TraceRequest(rounds_only=True))
+            batches = _batches(self.operations, trace, partial(check_again, request))
+            await unless_client_leaves(reply.stream(batches), receive)
         except Refusal as refusal:
             problem = problem_of(refusal)
             await reply.fail(problem_response(problem), json.dumps(error_body(problem)))
@@ -62,7 +78,8 @@ def _replica(request: Request) -> int:
     return int(given)
 
 
-async def _batches(operations: Operations, trace: ReplicaTraceRequest) -> AsyncIterator[str]:
+async def _batches(operations: Operations, trace: ReplicaTraceRequest, check: Callable[[], None]) -> AsyncIterator[str]:
+    """`check` raises Refusal where its reader may read no more."""
     async with operations.recording(trace) as events:
         began_s = time.monotonic()
         unsent: list[TraceEvent] = []
@@ -72,6 +89,7 @@ async def _batches(operations: Operations, trace: ReplicaTraceRequest) -> AsyncI
             while not is_over:
                 await asyncio.wait((reading,), timeout=_BATCH_S)
                 is_over = reading.done()
+                check()
                 if unsent or not is_over:
                     yield _batch(unsent, time.monotonic() - began_s)
                 unsent.clear()

@@ -12,10 +12,11 @@ from echelon.pb import jobs_pb2
 from gateway.access.caller import Caller
 from gateway.access.tokens import Tokens
 from gateway.doors.grpc_access import caller_of
+from gateway.doors.job_messages import job_message
 from gateway.doors.service_handlers import Context
 from gateway.jobs.checks import DEFAULT_WINDOW_S, check_order
 from gateway.jobs.jobs import Jobs, JobView
-from gateway.jobs.records import JobOrder, JobStatus
+from gateway.jobs.records import JobOrder
 from gateway.jobs.store import Page
 from gateway.requests.refusal import Refusal, invalid
 from gateway.requests.wire import Malformed, strict_decoder
@@ -23,7 +24,6 @@ from gateway.requests.wire import Malformed, strict_decoder
 _DEFAULT_PAGE, _MAX_PAGE = 20, 100
 _PIECE_S = 60.0  # for the next piece of an upload to arrive
 _decode = strict_decoder(jobs_pb2.SubmitJobRequest)
-_STATES = {status: jobs_pb2.JobState.Value(f"JOB_STATE_{status.name}") for status in JobStatus}
 
 
 class JobsServicer:
@@ -34,20 +34,20 @@ class JobsServicer:
         self._tokens = tokens
 
     async def SubmitJob(self, requests: AsyncIterator[bytes], context: Context) -> jobs_pb2.Job:
-        return _message(await self._submit(requests, self._caller(context)))
+        return job_message(await self._submit(requests, self._caller(context)))
 
     async def GetJob(self, request: jobs_pb2.GetJobRequest, context: Context) -> jobs_pb2.Job:
-        return _message(await self._jobs.job(request.job_id, self._owner(context)))
+        return job_message(await self._jobs.job(request.job_id, self._owner(context)))
 
     async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Context) -> jobs_pb2.ListJobsResponse:
         limit = request.limit or _DEFAULT_PAGE
         if limit > _MAX_PAGE:
             raise invalid(f"limit: must be at most {_MAX_PAGE}, got {limit}")
         views = await self._jobs.jobs(self._owner(context), Page(limit=limit + 1, after=request.after))
-        return jobs_pb2.ListJobsResponse(jobs=map(_message, views[:limit]), has_more=len(views) > limit)
+        return jobs_pb2.ListJobsResponse(jobs=map(job_message, views[:limit]), has_more=len(views) > limit)
 
     async def CancelJob(self, request: jobs_pb2.CancelJobRequest, context: Context) -> jobs_pb2.Job:
-        return _message(await self._jobs.cancel(request.job_id, self._owner(context)))
+        return job_message(await self._jobs.cancel(request.job_id, self._owner(context)))
 
     async def StreamResults(self, request: jobs_pb2.StreamResultsRequest, context: Context) -> None:
         after = request.after if request.HasField("after") else -1
@@ -111,31 +111,3 @@ async def _next(requests: AsyncIterator[bytes]) -> jobs_pb2.SubmitJobRequest | N
     if isinstance(request, Malformed):
         raise invalid(request.error)
     return request
-
-
-def _message(view: JobView) -> jobs_pb2.Job:
-    job = view.job
-    message = jobs_pb2.Job(
-        job_id=job.id,
-        state=_STATES[job.status],
-        num_items=job.total,
-        num_completed=job.completed,
-        num_failed=job.failed,
-        prompt_tokens=job.prompt_tokens,
-        completion_tokens=job.completion_tokens,
-        items_per_s=view.items_per_s,
-        eta_s=view.eta_s,
-        created_at=job.created_at,
-        started_at=job.started_at or 0,
-        ended_at=job.ended_at or 0,
-        expires_at=job.expires_at,
-        metadata=json.loads(job.order.metadata),
-        endpoint=job.order.endpoint,
-        input_file=job.order.input_file,
-        output_file=job.output_file,
-        error_file=job.error_file,
-        seed=job.order.seed,
-    )
-    for problem in json.loads(job.problems):
-        message.problems.add(code=problem["code"], line=problem["line"] or 0, message=problem["message"])
-    return message

@@ -38,6 +38,7 @@ _GETS = (
     ("/version", "The version of Echelon.", _JSON),
     ("/metrics", "Prometheus metrics.", _TEXT),
     ("/control/status", "The state of the replicas, what runs where, running requests and the last events.", _JSON),
+    ("/control/jobs", "Jobs that have not ended, and the last that have.", _JSON),
     ("/control/rounds", "The rounds of a replica as they happen.", _STREAM),
     ("/openapi.json", "This document.", _JSON),
 )

@@ -183,6 +183,10 @@ class Jobs:
     async def jobs(self, owner: str | None, page: Page) -> list[JobView]:
         return [self._view(job) for job in await self._call(JobStore.jobs, owner, page)]
 
+    async def watched(self, limit: int) -> list[JobView]:
+        """Of everybody: those that have not ended, then the others, newest first."""
+        return [self._view(job) for job in await self._call(JobStore.watched_jobs, limit)]
+
     async def cancel(self, job_id: str, owner: str | None) -> JobView:
         """Items that have ended keep their results, the others get an error. Nothing if the job has ended."""
         await self._known(job_id, owner)

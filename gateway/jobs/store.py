@@ -8,17 +8,15 @@ import secrets
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gateway.jobs.errors import DuplicateError, KeyTakenError, NoInputError
 from gateway.jobs.records import FileRecord, Item, Job, JobOrder, JobStatus, Purpose, Result
+from gateway.jobs.rows import file_of, job_of, result_of
 from gateway.jobs.schema import open_database
 
-_ORDER_FIELDS = tuple(field.name for field in fields(JobOrder))
-_JOB_FIELDS = tuple(field.name for field in fields(Job) if field.name != "order")
-_FILE_FIELDS = tuple(field.name for field in fields(FileRecord))
 _AT_ONCE = 500  # rows that are deleted in one transaction
 
 
@@ -50,11 +48,11 @@ class JobStore:
     def file(self, file_id: str, owner: str | None) -> FileRecord | None:
         """`owner`: whose it must be; None: anybody's."""
         row = self._one("SELECT * FROM files WHERE id = ? AND (? IS NULL OR owner = ?)", file_id, owner, owner)
-        return None if row is None else _file(row)
+        return None if row is None else file_of(row)
 
     def files(self, owner: str | None, page: Page, purpose: str = "") -> list[FileRecord]:
         condition = "(? = '' OR purpose = ?)"
-        return [_file(row) for row in self._page("files", owner, page, condition, purpose, purpose)]
+        return [file_of(row) for row in self._page("files", owner, page, condition, purpose, purpose)]
 
     def delete_file(self, record: FileRecord) -> bool:
         """With the results that it holds. Returns False, and does nothing, if a job that has not ended reads it."""
@@ -99,14 +97,19 @@ class JobStore:
 
     def job(self, job_id: str, owner: str | None) -> Job | None:
         row = self._one("SELECT * FROM jobs WHERE id = ? AND (? IS NULL OR owner = ?)", job_id, owner, owner)
-        return None if row is None else _job(row)
+        return None if row is None else job_of(row)
 
     def jobs(self, owner: str | None, page: Page) -> list[Job]:
-        return [_job(row) for row in self._page("jobs", owner, page)]
+        return [job_of(row) for row in self._page("jobs", owner, page)]
 
     def unfinished_jobs(self) -> list[Job]:
         """Oldest first."""
-        return [_job(row) for row in self._db.execute("SELECT * FROM jobs WHERE ended_at IS NULL ORDER BY number")]
+        return [job_of(row) for row in self._db.execute("SELECT * FROM jobs WHERE ended_at IS NULL ORDER BY number")]
+
+    def watched_jobs(self, limit: int) -> list[Job]:
+        """Those that have not ended first, newest first."""
+        query = "SELECT * FROM jobs ORDER BY ended_at IS NOT NULL, number DESC LIMIT ?"
+        return [job_of(row) for row in self._db.execute(query, (limit,))]
 
     def count_jobs(self) -> dict[str, int]:
         """By status."""
@@ -187,16 +190,18 @@ class JobStore:
             if row is not None:
                 self._db.execute("DELETE FROM files WHERE id = ?", (row["id"],))
         self._give_back()
-        return [] if row is None else [_file(row)]
+        return [] if row is None else [file_of(row)]
 
     def old_jobs(self, before: int) -> list[Job]:
         """Those that ended before this time."""
-        return [_job(row) for row in self._db.execute("SELECT * FROM jobs WHERE ended_at < ?", (before,))]
+        return [job_of(row) for row in self._db.execute("SELECT * FROM jobs WHERE ended_at < ?", (before,))]
 
     def old_uploads(self, before: int) -> list[FileRecord]:
         """Those of before this time that no job has read."""
         unread = "purpose = ? AND created_at < ? AND id NOT IN (SELECT input_file FROM jobs)"
-        return [_file(row) for row in self._db.execute(f"SELECT * FROM files WHERE {unread}", (Purpose.BATCH, before))]
+        return [
+            file_of(row) for row in self._db.execute(f"SELECT * FROM files WHERE {unread}", (Purpose.BATCH, before))
+        ]
 
     # -- items and their results --------------------------------------------------------------------------------------
 
@@ -281,12 +286,12 @@ class JobStore:
 
     def _by_key(self, owner: str, key: str) -> Job | None:
         row = self._one("SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?", owner, key)
-        return None if row is None else _job(row)
+        return None if row is None else job_of(row)
 
     def _job(self, job_id: str) -> Job:
         row = self._one("SELECT * FROM jobs WHERE id = ?", job_id)
         assert row is not None, f"{job_id} is known"
-        return _job(row)
+        return job_of(row)
 
     def _add_results_file(self, job: Job, *, holds_errors: bool) -> str:
         """The id of the file; empty if there would be nothing in it."""
@@ -323,28 +328,13 @@ class JobStore:
         self._db.execute("PRAGMA incremental_vacuum").fetchall()
 
 
-def _file(row: sqlite3.Row) -> FileRecord:
-    values = {name: row[name] for name in _FILE_FIELDS}
-    return FileRecord(**values | {"purpose": Purpose(row["purpose"]), "holds_errors": bool(row["holds_errors"])})
-
-
-def _job(row: sqlite3.Row) -> Job:
-    order = JobOrder(**{name: row[name] for name in _ORDER_FIELDS} | {"seed": int(row["seed"])})
-    values = {name: row[name] for name in _JOB_FIELDS}
-    return Job(**values | {"order": order, "status": JobStatus(row["status"])})
-
-
 def _first(rows: sqlite3.Cursor, max_chars: int) -> list[Result]:
     """Rows are read one by one, because each may be as long as an answer."""
     results: list[Result] = []
     for row in rows:
-        results.append(_result(row))
+        results.append(result_of(row))
         max_chars -= len(row["line"])
         if max_chars <= 0:
             break
     rows.close()
     return results
-
-
-def _result(row: sqlite3.Row) -> Result:
-    return Result(job=row["job"], number=row["number"], line=row["line"], is_error=bool(row["is_error"]))

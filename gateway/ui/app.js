@@ -1,7 +1,8 @@
 // Asks the gateway every second, follows the rounds of one replica, and survives a gateway that goes and comes back.
 
 import { events, getJson, token } from "./api.js";
-import { byId, element } from "./dom.js";
+import { byId, element, say } from "./dom.js";
+import { showJobs } from "./jobs.js";
 import { Lanes } from "./lanes.js";
 import { showAcceptance, showEvents, showReplicas, showRequests, showTiers, showTopology, Tiles } from "./panels.js";
 import { Playground } from "./playground.js";
@@ -9,6 +10,8 @@ import { totalOf, viewsOf } from "./rates.js";
 
 const POLL_MS = 1000;
 const RETRY_MS = 1000;
+const REFUSED_MS = 15_000; // a token that is refused is tried less often: each time is a line in the audit log
+const SILENCE_MS = 10_000; // four events a second are usual
 const KEPT_READINGS = 60;
 
 const lanes = new Lanes(byId("lanes"));
@@ -20,29 +23,31 @@ let roundsProblem = "";
 
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-function say(state, text) {
-  const pill = byId("state");
-  if (pill.textContent !== text) pill.textContent = text;
-  pill.dataset.state = state;
+function sayState(state, text) {
+  say(byId("state"), text);
+  byId("state").dataset.state = state;
 }
 
 // -- the token
 
+const howToAsk = byId("token-why").textContent;
+
 function askForToken(why) {
   const dialog = byId("token-dialog");
-  if (why) byId("token-why").textContent = why;
+  say(byId("token-why"), why || howToAsk);
+  if (dialog.open) return;
   byId("token").value = token.get();
-  if (!dialog.open) dialog.showModal();
+  dialog.showModal();
 }
 
 function onProblem(error) {
   if (error.status === 401) {
-    say("warn", "A token is needed");
+    sayState("warn", "A token is needed");
     if (!isTokenRefused) askForToken(token.get() ? "This token is not known here." : "");
     isTokenRefused = true;
-  } else if (error.status === 403) say("warn", "The token has not the scope that this needs");
-  else if (error.status === 0) say("bad", "The gateway does not answer; trying again");
-  else say("bad", error.message);
+  } else if (error.status === 403) sayState("warn", "The token has not the scope that this needs");
+  else if (error.status === 0) sayState("bad", "The gateway does not answer; trying again");
+  else sayState("bad", error.message);
 }
 
 byId("token-open").addEventListener("click", () => askForToken(""));
@@ -55,19 +60,33 @@ byId("token-form").addEventListener("submit", () => {
 
 // -- the status
 
-async function follow(signal) {
+/** Asks for `path` again and again. */
+async function poll(path, signal, take, fail) {
   while (!signal.aborted) {
-    const began = performance.now();
+    const askedMs = performance.now();
+    let pauseMs = POLL_MS;
     try {
-      take({ atMs: performance.now(), answer: await getJson("/control/status", signal) });
-      say("good", "Live");
+      take(await getJson(path, signal), askedMs);
     } catch (error) {
       if (error.name === "AbortError") return;
-      onProblem(error);
-      readings = [];
+      fail(error);
+      pauseMs = pauseAfter(error, POLL_MS);
     }
-    await sleep(Math.max(100, POLL_MS - (performance.now() - began)));
+    await sleep(Math.max(100, pauseMs - (performance.now() - askedMs)));
   }
+}
+
+const pauseAfter = (error, usualMs) => ([401, 403].includes(error.status) ? REFUSED_MS : usualMs);
+
+function onStatus(answer, atMs) {
+  isTokenRefused = false;
+  take({ atMs, answer });
+  sayState("good", "Live");
+}
+
+function onNoStatus(error) {
+  onProblem(error);
+  readings = [];
 }
 
 function take(reading) {
@@ -77,7 +96,7 @@ function take(reading) {
   const { answer } = reading;
   const views = viewsOf(before?.answer, answer, elapsedS);
   const total = totalOf(views);
-  byId("model").textContent = answer.model ?? "";
+  say(byId("model"), answer.model ?? "");
   document.title = `${answer.model ?? ""} · Echelon`;
   tiles.show(total);
   showReplicas(views);
@@ -94,20 +113,22 @@ const chosen = () => Number(byId("replica").value || 0);
 
 function offerReplicas(replicas) {
   const select = byId("replica");
-  byId("replica-choice").hidden = replicas.length < 2;
-  if (select.options.length === replicas.length) return;
+  const numbers = replicas.map((replica) => String(replica.replica ?? 0));
+  byId("replica-choice").hidden = numbers.length < 2;
+  if (numbers.join() === [...select.options].map((option) => option.value).join()) return;
   const value = select.value;
-  select.replaceChildren(...replicas.map((_, i) => element("option", { value: String(i) }, String(i))));
-  if (value && Number(value) < replicas.length) select.value = value;
+  select.replaceChildren(...numbers.map((number) => element("option", { value: number }, number)));
+  if (numbers.includes(value)) select.value = value;
 }
 
 // -- rounds
 
 async function followRounds(signal) {
   while (!signal.aborted) {
+    let pauseMs = RETRY_MS;
     try {
       lanes.restart();
-      for await (const data of events(`/control/rounds?replica=${chosen()}`, { signal })) {
+      for await (const data of events(`/control/rounds?replica=${chosen()}`, { signal }, SILENCE_MS)) {
         const batch = JSON.parse(data);
         if (batch.error) throw new Error(batch.error.message);
         lanes.add(batch);
@@ -116,8 +137,9 @@ async function followRounds(signal) {
     } catch (error) {
       if (error.name === "AbortError") return;
       roundsProblem = `No rounds: ${error.message}.`;
+      pauseMs = pauseAfter(error, RETRY_MS);
     }
-    await sleep(RETRY_MS);
+    await sleep(pauseMs);
   }
 }
 
@@ -126,6 +148,7 @@ let drawnMs = 0;
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
 function draw(nowMs) {
+  requestAnimationFrame(draw); // first: whatever fails below, the next frame may be better
   if (!document.hidden && nowMs - drawnMs > (calm.matches ? 500 : 30)) {
     drawnMs = nowMs;
     lanes.draw();
@@ -133,10 +156,9 @@ function draw(nowMs) {
   if (nowMs - describedMs > 1000) {
     describedMs = nowMs;
     const text = roundsProblem || lanes.describe();
-    byId("lanes-text").textContent = text;
+    say(byId("lanes-text"), text);
     byId("lanes").setAttribute("aria-label", `Rounds of draft and target over time. ${text}`);
   }
-  requestAnimationFrame(draw);
 }
 
 byId("pause").addEventListener("click", (event) => {
@@ -155,7 +177,8 @@ function restart() {
   if (document.hidden) return;
   watching = new AbortController();
   readings = [];
-  follow(watching.signal);
+  poll("/control/status", watching.signal, onStatus, onNoStatus);
+  poll("/control/jobs", watching.signal, showJobs, (error) => showJobs({ problem: error.message }));
   followRounds(watching.signal);
 }
 

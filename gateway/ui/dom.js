@@ -13,6 +13,18 @@ function fill(node, attributes, children) {
 export const element = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
 export const svg = (tag, attributes = {}, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
 
+/** Makes these the content, unless they are already: what a reader has selected, and where they read, stays. */
+export function show(node, ...children) {
+  const next = node.cloneNode(false);
+  next.append(...children);
+  if (!node.isEqualNode(next)) node.replaceChildren(...next.childNodes);
+}
+
+/** The same for a text: a screen reader tells only what is new. */
+export function say(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
 export function table(caption, headings, rows, classes = []) {
   const cells = (row) => row.map((value, i) => element("td", { class: classes[i] ?? null, title: classes[i] ? value : null }, value));
   return element(
@@ -23,10 +35,10 @@ export function table(caption, headings, rows, classes = []) {
   );
 }
 
-/** Cells of a grid: a name, a bar from 0 to 1, a value. */
-export function bar(name, share, value, kind) {
+/** Cells of a grid: a name, a bar from 0 to 1, a value. `spoken`: the name for those who do not see it. */
+export function bar(name, share, value, kind, spoken = name) {
   const width = `${100 * Math.min(1, Math.max(0, share))}%`;
-  const label = `${name}: ${value}`;
+  const label = `${spoken}: ${value}`;
   return [
     element("span", { class: "key", "aria-hidden": "true" }, name),
     element("span", { class: kind ?? null, role: "img", "aria-label": label }, svg("svg", {}, svg("rect", { width, height: "100%" }))),
@@ -51,5 +63,6 @@ export function bytes(count) {
 export function duration(seconds) {
   if (seconds < 1) return `${Math.round(1000 * seconds)} ms`;
   if (seconds < 60) return `${seconds.toFixed(1)} s`;
+  if (seconds >= 3600) return `${Math.floor(seconds / 3600)} h ${Math.floor((seconds % 3600) / 60)} min`;
   return `${Math.floor(seconds / 60)} min ${Math.floor(seconds % 60)} s`;
 }

@@ -3,42 +3,45 @@
 const DELAY_MS = 500; // behind now, so that rounds are complete when they come into sight
 const KEPT_MS = 10_000;
 const LEFT = 58; // of the lanes' names, px
+const LANES = { draft: { top: 8, height: 52 }, target: { top: 68, height: 52 } };
 
 export class Lanes {
   constructor(canvas) {
     this.canvas = canvas;
-    this.rounds = [];
-    this.waits = [];
-    this.moves = [];
     this.spanMs = 2000;
-    this.offsetMs = null; // performance.now() minus the recording's clock
-    this.frozenMs = null;
+    this.frozen = null; // what is shown instead of what happens, while paused
+    this.restart();
   }
 
   /** A recording begins: its clock has nothing to do with that of the one before. */
   restart() {
-    this.rounds = [];
-    this.waits = [];
-    this.moves = [];
-    this.offsetMs = null;
+    this.happened = { rounds: [], waits: [], moves: [] };
+    this.offsetMs = null; // performance.now() minus the recording's clock
   }
 
   add(batch) {
     const offset = performance.now() - batch.elapsed_us / 1000;
     this.offsetMs = this.offsetMs === null ? offset : Math.min(offset, this.offsetMs + 1);
     const oldest = batch.elapsed_us - 1000 * KEPT_MS;
-    const keep = (list, more, end) => [...list, ...more].filter((each) => end(each) > oldest);
-    this.rounds = keep(this.rounds, batch.rounds, (round) => round.received_us);
-    this.waits = keep(this.waits, batch.waits, (wait) => wait.began_us + wait.run_us);
-    this.moves = keep(this.moves, batch.moves, (move) => move.received_us);
+    const keep = (name, end) =>
+      [...this.happened[name], ...batch[name].filter((each) => each.engine in LANES)].filter((each) => end(each) > oldest);
+    this.happened = {
+      rounds: keep("rounds", (round) => round.received_us),
+      waits: keep("waits", (wait) => wait.began_us + wait.run_us),
+      moves: keep("moves", (move) => move.received_us),
+    };
   }
 
   set paused(paused) {
-    this.frozenMs = paused ? this.#nowMs() : null;
+    this.frozen = paused ? this.#shown : null;
+  }
+
+  get #shown() {
+    return this.frozen ?? { ...this.happened, nowMs: this.#nowMs() };
   }
 
   #nowMs() {
-    return this.frozenMs ?? (this.offsetMs === null ? 0 : performance.now() - this.offsetMs - DELAY_MS);
+    return this.offsetMs === null ? 0 : performance.now() - this.offsetMs - DELAY_MS;
   }
 
   draw() {
@@ -53,23 +56,22 @@ export class Lanes {
     const colour = (name) => style.getPropertyValue(`--${name}`).trim();
     ink.setTransform(scale, 0, 0, scale, 0, 0);
     ink.clearRect(0, 0, width, height);
-    const endMs = this.#nowMs();
+    const { rounds, waits, moves, nowMs: endMs } = this.#shown;
     const beginMs = endMs - this.spanMs;
     const x = (us) => LEFT + ((us / 1000 - beginMs) / this.spanMs) * (width - LEFT);
-    const lanes = { draft: { top: 8, height: 52 }, target: { top: 68, height: 52 } };
     this.#grid(ink, colour, { width, height, beginMs, endMs, x });
     ink.save();
     ink.beginPath();
     ink.rect(LEFT, 0, width - LEFT, height);
     ink.clip();
-    for (const wait of this.waits) this.#wait(ink, colour, x, lanes[wait.engine], wait);
-    for (const round of this.rounds) this.#round(ink, colour, x, lanes[round.engine], round);
-    for (const move of this.moves) this.#move(ink, colour, x, move);
+    for (const wait of waits) this.#wait(ink, colour, x, LANES[wait.engine], wait);
+    for (const round of rounds) this.#round(ink, colour, x, LANES[round.engine], round);
+    for (const move of moves) this.#move(ink, colour, x, move);
     ink.restore();
     ink.fillStyle = colour("text");
     ink.font = "13px system-ui, sans-serif";
     ink.textBaseline = "middle";
-    for (const [name, lane] of Object.entries(lanes)) ink.fillText(name, 0, lane.top + lane.height / 2);
+    for (const [name, lane] of Object.entries(LANES)) ink.fillText(name, 0, lane.top + lane.height / 2);
   }
 
   #grid(ink, colour, { width, height, beginMs, endMs, x }) {
@@ -123,10 +125,11 @@ export class Lanes {
 
   /** What the chart shows, in words. */
   describe() {
-    const endUs = 1000 * this.#nowMs();
+    const shown = this.#shown;
+    const endUs = 1000 * shown.nowMs;
     const beginUs = endUs - 1000 * this.spanMs;
     const spans = (engine) =>
-      this.rounds
+      shown.rounds
         .filter((round) => round.engine === engine)
         .map((round) => [Math.max(beginUs, round.began_us), Math.min(endUs, round.began_us + round.run_us)])
         .filter(([begin, end]) => end > begin)

@@ -1,6 +1,6 @@
 // Everything that is read from one status: tiles, bars, topology, requests, events, replicas.
 
-import { bar, byId, bytes, decimal, duration, element, percent, rate, svg, table } from "./dom.js";
+import { bar, byId, bytes, decimal, duration, element, percent, rate, say, show, svg, table } from "./dom.js";
 import { acceptanceByPosition, tiersOf } from "./rates.js";
 
 const POINTS = 120; // of a sparkline, a second each
@@ -17,19 +17,19 @@ const TILES = [
 export class Tiles {
   constructor(root) {
     this.history = [];
-    this.tiles = TILES.map(([field, name, show, , kind]) => {
+    this.tiles = TILES.map(([field, name, write, , kind]) => {
       const value = element("dd", { id: `tile-${field}` }, "–");
       const line = svg("path", { d: "" });
       const chart = svg("svg", { viewBox: `0 0 ${POINTS} 26`, preserveAspectRatio: "none", "aria-hidden": "true" }, line);
       root.append(element("dl", { class: `tile ${kind}` }, element("dt", {}, name), value, chart));
-      return { field, show, value, line };
+      return { field, write, value, line };
     });
   }
 
   show(total) {
     this.history = [...this.history, total].slice(-POINTS);
-    for (const { field, show, value, line } of this.tiles) {
-      value.textContent = total[field] === null ? "–" : show(total[field]);
+    for (const { field, write, value, line } of this.tiles) {
+      say(value, total[field] === null ? "–" : write(total[field]));
       line.setAttribute("d", lineOf(this.history.map((each) => each[field])));
     }
   }
@@ -52,13 +52,13 @@ function lineOf(values) {
 
 export function showAcceptance(status, earlier) {
   const { shares, drafts, isRecent } = acceptanceByPosition(status ?? {}, earlier);
-  byId("accept-note").textContent = drafts ? `${drafts} verifications ${isRecent ? "in the last minute" : "since the start"}` : "";
+  say(byId("accept-note"), drafts ? `${drafts} verifications ${isRecent ? "in the last minute" : "since the start"}` : "");
   if (!shares.length) {
-    byId("accept").replaceChildren(element("p", { class: "note" }, "No drafts were verified yet."));
+    show(byId("accept"), element("p", { class: "note" }, "No drafts were verified yet."));
     return;
   }
   const rows = shares.flatMap((share, i) => bar(`draft ${i + 1}`, share, percent(share), "of-draft"));
-  byId("accept").replaceChildren(element("div", { class: "bars" }, ...rows));
+  show(byId("accept"), element("div", { class: "bars" }, ...rows));
 }
 
 export function showTiers(before, status, elapsedS) {
@@ -71,7 +71,7 @@ export function showTiers(before, status, elapsedS) {
     return cells;
   });
   const none = element("p", { class: "note" }, "Not known.");
-  byId("kv").replaceChildren(rows.length ? element("div", { class: "bars" }, ...rows) : none);
+  show(byId("kv"), rows.length ? element("div", { class: "bars" }, ...rows) : none);
 }
 
 const ENGINES = { ENGINE_ROLE_TARGET: "target", ENGINE_ROLE_DRAFT: "draft" };
@@ -92,7 +92,7 @@ export function showTopology(answer) {
     ),
   );
   if (!boxes.length) boxes.push(element("p", { class: "note" }, "This gateway was not told where its processes run."));
-  byId("topology").replaceChildren(element("div", { class: "models" }, ...models), ...boxes);
+  show(byId("topology"), element("div", { class: "models" }, ...models), ...boxes);
 }
 
 function groupBy(items, key) {
@@ -128,9 +128,9 @@ const SHOWN_REQUESTS = 10;
 export function showRequests(answer, total) {
   const all = answer.requests ?? [];
   const count = total.running + total.waiting;
-  byId("requests-note").textContent = count ? `${total.running} running, ${total.waiting} waiting` : "";
+  say(byId("requests-note"), count ? `${total.running} running, ${total.waiting} waiting` : "");
   if (!all.length) {
-    byId("requests").replaceChildren(element("p", { class: "note" }, "None runs now."));
+    show(byId("requests"), element("p", { class: "note" }, "None runs now."));
     return;
   }
   const hasTenants = all.some((request) => request.tenant);
@@ -144,24 +144,19 @@ export function showRequests(answer, total) {
   ]);
   const headings = ["Request", ...(hasTenants ? ["Token of"] : []), "State", "Prompt", "Output", "Age"];
   const more = all.length > SHOWN_REQUESTS ? [element("p", { class: "note" }, `The ${SHOWN_REQUESTS} oldest ones are shown.`)] : [];
-  byId("requests").replaceChildren(table("Running requests", headings, rows, ["id"]), ...more);
+  show(byId("requests"), table("Running requests", headings, rows, ["id"]), ...more);
 }
 
-let shownEvents = "";
-
-/** Newest first. They are rewritten only when there is something new, so that a reader keeps the place. */
+/** Newest first. */
 export function showEvents(answer) {
   const events = answer.events ?? [];
-  const key = `${events.length} ${events.at(-1)?.number} ${events.at(-1)?.time_s}`;
-  if (key === shownEvents) return;
-  shownEvents = key;
   const lines = events.toReversed().map((event) => {
     const at = new Date(1000 * event.time_s);
     const time = element("time", { datetime: at.toISOString(), title: at.toLocaleString() }, at.toLocaleTimeString());
     const kind = (event.severity ?? "INFO").toLowerCase();
     return element("li", { class: kind }, time, element("b", {}, `${kind === "info" ? "" : `${kind}, `}replica ${event.replica ?? 0}`), element("span", {}, event.text));
   });
-  byId("events").replaceChildren(...(lines.length ? lines : [element("li", { class: "note" }, "Nothing has happened yet.")]));
+  show(byId("events"), ...(lines.length ? lines : [element("li", { class: "note" }, "Nothing has happened yet.")]));
 }
 
 export function showReplicas(views) {
@@ -178,5 +173,5 @@ export function showReplicas(views) {
     percent(view.verifyWait ?? null),
     percent(view.kv ?? null),
   ]);
-  byId("replicas").replaceChildren(table("Replicas", headings, rows));
+  show(byId("replicas"), table("Replicas", headings, rows));
 }

@@ -1,7 +1,7 @@
 // Streams a completion and shows which of its tokens were drafted; the last runs with speculation and without stand side by side.
 
 import { events, post } from "./api.js";
-import { byId, decimal, duration, element, percent, rate } from "./dom.js";
+import { byId, decimal, duration, element, percent, rate, say } from "./dom.js";
 
 export class Playground {
   constructor(onProblem) {
@@ -24,7 +24,7 @@ export class Playground {
     this.#busy(true);
     const run = new Run(readForm());
     try {
-      await run.stream(this.aborting.signal, (text) => (byId("play-state").textContent = text));
+      await run.stream(this.aborting.signal, (text) => say(byId("play-state"), text));
       this.runs.set(run.asked.speculates, run);
       this.#showRuns();
     } catch (error) {
@@ -122,7 +122,7 @@ class Run {
       this.lastMs = performance.now();
       this.firstMs ??= this.lastMs;
     }
-    output.append(...spansOf(text, tokensOf(choice), drafted));
+    for (const [part, isDrafted] of partsOf(text, tokensOf(choice), drafted)) append(output, part, isDrafted);
   }
 
   #rate() {
@@ -156,18 +156,18 @@ function tokensOf(choice) {
   return choice.logprobs?.tokens ?? choice.logprobs?.content?.map((each) => each.token) ?? [];
 }
 
-/** The text in pieces, drafted ones marked. Where tokens do not make up the text (half a character, a stop string that is
- * held back), it is one piece, which is marked if all of its tokens were drafted. */
-function spansOf(text, tokens, drafted) {
+/** The text in pieces, and whether each was drafted. Where tokens do not make up the text (half a character, a stop string
+ * that is held back), it is one piece, which counts as drafted if all of its tokens were. */
+function partsOf(text, tokens, drafted) {
   if (!text) return [];
-  if (tokens.length !== drafted.length || tokens.join("") !== text)
-    return [piece(text, drafted.length > 0 && drafted.every(Boolean))];
-  const pieces = [];
-  tokens.forEach((token, i) => {
-    if (i > 0 && drafted[i] === drafted[i - 1]) pieces.at(-1)[0] += token;
-    else pieces.push([token, drafted[i]]);
-  });
-  return pieces.map(([part, isDrafted]) => piece(part, isDrafted));
+  if (tokens.length !== drafted.length || tokens.join("") !== text) return [[text, drafted.length > 0 && drafted.every(Boolean)]];
+  return tokens.map((token, i) => [token, drafted[i]]);
 }
 
-const piece = (text, isDrafted) => element(isDrafted ? "mark" : "span", {}, text);
+/** To the last element if that is of the same kind, so that a long output has few of them. */
+function append(output, text, isDrafted) {
+  const tag = isDrafted ? "mark" : "span";
+  const last = output.lastElementChild;
+  if (last?.localName === tag && last.className === "") last.firstChild.appendData(text);
+  else if (text) output.append(element(tag, {}, text));
+}

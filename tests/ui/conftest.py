@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from cluster.deployment.settings import AuthSettings, KvCacheSettings, ServerSettings, SpeculationSettings
+from cluster.deployment.settings import (
+    AuthSettings,
+    JobsSettings,
+    KvCacheSettings,
+    ServerSettings,
+    SpeculationSettings,
+)
 from cluster.local import LocalDeployment, LocalDraft, local_settings
 from echelon.cli.token import token_app
 from tests.helpers.scrape import free_port
@@ -35,6 +41,7 @@ _FLAGS = (
 class House:
     deployment: LocalDeployment
     url: str
+    tokens_file: Path
     operator: str  # tokens
     user: str
 
@@ -49,8 +56,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     """The bundled pair; the draft works beside the target."""
     folder = tmp_path_factory.mktemp("ui")
     tokens = folder / "tokens.json"
-    operator = _token(tokens, "operator", "--scope", "admin", "--scope", "generate")
-    user = _token(tokens, "user")
+    operator = token(tokens, "operator", "--scope", "admin", "--scope", "generate")
+    user = token(tokens, "user")
     http_port = free_port()
     settings = local_settings(
         ROOT / "models" / "demo-target",
@@ -59,12 +66,13 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         kv_cache=KvCacheSettings(device_bytes=9 << 20, cpu_bytes=64 << 20),
         speculation=SpeculationSettings(pipeline="continuous"),
         server=ServerSettings(grpc_port=0, http_port=http_port, auth=AuthSettings(tokens_file=str(tokens))),
+        jobs=JobsSettings(path=str(folder / "jobs")),
     )
     with LocalDeployment(settings, gateway=True) as deployment:
-        yield House(deployment, f"http://127.0.0.1:{http_port}/ui/", operator, user)
+        yield House(deployment, f"http://127.0.0.1:{http_port}/ui/", tokens, operator, user)
 
 
-def _token(file: Path, name: str, *options: str) -> str:
+def token(file: Path, name: str, *options: str) -> str:
     arguments = ["create", name, "--file", str(file), *options]
     return CliRunner().invoke(token_app(), arguments, catch_exceptions=False).stdout.strip()
 

@@ -10,8 +10,11 @@ import pytest
 from axe_core_python.selenium import Axe
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
+from typer.testing import CliRunner
 
-from tests.ui.conftest import ROOT, Page
+from echelon import Client
+from echelon.cli.token import token_app
+from tests.ui.conftest import ROOT, Page, token
 
 pytestmark = pytest.mark.timeout(600)
 _COLOURS = {"draft": (224, 138, 18), "target": (47, 111, 220)}  # of style.css, light
@@ -126,6 +129,54 @@ def test_a_draft_that_dies_is_an_event(page: Page) -> None:
     os.kill(page.house.pid_of("draft-0.0"), signal.SIGKILL)
     page.wait_for("events", "its draft is lost")
     page.wait_for("events", "its draft is back")
+
+
+def test_it_shows_jobs_and_takes_their_words_for_text(page: Page) -> None:
+    trap = "<img src=x onerror=document.title='caught'>"
+    with Client(page.house.deployment.running.gateway_address, token=page.house.user) as client:
+        bodies = [{"prompt": "def add(", "max_tokens": 200, "ignore_eos": True}] * 40
+        running = client.jobs.submit(bodies, metadata={"note": trap})
+        page.open(page.house.operator)
+        page.wait_for("jobs", "in progress")
+        page.wait_for("jobs", " left")
+        page.wait_for("jobs-note", "1 not ended")
+        assert trap in page.text("jobs")
+        label = page.driver.execute_script("return document.querySelector('#jobs [role=img]').ariaLabel")
+        assert label.startswith(f"Job {running.job_id}: ")
+        assert label.endswith(" of 40")
+        client.jobs.cancel(running.job_id)
+        page.wait_for("jobs", "cancelled")
+        page.wait_for("jobs-note", "all ended")
+        client.jobs.submit([{"custom_id": "a", "method": "POST", "url": trap, "body": {}}])
+        page.wait_for("jobs", "line 1: url: must be")
+    assert page.driver.execute_script("return document.querySelectorAll('img[src=x]').length") == 0
+    assert "caught" not in page.driver.title
+    assert page.complaints() == []
+
+
+def test_a_revoked_token_is_asked_for_again(page: Page) -> None:
+    file = page.house.tokens_file
+    page.open(token(file, "passing", "--scope", "admin"))
+    page.wait_for("state", "Live")
+    page.wait_for("lanes-text", "No rounds in this time.")
+    CliRunner().invoke(token_app(), ["revoke", "passing", "--file", str(file)], catch_exceptions=False)
+    page.wait_for("state", "A token is needed")
+    page.wait_for("lanes-text", "No rounds: ")
+    page.wait(lambda: page["token-dialog"].get_property("open"))
+    page["token"].clear()
+    page["token"].send_keys(page.house.operator, Keys.ENTER)
+    page.wait_for("state", "Live")
+    page.wait_for("lanes-text", "No rounds in this time.")
+
+
+def test_a_gateway_that_hangs_is_not_taken_for_live(page: Page) -> None:
+    page.open(page.house.operator)
+    page.wait_for("state", "Live")
+    pid = page.house.pid_of("gateway-0")
+    os.kill(pid, signal.SIGSTOP)  # the controller starts it again after a while
+    page.wait_for("state", "The gateway does not answer")
+    page.wait_for("state", "Live")
+    page.wait_for("lanes-text", "No rounds in this time.")
 
 
 def test_the_keyboard_reaches_everything(page: Page) -> None:

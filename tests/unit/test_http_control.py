@@ -189,3 +189,8 @@ async def test_the_page_needs_no_other_host_and_nothing_inline() -> None:
         assert "https:" not in text
         for word in ("innerHTML", "eval(", " style=", " onclick=", "<style", "import("):
             assert word not in text, path.name
+
+
+async def test_a_deployment_without_jobs_says_so(house: House) -> None:
+    status, _, content = await house.ask("/control/jobs")
+    assert (status, json.loads(content)) == (200, {"kept": False, "jobs": []})

@@ -167,6 +167,14 @@ def test_lists_come_in_pages(store: JobStore) -> None:
     assert store.files("ann", Page(limit=2), purpose="batch_output") == []
 
 
+def test_those_that_watch_see_what_has_not_ended_first(store: JobStore) -> None:
+    jobs = [running_job(store) for _ in range(4)]
+    for job in (jobs[0], jobs[3]):
+        store.fail(job.id, [])
+    wanted = [jobs[2].id, jobs[1].id, jobs[3].id]
+    assert [job.id for job in store.watched_jobs(3)] == wanted
+
+
 def test_a_deleted_job_leaves_nothing_but_an_input_that_others_read(store: JobStore) -> None:
     store.add_file(upload("file-1"))
     jobs = [running_job(store, input_file="file-1") for _ in range(2)]

@@ -28,6 +28,8 @@ from echelon.errors import (
     UnavailableError,
 )
 from echelon.pb import process_pb2
+from echelon.pb.scheduler_pb2 import TracedRound, TraceEvent
+from echelon.pb.worker_pb2 import ENGINE_ROLE_TARGET
 from gateway.doors import http_server
 from gateway.doors.grpc_access import TokenInterceptor
 from gateway.server import Gateway, StartupError
@@ -77,6 +79,10 @@ class Files:
     def token(self, name: str, *options: str) -> str:
         arguments = ["create", name, "--file", str(self.tokens_file), *options]
         return CliRunner().invoke(token_app(), arguments, catch_exceptions=False).stdout.strip()
+
+    def revoke(self, name: str) -> None:
+        arguments = ["revoke", name, "--file", str(self.tokens_file)]
+        assert CliRunner().invoke(token_app(), arguments, catch_exceptions=False).exit_code == 0
 
 
 @dataclass
@@ -231,6 +237,18 @@ async def test_who_may_watch(files: Files) -> None:
             assert (await house.ask(path, authorization=f"Bearer {token}"))[0] == 403, (
                 "the router takes it for the path"
             )
+
+
+async def test_who_watches_rounds_is_shown_no_more_once_the_token_is_revoked(files: Files) -> None:
+    operator, other = files.token("ops", "--scope", "admin"), files.token("other", "--scope", "admin")
+    async with opened(files) as house:
+        house.scheduler.trace = [TraceEvent(round=TracedRound(engine=ENGINE_ROLE_TARGET))]
+        watching = asyncio.ensure_future(house.ask("/control/rounds", authorization=f"Bearer {operator}"))
+        while not house.scheduler.traces_asked:  # noqa: ASYNC110  # it has begun
+            await asyncio.sleep(0.01)
+        files.revoke("ops")
+        assert "this token is not known here" in str((await watching)[2])
+        assert (await house.ask("/control/status", authorization=f"Bearer {other}"))[0] == 200
 
 
 async def test_what_is_no_http_gets_an_answer_over_tls_too(files: Files) -> None:
@@ -429,6 +447,8 @@ async def test_jobs_are_seen_by_those_who_submitted_them_and_by_operators(files:
         assert [result.body["choices"][0]["text"] for result in results] == ["ab", "ab"]
         assert (await asyncio.to_thread(ops.cancel, job.job_id)).state == "completed"
         assert (await house.ask("/v1/batches"))[0] == 401
+        _, _, watched = await house.ask("/control/jobs", authorization=f"Bearer {tokens['ops']}")
+        assert [(each["job_id"], each["num_completed"]) for each in watched["jobs"]] == [(job.job_id, "2")]
         for client in clients.values():
             client.close()
 
