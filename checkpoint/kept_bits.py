@@ -4,7 +4,7 @@ Products with them need integer codes, and a scale for each output and group of 
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Final, Literal
+from typing import Final
 
 from checkpoint.config import ModelConfig
 from checkpoint.stored_format import StoredFormat
@@ -23,15 +23,11 @@ def kept_bytes(matrix: StoredMatrix, num_elements: int) -> int:
     return num_elements * format.num_bits // 8 + num_groups * _SCALE_BYTES * (2 if format.has_zero_points else 1)
 
 
-def kept_bits_problem(
-    config: ModelConfig, weights: Mapping[str, TensorInfo], *, device: Literal["cpu", "cuda"], num_ranks: int
-) -> str | None:
+def kept_bits_problem(config: ModelConfig, weights: Mapping[str, TensorInfo], *, num_ranks: int) -> str | None:
     """Why a model cannot keep the bits of its checkpoint, with its matrices split among so many ranks, or None."""
     format = config.stored_as
     if format is None:
         return "the checkpoint is not quantised"
-    if device != "cpu":
-        return "there are no products with stored integers on cuda yet"
     return _format_problem(format) or _split_problem(config, format, num_ranks) or _mixed_problem(weights)
 
 

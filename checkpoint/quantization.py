@@ -9,7 +9,6 @@ from typing import Literal
 from checkpoint.config import ModelConfig
 
 WeightFormat = Literal["int8", "int4", "mxfp4"]
-_CUDA_FORMATS: tuple[WeightFormat, ...] = ("mxfp4",)  # those with a kernel
 _CODE_BITS = {"int8": 8, "int4": 4, "mxfp4": 4}
 _INT4_GROUP_SIZE, _MXFP4_GROUP_SIZE = 128, 32  # inputs that share a scale; in int8 all do
 _SCALE_BYTES = 4
@@ -37,8 +36,6 @@ class Quantization:
 
     def problem(self, config: ModelConfig, *, num_ranks: int, splits_mlps: bool, splits_heads: bool) -> str | None:
         """Why a model cannot be rounded so, or None."""
-        if self.device == "cuda" and self.format not in _CUDA_FORMATS:
-            return f"has no products on cuda yet, where there are those of {', '.join(_CUDA_FORMATS)}"
         if self.format != "mxfp4":
             return None
         sizes = {

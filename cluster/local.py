@@ -113,7 +113,8 @@ def local_settings(
 
     compiles = cpu.compile != "off"
     given = replace(model("target", target, tp_size), kv_dtype=kv_cache.dtype)
-    target_model, _ = resolve_weights(given, weights, device, compiles=compiles)
+    fixed = batch_invariant is True
+    target_model, _ = resolve_weights(given, weights, device, compiles=compiles, batch_invariant=fixed)
     draft_model = None
     if draft is not None and speculation.method in (None, *DRAFT_MODEL_METHODS):
         layers = draft.layer_parallel(target_tp_size=tp_size)
@@ -123,7 +124,7 @@ def local_settings(
         if draft.lower_folder is not None:
             whole = replace(whole, lower=model("draft", draft.lower_folder, draft.tp_size))
         draft_model = made_at_load(whole, device, quantization=draft.quantization, num_layers=draft.num_layers)
-        draft_model, _ = resolve_weights(draft_model, "auto", device, compiles=compiles)
+        draft_model, _ = resolve_weights(draft_model, "auto", device, compiles=compiles, batch_invariant=fixed)
     colocated = draft is not None and draft.colocated
     return Settings(
         name="local",

@@ -96,11 +96,14 @@ def _with_stored_weights(
 ) -> tuple[ModelSettings, ModelSettings | None]:
     """Both models, with the bits of quantised checkpoints where they can be kept; a draft has no key for it."""
     compiles = file.cpu.compile != "off"
-    target, problem = resolve_weights(target, file.target.weights, file.device, compiles=compiles)
+    fixed = file.batch_invariant is True
+    target, problem = resolve_weights(
+        target, file.target.weights, file.device, compiles=compiles, batch_invariant=fixed
+    )
     if problem is not None:
         problems.append(problem)
     if draft is not None:
-        draft, _ = resolve_weights(draft, "auto", file.device, compiles=compiles)
+        draft, _ = resolve_weights(draft, "auto", file.device, compiles=compiles, batch_invariant=fixed)
     return target, draft
 
 

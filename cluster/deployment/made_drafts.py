@@ -34,7 +34,7 @@ def quantization_problems(draft: ModelSettings) -> Iterator[Problem]:
         splits_mlps=layers is None or layers.mlps == "tensor_parallel",
     )
     if problem is not None:
-        remedy = "use mxfp4" if wanted.device == "cuda" and wanted.format != "mxfp4" else "use another format"
+        remedy = "use int4 or int8"
         yield Problem(path="draft.quantization", value=repr(wanted.format), message=problem, remedy=remedy)
 
 

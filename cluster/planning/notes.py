@@ -59,7 +59,8 @@ def _how_held(model: ModelSettings, settings: Settings) -> str:
         return "workers keep these bits"
     if model.folder.quantization is not None:
         return f"workers hold them in {model.folder.quantization.format}"
-    reason = why_dequantized(model, settings.device, compiles=settings.cpu.compile != "off")
+    compiles, batch_invariant = settings.cpu.compile != "off", settings.batch_invariant is True
+    reason = why_dequantized(model, settings.device, compiles=compiles, batch_invariant=batch_invariant)
     return f"workers hold them in {model.dtype}" + ("" if reason is None else f", because {reason}")
 
 

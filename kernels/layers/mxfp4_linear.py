@@ -158,8 +158,8 @@ def _launch(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     options = tile_options(x.dtype, num_rows, in_features)
     out_tiles, row_tiles = triton.cdiv(out_features, options["BLOCK_OUT"]), triton.cdiv(num_rows, options["ROWS"])
-    split_features = _split_features(in_features, out_tiles * row_tiles)
-    num_splits = triton.cdiv(in_features, split_features)
+    of_program = split_features(in_features, out_tiles * row_tiles)
+    num_splits = triton.cdiv(in_features, of_program)
     sums = torch.empty(num_splits, num_rows, out_features, device=x.device)
     mxfp4_linear_kernel[(out_tiles, num_splits, row_tiles)](
         x,
@@ -170,7 +170,7 @@ def _launch(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
         out_features,
         in_features,
         x.stride(0),
-        split_features,
+        of_program,
         **options,
     )
     return add_partial_sums(sums, None, out)
@@ -185,7 +185,7 @@ def tile_options(dtype: torch.dtype, num_rows: int, in_features: int) -> dict[st
     return {"ROWS": rows, "BLOCK_OUT": 128, "BLOCK_IN": block_in, "num_warps": 4, "num_stages": 4}
 
 
-def _split_features(in_features: int, num_tiles: int) -> int:
+def split_features(in_features: int, num_tiles: int) -> int:
     """Inputs of one program, so that there are about ENOUGH_PROGRAMS: a multiple of every BLOCK_IN."""
     wanted_splits = max(1, ENOUGH_PROGRAMS // num_tiles)
     return max(MIN_SPLIT_FEATURES, -(-in_features // wanted_splits // 128) * 128)

@@ -52,6 +52,10 @@ class QuantizedWeight:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
 
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), zeros=zeros)
+
     @property
     def fp32_scales(self) -> Tensor:  # [out, num_groups]
         return scale_values(self.scales) if self.format == "mxfp4" else self.scales

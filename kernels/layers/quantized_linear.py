@@ -2,7 +2,7 @@
 
 The speed of such a step is that of reading the weights. On a CPU, kernels/native reads 4 or 8 bits for each of them; it
 took less CPU time than torch's `_weight_int4pack_mm_for_cpu` and `_weight_int8pack_mm` for 1 to 16 rows (see
-docs/kernels.md). On CUDA, MXFP4 has a Triton kernel (`kernels.layers.mxfp4_linear`), and the others have none.
+docs/kernels.md). On CUDA, Triton kernels do so: `kernels.layers.mxfp4_linear` and `kernels.layers.integer_linear`.
 """
 
 import torch
@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.dispatch import runs_triton
+from kernels.layers.integer_linear import MAX_KERNEL_ROWS, integer_linear, takes_groups_of
 from kernels.layers.mxfp4_linear import mxfp4_linear
 from kernels.layers.quantized import QuantizedWeight, dequantize_weight
 from kernels.native import quantized as native
 from kernels.native.quantized import NativeQuantizedWeight
 
 AnyQuantizedWeight = QuantizedWeight | NativeQuantizedWeight
-_TILE_WEIGHTS = 1 << 19  # dequantised at a time: they stay in the cache of a core
+# Weights that are dequantised at a time: they stay in the cache of a core; on CUDA, enough for all multiprocessors.
+_TILE_WEIGHTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
 def pack_quantized_weight(weight: QuantizedWeight, *, batch_invariant: bool = False) -> AnyQuantizedWeight:
@@ -49,6 +51,10 @@ def quantized_linear(x: Tensor, weight: AnyQuantizedWeight, bias: Tensor | None 
     if weight.format == "mxfp4" and runs_triton(x):
         y = mxfp4_linear(x, weight.codes, weight.scales)
         return y if bias is None else y + bias
+    if runs_triton(x) and x.shape[0] <= MAX_KERNEL_ROWS and takes_groups_of(weight.group_size, weight.shape[1]):
+        num_bits = 8 if weight.format == "int8" else 4
+        codes, scales, zeros = weight.codes, weight.scales, weight.zeros
+        return integer_linear(x, codes, scales, zeros, bias, num_bits=num_bits, group_size=weight.group_size)
     return _multiply_dense_tiles(x, weight, bias)
 
 
@@ -60,7 +66,7 @@ def quantized_linear_reference(x: Tensor, weight: QuantizedWeight, bias: Tensor 
 def _multiply_dense_tiles(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
     """A few output features at a time. Saves memory, not time."""
     out_features, in_features = weight.shape
-    features_at_once = max(1, _TILE_WEIGHTS // max(1, in_features))
+    features_at_once = max(1, _TILE_WEIGHTS[x.device.type] // max(1, in_features))
     out = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
     for start in range(0, out_features, features_at_once):
         tile = slice(start, start + features_at_once)

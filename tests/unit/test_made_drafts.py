@@ -144,10 +144,10 @@ def test_what_cannot_be_made_is_refused_by_name(draft: str, tmp_path: Path) -> N
     assert REFUSED[draft] in str(error.value).replace("\n", " ")
 
 
-def test_cuda_has_products_of_mxfp4_only(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"draft.quantization.*no products on cuda yet.*use mxfp4"):
-        settings_of(tmp_path, "model: self, quantization: int4", "device: cuda")
-    assert settings_of(tmp_path, "model: self, quantization: mxfp4", "device: cuda").draft is not None
+@pytest.mark.parametrize("format", FORMATS)
+def test_cuda_has_products_of_all_formats(format: WeightFormat, tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, f"model: self, quantization: {format}", "device: cuda")
+    assert settings.draft.folder.quantization.format == format
 
 
 def test_mxfp4_needs_whole_groups_on_every_rank() -> None:

@@ -151,7 +151,8 @@ class BuildContext:
 
     def _joined(self, parts: list[QuantizedWeight]) -> Weight:
         """The weight whose outputs are those of the parts, one after another."""
-        packed = pack_quantized_weight(join_outputs(parts), batch_invariant=self.batch_invariant)
+        joined = join_outputs(parts).to(self.device)
+        packed = pack_quantized_weight(joined, batch_invariant=self.batch_invariant)
         self._sizes.append(packed.nbytes)
         return packed
 
