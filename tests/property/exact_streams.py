@@ -10,6 +10,7 @@ many verified drafts and preemptions, and the streams that differ. The exit stat
 
 import argparse
 import random
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from bench.report import add_report_options, publish, table
 from childproc.wires import open_blocking_channel
 from cluster.deployment.settings import KvCacheSettings, SchedulerSettings, SpeculationSettings
 from cluster.local import LocalDeployment, LocalDraft, local_settings
@@ -28,13 +30,17 @@ from tests.helpers.scheduler_client import SchedulerClient
 _MOST_AT_ONCE = 32
 _NUM_TOKENS = (8, 80)  # of an output
 _KV_CACHE_BYTES = 4 << 20  # of all ranks: 64 blocks of the target, and a request takes up to 8 of them
+HEADER = ["deployment", "ranks of the target", "streams", "drafts verified", "preemptions", "differ"]
 _CONTINUOUS = {"pipeline": "continuous"}
 DEPLOYMENTS: dict[str, dict[str, Any]] = {
     "serial": {"speculation": {"pipeline": "serial"}},
     "continuous": {"speculation": _CONTINUOUS | {"verdict_cache": "off"}},
     "verdict cache": {"speculation": _CONTINUOUS | {"verdict_cache": 6}},
     "colocated": {"draft": {"colocated": True}},
+    "layer-parallel": {"draft": {"layer_parallel_size": 2}, "speculation": _CONTINUOUS},
     "colocated, layer-parallel": {"draft": {"colocated": True, "layer_parallel_size": 4}},
+    "self-draft": {"draft": {"folder": TARGET, "num_layers": 4}, "speculation": _CONTINUOUS},
+    "self-draft, colocated, int4": {"draft": {"folder": TARGET, "quantization": "int4", "colocated": True}},
     "lookup": {"draft": None, "speculation": {"method": "suffix"}},
     "hybrid": {"speculation": _CONTINUOUS | {"method": "hybrid"}},
 }
@@ -58,6 +64,12 @@ class Outcome:
     num_preemptions: int
     different: list[str]  # what differs, for people
 
+    @property
+    def cells(self) -> list[str]:
+        return [
+            str(number) for number in (self.num_streams, self.num_drafts, self.num_preemptions, len(self.different))
+        ]
+
 
 def draw(rng: random.Random, prompts: Sequence[list[int]]) -> Wanted:
     name = rng.choice(list(SETTINGS))
@@ -77,7 +89,7 @@ def run(name: str, tp_size: int, num_streams: int, rng: random.Random) -> Outcom
     draft: dict[str, Any] | None = made.get("draft", {})
     settings = local_settings(
         TARGET,
-        draft=None if draft is None else LocalDraft(folder=DRAFT, **draft),
+        draft=None if draft is None else LocalDraft(**{"folder": DRAFT} | draft),
         tp_size=tp_size,
         dtype="bfloat16",
         batch_invariant=True,
@@ -146,22 +158,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=list(DEPLOYMENTS), choices=list(DEPLOYMENTS))
     parser.add_argument("--tp-sizes", type=int, nargs="+", default=[1, 2])
+    add_report_options(parser)
     args = parser.parse_args()
     pairs = [(name, tp_size) for tp_size in args.tp_sizes for name in args.only]
     num_each = -(-args.streams // len(pairs))
-    num_different = 0
+    rows, num_different = [], 0
     for name, tp_size in pairs:
         began_s = time.monotonic()
         outcome = run(name, tp_size, num_each, random.Random(f"{args.seed} {name} {tp_size}"))
         num_different += len(outcome.different)
-        took_s = time.monotonic() - began_s
-        print(
-            f"{name}, target on {tp_size}: {outcome.num_streams} streams, {outcome.num_drafts} drafts verified, "
-            f"{outcome.num_preemptions} preemptions, {len(outcome.different)} differ ({took_s:.0f} s)",
-            *outcome.different,
-            sep="\n  ",
-            flush=True,
-        )
+        rows.append([name, str(tp_size), *outcome.cells])
+        print(", ".join(rows[-1]), f"({time.monotonic() - began_s:.0f} s)", *outcome.different, sep="\n  ", flush=True)
+    verdict = f"{num_different} of {num_each * len(pairs)} streams differ from plain decoding by the same ranks."
+    command = shlex.join(["python", "-m", "tests.property.exact_streams", *sys.argv[1:]])
+    publish("exact-streams", f"{verdict}\n\n{table(HEADER, rows)}", command=command, save=args.save)
     sys.exit(1 if num_different else 0)
 
 
