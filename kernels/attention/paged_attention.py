@@ -23,9 +23,10 @@ from torch import Tensor
 
 from kernels.attention.call import AttentionCall, check_arguments
 from kernels.attention.cpu import paged_attention_cpu
-from kernels.attention.paged_kv import AlikeSeqs, SeqLengths, alike_seqs, rows_of_seqs
+from kernels.attention.paged_kv import AlikeSeqs, LengthBounds, SeqLengths, alike_seqs, rows_of_seqs
 from kernels.attention.schedule import Schedule, Settings, make_schedule
 from kernels.attention.split import launch_split
+from kernels.attention.static_schedule import make_static_schedule
 from kernels.attention.whole import launch_whole
 from kernels.dispatch import runs_triton
 from kernels.kv.fp8 import KVScales
@@ -37,7 +38,7 @@ _MAX_TREE_TOKENS = 64  # bits of a word
 class AttentionPlan:
     """Data that all layers of a step can share. The layers run one after another on one stream."""
 
-    lengths: SeqLengths
+    lengths: SeqLengths | LengthBounds
     seqs: list[AlikeSeqs] | None  # None: on a device that runs the kernels
     schedules: dict[Settings, Schedule] = field(default_factory=dict)  # grows: layers may differ in their window
 
@@ -50,15 +51,19 @@ def plan_attention(
     num_tokens: int,
     num_blocks: int,
     block_size: int,
-    lengths: SeqLengths | None = None,
+    lengths: SeqLengths | LengthBounds | None = None,
 ) -> AttentionPlan:
     """Plan all calls of paged_attention with these lengths and blocks, in caches of one shape.
 
-    lengths: the values of seq_lens and cu_seqlens_q. Without it they are read, which waits for the device. Raises
-    ValueError for impossible lengths and, if the CPU computes, for impossible blocks.
+    lengths: the values of seq_lens and cu_seqlens_q, or their bounds, with which the device plans by itself and nothing
+    is checked. Without it they are read, which waits for the device. Raises ValueError for impossible lengths and, if
+    the CPU computes, for impossible blocks.
     """
-    if lengths is None:
-        lengths = SeqLengths.read(seq_lens, cu_seqlens_q)
+    if runs_triton(seq_lens) and isinstance(lengths, LengthBounds):
+        return AttentionPlan(lengths, None)
+    if lengths is None or isinstance(lengths, LengthBounds):
+        has_padding, lengths = lengths is not None, SeqLengths.read(seq_lens, cu_seqlens_q)
+        num_tokens = int(lengths.cu_seqlens_q[-1]) if has_padding else num_tokens
     lengths.check(num_tokens=num_tokens, max_blocks=block_table.shape[1], block_size=block_size)
     if runs_triton(seq_lens):
         return AttentionPlan(lengths, None)
@@ -162,13 +167,18 @@ def paged_attention(
             num_blocks=num_blocks,
             block_size=block_size,
         )
-    if ancestors is not None and plan.lengths.num_new.max(initial=0) > _MAX_TREE_TOKENS:
-        raise ValueError(f"ancestors: a seq has {plan.lengths.num_new.max()} new tokens, more than {_MAX_TREE_TOKENS}")
+    if ancestors is not None and (most_new := _most_new(plan.lengths)) > _MAX_TREE_TOKENS:
+        raise ValueError(f"ancestors: a seq has {most_new} new tokens, more than {_MAX_TREE_TOKENS}")
     if plan.seqs is not None:
         paged_attention_cpu(call, plan.seqs, batch_invariant=batch_invariant)
     else:
         _launch(call, plan, batch_invariant=batch_invariant)
     return call.out if call.lse is None else (call.out, call.lse)
+
+
+def _most_new(lengths: SeqLengths | LengthBounds) -> int:
+    """Most new tokens of a seq."""
+    return lengths.max_new if isinstance(lengths, LengthBounds) else int(lengths.num_new.max(initial=0))
 
 
 def _launch(call: AttentionCall, plan: AttentionPlan, *, batch_invariant: bool) -> None:
@@ -183,7 +193,11 @@ def _launch(call: AttentionCall, plan: AttentionPlan, *, batch_invariant: bool) 
     )
     schedule = plan.schedules.get(settings)
     if schedule is None:
-        schedule = plan.schedules[settings] = make_schedule(settings, plan.lengths, device=call.q.device)
+        if isinstance(plan.lengths, LengthBounds):
+            schedule = make_static_schedule(settings, plan.lengths, call.seq_lens, call.cu_seqlens_q)
+        else:
+            schedule = make_schedule(settings, plan.lengths, device=call.q.device)
+        plan.schedules[settings] = schedule
     if schedule.split is not None:
         launch_split(call, schedule.split)
     if schedule.whole is not None:

@@ -129,6 +129,15 @@ class SeqLengths:
                 )
 
 
+@dataclass(frozen=True, slots=True)
+class LengthBounds:
+    """All that the host knows of lengths if only the device knows them: those of a captured step change from replay to
+    replay. Tokens after the last seq's belong to no seq, and seqs of length 0 have no tokens: both are padding."""
+
+    num_seqs: int
+    max_new: int  # most new tokens of a seq
+
+
 def rows_of_seqs(block_table: Tensor, lengths: SeqLengths, *, num_blocks: int, block_size: int) -> list[SeqRows]:
     """One entry for each seq with new tokens. The lengths must have been checked.
 

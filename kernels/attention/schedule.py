@@ -27,9 +27,9 @@ _KEY_TILE_BYTES = 16 << 10
 _MAX_KEYS = 128
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 # A split costs a round trip through memory: about as much as reading two key tiles.
-_MIN_TILES_PER_PROGRAM = 2
+MIN_TILES_PER_PROGRAM = 2
 _MIN_ROWS = 16  # of a product on tensor cores
-_MAX_SPLIT_ROWS = 64
+MAX_SPLIT_ROWS = 64
 _WHOLE_ROWS = 128
 _INVARIANT_ROWS = 64  # few enough for decode rows, enough for the warp-group products of an H100
 _FP32_ROWS = 32  # fp32 is multiplied outside of tensor cores: more rows, or fewer warps, spill registers
@@ -74,7 +74,8 @@ class WholeWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitWork:
-    """Equal stretches of key tiles for num_programs programs, and where programs leave the parts of split query tiles.
+    """Equal stretches of key tiles for the first `num_busy` of num_programs programs, one tile at least for each, and
+    where programs leave the parts of split query tiles.
 
     `counters` counts the programs that have left their part of a query tile. The program that completes a count resets
     it to zero. So all layers of a step, which run one after another, share one schedule without clearing it in between.
@@ -85,6 +86,7 @@ class SplitWork:
     query_tiles: Tensor  # int32 [num_query_tiles, 2]: seq, first of its new tokens
     tile_starts: Tensor  # int32 [num_query_tiles + 1]: number of key tiles of all earlier query tiles, for one KV head
     first_query_tiles: Tensor  # int32 [num_programs]: where a program's stretch begins
+    num_busy: Tensor  # int32 [1], 1 to num_programs
     parts: Tensor  # fp32 [num_programs, 2, rows, padded head_dim]: sums of weights v; a stretch has two ends
     part_stats: Tensor  # fp32 [num_programs, 2, 2, rows]: peak and total
     counters: Tensor  # int32 [num_kv_heads * num_query_tiles], zeros
@@ -109,7 +111,7 @@ def make_schedule(settings: Settings, lengths: SeqLengths, *, device: torch.devi
     if settings.batch_invariant:
         return Schedule(split=None, whole=_whole_work(settings, lengths, some, whole_tiling, device))
     num_programs = resident_programs(device)
-    long = some[(num_new[some] * settings.group > _MAX_SPLIT_ROWS) & (not settings.tree)]
+    long = some[(num_new[some] * settings.group > MAX_SPLIT_ROWS) & (not settings.tree)]
     # Too few query tiles leave multiprocessors idle, so a short chunk after a long prefix is split as well.
     num_long_tiles = int(np.sum(-(-num_new[long] // whole_tiling.tokens(settings.group))))
     if num_long_tiles * settings.num_kv_heads * _PROGRAMS_PER_MULTIPROCESSOR < num_programs:
@@ -164,15 +166,15 @@ def _split_work(
     if len(seqs) == 0:
         return None
     most_rows = int(lengths.num_new[seqs].max()) * settings.group
-    tiling = choose_tiling(settings, min(most_rows, _MAX_SPLIT_ROWS))
+    tiling = choose_tiling(settings, min(most_rows, MAX_SPLIT_ROWS))
     query_tiles, num_key_tiles = _query_tiles(settings, lengths, seqs, tiling)
     tile_starts = np.concatenate([[0], np.cumsum(num_key_tiles)])
     total = int(tile_starts[-1]) * settings.num_kv_heads
-    num_programs = min(max_programs, -(-total // _MIN_TILES_PER_PROGRAM))
+    num_programs = min(max_programs, -(-total // MIN_TILES_PER_PROGRAM))
     first_tiles = np.arange(num_programs) * total // num_programs % int(tile_starts[-1])
     first_query_tiles = np.searchsorted(tile_starts, first_tiles, side="right") - 1
     zeros = np.zeros(settings.num_kv_heads * len(query_tiles), np.int64)
-    uploaded = _upload(device, query_tiles, tile_starts, first_query_tiles, zeros)
+    uploaded = _upload(device, query_tiles, tile_starts, first_query_tiles, np.array([num_programs]), zeros)
     scratch = torch.empty(0, dtype=torch.float32, device=device)
     return SplitWork(
         tiling=tiling,
@@ -180,9 +182,10 @@ def _split_work(
         query_tiles=uploaded[0],
         tile_starts=uploaded[1],
         first_query_tiles=uploaded[2],
+        num_busy=uploaded[3],
         parts=scratch.new_empty(num_programs, 2, tiling.rows, padded(settings.head_dim)),
         part_stats=scratch.new_empty(num_programs, 2, 2, tiling.rows),
-        counters=uploaded[3],
+        counters=uploaded[4],
     )
 
 

@@ -69,6 +69,7 @@ def paged_attention_kernel(
     query_tiles_ptr,  # from here on as in SplitWork
     tile_starts_ptr,
     first_query_tiles_ptr,
+    num_busy_ptr,
     parts_ptr,
     part_stats_ptr,
     counters_ptr,
@@ -89,11 +90,12 @@ def paged_attention_kernel(
     KEYS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    num_programs = tl.num_programs(0)
+    num_programs = tl.load(num_busy_ptr)
     tiles_of_head = tl.load(tile_starts_ptr + num_query_tiles)
     num_tiles = tiles_of_head.to(tl.int64) * NUM_KV_HEADS
     start = program * num_tiles // num_programs
     stop = (program + 1) * num_tiles // num_programs
+    stop = tl.where(program < num_programs, stop, start)  # the others have nothing to do
     kv_head = (start // tiles_of_head).to(tl.int32)
     query_tile = tl.load(first_query_tiles_ptr + program)
     position = start
@@ -186,6 +188,7 @@ def launch_split(call: AttentionCall, work: SplitWork) -> None:
         work.query_tiles,
         work.tile_starts,
         work.first_query_tiles,
+        work.num_busy,
         work.parts,
         work.part_stats,
         work.counters,
