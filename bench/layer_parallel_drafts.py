@@ -106,7 +106,7 @@ class Writer:
         """Computes the tokens without KV, appends a token to each of `slots`, and returns the new tokens."""
         lengths, computed = self._table.lengths, self._table.num_computed
         counts = [int(lengths[slot] - computed[slot]) for slot in slots]
-        batch = self._table.pack(slots, counts, CPU)
+        batch = self._table.pack(slots, counts)
         with torch.inference_mode():
             forward = self._model.forward if exact else self._model.draft_forward
             hidden = forward(batch, self._kv_caches)[batch.cu_seqlens_q[1:].long() - 1]

@@ -228,6 +228,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--placement", choices=["colocated", "separate"], default="colocated")
     parser.add_argument("--threads", type=int, default=2, help="threads of each worker")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--graphs", choices=["auto", "off"], default="auto", help="CUDA graphs")
     parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES))
     parser.add_argument("--sources", nargs="+", choices=list(METHODS), default=list(SOURCES))
     parser.add_argument(
@@ -265,6 +266,7 @@ def main() -> None:
         lp_size=args.layer_parallel_size,
         forced_acceptance=args.forced_acceptance,
         device=args.device,
+        graphs=args.graphs,
     )
     variants = all_variants(args.pipelines, args.sources, args.k)
     results = measure(pair, variants, prompts, args)

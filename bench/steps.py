@@ -123,6 +123,7 @@ def load(
     quantization: str = "",
     keeps_bits: bool = False,
     forced_acceptance: float = 0.0,
+    captured_new_tokens: int = 0,
 ) -> Engine:
     spec = EngineSpec(
         role=role,
@@ -137,6 +138,7 @@ def load(
         quantization=quantization,
         keeps_bits=keeps_bits,
         forced_acceptance=forced_acceptance,
+        captured_new_tokens=captured_new_tokens,
     )
     worker = WorkerSpec(rank=0, world_size=1, device=device, engines=[spec])
     return load_engines(worker, Cohort(0, 1, None), lambda stage, done, total: None)[role]
@@ -164,6 +166,7 @@ def main() -> None:
     parser.add_argument("--keeps-bits", action="store_true", help="of a quantised target")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--graphs", action="store_true", help="capture steps, as CUDA graphs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seqs", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 6, 9], help="rows verified per seq")
@@ -174,10 +177,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     load_here = partial(load, dtype=args.dtype, max_num_seqs=max(args.seqs), device=args.device)
-    target = load_here(args.target, ENGINE_ROLE_TARGET, keeps_bits=args.keeps_bits)
-    drafts = {"draft": load_here(args.draft, ENGINE_ROLE_DRAFT)}
+    most_rows, most_new = (max(args.rows), 2) if args.graphs else (0, 0)
+    target = load_here(args.target, ENGINE_ROLE_TARGET, keeps_bits=args.keeps_bits, captured_new_tokens=most_rows)
+    drafts = {"draft": load_here(args.draft, ENGINE_ROLE_DRAFT, captured_new_tokens=most_new)}
     for rounded_to in args.self_drafts:
-        made = load_here(args.target, ENGINE_ROLE_DRAFT, quantization=rounded_to)
+        made = load_here(args.target, ENGINE_ROLE_DRAFT, quantization=rounded_to, captured_new_tokens=most_new)
         drafts[f"draft, the target in {rounded_to}"] = made
     rows = []
     for num_seqs in args.seqs:
@@ -193,6 +197,7 @@ def main() -> None:
     header = ["round", "seqs", "rows or drafts per seq", "least ms", "median ms", "CPU ms"]
     body = (
         f"{args.target.name} and {args.draft.name}, {args.dtype}, {args.device}, {args.threads} thread(s), "
+        f"steps {'' if args.graphs else 'not '}captured, "
         f"{args.context} tokens of context; GOMP_SPINCOUNT {os.environ.get('GOMP_SPINCOUNT', 'not set')}, "
         f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}; {args.runs} rounds each.\n\n"
         + table(header, rows)

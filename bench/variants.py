@@ -10,7 +10,7 @@ from typing import Literal
 
 from checkpoint.quantization import WeightFormat
 from childproc.speculation import DRAFT_MODEL_METHODS
-from cluster.deployment.settings import CpuSettings, Settings, SpeculationSettings
+from cluster.deployment.settings import CpuSettings, CudaSettings, Settings, SpeculationSettings
 from cluster.errors import PlanError, StartError
 from cluster.local import LOCAL_SCHEDULER, LocalDeployment, LocalDraft, local_settings
 from cluster.processes.child import Child
@@ -48,6 +48,7 @@ class Pair:
     lp_size: int
     forced_acceptance: float
     device: Literal["cpu", "cuda"] = "cpu"
+    graphs: Literal["auto", "off"] = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +176,7 @@ def _settings(pair: Pair, variant: Variant) -> Settings:
         dtype=pair.dtype,
         device=pair.device,
         cpu=CpuSettings(threads_per_worker=pair.threads),
+        cuda=CudaSettings(graphs=pair.graphs),
         scheduler=replace(
             LOCAL_SCHEDULER,
             max_num_seqs=pair.max_num_seqs,

@@ -13,6 +13,7 @@ from checkpoint.errors import LoadError
 from checkpoint.fields import Fields
 from checkpoint.json_files import read_text
 from checkpoint.kept_bits import kept_bytes
+from checkpoint.memory import forward_bytes
 from checkpoint.quantization import Quantization
 from checkpoint.stored_matrices import StoredMatrix
 from checkpoint.tensors import TensorInfo
@@ -79,12 +80,8 @@ class ModelFolder:
         return 2 * config.num_layers * config.kv_heads_per_rank(tp_size) * config.head_dim * self.value_bytes
 
     def activation_bytes(self, tp_size: int, *, num_tokens: int) -> int:
-        """Estimate of the largest working set of one forward, that of one layer: hidden states and residual, the fused
-        query-key-value or gate-up product and its result."""
-        config = self.config
-        qkv = (config.num_q_heads // tp_size + 2 * config.kv_heads_per_rank(tp_size)) * config.head_dim
-        mlp = 3 * config.intermediate_size // tp_size
-        return num_tokens * (3 * config.hidden_size + max(2 * qkv, mlp)) * self.value_bytes
+        """Estimate of the largest working set of one forward."""
+        return forward_bytes(self.config, tp_size, num_tokens=num_tokens, value_bytes=self.value_bytes)
 
     def _elements_per_rank(self, name: str, tensor: TensorInfo, tp_size: int) -> int:
         if name in (EMBEDDING, HEAD):

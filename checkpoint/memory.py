@@ -1,5 +1,7 @@
 """The memory that choosing tokens and turning heads takes: what the plan expects and the worker has."""
 
+from checkpoint.config import ModelConfig
+
 SAMPLING_TILE_ROWS = 256
 """Rows of logits that are held at a time: the default max_num_seqs, so a decode round stays one tile. The head is read
 once a tile; on an H200 a product of about 200 rows takes as long as reading its weights. A copy of the logits takes
@@ -28,3 +30,11 @@ def sampling_bytes(*, vocab_size: int, num_ranks: int, num_rows: int) -> int:
 def rope_table_bytes(*, head_dim: int, num_positions: int) -> int:
     """Bytes of cosines and sines that every rank holds, as it holds weights: half a GiB for a million positions."""
     return num_positions * head_dim * _ANGLE_BYTES
+
+
+def forward_bytes(config: ModelConfig, tp_size: int, *, num_tokens: int, value_bytes: int) -> int:
+    """Estimate of the largest working set of one forward, that of one layer: hidden states and residual, the fused
+    query-key-value or gate-up product and its result."""
+    qkv = (config.num_q_heads // tp_size + 2 * config.kv_heads_per_rank(tp_size)) * config.head_dim
+    mlp = 3 * config.intermediate_size // tp_size
+    return num_tokens * (3 * config.hidden_size + max(2 * qkv, mlp)) * value_bytes

@@ -20,6 +20,7 @@ from cluster.deployment.settings import (
     DEFAULT_COLLECTIVE_TIMEOUT_S,
     DEFAULT_STARTUP_TIMEOUT_S,
     CpuSettings,
+    CudaSettings,
     JobsSettings,
     KvCacheSettings,
     LowerDraft,
@@ -45,7 +46,7 @@ from cluster.processes.supervisor import Supervisor
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 5.0
-_LOCAL_CPU = CpuSettings()
+_LOCAL_CPU, _LOCAL_CUDA = CpuSettings(), CudaSettings()
 _LOCAL_KV_CACHE = KvCacheSettings()
 LOCAL_SCHEDULER = SchedulerSettings(max_num_seqs=64, max_num_batched_tokens=2048)
 _LOCAL_SPECULATION = SpeculationSettings()
@@ -89,6 +90,7 @@ def local_settings(
     weights: StoredWeights = "auto",
     device: Literal["cpu", "cuda"] = "cpu",
     cpu: CpuSettings = _LOCAL_CPU,
+    cuda: CudaSettings = _LOCAL_CUDA,
     kv_cache: KvCacheSettings = _LOCAL_KV_CACHE,
     scheduler: SchedulerSettings = LOCAL_SCHEDULER,
     speculation: SpeculationSettings = _LOCAL_SPECULATION,
@@ -135,6 +137,7 @@ def local_settings(
         colocated=colocated and draft_model is not None,
         device=device,
         cpu=cpu,
+        cuda=cuda,
         kv_cache=kv_cache,
         scheduler=resolve_scheduler(scheduler, target_model),
         server=server,

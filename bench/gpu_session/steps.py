@@ -13,7 +13,7 @@ _MACHINE = (
 )
 # Files of tests/triton by what a wrong result in them would break.
 _TRITON = {
-    "attention": ("paged_attention", "prefill_attention", "attention_invariance", "large_caches"),
+    "attention": ("paged_attention", "prefill_attention", "static_schedule", "attention_invariance", "large_caches"),
     "layers": ("rms_norm", "silu_and_mul", "reshape_and_cache", "linear", "layer_parallel_qkv", "block_copy", "mxfp4"),
     "sampling": ("sample", "sampler", "sampling_ops", "noise", "truncation_threshold"),
     "whole-rounds": ("hot_path", "end_to_end"),
@@ -59,16 +59,25 @@ def _large_pair(work: Path) -> list[Step]:
     return [
         _inflate("demo-target", target, "target-8b", limit_s=150),
         _inflate("demo-draft", draft, "draft-1b", limit_s=60),
-        Step(
-            name="large-steps",
-            shows="what a step of the large pair costs inside a worker",
-            command=[_PYTHON, "-m", "bench.steps", *pair, "--device", "cuda", "--save"],
-            limit_s=120,
+        *(
+            Step(
+                name=f"large-steps{suffix}",
+                shows=f"what a step of the large pair costs inside a worker, {how} CUDA graphs",
+                command=[_PYTHON, "-m", "bench.steps", *pair, "--device", "cuda", "--save", *options],
+                limit_s=120,
+            )
+            for suffix, how, options in (("-graphs", "with", ["--graphs"]), ("", "without", []))
         ),
         _speculate(
             "large-pair",
             "plain, serial, continuous and layer-parallel drafting of the large pair",
             [*pair, "-k", "5", "--prompts", "4", "--runs", "1", "--temperatures", "0"],
+            limit_s=300,
+        ),
+        _speculate(
+            "large-pair-without-graphs",
+            "the same without CUDA graphs",
+            [*pair, "-k", "5", "--prompts", "4", "--runs", "1", "--temperatures", "0", "--graphs", "off"],
             limit_s=300,
         ),
     ]

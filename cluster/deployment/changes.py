@@ -51,6 +51,7 @@ _ROLLED = (
     "scheduler.enable_prefix_caching",
     "batch_invariant",
     "cpu",
+    "cuda",
     "collective_timeout_s",
 )
 

@@ -4,14 +4,29 @@ Every key of the file is here, also those whose feature is not built yet: these 
 are set, never ignored. Unknown keys are errors that name the nearest known one (`cluster.deployment.deployment_file`).
 """
 
-import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from checkpoint.quantization import WeightFormat
 from childproc.tier_block import TierDtype
+from cluster.deployment.field_types import (
+    WEEK_S,
+    Dtype,
+    FilePath,
+    NotBuilt,
+    OptionalSize,
+    Patience,
+    Port,
+    Positive,
+    Seconds,
+    Size,
+    built,
+    count_or,
+    flag_or_auto,
+    path_of,
+    yaml_off,
+)
 from cluster.deployment.settings import (
     DEFAULT_COLLECTIVE_TIMEOUT_S,
     DEFAULT_DRAIN_TIMEOUT_S,
@@ -26,99 +41,7 @@ from cluster.deployment.settings import (
 from cluster.deployment.stored_weights import StoredWeights
 from cluster.layer_parallel import Mlps, Weights
 
-_SIZE_PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*$", re.IGNORECASE)
-_PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-_MAX_PATH_CHARS = 4000  # Linux takes 4095 bytes, with the folder of this file before it
-_WEEK_S = 7 * 86_400
 _LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
-
-
-def parse_size(value: Any) -> Any:
-    """Bytes from an integer or text such as "512MiB", "64GiB" or "2GB" (decimal); anything else is refused."""
-    if not isinstance(value, str):
-        return value  # pydantic checks that it is an integer
-    match = _SIZE_PATTERN.match(value)
-    if match is None:
-        raise ValueError("is not a size; write bytes, or a number with a unit, like 512MiB or 64GiB")
-    number, unit = match.groups(default="")
-    base = 1024 if unit.lower().endswith("i") else 1000
-    return int(float(number) * base ** _PREFIXES[unit.lower().removesuffix("i")])
-
-
-def _path_of(what: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if not value or "\0" in value or len(value) > _MAX_PATH_CHARS:
-            raise ValueError(f"is not a path; give a {what}")
-        try:
-            str(Path(value).expanduser()).encode()
-        except RuntimeError as err:  # pathlib's way to say that "~somebody" is nobody
-            raise ValueError("starts with ~ and a user that does not exist; write the path out") from err
-        except UnicodeEncodeError as err:
-            raise ValueError("cannot be a path: half a character; write it out") from err
-        return value
-
-    return AfterValidator(check)
-
-
-def _leave_out_nothing(value: Any) -> Any:
-    if value == 0 and not isinstance(value, bool):
-        raise ValueError("is nothing; leave the key out")
-    return value
-
-
-def _off(value: Any) -> Any:
-    """YAML reads `off` as false."""
-    return "off" if value is False else value
-
-
-def _refuse(value: Any) -> Any:
-    if value is not None:
-        raise ValueError("is not built yet; leave the key out")
-    return value
-
-
-def _built(*, use: str, later: tuple[str, ...]) -> BeforeValidator:
-    """Refuse values that the schema knows and this version cannot do yet."""
-
-    def check(value: Any) -> Any:
-        if value in later:
-            raise ValueError(f"is not built yet; use {use}")
-        return value
-
-    return BeforeValidator(check)
-
-
-def _count_or(word: str, *, most: int, off: bool = False) -> BeforeValidator:
-    """An integer from 1 to `most`, `word`, or, if allowed, off."""
-
-    def check(value: Any) -> Any:
-        if off and _off(value) == "off":
-            return "off"
-        if value != word and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
-            raise ValueError(f"must be {word}{', off' if off else ''} or an integer from 1 to {most}")
-        return value
-
-    return BeforeValidator(check)
-
-
-def _flag_or_auto(value: Any) -> Any:
-    if value != "auto" and not isinstance(value, bool):
-        raise ValueError("must be auto or a boolean; write true or false, without quotes")
-    return value
-
-
-Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(ge=1)]
-OptionalSize = Annotated[
-    int, BeforeValidator(_leave_out_nothing), BeforeValidator(parse_size, json_schema_input_type=int | str), Field(ge=1)
-]
-FilePath = Annotated[str, _path_of("file")]
-NotBuilt = Annotated[Any, AfterValidator(_refuse), Field(description="not built yet")]
-Port = Annotated[int, Field(ge=1, le=65535)]
-Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]  # what every message and operating system can carry
-Seconds = Annotated[float, Field(gt=0, le=_WEEK_S, allow_inf_nan=False)]
-# Ranks that load, or a machine that is busy for a moment, keep one another waiting; not measured.
-Patience = Annotated[float, Field(ge=1, le=_WEEK_S, allow_inf_nan=False)]
-Dtype = Literal["bfloat16", "float16", "float32"]
 
 
 class Section(BaseModel):
@@ -176,7 +99,7 @@ class Draft(Section):
     quantization: WeightFormat | None = Field(
         default=None, description="to which the weights are rounded at load; default: not"
     )
-    layers: Annotated[int | Literal["all"], _count_or("all", most=4096)] = Field(
+    layers: Annotated[int | Literal["all"], count_or("all", most=4096)] = Field(
         default="all", description="of the model, the first ones"
     )
     kv_dtype: NotBuilt = None
@@ -200,20 +123,20 @@ class Draft(Section):
 
 class Speculation(Section):
     method: Method | None = Field(default=None, description="default: draft_model if a draft is given, else none")
-    num_speculative_tokens: Annotated[int | Literal["auto"], _count_or("auto", most=16)] = Field(
+    num_speculative_tokens: Annotated[int | Literal["auto"], count_or("auto", most=16)] = Field(
         default="auto", description="auto: chosen for each seq and round; or a fixed number, 1 to 16"
     )
     pipeline: Pipeline | None = Field(default=None, description="serial: the target waits while the draft drafts")
-    window: Annotated[int | Literal["auto"], _count_or("auto", most=64)] = Field(
+    window: Annotated[int | Literal["auto"], count_or("auto", most=64)] = Field(
         default="auto", description="continuous: drafts ahead of the last commit, 1 to 64"
     )
-    verdict_cache: Annotated[int | Literal["auto", "off"], _count_or("auto", most=16, off=True)] = Field(
+    verdict_cache: Annotated[int | Literal["auto", "off"], count_or("auto", most=16, off=True)] = Field(
         default="auto", description="continuous: branches of a seq drafted for the likeliest verdicts, 1 to 16"
     )
 
 
 class Disk(Section):
-    path: Annotated[str, _path_of("folder")] = Field(description="a folder on each node (relative to this file)")
+    path: Annotated[str, path_of("folder")] = Field(description="a folder on each node (relative to this file)")
     bytes: Size = Field(description="that the folder may take on one node")
     write: Literal["reused", "all"] = Field(
         default="reused", description="reused: blocks that were used again, or that host memory evicts"
@@ -251,9 +174,15 @@ class Scheduler(Section):
     enable_prefix_caching: bool = True
 
 
+class Cuda(Section):
+    graphs: Annotated[Literal["auto", "off"], BeforeValidator(yaml_off)] = Field(
+        default="auto", description="auto: small steps are captured at start, and each is one launch"
+    )
+
+
 class Cpu(Section):
     threads_per_worker: Annotated[int, Field(ge=1, le=1024)] = 1
-    compile: Annotated[Literal["auto", "off"], BeforeValidator(_off)] = Field(
+    compile: Annotated[Literal["auto", "off"], BeforeValidator(yaml_off)] = Field(
         default="auto", description="C++ kernels for the CPU, if there is a compiler"
     )
 
@@ -305,10 +234,10 @@ class Server(Section):
 
 class Jobs(Section):
     enabled: bool = Field(default=True, description="false: the deployment takes no jobs")
-    path: Annotated[str, _path_of("folder")] | None = Field(default=None, description="default: in the state directory")
+    path: Annotated[str, path_of("folder")] | None = Field(default=None, description="default: in the state directory")
     max_bytes: Size = Field(default=DEFAULT_JOBS_BYTES, description="of all uploads together")
     max_running: Positive | None = Field(default=None, description="items at once; default: max_num_seqs a replica")
-    retention_s: Annotated[float, Field(gt=0, le=520 * _WEEK_S, allow_inf_nan=False)] = Field(
+    retention_s: Annotated[float, Field(gt=0, le=520 * WEEK_S, allow_inf_nan=False)] = Field(
         default=DEFAULT_RETENTION_S, description="for which jobs that have ended and unused files are kept"
     )
     max_live_slowdown: Annotated[float, Field(ge=0, le=10)] = Field(
@@ -328,16 +257,17 @@ class DeploymentFile(Section):
     speculation: Speculation = Speculation()
     kv_cache: KvCache = KvCache()
     scheduler: Scheduler = Scheduler()
-    attention: Annotated[Literal["full"], _built(use="full", later=("budgeted",))] = "full"
-    batch_invariant: Annotated[bool | Literal["auto"], BeforeValidator(_flag_or_auto)] = Field(
+    attention: Annotated[Literal["full"], built(use="full", later=("budgeted",))] = "full"
+    batch_invariant: Annotated[bool | Literal["auto"], BeforeValidator(flag_or_auto)] = Field(
         default="auto", description="results do not depend on the batch; auto: where that costs nothing"
     )
     device: Literal["cpu", "cuda"] = "cuda"
     cpu: Cpu = Cpu()
+    cuda: Cuda = Cuda()
     server: Server = Server()
     jobs: Jobs = Jobs()
     startup_timeout_s: Seconds = DEFAULT_STARTUP_TIMEOUT_S
-    drain_timeout_s: Annotated[float, Field(ge=0, le=_WEEK_S, allow_inf_nan=False)] = Field(
+    drain_timeout_s: Annotated[float, Field(ge=0, le=WEEK_S, allow_inf_nan=False)] = Field(
         default=DEFAULT_DRAIN_TIMEOUT_S,
         description="for which requests may finish on a replica that is removed; then they go on at another",
     )

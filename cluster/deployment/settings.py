@@ -162,6 +162,11 @@ class CpuSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CudaSettings:
+    graphs: Literal["auto", "off"] = "auto"  # auto: steps of few tokens are captured at start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TlsSettings:
     """The section `server.tls`: files in PEM on the gateway's node."""
 
@@ -230,6 +235,7 @@ class Settings:
     colocated: bool = False  # the draft's ranks live in the target's processes
     device: Literal["cpu", "cuda"] = "cpu"
     cpu: CpuSettings = CpuSettings()
+    cuda: CudaSettings = CudaSettings()
     kv_cache: KvCacheSettings = KvCacheSettings()
     scheduler: SchedulerSettings
     server: ServerSettings = ServerSettings()
@@ -284,6 +290,13 @@ class Settings:
             return self.scheduler.max_num_seqs
         branches = self.speculation.verdict_cache_rows * self.scheduler.max_num_seqs
         return self.scheduler.max_num_seqs + min(_MAX_BRANCHES, branches)
+
+    def captured_new_tokens_of(self, role: Role) -> int:
+        """Most new tokens of a seq in steps that an engine captures; 0: it captures none."""
+        if self.device != "cuda" or self.cuda.graphs == "off" or self.model(role).layer_parallel is not None:
+            return 0
+        # A draft computes the target's own token after an accepted draft, then one token at a time.
+        return 1 + self.num_speculative_tokens if role == "target" else 2
 
     @property
     def max_rounds_in_flight(self) -> int:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, ValidationError
 
+from cluster.deployment.field_types import Size
 from cluster.deployment.problems import problems_of
-from cluster.deployment.schema import Section, Size
+from cluster.deployment.schema import Section
 from cluster.deployment.yaml_lines import read_document
 from cluster.errors import Problem
 from cluster.planning.plan import DiskFacts, Inventory, Node

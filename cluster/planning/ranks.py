@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from checkpoint.captured_sizes import captured_bytes
 from checkpoint.memory import num_sampled_rows, rope_table_bytes, sampling_bytes
 from checkpoint.weights import EMBEDDING, HEAD
 from cluster.deployment.settings import ModelSettings, Role, Settings
@@ -40,9 +41,10 @@ def _rank(replica: int, group: Role, rank: int, models: list[ModelSettings], set
     memory = MemoryEstimate(
         weight_bytes=sum(model.weight_bytes + _packed_head_bytes(model, settings) for model in loaded),
         kv_cache_bytes=sum(_kv_cache_bytes(model, settings) for model in models),
-        # Engines of one device take turns, so only the larger working set counts. Their tables stay.
+        # Engines of one device take turns, so only the larger working set counts. Tables and captured steps stay.
         activation_bytes=max(_activation_bytes(model, settings) for model in loaded)
-        + sum(_rope_table_bytes(model, settings) for model in loaded),
+        + sum(_rope_table_bytes(model, settings) for model in loaded)
+        + sum(expected_captured_bytes(model, settings) for model in models),
     )
     engines = tuple(model.role for model in models)
     return Rank(replica=replica, group=group, rank=rank, engines=engines, memory=memory)
@@ -85,3 +87,17 @@ def expected_sampling_bytes(model: ModelSettings, settings: Settings) -> int:
     )
     vocab_size = model.folder.config.vocab_size
     return sampling_bytes(vocab_size=vocab_size, num_ranks=model.num_ranks, num_rows=num_rows)
+
+
+def expected_captured_bytes(model: ModelSettings, settings: Settings) -> int:
+    """What a rank of the model reserves for captured steps."""
+    return captured_bytes(
+        model.folder.config,
+        num_ranks=model.num_ranks,
+        max_num_seqs=settings.max_seqs_of(model.role),
+        most_new=settings.captured_new_tokens_of(model.role),
+        max_model_len=settings.max_model_len_of(model.role),
+        block_size=settings.kv_cache.block_size,
+        value_bytes=model.folder.value_bytes,
+        drafts=model.role == "draft",
+    )

@@ -55,6 +55,7 @@ def _engine_spec(settings: Settings, role: Role, bundle: Bundle) -> process_pb2.
         lower_draft=model.lower_draft,
         lower_model="" if model.lower is None else str(model.lower.folder.path),
         num_layers=model.folder.config.num_layers if role == "draft" else 0,
+        captured_new_tokens=settings.captured_new_tokens_of(role),
         kv_dtype=model.kv_dtype,
     )
     if model.layer_parallel is not None:

@@ -354,6 +354,7 @@ class EngineSpec(google.protobuf.message.Message):
     LOWER_DRAFT_FIELD_NUMBER: builtins.int
     LOWER_MODEL_FIELD_NUMBER: builtins.int
     KEEPS_BITS_FIELD_NUMBER: builtins.int
+    CAPTURED_NEW_TOKENS_FIELD_NUMBER: builtins.int
     KV_DTYPE_FIELD_NUMBER: builtins.int
     role: echelon.pb.worker_pb2.EngineRole.ValueType
     model: builtins.str
@@ -398,6 +399,8 @@ class EngineSpec(google.protobuf.message.Message):
     """draft: the folder of a model that proposes instead, in `dtype`, on the same ranks"""
     keeps_bits: builtins.bool
     """matrices stay in the few bits in which the folder stores them"""
+    captured_new_tokens: builtins.int
+    """Steps in which no seq has more new tokens are captured, as CUDA graphs. 0: none are. On a CPU only tests set it."""
     kv_dtype: builtins.str
     """"auto": that of the weights | "fp8", target only"""
     @property
@@ -431,10 +434,11 @@ class EngineSpec(google.protobuf.message.Message):
         lower_draft: builtins.str = ...,
         lower_model: builtins.str = ...,
         keeps_bits: builtins.bool = ...,
+        captured_new_tokens: builtins.int = ...,
         kv_dtype: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_batch_invariant", b"_batch_invariant", "batch_invariant", b"batch_invariant", "tiers", b"tiers"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_batch_invariant", b"_batch_invariant", "batch_invariant", b"batch_invariant", "block_size", b"block_size", "dtype", b"dtype", "forced_acceptance", b"forced_acceptance", "gpu_memory_utilization", b"gpu_memory_utilization", "keeps_bits", b"keeps_bits", "kv_cache_bytes", b"kv_cache_bytes", "kv_dtype", b"kv_dtype", "layer_groups", b"layer_groups", "layer_parallel_mlp", b"layer_parallel_mlp", "layer_parallel_weights", b"layer_parallel_weights", "lower_draft", b"lower_draft", "lower_model", b"lower_model", "lp_size", b"lp_size", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_layers", b"num_layers", "quantization", b"quantization", "role", b"role", "tiers", b"tiers", "tp_size", b"tp_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_batch_invariant", b"_batch_invariant", "batch_invariant", b"batch_invariant", "block_size", b"block_size", "captured_new_tokens", b"captured_new_tokens", "dtype", b"dtype", "forced_acceptance", b"forced_acceptance", "gpu_memory_utilization", b"gpu_memory_utilization", "keeps_bits", b"keeps_bits", "kv_cache_bytes", b"kv_cache_bytes", "kv_dtype", b"kv_dtype", "layer_groups", b"layer_groups", "layer_parallel_mlp", b"layer_parallel_mlp", "layer_parallel_weights", b"layer_parallel_weights", "lower_draft", b"lower_draft", "lower_model", b"lower_model", "lp_size", b"lp_size", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_layers", b"num_layers", "quantization", b"quantization", "role", b"role", "tiers", b"tiers", "tp_size", b"tp_size"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_batch_invariant", b"_batch_invariant"]) -> typing.Literal["batch_invariant"] | None: ...
 
 global___EngineSpec = EngineSpec

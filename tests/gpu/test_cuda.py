@@ -99,6 +99,29 @@ def test_batch_invariance_makes_bf16_exact(name: str, prompts: list[list[int]]) 
     assert [seq.output[:NUM_TOKENS] for seq in seqs] == expected
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_captured_steps_change_no_token(name: str, prompts: list[list[int]]) -> None:
+    expected = plain_outputs("cuda", prompts, SETTINGS[name])
+    driver = demo_driver("cuda", captured_new_tokens=5)
+    seqs = [driver.start(slot, prompt, SETTINGS[name]) for slot, prompt in enumerate(prompts)]
+    interleave(driver, list(zip(seqs, expected, strict=True)), random.Random(1), NUM_TOKENS)
+    same = [seq.output[:NUM_TOKENS] == tokens for seq, tokens in zip(seqs, expected, strict=True)]
+    assert sum(same) >= len(prompts) - 1
+
+
+def test_captured_chains_are_those_of_single_steps(prompts: list[list[int]]) -> None:
+    chains = []
+    for captured_new_tokens in (0, 2):
+        engine = engine_spec(DEMO_DRAFT, DRAFT, max_model_len=256, captured_new_tokens=captured_new_tokens)
+        spec = WorkerSpec(rank=0, world_size=1, device="cuda", engines=[engine])
+        driver = drive(load_engines(spec, Cohort(0, 1, None), lambda stage, done, total: None)[DRAFT])
+        seqs = [driver.start(slot, prompt, seeded(slot)) for slot, prompt in enumerate(prompts)]
+        for asked in ({}, {"num_alternatives": 3, "confidences": True}):
+            driver.run(*((seq, driver.draft_row(seq, 8)) for seq in seqs), **asked)
+        chains.append([seq.output for seq in seqs])
+    assert sum(a == b for a, b in zip(*chains, strict=True)) >= len(prompts) - 1
+
+
 def test_a_layer_parallel_draft_projects_its_layers_at_once(prompts: list[list[int]]) -> None:
     drafts = {}
     for device in DEVICES:
@@ -112,9 +135,10 @@ def test_a_layer_parallel_draft_projects_its_layers_at_once(prompts: list[list[i
     assert drafts["cuda"] == drafts["cpu"]
 
 
-def test_a_round_waits_for_the_device_once(prompts: list[list[int]]) -> None:
+@pytest.mark.parametrize("captured_new_tokens", [0, 4])
+def test_a_round_waits_for_the_device_once(prompts: list[list[int]], captured_new_tokens: int) -> None:
     """For the verdicts. Any other wait would leave the device idle while the next kernels are launched."""
-    driver = demo_driver("cuda")
+    driver = demo_driver("cuda", captured_new_tokens=captured_new_tokens)
     for step in hot_rounds(driver, prompts[2]).values():
         step()
     for name, step in hot_rounds(driver, prompts[2], first_slot=len(KINDS)).items():

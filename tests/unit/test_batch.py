@@ -1,7 +1,5 @@
 """What the host knows about a batch agrees with what the device receives."""
 
-import torch
-
 from echelon.pb.worker_pb2 import SeqInit
 from workers.engine.seq_state import Limits, SeqTable
 
@@ -13,7 +11,7 @@ def test_lengths_on_the_host_are_those_of_the_tensors() -> None:
     table = SeqTable(limits)
     table.init(SeqInit(slot=1, token_ids=range(9), block_table=[3, 1, 2], num_prompt_tokens=9, num_computed_tokens=4))
     table.init(SeqInit(slot=0, token_ids=[5, 6], block_table=[7], num_prompt_tokens=2))
-    batch = table.pack([1, 0], [3, 2], torch.device("cpu"))
+    batch = table.pack([1, 0], [3, 2])
     assert batch.lengths is not None
     assert batch.lengths.seq_lens.tolist() == batch.seq_lens.tolist() == [7, 2]
     assert batch.lengths.cu_seqlens_q.tolist() == batch.cu_seqlens_q.tolist() == [0, 3, 5]

@@ -54,10 +54,12 @@ SUBPACKAGE_ARROWS = {
     "scheduler.requests": "scheduler",
     "scheduler.target": "scheduler scheduler.engines scheduler.kv_cache scheduler.requests",
     "workers": "workers.process",
-    "workers.engine": "workers workers.models workers.sampling",
+    "workers.captured": "workers.models workers.sampling",
+    "workers.engine": "workers workers.captured workers.models workers.sampling",
     "workers.layers": "workers",
     "workers.models": "workers workers.layers",
-    "workers.process": "workers workers.engine workers.layers workers.models workers.sampling workers.tiers",
+    "workers.process": "workers workers.captured workers.engine workers.layers workers.models workers.sampling "
+    "workers.tiers",
     "workers.sampling": "workers",
     "workers.tiers": "workers workers.engine",
 }

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from childproc.tier_block import TierDtype
 from cluster.deployment.deployment_file import load_deployment
 from cluster.deployment.settings import (
     CpuSettings,
+    CudaSettings,
     DiskSettings,
     KvCacheSettings,
     ModelSettings,
@@ -31,13 +32,14 @@ from cluster.local import LOCAL_SCHEDULER, LocalDraft, local_settings
 from cluster.planning.inventory import inventory_of, machine_facts, visible_gpus
 from cluster.planning.plan import GIB, ControlProcess, Inventory, MemoryEstimate, Node, Plan, check_followed
 from cluster.planning.planner import make_plan, plan_more
-from cluster.planning.ranks import expected_sampling_bytes
+from cluster.planning.ranks import expected_captured_bytes, expected_sampling_bytes
 from cluster.planning.tiers import Bandwidths, price_hit
 from cluster.process_id import ProcessId
 from cluster.processes.specs import scheduler_spec, worker_specs
 from echelon.pb import process_pb2, worker_pb2
 from tests.helpers.model_folders import write_model_folder
 from workers.layers.rope import cos_sin_cache
+from workers.process.capturing import reserved_captured_bytes
 from workers.process.load import reserved_sampling_bytes
 from workers.tiers.segment_store import SegmentStore
 
@@ -478,6 +480,36 @@ def test_plan_and_worker_reserve_the_same_memory_for_sampling(
         assert reserved == expected_sampling_bytes(model, settings)
         most = sampling_bytes(vocab_size=vocab_size, num_ranks=model.num_ranks, num_rows=SAMPLING_TILE_ROWS)
         assert reserved <= most
+
+
+@pytest.mark.parametrize("graphs", ["auto", "off"])
+@pytest.mark.parametrize("layer_parallel_size", [1, 2])
+def test_plan_and_worker_reserve_the_same_memory_for_captured_steps(
+    pair: tuple[Path, Path], layer_parallel_size: int, graphs: Literal["auto", "off"]
+) -> None:
+    target, draft = pair
+    settings = local_settings(
+        target,
+        tp_size=2,
+        draft=LocalDraft(folder=draft, layer_parallel_size=layer_parallel_size),
+        device="cuda",
+        cuda=CudaSettings(graphs=graphs),
+    )
+    bundles = make_plan(settings, gpu_nodes(8)).bundles
+    for model in (settings.target, settings.draft):
+        assert model is not None
+        of_model = [bundle for bundle in bundles if model.role in bundle.engines]
+        spec = worker_specs(settings, of_model, 1)[0].engines[0]
+        reserved = reserved_captured_bytes(spec, model.folder.config, num_ranks=model.num_ranks, value_bytes=2)
+        assert reserved == expected_captured_bytes(model, settings)
+        is_captured = graphs == "auto" and model.layer_parallel is None
+        assert (reserved > 0) == is_captured
+        assert spec.captured_new_tokens == (0 if not is_captured else 9 if model.role == "target" else 2)
+
+
+def test_nothing_is_captured_on_a_cpu(pair: tuple[Path, Path]) -> None:
+    settings = local_settings(pair[0], kv_cache=KvCacheSettings(device_bytes=GIB))
+    assert expected_captured_bytes(settings.target, settings) == 0
 
 
 # host memory and disk

@@ -10,8 +10,9 @@ from google.protobuf.message import Message
 from checkpoint.weights import EMBEDDING
 from cluster.deployment import schema
 from cluster.deployment.deployment_file import load_deployment
+from cluster.deployment.field_types import parse_size
 from cluster.deployment.resolving import AUTO_NUM_SPECULATIVE_TOKENS, AUTO_VERDICT_CACHE_ROWS, SEPARATE_PIPELINE
-from cluster.deployment.schema import json_schema, parse_size
+from cluster.deployment.schema import json_schema
 from cluster.deployment.settings import (
     AuthSettings,
     CpuSettings,

@@ -33,7 +33,7 @@ def table() -> SeqTable:
 
 
 def test_a_batch_holds_the_tokens_without_kv_at_their_places(table: SeqTable) -> None:
-    batch = table.pack([2, 0], [3, 1], CPU)
+    batch = table.pack([2, 0], [3, 1])
     assert batch.input_ids.tolist() == [23, 24, 25, 4]
     assert batch.positions.tolist() == [3, 4, 5, 4]
     assert batch.slot_mapping.tolist() == [9 * 4 + 3, 4 * 4 + 0, 4 * 4 + 1, 1 * 4 + 0]
@@ -45,12 +45,12 @@ def test_a_batch_holds_the_tokens_without_kv_at_their_places(table: SeqTable) ->
 
 def test_tokens_join_several_histories_at_once(table: SeqTable) -> None:
     table.append([2, 0], [[60, 61], [62]])
-    assert table.pack([0, 2], [2, 6], CPU).input_ids.tolist() == [4, 62, 23, 24, 25, 26, 60, 61]
+    assert table.pack([0, 2], [2, 6]).input_ids.tolist() == [4, 62, 23, 24, 25, 26, 60, 61]
 
 
 def test_drafts_after_the_history_are_read_but_do_not_join_it(table: SeqTable) -> None:
     table.put_drafts(0, [50, 51])
-    assert table.pack([0], [3], CPU).input_ids.tolist() == [4, 50, 51]
+    assert table.pack([0], [3]).input_ids.tolist() == [4, 50, 51]
     assert table.lengths[0] == 5
 
 
@@ -60,7 +60,7 @@ def test_a_crop_makes_kv_stale_and_takes_tokens_out_of_the_counts(table: SeqTabl
     table.crop(0, 5)
     table.append([0], [[62]])
     assert (table.lengths[0], table.num_computed[0]) == (6, 5)
-    assert table.pack([0], [1], CPU).input_ids.tolist() == [62]
+    assert table.pack([0], [1]).input_ids.tolist() == [62]
     counts = table.sampling(0).counts_behind([])
     assert counts is not None
     assert {int(token) for token, n in zip(counts.token_ids, counts.output_counts, strict=True) if n} == {
@@ -75,7 +75,7 @@ def test_a_crop_makes_kv_stale_and_takes_tokens_out_of_the_counts(table: SeqTabl
 def test_new_blocks_follow_the_old_ones(table: SeqTable) -> None:
     table.append([0], [[60, 61, 62, 63]])
     table.add_blocks(0, [20])
-    assert table.pack([0], [5], CPU).block_table.tolist() == [[7, 1, 20]]
+    assert table.pack([0], [5]).block_table.tolist() == [[7, 1, 20]]
 
 
 def test_a_freed_slot_takes_another_seq(table: SeqTable) -> None:

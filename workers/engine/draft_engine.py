@@ -155,7 +155,7 @@ class DraftEngine(ModelEngine):
         counts = [span.end - span.start + (span.chain.num_rows - 1 if span.chain else 0) for span in spans]
         starts = [span.start for span in spans]
         with self._runner.tracer.span(self._step_name(spans)):
-            hidden = self._runner.forward(self._table.compute(slots, starts, counts, self._runner.device))
+            hidden = self._runner.forward(self._table.compute(slots, starts, counts))
         ends = zip(spans, accumulate(counts), strict=True)
         grown = [(end, span.chain) for span, end in ends if span.chain]
         last_rows = [row for end, chain in grown for row in range(end - chain.num_rows, end)]
@@ -174,7 +174,7 @@ class DraftEngine(ModelEngine):
         table, slots = self._table, [chain.slot for chain in chains]
         self._propose(chains)
         with self._runner.tracer.span("draft"):
-            batch = table.pack(slots, [chain.num_rows for chain in chains], self._runner.device)
+            batch = table.pack(slots, [chain.num_rows for chain in chains])
             hidden = self._runner.draft_forward(batch)
         self._count_computed(slots)
         return hidden
@@ -212,7 +212,7 @@ class DraftEngine(ModelEngine):
         steps = self._runner.draft(
             hidden,
             [RowEntry(table.sampling(slot), int(table.lengths[slot]), ()) for slot in slots],
-            table.blocks(slots, int(table.lengths[slots].max()) + num_wanted - 1, hidden.device),
+            table.blocks(slots, int(table.lengths[slots].max()) + num_wanted - 1),
             num_steps=num_wanted,
             num_alternatives=round_.num_alternatives,
             with_confidence=round_.confidences,

@@ -14,12 +14,14 @@ from echelon.pb.sampling_pb2 import PositionLogprobs
 from echelon.pb.worker_pb2 import EngineInfo, MoveOrder, MoveResult, Round, RoundResult, Row, RowResult
 from kernels.kv.block_copy import CacheAddresses, copy_blocks
 from kernels.native.sampling import RowSettings
+from workers.captured.captured_model import CapturedModel
 from workers.engine.kv_cache import KVCaches
 from workers.engine.rounds import RowPlan
 from workers.engine.seq_state import SeqTable
 from workers.models.batch import Batch
 from workers.models.decoder import CausalLM
 from workers.models.layer_parallel_decoder import LayerParallelLM
+from workers.models.logits import shard_logits
 from workers.sampling.rows import RowEntry, SamplingRows, native_settings
 from workers.sampling.sampler import SampledRows, Sampler
 from workers.trace import Tracer
@@ -75,20 +77,25 @@ class ModelRunner:
     sampler: Sampler
     num_ranks: int  # the number of ranks that share the model and its vocabulary
     device: torch.device
+    captured: CapturedModel | None = None  # steps that one launch runs
     is_approximate: bool = False  # draft_forward differs from forward: the model is layer-parallel
     tracer: Tracer = field(default_factory=Tracer)
     tile_rows: int = SAMPLING_TILE_ROWS  # most rows whose logits are in memory at a time
 
     def forward(self, batch: Batch) -> Tensor:
-        """Hidden states [num_tokens, hidden_size]. Afterwards the cache holds K and V of the batch's tokens."""
-        with torch.inference_mode():
-            return self.model.forward(batch, self.kv_caches)
+        """Hidden states [num_tokens, hidden_size] of a batch on the host, valid until the next forward. Afterwards the
+        cache holds K and V of its tokens."""
+        return self._run(self.model.forward, batch)
 
     def draft_forward(self, batch: Batch) -> Tensor:
         """As `forward`, for callers that accept approximate hidden states, keys and values. Equal to `forward` unless
         `is_approximate`."""
+        return self._run(self.model.draft_forward, batch)
+
+    def _run(self, forward: Callable[[Batch, KVCaches], Tensor], batch: Batch) -> Tensor:
         with torch.inference_mode():
-            return self.model.draft_forward(batch, self.kv_caches)
+            hidden = None if self.captured is None else self.captured.forward(batch)
+            return forward(batch.to(self.device), self.kv_caches) if hidden is None else hidden
 
     def copy_blocks(self, sources: Mapping[int, int]) -> None:
         """Copy the KV of all layers from each value to its key. No block is both."""
@@ -111,7 +118,7 @@ class ModelRunner:
                     native.choose(hidden_of_rows, settings, num=1 + num_alternatives, with_confidence=with_confidence)
                 )
             return self.sampler.sample(
-                self._logits(tile)[: rows.stop - rows.start],
+                shard_logits(self.model, tile, self.num_ranks)[: rows.stop - rows.start],
                 self.model.vocab_range[0],
                 SamplingRows.build(entries[rows], self.device),
                 num_alternatives=num_alternatives,
@@ -132,14 +139,18 @@ class ModelRunner:
         with_confidence: bool = False,
     ) -> list[SampledRows]:
         """Choose a token for each row of hidden [num_rows, hidden_size], the states of the last tokens of seqs, then
-        compute these tokens and choose again, and so on. block_table: int32 [num_rows, max_blocks].
+        compute these tokens and choose again, and so on. block_table: int32 [num_rows, max_blocks], on the host.
 
-        Returns the choices of each step: `num_steps` if native kernels compute all of it and logits stay finite, else
-        fewer, but at least one. There was a forward between two steps, none after the last.
+        Returns the choices of each step: `num_steps` if native kernels or captured steps compute all of it and logits
+        stay finite, else fewer, but at least one. There was a forward between two steps, none after the last.
         """
         native, settings = self.model.native, self._native_settings(entries)
         if native is None or settings is None or num_steps == 1:
-            return [self.choose(hidden, entries, num_alternatives=num_alternatives, with_confidence=with_confidence)]
+            first = self.choose(hidden, entries, num_alternatives=num_alternatives, with_confidence=with_confidence)
+            if self.captured is None or num_steps == 1:
+                return [first]
+            with torch.inference_mode(), self.tracer.span("draft"):
+                return self.captured.draft(first, entries, block_table, num_steps=num_steps) or [first]
         with torch.inference_mode(), self.tracer.span("draft"):
             steps = native.draft(
                 hidden,
@@ -163,7 +174,7 @@ class ModelRunner:
         with torch.inference_mode():
             for rows, tile in self._tiles(hidden):
                 result += self.sampler.prompt_logprobs(
-                    self._logits(tile)[: rows.stop - rows.start],
+                    shard_logits(self.model, tile, self.num_ranks)[: rows.stop - rows.start],
                     self.model.vocab_range[0],
                     next_token_ids[rows],
                     num_top,
@@ -180,12 +191,6 @@ class ModelRunner:
             (slice(start, min(start + size, num_rows)), hidden[start : start + size])
             for start in range(0, num_rows, size)
         ]
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """Logits [num_rows, shard_size] of this rank; the last shards of an uneven vocabulary are padded."""
-        logits = self.model.compute_logits(hidden)
-        shard_size = -(-self.model.config.vocab_size // self.num_ranks)
-        return logits if logits.shape[1] == shard_size else F.pad(logits, (0, shard_size - logits.shape[1]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,7 @@ class LowerModel(LowerDraft):
         steps = self._runner.draft(
             hidden,
             [RowEntry(table.sampling(slot), lengths[slot], tuple(found[slot])) for slot in slots],
-            table.blocks(slots, max(lengths.values()) + num_steps - 1, hidden.device),
+            table.blocks(slots, max(lengths.values()) + num_steps - 1),
             num_steps=num_steps,
         )
         for sampled in steps:
@@ -149,7 +149,7 @@ class LowerModel(LowerDraft):
 
     def _forward(self, table: SeqTable, spans: Sequence["_Span"]) -> Tensor:  # [num_tokens, hidden_size]
         slots, starts, counts = zip(*spans, strict=True)
-        hidden = self._runner.forward(table.pack_from(slots, starts, counts, self._runner.device))
+        hidden = self._runner.forward(table.pack_from(slots, starts, counts))
         for span in spans:
             self._note(table, span)
         return hidden

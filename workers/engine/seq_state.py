@@ -167,9 +167,7 @@ class SeqTable:
         for index, tokens in zip(slots, token_ids, strict=True):
             self.sampling(index).extend(tokens)
 
-    def compute(
-        self, slots: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: torch.device
-    ) -> Batch:
+    def compute(self, slots: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> Batch:
         """Pack counts[i] tokens of slots[i], from starts[i] on, for the exact model and count their KV as exact.
 
         Some of them may have KV already. Those that `put_drafts` wrote do not count.
@@ -180,7 +178,7 @@ class SeqTable:
         self.num_computed[slot] = np.maximum(held, end)
         # KV that the exact model computes from approximate KV is still approximate.
         self.num_exact[slot] = np.where(start <= exact, np.maximum(exact, end), exact)
-        return self.pack_from(slots, starts, counts, device)
+        return self.pack_from(slots, starts, counts)
 
     def forget_last(self, slot: int) -> None:
         """Count the last token as one without KV."""
@@ -204,21 +202,19 @@ class SeqTable:
         self._store(slot, state)
         self.block_table[slot, start : state.num_blocks] = block_ids
 
-    def blocks(self, slots: Sequence[int], num_tokens: int, device: torch.device) -> torch.Tensor:
-        """The blocks of so many tokens of each slot: int32 [num_seqs, max_blocks]."""
+    def blocks(self, slots: Sequence[int], num_tokens: int) -> torch.Tensor:
+        """The blocks of so many tokens of each slot, on the host: int32 [num_seqs, max_blocks]."""
         width = -(-num_tokens // self.limits.block_size)
-        return torch.from_numpy(self.block_table[list(slots), :width]).to(device, non_blocking=True)
+        return torch.from_numpy(self.block_table[list(slots), :width])
 
-    def pack(self, slots: Sequence[int], counts: Sequence[int], device: torch.device) -> Batch:
-        """Pack the next `counts[i]` tokens without KV of each `slots[i]`, one seq after another.
+    def pack(self, slots: Sequence[int], counts: Sequence[int]) -> Batch:
+        """Pack the next `counts[i]` tokens without KV of each `slots[i]`, one seq after another, on the host.
 
         The count may run past the history, into tokens that `put_drafts` wrote.
         """
-        return self.pack_from(slots, self.num_computed[list(slots)].tolist(), counts, device)
+        return self.pack_from(slots, self.num_computed[list(slots)].tolist(), counts)
 
-    def pack_from(
-        self, slots: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: torch.device
-    ) -> Batch:
+    def pack_from(self, slots: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> Batch:
         """As `pack`, from `starts[i]` on."""
         slot = np.array(slots, np.int64)  # [num_seqs]
         count = np.array(counts, np.int64)
@@ -232,16 +228,13 @@ class SeqTable:
         seq_lens = (start + count).astype(np.int32)
         width = -(-int(seq_lens.max()) // block_size)
 
-        def upload(array: NDArray[np.generic]) -> torch.Tensor:
-            return torch.from_numpy(array).to(device, non_blocking=True)
-
         return Batch(
-            input_ids=upload(self.token_ids[token_slot, positions].astype(np.int64)),
-            positions=upload(positions),
-            slot_mapping=upload(block * block_size + positions % block_size),
-            block_table=upload(self.block_table[slot, :width]),
-            seq_lens=upload(seq_lens),
-            cu_seqlens_q=upload(cu_seqlens_q),
+            input_ids=torch.from_numpy(self.token_ids[token_slot, positions].astype(np.int64)),
+            positions=torch.from_numpy(positions),
+            slot_mapping=torch.from_numpy(block * block_size + positions % block_size),
+            block_table=torch.from_numpy(self.block_table[slot, :width]),
+            seq_lens=torch.from_numpy(seq_lens),
+            cu_seqlens_q=torch.from_numpy(cu_seqlens_q),
             lengths=SeqLengths(seq_lens, cu_seqlens_q),
         )
 

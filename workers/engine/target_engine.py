@@ -78,7 +78,7 @@ class TargetEngine(ModelEngine):
         slots = [plan.slot for plan, _ in active]
         counts = [plan.chunk_len + plan.num_drafts for plan, _ in active]
         with self._runner.tracer.span(_step_name([plan for plan, _ in active])):
-            hidden = self._runner.forward(table.pack(slots, counts, self._runner.device))
+            hidden = self._runner.forward(table.pack(slots, counts))
         verifies = []
         for (plan, result), end in zip(active, accumulate(counts), strict=True):
             first_row = end - plan.num_drafts - 1

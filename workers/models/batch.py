@@ -1,17 +1,18 @@
 """What one forward computes: new tokens of several seqs, packed without padding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
-from kernels.attention.paged_kv import SeqLengths
+from kernels.attention.paged_kv import LengthBounds, SeqLengths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Token t of the batch belongs to seq b iff cu_seqlens_q[b] <= t < cu_seqlens_q[b + 1]. A seq's tokens are
     consecutive and are the last of its seq_lens[b] tokens; the KV of the earlier ones is already in its blocks. All
-    tensors are on the device of the model."""
+    tensors are on one device: the host's in the plan of a step, the model's in its forward."""
 
     input_ids: Tensor  # int64 [num_tokens]
     positions: Tensor  # int64 [num_tokens]
@@ -19,4 +20,9 @@ class Batch:
     block_table: Tensor  # int32 [num_seqs, max_blocks]: entries after a seq's last block are not read
     seq_lens: Tensor  # int32 [num_seqs]: KV length, the new tokens included
     cu_seqlens_q: Tensor  # int32 [num_seqs + 1]: starts at 0, ends at num_tokens
-    lengths: SeqLengths  # seq_lens and cu_seqlens_q on the host, so that no step waits for the device
+    lengths: SeqLengths | LengthBounds  # seq_lens and cu_seqlens_q on the host, so that no step waits for the device
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on this device. Does not wait."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "lengths"}
+        return Batch(**{name: x.to(device, non_blocking=True) for name, x in tensors.items()}, lengths=self.lengths)

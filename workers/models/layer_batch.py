@@ -144,6 +144,7 @@ def _join(caches: Sequence[KVCache]) -> KVCache | None:
 def _repeat(batch: Batch, num_layers: int, *, num_blocks: int, block_size: int) -> Batch:
     """The batch once for each layer, with blocks of its own: those of layer i start at i * num_blocks."""
     num_tokens = batch.input_ids.shape[0]
+    assert isinstance(batch.lengths, SeqLengths), "steps of a layer-parallel draft are not captured"
     layer = torch.arange(num_layers, dtype=torch.int32, device=batch.input_ids.device)
     slots = batch.slot_mapping + layer.view(-1, 1) * (num_blocks * block_size)  # [num_layers, num_tokens]
     starts = batch.cu_seqlens_q[:-1] + layer.view(-1, 1) * num_tokens  # [num_layers, num_seqs]

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -13,9 +14,10 @@ from checkpoint.memory import num_sampled_rows, sampling_bytes
 from checkpoint.quantization import WeightFormat
 from childproc.spec import SpecError
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
-from echelon.pb.worker_pb2 import EngineInfo, EngineRole, LayerGroup
+from echelon.pb.worker_pb2 import EngineRole
 from kernels.kv.block_copy import cache_addresses
 from kernels.native.linear import why_not
+from workers.captured.captured_model import CapturedModel
 from workers.collectives import Group
 from workers.engine.draft_engine import DraftEngine
 from workers.engine.engine import Engine, ModelRunner
@@ -25,21 +27,20 @@ from workers.engine.target_engine import TargetEngine
 from workers.models.checkpoint import Progress
 from workers.models.decoder import CausalLM
 from workers.models.fp8_caches import use_fp8_caches
-from workers.models.layer_groups import LayerParallelPlan
 from workers.models.layer_parallel_decoder import LayerParallelLM
 from workers.models.loading import load_layer_parallel_model, load_model
 from workers.process.batch_invariance import choose_batch_invariance, keeps_batch_invariance
+from workers.process.capturing import agree_on_steps, capture_steps, reserved_captured_bytes
 from workers.process.cohort import Cohort
 from workers.process.draft_layout import is_layer_parallel, num_ranks, quantization_of, resolve_plan
+from workers.process.engine_info import describe_engine
 from workers.process.lower_level import LoadedLower, build_lower, check_lower, load_lower
 from workers.process.tier_setup import (
-    block_in_tiers,
     build_mover,
     has_disk,
     kv_facts,
     open_store,
     staging_bytes,
-    tier_dtype,
     weights_fingerprint,
 )
 from workers.sampling.grammar import GrammarCompiler
@@ -53,6 +54,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 _ROLE_NAMES = {EngineRole.ENGINE_ROLE_TARGET: "target", EngineRole.ENGINE_ROLE_DRAFT: "draft"}
 
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
+Agree = Callable[[CapturedModel | None], CapturedModel | None]
 Engines = dict[EngineRole.ValueType, Engine]
 
 
@@ -118,8 +120,11 @@ def load_engines(spec: WorkerSpec, cohort: Cohort, on_progress: OnProgress) -> E
             num_disk_blocks = store.capacity if store else 0
             own = _Sizes(own_blocks[engine.role], engine.tiers.num_host_slots, num_disk_blocks)
         sizes = _least(own, cohort, f"sizes/{index}")
-        if entry is not None:
-            engines[engine.role] = _build(entry, sizes, store, device, cohort.tracer, on_progress)
+        agree = partial(agree_on_steps, cohort=cohort, key=f"captured/{index}", takes_part=entry is not None)
+        if entry is None:
+            agree(None)
+        else:
+            engines[engine.role] = _build(entry, sizes, store, device, cohort.tracer, agree, on_progress)
     return engines
 
 
@@ -235,7 +240,7 @@ def _own_num_blocks(loaded: Sequence[_Loaded], device: torch.device) -> dict[Eng
 
 
 def _bytes_left(sharing: Sequence[_Loaded], device: torch.device) -> int:
-    """The memory that gpu_memory_utilization leaves after weights, activations and the buffers of moves."""
+    """The memory that gpu_memory_utilization leaves after weights, activations, captured steps and buffers of moves."""
     if device.type != "cuda":
         raise SpecError("engines: kv_cache_bytes must be set on cpu (kv_cache.device_bytes in the deployment file)")
     activations = max(
@@ -252,7 +257,13 @@ def _bytes_left(sharing: Sequence[_Loaded], device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     utilization = min(entry.spec.gpu_memory_utilization for entry in sharing)
     staging = sum(staging_bytes(entry.spec, entry.layout) for entry in sharing)
-    return max(0, int(total * utilization) - (total - free) - activations - staging)
+    captured = sum(_captured_bytes(entry) for entry in sharing)
+    return max(0, int(total * utilization) - (total - free) - activations - staging - captured)
+
+
+def _captured_bytes(entry: _Loaded) -> int:
+    value_bytes = DTYPES[entry.spec.dtype].itemsize
+    return reserved_captured_bytes(entry.spec, entry.model.config, num_ranks=entry.group.size, value_bytes=value_bytes)
 
 
 def reserved_sampling_bytes(spec: EngineSpec, *, vocab_size: int, num_ranks: int) -> int:
@@ -271,6 +282,7 @@ def _build(
     store: SegmentStore | None,
     device: torch.device,
     tracer: Tracer,
+    agree: Agree,
     on_progress: OnProgress,
 ) -> Engine:
     spec, model, layout, num_blocks = entry.spec, entry.model, entry.layout, sizes.num_blocks
@@ -284,62 +296,36 @@ def _build(
         num_blocks=num_blocks,
         max_num_batched_tokens=spec.max_num_batched_tokens,
     )
-    in_tiers = block_in_tiers(spec, layout)
     kv_caches = layout.allocate(num_blocks, device)
     addresses = cache_addresses(kv_caches)
+    role = _ROLE_NAMES[spec.role]
+    sampler = Sampler(entry.group, vocab_size)
+    on_captured = partial(on_progress, f"capturing steps of the {role}")
+    captured = agree(capture_steps(spec, model, kv_caches, sampler, device=device, on_captured=on_captured))
     runner = ModelRunner(
         model=model,
         kv_caches=kv_caches,
         kv_addresses=addresses,
-        sampler=Sampler(entry.group, vocab_size),
+        sampler=sampler,
+        captured=captured,
         num_ranks=entry.group.size,
         device=device,
         is_approximate=isinstance(model, LayerParallelLM) and model.plan.is_approximate,
         tracer=tracer,
     )
-    info = EngineInfo(
-        role=spec.role,
-        model=spec.model,
-        dtype=spec.dtype,
-        tp_size=spec.tp_size,
-        lp_size=1,
-        vocab_size=vocab_size,
+    info = describe_engine(
+        spec,
+        model,
+        layout,
+        entry.lower,
         num_blocks=num_blocks,
-        block_size=spec.block_size,
-        num_slots=spec.max_num_seqs,
-        max_model_len=spec.max_model_len,
-        max_num_batched_tokens=spec.max_num_batched_tokens,
-        weight_bytes=model.weight_bytes,
-        kv_cache_bytes=num_blocks * layout.block_bytes,
-        load_s=entry.load_s,
-        block_bytes=layout.block_bytes,
         num_host_slots=sizes.num_host_slots,
         num_disk_blocks=sizes.num_disk_blocks,
-        tier_dtype=tier_dtype(spec),
-        kv_dtype=spec.kv_dtype or "auto",
-        host_block_bytes=in_tiers.host_bytes,
-        disk_block_bytes=in_tiers.disk_bytes,
-        batch_invariant=spec.batch_invariant,
-        quantization=spec.quantization,
-        lower_draft=spec.lower_draft,
-        num_layers=model.config.num_layers,
+        load_s=entry.load_s,
     )
-    if entry.lower is not None:
-        info.lower_weight_bytes = entry.lower.model.weight_bytes
-        info.lower_kv_cache_bytes = num_blocks * entry.lower.layout.block_bytes
-    if isinstance(model, LayerParallelLM):
-        _describe_layers(model.plan, info)
-    role = _ROLE_NAMES[spec.role]
     mover = build_mover(spec, layout, kv_caches, addresses, store, role=role, device=device, on_progress=on_progress)
     table = SeqTable(limits, GrammarCompiler(Path(spec.model), vocab_size))
     if spec.role == EngineRole.ENGINE_ROLE_TARGET:
         return TargetEngine(runner, table, info, mover=mover, forced_acceptance=spec.forced_acceptance)
     lower = build_lower(spec, entry.lower, runner, limits)
     return DraftEngine(runner, table, info, mover=mover, lower=lower)
-
-
-def _describe_layers(plan: LayerParallelPlan, info: EngineInfo) -> None:
-    info.lp_size = plan.lp_size
-    info.layer_groups.extend(LayerGroup(layers=group) for group in plan.groups)
-    info.layer_parallel_weights = plan.weights
-    info.layer_parallel_mlp = plan.mlps

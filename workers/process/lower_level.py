@@ -97,7 +97,7 @@ def step_costs(draft: ModelRunner, lower: ModelRunner, group: Group, *, block_si
     rows = min(_ROWS, block_size)
 
     def forward(runner: ModelRunner, num_tokens: int) -> Callable[[], object]:
-        batch = one_block_batch(num_tokens, runner.device)
+        batch = one_block_batch(num_tokens, torch.device("cpu"))
         return lambda: runner.forward(batch)[-1, 0].item()
 
     own = [_median_s(forward(*each)) for each in ((lower, 1), (draft, 1), (draft, rows))]
