@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.chaos import left
+from bench.crowd import left
 from bench.report import add_report_options, publish, table
 from cluster.deployment.settings import JobsSettings, KvCacheSettings, SchedulerSettings, Settings
 from cluster.local import LocalDeployment, LocalDraft, local_settings

@@ -210,8 +210,9 @@ class SchedulerLink:
             self._redirected.clear()
             reason = "the scheduler closed the stream"
             try:
-                await self.read_status()  # so that a stream that is lost was there
+                status = await self.read_status()  # so that a stream that is lost was there
                 outgoing = self._outgoing = asyncio.Queue()
+                self._takes_requests = status.accepts_requests
                 self._connection = self._stub.Connect(drain(outgoing))
                 self._submit_again()
                 async for batch in self._connection:
@@ -328,7 +329,8 @@ class SchedulerLink:
                     self._set_ready(status.ready and connected, status.not_ready_reason or "not ready")
                 self._watch.on_status(status)
             except grpc.aio.AioRpcError as err:
-                self._takes_requests = False
+                # One that is started again takes what it was sent before it fell silent, or its successor does.
+                self._takes_requests = self._takes_requests and self._keeps_requests
                 self._set_ready(False, f"{err.code().name}: {err.details()}")
                 self._watch.on_unreachable(self.not_ready_reason)
                 if err.code() is grpc.StatusCode.DEADLINE_EXCEEDED:

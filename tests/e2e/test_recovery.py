@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from bench.chaos import ROLES, Chaos, Tally, make_cases
+from bench.chaos import ROLES, Chaos, Tally
+from bench.crowd import make_cases
 from cluster.deployment.settings import KvCacheSettings, SchedulerSettings
 from cluster.local import LocalDeployment, LocalDraft, local_settings
 from cluster.processes.status import State
@@ -106,11 +107,16 @@ def chaos(deployment: LocalDeployment) -> Chaos:
     return chaos
 
 
+async def lose_one(chaos: Chaos, role: str, tally: Tally) -> None:
+    async with chaos.load():
+        await chaos.lose(role, "kill", tally)
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_no_stream_notices_that_a_process_was_killed(deployment: LocalDeployment, chaos: Chaos, role: str) -> None:
     """At a random moment, whichever rank."""
     before, tally = pids_by_role(deployment), Tally()
-    asyncio.run(chaos.lose(role, "kill", tally))
+    asyncio.run(lose_one(chaos, role, tally))
     assert tally.damage.compared > 0
     assert not tally.damage.is_any, tally.damage
     after = pids_by_role(deployment)

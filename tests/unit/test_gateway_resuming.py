@@ -72,6 +72,39 @@ async def test_a_request_that_comes_meanwhile_waits(house: ReplicaHouse) -> None
     await asyncio.gather(running, late)
 
 
+async def test_a_request_that_comes_while_the_scheduler_is_silent_waits(
+    house: ReplicaHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.replicas.scheduler_link.STATUS_TIMEOUT_S", 0.5)
+    house.scheduler.answers = False
+    await house.scheduler.asked.acquire()
+    async with asyncio.timeout(60):
+        while (await house.client.server_info()).num_ready_replicas:
+            await house.scheduler.asked.acquire()  # it has not answered the one before
+    late = asyncio.ensure_future(house.client.generate("x", request_id="late"))
+    house.scheduler.answers = True  # questions that come now; the last one stays without an answer
+    assert (await house.scheduler.next_submit()).request_id == "late", "it may only be slow"
+    house.scheduler.send_complete("late")
+    await late
+
+
+async def test_a_request_that_comes_at_once_after_the_scheduler_is_back_waits(house: ReplicaHouse) -> None:
+    """Before its status was asked for in turn."""
+    running = asyncio.ensure_future(house.client.generate("x", request_id="running"))
+    await house.scheduler.next_submit()
+    for number in range(5):
+        await house.lose_scheduler()
+        await house.start_another()
+        assert (await house.scheduler.next_submit()).request_id == "running"
+        late = asyncio.ensure_future(house.client.generate("x", request_id=f"late-{number}"))
+        assert (await house.scheduler.next_submit()).request_id == f"late-{number}"
+        house.scheduler.send_chunk("running", [number], "x", offset=number)
+        house.scheduler.send_complete(f"late-{number}")
+        await late
+    house.scheduler.send_complete("running")
+    await running
+
+
 async def test_a_request_whose_time_is_over_is_not_sent_again(house: ReplicaHouse) -> None:
     call = asyncio.ensure_future(house.client.generate("x", timeout_s=0.2))
     await house.scheduler.next_submit()
