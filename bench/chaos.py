@@ -9,7 +9,8 @@ as fast as before, the next moment comes, for each role in turn.
     python -m bench.chaos --kills 3 --roles target --hows stop
     python -m bench.chaos --minutes 30 --save
 
-The exit status is 1 if a token was lost, repeated or changed, a stream failed, or a process is left.
+The exit status is 1 if a token was lost, repeated or changed, a stream failed, a request was refused while the gateway
+lived, or a process is left.
 """
 
 import argparse
@@ -151,7 +152,15 @@ def report(tallies: dict[tuple[str, str], Tally]) -> str:
         if not tally.healthy_s:
             continue
         changed = damage.changed + damage.texts + damage.logprobs
-        counts = (len(tally.healthy_s), damage.compared, damage.lost, damage.repeated, changed, damage.failed)
+        counts = (
+            len(tally.healthy_s),
+            damage.compared,
+            damage.lost,
+            damage.repeated,
+            changed,
+            damage.failed,
+            damage.refused,
+        )
         rows.append(
             [
                 f"{role}, {how}",
@@ -163,7 +172,17 @@ def report(tallies: dict[tuple[str, str], Tally]) -> str:
                 ),
             ]
         )
-    header = ["lost", "times", "tokens", "lost", "repeated", "changed", "streams failed", "pause p50 / p99 (s)"]
+    header = [
+        "lost",
+        "times",
+        "tokens",
+        "lost",
+        "repeated",
+        "changed",
+        "streams failed",
+        "requests refused",
+        "pause p50 / p99 (s)",
+    ]
     times = ("healthy", "health right", "full speed")
     return table([*header, *(f"{time} after p50 / max (s)" for time in times)], rows)
 
@@ -217,7 +236,8 @@ def main() -> int:
     ]
     command = shlex.join(["python", "-m", "bench.chaos", *sys.argv[1:]])
     publish("chaos", "\n".join(lines), command=command, save=args.save)
-    return int(bool(remains) or any(tally.damage.is_any for tally in tallies.values()))
+    refused = any(tally.damage.refused for (role, _), tally in tallies.items() if role != "gateway")
+    return int(bool(remains) or refused or any(tally.damage.is_any for tally in tallies.values()))
 
 
 if __name__ == "__main__":

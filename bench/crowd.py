@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from echelon import AsyncClient
-from echelon.errors import EchelonError
+from echelon.errors import EchelonError, UnavailableError
 from echelon.results import Completion
 
 PROMPTS = ("def quicksort(items):\n", "import os\nimport sys\n\ndef main(", "class Stack:\n    def __init__(self")
@@ -29,6 +29,7 @@ RESUME_WITHIN_S = 120.0
 _STREAM_LIMIT_S = 180.0  # a stream that takes longer has failed
 _LOGPROB_TOLERANCE = 1e-3  # other chunks of a prompt round differently
 _REMEMBERED_S = 300.0  # longer than any loss is looked at
+_TRY_AGAIN_S = 0.5  # after a refusal
 _POLL_S = 0.02
 _GONE_LIMIT_S = 15.0
 
@@ -51,11 +52,12 @@ class Seen:
     began_s: float = 0.0
     pause_s: float = 0.0  # the longest time between two chunks
     error: str = ""
+    is_refused: bool = False  # UNAVAILABLE before anything came of it
 
 
 @dataclass(slots=True, kw_only=True)
 class Damage:
-    """Of streams, compared with the undisturbed ones; in tokens, but for the last two."""
+    """Of streams, compared with the undisturbed ones; in tokens, but for the last three."""
 
     compared: int = 0
     lost: int = 0
@@ -64,6 +66,7 @@ class Damage:
     logprobs: int = 0  # that differ or are missing though the tokens are right
     texts: int = 0  # streams whose text differs though their tokens do not
     failed: int = 0  # streams
+    refused: int = 0  # requests: no damage if nobody could be there to take them
     error: str = ""  # of the last of them
 
     @property
@@ -71,6 +74,9 @@ class Damage:
         return bool(self.lost or self.repeated or self.changed or self.logprobs or self.texts or self.failed)
 
     def add(self, expected: Seen, got: Seen) -> None:
+        if got.is_refused:
+            self.refused, self.error = self.refused + 1, got.error
+            return
         if got.error:
             self.failed, self.error = self.failed + 1, got.error
             return
@@ -177,22 +183,27 @@ class Crowd:
     async def _repeat(self, client: AsyncClient, number: int) -> None:
         while True:
             self._began_s[number] = time.monotonic()
-            self._ended.append((number, await self.read(client, self.cases[number])))
+            seen = await self.read(client, self.cases[number])
+            self._ended.append((number, seen))
+            if seen.is_refused:
+                await asyncio.sleep(_TRY_AGAIN_S)
 
     async def read(self, client: AsyncClient, case: Case, pause: Callable[[], Awaitable[None]] = _no_pause) -> Seen:
         """`pause`: between two chunks."""
         last_s = began_s = time.monotonic()
-        pause_s = 0.0
+        pause_s, num_chunks = 0.0, 0
         try:
             async with client.stream(case.prompt, timeout_s=_STREAM_LIMIT_S, **case.options) as stream:
                 async for chunk in stream:
                     now = time.monotonic()
                     last_s, pause_s = now, max(pause_s, now - last_s)
+                    num_chunks += 1
                     self._note(now, len(chunk.token_ids))
                     await pause()
                 return _seen(await stream.result(), began_s, pause_s)
         except EchelonError as err:
-            return Seen(began_s=began_s, error=str(err))
+            is_refused = isinstance(err, UnavailableError) and num_chunks == 0
+            return Seen(began_s=began_s, error=str(err), is_refused=is_refused)
 
     def _note(self, now: float, num_tokens: int) -> None:
         self.num_tokens += num_tokens

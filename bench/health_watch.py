@@ -8,12 +8,13 @@ from contextlib import asynccontextmanager
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from echelon.channel import open_async_channel
+
 _INTERVAL_S = 0.1
 _TIMEOUT_S = 1.0  # no answer within it is the answer that nothing is served
 _LONG_SILENCE_S = 1.0  # without a token: less happens between two rounds of a busy machine
 _SERVICE = "echelon.v1.Inference"
 _OPTIONS = (
-    ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 100),
 )
@@ -36,7 +37,7 @@ class HealthWatch:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _watch(self) -> None:
-        async with grpc.aio.insecure_channel(self._address, options=_OPTIONS) as channel:
+        async with open_async_channel(self._address, None, *_OPTIONS) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             while True:
                 asked_s = time.monotonic()

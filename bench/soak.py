@@ -36,6 +36,7 @@ from cluster.local import LocalDeployment
 from echelon import AsyncClient
 from echelon.errors import EchelonError
 from echelon.pb import scheduler_pb2, scheduler_pb2_grpc
+from echelon.pb.process_pb2 import ProcessIdentity
 
 _WORKERS, _CONTROL = ("draft", "target"), ("scheduler", "gateway")
 _KILL_EVERY_S = 60.0
@@ -170,10 +171,10 @@ class Misuse:
         await asyncio.sleep(self._rng.uniform(0, _SLOW_S))
 
 
-def num_held_blocks(scheduler_address: str) -> int:
+def num_held_blocks(scheduler_address: str, identity: ProcessIdentity | None = None) -> int:
     """Blocks of target and draft that somebody still holds once no request is left, which is waited for."""
     deadline = time.monotonic() + _IDLE_LIMIT_S
-    with open_blocking_channel(scheduler_address) as channel:
+    with open_blocking_channel(scheduler_address, identity=identity) as channel:
         stub = scheduler_pb2_grpc.SchedulerStub(channel)
         while True:
             status = stub.GetSchedulerStatus(scheduler_pb2.GetSchedulerStatusRequest(), timeout=10)

@@ -14,6 +14,7 @@ from typing import Literal, Self
 from checkpoint.folder import read_model_folder
 from checkpoint.quantization import WeightFormat
 from childproc.speculation import DRAFT_MODEL_METHODS
+from cluster.authority import Authority
 from cluster.deployment.made_drafts import made_at_load
 from cluster.deployment.resolving import resolve_batch_invariant, resolve_scheduler, resolve_speculation
 from cluster.deployment.settings import (
@@ -167,10 +168,12 @@ class LocalDeployment:
         settings: Settings,
         *,
         gateway: bool = False,
+        authority: Authority | None = None,
         on_change: Callable[[ProcessStatus], None] = lambda _: None,
     ) -> None:
-        """Plans; raises PlanError."""
+        """Plans; raises PlanError. `authority`: locks the wires inside, as `up` does; None: they are plain."""
         self.settings = settings
+        self._authority = authority
         facts = machine_facts(settings.kv_cache.disk, settings.server)
         self.plan: Plan = make_plan(settings, inventory_of(facts))
         self.processes = ProcessSet(self.spawn, on_change=on_change)
@@ -206,7 +209,8 @@ class LocalDeployment:
                 timeout_s=self.settings.startup_timeout_s,
                 gateway=self._gateway,
             )
-            self._supervisor = Supervisor(self.settings, self.plan, self.processes, running)
+            identity = None if self._authority is None else self._authority.issue("controller")
+            self._supervisor = Supervisor(self.settings, self.plan, self.processes, running, identity)
             self.processes.all_ready()
         except StartError as err:
             self._end()
@@ -248,6 +252,8 @@ class LocalDeployment:
             num_gpus = launch.bundle.num_gpus if launch.bundle is not None else 0
             self._gpus[launch.name] = [self._free_gpus.pop(0) for _ in range(num_gpus)]
         gpu_ids = self._gpus[launch.name]
+        if self._authority is not None:
+            launch.spec.identity.CopyFrom(self._authority.issue(launch.name))
         return ChildProcess(
             launch.module,
             launch.spec,

@@ -29,6 +29,8 @@ def test_each_kind_of_damage_is_counted() -> None:
     failed = damage_of(error="UNAVAILABLE: gone")
     assert (failed.failed, failed.compared, failed.error) == (1, 0, "UNAVAILABLE: gone")
     assert failed.is_any
+    refused = damage_of(error="UNAVAILABLE: nobody there", is_refused=True)
+    assert (refused.refused, refused.failed, refused.is_any) == (1, 0, False)
 
 
 def test_health_is_wrong_until_it_says_that_nothing_is_served() -> None:

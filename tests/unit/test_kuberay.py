@@ -11,11 +11,11 @@ from cluster.deployment.deployment_file import load_deployment
 from cluster.deployment.schema import DeploymentFile
 from cluster.planning.plan import GIB, MIB, Inventory, Node
 from cluster.planning.planner import make_plan
+from tests.helpers.kustomized import KUBERNETES, check_schema, pods
 from tests.helpers.real_shapes import write_real_shapes
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS: list[dict[str, Any]] = list(yaml.safe_load_all((ROOT / "deploy" / "kuberay" / "echelon.yaml").read_text()))
-KUBERNETES = "1.31"
 
 
 def of_kind(kind: str) -> dict[str, dict[str, Any]]:
@@ -23,8 +23,7 @@ def of_kind(kind: str) -> dict[str, dict[str, Any]]:
 
 
 CLUSTER = of_kind("RayCluster")["echelon"]
-HEAD, WORKER = CLUSTER["spec"]["headGroupSpec"], CLUSTER["spec"]["workerGroupSpecs"][0]
-PODS = {"head": HEAD["template"]["spec"], "worker": WORKER["template"]["spec"]}
+PODS = pods(CLUSTER)
 DEPLOYMENT = DeploymentFile.model_validate(yaml.safe_load(of_kind("ConfigMap")["echelon"]["data"]["deployment.yaml"]))
 
 
@@ -47,14 +46,7 @@ def environment(pod: str) -> dict[str, str]:
     "document", DOCUMENTS, ids=lambda document: f"{document['kind']}-{document['metadata']['name']}"
 )
 def test_kubernetes_accepts_every_document(document: dict[str, Any]) -> None:
-    """The RayCluster's own keys are KubeRay's, so of it the pods are checked."""
-    if document["apiVersion"] == "ray.io/v1":
-        assert set(document["spec"]) == {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
-        for spec in PODS.values():
-            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": spec}
-            kubernetes_validate.validate(pod, KUBERNETES, strict=True)
-    else:
-        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    check_schema(document)
 
 
 def test_a_misspelt_key_of_a_pod_is_found() -> None:
