@@ -480,6 +480,36 @@ async def test_a_round_beyond_the_message_limit_is_refused_before_it_is_sent(hou
     running.cancel()
 
 
+async def test_a_group_that_ends_the_stream_before_the_first_round_is_tried_again(house: House) -> None:
+    class Slow(GroupClient):
+        """Whose stream has ended by the time it sends the first round."""
+
+        async def _probe(self, call: Any, *args: Any) -> None:
+            while not call.done():
+                house.target.drop_streams()
+                await asyncio.sleep(0)
+            await super()._probe(call, *args)
+
+    client = Slow(
+        "target group",
+        house.spec.target,
+        worker_pb2.ENGINE_ROLE_TARGET,
+        version="test",
+        round_timeout_s=0.0,
+        events=GroupEvents(connected=lambda *_: None, result=lambda _: None, lost=lambda _: None),
+    )
+    running = asyncio.create_task(client.run())
+    attempted = asyncio.create_task(client.attempted.wait())
+    await asyncio.wait({running, attempted}, return_when=asyncio.FIRST_COMPLETED)
+    num_streams = house.target.num_streams
+    async with asyncio.timeout(60):
+        while house.target.num_streams == num_streams:
+            assert not running.done()
+            await asyncio.sleep(0)
+    assert client.last_error
+    running.cancel()
+
+
 async def test_moves_are_answered_during_rounds_and_do_not_count_as_rounds(house: House) -> None:
     """What the disk holds comes after `connected`. A round that is not answered is noticed as if no move had been."""
     digests = [bytes([number]) * 16 for number in range(2)]
