@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from checkpoint.folder import read_model_folder
 from checkpoint.quantization import WeightFormat
@@ -253,7 +253,8 @@ class LocalDeployment:
             self._gpus[launch.name] = [self._free_gpus.pop(0) for _ in range(num_gpus)]
         gpu_ids = self._gpus[launch.name]
         if self._authority is not None:
-            launch.spec.identity.CopyFrom(self._authority.issue(launch.name))
+            spec: Any = launch.spec
+            spec.identity.CopyFrom(self._authority.issue(launch.name))
         return ChildProcess(
             launch.module,
             launch.spec,

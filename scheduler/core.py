@@ -69,9 +69,9 @@ class SchedulerCore:
         """Speculation starts, or resumes, for every seq. `shares_process`: the draft runs in the target's process."""
         self._speculation.attach(self._new_engine(info, incarnation), shares_process=shares_process)
 
-    def disconnect_target(self, reason: str, now: float) -> None:
-        """The target is gone and everything it held is lost. If somebody starts it again, requests wait for it."""
-        for request in self._target.detach(now):
+    def disconnect_target(self, reason: str, now: float, *, has_died: bool = True) -> None:
+        """All it held is lost. Requests wait if it is started again, and one may be to blame if it `has_died`."""
+        for request in self._target.detach(now, has_died=has_died):
             self._fail(request, StatusCode.INTERNAL, f"{condemned(request)}: {reason}")
         if not self._config.keeps_requests:
             self.give_up_target(reason)

@@ -91,6 +91,7 @@ class GroupClient:
         self._num_in_flight = 0
         self._watchdog: asyncio.TimerHandle | None = None
         self._timed_out_s: float | None = None  # how long the client waited for the round that never came back
+        self.was_taken_over = False  # the last stream was lost because another scheduler opened one
         self._was_connected = False
         self._serving: asyncio.Task[None] | None = None
         self._redirected = asyncio.Event()
@@ -249,6 +250,8 @@ class GroupClient:
                 self._take_in(reply, call)
             raise GroupError(f"ended the stream: {await call.details() or 'no reason given'}")
         except (grpc.aio.AioRpcError, asyncio.CancelledError, GroupError, UnexpectedAnswerError) as error:
+            code = error.code() if isinstance(error, grpc.aio.AioRpcError) else None
+            self.was_taken_over = code is grpc.StatusCode.ABORTED
             self._events.lost(self._loss(error))
             if isinstance(error, asyncio.CancelledError) and (self._timed_out_s is None or self._redirected.is_set()):
                 raise

@@ -197,7 +197,8 @@ class Replica:
         self.ready = False
         self._on_ready(False)
         self._note_loss(_TARGET)
-        self._core.disconnect_target(f"{self.target.name}: {reason}", self._now())
+        has_died = not self.target.was_taken_over
+        self._core.disconnect_target(f"{self.target.name}: {reason}", self._now(), has_died=has_died)
         self._pump_soon()
 
     def _draft_up(self, info: worker_pb2.EngineInfo, incarnation: int) -> None:

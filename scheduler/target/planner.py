@@ -63,7 +63,7 @@ class TargetPlanner:
     def attach(self, engine: EngineView[TargetRow]) -> None:
         self.engine = engine
 
-    def detach(self, now: float) -> set[Request]:
+    def detach(self, now: float, *, has_died: bool) -> set[Request]:
         """The engine is gone, and its seqs wait. Returns the requests that were computed each time this happened."""
         self.engine = None
         self._refusal = None
@@ -72,7 +72,7 @@ class TargetPlanner:
             self.enqueue(state.seq)
         self.running, self._fetching = [], []
         for state in self._states.values():
-            state.forget_engine(now)
+            state.forget_engine(now, has_died=has_died)
         return {state.seq.request for state in self._states.values() if state.is_condemned}
 
     def add(self, request: Request) -> list[TargetState]:

@@ -85,9 +85,9 @@ class TargetState:
         """Whether it is not to be tried again."""
         return len(self.lost_at_s) >= _MOST_LOSSES
 
-    def forget_engine(self, now: float) -> None:
+    def forget_engine(self, now: float, *, has_died: bool) -> None:
         """The engine is gone: the seq holds nothing there, and no row comes back."""
-        if self.num_rows_in_flight:
+        if self.num_rows_in_flight and has_died:
             recent = [lost_s for lost_s in self.lost_at_s if now - lost_s < _LOSS_WINDOW_S]
             self.lost_at_s = [*recent, now]
         self.slot = self.fetch = None

@@ -152,13 +152,13 @@ class Simulation:
         self.core.expire(self.now)
         self.take(self.core.take_outputs())
 
-    def disconnect_target(self, reason: str) -> None:
-        self.core.disconnect_target(reason, self.now)
+    def disconnect_target(self, reason: str, *, has_died: bool = True) -> None:
+        self.core.disconnect_target(reason, self.now, has_died=has_died)
         self.take(self.core.take_outputs())
 
-    def lose_target(self) -> None:
+    def lose_target(self, *, has_died: bool = True) -> None:
         """The target engine is lost with everything in flight."""
-        self.disconnect_target("target group: it died")
+        self.disconnect_target("target group: it died", has_died=has_died)
         self.target_rounds.clear()
         self.moves = [move for move in self.moves if move[0] is not self.target]
         self._num_sent[self.target.role] = 0

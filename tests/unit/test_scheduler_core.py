@@ -676,6 +676,18 @@ def test_a_request_that_commits_or_takes_its_time_is_not_to_blame(pause_s: float
     sim.assert_plain(submit("r", prompt(1, 9)))
 
 
+def test_no_request_is_to_blame_when_another_scheduler_takes_the_target_over() -> None:
+    sim = Simulation(keeps_requests=True)
+    sim.submit(submit("r", prompt(1, 9), max_tokens=5))
+    for _ in range(4):
+        sim.plan()
+        sim.lose_target(has_died=False)
+        sim.return_target()
+    sim.run()
+    assert not sim.failed
+    sim.assert_plain(submit("r", prompt(1, 9)))
+
+
 def test_a_seq_with_which_the_draft_died_three_times_goes_on_without_it() -> None:
     sim = Simulation(draft=draft_engine(100))
     sim.submit(submit("r", prompt(1, 9), max_tokens=30))
