@@ -165,6 +165,8 @@ class Misuse:
         number = self._rng.randrange(len(self._crowd.cases))
         async with AsyncClient(self._address) as client:
             seen = await self._crowd.read(client, self._crowd.cases[number], pause=self._pause)
+        if seen.is_refused:
+            raise EchelonError("UNAVAILABLE", seen.error)
         self.damage.add(self._crowd.expected[number], seen)
 
     async def _pause(self) -> None:

@@ -56,8 +56,7 @@ class SchedulerLink:
         `keeps_requests`: whoever started the scheduler starts it again, and says where (`redirect`) or that it does
         not (`give_up`)."""
         self._watch, self._identity = watch, identity
-        self.ready, self._was_ready = False, False
-        self._takes_requests = False  # as it says itself; it may do so while it is not ready: they wait until it is
+        self.ready = self._takes_requests = False  # it may take requests while it is not ready: they wait until it is
         self.not_ready_reason = "not connected yet"
         self.cache = CachedBlocks()
         self._on_change = on_change
@@ -115,7 +114,7 @@ class SchedulerLink:
         """Whether a request that comes now is served, though it may have to wait: here, while the scheduler is away."""
         if self._is_retiring:
             return False
-        is_awaited = self._was_ready and self._keeps_requests and not self._given_up
+        is_awaited = self._keeps_requests and not self._given_up
         return self._takes_requests or (is_awaited and self._outgoing is None and self.num_requests < _MOST_KEPT)
 
     @property
@@ -347,6 +346,5 @@ class SchedulerLink:
         self.not_ready_reason = "" if ready else reason
         if self.ready != ready:
             self.ready = ready
-            self._was_ready = self._was_ready or ready
             logger.info("scheduler %s is %s", self.address, "ready" if ready else f"not ready: {reason}")
             self._on_change()

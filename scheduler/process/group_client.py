@@ -154,7 +154,7 @@ class GroupClient:
             engine = self._check(info)
             call = stub.Rounds()  # type: ignore[call-arg]  # written to below, not fed from an iterator
             hello = worker_pb2.Hello(role=self._role, incarnation=info.incarnation, version=self._version)
-            await _write(call, worker_pb2.RoundRequest(hello=hello))
+            await write_if_open(call, worker_pb2.RoundRequest(hello=hello))
             answers = aiter(call)
             await self._probe(call, answers, info.incarnation)
             self._start(engine, info.incarnation)
@@ -168,7 +168,7 @@ class GroupClient:
 
     async def _probe(self, call: "RoundsCall", answers: "Answers", incarnation: int) -> None:
         """Wait until the group has done a round."""
-        await _write(call, worker_pb2.RoundRequest(round=worker_pb2.Round(incarnation=incarnation)))
+        await write_if_open(call, worker_pb2.RoundRequest(round=worker_pb2.Round(incarnation=incarnation)))
         try:
             if not await asyncio.wait_for(self._first_result(answers), self._round_timeout_s or None):
                 raise GroupError(f"ended the stream: {await call.details() or 'no reason given'}")
@@ -222,7 +222,7 @@ class GroupClient:
             if self._watchdog is None:
                 self._arm(call)
             self._last_sent = message
-            await _write(call, message)
+            await write_if_open(call, message)
 
     async def _call_on_idle(self, stub: "worker_pb2_grpc.WorkerAsyncStub", call: "RoundsCall") -> None:
         """Ask a group that has no round to answer whether it is there. (Otherwise the watchdog looks at the clock.)"""
@@ -295,7 +295,7 @@ class GroupClient:
         call.cancel()
 
 
-async def _write(call: "RoundsCall", message: worker_pb2.RoundRequest) -> None:
+async def write_if_open(call: "RoundsCall", message: worker_pb2.RoundRequest) -> None:
     """Nothing if the stream has ended: whoever reads it sees the same end, and says why."""
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
         await call.write(message)

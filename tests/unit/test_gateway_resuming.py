@@ -105,6 +105,23 @@ async def test_a_request_that_comes_at_once_after_the_scheduler_is_back_waits(ho
     await running
 
 
+async def test_a_request_that_comes_before_a_new_gateway_has_connected_waits(
+    house: ReplicaHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.replicas.scheduler_link.STATUS_TIMEOUT_S", 0.5)
+    await house.lose_gateway()
+    house.scheduler.answers = False
+    await house.start_gateway()
+    await house.scheduler.asked.acquire()
+    early = asyncio.ensure_future(house.client.generate("x", request_id="early"))
+    while not await house.client.set_speculation("early", enabled=False):
+        assert not early.done(), "it was refused"
+    house.scheduler.answers = True
+    assert (await house.next_submit()).request_id == "early"
+    house.scheduler.send_complete("early")
+    await early
+
+
 async def test_a_request_whose_time_is_over_is_not_sent_again(house: ReplicaHouse) -> None:
     call = asyncio.ensure_future(house.client.generate("x", timeout_s=0.2))
     await house.scheduler.next_submit()
