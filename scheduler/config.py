@@ -77,6 +77,7 @@ class TierConfig:
     """How KV moves between device, host memory and disk."""
 
     load_timeout_s: float = 2.0  # for which a seq waits for its blocks; then they are computed
+    stores_on_evict: bool = False  # to host memory, what the device evicts; otherwise blocks as they are complete
     writes_disk: bool = True  # False: the disk is only read
     writes_at_once: bool = False  # to disk; otherwise only blocks that were used again or leave host memory
     ignores_prices: bool = False  # fetch what is there even where computing would be faster; for tests

@@ -153,6 +153,10 @@ class KvCache(Section):
     cpu_bytes: OptionalSize | None = Field(
         default=None, description="host memory of one node for blocks that leave its devices; default: none"
     )
+    store: Literal["on_complete", "on_evict"] = Field(
+        default="on_complete",
+        description="when a block goes to host memory: at once, or as its device evicts it",
+    )
     disk: Disk | None = Field(default=None, description="where blocks go that host memory has no room for")
     load_timeout_s: Seconds = Field(
         default=2.0, description="for which a sequence waits for blocks from host memory or disk"

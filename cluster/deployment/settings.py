@@ -140,6 +140,7 @@ class KvCacheSettings:
     device_bytes: int = _DEFAULT_DEVICE_BYTES  # cpu: of one device, shared by the engines on it
     gpu_memory_utilization: float = 0.9  # cuda
     cpu_bytes: int = 0  # host memory of one node for blocks that leave its devices; 0: none
+    store: Literal["on_complete", "on_evict"] = "on_complete"  # when a block goes to host memory
     disk: DiskSettings | None = None
     load_timeout_s: float = 2.0  # for which a seq waits for blocks from host memory or disk
     dtype: KvDtype = "auto"  # of the target's cache on its devices; target.kv_dtype is the same

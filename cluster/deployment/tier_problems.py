@@ -14,6 +14,9 @@ def tier_problems(settings: Settings) -> Iterator[Problem]:
             path="kv_cache.cpu_bytes", value=str(cache.cpu_bytes), message=message, remedy="leave one of them out"
         )
     yield from _rounding_problems(settings)
+    if cache.store != "on_complete" and not cache.cpu_bytes:
+        message, remedy = "there is no host memory to store blocks in", "set kv_cache.cpu_bytes too, or leave it out"
+        yield Problem(path="kv_cache.store", value=repr(cache.store), message=message, remedy=remedy)
     if cache.disk is not None and not cache.cpu_bytes:
         message = "blocks go to disk through host memory"
         yield Problem(path="kv_cache.disk", message=message, remedy="set kv_cache.cpu_bytes too")

@@ -125,6 +125,7 @@ def _tier_section(settings: Settings) -> process_pb2.TierSection:
     disk = settings.kv_cache.disk
     return process_pb2.TierSection(
         load_timeout_s=settings.kv_cache.load_timeout_s,
+        stores_on_evict=settings.kv_cache.store == "on_evict",
         writes_disk=disk is not None and not disk.read_only,
         writes_at_once=disk is not None and disk.write == "all",
     )

@@ -575,12 +575,15 @@ class TierSection(google.protobuf.message.Message):
     LOAD_TIMEOUT_S_FIELD_NUMBER: builtins.int
     WRITES_DISK_FIELD_NUMBER: builtins.int
     WRITES_AT_ONCE_FIELD_NUMBER: builtins.int
+    STORES_ON_EVICT_FIELD_NUMBER: builtins.int
     IGNORES_PRICES_FIELD_NUMBER: builtins.int
     load_timeout_s: builtins.float
     """for which a seq waits for blocks from other tiers"""
     writes_disk: builtins.bool
     writes_at_once: builtins.bool
     """to disk; otherwise only blocks that were used again or leave host memory"""
+    stores_on_evict: builtins.bool
+    """to host memory; otherwise blocks as they are complete"""
     ignores_prices: builtins.bool
     """fetch what is there even where computing would be faster; only tests may set it"""
     def __init__(
@@ -589,9 +592,10 @@ class TierSection(google.protobuf.message.Message):
         load_timeout_s: builtins.float = ...,
         writes_disk: builtins.bool = ...,
         writes_at_once: builtins.bool = ...,
+        stores_on_evict: builtins.bool = ...,
         ignores_prices: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["ignores_prices", b"ignores_prices", "load_timeout_s", b"load_timeout_s", "writes_at_once", b"writes_at_once", "writes_disk", b"writes_disk"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ignores_prices", b"ignores_prices", "load_timeout_s", b"load_timeout_s", "stores_on_evict", b"stores_on_evict", "writes_at_once", b"writes_at_once", "writes_disk", b"writes_disk"]) -> None: ...
 
 global___TierSection = TierSection
 

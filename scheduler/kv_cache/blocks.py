@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from itertools import islice
 
 from childproc.block_digests import Digest
 from scheduler.kv_cache.contents import CacheContents
@@ -174,8 +175,9 @@ class BlockManager:
                 del self._idle[block_id]
             self._num_holders[block_id] += 1
 
-    def release(self, block_ids: Sequence[int]) -> None:
-        """Remove a holder from each. The end of a prefix becomes idle first: without its start it is worthless."""
+    def release(self, block_ids: Sequence[int], *, evict_first: bool = False) -> None:
+        """Remove a holder from each. The end of a prefix becomes idle first: without its start it is worthless.
+        `evict_first`: those that become idle are evicted before all others, in this order."""
         free: list[int] = []
         for block_id in reversed(block_ids):
             self._num_holders[block_id] -= 1
@@ -186,7 +188,15 @@ class BlockManager:
                 free.append(block_id)
             else:
                 self._idle[block_id] = None
+                if evict_first:
+                    self._idle.move_to_end(block_id, last=False)
         self._free.give(free)
+
+    def next_to_evict(self, num_taken: int) -> list[tuple[int, Digest]]:
+        """The blocks that would be evicted if so many were allocated, in order, and the digests that find them."""
+        num_evicted = max(0, num_taken - self._free.num_free)
+        found = ((block_id, self._digest_of[block_id]) for block_id in islice(self._idle, num_evicted))
+        return [(block_id, digest) for block_id, digest in found if digest is not None]
 
     def publish(self, block_id: int, digest: Digest) -> bool:
         """Let the block be found from now on: it is full, its tokens are committed and their KV is computed. Returns

@@ -1,4 +1,4 @@
-"""From the device to host memory: each block once, when it is complete."""
+"""From the device to host memory: each block once, when it is complete or when the device is about to evict it."""
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
@@ -22,7 +22,8 @@ class Storing:
     has free slots for them, without evicting what is to be written to disk.
 
     `most`: blocks of one store. `most_in_flight`: of all stores. `num_spare`: device blocks that stay free, whatever is
-    stored. `most_slots`: of host memory that stores and writes to disk may fill and empty at once. `on_stored`: called
+    stored. `most_slots`: of host memory that stores and writes to disk may fill and empty at once. `look_ahead`: blocks
+    are stored when the device would evict them to allocate so many; None: when `add` names them. `on_stored`: called
     for each block in host memory.
     """
 
@@ -36,6 +37,7 @@ class Storing:
         most_in_flight: int,
         num_spare: int,
         most_slots: int,
+        look_ahead: int | None,
         on_stored: Callable[[Digest], None],
     ) -> None:
         self._blocks = blocks
@@ -45,9 +47,11 @@ class Storing:
         self._most_in_flight = most_in_flight
         self._num_spare = num_spare
         self._most_slots = most_slots
+        self._look_ahead = look_ahead
         self._on_stored = on_stored
         self._waiting: deque[tuple[int, Digest]] = deque()
         self._in_flight: set[int] = set()  # device blocks
+        self._stored: set[int] = set()  # of those that the device is about to evict
 
     @property
     def num_held_alone(self) -> int:
@@ -55,10 +59,28 @@ class Storing:
         return self._blocks.num_held_once(self._in_flight)
 
     def add(self, block_id: int, digest: Digest) -> None:
+        """The block is complete, or used again."""
+        if self._look_ahead is None:
+            self._want(block_id, digest)
+
+    def add_all(self) -> None:
+        """Store all that the device holds and no seq uses: the process is about to end."""
+        if self._look_ahead is not None:
+            self._look_ahead = self._blocks.num_blocks
+            self._find_leaving(self._look_ahead)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is stored or waits for it."""
+        return not self._waiting and not self._in_flight
+
+    def _want(self, block_id: int, digest: Digest) -> None:
         if self._host.get(digest) is None:
             self._waiting.append((block_id, digest))
 
     def orders(self, now: float) -> Iterator[worker_pb2.MoveOrder]:
+        if self._look_ahead is not None:
+            self._find_leaving(self._look_ahead)
         while stores := self._next():
             yield self._moves.order(
                 STORE,
@@ -67,6 +89,16 @@ class Storing:
                 block_ids=[store.block_id for store in stores],
                 host_slots=[store.host.slot for store in stores],
             )
+
+    def _find_leaving(self, num_taken: int) -> None:
+        """Those that the device would evict to allocate so many. A small host tier may evict one of them first: it is
+        not stored again unless it is used again."""
+        leaving = self._blocks.next_to_evict(num_taken - self.num_held_alone)  # those in flight go first
+        self._stored.intersection_update(block_id for block_id, _ in leaving)
+        self._waiting.clear()
+        for block_id, digest in leaving:
+            if block_id not in self._stored:
+                self._want(block_id, digest)
 
     def _next(self) -> list[_Store]:
         stores: list[_Store] = []
@@ -97,4 +129,8 @@ class Storing:
             if store.host.is_ready:
                 self._on_stored(store.host.digest)
         self._in_flight.difference_update(store.block_id for store in stores)
-        self._blocks.release([store.block_id for store in stores])
+        block_ids = [store.block_id for store in stores]
+        if self._look_ahead is not None:
+            self._stored.update(block_ids)
+        # What the device was about to evict still goes first.
+        self._blocks.release(block_ids, evict_first=self._look_ahead is not None)

@@ -40,9 +40,9 @@ _TUNING = Tuning()
 class Tiers:
     """Decides which blocks move where, and knows what is where once the moves are answered.
 
-    A block is stored to host memory when it is complete, and written to disk when it has been used again or is about to
-    leave host memory. Until a move is answered, the blocks that it touches are held and their slots are pinned. So
-    nothing changes under a move.
+    A block is stored to host memory when it is complete, or when it is about to leave the device, and written to disk
+    when it has been used again or is about to leave host memory. Until a move is answered, the blocks that it touches
+    are held and their slots are pinned. So nothing changes under a move.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Tiers:
         # What makes a seq approximate that begins with rounded blocks, for `usage`.
         self.approximations = [f"kv_cache.tier_dtype: {info.tier_dtype}"] if rounds else []
         self._writes = config.writes_disk and info.num_disk_blocks > 0
+        self._writes_all = False  # the process is about to end
         num_spare_slots = -(-info.num_host_slots // tuning.host_spare_share)
         self.host = HostTier(info.num_host_slots, contents)
         self.disk = DiskTier(info.num_disk_blocks, contents)
@@ -93,6 +94,8 @@ class Tiers:
             most_in_flight=tuning.most_stores * most,
             num_spare=-(-info.num_blocks // tuning.device_spare_share),
             most_slots=num_spare_slots if self._writes else info.num_host_slots,
+            # What one round may take, so that nothing has to wait for a store.
+            look_ahead=blocks.num_blocks_for(info.max_num_batched_tokens) if config.stores_on_evict else None,
             on_stored=self._on_stored,
         )
         self._config = config
@@ -146,12 +149,14 @@ class Tiers:
             attempts.worked()
 
     def write_all(self) -> None:
-        """Put all that host memory holds on disk, as far as it works."""
+        """Put all that device and host memory hold on disk, as far as it works. No seq runs any more."""
         if self._writes:
+            self._writes_all = True
+            self._storing.add_all()
             self._writing.add_all()
 
     def has_written(self, now: float) -> bool:
-        return not self._writes or self._writing.is_done(now)
+        return not self._writes or (self._storing.is_done and self._writing.is_done(now))
 
     def on_disk_contents(self, contents: worker_pb2.DiskContents) -> None:
         self.disk.announce(contents.digests, is_last=contents.is_last)
@@ -229,5 +234,5 @@ class Tiers:
         )
 
     def _on_stored(self, digest: Digest) -> None:
-        if self._writes and self._config.writes_at_once:
+        if self._writes and (self._writes_all or self._config.writes_at_once):
             self._writing.add(digest)

@@ -504,15 +504,17 @@ def test_what_comes_back_from_rounded_tiers_is_labelled_and_close(tmp_path: Path
 
 
 def test_a_cache_in_fp8_is_labelled_and_its_blocks_come_back_bit_for_bit(tmp_path: Path) -> None:
-    """Two ranks. Drafts change nothing, and neither does a prefix that comes from host memory."""
+    """Two ranks. Drafts change nothing, and neither does a prefix that comes from host memory. It gets there only when
+    the devices have no room for it."""
     settings = settings_of(tmp_path, tp_size=2, layer_parallel_size=1)
     target = replace(settings.target, kv_dtype="fp8")
-    cache = replace(settings.kv_cache, dtype="fp8", cpu_bytes=4 * settings.kv_cache.cpu_bytes)
+    cache = replace(settings.kv_cache, dtype="fp8", cpu_bytes=4 * settings.kv_cache.cpu_bytes, store="on_evict")
     house = House(replace(settings, target=target, kv_cache=cache))
     house.start()
     assert house.tier("host").block_bytes * 4 == BLOCK * settings.target.kv_bytes_per_token
     prompt = house.texts.new()
-    first = house.ask_and_keep(prompt, drafts=NUM_DRAFTS)
+    first = house.ask(prompt, drafts=NUM_DRAFTS)
+    assert house.tier("host").stored_blocks_total == 0
     house.leave_device()
     again = house.ask(prompt, drafts=NUM_DRAFTS)
     assert again.usage.cached_prompt_tokens_from_host > KNOWN // 2

@@ -115,6 +115,7 @@ _DEPLOYMENT_KEYS: dict[str, list[Any]] = {
     "kv_cache.disk.bytes": [1, 1000, "8MiB", "1GiB", "1000TiB", -1],
     "kv_cache.disk.write": ["all", "reused", "none"],
     "kv_cache.disk.read_only": [True, False, "yes"],
+    "kv_cache.store": ["on_complete", "on_evict", "never"],
     "kv_cache.load_timeout_s": [0, 1e-300, 1, 604_800, 1e300, float("nan")],
     "scheduler.enable_prefix_caching": [True, False],
     "cpu.compile": ["auto", "off", "on", False, True],

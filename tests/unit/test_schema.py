@@ -240,6 +240,11 @@ def test_all_problems_at_once_each_with_its_line(folder: Path) -> None:
             "kv_cache: {cpu_bytes: 1GiB, tier_dtype: int4, dtype: fp8}\n",
             "kv_cache.tier_dtype: 'int4': the blocks of kv_cache.dtype fp8 have 8 bits already; leave one of them out",
         ),
+        (
+            "kv_cache: {store: on_evict}\n",
+            "kv_cache.store: 'on_evict': there is no host memory to store blocks in; set kv_cache.cpu_bytes too",
+        ),
+        ("kv_cache: {cpu_bytes: 1GiB, store: lazily}\n", "kv_cache.store: 'lazily'"),
         ("kv_cache: {cpu_bytes: 1GiB, tier_dtype: int3}\n", "kv_cache.tier_dtype: 'int3'"),
         ("kv_cache: {cpu_bytes: 0}\n", "kv_cache.cpu_bytes: 0: is nothing; leave the key out"),
         ("kv_cache: {cpu_bytes: 0GiB}\n", "kv_cache.cpu_bytes: 0: is nothing; leave the key out"),

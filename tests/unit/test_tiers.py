@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from childproc.block_digests import DigestChain, root_digest
 from echelon.pb import worker_pb2
 from scheduler.config import Pipeline, TierConfig
 from scheduler.kv_cache.contents import CacheContents
@@ -95,6 +96,78 @@ def test_a_prefix_that_left_the_device_comes_back_from_host_memory(draft: bool) 
             assert engine.tiers.num_moved[LOAD] == 9
     sim.assert_all_free()
     assert_nothing_is_pinned(sim)
+
+
+ON_EVICT = TierConfig(stores_on_evict=True)
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_blocks_are_stored_only_when_the_device_runs_out_of_room(draft: bool) -> None:
+    """Then a prefix and its draft's half come back as if they had been stored at once."""
+    sim = tiered(num_blocks=64, draft=draft, max_num_batched_tokens=64, tiers=ON_EVICT)
+    engines = [engine for engine in (sim.target, sim.draft) if engine is not None]
+    ask(sim, "first", prompt(1))
+    flood(sim, 1)
+    assert all(STORE not in engine.tiers.num_moved for engine in engines)
+    flood(sim, *range(2, 8))
+    usage = ask(sim, "again", prompt(1))
+    assert usage.cached_prompt_tokens == usage.cached_prompt_tokens_from_host == 36
+    for engine in engines:
+        assert engine.tiers.num_moved[LOAD] == 9
+    sim.assert_all_free()
+    assert_nothing_is_pinned(sim)
+
+
+def test_what_is_used_again_and_again_is_never_stored_on_eviction() -> None:
+    sim = tiered(num_blocks=64, max_num_batched_tokens=64, tiers=ON_EVICT)
+    ask(sim, "first", prompt(1))
+    for seed in range(12):
+        flood(sim, seed)
+        assert ask(sim, f"chat {seed}", prompt(1)).cached_prompt_tokens == 36
+    assert sim.target.tiers.num_moved[STORE] > 100
+    chain = DigestChain(root_digest("fake", BLOCK), BLOCK).extend(prompt(1), 9)
+    host = sim.core.tiers_of(sim.target.role).host
+    assert [host.get(digest) for digest in chain] == [None] * 9
+    flood(sim, *range(20, 26))
+    assert None not in [host.get(digest) for digest in chain]
+
+
+def test_a_preempted_seq_comes_back_from_host_memory_that_it_reached_by_eviction() -> None:
+    sim = tiered(num_blocks=20, max_num_batched_tokens=16, tiers=ON_EVICT)
+    messages = [submit(f"long {seed}", prompt(seed, 36), max_tokens=24) for seed in range(3)]
+    for message in messages:
+        sim.submit(message)
+    sim.run()
+    for message in messages:
+        sim.assert_plain(message)
+    assert sim.core.status().num_preemptions_total > 0
+    assert sim.target.tiers.num_moved[LOAD] > 0
+    sim.assert_all_free()
+    assert_nothing_is_pinned(sim)
+
+
+def test_a_host_tier_smaller_than_what_the_device_evicts_is_filled_once_and_not_forever() -> None:
+    sim = tiered(num_blocks=64, num_slots=4, max_num_batched_tokens=64, tiers=ON_EVICT)
+    flood(sim, *range(8))
+    num_stored = sim.target.tiers.num_moved[STORE]
+    for _ in range(3):
+        sim.plan()
+        assert not sim.moves
+    assert num_stored <= 8 * 14
+
+
+def test_at_the_end_the_device_too_goes_to_disk() -> None:
+    sim = tiered(num_blocks=64, num_disk_blocks=200, max_num_batched_tokens=64, tiers=ON_EVICT)
+    ask(sim, "first", prompt(1))
+    tiers = sim.core.tiers_of(sim.target.role)
+    assert not sim.target.tiers.disk
+    tiers.write_all()
+    while not tiers.has_written(sim.now):
+        assert sim.step()
+    restarted = tiered(num_blocks=64, num_disk_blocks=200)
+    restarted.target.tiers.disk = sim.target.tiers.disk
+    list_disks(restarted)
+    assert ask(restarted, "again", prompt(1)).cached_prompt_tokens_from_disk == 36
 
 
 def test_a_prefix_that_left_host_memory_comes_back_from_disk_after_a_restart() -> None:
@@ -423,7 +496,7 @@ def random_simulation(rng: random.Random, speculation: dict[str, Any]) -> Simula
         speculation=speculation if has_draft else None,
         max_num_batched_tokens=rng.choice([8, 16, 64]),
         max_rounds_in_flight=rng.choice([1, 2]),
-        tiers=TierConfig(writes_at_once=rng.random() < 0.5, load_timeout_s=0.05),
+        tiers=TierConfig(stores_on_evict=rng.random() < 0.4, writes_at_once=rng.random() < 0.5, load_timeout_s=0.05),
         keeps_requests=True,
     )
     list_disks(sim)
