@@ -27,7 +27,10 @@ from bench.report import Spread, add_report_options, hardware, publish, table
 from childproc.tier_block import TierDtype
 from cluster.deployment.settings import CpuSettings, DiskSettings, KvCacheSettings, Settings
 from cluster.local import LOCAL_SCHEDULER, LocalDeployment, LocalDraft, local_settings
+from cluster.processes.child import Child
+from cluster.processes.startup import Launch
 from echelon import AsyncClient, Client
+from echelon.pb.process_pb2 import SchedulerSpec
 from echelon.results import Completion
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -55,7 +58,9 @@ class Bench:
     tier_dtype: TierDtype = "same"
 
     def settings(self, *, device_tokens: int, host_tokens: int, disk: Path | None, max_num_seqs: int) -> Settings:
-        """Room for so many tokens of target and draft on the device and in host memory; the disk has room for all."""
+        """Room for so many tokens of target and draft on the device, in whole blocks, and in host memory; the disk has
+        room for all."""
+        device_tokens = -(-device_tokens // BLOCK_SIZE) * BLOCK_SIZE
         plain = local_settings(
             self.target,
             draft=LocalDraft(folder=self.draft, colocated=True) if self.draft else None,
@@ -87,6 +92,15 @@ class Bench:
 # -- first tokens -----------------------------------------------------------------------------------------------------
 
 
+class FetchingDeployment(LocalDeployment):
+    """One that fetches whatever is there, whatever it expects of it: slow hits shall be seen."""
+
+    def spawn(self, launch: Launch) -> Child:
+        if isinstance(launch.spec, SchedulerSpec):
+            launch.spec.tiers.ignores_prices = True
+        return super().spawn(launch)
+
+
 def first_tokens(bench: Bench, length: int, runs: int) -> dict[str, list[float]]:
     """Seconds to the first token by where the prefix was. The device holds one prompt, so two that take turns push each
     other out of it. Raises RuntimeError if a prefix came from elsewhere, or if one that is exact changed the tokens."""
@@ -107,7 +121,7 @@ def first_tokens(bench: Bench, length: int, runs: int) -> dict[str, list[float]]
             device_tokens=length + SPARE_TOKENS, host_tokens=4 * length, disk=Path(folder), max_num_seqs=4
         )
         with (
-            LocalDeployment(settings, gateway=True) as deployment,
+            FetchingDeployment(settings, gateway=True) as deployment,
             Client(deployment.running.gateway_address) as client,
         ):
             warm_up(client, bench)
@@ -121,7 +135,7 @@ def first_tokens(bench: Bench, length: int, runs: int) -> dict[str, list[float]]
         for _ in range(runs):
             drop_page_cache(Path(folder))
             with (
-                LocalDeployment(settings, gateway=True) as deployment,
+                FetchingDeployment(settings, gateway=True) as deployment,
                 Client(deployment.running.gateway_address) as client,
             ):
                 warm_up(client, bench)
