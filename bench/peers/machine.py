@@ -27,7 +27,7 @@ def _others_s() -> float | None:
     """CPU seconds of everything but this process and its descendants."""
     if not (PROC / "stat").exists():
         return None
-    ticks = busy_ticks((PROC / "stat").read_text()) - tree_ticks(_process_stats(), os.getpid())
+    ticks = busy_ticks((PROC / "stat").read_text()) - tree_ticks(process_stats(), os.getpid())
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
@@ -55,7 +55,7 @@ def tree_ticks(stats: list[str], root: int) -> int:
     return sum(spent for pid, spent in ticks.items() if belongs(pid))
 
 
-def _process_stats() -> list[str]:
+def process_stats() -> list[str]:
     stats = []
     for folder in PROC.iterdir():
         if folder.name.isdigit():
