@@ -40,6 +40,7 @@ from echelon.pb import process_pb2, scheduler_pb2, scheduler_pb2_grpc
 from tests.helpers.hostile import garbled_call, knock
 from tests.helpers.listening import listening_sockets
 from tests.helpers.scrape import free_port, scrape
+from tests.helpers.wheel import build_wheel, install
 
 ROOT = Path(__file__).parents[2]
 TARGET, DRAFT = ROOT / "models" / "demo-target", ROOT / "models" / "demo-draft"
@@ -179,6 +180,21 @@ def test_the_command_line(address: str, capfd: pytest.CaptureFixture[str]) -> No
         assert capfd.readouterr().out.rstrip("\n") == client.generate(PROMPT, max_tokens=8, temperature=0).text.rstrip(
             "\n"
         )
+
+
+def test_the_client_runs_from_the_wheel_alone(address: str, client: Client, tmp_path: Path) -> None:
+    """In an environment that has what the wheel asks for, and so neither torch nor ray."""
+    folder = install(build_wheel(tmp_path), tmp_path / "venv")
+
+    def run(command: str, *arguments: str) -> str:
+        ran = subprocess.run([folder / command, *arguments], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    assert "run-batch" in run("echelon", "--help")
+    expected = client.generate(PROMPT, max_tokens=8, temperature=0).text
+    written = run("echelon", "generate", PROMPT, "--address", address, "--max-tokens", "8", "-t", "0")
+    assert written.rstrip("\n") == expected.rstrip("\n")
 
 
 @pytest.mark.parametrize(
