@@ -41,25 +41,40 @@ class HostedProcess:
 
 
 class InOrder:
-    """Passes updates on by their numbers, whatever order they come in. Thread-safe."""
+    """Passes the updates of one teller on by their numbers, whatever order they come in. Thread-safe.
 
-    def __init__(self, teller: str, tell: Callable[[ProcessUpdate], None]) -> None:
-        """`teller`: whose updates these are; any other is one that was replaced, and what comes late from it is
-        dropped."""
-        self._teller, self._tell = teller, tell
+    Ray may run calls in another order than they were made. So an update may come before the call that starts its
+    process: it waits for that.
+    """
+
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: dict[int, ProcessUpdate] = {}
+        self._teller = ""
+        self._tell: Callable[[ProcessUpdate], None] = lambda _: None
+        self._former: set[str] = set()  # what comes late from these is dropped
+        self._waiting: dict[str, dict[int, ProcessUpdate]] = {}  # by teller and number
         self._next = 0
+
+    def begin(self, teller: str, tell: Callable[[ProcessUpdate], None]) -> None:
+        """From now on pass on what `teller` says, and drop what any before it still says."""
+        with self._lock:
+            self._former.add(self._teller)
+            self._waiting.pop(self._teller, None)
+            self._teller, self._tell, self._next = teller, tell, 0
+            self._pass_on()
 
     def take(self, teller: str, number: int, update: ProcessUpdate) -> None:
         """`number`: of the update, counted by its teller from 0."""
-        if teller != self._teller:
-            return
         with self._lock:
-            self._waiting[number] = update
-            while self._next in self._waiting:
-                self._tell(self._waiting.pop(self._next))
-                self._next += 1
+            if teller not in self._former:
+                self._waiting.setdefault(teller, {})[number] = update
+                self._pass_on()
+
+    def _pass_on(self) -> None:
+        waiting = self._waiting.get(self._teller, {})
+        while self._next in waiting:
+            self._tell(waiting.pop(self._next))
+            self._next += 1
 
 
 class ProcessHost:
@@ -71,8 +86,11 @@ class ProcessHost:
     def __init__(self) -> None:
         self._child: ChildProcess | None = None
         self._hosted: HostedProcess | None = None
-        self._updates: InOrder | None = None
+        self._updates = InOrder()
+        self._hearing = threading.Lock()  # who hears what: a call of a controller that was lost may still wait here
+        self._teller = ""
         self._events: list[ProcessEvent] = []
+        self._unheard: list[ProcessEvent] = []  # that such a call has taken
 
     def start(
         self, module: str, spec: Message, name: str, log_path: Path, env: Mapping[str, str], number: int, teller: str
@@ -81,12 +99,13 @@ class ProcessHost:
         context = ray.get_runtime_context()
         gpu_ids = tuple(str(gpu) for gpu in context.get_accelerator_ids().get("GPU", ()))
         child_env = {**env, "CUDA_VISIBLE_DEVICES": ",".join(gpu_ids)}
-        self._events = []
-        self._child = ChildProcess(module, spec, name=name, log_path=log_path, env=child_env)
-        self._updates = InOrder(teller, self._child.tell)
-        assert self._child.pid is not None, "a child process has a pid"
+        child = ChildProcess(module, spec, name=name, log_path=log_path, env=child_env)
+        with self._hearing:
+            self._child, self._teller, self._events, self._unheard = child, teller, [], []
+        self._updates.begin(teller, child.tell)
+        assert child.pid is not None, "a child process has a pid"
         self._hosted = HostedProcess(
-            pid=self._child.pid,
+            pid=child.pid,
             gpu_ids=gpu_ids,
             node_id=context.get_node_id(),
             host_name=context.get_actor_name() or "",
@@ -99,24 +118,39 @@ class ProcessHost:
         """The process, which has another teller from now on, with what it has said so far; None: none was started."""
         if self._hosted is None:
             return None
-        self._updates = InOrder(teller, self._started().tell)
-        return replace(self._hosted, events=tuple(self._events))
+        self._updates.begin(teller, self._started().tell)
+        with self._hearing:
+            self._teller, self._unheard = teller, []
+            return replace(self._hosted, events=tuple(self._events))
 
-    def watch(self, timeout_s: float) -> tuple[int | None, ProcessEvent | None]:
-        """The exit status, asked before the next event is awaited, and that event."""
-        child = self._started()
-        exit_status = child.poll()
+    def watch(self, teller: str, timeout_s: float) -> tuple[int | None, ProcessEvent | None]:
+        """The exit status, asked before the next event is awaited, and that event; nothing for a former teller."""
+        with self._hearing:
+            child = self._started()
+            exit_status = child.poll()
+            if teller != self._teller:
+                return None, None
+            if self._unheard:
+                return exit_status, self._unheard.pop(0)
         event = child.next_event(timeout_s)
-        if event is not None and event.WhichOneof("event") != "progress":
-            self._events.append(event)
-        return exit_status, event
+        return exit_status, None if event is None else self._heard(child, teller, event)
+
+    def _heard(self, child: ChildProcess, teller: str, event: ProcessEvent) -> ProcessEvent | None:
+        """The event, if it is the teller's to hear."""
+        with self._hearing:
+            if child is not self._child:
+                return None
+            if event.WhichOneof("event") != "progress":
+                self._events.append(event)
+            if teller == self._teller:
+                return event
+            self._unheard.append(event)
+            return None
 
     def stderr_tail(self) -> str:
         return self._started().stderr_tail()
 
     def tell(self, teller: str, number: int, update: ProcessUpdate) -> None:
-        """Ray may run calls in another order than they were made."""
-        assert self._updates is not None, "start comes first"
         self._updates.take(teller, number, update)
 
     def stop(self, grace_s: float) -> None:
@@ -155,13 +189,16 @@ class RayChild:
         try:
             if self.pid is None and not self._has_started(timeout_s):
                 return None
-            self._exit_status, event = ray.get(self._host.watch.remote(timeout_s), timeout=timeout_s + _CALL_TIMEOUT_S)
+            self._exit_status, event = self._watch(timeout_s)
         except RayError as err:
             self._lost = f"its host is lost: {_first_line(err)}"
             self._exit_status = _LOST_HOST_STATUS
             return None
         assert event is None or isinstance(event, ProcessEvent), "a host relays events"
         return event
+
+    def _watch(self, timeout_s: float) -> Any:
+        return ray.get(self._host.watch.remote(self._teller, timeout_s), timeout=timeout_s + _CALL_TIMEOUT_S)
 
     def poll(self) -> int | None:
         return self._exit_status
