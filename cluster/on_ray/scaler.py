@@ -60,7 +60,10 @@ class Scaler:
 
     def _watch(self) -> None:
         while not self._stopped.wait(_INTERVAL_S):
-            self._follow(self._look(), time.monotonic())
+            try:
+                self._follow(self._look(), time.monotonic())
+            except Exception:  # the edge of the thread: without it, replicas would follow the load no more
+                logger.exception("the load could not be followed; it is looked at again")
 
     def _follow(self, load: Load, now: float) -> None:
         is_changing = self._changing is not None and self._changing.is_alive()

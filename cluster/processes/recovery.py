@@ -95,6 +95,9 @@ class Recovery:
         self._parts.pop(part, None)
         self._can_start.discard(part)
 
+    def knows(self, part: PartId) -> bool:
+        return part in self._parts
+
     def is_up(self, part: PartId) -> bool:
         return self._is_in(part, _Phase.UP)
 

@@ -64,11 +64,10 @@ def roll_out(
     processes.expect(process_ids(plan, gateway=gateway))
     replicas = start_replicas(settings, plan.replicas, processes, deadline)
     schedulers = [replica.scheduler_address for replica in replicas]
-    addresses = [
-        start_gateway(settings, plan, each, processes, scheduler_addresses=schedulers, deadline=deadline)
-        for each in plan.gateways
-        if gateway
-    ]
+    addresses = []
+    for each in plan.gateways if gateway else ():
+        launch_gateway(settings, plan, each, processes, scheduler_addresses=schedulers)
+        addresses.append(wait_gateway(each, processes, deadline))
     return RunningDeployment(replicas=tuple(replicas), gateway_addresses=tuple(addresses))
 
 
@@ -153,19 +152,16 @@ def start_scheduler(
     return processes.read(lambda board: board.process(process.name).address)
 
 
-def start_gateway(
+def launch_gateway(
     settings: Settings,
     plan: Plan,
     gateway: GatewayPlan,
     processes: ProcessSet,
     *,
     scheduler_addresses: Sequence[str],
-    deadline: float,
-    within: Sequence[str] | None = None,
     grpc_port: int | None = None,
-) -> str:
-    """Its address, once it is ready. `grpc_port`: the one that it had before. `within` and errors as in
-    `start_groups`."""
+) -> None:
+    """Start it without waiting. `grpc_port`: the one that it had before."""
     process = gateway.process
     spec = gateway_spec(
         settings,
@@ -176,5 +172,12 @@ def start_gateway(
     if grpc_port is not None:
         spec.server.grpc_port = grpc_port
     processes.launch(Launch(id=process.id, module=_GATEWAY_MODULE, spec=spec, node=process.address))
-    processes.wait_ready([process.name], deadline, within=within)
-    return processes.read(lambda board: board.process(process.name).address)
+
+
+def wait_gateway(
+    gateway: GatewayPlan, processes: ProcessSet, deadline: float, *, within: Sequence[str] | None = None
+) -> str:
+    """Its address, once it is ready. `within` and errors as in `start_groups`."""
+    name = gateway.process.name
+    processes.wait_ready([name], deadline, within=within)
+    return processes.read(lambda board: board.process(name).address)

@@ -128,8 +128,8 @@ class ProcessSet:
             return look(self._board)
 
     def devices_of(self, name: str) -> str:
-        """What a process was given, for people; empty before it runs."""
-        return self.read(lambda board: board.process(name).devices)
+        """What a process was given, for people; empty before it runs, and once it was removed."""
+        return self.read(lambda board: board.process(name).devices if board.knows(name) else "")
 
     def wait_change(self, version: int, timeout_s: float) -> None:
         """Block until the board is newer than `version`, at most this long."""
@@ -144,9 +144,9 @@ class ProcessSet:
             child.tell(update)
 
     def fail(self, names: Iterable[str], reason: str) -> None:
-        """Processes that live but are of no use any more count as failed."""
+        """Processes that live but are of no use any more count as failed; those that were removed do not count."""
         with self._changed:
-            for name in names:
+            for name in filter(self._board.knows, names):
                 self._board.on_useless(name, reason)
                 self._announce(name)
 
@@ -236,25 +236,34 @@ class ProcessSet:
         self._on_change(self._board.process(name))
 
     def _watch(self, child: Child) -> None:
-        while True:
-            # Asked before the events: what a process said before its end is in the queue by then.
-            exit_status = child.poll()
-            event = child.next_event(_WATCH_INTERVAL_S)
-            has_ended = event is None and exit_status is not None
-            stderr_tail = child.stderr_tail() if has_ended else ""
+        try:
+            while self._follow(child):
+                pass
+        except Exception as err:  # the edge of the thread: a process that nobody watches would never be missed
+            logger.exception("cannot watch %s any more", child.name)
             with self._changed:
-                if self._children.get(child.name) is not child and not self._stopped:
-                    return  # `clear` has ended it, and another may have its name by now
-                version = self._board.version
-                self._board.on_place(child.name, pid=child.pid, devices=child.devices)
-                if event is not None:
-                    self._board.on_event(child.name, event)
-                elif exit_status is not None:
-                    self._board.on_exit(child.name, exit_status, stderr_tail)
-                if self._board.version != version:
-                    self._announce(child.name)
-            if has_ended:
-                return
+                if self._children.get(child.name) is child:
+                    self.fail([child.name], f"cannot be watched any more: {err!r}")
+
+    def _follow(self, child: Child) -> bool:
+        """Note what it says next; False: nothing more will come of it."""
+        # Asked before the events: what a process said before its end is in the queue by then.
+        exit_status = child.poll()
+        event = child.next_event(_WATCH_INTERVAL_S)
+        has_ended = event is None and exit_status is not None
+        stderr_tail = child.stderr_tail() if has_ended else ""
+        with self._changed:
+            if self._children.get(child.name) is not child:
+                return False  # `clear` or `remove` has ended it, and another may have its name by now
+            version = self._board.version
+            self._board.on_place(child.name, pid=child.pid, devices=child.devices)
+            if event is not None:
+                self._board.on_event(child.name, event)
+            elif exit_status is not None:
+                self._board.on_exit(child.name, exit_status, stderr_tail)
+            if self._board.version != version:
+                self._announce(child.name)
+        return not has_ended
 
 
 def _stop_all(children: Sequence[Child], grace_s: float) -> None:

@@ -33,6 +33,9 @@ class Board:
     def process(self, name: str) -> ProcessStatus:
         return self._processes[name]
 
+    def knows(self, name: str) -> bool:
+        return name in self._processes
+
     def ready_process(self, name: str) -> ProcessStatus | None:
         """None: it is not ready, or was removed."""
         process = self._processes.get(name)

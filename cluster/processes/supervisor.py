@@ -1,23 +1,24 @@
 """Keeps a deployment running: what is lost is started again beside what runs, wherever the processes are."""
 
 import logging
+import sys
 import threading
 import time
-from dataclasses import replace
 
-from cluster.deployment.settings import Role, Settings
+from cluster.deployment.settings import Settings
 from cluster.errors import StartError
 from cluster.planning.plan import Plan, ReplicaPlan
 from cluster.process_id import PartId
 from cluster.processes.recovery import Recovery
-from cluster.processes.rollout import RunningDeployment, RunningReplica, group_launch, start_gateway, start_scheduler
+from cluster.processes.restarts import Restarts
+from cluster.processes.rollout import RunningDeployment, RunningReplica
 from cluster.processes.specs import ENGINE_ROLES, names_by_part, placed_processes
 from cluster.processes.startup import ProcessSet
 from cluster.processes.status import DeploymentEvent, ProcessStatus, State, TierUse
 from cluster.processes.supervision import Board
-from cluster.processes.telling import ToldGateways, tell_of_groups, tell_scheduler
+from cluster.processes.telling import ToldGateways, tell_scheduler
 from cluster.processes.vitals import VitalsWatch, wait_until_used
-from cluster.processes.worker_group import start_groups
+from cluster.processes.whereabouts import Whereabouts
 from echelon.pb import process_pb2
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 _INTERVAL_S = 1.0  # how often silence is looked for; a death is noticed at once
 _DRAIN_POLL_S = 0.1
 _HEARD_S = 5.0  # what was heard before is no measure of the load
+_NEVER = sys.maxsize  # a version that the board does not reach
 _GIVEN_UP = "it was lost and is not started again"
 
 
@@ -41,15 +43,10 @@ class Supervisor:
         identity: process_pb2.ProcessIdentity | None = None,
     ) -> None:
         """`identity`: with which it asks schedulers how they fare; None: wires are plain."""
-        self._settings, self._plan, self._processes = settings, plan, processes
-        self._replicas = {replica.number: replica for replica in plan.replicas}
-        self._running = dict(zip(self._replicas, running.replicas, strict=True))
-        gateways = {gateway.process.id.part: gateway for gateway in plan.gateways}
-        self._gateways = gateways if running.gateway_addresses else {}
-        self._gateway_addresses = dict(zip(self._gateways, running.gateway_addresses, strict=True))
-        self._names = names_by_part(
-            process for process in plan.processes if self._gateways or process not in plan.gateway_processes
-        )
+        self._settings, self._processes = settings, processes
+        self._whereabouts = Whereabouts(plan, processes, running)
+        gateways = [gateway.process for gateway in self._whereabouts.gateways.values()]
+        self._names = names_by_part([*(each for replica in plan.replicas for each in replica.processes), *gateways])
         self._starts: dict[PartId, threading.Thread] = {}  # the latest of each part
         now = time.monotonic()
         self._lock = threading.Lock()
@@ -57,11 +54,18 @@ class Supervisor:
         needs = {part: parts for replica in plan.replicas for part, parts in replica.needs.items()}
         self._recovery = Recovery(self._names, now, can_start=can_start, needs=needs)
         asked = [replica.scheduler.id for replica in plan.replicas]
-        asked += [gateway.process.id for gateway in self._gateways.values()]
+        asked += [gateway.id for gateway in gateways]
         self._vitals = VitalsWatch(asked, self._address_of, identity)
-        names = [gateway.process.name for gateway in self._gateways.values()]
-        self._told = ToldGateways(processes, names, self._replicas)
-        self._is_drained = False
+        numbers = [replica.number for replica in plan.replicas]
+        self._told = ToldGateways(processes, [gateway.name for gateway in gateways], numbers)
+        self._restarts = Restarts(
+            settings=lambda: self._settings,
+            plan=plan,
+            processes=processes,
+            whereabouts=self._whereabouts,
+            told=self._told,
+            on_start=self._vitals.on_start,
+        )
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
@@ -69,8 +73,7 @@ class Supervisor:
     @property
     def running(self) -> RunningDeployment:
         """Where everything is now."""
-        addresses = tuple(self._gateway_addresses.values())
-        return RunningDeployment(replicas=tuple(self._running.values()), gateway_addresses=addresses)
+        return self._whereabouts.running
 
     def use(self, settings: Settings) -> None:
         """For the deployment as a whole from now on; a replica keeps those with which it was started."""
@@ -79,8 +82,8 @@ class Supervisor:
     def add(self, replica: ReplicaPlan, running: RunningReplica) -> None:
         """One more replica, which serves; the gateway may send requests to it from now on."""
         names = names_by_part(replica.processes)
+        self._whereabouts.add(replica, running)
         with self._lock:
-            self._replicas[replica.number], self._running[replica.number] = replica, running
             for part in names:
                 needs = replica.needs.get(part, ())
                 self._recovery.add(part, time.monotonic(), can_start=self._settings.rebuild, needs=needs)
@@ -89,9 +92,7 @@ class Supervisor:
         placed = placed_processes(replica.processes, self._processes.devices_of)
         news = process_pb2.SchedulerUpdate(address=running.scheduler_address, processes=placed)
         self._told.add(replica.number, news)
-        if self._is_drained:
-            self._told.tell(replica.number, process_pb2.SchedulerUpdate(retiring=True))
-        else:
+        if not self._told.is_drained:
             wait_until_used(running.scheduler_address, self._told.gateways, self._address_of, self._stopped)
 
     def restart(self, name: str) -> None:
@@ -105,7 +106,7 @@ class Supervisor:
         with self._lock:
             if not self._recovery.is_up(part):
                 raise StartError(f"{part.name} is not up; it is started again anyway, or was given up")
-        self._processes.fail(self._names[part][:1], "a restart was asked for")
+        self._processes.fail(self._names.get(part, [])[:1], "a restart was asked for")
         self._on_lost(part, "a restart was asked for")
         self._wait_up(part)
 
@@ -116,14 +117,16 @@ class Supervisor:
                     return
                 if self._recovery.is_given_up(part):
                     raise StartError(f"{part.name} did not come up again: {self._recovery.events[-1].text}")
+                if not self._recovery.knows(part):
+                    raise StartError(f"{part.name} was removed before it was up again")
+        raise StartError(f"{part.name} is not started again: the deployment is being taken down")
 
     def drain(self, timeout_s: float) -> int:
         """No replica gets new requests until `resume`. Blocks until none has any, at most this long; returns how many
         are left. Raises StartError if a replica does not say how many it has."""
-        self._is_drained = True
-        self._told.retire_all(self._is_drained)
+        self._told.drain(True)
         deadline = time.monotonic() + timeout_s
-        for replica in list(self._replicas.values()):
+        for replica in self._whereabouts.plans:
             self._wait_idle(replica, deadline)
         heard = self._heard_requests()
         if silent := [name for name, number in heard.items() if number is None]:
@@ -131,13 +134,12 @@ class Supervisor:
         return sum(number or 0 for number in heard.values())
 
     def resume(self) -> None:
-        """Replicas get requests again."""
-        self._is_drained = False
-        self._told.retire_all(self._is_drained)
+        """Replicas get requests again, but for those that are about to be removed."""
+        self._told.drain(False)
 
     def retire(self, replica: ReplicaPlan, timeout_s: float) -> None:
         """The replica gets no new requests. Blocks until it has none, at most this long."""
-        self._told.tell(replica.number, process_pb2.SchedulerUpdate(retiring=True))
+        self._told.retire(replica.number)
         self._wait_idle(replica, time.monotonic() + timeout_s)
 
     def _wait_idle(self, replica: ReplicaPlan, deadline: float) -> None:
@@ -158,9 +160,10 @@ class Supervisor:
         self._vitals.remove(replica.scheduler.name)
         self._told.remove(replica.number)
         for start in starts:
-            start.join()
-        with self._lock:
-            del self._replicas[replica.number], self._running[replica.number]
+            while start.is_alive():
+                self._processes.fail([name for known in names.values() for name in known], "its replica is removed")
+                start.join(_DRAIN_POLL_S)
+        self._whereabouts.remove(replica.number)
 
     def stop(self) -> None:
         """Start nothing any more; whoever stops the processes afterwards ends the starts under way."""
@@ -171,7 +174,7 @@ class Supervisor:
         """The deployment's state, the reason, and the processes as they are to be shown."""
         state, reason = board.deployment()
         processes = board.processes
-        if self._is_drained and state in (State.READY, State.DEGRADED):
+        if self._told.is_drained and state in (State.READY, State.DEGRADED):
             return State.DRAINED, "it takes no new requests; echelon drain --undo ends that", processes
         if state in (State.READY, State.DEGRADED):
             now_state, now_reason, processes = self._vitals.judge(processes)
@@ -187,8 +190,7 @@ class Supervisor:
     def _heard_requests(self) -> dict[str, int | None]:
         """The same of each scheduler."""
         since_s = time.monotonic() - _HEARD_S
-        with self._lock:
-            schedulers = [replica.scheduler.name for replica in self._replicas.values()]
+        schedulers = [replica.scheduler.name for replica in self._whereabouts.plans]
         return {name: self._vitals.num_requests(name, since_s=since_s) for name in schedulers}
 
     def note(self, part: str, text: str) -> None:
@@ -198,13 +200,10 @@ class Supervisor:
 
     def tell_all(self, *, is_drained: bool) -> None:
         """Where everything is, of which processes that somebody else has watched so far may know only a part."""
-        self._is_drained = is_drained
-        for number, running in self._running_in_order():
-            if running.target.address and (running.draft is None or running.draft.address):
-                tell_of_groups(self._processes, self._replicas[number], running)
-            if running.scheduler_address:
-                self._told.tell(number, process_pb2.SchedulerUpdate(address=running.scheduler_address))
-        self._told.retire_all(self._is_drained)
+        self._told.is_drained = is_drained
+        for replica in self._whereabouts.plans:
+            self._whereabouts.tell_of_groups(replica.number)
+        self._told.repeat(self._whereabouts.scheduler_of)
 
     def tiers(self) -> tuple[TierUse, ...]:
         return self._vitals.tiers()
@@ -222,16 +221,22 @@ class Supervisor:
     def _watch(self) -> None:
         while not self._stopped.is_set():
             version = self._processes.read(lambda board: board.version)
-            self._notice_losses()
-            now = time.monotonic()
-            with self._lock:
-                due = self._recovery.take_due(now)
-                wait_s = min(_INTERVAL_S, self._recovery.next_due() - now)
-            for part in due:
+            try:
+                self._notice_losses()
+                wait_s = self._start_due(time.monotonic())
+            except Exception:  # the edge of the thread: without it, nothing would ever be started again
+                logger.exception("what was lost could not be noticed; it is looked for again")
+                wait_s, version = _INTERVAL_S, _NEVER
+            self._processes.wait_change(version, wait_s)
+
+    def _start_due(self, now: float) -> float:
+        """For how many seconds there is nothing more to do."""
+        with self._lock:  # until the thread is known, so that `remove` can wait for it
+            for part in self._recovery.take_due(now):
                 start = threading.Thread(target=self._restart, args=(part,), name=f"start {part.name}", daemon=True)
                 self._starts[part] = start
                 start.start()
-            self._processes.wait_change(version, max(0.0, wait_s))
+            return max(0.0, min(_INTERVAL_S, self._recovery.next_due() - now))
 
     def _notice_losses(self) -> None:
         for part, names in self._names.items():
@@ -259,14 +264,14 @@ class Supervisor:
         self._processes.give_up(self._names[part])
         if part.role == "target":
             news = process_pb2.GroupUpdate(role=ENGINE_ROLES["target"], given_up=_GIVEN_UP)
-            tell_scheduler(self._processes, self._replicas[part.replica], news)
+            tell_scheduler(self._processes, self._whereabouts.replica(part.replica)[0], news)
         elif part.role == "scheduler":
             self._told.tell(part.replica, process_pb2.SchedulerUpdate(given_up=_GIVEN_UP))
 
     def _restart(self, part: PartId) -> None:
         try:
             self._processes.clear(self._names[part])
-            self._start_again(part, time.monotonic() + self._settings.startup_timeout_s)
+            self._restarts.start(part, self._names[part], time.monotonic() + self._settings.startup_timeout_s)
         except StartError as err:
             self._on_failed_start(part, str(err))
         except Exception as err:  # the edge of the thread: nobody else would try again
@@ -282,66 +287,3 @@ class Supervisor:
         with self._lock:
             self._recovery.on_failed_start(part, error, time.monotonic())
         self._give_up_hopeless(part)
-
-    def _start_again(self, part: PartId, deadline: float) -> None:
-        """Block until it is ready. Raises StartError."""
-        if part.role == "scheduler":
-            self._restart_scheduler(part, deadline)
-        elif part.role == "gateway":
-            self._restart_gateway(part, deadline)
-        else:
-            self._restart_group(part, deadline)
-
-    def _restart_group(self, part: PartId, deadline: float) -> None:
-        """On the same devices, as a new incarnation."""
-        replica, running = self._replicas[part.replica], self._running[part.replica]
-        role: Role = "target" if part.role == "target" else "draft"
-        old = running.target if role == "target" else running.draft
-        assert old is not None, "a group that was lost has run"
-        launch = group_launch(running.settings, replica.group(role), old.incarnation + 1)
-        (group,) = start_groups(self._processes, [launch], deadline, within=launch.names)
-        with self._lock:
-            running = self._running[part.replica]
-            now = replace(running, target=group) if role == "target" else replace(running, draft=group)
-            self._running[part.replica] = now
-        tell_of_groups(self._processes, replica, self._running[replica.number])
-
-    def _restart_scheduler(self, part: PartId, deadline: float) -> None:
-        """The groups keep running; it takes over their engines."""
-        replica, running, names = self._replicas[part.replica], self._running[part.replica], self._names[part]
-        address = start_scheduler(
-            running.settings,
-            replica.scheduler,
-            self._processes,
-            running.target,
-            running.draft,
-            deadline=deadline,
-            within=names,
-        )
-        self._vitals.on_start(names[0])
-        with self._lock:
-            self._running[part.replica] = replace(self._running[part.replica], scheduler_address=address)
-        tell_of_groups(self._processes, replica, self._running[replica.number])
-        self._told.tell(part.replica, process_pb2.SchedulerUpdate(address=address))
-
-    def _restart_gateway(self, part: PartId, deadline: float) -> None:
-        """On the same ports."""
-        names = self._names[part]
-        start_gateway(
-            self._settings,
-            replace(self._plan, replicas=tuple(self._replicas.values())),
-            self._gateways[part],
-            self._processes,
-            scheduler_addresses=[running.scheduler_address for _, running in self._running_in_order()],
-            deadline=deadline,
-            within=names,
-            grpc_port=int(self._gateway_addresses[part].rpartition(":")[2]),
-        )
-        self._vitals.on_start(names[0])
-        for number, running in self._running_in_order():
-            self._told.tell(number, process_pb2.SchedulerUpdate(address=running.scheduler_address))
-        if self._is_drained:
-            self._told.retire_all(self._is_drained)
-
-    def _running_in_order(self) -> list[tuple[int, RunningReplica]]:
-        return [(number, self._running[number]) for number in self._told.replicas]

@@ -1,6 +1,7 @@
 """What schedulers are told of their groups, and gateways of schedulers."""
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 
 from cluster.planning.plan import ReplicaPlan
 from cluster.processes.rollout import RunningReplica
@@ -10,32 +11,68 @@ from echelon.pb import process_pb2
 
 
 class ToldGateways:
-    """Gateways count replicas in the order in which they came, those that went left out."""
+    """Gateways count replicas in the order in which they came, those that went left out. Thread-safe: replicas come and
+    go while parts of others are started again."""
 
     def __init__(self, processes: ProcessSet, gateways: Sequence[str], replicas: Iterable[int]) -> None:
         """`gateways`: their processes; `replicas`: the numbers of those that gateways know, in their order."""
         self._processes = processes
         self.gateways = gateways
-        self.replicas = tuple(replicas)
+        self._lock = threading.RLock()
+        self._replicas = list(replicas)
+        self._retiring: set[int] = set()
+        self.is_drained = False  # no replica gets new requests
 
     def add(self, replica: int, news: process_pb2.SchedulerUpdate) -> None:
-        self.replicas = (*self.replicas, replica)
-        self.tell(replica, news)
+        with self._lock:
+            self._replicas.append(replica)
+            self.tell(replica, news)
+            if self.is_drained:
+                self._tell_whether_retiring(replica)
 
     def remove(self, replica: int) -> None:
-        self.tell(replica, process_pb2.SchedulerUpdate(removed=True))
-        self.replicas = tuple(other for other in self.replicas if other != replica)
+        with self._lock:
+            self.tell(replica, process_pb2.SchedulerUpdate(removed=True))
+            self._replicas.remove(replica)
+            self._retiring.discard(replica)
 
-    def retire_all(self, retiring: bool) -> None:
-        for replica in self.replicas:
-            self.tell(replica, process_pb2.SchedulerUpdate(retiring=retiring))
+    def retire(self, replica: int) -> None:
+        """It gets no new requests any more."""
+        with self._lock:
+            self._retiring.add(replica)
+            self._tell_whether_retiring(replica)
+
+    def drain(self, is_drained: bool) -> None:
+        """No replica gets new requests, or all but those that retire get them again."""
+        with self._lock:
+            self.is_drained = is_drained
+            for replica in self._replicas:
+                self._tell_whether_retiring(replica)
 
     def tell(self, replica: int, news: process_pb2.SchedulerUpdate) -> None:
-        if replica not in self.replicas:
-            return  # it was removed while a part of it was started again
-        news.replica = self.replicas.index(replica)
-        for gateway in self.gateways:
-            self._processes.tell(gateway, process_pb2.ProcessUpdate(scheduler=news))
+        with self._lock:
+            if replica not in self._replicas:
+                return  # it was removed while a part of it was started again
+            news.replica = self._replicas.index(replica)
+            for gateway in self.gateways:
+                self._processes.tell(gateway, process_pb2.ProcessUpdate(scheduler=news))
+
+    def launch_gateway(self, launch: Callable[[Sequence[int]], None]) -> None:
+        """Start a gateway with the replicas that there are, in their order: whatever changes next, it is told."""
+        with self._lock:
+            launch(tuple(self._replicas))
+
+    def repeat(self, address_of: Callable[[int], str]) -> None:
+        """All that a gateway may have missed. `address_of`: the scheduler of a replica; empty: not known."""
+        with self._lock:
+            for replica in self._replicas:
+                if address := address_of(replica):
+                    self.tell(replica, process_pb2.SchedulerUpdate(address=address))
+                self._tell_whether_retiring(replica)
+
+    def _tell_whether_retiring(self, replica: int) -> None:
+        is_retiring = self.is_drained or replica in self._retiring
+        self.tell(replica, process_pb2.SchedulerUpdate(retiring=is_retiring))
 
 
 def tell_of_groups(processes: ProcessSet, replica: ReplicaPlan, running: RunningReplica) -> None:

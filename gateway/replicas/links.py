@@ -66,7 +66,9 @@ class Links(Sequence[SchedulerLink]):
                 self._events.error(update.replica, f"its scheduler is given up: {update.given_up}")
                 link.give_up(f"scheduler {link.address}: {update.given_up}")
             case "retiring":
-                self._events.info(update.replica, f"gets {'no new requests' if update.retiring else 'requests again'}")
+                if update.retiring != link.is_retiring:
+                    news = "no new requests" if update.retiring else "requests again"
+                    self._events.info(update.replica, f"gets {news}")
                 link.retire(update.retiring)
             case "removed":
                 self._events.info(update.replica, "removed")

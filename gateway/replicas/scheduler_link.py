@@ -63,7 +63,7 @@ class SchedulerLink:
         self._on_refusal = on_refusal
         self._keeps_requests = keeps_requests
         self._given_up = ""  # why nobody starts the scheduler again
-        self._is_retiring = False  # it gets no new requests
+        self.is_retiring = False  # it gets no new requests
         self._redirected = asyncio.Event()
         self._open_channel(address)
         self._outgoing: asyncio.Queue[scheduler_pb2.SchedulerRequest] | None = None  # None: no stream
@@ -96,7 +96,7 @@ class SchedulerLink:
 
     def retire(self, retires: bool) -> None:
         """It gets no new requests, or gets them again."""
-        self._is_retiring = retires
+        self.is_retiring = retires
         if retires:
             self._set_ready(False, "it is being drained")
 
@@ -112,7 +112,7 @@ class SchedulerLink:
     @property
     def accepts_requests(self) -> bool:
         """Whether a request that comes now is served, though it may have to wait: here, while the scheduler is away."""
-        if self._is_retiring:
+        if self.is_retiring:
             return False
         is_awaited = self._keeps_requests and not self._given_up
         return self._takes_requests or (is_awaited and self._outgoing is None and self.num_requests < _MOST_KEPT)
@@ -324,7 +324,7 @@ class SchedulerLink:
                 self._takes_requests = status.accepts_requests and connected
                 num_there = status.num_requests_running + status.num_requests_waiting
                 self._num_of_others = max(0, num_there - self.num_requests)
-                if not self._is_retiring:
+                if not self.is_retiring:
                     self._set_ready(status.ready and connected, status.not_ready_reason or "not ready")
                 self._watch.on_status(status)
             except grpc.aio.AioRpcError as err:

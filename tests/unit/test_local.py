@@ -3,7 +3,10 @@
 import os
 import signal
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ import pytest
 from cluster import local
 from cluster.errors import StartError
 from cluster.local import LocalDeployment, local_settings
+from cluster.process_id import PartId
 from cluster.processes.child import ChildProcess
+from cluster.processes.vitals import VitalsWatch
 from echelon.pb.process_pb2 import WorkerSpec
 
 SETTINGS = local_settings(Path(__file__).parents[2] / "models" / "demo-target")
@@ -105,3 +110,38 @@ def test_a_drain_does_not_guess_that_nothing_runs(monkeypatch: pytest.MonkeyPatc
         pytest.raises(StartError, match="scheduler-0 cannot be asked whether any still run"),
     ):
         deployment.supervisor.drain(timeout_s=0.1)
+
+
+def test_an_error_while_losses_are_looked_for_is_not_the_end_of_that(
+    monkeypatch: pytest.MonkeyPatch, temporary: Path
+) -> None:
+    behave(monkeypatch, "ready")
+    lost, broken = VitalsWatch.lost, threading.Event()
+
+    def break_once(vitals: VitalsWatch) -> dict[PartId, str]:
+        if broken.is_set():
+            return lost(vitals)
+        broken.set()
+        raise KeyError("nobody thought of this")
+
+    monkeypatch.setattr(VitalsWatch, "lost", break_once)
+    with LocalDeployment(SETTINGS) as deployment:
+        assert broken.wait(30)
+        deployment.supervisor.restart("target-0.0")
+
+
+def test_a_part_that_is_removed_while_it_starts_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, temporary: Path
+) -> None:
+    behave(monkeypatch, "ready")
+    with LocalDeployment(replace(SETTINGS, num_replicas=2, max_replicas=2)) as deployment:
+        behave(monkeypatch, "silent")
+        with ThreadPoolExecutor(1) as pool:
+            restart = pool.submit(deployment.supervisor.restart, "target-1.0")
+            version = -1
+            while not any(event.text == "is started again" for event in deployment.supervisor.events()):
+                deployment.processes.wait_change(version, timeout_s=0.05)
+            deployment.supervisor.remove(deployment.plan.replicas[1])
+            with pytest.raises(StartError, match="target-1 was removed before it was up again"):
+                restart.result(30)
+        assert len(deployment.running.replicas) == 1

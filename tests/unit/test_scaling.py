@@ -88,10 +88,13 @@ class Replicas:
             raise self.failure
         self.num_replicas = number
 
-    def scaler(self) -> Scaler:
+    def look(self) -> Load:
+        return Load(num_replicas=self.num_replicas, num_requests=self.num_requests)
+
+    def scaler(self, look: Callable[[], Load] | None = None) -> Scaler:
         return Scaler(
             scaling(up_s=0.0, down_s=0.0),
-            look=lambda: Load(num_replicas=self.num_replicas, num_requests=self.num_requests),
+            look=look or self.look,
             change=self.change,
             give_up=self.given_up.set,
             note=self.notes.append,
@@ -141,6 +144,16 @@ def test_a_change_that_fails_is_not_tried_at_once_again(failure: Exception) -> N
     eventually(lambda: not replicas.given_up.wait(3.0))
     scaler.stop()
     assert replicas.changes == [3]
+
+
+def test_a_look_that_breaks_is_not_the_last() -> None:
+    replicas, loads = Replicas(), [Load(num_replicas=1, num_requests=12)] * 3
+    scaler = replicas.scaler(loads.pop)  # which fails from the fourth on
+    assert replicas.asked.wait(30)
+    eventually(lambda: not loads)
+    loads += [Load(num_replicas=1, num_requests=0)] * 100
+    assert replicas.given_up.wait(30)
+    scaler.stop()
 
 
 def test_stopping_gives_up_what_is_being_started() -> None:

@@ -1,5 +1,6 @@
 """Gateways count replicas in the order in which they came, whatever their numbers are."""
 
+import threading
 from collections.abc import Callable
 from typing import cast
 
@@ -43,3 +44,64 @@ def test_nothing_is_said_of_a_replica_that_has_gone() -> None:
         gateways.tell(1, SchedulerUpdate(address="too late"))
 
     assert told(late) == [("gateway-0", 1, "removed")]
+
+
+def test_a_replica_that_is_about_to_go_gets_no_requests_when_a_drain_ends() -> None:
+    def resume(gateways: ToldGateways) -> None:
+        gateways.retire(0)
+        gateways.drain(True)
+        gateways.drain(False)
+
+    def comes_late(gateways: ToldGateways) -> None:
+        gateways.drain(True)
+        gateways.add(2, SchedulerUpdate(address="2"))
+
+    assert retiring_after(resume) == {0: True, 1: False}
+    assert retiring_after(comes_late) == {0: True, 1: True, 2: True}
+
+
+def retiring_after(make: Callable[[ToldGateways], None]) -> dict[int, bool]:
+    """By place, as a gateway knows it."""
+    seen: dict[int, bool] = {}
+
+    class Gateway:
+        def tell(self, name: str, update: ProcessUpdate) -> None:
+            if update.scheduler.WhichOneof("state") == "retiring":
+                seen[update.scheduler.replica] = update.scheduler.retiring
+
+    make(ToldGateways(cast("ProcessSet", Gateway()), ["gateway-0"], [0, 1]))
+    return seen
+
+
+def test_news_of_a_replica_are_not_taken_for_another_while_one_goes() -> None:
+    """A part is started again, in a thread of its own, just when those after it move up."""
+    told: list[tuple[int, str | None]] = []
+
+    class Gateway:
+        def tell(self, name: str, update: ProcessUpdate) -> None:
+            told.append((update.scheduler.replica, update.scheduler.WhichOneof("state")))
+            if update.scheduler.removed:
+                late.start()
+                late.join(0.2)  # where nothing holds it up, it says its news now
+
+    gateways = ToldGateways(cast("ProcessSet", Gateway()), ["gateway-0"], [0, 1])
+    late = threading.Thread(target=gateways.tell, args=(1, SchedulerUpdate(address="1")))
+    gateways.remove(0)
+    late.join()
+    assert told == [(0, "removed"), (0, "address")]
+
+
+def test_a_gateway_that_was_started_again_hears_all_that_it_missed() -> None:
+    def again(gateways: ToldGateways) -> None:
+        gateways.retire(1)
+        gateways.launch_gateway(started.append)
+        gateways.repeat(lambda replica: f"at {replica}")
+
+    started: list[object] = []
+    assert told(again)[1:] == [
+        ("gateway-0", 0, "address"),
+        ("gateway-0", 0, "retiring"),
+        ("gateway-0", 1, "address"),
+        ("gateway-0", 1, "retiring"),
+    ]
+    assert started == [(0, 1)]

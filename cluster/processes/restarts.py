@@ -1,0 +1,80 @@
+"""Start a part of a deployment that serves again, beside what runs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from cluster.deployment.settings import Role, Settings
+from cluster.planning.plan import Plan
+from cluster.process_id import PartId
+from cluster.processes.rollout import group_launch, launch_gateway, start_scheduler, wait_gateway
+from cluster.processes.startup import ProcessSet
+from cluster.processes.telling import ToldGateways
+from cluster.processes.whereabouts import Whereabouts
+from cluster.processes.worker_group import start_groups
+from echelon.pb import process_pb2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restarts:
+    """Whoever asks for a restart has cleared the part's processes."""
+
+    settings: Callable[[], Settings]  # of the deployment now
+    plan: Plan
+    processes: ProcessSet
+    whereabouts: Whereabouts
+    told: ToldGateways
+    on_start: Callable[[str], None]  # a process that answers questions was started again
+
+    def start(self, part: PartId, names: Sequence[str], deadline: float) -> None:
+        """Block until it is ready. `names`: its processes. Raises StartError."""
+        if part.role == "scheduler":
+            self._start_scheduler(part, names, deadline)
+        elif part.role == "gateway":
+            self._start_gateway(part, names, deadline)
+        else:
+            self._start_group(part, deadline)
+
+    def _start_group(self, part: PartId, deadline: float) -> None:
+        """On the same devices, as a new incarnation."""
+        replica, running = self.whereabouts.replica(part.replica)
+        role: Role = "target" if part.role == "target" else "draft"
+        old = running.target if role == "target" else running.draft
+        assert old is not None, "a group that was lost has run"
+        launch = group_launch(running.settings, replica.group(role), old.incarnation + 1)
+        (group,) = start_groups(self.processes, [launch], deadline, within=launch.names)
+        self.whereabouts.move(part.replica, **{role: group})
+
+    def _start_scheduler(self, part: PartId, names: Sequence[str], deadline: float) -> None:
+        """The groups keep running; it takes over their engines."""
+        replica, running = self.whereabouts.replica(part.replica)
+        address = start_scheduler(
+            running.settings,
+            replica.scheduler,
+            self.processes,
+            running.target,
+            running.draft,
+            deadline=deadline,
+            within=names,
+        )
+        self.on_start(names[0])
+        self.whereabouts.move(part.replica, scheduler_address=address)
+        self.told.tell(part.replica, process_pb2.SchedulerUpdate(address=address))
+
+    def _start_gateway(self, part: PartId, names: Sequence[str], deadline: float) -> None:
+        """On the same ports."""
+        gateway = self.whereabouts.gateways[part]
+
+        def launch(replicas: Sequence[int]) -> None:
+            launch_gateway(
+                self.settings(),
+                replace(self.plan, replicas=self.whereabouts.plans),
+                gateway,
+                self.processes,
+                scheduler_addresses=[self.whereabouts.scheduler_of(replica) for replica in replicas],
+                grpc_port=int(self.whereabouts.gateway_addresses[part].rpartition(":")[2]),
+            )
+
+        self.told.launch_gateway(launch)
+        wait_gateway(gateway, self.processes, deadline, within=names)
+        self.on_start(names[0])
+        self.told.repeat(self.whereabouts.scheduler_of)
