@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_TIMEOUT_S = 30.0
 _LOST = "it was lost while the controller was away"
+_UNREADY = "it was being started when the controller was lost"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,9 @@ def end_others(plan: Plan, found: Mapping[str, Found], groups: Iterable[PartId])
 
 
 def adopt(plan: Plan, processes: ProcessSet, found: Mapping[str, Found]) -> dict[str, RayChild]:
-    """Watch what runs; say of the rest that it is lost."""
+    """Watch what runs; say of the rest that it is lost.
+
+    So is what was not ready yet: nobody waits for it any more, and nobody would tell the others where it is."""
     processes.expect(process_ids(plan))
     children = {}
     for process in plan.processes:
@@ -91,6 +94,8 @@ def adopt(plan: Plan, processes: ProcessSet, found: Mapping[str, Found]) -> dict
     for process in plan.processes:
         if process.name not in found:
             processes.miss(process.name, _LOST)
+        elif processes.read(lambda board, name=process.name: board.ready_process(name)) is None:  # type: ignore[misc]
+            processes.fail([process.name], _UNREADY)
     return children
 
 

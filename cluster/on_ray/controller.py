@@ -10,33 +10,23 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from cluster.authority import Authority
 from cluster.deployment.settings import Settings
 from cluster.errors import StartError
 from cluster.on_ray.adoption import adopt, end_others, find_groups, find_processes, where_all_is
 from cluster.on_ray.changing import Changer
-from cluster.on_ray.cluster import (
-    actor_name,
-    group_name,
-    plan_changed_now,
-    plan_for,
-    reserve,
-)
+from cluster.on_ray.cluster import plan_changed_now, plan_for
 from cluster.on_ray.desired import DesiredState, load, save
-from cluster.on_ray.host import RayChild, host_in_bundle, host_on_node, start_child
+from cluster.on_ray.places import Places
 from cluster.on_ray.scaler import Load, Scaler
 from cluster.planning.plan import Bundle, ControlProcess, ReplicaPlan
-from cluster.process_id import PartId
-from cluster.processes.child import Child
 from cluster.processes.rollout import RunningDeployment, check_ports, process_ids, roll_out, start_replicas, stop_order
 from cluster.processes.scaling import Scaling
 from cluster.processes.shown_settings import shown_settings
-from cluster.processes.startup import Launch, ProcessSet
+from cluster.processes.startup import ProcessSet
 from cluster.processes.status import DeploymentStatus, State
 from cluster.processes.supervision import Board
 from cluster.processes.supervisor import Supervisor
@@ -45,7 +35,6 @@ from echelon.pb.worker_pb2 import EngineRole
 
 logger = logging.getLogger(__name__)
 
-_RESERVE_TIMEOUT_S = 15.0  # the plan counts on free devices only, so this is Ray's own delay
 _FAILED_GRACE_S = 2.0
 _REMOVED_GRACE_S = 5.0
 
@@ -60,17 +49,15 @@ class Controller:
             )
         self._desired = desired
         self._is_successor = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
-        self._authority = Authority.create(desired.settings.name)
-        self._groups: dict[PartId, PlacementGroup] = {}
-        self._hosts: dict[str, Any] = {}
-        self._children: dict[str, RayChild] = {}  # the latest of each name
+        self._places = Places(desired.settings.name, desired.log_dir, Authority.create(desired.settings.name))
         self._failure: StartError | None = None
         self._endpoint = ""
         self._supervisor: Supervisor | None = None  # once it serves
         self._scaler: Scaler | None = None  # once it serves, if replicas come and go with the load
-        self._joining: list[str] = []  # processes of replicas that are being added
+        self._joining: Sequence[str] = ()  # processes of replicas that are being added
         self._changing = threading.Lock()  # held while `apply` runs
-        self._keeping = threading.Lock()  # `drain` may come while replicas come and go
+        self._keeping = threading.Lock()  # `drain` and `stop` may come while replicas come and go
+        self._is_stopped = False
         self._changer = Changer(
             desired=self.desired,
             add=self._add,
@@ -78,7 +65,7 @@ class Controller:
             plan_more=plan_for,
             plan_changed=plan_changed_now,
         )
-        self._processes = ProcessSet(self._spawn)
+        self._processes = ProcessSet(self._places.spawn)
         self._processes.expect(process_ids(desired.plan))
         self._starter = threading.Thread(target=self._start, name="start", daemon=True)
         self._starter.start()
@@ -109,10 +96,19 @@ class Controller:
             self._changing.release()
 
     def _keep(self, change: Callable[[DesiredState], DesiredState]) -> None:
-        """Also for the next controller, if this one is lost."""
+        """Also for the next controller, if this one is lost. Raises StartError; nothing has changed then."""
         with self._keeping:
-            self._desired = change(self._desired)
-            save(self._desired)
+            self._check_not_stopped()
+            desired = change(self._desired)
+            try:
+                save(desired)
+            except OSError as err:
+                raise StartError(f"{desired.path} cannot be written: {err}; free space, and try again") from err
+            self._desired = desired
+
+    def _check_not_stopped(self) -> None:
+        if self._is_stopped:
+            raise StartError("the deployment is being taken down")
 
     def restart(self, names: Sequence[str]) -> None:
         """Start these parts or processes again, one after the other; none: all but the gateway. Raises StartError."""
@@ -133,7 +129,7 @@ class Controller:
 
     def _start_scaler(self, supervisor: Supervisor) -> None:
         settings = self._desired.settings
-        if settings.scaling is None or self._desired.others:
+        if settings.scaling is None or self._desired.others or self._is_stopped:
             return
         self._scaler = Scaler(
             Scaling(settings.scaling, least=settings.num_replicas, most=settings.max_replicas),
@@ -153,27 +149,22 @@ class Controller:
         supervisor = self._serving()
         processes = [process for replica in replicas for process in replica.processes]
         names = [process.name for process in processes]
-        before = self._desired
-        others = dict.fromkeys((replica.number for replica in replicas if settings != before.settings), settings)
-        with self._keeping:
-            self._desired = self._desired.with_replicas((*before.plan.replicas, *replicas), others)
+        others = dict.fromkeys((each.number for each in replicas if settings != self._desired.settings), settings)
         try:
             self._processes.join(process.id for process in processes)
             self._joining = names
-            self._reserve(replicas)
-            self._create_hosts(processes)
+            self._places.reserve(replicas)
+            self._places.create_hosts(processes)
             deadline = time.monotonic() + settings.startup_timeout_s
             running = start_replicas(settings, replicas, self._processes, deadline, within=names)
-            self._joining = []
+            # Before gateways hear of them: another controller ends what it does not know.
+            self._keep(lambda desired: desired.with_replicas((*desired.plan.replicas, *replicas), others))
         except BaseException:
-            self._joining = []
             self._end(processes, grace_s=_FAILED_GRACE_S)
-            with self._keeping:
-                self._desired = self._desired.with_replicas(before.plan.replicas)
             raise
+        finally:
+            self._joining = ()
         self._processes.joined(names)
-        # Before gateways hear of them: another controller ends what it does not know.
-        self._keep(lambda desired: desired)
         for replica, group in zip(replicas, running, strict=True):
             supervisor.add(replica, group)
 
@@ -183,36 +174,34 @@ class Controller:
         supervisor.retire(replica, drain_timeout_s)
         supervisor.remove(replica)
         others = [other for other in self._desired.plan.replicas if other != replica]
-        # From now on another controller would end what is left of it.
-        self._keep(lambda desired: desired.with_replicas(others))
-        self._end(replica.processes, grace_s=_REMOVED_GRACE_S, first=[replica.scheduler.name])
+        try:
+            # From now on another controller would end what is left of it.
+            self._keep(lambda desired: desired.with_replicas(others))
+        finally:
+            self._end(replica.processes, grace_s=_REMOVED_GRACE_S, first=[replica.scheduler.name])
 
     def _end(self, processes: Sequence[Bundle | ControlProcess], *, grace_s: float, first: Sequence[str] = ()) -> None:
         """These processes, their hosts and their placement groups."""
         self._processes.remove([process.name for process in processes], grace_s, order=first)
-        for process in processes:
-            self._children.pop(process.name, None)
-            if (host := self._hosts.pop(process.name, None)) is not None:
-                ray.kill(host)
-            if (group := self._groups.pop(process.id.part, None)) is not None:
-                remove_placement_group(group)
+        self._places.end(processes)
 
     def _serving(self) -> Supervisor:
+        self._check_not_stopped()
         if self._supervisor is None:
             raise StartError("the deployment does not serve yet; wait until `echelon status` says READY")
         return self._supervisor
 
     def stop(self, grace_s: float) -> None:
         """End every process and give every placement group back. Idempotent."""
+        with self._keeping:
+            self._is_stopped = True  # what is being changed is not written down any more
         if self._supervisor is not None:
             self._supervisor.stop()
         self._processes.stop(grace_s, order=stop_order(self._desired.plan))
-        self._end_scaler()
         self._starter.join()
-        self._end_hosts()
-        for group in self._groups.values():
-            remove_placement_group(group)
-        self._groups.clear()
+        with self._changing:  # a change under way has failed by now, and starts nothing more once it has ended
+            self._end_scaler()
+        self._places.end_all()
         self._desired.path.unlink(missing_ok=True)
         self._desired.authority_path.unlink(missing_ok=True)
 
@@ -232,12 +221,12 @@ class Controller:
         settings, plan = self._desired.settings, self._desired.plan
         deadline = time.monotonic() + self._desired.timeout_s
         self._desired.path.unlink(missing_ok=True)
-        self._authority.save(self._desired.authority_path)
+        self._places.authority.save(self._desired.authority_path)
         check_ports(plan, settings.server)
-        self._reserve(plan.replicas)
-        self._create_hosts(plan.processes)
+        self._places.reserve(plan.replicas)
+        self._places.create_hosts(plan.processes)
         running = roll_out(settings, plan, self._processes, timeout_s=deadline - time.monotonic())
-        save(self._desired)
+        self._keep(lambda desired: desired)
         return self._supervise(running)
 
     def _take_over(self) -> Supervisor:
@@ -247,12 +236,12 @@ class Controller:
             end_others(self._desired.plan, {}, ())
             raise StartError("the controller was lost before the deployment served; run echelon down, then up")
         self._desired, plan = desired, desired.plan
-        self._authority = Authority.load(desired.authority_path)
-        found, self._groups = find_processes(plan), find_groups(plan)
-        end_others(plan, found, self._groups)
-        self._reserve(plan.replicas)  # what is missing
-        self._hosts = {name: each.host for name, each in found.items()}
-        self._children = adopt(plan, self._processes, found)
+        self._places.authority = Authority.load(desired.authority_path)
+        found, groups = find_processes(plan), find_groups(plan)
+        end_others(plan, found, groups)
+        hosts = {name: each.host for name, each in found.items()}
+        self._places.adopt(plan.processes, groups, hosts, adopt(plan, self._processes, found))
+        self._places.reserve(plan.replicas)  # what is missing
         supervisor = self._supervise(where_all_is(desired, self._processes, found))
         supervisor.note("controller", f"was lost; the next one has taken over {len(found)} processes")
         if desired.unfinished:
@@ -262,53 +251,14 @@ class Controller:
 
     def _supervise(self, running: RunningDeployment) -> Supervisor:
         self._endpoint = running.gateway_address
-        identity = self._authority.issue("controller")
+        identity = self._places.authority.issue("controller")
         return Supervisor(self._desired.settings, self._desired.plan, self._processes, running, identity)
-
-    def _reserve(self, replicas: Sequence[ReplicaPlan]) -> None:
-        """A placement group for each worker group."""
-        for replica in replicas:
-            for role in ("target", "draft"):
-                bundles = replica.group(role)
-                if bundles and (part := bundles[0].id.part) not in self._groups:
-                    name = group_name(self._desired.settings.name, part.name)
-                    self._groups[part] = reserve(name, bundles, _RESERVE_TIMEOUT_S)
 
     def _give_up(self, failure: StartError) -> None:
         logger.warning("%s did not start: %s", self._desired.settings.name, failure)
         self._failure = failure
         self._processes.stop(_FAILED_GRACE_S, order=stop_order(self._desired.plan))
-        self._end_hosts()
-
-    def _create_hosts(self, processes: Sequence[Bundle | ControlProcess]) -> None:
-        """All at once, since each takes a second or two to come up."""
-        for process in processes:
-            self._hosts[process.name] = self._new_host(process, number=1)
-
-    def _new_host(self, process: Bundle | ControlProcess, *, number: int) -> Any:
-        """`number`: how many of this process there were, with this one; Ray may still hold the names of the others."""
-        name = actor_name(self._desired.plan.deployment, process.name if number == 1 else f"{process.name}-{number}")
-        if isinstance(process, Bundle):
-            return host_in_bundle(name, process, self._groups[process.id.part])
-        return host_on_node(name, process.node_id)
-
-    def _end_hosts(self) -> None:
-        for host in self._hosts.values():
-            ray.kill(host)
-        self._hosts.clear()
-
-    def _spawn(self, launch: Launch) -> Child:
-        """On the host of the process; on another one if that is lost."""
-        before, host = self._children.get(launch.name), self._hosts.get(launch.name)
-        if host is None or (before is not None and not before.has_host):
-            if host is not None:
-                ray.kill(host)
-            process = next(each for each in self._desired.plan.processes if each.name == launch.name)
-            host = self._hosts[launch.name] = self._new_host(process, number=launch.number)
-        spec: Any = launch.spec
-        spec.identity.CopyFrom(self._authority.issue(launch.name))
-        child = self._children[launch.name] = start_child(launch, host, self._desired.log_dir)
-        return child
+        self._places.end_hosts()
 
     def _status_of(self, board: Board) -> tuple[int, DeploymentStatus]:
         settings = self._desired.settings

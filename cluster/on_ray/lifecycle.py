@@ -194,12 +194,12 @@ def end(record: Record, grace_s: float) -> None:
         controller = find_controller(record.name)
         if controller is not None:
             _stop(controller, grace_s)
-        end_actors(record.name)
-        remove_groups(record.name)
         deadline = time.monotonic() + _GONE_TIMEOUT_S
         while left := remnants(record.name):
             if time.monotonic() > deadline:
                 raise StartError(f"Ray still has, after {_GONE_TIMEOUT_S:.0f} s: {', '.join(left)}; try again")
+            end_actors(record.name)  # again and again: a controller that is killed may have asked for some just before
+            remove_groups(record.name)
             time.sleep(_POLL_S)
 
 
