@@ -148,6 +148,7 @@ class CompletionBuilder:
     def __init__(self) -> None:
         self.request_id = ""
         self.seed: int | None = None  # once a gateway has taken the request
+        self.model_id = ""  # by then
         self._completion: Completion | None = None
         self._chunks: list[Chunk] = []
 
@@ -156,7 +157,7 @@ class CompletionBuilder:
         self.request_id = response.request_id
         kind = response.WhichOneof("message")
         if kind == "started":
-            self.seed = response.started.seed
+            self.seed, self.model_id = response.started.seed, response.started.model_id
         elif kind == "complete":
             self._completion = self._complete(response.complete)
         return self._take(response.chunk) if kind == "chunk" else None

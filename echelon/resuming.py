@@ -89,6 +89,7 @@ class ResumableRequest:
         again = inference_pb2.GenerateRequest()
         again.CopyFrom(self._request)
         again.request_id, again.sampling.seed = self._builder.request_id, self._builder.seed
+        again.resume_from.model_id = self._builder.model_id
         again.resume_from.elapsed_s = self._now() - self._began_s
         if self._first_token_s is not None:
             again.resume_from.first_token_s = self._first_token_s - self._began_s

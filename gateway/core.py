@@ -14,11 +14,11 @@ from echelon.pb.scheduler_pb2 import RequestError, Submit
 from gateway.access.audit import AuditLog
 from gateway.access.caller import Caller
 from gateway.metrics import RequestMetrics
+from gateway.models import Models
 from gateway.replicas.links import Links
 from gateway.replicas.mailbox import Mailbox
 from gateway.replicas.scheduler_link import SchedulerLink
 from gateway.requests.forms import Form
-from gateway.requests.reading import RequestReader
 from gateway.requests.refusal import Refusal, status_code
 
 _AT_ONCE = 32  # requests that are submitted before others have their turn
@@ -27,8 +27,8 @@ _AT_ONCE = 32  # requests that are submitted before others have their turn
 class Core:
     """Requests of all doors of one gateway; the scheduler decides how they run."""
 
-    def __init__(self, reader: RequestReader, links: Links, metrics: RequestMetrics, audit: AuditLog) -> None:
-        self._reader = reader
+    def __init__(self, models: Models, links: Links, metrics: RequestMetrics, audit: AuditLog) -> None:
+        self._models = models
         self._links = links
         self._metrics = metrics
         self._audit = audit
@@ -59,7 +59,7 @@ class Core:
     async def read(self, form: Form, data: bytes) -> Reading:
         """Raises Refusal."""
         with self._counting_refusals():
-            return await self._reader.read(form, data)
+            return await self._models.read(form, data)
 
     @contextlib.asynccontextmanager
     async def run(

@@ -31,34 +31,42 @@ class RequestMetrics:
     def __init__(self, model_name: str, *, now: Callable[[], float] = time.monotonic) -> None:
         self.registry = CollectorRegistry()
         self.now = now
-        self._model_name = model_name
-        self.first_token = self._histogram(
+        self._families: list[Histogram] = []
+        self._histogram(
             "time_to_first_token_seconds", "Time from arrival at the gateway to the first token.", _REQUEST_BUCKETS_S
         )
-        self.inter_token = self._histogram(
+        self._histogram(
             "inter_token_latency_seconds",
             "Time between two tokens of a sample. Tokens that one round commits share the time equally.",
             _TOKEN_BUCKETS_S,
         )
-        self.per_output_token = self._histogram(
+        self._histogram(
             "request_time_per_output_token_seconds",
             "Time after a request's first token, divided by the number of tokens after it.",
             _TOKEN_BUCKETS_S,
         )
-        self.end_to_end = self._histogram(
+        self._histogram(
             "e2e_request_latency_seconds",
             "Time from arrival at the gateway to the end of the request.",
             _REQUEST_BUCKETS_S,
         )
-        self.queue = self._histogram("request_queue_time_seconds", "Time in the scheduler's queue.", _REQUEST_BUCKETS_S)
-        self.prefill = self._histogram(
+        self._histogram("request_queue_time_seconds", "Time in the scheduler's queue.", _REQUEST_BUCKETS_S)
+        self._histogram(
             "request_prefill_time_seconds", "Time from leaving the queue to the first token.", _REQUEST_BUCKETS_S
         )
-        self.decode = self._histogram(
+        self._histogram(
             "request_decode_time_seconds", "Time from the first token to the end of the request.", _REQUEST_BUCKETS_S
         )
+        self.use(model_name)
         self._successes = self._counter("request_success", "Samples that finished, by reason.", "finished_reason")
         self._errors = self._counter("request_errors", "Requests that failed, by gRPC status code.", "code")
+
+    def use(self, model_name: str) -> None:
+        """What is measured from now on is of this model."""
+        self._model_name = model_name
+        children = [family.labels(model_name) for family in self._families]
+        self.first_token, self.inter_token, self.per_output_token, self.end_to_end, *others = children
+        self.queue, self.prefill, self.decode = others
 
     def start(self, arrived_s: float, on_end: "OnEnd" = lambda code, elapsed_s, complete: None) -> "RequestMeter":
         """Measures a request that arrived then, by `now`. `on_end` is called once it has ended."""
@@ -71,9 +79,9 @@ class RequestMetrics:
         for finished in complete.finished:
             self._successes.labels(self._model_name, _FINISH_REASONS.get(finished.reason, "unspecified")).inc()
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> None:
         family = Histogram(PREFIX + name, text, ["model_name"], buckets=buckets, registry=self.registry)
-        return family.labels(self._model_name)
+        self._families.append(family)
 
     def _counter(self, name: str, text: str, *more_labels: str) -> Counter:
         return Counter(PREFIX + name, text, ["model_name", *more_labels], registry=self.registry)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 
@@ -26,7 +26,7 @@ class Operations:
     """On one gateway."""
 
     def __init__(
-        self, links: Sequence[SchedulerLink], topology: Topology, events: EventLog, *, model_name: str
+        self, links: Sequence[SchedulerLink], topology: Topology, events: EventLog, *, model_name: Callable[[], str]
     ) -> None:
         self._links = links
         self._topology = topology
@@ -44,7 +44,7 @@ class Operations:
     async def status(self) -> control_pb2.GetReplicasResponse:
         """Of the deployment, asked of every scheduler now."""
         return control_pb2.GetReplicasResponse(
-            model=self._model_name,
+            model=self._model_name(),
             replicas=await read_replicas(self._links),
             processes=self._topology.processes,
             models=self._topology.models,

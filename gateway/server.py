@@ -32,14 +32,14 @@ from gateway.doors.service_handlers import service_handlers
 from gateway.jobs.jobs import Jobs, Limits
 from gateway.jobs.schema import StoreError
 from gateway.metrics import RequestMetrics
+from gateway.models import Models
 from gateway.operations import Operations
 from gateway.replicas.events import EventLog
 from gateway.replicas.links import Links
 from gateway.replicas.metrics import ReplicaCollector
 from gateway.replicas.replicas import read_replicas
 from gateway.replicas.topology import Topology
-from gateway.requests.reading import BULK_WAITING_BYTES, RequestReader
-from gateway.requests.validation import RequestValidator, build_validator
+from gateway.requests.reading import BULK_WAITING_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ class Gateway:
         events = EventLog()
         self._links = Links(
             spec.scheduler_addresses,
+            model_id=spec.model_id,
             model_name=spec.model_name,
             on_change=self._update_readiness,
             keeps_requests=spec.keeps_requests,
@@ -82,16 +83,14 @@ class Gateway:
             identity=spec.identity,
         )
         self._topology = Topology(spec)
-        self._operations = Operations(self._links, self._topology, events, model_name=spec.model_name)
+        self._models = Models(spec)
+        self._operations = Operations(self._links, self._topology, events, model_name=lambda: self._models.name)
         self._became_ready = asyncio.Event()
         self._metrics = RequestMetrics(spec.model_name)
         self._http: HttpServer | None = None
-        validator = build_validator(spec)
-        self._reader = RequestReader(spec, validator)
-        self._core = Core(self._reader, self._links, self._metrics, self._audit)
+        self._core = Core(self._models, self._links, self._metrics, self._audit)
         self._jobs = self._build_jobs()
-        self._info = _model_info(spec, validator)
-        servicer = InferenceServicer(self._core, self._info, self._tokens)
+        servicer = InferenceServicer(self._core, self._models, self._tokens)
         self._server = grpc.aio.server(
             interceptors=[TokenInterceptor(self._tokens)], options=_server_options(_max_message_bytes(spec))
         )
@@ -126,12 +125,14 @@ class Gateway:
     def on_update(self, update: process_pb2.ProcessUpdate) -> None:
         """The parent says what has changed."""
         if update.HasField("scheduler"):
+            if update.scheduler.HasField("model"):
+                self._models.learn(update.scheduler.model, on_loaded=self._update_readiness)
             self._links.on_update(update.scheduler)
             self._topology.on_update(update.scheduler)
 
     def open_reader(self) -> None:
         """Starts the processes that read long requests and conversations; without this, the first of these does."""
-        self._reader.open()
+        self._models.open()
 
     async def wait_until_ready(self) -> None:
         """Returns once a scheduler would serve a request."""
@@ -153,7 +154,7 @@ class Gateway:
         http_stopped = self._http.stop(remaining_s) if self._http is not None else asyncio.sleep(0)
         inside_stopped = self._inside.stop(None) if self._inside is not None else asyncio.sleep(0)
         await asyncio.gather(self._server.stop(remaining_s), http_stopped, inside_stopped)
-        await self._reader.close()
+        await self._models.close()
         await self._links.close()
 
     def _build_jobs(self) -> Jobs | None:
@@ -161,14 +162,14 @@ class Gateway:
         if not self._spec.HasField("jobs"):
             return None
         section = self._spec.jobs
-        core = Core(self._reader, self._links, RequestMetrics(self._spec.model_name), self._audit)
+        core = Core(self._models, self._links, RequestMetrics(self._spec.model_name), self._audit)
         limits = Limits(
             max_running=section.max_running,
             max_line_bytes=_max_message_bytes(self._spec),
             max_bytes=section.max_bytes,
             retention_s=section.retention_s,
         )
-        return Jobs(Path(section.path), JobWorker(core, model=self._spec.model_name), limits)
+        return Jobs(Path(section.path), JobWorker(core, model=lambda: self._models.name), limits)
 
     async def _open_jobs(self) -> None:
         if self._jobs is None:
@@ -203,17 +204,18 @@ class Gateway:
         host, port = self._spec.server.host, self._spec.server.http_port
         if not port:
             return None
-        collector = ReplicaCollector(self._spec.model_name)
+        collector = ReplicaCollector()
 
         async def refresh() -> None:
-            collector.replicas = await read_replicas(self._links)
+            names = [link.model_name for link in self._links]
+            collector.replicas = list(zip(names, await read_replicas(self._links), strict=True))
 
         self._metrics.registry.register(collector)
         max_bytes = _max_message_bytes(self._spec)
         registry = self._metrics.registry
         app = build_app(
             self._core,
-            self._info,
+            self._models,
             registry,
             self._tokens,
             operations=self._operations,
@@ -227,8 +229,12 @@ class Gateway:
             raise StartupError(bind_problem(host, port, err, key="server.http_port")) from err
 
     def _update_readiness(self) -> None:
-        self._health.note_schedulers({link.address: link.ready for link in self._links})
-        ready = any(link.ready for link in self._links)
+        ever_ready = [link.model_id for link in self._links if link.was_ready]
+        self._models.choose([link.model_id for link in self._links], ever_ready)
+        self._metrics.use(self._models.name)
+        current = self._models.current_id
+        self._health.note_schedulers({link.address: link.ready and link.model_id == current for link in self._links})
+        ready = any(link.ready and link.model_id == current for link in self._links)
         self._health.set(READINESS, ready)
         if ready:
             self._became_ready.set()
@@ -264,16 +270,6 @@ def _open_tokens(spec: process_pb2.GatewaySpec, audit: AuditLog) -> Tokens:
         return Tokens(Path(spec.server.auth.tokens_file), audit)
     except TokensFileError as err:
         raise StartupError(f"server.auth.tokens_file: {err}") from err
-
-
-def _model_info(spec: process_pb2.GatewaySpec, validator: RequestValidator) -> inference_pb2.ModelInfo:
-    return inference_pb2.ModelInfo(
-        model=spec.model_name,
-        max_model_len=spec.max_model_len,
-        vocab_size=spec.vocab_size,
-        eos_token_ids=validator.tokenizer.eos_token_ids(spec.vocab_size),
-        has_chat_template=validator.tokenizer.chat_template is not None,
-    )
 
 
 def _max_message_bytes(spec: process_pb2.GatewaySpec) -> int:

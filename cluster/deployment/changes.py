@@ -38,13 +38,13 @@ _LIVE = {
     "startup_timeout_s",
     "drain_timeout_s",
 }
-# What a replica has to itself. A gateway reads requests for all of them, so they have the same target and the same
-# longest sequence.
+# What a replica has to itself.
 _ROLLED = (
-    "target.tensor_parallel_size",
+    "target.",
     "draft",
     "speculation",
     "kv_cache",
+    "scheduler.max_model_len",
     "scheduler.max_num_seqs",
     "scheduler.max_num_batched_tokens",
     "scheduler.max_queue",

@@ -88,7 +88,7 @@ class Controller:
             self._end_scaler()
             number = settings.num_replicas_from(len(self._desired.plan.replicas))
             self._changer.roll(settings, number)
-            self._keep(lambda desired: replace(desired, settings=settings, others={}))
+            self._keep(lambda desired: desired.with_settings(settings))
             supervisor.use(settings)
             self._changer.resize(number)
         finally:
@@ -166,7 +166,11 @@ class Controller:
             self._joining = ()
         self._processes.joined(names)
         for replica, group in zip(replicas, running, strict=True):
-            supervisor.add(replica, group)
+            try:
+                supervisor.add(replica, group)
+            except StartError:
+                self._remove(replica, 0.0)
+                raise
 
     def _remove(self, replica: ReplicaPlan, drain_timeout_s: float) -> None:
         """What runs there may finish within the time limit, and goes on elsewhere then."""

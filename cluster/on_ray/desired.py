@@ -40,6 +40,11 @@ class DesiredState:
         kept = {each.number: known[each.number] for each in plan.replicas if each.number in known}
         return replace(self, plan=plan, others=kept)
 
+    def with_settings(self, settings: Settings) -> "DesiredState":
+        """All replicas have them now."""
+        plan = replace(self.plan, eos=settings.target.folder.eos)
+        return replace(self, settings=settings, plan=plan, others={})
+
     @property
     def unfinished(self) -> str:
         """What is left of a change that failed or lost its controller, and what to do; empty: nothing."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from cluster.deployment.settings import Role, Settings
+from cluster.deployment.settings import Role
 from cluster.planning.plan import Plan
 from cluster.process_id import PartId
 from cluster.processes.rollout import group_launch, launch_gateway, start_scheduler, wait_gateway
@@ -18,7 +18,6 @@ from echelon.pb import process_pb2
 class Restarts:
     """Whoever asks for a restart has cleared the part's processes."""
 
-    settings: Callable[[], Settings]  # of the deployment now
     plan: Plan
     processes: ProcessSet
     whereabouts: Whereabouts
@@ -61,20 +60,20 @@ class Restarts:
         self.told.tell(part.replica, process_pb2.SchedulerUpdate(address=address))
 
     def _start_gateway(self, part: PartId, names: Sequence[str], deadline: float) -> None:
-        """On the same ports."""
+        """On the same ports. Its spec names replicas of one model; of others it hears as others did when they came."""
         gateway = self.whereabouts.gateways[part]
 
         def launch(replicas: Sequence[int]) -> None:
+            alike = self.whereabouts.alike(replicas)
             launch_gateway(
-                self.settings(),
+                alike[0].settings,
                 replace(self.plan, replicas=self.whereabouts.plans),
                 gateway,
                 self.processes,
-                scheduler_addresses=[self.whereabouts.scheduler_of(replica) for replica in replicas],
+                scheduler_addresses=[replica.scheduler_address for replica in alike],
                 grpc_port=int(self.whereabouts.gateway_addresses[part].rpartition(":")[2]),
             )
 
-        self.told.launch_gateway(launch)
+        self.told.launch_gateway(launch, self.whereabouts.news_of)
         wait_gateway(gateway, self.processes, deadline, within=names)
         self.on_start(names[0])
-        self.told.repeat(self.whereabouts.scheduler_of)

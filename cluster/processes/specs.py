@@ -1,5 +1,6 @@
 """The specs of the processes of a deployment, from its settings and where each runs. Pure."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 
@@ -131,6 +132,24 @@ def _tier_section(settings: Settings) -> process_pb2.TierSection:
     )
 
 
+def model_id(settings: Settings) -> str:
+    """Of the target as requests are read and served: replicas with the same may go on with each other's requests."""
+    folder = settings.target.folder
+    facts = (folder.path, folder.config, folder.dtype, folder.eos, sorted(folder.weights.items()), settings.model_name)
+    return hashlib.blake2b(repr((*facts, settings.max_model_len)).encode(), digest_size=8).hexdigest()
+
+
+def gateway_model(settings: Settings) -> process_pb2.GatewayModel:
+    return process_pb2.GatewayModel(
+        model_id=model_id(settings),
+        model_name=settings.model_name,
+        model_dir=str(settings.target.folder.path),
+        max_model_len=settings.max_model_len,
+        vocab_size=settings.target.folder.config.vocab_size,
+        models=_served_models(settings),
+    )
+
+
 def gateway_spec(
     settings: Settings,
     gateway: GatewayPlan,
@@ -138,19 +157,21 @@ def gateway_spec(
     scheduler_addresses: Sequence[str],
     processes: Iterable[process_pb2.PlacedProcess],
 ) -> process_pb2.GatewaySpec:
+    model = gateway_model(settings)
     spec = process_pb2.GatewaySpec(
         name=gateway.process.name,
         server=process_pb2.ServerSection(**asdict(settings.server.at(gateway.port_offset))),
         version=__version__,
-        model_name=settings.model_name,
-        model_dir=str(settings.target.folder.path),
+        model_id=model.model_id,
+        model_name=model.model_name,
+        model_dir=model.model_dir,
         scheduler_addresses=scheduler_addresses,
-        max_model_len=settings.max_model_len,
-        vocab_size=settings.target.folder.config.vocab_size,
+        max_model_len=model.max_model_len,
+        vocab_size=model.vocab_size,
         keeps_requests=settings.rebuild,
         inside_host=gateway.process.address,
         processes=processes,
-        models=_served_models(settings),
+        models=model.models,
     )
     if settings.jobs.path and gateway.process.id.replica == 0:  # one process owns the folder
         num_slots = settings.scheduler.max_num_seqs * settings.num_replicas

@@ -1,6 +1,7 @@
 """Keeps a deployment running: what is lost is started again beside what runs, wherever the processes are."""
 
 import logging
+import math
 import sys
 import threading
 import time
@@ -12,7 +13,7 @@ from cluster.process_id import PartId
 from cluster.processes.recovery import Recovery
 from cluster.processes.restarts import Restarts
 from cluster.processes.rollout import RunningDeployment, RunningReplica
-from cluster.processes.specs import ENGINE_ROLES, names_by_part, placed_processes
+from cluster.processes.specs import ENGINE_ROLES, gateway_model, names_by_part, placed_processes
 from cluster.processes.startup import ProcessSet
 from cluster.processes.status import DeploymentEvent, ProcessStatus, State, TierUse
 from cluster.processes.supervision import Board
@@ -59,7 +60,6 @@ class Supervisor:
         numbers = [replica.number for replica in plan.replicas]
         self._told = ToldGateways(processes, [gateway.name for gateway in gateways], numbers)
         self._restarts = Restarts(
-            settings=lambda: self._settings,
             plan=plan,
             processes=processes,
             whereabouts=self._whereabouts,
@@ -80,7 +80,8 @@ class Supervisor:
         self._settings = settings
 
     def add(self, replica: ReplicaPlan, running: RunningReplica) -> None:
-        """One more replica, which serves; the gateway may send requests to it from now on."""
+        """One more replica, which serves; gateways may send requests to it from now on, all new ones if it is the first
+        of its model. Raises StartError if a gateway cannot read requests for that."""
         names = names_by_part(replica.processes)
         self._whereabouts.add(replica, running)
         with self._lock:
@@ -90,10 +91,13 @@ class Supervisor:
             self._names = {**self._names, **names}
         self._vitals.add(replica.scheduler.id)
         placed = placed_processes(replica.processes, self._processes.devices_of)
-        news = process_pb2.SchedulerUpdate(address=running.scheduler_address, processes=placed)
-        self._told.add(replica.number, news)
-        if not self._told.is_drained:
-            wait_until_used(running.scheduler_address, self._told.gateways, self._address_of, self._stopped)
+        news, address = gateway_model(running.settings), running.scheduler_address
+        self._told.add(replica.number, process_pb2.SchedulerUpdate(address=address, processes=placed, model=news))
+        if self._told.is_drained:
+            return
+        unused = wait_until_used(address, self._told.gateways, self._address_of, self._stopped)
+        if unused and self._whereabouts.is_last_of_its_model(replica.number):
+            raise StartError(f"{unused} does not read requests for {running.settings.model_name}; its log says why")
 
     def restart(self, name: str) -> None:
         """Start a part again, by its or a process's name, and block until it is up. Raises StartError."""
@@ -138,8 +142,11 @@ class Supervisor:
         self._told.drain(False)
 
     def retire(self, replica: ReplicaPlan, timeout_s: float) -> None:
-        """The replica gets no new requests. Blocks until it has none, at most this long."""
+        """The replica gets no new requests. Blocks until it has none, at most this long: after that, what it still runs
+        goes on at others. If no other serves its model, it takes as long as it takes."""
         self._told.retire(replica.number)
+        if self._whereabouts.is_last_of_its_model(replica.number):
+            timeout_s = math.inf
         self._wait_idle(replica, time.monotonic() + timeout_s)
 
     def _wait_idle(self, replica: ReplicaPlan, deadline: float) -> None:
@@ -147,6 +154,9 @@ class Supervisor:
         while time.monotonic() < deadline and not self._stopped.is_set():
             if self._vitals.num_requests(replica.scheduler.name, since_s=settled_s) == 0:
                 return
+            with self._lock:
+                if any(self._recovery.is_given_up(part) for part in names_by_part(replica.processes)):
+                    return
             self._stopped.wait(_DRAIN_POLL_S)
 
     def remove(self, replica: ReplicaPlan) -> None:
@@ -203,7 +213,7 @@ class Supervisor:
         self._told.is_drained = is_drained
         for replica in self._whereabouts.plans:
             self._whereabouts.tell_of_groups(replica.number)
-        self._told.repeat(self._whereabouts.scheduler_of)
+        self._told.repeat(self._whereabouts.news_of)
 
     def tiers(self) -> tuple[TierUse, ...]:
         return self._vitals.tiers()

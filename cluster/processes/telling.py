@@ -9,6 +9,9 @@ from cluster.processes.specs import ENGINE_ROLES
 from cluster.processes.startup import ProcessSet
 from echelon.pb import process_pb2
 
+# Where the scheduler of a replica is, and what it serves; None: not known.
+NewsOf = Callable[[int], process_pb2.SchedulerUpdate | None]
+
 
 class ToldGateways:
     """Gateways count replicas in the order in which they came, those that went left out. Thread-safe: replicas come and
@@ -57,17 +60,18 @@ class ToldGateways:
             for gateway in self.gateways:
                 self._processes.tell(gateway, process_pb2.ProcessUpdate(scheduler=news))
 
-    def launch_gateway(self, launch: Callable[[Sequence[int]], None]) -> None:
+    def launch_gateway(self, launch: Callable[[Sequence[int]], None], news_of: NewsOf) -> None:
         """Start a gateway with the replicas that there are, in their order: whatever changes next, it is told."""
         with self._lock:
             launch(tuple(self._replicas))
+            self.repeat(news_of)
 
-    def repeat(self, address_of: Callable[[int], str]) -> None:
-        """All that a gateway may have missed. `address_of`: the scheduler of a replica; empty: not known."""
+    def repeat(self, news_of: NewsOf) -> None:
+        """All that a gateway may have missed."""
         with self._lock:
             for replica in self._replicas:
-                if address := address_of(replica):
-                    self.tell(replica, process_pb2.SchedulerUpdate(address=address))
+                if (news := news_of(replica)) is not None:
+                    self.tell(replica, news)
                 self._tell_whether_retiring(replica)
 
     def _tell_whether_retiring(self, replica: int) -> None:

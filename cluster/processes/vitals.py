@@ -17,7 +17,7 @@ from echelon.pb.process_pb2 import ProcessIdentity
 
 _INTERVAL_S = 1.0
 _TIMEOUT_S = 2.0
-_USED_LIMIT_S, _USED_POLL_S = 30.0, 0.1  # a gateway that does not answer connects later
+_USED_LIMIT_S, _USED_POLL_S = 60.0, 0.1  # a gateway that does not answer connects later
 _SILENT_S = 5.0  # longer than a question and its timeout: on a busy machine one may go unanswered
 _UNREACHED_S = 3.0  # the scheduler connects again to a group that lives in less
 _STUCK_S = 10.0  # a control process that has not answered for so long is of no use
@@ -284,13 +284,16 @@ def _ask_gateway(channel: grpc.Channel) -> None:
 
 def wait_until_used(
     scheduler_address: str, gateways: Sequence[str], address_of: Callable[[str], str], stopped: threading.Event
-) -> None:
-    """Until every gateway that answers sends requests to the scheduler, whose replica others may make way for."""
-    deadline = time.monotonic() + _USED_LIMIT_S
+) -> str:
+    """Until every gateway that answers sends requests to the scheduler, whose replica others may make way for. The name
+    of one that does not in time; empty: none."""
+    deadline, unused = time.monotonic() + _USED_LIMIT_S, ""
     for gateway in gateways:
-        while (address := address_of(gateway)) and time.monotonic() < deadline:
-            if _uses_scheduler(address, scheduler_address) or stopped.wait(_USED_POLL_S):
+        while (address := address_of(gateway)) and not _uses_scheduler(address, scheduler_address):
+            if time.monotonic() >= deadline or stopped.wait(_USED_POLL_S):
+                unused = gateway
                 break
+    return unused
 
 
 def _uses_scheduler(gateway_address: str, scheduler_address: str) -> bool:

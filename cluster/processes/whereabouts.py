@@ -1,14 +1,18 @@
 """Where each replica and each gateway of a deployment is now."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 from cluster.planning.plan import GatewayPlan, Plan, ReplicaPlan
 from cluster.process_id import PartId
 from cluster.processes.rollout import RunningDeployment, RunningReplica
+from cluster.processes.specs import gateway_model, model_id
 from cluster.processes.startup import ProcessSet
 from cluster.processes.telling import tell_of_groups
+from echelon.pb import process_pb2
 
 
 class Whereabouts:
@@ -49,11 +53,26 @@ class Whereabouts:
         with self._lock:
             return self._plans[number], self._running[number]
 
-    def scheduler_of(self, number: int) -> str:
-        """Its address; empty if it is not known."""
+    def news_of(self, number: int) -> process_pb2.SchedulerUpdate | None:
+        """What gateways are told of a replica; None: its scheduler's address is not known."""
         with self._lock:
             running = self._running.get(number)
-        return "" if running is None else running.scheduler_address
+        if running is None or not running.scheduler_address:
+            return None
+        model = gateway_model(running.settings)
+        return process_pb2.SchedulerUpdate(address=running.scheduler_address, model=model)
+
+    def is_last_of_its_model(self, number: int) -> bool:
+        with self._lock:
+            models = {other: model_id(running.settings) for other, running in self._running.items()}
+        return list(models.values()).count(models[number]) == 1
+
+    def alike(self, numbers: Sequence[int]) -> list[RunningReplica]:
+        """The first of these replicas, as far as they serve the same model."""
+        with self._lock:
+            running = [self._running[number] for number in numbers]
+        first = model_id(running[0].settings)
+        return list(takewhile(lambda each: model_id(each.settings) == first, running))
 
     def move(self, number: int, **moved: Any) -> None:
         """These parts of a running replica are elsewhere now; its scheduler hears where its groups are."""

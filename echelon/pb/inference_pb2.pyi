@@ -121,10 +121,13 @@ class Resume(google.protobuf.message.Message):
     SAMPLES_FIELD_NUMBER: builtins.int
     ELAPSED_S_FIELD_NUMBER: builtins.int
     FIRST_TOKEN_S_FIELD_NUMBER: builtins.int
+    MODEL_ID_FIELD_NUMBER: builtins.int
     elapsed_s: builtins.float
     """since the request arrived"""
     first_token_s: builtins.float
     """after its arrival; unset: none has come"""
+    model_id: builtins.str
+    """as the first message has told: another model does not go on with it"""
     @property
     def samples(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ResumedSample]:
         """one for each of n"""
@@ -135,9 +138,10 @@ class Resume(google.protobuf.message.Message):
         samples: collections.abc.Iterable[global___ResumedSample] | None = ...,
         elapsed_s: builtins.float = ...,
         first_token_s: builtins.float | None = ...,
+        model_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_first_token_s", b"_first_token_s", "first_token_s", b"first_token_s"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_first_token_s", b"_first_token_s", "elapsed_s", b"elapsed_s", "first_token_s", b"first_token_s", "samples", b"samples"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_first_token_s", b"_first_token_s", "elapsed_s", b"elapsed_s", "first_token_s", b"first_token_s", "model_id", b"model_id", "samples", b"samples"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_first_token_s", b"_first_token_s"]) -> typing.Literal["first_token_s"] | None: ...
 
 global___Resume = Resume
@@ -396,14 +400,18 @@ class GenerateStarted(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     SEED_FIELD_NUMBER: builtins.int
+    MODEL_ID_FIELD_NUMBER: builtins.int
     seed: builtins.int
     """given or drawn"""
+    model_id: builtins.str
+    """of the target and its limits; says nothing else"""
     def __init__(
         self,
         *,
         seed: builtins.int = ...,
+        model_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["seed", b"seed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model_id", b"model_id", "seed", b"seed"]) -> None: ...
 
 global___GenerateStarted = GenerateStarted
 

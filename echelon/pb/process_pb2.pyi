@@ -203,6 +203,7 @@ class SchedulerUpdate(google.protobuf.message.Message):
     RETIRING_FIELD_NUMBER: builtins.int
     REMOVED_FIELD_NUMBER: builtins.int
     PROCESSES_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
     replica: builtins.int
     """its place among scheduler_addresses; the next one after them: it is new"""
     address: builtins.str
@@ -217,6 +218,10 @@ class SchedulerUpdate(google.protobuf.message.Message):
     def processes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___PlacedProcess]:
         """with the address of a new replica: its own"""
 
+    @property
+    def model(self) -> global___GatewayModel:
+        """with the address of a new replica: what it serves"""
+
     def __init__(
         self,
         *,
@@ -226,9 +231,10 @@ class SchedulerUpdate(google.protobuf.message.Message):
         retiring: builtins.bool = ...,
         removed: builtins.bool = ...,
         processes: collections.abc.Iterable[global___PlacedProcess] | None = ...,
+        model: global___GatewayModel | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["address", b"address", "given_up", b"given_up", "removed", b"removed", "retiring", b"retiring", "state", b"state"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "given_up", b"given_up", "processes", b"processes", "removed", b"removed", "replica", b"replica", "retiring", b"retiring", "state", b"state"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["address", b"address", "given_up", b"given_up", "model", b"model", "removed", b"removed", "retiring", b"retiring", "state", b"state"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "given_up", b"given_up", "model", b"model", "processes", b"processes", "removed", b"removed", "replica", b"replica", "retiring", b"retiring", "state", b"state"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["state", b"state"]) -> typing.Literal["address", "given_up", "retiring", "removed"] | None: ...
 
 global___SchedulerUpdate = SchedulerUpdate
@@ -801,6 +807,40 @@ class SpeculationSpec(google.protobuf.message.Message):
 global___SpeculationSpec = SpeculationSpec
 
 @typing.final
+class GatewayModel(google.protobuf.message.Message):
+    """The target that a replica serves, as a gateway must know it to read requests for it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: builtins.int
+    MODEL_NAME_FIELD_NUMBER: builtins.int
+    MODEL_DIR_FIELD_NUMBER: builtins.int
+    MAX_MODEL_LEN_FIELD_NUMBER: builtins.int
+    VOCAB_SIZE_FIELD_NUMBER: builtins.int
+    MODELS_FIELD_NUMBER: builtins.int
+    model_id: builtins.str
+    """replicas of the same id may go on with each other's requests"""
+    model_name: builtins.str
+    model_dir: builtins.str
+    max_model_len: builtins.int
+    vocab_size: builtins.int
+    @property
+    def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ServedModel]: ...
+    def __init__(
+        self,
+        *,
+        model_id: builtins.str = ...,
+        model_name: builtins.str = ...,
+        model_dir: builtins.str = ...,
+        max_model_len: builtins.int = ...,
+        vocab_size: builtins.int = ...,
+        models: collections.abc.Iterable[global___ServedModel] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_model_len", b"max_model_len", "model_dir", b"model_dir", "model_id", b"model_id", "model_name", b"model_name", "models", b"models", "vocab_size", b"vocab_size"]) -> None: ...
+
+global___GatewayModel = GatewayModel
+
+@typing.final
 class GatewaySpec(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -819,6 +859,7 @@ class GatewaySpec(google.protobuf.message.Message):
     PROCESSES_FIELD_NUMBER: builtins.int
     MODELS_FIELD_NUMBER: builtins.int
     IDENTITY_FIELD_NUMBER: builtins.int
+    MODEL_ID_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.str
     model_name: builtins.str
@@ -832,6 +873,8 @@ class GatewaySpec(google.protobuf.message.Message):
     """requests wait for a scheduler that is lost, because it is started again"""
     inside_host: builtins.str
     """address of this node, where the controller asks for health if the public ports speak TLS"""
+    model_id: builtins.str
+    """of what scheduler_addresses serve, as in GatewayModel"""
     @property
     def server(self) -> global___ServerSection: ...
     @property
@@ -866,9 +909,10 @@ class GatewaySpec(google.protobuf.message.Message):
         processes: collections.abc.Iterable[global___PlacedProcess] | None = ...,
         models: collections.abc.Iterable[global___ServedModel] | None = ...,
         identity: global___ProcessIdentity | None = ...,
+        model_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["identity", b"identity", "jobs", b"jobs", "server", b"server"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["identity", b"identity", "inside_host", b"inside_host", "jobs", b"jobs", "keeps_requests", b"keeps_requests", "max_message_bytes", b"max_message_bytes", "max_model_len", b"max_model_len", "model_dir", b"model_dir", "model_name", b"model_name", "models", b"models", "name", b"name", "processes", b"processes", "scheduler_addresses", b"scheduler_addresses", "server", b"server", "version", b"version", "vocab_size", b"vocab_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["identity", b"identity", "inside_host", b"inside_host", "jobs", b"jobs", "keeps_requests", b"keeps_requests", "max_message_bytes", b"max_message_bytes", "max_model_len", b"max_model_len", "model_dir", b"model_dir", "model_id", b"model_id", "model_name", b"model_name", "models", b"models", "name", b"name", "processes", b"processes", "scheduler_addresses", b"scheduler_addresses", "server", b"server", "version", b"version", "vocab_size", b"vocab_size"]) -> None: ...
 
 global___GatewaySpec = GatewaySpec
 

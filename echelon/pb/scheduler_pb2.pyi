@@ -60,6 +60,7 @@ class Submit(google.protobuf.message.Message):
     RESUME_FROM_FIELD_NUMBER: builtins.int
     WAS_ACCEPTED_FIELD_NUMBER: builtins.int
     IS_BACKGROUND_FIELD_NUMBER: builtins.int
+    MODEL_ID_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     timeout_s: builtins.float
     """remaining time, including the queue"""
@@ -73,6 +74,8 @@ class Submit(google.protobuf.message.Message):
     """by a scheduler that was lost: a full queue does not refuse it"""
     is_background: builtins.bool
     """an item of a job: others go first"""
+    model_id: builtins.str
+    """for which the gateway has read it, as in GatewayModel; schedulers ignore it"""
     @property
     def prompt_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
@@ -99,9 +102,10 @@ class Submit(google.protobuf.message.Message):
         resume_from: echelon.pb.inference_pb2.Resume | None = ...,
         was_accepted: builtins.bool = ...,
         is_background: builtins.bool = ...,
+        model_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "resume_from", b"resume_from", "sampling", b"sampling", "speculation", b"speculation", "timeout_s", b"timeout_s"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "grammar", b"grammar", "is_background", b"is_background", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_from", b"resume_from", "sampling", b"sampling", "speculation", b"speculation", "tenant", b"tenant", "timeout_s", b"timeout_s", "was_accepted", b"was_accepted"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "grammar", b"grammar", "is_background", b"is_background", "model_id", b"model_id", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_from", b"resume_from", "sampling", b"sampling", "speculation", b"speculation", "tenant", b"tenant", "timeout_s", b"timeout_s", "was_accepted", b"was_accepted"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_timeout_s", b"_timeout_s"]) -> typing.Literal["timeout_s"] | None: ...
 
 global___Submit = Submit

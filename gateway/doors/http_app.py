@@ -16,7 +16,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import echelon
-from echelon.pb.inference_pb2 import ModelInfo
 from gateway.access.tokens import Tokens
 from gateway.core import Core
 from gateway.doors import http_errors
@@ -36,6 +35,7 @@ from gateway.doors.openai.shapes import ChatShape, CompletionShape
 from gateway.doors.openai.stored_responses import StoredResponses
 from gateway.doors.openapi import openapi_document
 from gateway.jobs.jobs import Jobs
+from gateway.models import Models
 from gateway.operations import Operations
 from gateway.requests.forms import Form
 from gateway.requests.refusal import Refusal
@@ -51,7 +51,7 @@ _HANDLERS: dict[Any, Any] = {
 
 def build_app(
     core: Core,
-    info: ModelInfo,
+    models: Models,
     registry: CollectorRegistry,
     tokens: Tokens,
     *,
@@ -62,7 +62,7 @@ def build_app(
 ) -> Starlette:
     """`refresh` is awaited before each scrape of `registry`; `max_bytes` limits a request's body."""
     bodies = BodyReader(max_bytes)
-    model = _ModelPaths(core, info, bodies)
+    model = _ModelPaths(core, models, bodies)
     turn = asyncio.Lock()  # scrapes that come at once are rendered in different passes of the loop
 
     async def metrics(request: Request) -> Response:
@@ -112,14 +112,18 @@ async def _version(request: Request) -> Response:
 class _ModelPaths:
     """What concerns the model that is served."""
 
-    def __init__(self, core: Core, info: ModelInfo, bodies: BodyReader) -> None:
+    def __init__(self, core: Core, models: Models, bodies: BodyReader) -> None:
         self._core = core
-        self._info = info
+        self._models = models
         self._bodies = bodies
-        self._card = {
+        self._created = int(time.time())
+
+    def _card(self) -> dict[str, Any]:
+        info = self._models.info
+        return {
             "id": info.model,
             "object": "model",
-            "created": int(time.time()),
+            "created": self._created,
             "owned_by": "echelon",
             "root": info.model,
             "parent": None,
@@ -128,7 +132,11 @@ class _ModelPaths:
 
     def generating(self) -> list[Route]:
         """The paths where text is generated, and those of what was."""
-        name, store = self._info.model, ResponseStore(time.monotonic)
+        store = ResponseStore(time.monotonic)
+
+        def name() -> str:
+            return self._models.name
+
         apis: dict[str, Api] = {
             "/v1/completions": ChoicesApi(Form.COMPLETION, CompletionShape(), name),
             "/v1/chat/completions": ChoicesApi(Form.CHAT, ChatShape(), name),
@@ -156,20 +164,20 @@ class _ModelPaths:
         return JSONResponse({"status": "ready"})
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card]})
+        return JSONResponse({"object": "list", "data": [self._card()]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name != self._info.model:
+        if name != self._models.name:
             raise http_errors.HttpProblem(
-                404, f"model: {name!r} is not served here; this server has {self._info.model!r}"
+                404, f"model: {name!r} is not served here; this server has {self._models.name!r}"
             )
-        return JSONResponse(self._card)
+        return JSONResponse(self._card())
 
     async def tokenize(self, request: Request) -> Response:
         reading = await self._core.read(Form.TOKENIZE, await self._bodies.read(request))
         tokens = reading.submits[0].prompt_token_ids
-        answer = {"count": len(tokens), "max_model_len": self._info.max_model_len}
+        answer = {"count": len(tokens), "max_model_len": self._models.info.max_model_len}
         return Response(to_json({**answer, "tokens": await write_list(tokens, str)}), media_type="application/json")
 
     async def detokenize(self, request: Request) -> Response:

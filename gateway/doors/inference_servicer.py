@@ -10,6 +10,7 @@ from gateway.access.tokens import Tokens
 from gateway.core import Core
 from gateway.doors.grpc_access import caller_of
 from gateway.doors.service_handlers import Context
+from gateway.models import Models
 from gateway.requests.forms import Form
 from gateway.requests.refusal import Refusal, invalid
 
@@ -20,10 +21,10 @@ _FINAL = (("echelon-final", "1"),)
 class InferenceServicer:
     """Serves every method of `echelon.v1.Inference`. They raise Refusal."""
 
-    def __init__(self, core: Core, info: inference_pb2.ModelInfo, tokens: Tokens) -> None:
+    def __init__(self, core: Core, models: Models, tokens: Tokens) -> None:
         self._core = core
         self._tokens = tokens
-        self._info = info
+        self._models = models
         self._started_at = time.monotonic()
 
     async def Generate(self, request: bytes, context: Context) -> None:
@@ -63,7 +64,7 @@ class InferenceServicer:
     async def GetModelInfo(
         self, request: inference_pb2.GetModelInfoRequest, context: Context
     ) -> inference_pb2.ModelInfo:
-        return self._info
+        return self._models.info
 
     async def GetServerInfo(
         self, request: inference_pb2.GetServerInfoRequest, context: Context
@@ -77,7 +78,7 @@ class InferenceServicer:
 
 
 def _started(submit: scheduler_pb2.Submit) -> inference_pb2.GenerateResponse:
-    started = inference_pb2.GenerateStarted(seed=submit.sampling.seed)
+    started = inference_pb2.GenerateStarted(seed=submit.sampling.seed, model_id=submit.model_id)
     return inference_pb2.GenerateResponse(request_id=submit.request_id, started=started)
 
 

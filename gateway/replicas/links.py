@@ -19,6 +19,7 @@ class Links(Sequence[SchedulerLink]):
         self,
         addresses: Sequence[str],
         *,
+        model_id: str,
         model_name: str,
         on_change: Callable[[], None],
         keeps_requests: bool,
@@ -26,15 +27,17 @@ class Links(Sequence[SchedulerLink]):
         identity: ProcessIdentity | None = None,
     ) -> None:
         """`on_change` is called when a link becomes ready, or is so no more."""
-        self._router = Router(model_name)
+        self._routers: dict[str, Router] = {}  # by the id of their model
         self._events = events
         self._identity = identity
         self._on_change = on_change
         self._keeps_requests = keeps_requests
-        self._links = [self._open(replica, address) for replica, address in enumerate(addresses)]
+        self._links = [self._open(replica, address, model_id, model_name) for replica, address in enumerate(addresses)]
         self._tasks: dict[SchedulerLink, asyncio.Task[None]] = {}
+        self._is_started = False  # replicas may come before
 
     def start(self) -> None:
+        self._is_started = True
         for link in self._links:
             self._run(link)
 
@@ -45,14 +48,23 @@ class Links(Sequence[SchedulerLink]):
 
     def choose(self, submit: Submit) -> SchedulerLink | None:
         """Where a new request goes; None if it would be served nowhere."""
-        accepting = [link for link in self._links if link.accepts_requests]
-        candidates = [link for link in accepting if link.ready] or accepting
-        return self._router.choose(submit, candidates) if candidates else None
+        links = [link for link in self._links if link.model_id == submit.model_id]
+        accepting = [link for link in links if link.accepts_requests]
+        candidates = [link for link in accepting if link.ready] or accepting or self._last_resort(submit, links)
+        if not candidates:
+            return None
+        router = self._routers.setdefault(submit.model_id, Router(candidates[0].model_name))
+        return router.choose(submit, candidates)
+
+    def _last_resort(self, submit: Submit, links: Sequence[SchedulerLink]) -> list[SchedulerLink]:
+        """For a request that was read for a model just before another took its place: what still finishes its own."""
+        is_changing = any(link.model_id != submit.model_id and link.accepts_requests for link in self._links)
+        return [link for link in links if is_changing and link.takes_requests]
 
     def on_update(self, update: SchedulerUpdate) -> None:
         """The parent says what has become of a scheduler."""
         if update.replica == len(self._links) and update.address:
-            self._add(update.address)
+            self._add(update)
         elif update.replica < len(self._links):
             self._tell(self._links[update.replica], update)
 
@@ -74,7 +86,7 @@ class Links(Sequence[SchedulerLink]):
                 self._events.info(update.replica, "removed")
                 self._remove(link)
 
-    def _open(self, replica: int, address: str) -> SchedulerLink:
+    def _open(self, replica: int, address: str, model_id: str, model_name: str) -> SchedulerLink:
         return SchedulerLink(
             address,
             StatusWatch(self._events, replica),
@@ -82,18 +94,24 @@ class Links(Sequence[SchedulerLink]):
             on_refusal=self._move,
             keeps_requests=self._keeps_requests,
             identity=self._identity,
+            model=(model_id, model_name),
         )
 
-    def _add(self, address: str) -> None:
-        link = self._open(len(self._links), address)
+    def _add(self, update: SchedulerUpdate) -> None:
+        model = update.model
+        link = self._open(len(self._links), update.address, model.model_id, model.model_name)
         self._events.info(len(self._links), "added")
         self._links.append(link)
-        self._run(link)
+        if self._is_started:
+            self._run(link)
 
     def _remove(self, link: SchedulerLink) -> None:
         self._links.remove(link)
         link.hand_over()
-        self._tasks[link].cancel()  # until it has ended, `close` waits for it
+        if link in self._tasks:
+            self._tasks[link].cancel()  # until it has ended, `close` waits for it
+        served = {each.model_id for each in self._links}
+        self._routers = {model_id: router for model_id, router in self._routers.items() if model_id in served}
         self._on_change()
 
     def _run(self, link: SchedulerLink) -> None:
@@ -101,8 +119,10 @@ class Links(Sequence[SchedulerLink]):
         task.add_done_callback(lambda _: self._tasks.pop(link))
 
     def _move(self, request_id: str, running: RunningRequest) -> bool:
-        """To a link that has not refused it, from where its client is. False: there is none."""
-        links = [link for link in self._links if link.accepts_requests and link not in running.refused_by]
+        """To a link of its model that has not refused it, from where its client is. False: there is none."""
+        model_id = running.progress.model_id
+        links = [link for link in self._links if link.model_id == model_id and link.accepts_requests]
+        links = [link for link in links if link not in running.refused_by]
         if not links:
             return False
         min(links, key=lambda link: (not link.ready, link.load)).take_over(request_id, running)

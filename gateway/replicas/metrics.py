@@ -186,14 +186,14 @@ _TIER_COUNTERS = (
 
 
 class ReplicaCollector(Collector):
-    """Tells of `replicas`, set before each scrape. One that did not answer only has `replica_ready` with value 0."""
+    """Tells of `replicas`, set before each scrape, each with the name of its model. One that did not answer only has
+    `replica_ready` with value 0."""
 
-    def __init__(self, model_name: str) -> None:
-        self.replicas: Sequence[ReplicaStatus] = ()
-        self._model_name = model_name
+    def __init__(self) -> None:
+        self.replicas: Sequence[tuple[str, ReplicaStatus]] = ()
 
     def collect(self) -> Iterator[Metric]:
-        replicas = self.replicas
+        replicas = [replica for _, replica in self.replicas]
         ready = self._family(GaugeMetricFamily, "replica_ready", "1 if the replica would serve a request.")
         for replica in replicas:
             ready.add_metric(self._labels(replica), float(replica.status.ready))
@@ -236,7 +236,7 @@ class ReplicaCollector(Collector):
         return kind(PREFIX + name, text, labels=["model_name", "replica", *more_labels])
 
     def _labels(self, replica: ReplicaStatus) -> list[str]:
-        return [self._model_name, str(replica.replica)]
+        return [self.replicas[replica.replica][0], str(replica.replica)]
 
 
 def _used(num_blocks: int, num_free: int) -> float:

@@ -43,6 +43,10 @@ class Progress:
         self._samples = [_Sample.of(each) for each in resumed.samples] or [_Sample() for _ in range(submit.sampling.n)]
 
     @property
+    def model_id(self) -> str:
+        return self._submit.model_id
+
+    @property
     def tenant(self) -> str:
         return self._submit.tenant
 

@@ -51,19 +51,18 @@ class SchedulerLink:
         on_refusal: Callable[[str, RunningRequest], bool] = lambda request_id, running: False,
         keeps_requests: bool = False,
         identity: process_pb2.ProcessIdentity | None = None,
+        model: tuple[str, str] = ("", ""),
     ) -> None:
         """`watch` sees every status. `on_refusal` gives a request that is not served here to another link, if it can.
         `keeps_requests`: whoever started the scheduler starts it again, and says where (`redirect`) or that it does
         not (`give_up`)."""
         self._watch, self._identity = watch, identity
-        self.ready = self._takes_requests = False  # it may take requests while it is not ready: they wait until it is
-        self.not_ready_reason = "not connected yet"
-        self.cache = CachedBlocks()
-        self._on_change = on_change
-        self._on_refusal = on_refusal
-        self._keeps_requests = keeps_requests
+        self.model_id, self.model_name = model
+        self.ready = self.was_ready = False
+        self.not_ready_reason, self.cache = "not connected yet", CachedBlocks()
+        self._on_change, self._on_refusal, self._keeps_requests = on_change, on_refusal, keeps_requests
         self._given_up = ""  # why nobody starts the scheduler again
-        self.is_retiring = False  # it gets no new requests
+        self.is_retiring = self.takes_requests = False  # it may take some while it is not ready: they wait until it is
         self._redirected = asyncio.Event()
         self._open_channel(address)
         self._outgoing: asyncio.Queue[scheduler_pb2.SchedulerRequest] | None = None  # None: no stream
@@ -115,7 +114,7 @@ class SchedulerLink:
         if self.is_retiring:
             return False
         is_awaited = self._keeps_requests and not self._given_up
-        return self._takes_requests or (is_awaited and self._outgoing is None and self.num_requests < _MOST_KEPT)
+        return self.takes_requests or (is_awaited and self._outgoing is None and self.num_requests < _MOST_KEPT)
 
     @property
     def num_requests(self) -> int:
@@ -211,7 +210,7 @@ class SchedulerLink:
             try:
                 status = await self.read_status()  # so that a stream that is lost was there
                 outgoing = self._outgoing = asyncio.Queue()
-                self._takes_requests = status.accepts_requests
+                self.takes_requests = status.accepts_requests
                 self._connection = self._stub.Connect(drain(outgoing))
                 self._submit_again()
                 async for batch in self._connection:
@@ -282,7 +281,7 @@ class SchedulerLink:
 
     def _lose_stream(self, reason: str) -> None:
         was_open, self._outgoing, self._connection = self._outgoing is not None, None, None
-        self._takes_requests = False
+        self.takes_requests = False
         if was_open and self._running:
             num = len(self._running)
             logger.warning("lost the stream to scheduler %s with %d requests: %s", self.address, num, reason)
@@ -321,7 +320,7 @@ class SchedulerLink:
                 status = await self.read_status()
                 self._num_unanswered = 0
                 connected = self._outgoing is not None
-                self._takes_requests = status.accepts_requests and connected
+                self.takes_requests = status.accepts_requests and connected
                 num_there = status.num_requests_running + status.num_requests_waiting
                 self._num_of_others = max(0, num_there - self.num_requests)
                 if not self.is_retiring:
@@ -329,7 +328,7 @@ class SchedulerLink:
                 self._watch.on_status(status)
             except grpc.aio.AioRpcError as err:
                 # One that is started again takes what it was sent before it fell silent, or its successor does.
-                self._takes_requests = self._takes_requests and self._keeps_requests
+                self.takes_requests = self.takes_requests and self._keeps_requests
                 self._set_ready(False, f"{err.code().name}: {err.details()}")
                 self._watch.on_unreachable(self.not_ready_reason)
                 if err.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -346,5 +345,6 @@ class SchedulerLink:
         self.not_ready_reason = "" if ready else reason
         if self.ready != ready:
             self.ready = ready
+            self.was_ready = self.was_ready or ready
             logger.info("scheduler %s is %s", self.address, "ready" if ready else f"not ready: {reason}")
             self._on_change()

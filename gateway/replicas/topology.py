@@ -21,3 +21,5 @@ class Topology:
         if update.processes or update.removed:
             others = (each for each in self._processes if each.role == "gateway" or each.replica != update.replica)
             self._processes = [*others, *update.processes]
+        if update.model.models:
+            self.models = tuple(update.model.models)

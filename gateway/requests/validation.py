@@ -29,6 +29,7 @@ class RequestValidator:
     What that costs depends on the client's text: long texts and conversations are for a process of their own.
     """
 
+    model_id: str
     model_name: str
     max_model_len: int
     vocab_size: int
@@ -61,9 +62,11 @@ class RequestValidator:
             speculation=request.speculation,
             cache_salt=request.cache_salt,
             grammar=self._grammar(request, forced_calls, token_ids, sampling),
+            model_id=self.model_id,
         )
         if request.HasField("resume_from"):
             _check_resume(request, sampling)
+            self._check_same_model(request.resume_from)
             submit.resume_from.CopyFrom(request.resume_from)
         return submit
 
@@ -95,6 +98,15 @@ class RequestValidator:
             )
         if (num_bytes := len(request.cache_salt.encode())) > MAX_CACHE_SALT_BYTES:
             raise invalid(f"cache_salt: at most {MAX_CACHE_SALT_BYTES} bytes are allowed, got {num_bytes}")
+
+    def _check_same_model(self, resume: inference_pb2.Resume) -> None:
+        """Raises Refusal: the tokens of one model are no beginning for another's."""
+        if resume.model_id and resume.model_id != self.model_id:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"resume_from: the output was begun by another model, and {self.model_name!r} is served now; send the "
+                "request again without it",
+            )
 
     def check_model(self, name: str) -> None:
         """Raises Refusal."""
@@ -175,6 +187,7 @@ def build_validator(spec: process_pb2.GatewaySpec) -> RequestValidator:
     """What a gateway's settings and its model folder say. Raises LoadError naming what is wrong in the folder."""
     model_dir = Path(spec.model_dir)
     return RequestValidator(
+        model_id=spec.model_id,
         model_name=spec.model_name,
         max_model_len=spec.max_model_len,
         vocab_size=spec.vocab_size,

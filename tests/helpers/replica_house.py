@@ -58,10 +58,10 @@ class ReplicaHouse:
         self.tell(0, address=address)
         await self.scheduler.streams_opened.acquire()
 
-    async def add(self) -> FakeScheduler:
+    async def add(self, **news: Any) -> FakeScheduler:
         scheduler = FakeScheduler()
         server, address = await serve(scheduler)
-        self.tell(len(self.schedulers), address=address)
+        self.tell(len(self.schedulers), address=address, **news)
         self.scheduler_addresses.append(address)
         self.schedulers.append(scheduler)
         self.servers.append(server)

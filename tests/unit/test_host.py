@@ -3,7 +3,7 @@
 import threading
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import pytest
 
@@ -49,7 +49,10 @@ def test_what_a_process_is_told_before_it_has_started_waits_for_that() -> None:
 class Child:
     """Says what the test lets it say."""
 
+    started: ClassVar["list[Child]"] = []
+
     def __init__(self, *_: object, **__: object) -> None:
+        Child.started.append(self)
         self.pid = 1
         self.is_asked = threading.Event()
         self.may_say = threading.Event()
@@ -80,7 +83,7 @@ def test_what_a_process_says_to_a_controller_that_was_lost_the_next_one_hears(mo
     monkeypatch.setattr(host_module.ray, "get_runtime_context", Context)
     host = ProcessHost()
     host.start("workers", WorkerSpec(), "target-0.0", Path("log"), {}, 1, "lost")
-    child: Any = host._child
+    child = Child.started.pop()
     lost = threading.Thread(target=host.watch, args=("lost", 30.0))
     lost.start()
     assert child.is_asked.wait(30)

@@ -27,7 +27,7 @@ needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="ne
 def exported() -> set[str]:
     """Names of all series."""
     replicas = CollectorRegistry()
-    replicas.register(ReplicaCollector("demo"))
+    replicas.register(ReplicaCollector())
     families = [*RequestMetrics("demo").registry.collect(), *replicas.collect()]
     return {family.name + part for family in families for part in PARTS[family.type]}
 

@@ -94,8 +94,7 @@ def test_news_of_a_replica_are_not_taken_for_another_while_one_goes() -> None:
 def test_a_gateway_that_was_started_again_hears_all_that_it_missed() -> None:
     def again(gateways: ToldGateways) -> None:
         gateways.retire(1)
-        gateways.launch_gateway(started.append)
-        gateways.repeat(lambda replica: f"at {replica}")
+        gateways.launch_gateway(started.append, lambda replica: SchedulerUpdate(address=f"at {replica}"))
 
     started: list[object] = []
     assert told(again)[1:] == [

@@ -1,7 +1,7 @@
 """Anthropic's /v1/messages."""
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from echelon.pb.inference_pb2 import FINISH_REASON_LENGTH
@@ -35,14 +35,14 @@ def error_body(problem: HttpProblem) -> dict[str, Any]:
 class MessagesApi:
     form = Form.MESSAGES
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: Callable[[], str]) -> None:
         self._model = model
 
     def prepare(self, data: bytes, caller: Caller) -> bytes:
         return data
 
     def answer(self, reading: Reading, call: Call, caller: Caller) -> "MessageAnswer":
-        return MessageAnswer(reading, message_id=f"msg_{call.request_id}", model=self._model)
+        return MessageAnswer(reading, message_id=f"msg_{call.request_id}", model=self._model())
 
     def error_body(self, problem: HttpProblem) -> dict[str, Any]:
         return error_body(problem)

@@ -1,7 +1,7 @@
 """OpenAI's /v1/completions and /v1/chat/completions."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from echelon.pb.reading_pb2 import Reading
@@ -20,7 +20,7 @@ from gateway.requests.forms import Form
 class ChoicesApi:
     """Answers have a choice for each sample of each prompt."""
 
-    def __init__(self, form: Form, shape: Shape, model: str) -> None:
+    def __init__(self, form: Form, shape: Shape, model: Callable[[], str]) -> None:
         self.form = form
         self._shape = shape
         self._model = model
@@ -29,7 +29,7 @@ class ChoicesApi:
         return data
 
     def answer(self, reading: Reading, call: Call, caller: Caller) -> "ChoicesAnswer":
-        return ChoicesAnswer(Answer(self._shape, reading, answer_id=call.request_id, model=self._model))
+        return ChoicesAnswer(Answer(self._shape, reading, answer_id=call.request_id, model=self._model()))
 
     def error_body(self, problem: HttpProblem) -> dict[str, Any]:
         return error_body(problem)

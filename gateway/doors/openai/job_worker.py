@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from collections.abc import Callable
 
 import grpc
 
@@ -28,7 +29,7 @@ _FINAL = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.Stat
 class JobWorker:
     """See gateway/jobs/worker.py."""
 
-    def __init__(self, core: Core, *, model: str) -> None:
+    def __init__(self, core: Core, *, model: Callable[[], str]) -> None:
         self._core = core
         self._model = model
 
@@ -59,7 +60,7 @@ class JobWorker:
             # A scheduler may still run what an earlier process has asked of it.
             submit.request_id = f"{name}-{number}-{secrets.token_hex(4)}"
             submit.is_background = True
-        answer = Answer(_SHAPES[reading.endpoint], reading, answer_id=name, model=self._model, created=job.created_at)
+        answer = Answer(_SHAPES[reading.endpoint], reading, answer_id=name, model=self._model(), created=job.created_at)
         # Limits of the token are for its live requests.
         caller = Caller(TokenRecord(name=job.order.owner, cache_salt=job.order.salt))
         async with core.run(reading.submits, caller, arrived_s=core.now(), remaining_s=None) as replies:

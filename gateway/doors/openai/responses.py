@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from echelon.pb.inference_pb2 import FINISH_REASON_ABORT, FINISH_REASON_LENGTH
@@ -30,7 +30,7 @@ _NOTHING_YET: dict[str, Any] = {"error": None, "incomplete_details": None, "usag
 class ResponsesApi:
     form = Form.RESPONSE
 
-    def __init__(self, model: str, store: ResponseStore) -> None:
+    def __init__(self, model: Callable[[], str], store: ResponseStore) -> None:
         self._model = model
         self._store = store
 
@@ -38,7 +38,7 @@ class ResponsesApi:
         return join_request(self._store.earlier(caller.name, data), data)
 
     def answer(self, reading: Reading, call: Call, caller: Caller) -> "ResponseAnswer":
-        return ResponseAnswer(reading, call.request_id, self._model, caller.name, self._store)
+        return ResponseAnswer(reading, call.request_id, self._model(), caller.name, self._store)
 
     def error_body(self, problem: HttpProblem) -> dict[str, Any]:
         return error_body(problem)
