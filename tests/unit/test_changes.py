@@ -43,6 +43,8 @@ def test_other_keys_are_named_as_in_the_file(settings: Settings, tmp_path: Path)
     other = local_settings(write_model_folder(tmp_path / "other"), tp_size=2, draft=None)
     keys = {change.key for change in changes(settings, other)}
     assert {"target.model", "target.tensor_parallel_size", "draft", "speculation.method"} <= keys
+    longer = replace(settings, scheduler=replace(settings.scheduler, max_model_len=64))
+    assert {change.effect for change in [*changes(settings, other), *changes(settings, longer)]} == {Effect.ROLLED}
     server = ServerSettings(grpc_port=0, http_port=0, tls=TlsSettings(cert="c", key="k"))
     (change,) = changes(settings, replace(settings, server=server))
     assert (change.key, change.old, change.effect) == ("server.tls", "none", Effect.DOWN)
