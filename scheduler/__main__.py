@@ -24,9 +24,10 @@ async def _serve(spec: SchedulerSpec, events: EventWriter, updates: Updates) -> 
     stopped = edge.stop_signal()
     server = SchedulerServer(spec)
     updates.subscribe_on(asyncio.get_running_loop(), server.replica.on_update)
-    # A round leaves garbage in proportion to its rows; by default Python would look for cycles every few rounds.
+    # A round leaves garbage in proportion to its rows; by default Python would look for cycles every few rounds. With
+    # 100,000, cycles of finished requests took 10 MB more.
     gc.freeze()
-    gc.set_threshold(100_000, 20, 20)
+    gc.set_threshold(20_000, 20, 20)
     events.ready(await server.start(_CONNECT_TIMEOUT_S))
     ends: set[asyncio.Future[Any]] = {server.failure, asyncio.create_task(stopped.wait())}
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
