@@ -29,7 +29,8 @@ from gateway.doors.jobs_servicer import JobsServicer
 from gateway.doors.listening import bind_problem, join
 from gateway.doors.openai.job_worker import JobWorker
 from gateway.doors.service_handlers import service_handlers
-from gateway.jobs.jobs import Jobs, Limits
+from gateway.job_metrics import JobCollector
+from gateway.jobs.jobs import JobNumbers, Jobs, Limits
 from gateway.jobs.schema import StoreError
 from gateway.metrics import RequestMetrics
 from gateway.models import Models
@@ -40,6 +41,7 @@ from gateway.replicas.metrics import ReplicaCollector
 from gateway.replicas.replicas import read_replicas
 from gateway.replicas.topology import Topology
 from gateway.requests.reading import BULK_WAITING_BYTES
+from gateway.requests.refusal import Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -204,13 +206,15 @@ class Gateway:
         host, port = self._spec.server.host, self._spec.server.http_port
         if not port:
             return None
-        collector = ReplicaCollector()
+        collector, of_jobs = ReplicaCollector(), JobCollector(self._spec.model_name)
 
         async def refresh() -> None:
             names = [link.model_name for link in self._links]
             collector.replicas = list(zip(names, await read_replicas(self._links), strict=True))
+            of_jobs.numbers = await self._job_numbers()
 
         self._metrics.registry.register(collector)
+        self._metrics.registry.register(of_jobs)
         max_bytes = _max_message_bytes(self._spec)
         registry = self._metrics.registry
         app = build_app(
@@ -227,6 +231,15 @@ class Gateway:
             return HttpServer(host, port, app, self._tls)
         except OSError as err:
             raise StartupError(bind_problem(host, port, err, key="server.http_port")) from err
+
+    async def _job_numbers(self) -> JobNumbers | None:
+        """None: this gateway has no jobs, or another owns them."""
+        if self._jobs is None:
+            return None
+        try:
+            return await self._jobs.numbers()
+        except Refusal:
+            return None
 
     def _update_readiness(self) -> None:
         ever_ready = [link.model_id for link in self._links if link.was_ready]

@@ -38,6 +38,7 @@ class Means:
     slots: asyncio.Semaphore  # of items that run; whoever waits for the longest time is next, so jobs take turns
     max_line_bytes: int
     on_progress: Callable[[], None]
+    on_result: Callable[[Result], None]  # once it is recorded
     now: Callable[[], float]  # the wall clock
 
 
@@ -124,7 +125,9 @@ class JobRun:
     async def _run_item(self, item: Item) -> None:
         means = self._means
         line = await asyncio.to_thread(means.folder.read, self._job.order.input_file, item.start, item.num_bytes)
-        await means.store.record(await self._result(item, line))
+        result = await self._result(item, line)
+        await means.store.record(result)
+        means.on_result(result)
         self.pace.note(time.monotonic())
         means.on_progress()
 
@@ -148,4 +151,7 @@ class JobRun:
         """Those that a job which stops has left."""
         store = self._means.store
         while items := await store.call(JobStore.items_left, self._job.id, -1, _PAGE):
-            await store.call(JobStore.record, [not_run(self._job, item) for item in items])
+            results = [not_run(self._job, item) for item in items]
+            await store.call(JobStore.record, results)
+            for result in results:
+                self._means.on_result(result)

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,17 @@ class JobView:
         return self.job.num_left / self.items_per_s if self.items_per_s else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobNumbers:
+    """Of all jobs together."""
+
+    by_status: Mapping[str, int]
+    num_left: int  # items without a result
+    oldest_age_s: float  # of the jobs that have not ended; 0: all have
+    num_completed: int  # items, in the life of this process
+    num_failed: int  # the same; their results are errors
+
+
 class Jobs:
     """`open` once, then `close`, both in the event loop that uses it. `owner` arguments: None stands for everybody.
 
@@ -70,6 +82,7 @@ class Jobs:
         self._tasks: set[asyncio.Task[None]] = set()
         self._progress = asyncio.Event()  # a new one each time something has happened
         self._slots = asyncio.Semaphore(limits.max_running)
+        self._num_ended: Counter[bool] = Counter()  # items in the life of this process; True: with an error
         self._num_arriving = 0  # bytes of uploads that are not in the store yet
 
     async def open(self) -> None:
@@ -208,9 +221,15 @@ class Jobs:
                 return
             await progress.wait()
 
-    async def counts(self) -> dict[str, int]:
-        """Of jobs, by status."""
-        return await self._call(JobStore.count_jobs)
+    async def numbers(self) -> JobNumbers:
+        num_left, oldest = await self._call(JobStore.waiting)
+        return JobNumbers(
+            by_status=await self._call(JobStore.count_jobs),
+            num_left=num_left,
+            oldest_age_s=0.0 if oldest is None else max(0.0, self._now() - oldest),
+            num_completed=self._num_ended[False],
+            num_failed=self._num_ended[True],
+        )
 
     async def _known(self, job_id: str, owner: str | None) -> Job:
         job = await self._call(JobStore.job, job_id, owner)
@@ -257,6 +276,7 @@ class Jobs:
             slots=self._slots,
             max_line_bytes=self._limits.max_line_bytes,
             on_progress=self._note_progress,
+            on_result=self._note_result,
             now=self._now,
         )
         self._spawn(partial(self._run_to_its_end, job, means))
@@ -300,6 +320,9 @@ class Jobs:
     def _note_progress(self) -> None:
         self._progress.set()
         self._progress = asyncio.Event()
+
+    def _note_result(self, result: Result) -> None:
+        self._num_ended[result.is_error] += 1
 
     async def _call(self, method: Callable[Concatenate[JobStore, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         if self._store is None:

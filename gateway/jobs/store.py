@@ -115,6 +115,12 @@ class JobStore:
         """By status."""
         return dict(self._db.execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall())
 
+    def waiting(self) -> tuple[int, int | None]:
+        """Items without a result, of all jobs that have not ended, and when the oldest of these was submitted."""
+        query = "SELECT coalesce(sum(total - completed - failed), 0), min(created_at) FROM jobs WHERE ended_at IS NULL"
+        num_left, oldest = self._db.execute(query).fetchone()
+        return num_left, oldest
+
     def add_items(self, job_id: str, items: Sequence[Item], *, num_lines: int, num_bytes: int) -> Job:
         """The next items of a job's input, of which so much more has been read. Raises DuplicateError."""
         with self._transaction():

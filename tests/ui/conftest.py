@@ -64,7 +64,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         tp_size=2,
         draft=LocalDraft(folder=ROOT / "models" / "demo-draft"),
         kv_cache=KvCacheSettings(device_bytes=9 << 20, cpu_bytes=64 << 20),
-        speculation=SpeculationSettings(pipeline="continuous"),
+        # Always some drafts: on a busy machine the policy may find that none pay.
+        speculation=SpeculationSettings(pipeline="continuous", num_speculative_tokens=4),
         server=ServerSettings(grpc_port=0, http_port=http_port, auth=AuthSettings(tokens_file=str(tokens))),
         jobs=JobsSettings(path=str(folder / "jobs")),
     )

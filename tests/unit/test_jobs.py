@@ -202,6 +202,24 @@ async def test_an_item_that_breaks_the_worker_fails_alone(tmp_path: Path) -> Non
     assert sorted(worker.ran) == ["a", "c"], "and once each"
 
 
+async def test_numbers_of_all_jobs_together(tmp_path: Path) -> None:
+    worker, now = FakeWorker(), [1000.0]
+    worker.refuses = lambda line: Refusal(grpc.StatusCode.ABORTED, "no") if line == "b" else None
+    async with opened(tmp_path, worker, now=lambda: now[0]) as jobs:
+        idle = await jobs.numbers()
+        assert (idle.by_status, idle.num_left, idle.oldest_age_s) == ({}, 0, 0.0)
+        view = await submit(jobs, "a\nb\nc\nd")
+        now[0] += 50
+        while (numbers := await jobs.numbers()).num_left != 4:  # noqa: ASYNC110  # they are read
+            await asyncio.sleep(0)
+        assert numbers.oldest_age_s == 50.0
+        worker.gate.set()
+        await ended(jobs, view)
+        numbers = await jobs.numbers()
+        assert (numbers.num_completed, numbers.num_failed) == (3, 1)
+        assert (numbers.by_status, numbers.num_left, numbers.oldest_age_s) == ({"completed": 1}, 0, 0.0)
+
+
 async def test_a_cancelled_job_keeps_what_it_has(tmp_path: Path) -> None:
     worker = FakeWorker(refuses=lambda line: None if line == "a" else UNAVAILABLE)
     worker.gate.set()

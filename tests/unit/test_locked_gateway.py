@@ -447,6 +447,16 @@ async def test_jobs_are_seen_by_those_who_submitted_them_and_by_operators(files:
         assert [result.body["choices"][0]["text"] for result in results] == ["ab", "ab"]
         assert (await asyncio.to_thread(ops.cancel, job.job_id)).state == "completed"
         assert (await house.ask("/v1/batches"))[0] == 401
+        _, _, metrics = await house.ask("/metrics", authorization=f"Bearer {tokens['ops']}")
+        for series, value in (
+            ('jobs{model_name="demo",state="completed"}', 1),
+            ('jobs{model_name="demo",state="in_progress"}', 0),
+            ('job_items_left{model_name="demo"}', 0),
+            ('oldest_job_age_seconds{model_name="demo"}', 0),
+            ('job_items_total{model_name="demo",outcome="completed"}', 2),
+            ('job_items_total{model_name="demo",outcome="failed"}', 0),
+        ):
+            assert f"echelon:{series} {value}.0\n" in metrics
         _, _, watched = await house.ask("/control/jobs", authorization=f"Bearer {tokens['ops']}")
         assert [(each["job_id"], each["num_completed"]) for each in watched["jobs"]] == [(job.job_id, "2")]
         for client in clients.values():
