@@ -43,9 +43,10 @@ async def test_new_requests_are_read_for_the_new_model_and_old_ones_stay(house: 
     assert (await house.scheduler.next_submit()).model_id == ""
     second = await house.add(model=model(write_model_folder(tmp_path / "another")))
     await serves(house, "another")
-    new = asyncio.ensure_future(house.client.generate([3, 4], request_id="new"))
-    submit = await second.next_submit()
-    assert (submit.model_id, submit.sampling.max_tokens) == ("id of another", 6)
+    new = [asyncio.ensure_future(house.client.generate([3, 4], request_id=f"new-{number}")) for number in range(4)]
+    async with asyncio.timeout(30):
+        submits = [await second.next_submit() for _ in new]
+    assert {(submit.model_id, submit.sampling.max_tokens) for submit in submits} == {("id of another", 6)}
     with pytest.raises(InvalidRequestError, match="max_model_len is 8"):
         await house.client.generate([3] * 8)
 
@@ -54,8 +55,9 @@ async def test_new_requests_are_read_for_the_new_model_and_old_ones_stay(house: 
     house.scheduler.send_complete("old")
     assert (await old).token_ids == (9,)
     house.tell(0, removed=True)
-    second.send_complete("new")
-    await new
+    for number in range(len(new)):
+        second.send_complete(f"new-{number}")
+    await asyncio.gather(*new)
     assert second.received.empty()
 
 
