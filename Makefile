@@ -9,7 +9,7 @@ PARALLEL := -q -n auto --dist worksteal
 # Tests of processes: a file starts few of them and shares them, so it stays together.
 BY_FILE := -q -n 2 --dist loadfile
 
-.PHONY: demo test check lint test-slow test-clients test-ui test-gpu bench proto clean
+.PHONY: demo test check lint test-slow test-clients test-load-clients test-ui test-gpu bench proto clean
 
 demo: $(READY)  ## deploy the bundled pair on this machine's CPU, stream a completion, take it down
 	$(BIN)/python deploy/demo.py
@@ -35,6 +35,12 @@ test-clients: $(READY)  ## clients of others against a real deployment; writes d
 	.venv-clients/bin/pip install --quiet --disable-pip-version-check openai anthropic langchain-openai litellm
 	$(BIN)/python -m tests.clients .venv-clients/bin/python
 
+test-load-clients: $(READY)  ## load generators and lm-eval against a real deployment; they use torch of .venv; writes docs/load-clients.md
+	[ -x .venv-load/bin/python ] || $(PYTHON) -m venv .venv-load
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.venv-load/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/echelon_torch.pth"
+	.venv-load/bin/pip install --quiet --disable-pip-version-check guidellm 'lm-eval[api]'
+	$(BIN)/python -m tests.clients.load .venv-load/bin
+
 test-ui: $(READY)  ## the page at /ui/ in a real browser, before a real deployment
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium chromium-driver; } || { echo "make test-ui needs chromium and chromedriver on PATH, and cannot install them here. Debian: apt-get install chromium chromium-driver"; exit 1; }
 	$(BIN)/pip install --quiet --disable-pip-version-check selenium axe-core-python
@@ -55,7 +61,7 @@ proto:  ## regenerate echelon/pb after editing protos/
 	protos/generate.sh
 
 clean:
-	rm -rf .venv .venv-clients .venv-proto build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-clients .venv-load .venv-proto build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The version range that pyproject.toml gives for torch: another version would be replaced right after.
 TORCH_REQUIREMENT = $(PYTHON) deploy/torch_requirement.py
