@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from io import BufferedReader, FileIO
 from types import FrameType
 from typing import NoReturn
 
@@ -31,10 +32,12 @@ def run(kind: type[S], serve: Callable[[S, EventWriter], None], updates: Updates
     """
     events = EventWriter.on_stdout()
     signal.signal(signal.SIGTERM, _exit_at_once)
+    # Not sys.stdin: a daemon thread that holds its lock aborts the interpreter's own shutdown.
+    stdin = BufferedReader(FileIO(sys.stdin.fileno(), closefd=False))
     try:
-        spec = read_spec(sys.stdin.buffer, kind)
+        spec = read_spec(stdin, kind)
         _configure_logging(spec.name)
-        _exit_with_parent(sys.stdin.fileno(), updates or Updates())
+        _exit_with_parent(stdin, updates or Updates())
         serve(spec, events)
     except ValueError as err:
         events.fail(str(err))
@@ -77,12 +80,14 @@ def _exit_at_once(signum: int, frame: FrameType | None) -> None:
     os._exit(0)
 
 
-def _exit_with_parent(stdin: int, updates: Updates) -> None:
-    """From now on, the end of standard input ends this process at once: nothing may outlive its parent."""
+def _exit_with_parent(stdin: BufferedReader, updates: Updates) -> None:
+    """From now on, the end of standard input ends this process at once: nothing may outlive its parent.
+
+    `stdin`: that which the spec was read from; it may have read the first updates already.
+    """
 
     def watch() -> None:
-        # Not sys.stdin: a daemon thread that holds its lock aborts the interpreter's own shutdown.
-        while data := os.read(stdin, 4096):
+        while data := stdin.read1(4096):
             updates.feed(data)
         logger.warning("standard input ended: the parent died")
         os._exit(EXIT_PARENT_DIED)

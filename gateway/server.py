@@ -131,13 +131,15 @@ class Gateway:
                 self._models.learn(update.scheduler.model, on_loaded=self._update_readiness)
             self._links.on_update(update.scheduler)
             self._topology.on_update(update.scheduler)
+            if all(link.is_retiring for link in self._links):
+                self._became_ready.set()
 
     def open_reader(self) -> None:
         """Starts the processes that read long requests and conversations; without this, the first of these does."""
         self._models.open()
 
     async def wait_until_ready(self) -> None:
-        """Returns once a scheduler would serve a request."""
+        """Returns once a scheduler would serve a request, or all are drained: then none is to get one."""
         await self._became_ready.wait()
 
     async def drain(self, grace_s: float) -> None:

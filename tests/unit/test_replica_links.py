@@ -10,9 +10,11 @@ import pytest_asyncio
 
 from childproc.block_digests import DigestChain, root_digest, short_digest
 from childproc.wires import open_channel
+from echelon.client import AsyncClient
 from echelon.errors import InvalidRequestError, OverloadedError, UnavailableError
 from echelon.pb import control_pb2, control_pb2_grpc, scheduler_pb2
-from tests.helpers.replica_house import ReplicaHouse, replica_house
+from gateway.server import Gateway
+from tests.helpers.replica_house import ReplicaHouse, gateway_spec, replica_house
 
 
 @pytest_asyncio.fixture
@@ -220,6 +222,16 @@ async def test_a_drained_replica_gets_requests_again(house: ReplicaHouse) -> Non
     await house.schedulers[0].next_submit()
     house.schedulers[0].send_complete("r")
     await running
+
+
+async def test_a_gateway_of_a_drained_deployment_starts_and_takes_nothing(house: ReplicaHouse) -> None:
+    await house.lose_gateway()
+    house.gateway = Gateway(gateway_spec(*house.scheduler_addresses))
+    house.tell(0, retiring=True)
+    async with AsyncClient(await house.gateway.start()) as client:
+        await house.gateway.wait_until_ready()
+        with pytest.raises(UnavailableError, match="no scheduler is ready"):
+            await client.generate("x")
 
 
 async def test_a_scheduler_that_hung_is_ready_again_elsewhere(house: ReplicaHouse) -> None:
