@@ -4,9 +4,10 @@ Target and draft run in this process and take turns on real prompts, without sch
 does with a fixed number of drafts. CPU time counts, because it means something on a busy machine too. Variants take
 turns on each prompt, so that ratios compare the same moment.
 
-    python -m bench.levels --target /tmp/target --draft /tmp/draft --forced-acceptance 0.8
+    python -m bench.levels --target /tmp/target --draft /tmp/draft --forced-acceptances 0 0.7 0.8 0.9
 
-With --forced-acceptance, the output is not the model's: what a lookup finds in it is then no evidence either.
+With a forced acceptance, the output is not the model's: what a lookup finds in it is then no evidence either. The draft
+keeps what it keeps of a level beneath it in any case.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET, Round, 
 from workers.engine.chain_lookup import ChainLookup
 from workers.engine.draft_engine import DraftEngine
 from workers.engine.engine import Engine
+from workers.engine.lower_draft import LowerDraft
 
 MODELS = Path(__file__).parents[1] / "models"
 PLAIN = "plain"
@@ -58,7 +59,7 @@ class Cost:
 @dataclass(slots=True)
 class Drafter:
     engine: DraftEngine
-    lookup: ChainLookup | None = None
+    lower: LowerDraft | None = None
     cost: Cost = field(default_factory=Cost)
     gains: list[float] = field(default_factory=list)  # of each prompt, over plain decoding
 
@@ -129,7 +130,7 @@ def measure(
         alone = decode(target, None, prompt, sampling, **options)
         plain.add(alone)
         for drafter in drafters.values():
-            drafter.engine.lower = drafter.lookup
+            drafter.engine.lower = drafter.lower
             cost = decode(target, drafter.engine, prompt, sampling, **options)
             drafter.cost.add(cost)
             drafter.gains.append(alone.token_s / cost.token_s)
@@ -145,7 +146,7 @@ def rows_of(plain: Cost, drafters: dict[str, Drafter]) -> list[list[str]]:
                 name,
                 f"{1e3 * cost.target_s / cost.num_rounds:.1f}",
                 f"{1e3 * cost.draft_s / cost.num_rounds:.1f}",
-                "" if drafter.lookup is None else f"{share(drafter.lookup.num_kept, cost.num_drafted):.2f}",
+                "" if drafter.lower is None else f"{share(drafter.lower.num_kept, cost.num_drafted):.2f}",
                 f"{share(cost.num_accepted, cost.num_drafted):.2f}",
                 f"{cost.num_tokens / cost.num_rounds:.2f}",
                 f"{1e3 * cost.token_s:.1f}",
@@ -159,7 +160,7 @@ HEADER = [
     "drafter",
     "CPU ms, target round",
     "CPU ms, draft round",
-    "drafts that the lookup proposed",
+    "drafts from beneath",
     "accepted/drafted",
     "tokens/round",
     "CPU ms/token",
@@ -167,45 +168,75 @@ HEADER = [
 ]
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, default=MODELS / "demo-target")
-    parser.add_argument("--draft", type=Path, default=MODELS / "demo-draft")
+    parser.add_argument("--draft", type=Path, default=MODELS / "demo-draft", help="also the model beneath self-drafts")
     parser.add_argument("--self-drafts", nargs="*", choices=["int8", "int4", "mxfp4"], default=["int4"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-k", type=int, default=5, help="drafts per round")
-    parser.add_argument("--forced-acceptance", type=float, default=0.0, help="count this share of drafts as right")
+    parser.add_argument(
+        "--forced-acceptances",
+        type=float,
+        nargs="+",
+        default=[0.0],
+        help="shares of drafts that count as right; 0: off",
+    )
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0])
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--name", default="levels", help="name of the report")
     add_report_options(parser)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    load_here = partial(load, dtype=args.dtype, max_num_seqs=1, device="cpu")
-    target = load_here(args.target, ENGINE_ROLE_TARGET, forced_acceptance=args.forced_acceptance)
-    engines = {"sibling": load_here(args.draft, ENGINE_ROLE_DRAFT)}
+    return parser.parse_args()
+
+
+def drafters_of(engines: dict[str, tuple[DraftEngine, LowerDraft | None]]) -> dict[str, Drafter]:
+    """Each engine alone, with a lookup beneath it, and with the model that was loaded beneath it."""
+    drafters = {}
+    for name, (engine, model) in engines.items():
+        drafters |= {name: Drafter(engine), f"{name}, suffix beneath": Drafter(engine, ChainLookup())}
+        if model is not None:
+            model.num_kept = model.num_proposed = 0
+            drafters[f"{name}, draft beneath"] = Drafter(engine, model)
+    return drafters
+
+
+def load_drafts(args: argparse.Namespace) -> dict[str, tuple[DraftEngine, LowerDraft | None]]:
+    """The sibling, and self-drafts with the sibling beneath them."""
+    wanted = {"sibling": (args.draft, {})}
     for format in args.self_drafts:
-        engines[f"self, {format}"] = load_here(args.target, ENGINE_ROLE_DRAFT, quantization=format)
+        wanted[f"self, {format}"] = (args.target, {"quantization": format, "lower_model": str(args.draft)})
+    drafts = {}
+    for name, (folder, options) in wanted.items():
+        engine = load(folder, ENGINE_ROLE_DRAFT, dtype=args.dtype, max_num_seqs=1, device="cpu", **options)
+        assert isinstance(engine, DraftEngine), "loaded as drafts"
+        drafts[name] = engine, engine.lower
+    return drafts
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    drafts = load_drafts(args)
     tokenizer = load_tokenizer(args.target)
     prompts = [tokenizer.encode(text).ids for text in load_prompts(None, args.prompts)]
     parts = [
         f"{args.target.name} and {args.draft.name}, {args.dtype}, {args.threads} thread(s), k = {args.k}, "
-        f"{args.prompts} prompts x {args.tokens} tokens"
-        + (f", acceptance forced to {args.forced_acceptance:g}" if args.forced_acceptance else "")
-        + ". CPU time of rounds without scheduler and wires; x plain: median (least-greatest) of the prompts."
+        f"{args.prompts} prompts x {args.tokens} tokens. CPU time of rounds without scheduler and wires; x plain: "
+        "median (least-greatest) of the prompts."
     ]
-    for temperature in args.temperatures:
-        drafters = {}
-        for name, engine in engines.items():
-            assert isinstance(engine, DraftEngine), "loaded as drafts"
-            drafters |= {name: Drafter(engine), f"{name}, suffix beneath": Drafter(engine, ChainLookup())}
-        sampling = (
-            SeqSampling(temperature=temperature, top_p=1, repetition_penalty=1, seed=1) if temperature else GREEDY
-        )
-        plain = measure(target, drafters, prompts, sampling, k=args.k, num_tokens=args.tokens)
-        parts.append(f"## Temperature {temperature:g}\n\n" + table(HEADER, rows_of(plain, drafters)))
+    for forced in args.forced_acceptances:
+        options = {"dtype": args.dtype, "max_num_seqs": 1, "device": "cpu", "forced_acceptance": forced}
+        target = load(args.target, ENGINE_ROLE_TARGET, **options)
+        for temperature in args.temperatures if not forced else [0.0]:
+            drafters = drafters_of(drafts)
+            sampling = (
+                SeqSampling(temperature=temperature, top_p=1, repetition_penalty=1, seed=1) if temperature else GREEDY
+            )
+            plain = measure(target, drafters, prompts, sampling, k=args.k, num_tokens=args.tokens)
+            title = f"Acceptance forced to {forced:g}" if forced else f"Temperature {temperature:g}"
+            parts.append(f"## {title}\n\n" + table(HEADER, rows_of(plain, drafters)))
     command = shlex.join(["python", "-m", "bench.levels", *sys.argv[1:]])
     publish(args.name, "\n\n".join(parts), command=command, save=args.save, on=hardware("cpu"))
 

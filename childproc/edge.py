@@ -80,7 +80,7 @@ def _exit_at_once(signum: int, frame: FrameType | None) -> None:
     os._exit(0)
 
 
-def _exit_with_parent(stdin: BufferedReader, updates: Updates) -> None:
+def _exit_with_parent(stdin: "BufferedReader[FileIO]", updates: Updates) -> None:
     """From now on, the end of standard input ends this process at once: nothing may outlive its parent.
 
     `stdin`: that which the spec was read from; it may have read the first updates already.

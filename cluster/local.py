@@ -24,6 +24,7 @@ from cluster.deployment.settings import (
     CudaSettings,
     JobsSettings,
     KvCacheSettings,
+    KvDtype,
     LowerDraft,
     ModelSettings,
     Role,
@@ -64,6 +65,7 @@ class LocalDraft:
     num_layers: int = 0  # 0: all
     lower_draft: LowerDraft | Literal[""] = ""
     lower_folder: Path | None = None  # of a model beneath the draft, instead
+    kv_dtype: KvDtype = "auto"
     tp_size: int = 1
     layer_parallel_size: int = 1
     layer_groups: Sequence[Sequence[int]] | None = None  # None: auto
@@ -124,6 +126,7 @@ def local_settings(
         whole = replace(
             model("draft", draft.folder, draft.tp_size), layer_parallel=layers, lower_draft=draft.lower_draft
         )
+        whole = replace(whole, kv_dtype=draft.kv_dtype)
         if draft.lower_folder is not None:
             whole = replace(whole, lower=model("draft", draft.lower_folder, draft.tp_size))
         draft_model = made_at_load(whole, device, quantization=draft.quantization, num_layers=draft.num_layers)

@@ -13,7 +13,7 @@ from checkpoint.folder import ModelFolder, find_model, read_model_folder
 from childproc.speculation import DRAFT_MODEL_METHODS
 from cluster import state_dir
 from cluster.deployment.lower_drafts import with_lower
-from cluster.deployment.made_drafts import SELF, made_at_load, quantization_problems
+from cluster.deployment.made_drafts import SELF, kv_dtype_problems, made_at_load, quantization_problems
 from cluster.deployment.problems import problems_of
 from cluster.deployment.resolving import resolve_batch_invariant, resolve_scheduler, resolve_speculation
 from cluster.deployment.schema import DeploymentFile, Draft, KvCache, Replicas, Section, Server, Target, Tls
@@ -77,9 +77,10 @@ def _resolve(file: DeploymentFile, base: Path) -> tuple[Settings | None, list[Pr
     if target is None or (file.draft is not None and draft is None):
         return None, problems
     if draft is not None and file.draft is not None:
-        draft = replace(draft, layer_parallel=_layer_parallel(file.draft, target))
+        draft = replace(draft, layer_parallel=_layer_parallel(file.draft, target), kv_dtype=file.draft.kv_dtype)
         draft = with_lower(draft, file.draft.draft, base, problems)
         problems += [*_layer_parallel_problems(file.draft, draft), *quantization_problems(draft)]
+        problems += kv_dtype_problems(draft, file.kv_cache.tier_dtype)
     target, draft = _with_stored_weights(file, target, draft, problems)
     if method is not None and method not in DRAFT_MODEL_METHODS:
         draft = None  # none and suffix are for comparisons, so the file may keep its draft section

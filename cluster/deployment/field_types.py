@@ -50,12 +50,6 @@ def yaml_off(value: Any) -> Any:
     return "off" if value is False else value
 
 
-def _refuse(value: Any) -> Any:
-    if value is not None:
-        raise ValueError("is not built yet; leave the key out")
-    return value
-
-
 def built(*, use: str, later: tuple[str, ...]) -> BeforeValidator:
     """Refuse values that the schema knows and this version cannot do yet."""
 
@@ -91,7 +85,6 @@ OptionalSize = Annotated[
     int, BeforeValidator(_leave_out_nothing), BeforeValidator(parse_size, json_schema_input_type=int | str), Field(ge=1)
 ]
 FilePath = Annotated[str, path_of("file")]
-NotBuilt = Annotated[Any, AfterValidator(_refuse), Field(description="not built yet")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]  # what every message and operating system can carry
 Seconds = Annotated[float, Field(gt=0, le=WEEK_S, allow_inf_nan=False)]

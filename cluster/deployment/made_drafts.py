@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Literal
 
 from checkpoint.quantization import Quantization, WeightFormat
+from childproc.tier_block import TierDtype
 from cluster.deployment.settings import ModelSettings, Settings
 from cluster.errors import Problem
 
@@ -38,6 +39,19 @@ def quantization_problems(draft: ModelSettings) -> Iterator[Problem]:
         yield Problem(path="draft.quantization", value=repr(wanted.format), message=problem, remedy=remedy)
 
 
+def kv_dtype_problems(draft: ModelSettings, tier_dtype: TierDtype) -> Iterator[Problem]:
+    """Why the draft's KV cannot be in FP8."""
+    if draft.kv_dtype != "fp8":
+        return
+    message = ""
+    if draft.layer_parallel is not None:
+        message = "is not there for a layer-parallel draft"
+    elif tier_dtype != "same":
+        message = f"has 8 bits already, and kv_cache.tier_dtype {tier_dtype} would round its blocks again"
+    if message:
+        yield Problem(path="draft.kv_dtype", value="'fp8'", message=message, remedy="leave one of them out")
+
+
 def what_was_made(settings: Settings) -> str:
     """Of which weights the draft is made at load, and how, and what drafts for it, for people; empty if it is a model
     as it is."""
@@ -45,10 +59,11 @@ def what_was_made(settings: Settings) -> str:
     if draft is None:
         return ""
     is_self = draft.folder.path == settings.target.folder.path
-    if not is_self and draft.folder.quantization is None and not draft.lower_draft and draft.lower is None:
+    beneath = "earlier text" if draft.lower_draft else draft.lower and draft.lower.folder.path.name
+    if not is_self and draft.folder.quantization is None and not beneath and draft.kv_dtype == "auto":
         return ""
     source = "the target's own weights" if is_self else draft.folder.path.name
     rounded = "" if draft.folder.quantization is None else f" in {draft.folder.quantization.format}"
-    beneath = "earlier text" if draft.lower_draft else draft.lower and draft.lower.folder.path.name
+    kv = "" if draft.kv_dtype == "auto" else f", KV in {draft.kv_dtype}"
     lower = f", with drafts of its own from {beneath}" if beneath else ""
-    return f"{source}{rounded}, {draft.folder.config.num_layers} layers{lower}"
+    return f"{source}{rounded}, {draft.folder.config.num_layers} layers{kv}{lower}"

@@ -1,7 +1,7 @@
 """The deployment file: its keys, their defaults and their limits.
 
-Every key of the file is here, also those whose feature is not built yet: these are refused with a message when they
-are set, never ignored. Unknown keys are errors that name the nearest known one (`cluster.deployment.deployment_file`).
+A value whose feature is not built yet is refused with a message, never ignored. Unknown keys are errors that name the
+nearest known one (`cluster.deployment.deployment_file`).
 """
 
 from typing import Annotated, Any, Literal
@@ -14,7 +14,6 @@ from cluster.deployment.field_types import (
     WEEK_S,
     Dtype,
     FilePath,
-    NotBuilt,
     OptionalSize,
     Patience,
     Port,
@@ -102,7 +101,7 @@ class Draft(Section):
     layers: Annotated[int | Literal["all"], count_or("all", most=4096)] = Field(
         default="all", description="of the model, the first ones"
     )
-    kv_dtype: NotBuilt = None
+    kv_dtype: KvDtype = Field(default="auto", description="fp8: KV of the draft in half the bytes")
     draft: LowerDraft | None = Field(default=None, description="a draft of the draft, which verifies its proposals")
     tensor_parallel_size: Positive = 1
     layer_parallel_size: Annotated[int, Field(ge=1, le=64)] = Field(

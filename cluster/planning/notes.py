@@ -14,6 +14,8 @@ def model_notes(settings: Settings) -> Iterator[str]:
     yield from stored_weights_notes(settings)
     yield from _made_draft_notes(settings)
     yield from _lower_draft_notes(settings)
+    if settings.draft is not None and settings.draft.kv_dtype == "fp8" and settings.device == "cpu":
+        yield "the draft's KV in fp8 takes half the memory, and a CPU two to four times as long for a step"
     yield from _layer_parallel_notes(settings)
     yield from _draft_limit_notes(settings)
     yield from _batch_invariance_notes(settings)

@@ -408,7 +408,7 @@ class EngineSpec(google.protobuf.message.Message):
     captured_new_tokens: builtins.int
     """Steps in which no seq has more new tokens are captured, as CUDA graphs. 0: none are. On a CPU only tests set it."""
     kv_dtype: builtins.str
-    """"auto": that of the weights | "fp8", target only"""
+    """"auto": that of the weights | "fp8" """
     @property
     def layer_groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[echelon.pb.worker_pb2.LayerGroup]:
         """every layer, in order; empty: chosen by the similarity of hidden states"""

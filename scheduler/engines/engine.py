@@ -65,7 +65,9 @@ class EngineView(Generic[RowT]):
         config = tiers or TierConfig()
         self.tiers = Tiers(self.blocks, info, incarnation, config, self.contents) if has_tiers else None
         self.info = info
-        self._approximations = ["kv_cache.dtype: fp8"] if info.kv_dtype == "fp8" else []  # of every seq
+        # Of every seq; the KV of a draft changes no output.
+        is_approximate = info.kv_dtype == "fp8" and info.role == worker_pb2.ENGINE_ROLE_TARGET
+        self._approximations = ["kv_cache.dtype: fp8"] if is_approximate else []
         self.in_flight: deque[InFlight[RowT]] = deque()
         self.num_rounds = 0
         self.patience = Patience()

@@ -41,9 +41,9 @@ DEPLOYMENTS: dict[str, dict[str, Any]] = {
         },
     },
     "colocated, layers in one batch": {"draft": {"colocated": True, "layer_parallel_size": 4}},
-    "int4 self-draft with a lookup beneath": {
+    "int4 self-draft with KV in FP8 and a lookup beneath": {
         "speculation": CONTINUOUS,
-        "draft": {"folder": TARGET, "quantization": "int4", "lower_draft": "suffix"},
+        "draft": {"folder": TARGET, "quantization": "int4", "lower_draft": "suffix", "kv_dtype": "fp8"},
     },
     "tensor-parallel MXFP4 self-draft of the first layers, a model beneath": {
         "speculation": CONTINUOUS,

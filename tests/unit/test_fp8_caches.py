@@ -47,5 +47,7 @@ def test_logits_are_close_to_exact_ones_and_the_same_in_any_chunks(dtype: torch.
 
 
 def test_without_a_tokenizer_there_are_no_scales(tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match=r"kv_cache.dtype: .* has no tokenizer.json.*leave kv_cache.dtype out"):
+    with pytest.raises(
+        LoadError, match=r"KV in fp8: .* has no tokenizer.json.*leave kv_cache.dtype or draft.kv_dtype out"
+    ):
         use_fp8_caches(load(torch.float32), tmp_path, max_model_len=64, dtype=torch.float32)

@@ -24,7 +24,8 @@ from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET, EngineI
 from kernels.layers.quantized import dequantize_weight, quantize_weight
 from kernels.native.linear import why_not
 from tests.helpers.deployment_streams import DRAFT, TARGET
-from tests.helpers.engines import engine_spec
+from tests.helpers.engines import drive, engine_spec
+from tests.helpers.rounds import greedy
 from workers.collectives import SoloGroup
 from workers.engine.engine import Engine
 from workers.layers.context import BuildContext, WeightSlice
@@ -121,7 +122,10 @@ def settings_of(folder: Path, draft: str, rest: str = "device: cpu") -> Any:
 REFUSED = {
     "model: self": "draft.model: 'self': would be the target again",
     "model: self, quantization: int3": "draft.quantization: 'int3': must be 'int8', 'int4' or 'mxfp4'",
-    "model: self, quantization: int4, kv_dtype: int8": "draft.kv_dtype: 'int8': is not built yet; leave the key out",
+    "model: self, quantization: int4, kv_dtype: int8": "draft.kv_dtype: 'int8': must be 'auto' or 'fp8'",
+    "model: self, quantization: int4, kv_dtype: fp8, layer_parallel_size: 2": (
+        "draft.kv_dtype: 'fp8': is not there for a layer-parallel draft; leave one of them out"
+    ),
     "model: self, quantization: int4, draft: {method: suffix, model: x}": "draft.draft: needs one of method and model",
     "model: self, quantization: int4, draft: {}": "set method: suffix, or the folder of a small model",
     "model: self, quantization: int4, draft: {model: nowhere}": "draft.draft.model: 'nowhere': there is no such folder",
@@ -174,6 +178,28 @@ def test_a_draft_has_a_draft_where_the_file_says_so(tmp_path: Path) -> None:
     for role, lower in ((ENGINE_ROLE_DRAFT, "lookup"), (ENGINE_ROLE_TARGET, "suffix")):
         with pytest.raises(SpecError, match=f"lower_draft '{lower}'"):
             engine_of(DRAFT, role, lower_draft=lower)
+
+
+def test_kv_of_a_draft_in_fp8_is_counted_and_shown(tmp_path: Path) -> None:
+    key = "model: self, quantization: int4"
+    settings, exact = settings_of(tmp_path, f"{key}, kv_dtype: fp8"), settings_of(tmp_path, key)
+    assert 2 * settings.draft.kv_bytes_per_token == exact.draft.kv_bytes_per_token
+    assert settings.target.kv_dtype == "auto"
+    assert shown_settings(settings, None, None)["draft"] == "the target's own weights in int4, 8 layers, KV in fp8"
+
+
+def test_a_draft_in_fp8_drafts_nearly_what_it_would_have_drafted() -> None:
+    chains, sizes = [], []
+    for options in ({}, {"kv_dtype": "fp8"}):
+        engine = engine_of(TARGET, ENGINE_ROLE_DRAFT, **options)
+        driver = drive(engine)
+        seq = driver.start(0, list(range(300, 330)), greedy())
+        chains.append(list(driver.run((seq, driver.draft_row(seq, 12)))[0].token_ids))
+        sizes.append(engine.info.block_bytes)
+    exact, rounded = chains
+    assert sizes[0] == 4 * sizes[1], "fp32 and one byte"
+    assert len(rounded) == 12
+    assert sum(a == b for a, b in zip(exact, rounded, strict=True)) >= 3
 
 
 def test_a_model_beneath_a_draft_is_counted_and_shown(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A target whose KV cache is in FP8 (kv_cache.dtype: fp8): the scales of its heads, found at load."""
+"""A model whose KV cache is in FP8 (kv_cache.dtype, draft.kv_dtype): the scales of its heads, found at load."""
 
 import hashlib
 from pathlib import Path
@@ -17,8 +17,8 @@ def use_fp8_caches(model: CausalLM, folder: Path, *, max_model_len: int, dtype: 
     bits of the caches. Raises LoadError if the folder has no tokenizer.json."""
     token_ids = sample_token_ids(folder, min(MAX_TOKENS, max_model_len), model.config.vocab_size)
     if token_ids is None:
-        problem = f"kv_cache.dtype: {folder} has no tokenizer.json, so no text can show how large keys and values get"
-        raise LoadError(problem, "leave kv_cache.dtype out")
+        problem = f"KV in fp8: {folder} has no tokenizer.json, so no text can show how large keys and values get"
+        raise LoadError(problem, "leave kv_cache.dtype or draft.kv_dtype out")
     device = model.cos_sin.device
     batch = one_seq(token_ids.to(device))
     shape = (1, len(token_ids), model.kv_heads_per_rank, model.config.head_dim)

@@ -201,8 +201,8 @@ def _use_kv_dtype(
     """A digest of the rank's scales if the cache is in FP8, else nothing. Raises SpecError and LoadError."""
     if spec.kv_dtype in ("", "auto"):
         return ""
-    if spec.kv_dtype != "fp8" or spec.role != EngineRole.ENGINE_ROLE_TARGET or not isinstance(model, CausalLM):
-        raise SpecError(f"engines: kv_dtype {spec.kv_dtype!r} must be auto, or, for a target, fp8")
+    if spec.kv_dtype != "fp8" or not isinstance(model, CausalLM):
+        raise SpecError(f"engines: kv_dtype {spec.kv_dtype!r} must be auto, or fp8 where layers are not parallel")
     on_progress("measuring keys and values", 0, 0)
     return use_fp8_caches(model, Path(spec.model), max_model_len=spec.max_model_len, dtype=dtype)
 
