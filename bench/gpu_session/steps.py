@@ -14,7 +14,8 @@ _MACHINE = (
 # Files of tests/triton by what a wrong result in them would break.
 _TRITON = {
     "attention": ("paged_attention", "prefill_attention", "static_schedule", "attention_invariance", "large_caches"),
-    "layers": ("rms_norm", "silu_and_mul", "reshape_and_cache", "linear", "layer_parallel_qkv", "block_copy", "mxfp4"),
+    "layers": ("rms_norm", "silu_and_mul", "reshape_and_cache", "linear", "layer_parallel_qkv", "block_copy"),
+    "rounded-weights": ("mxfp4", "integer_linear"),
     "sampling": ("sample", "sampler", "sampling_ops", "noise", "truncation_threshold"),
     "whole-rounds": ("hot_path", "end_to_end"),
     "rounded-kv": ("kv_quant", "fp8_caches"),
