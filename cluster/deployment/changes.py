@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from checkpoint.folder import ModelFolder
-from cluster.deployment.settings import ScalingSettings, Settings
+from cluster.deployment.settings import ModelSettings, ScalingSettings, Settings
 
 # Settings that have another name in the file.
 _KEYS = {
@@ -22,12 +22,16 @@ _KEYS = {
     "draft.layer_parallel": "draft.layer_parallel_*",
     "target.folder": "target.model",
     "draft.folder": "draft.model",
+    "draft.lower_draft": "draft.draft.method",
+    "draft.lower.folder": "draft.draft.model",
     "colocated": "draft.placement",
     "speculation.adaptive": "speculation.num_speculative_tokens",
     "speculation.verdict_cache_rows": "speculation.verdict_cache",
 }
-_SECTIONS = {"scaling": "replicas.target_ongoing_requests"}  # that come or go as a whole
-_NO_KEYS = ("notes", "model_name", "target.role", "draft.role")  # follow from others
+# That come or go as a whole.
+_SECTIONS = {"scaling": "replicas.target_ongoing_requests", "draft.lower": "draft.draft.model"}
+# Follow from others.
+_NO_KEYS = ("notes", "model_name", "target.role", "draft.role", "target.kv_dtype", "draft.lower.tp_size")
 _MOST_REPLICAS = "replicas.max"  # decides the shares of what runs where there are tiers
 _LIVE = {
     "replicas.min",
@@ -75,7 +79,7 @@ class Change:
 def changes(old: Settings, new: Settings) -> list[Change]:
     """In the order of the settings."""
     return [
-        Change(key=key, old=_shown(before), new=_shown(after), effect=_effect(key, old))
+        Change(key=key, old=_shown(before, key), new=_shown(after, key), effect=_effect(key, old))
         for key, before, after in _differences(old, new)
     ]
 
@@ -98,12 +102,17 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any,
             yield from _differences(before, after, f"{name}.")
 
 
-def _shown(value: Any) -> str:
-    """For people. A folder whose files have changed shows the same path twice."""
+def _shown(value: Any, key: str) -> str:
+    """For people. A folder whose files have changed shows the same text twice."""
+    if isinstance(value, ModelSettings):
+        value = value.folder
     if isinstance(value, ModelFolder):
-        return str(value.path)
-    if value is None:
-        return "none"
+        rounded = "" if value.quantization is None else f" in {value.quantization.format}"
+        return f"{value.path}{rounded}, layers: {value.config.num_layers}"
     if isinstance(value, ScalingSettings):
         return str(value.target_ongoing_requests)
+    if isinstance(value, bool) and key == _KEYS["speculation.adaptive"]:
+        return "auto" if value else "fixed"
+    if value in (None, ""):
+        return "none"
     return "given" if dataclasses.is_dataclass(value) else str(value)

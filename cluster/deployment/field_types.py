@@ -1,6 +1,7 @@
 """Types of the keys of a deployment file: what values they take, and how a wrong one is refused."""
 
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 _SIZE_PATTERN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*$", re.IGNORECASE)
 _PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_MOST_BYTES = 2**63 - 1  # what messages carry
 _MAX_PATH_CHARS = 4000  # Linux takes 4095 bytes, with the folder of this file before it
 WEEK_S = 7 * 86_400
 
@@ -21,7 +23,7 @@ def parse_size(value: Any) -> Any:
         raise ValueError("is not a size; write bytes, or a number with a unit, like 512MiB or 64GiB")
     number, unit = match.groups(default="")
     base = 1024 if unit.lower().endswith("i") else 1000
-    return int(float(number) * base ** _PREFIXES[unit.lower().removesuffix("i")])
+    return int(Decimal(number) * base ** _PREFIXES[unit.lower().removesuffix("i")])
 
 
 def path_of(what: str) -> AfterValidator:
@@ -80,10 +82,9 @@ def flag_or_auto(value: Any) -> Any:
     return value
 
 
-Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str), Field(ge=1)]
-OptionalSize = Annotated[
-    int, BeforeValidator(_leave_out_nothing), BeforeValidator(parse_size, json_schema_input_type=int | str), Field(ge=1)
-]
+_SIZE_OF_TEXT = BeforeValidator(parse_size, json_schema_input_type=int | str)
+Size = Annotated[int, _SIZE_OF_TEXT, Field(ge=1, le=_MOST_BYTES)]
+OptionalSize = Annotated[int, BeforeValidator(_leave_out_nothing), _SIZE_OF_TEXT, Field(ge=1, le=_MOST_BYTES)]
 FilePath = Annotated[str, path_of("file")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]  # what every message and operating system can carry

@@ -48,3 +48,31 @@ def test_other_keys_are_named_as_in_the_file(settings: Settings, tmp_path: Path)
     server = ServerSettings(grpc_port=0, http_port=0, tls=TlsSettings(cert="c", key="k"))
     (change,) = changes(settings, replace(settings, server=server))
     assert (change.key, change.old, change.effect) == ("server.tls", "none", Effect.DOWN)
+
+
+def test_what_a_draft_is_made_of_is_told_as_the_file_says_it(settings: Settings, tmp_path: Path) -> None:
+    folder, small = tmp_path / "model", write_model_folder(tmp_path / "small", num_hidden_layers=1)
+
+    def differences(old: LocalDraft, new: LocalDraft) -> list[tuple[str, str, str, bool]]:
+        return found(local_settings(folder, draft=old), local_settings(folder, draft=new))
+
+    plain, beneath = LocalDraft(folder=folder), LocalDraft(folder=folder, lower_folder=small)
+    layers = settings.target.folder.config.num_layers
+    whole = f"{folder}, layers: {layers}"
+    assert differences(plain, beneath) == [("draft.draft.model", "none", f"{small}, layers: 1", False)]
+    assert differences(beneath, replace(beneath, lower_folder=folder)) == [
+        ("draft.draft.model", f"{small}, layers: 1", whole, False)
+    ]
+    assert differences(plain, replace(plain, lower_draft="suffix")) == [("draft.draft.method", "none", "suffix", False)]
+    assert differences(beneath, replace(beneath, tp_size=2)) == [("draft.tensor_parallel_size", "1", "2", False)]
+    assert differences(plain, replace(plain, quantization="int8")) == [
+        ("draft.model", whole, f"{folder} in int8, layers: {layers}", False)
+    ]
+
+
+def test_keys_that_stand_for_two_settings_are_told_once(settings: Settings) -> None:
+    folder = settings.target.folder.path
+    in_fp8 = local_settings(folder, draft=LocalDraft(folder=folder), kv_cache=KvCacheSettings(dtype="fp8"))
+    assert found(settings, in_fp8) == [("kv_cache.dtype", "auto", "fp8", False)]
+    fixed = replace(settings, speculation=replace(settings.speculation, adaptive=False))
+    assert found(settings, fixed) == [("speculation.num_speculative_tokens", "auto", "fixed", False)]

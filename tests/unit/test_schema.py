@@ -265,6 +265,8 @@ def test_all_problems_at_once_each_with_its_line(folder: Path) -> None:
         ("replicas: {target_ongoing_requests: 4}\n", "replicas.target_ongoing_requests: 4: needs replicas.max"),
         ("replicas: {max: 2, target_ongoing_requests: 0}\n", "replicas.target_ongoing_requests: 0: must be greater"),
         ("8: 1\n", "8: a key must be text; put it in quotes"),
+        ("jobs: {max_bytes: 8388608TiB}\n", "jobs.max_bytes: '8388608TiB': must be less than or equal to"),
+        (f"kv_cache: {{cpu_bytes: {'9' * 400}GB}}\n", "must be less than or equal to"),
         ("server: {grpc_port: 70000}\n", "server.grpc_port: 70000: must be less than or equal to 65535"),
         ("server: {grpc_port: 8000}\n", "server.http_port: 8000: is server.grpc_port too; choose another"),
         ("server: {http_port: 50051}\n", "server.http_port: 50051: is server.grpc_port too; choose another"),
