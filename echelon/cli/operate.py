@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from echelon.cli.deploy import StartupDisplay, the_only_deployment
-from echelon.cli.output import EXIT_FAILED, cluster_extra, exits, stderr, stdout
+from echelon.cli.output import EXIT_FAILED, UsageProblem, cluster_extra, exits, stderr, stdout
 
 NameArgument = Annotated[str | None, typer.Argument(help="Name of the deployment; needed only if there are several.")]
 
@@ -60,6 +60,13 @@ def restart(
     with cluster_extra():
         from cluster import lifecycle
     name = name or the_only_deployment(lifecycle.list_deployments)
+    known = lifecycle.list_deployments()
+    if known and name not in known and not rank:
+        whose = known[0] if len(known) == 1 else "NAME"
+        raise UsageProblem(
+            f"{name!r} is no deployment; known: {', '.join(known)}. For a part of one: "
+            f"echelon restart {whose} --rank {name}"
+        )
     with StartupDisplay(stderr()) as display:
         status = lifecycle.restart(name, rank or (), on_event=display.on_event)
     stdout().print(f"[bold]{name}[/bold] is {status.state}")

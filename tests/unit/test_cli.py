@@ -670,6 +670,18 @@ def test_commands_find_the_deployment(run: Run, monkeypatch: pytest.MonkeyPatch,
     assert "no deployment was started from this machine" in err
 
 
+def test_restart_of_a_part_without_its_deployment_says_how(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stub(monkeypatch, "restart", STATUS)
+    stub(monkeypatch, "list_deployments", ["demo"])
+    code, _, err = run("restart", "target-0.1")
+    assert code == 2
+    assert "'target-0.1' is no deployment; known: demo." in err
+    assert "echelon restart demo --rank target-0.1" in err
+    assert not calls
+    assert run("restart", "demo", "--rank", "target-0.1")[0] == 0
+    assert calls == [("demo", ["target-0.1"])]
+
+
 def test_schema_is_json(run: Run) -> None:
     code, out, _ = run("schema")
     assert code == 0
