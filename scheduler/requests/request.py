@@ -44,7 +44,7 @@ class Request:
     admitted_s: float | None = None
     first_token_s: float | None = None
     is_finished: bool = False
-    cached: CachedTokens = CachedTokens()  # of the sample that started first
+    cached: CachedTokens = CachedTokens()  # of the first sample, at that of its starts which found least
     approximations: set[str] = field(default_factory=set)  # as in Usage
     # [i]: of prompt token i + 1, None while it has not been computed.
     prompt_logprobs: list[sampling_pb2.PositionLogprobs | None] | None = None  # None: not requested
@@ -58,12 +58,14 @@ class Request:
     def wants_prompt_logprobs(self) -> bool:
         return self.prompt_logprobs is not None and None in self.prompt_logprobs
 
-    def admit(self, now: float, cached: CachedTokens) -> bool:
+    def admit(self, seq: "Seq", now: float, cached: CachedTokens) -> bool:
         """A sample starts with the KV of `cached`. Returns whether it is the first start of any sample."""
-        if self.admitted_s is not None:
-            return False
-        self.admitted_s, self.cached = now, cached
-        return True
+        if self.admitted_s is None:
+            self.admitted_s, self.cached = now, cached
+            return True
+        if seq.index == 0 and cached.total < self.cached.total:
+            self.cached = cached  # it starts again, and some of what was cached is computed after all
+        return False
 
     def note_token(self, now: float) -> None:
         """A sample has a new token."""

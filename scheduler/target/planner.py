@@ -265,7 +265,7 @@ class TargetPlanner:
             self._waiting.start(seq)
             seq.status = SeqStatus.RUNNING
             insort(self.running, state, key=_by_order)
-            self.num_queued -= seq.request.admit(now, cached) and not seq.request.is_background
+            self.num_queued -= seq.request.admit(seq, now, cached) and not seq.request.is_background
         return len(self.running) > num_running
 
     def _fetch(self, engine: EngineView[TargetRow], state: TargetState, now: float) -> bool:

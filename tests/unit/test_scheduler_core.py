@@ -605,6 +605,20 @@ def test_requests_wait_for_a_target_that_comes_back() -> None:
     sim.assert_all_free()
 
 
+def test_a_prompt_that_is_computed_after_all_does_not_count_as_cached() -> None:
+    """Its KV was in the cache of a target that was lost later."""
+    sim = Simulation(keeps_requests=True)
+    for request_id in ("first", "again"):
+        sim.submit(submit(request_id, prompt(1, 24), n=2, max_tokens=9))
+        while len(sim.tokens.get((request_id, 0), ())) < 3:
+            sim.step()
+        if request_id == "again":
+            sim.lose_target()
+            sim.return_target()
+        sim.run()
+    assert sim.completed["again"].usage.cached_prompt_tokens == 0
+
+
 def test_a_target_that_comes_back_smaller_fails_only_what_it_cannot_hold() -> None:
     sim = Simulation(target=FakeEngine(num_blocks=16, max_model_len=64), keeps_requests=True)
     sim.submit(submit("long", prompt(1, 30), max_tokens=30))
