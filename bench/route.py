@@ -8,6 +8,7 @@ replica that has the memory of all, which finds what can be found, and with a ro
 """
 
 import argparse
+import asyncio
 import heapq
 import itertools
 import random
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from bench.report import add_report_options, publish, table
 from childproc.block_digests import DigestChain, root_digest
 from echelon.pb.scheduler_pb2 import CacheReport, Submit
-from gateway.replicas.routing import CachedBlocks, Router
+from gateway.replicas.routing import CachedBlocks, Router, find_matches
 from scheduler.kv_cache.blocks import BlockManager
 from scheduler.kv_cache.contents import CacheContents
 
@@ -138,7 +139,7 @@ class Outcome:
 
 def run(load: Load, replicas: Sequence[Replica], *, by_cache: bool = True) -> Outcome:
     """Serve the conversations in simulated time."""
-    router = Router(_MODEL if by_cache else "another model, whose prefixes nobody has")
+    router = Router()
     fresh, order = conversations(load), itertools.count()
     events: list[tuple[float, int, Conversation, Running | None]] = []
     for conversation in itertools.islice(fresh, load.num_conversations):
@@ -148,7 +149,8 @@ def run(load: Load, replicas: Sequence[Replica], *, by_cache: bool = True) -> Ou
         now, _, conversation, running = heapq.heappop(events)
         if running is None:
             conversation.ask()
-            replica = router.choose(Submit(prompt_token_ids=conversation.tokens), replicas)
+            submit = Submit(prompt_token_ids=conversation.tokens)
+            replica = router.choose(asyncio.run(find_matches(_MODEL, submit, replicas)) if by_cache else {}, replicas)
             running, found = replica.begin(conversation.tokens, conversation.answer)
             num_turns, num_prompt, num_cached = num_turns + 1, num_prompt + len(conversation.tokens), num_cached + found
             heapq.heappush(events, (now + running.running_s, next(order), conversation, running))

@@ -17,6 +17,7 @@ from gateway.metrics import RequestMetrics
 from gateway.models import Models
 from gateway.replicas.links import Links
 from gateway.replicas.mailbox import Mailbox
+from gateway.replicas.routing import Matches
 from gateway.replicas.scheduler_link import SchedulerLink
 from gateway.requests.forms import Form
 from gateway.requests.refusal import Refusal, status_code
@@ -77,14 +78,17 @@ class Core:
                 if remaining_s is not None:
                     submit.timeout_s = remaining_s
                 submit.tenant, submit.cache_salt = caller.name, caller.salt(submit.cache_salt)
-                running.enter_context(self._running(submit, caller, replies.add(), arrived_s))
+                matches = await self._links.find_matches(submit)
+                running.enter_context(self._running(submit, matches, caller, replies.add(), arrived_s))
             yield replies
 
     @contextlib.contextmanager
-    def _running(self, submit: Submit, caller: Caller, mailbox: Mailbox, arrived_s: float) -> Iterator[None]:
+    def _running(
+        self, submit: Submit, matches: Matches, caller: Caller, mailbox: Mailbox, arrived_s: float
+    ) -> Iterator[None]:
         with contextlib.ExitStack() as limits:
             with self._counting_refusals():
-                link = self._choose_link(submit)
+                link = self._choose_link(submit, matches)
                 limits.enter_context(caller.running())
                 meter = self._metrics.start(arrived_s, partial(self._audit.request_ended, submit))
                 link.submit(submit, mailbox, meter)
@@ -129,14 +133,14 @@ class Core:
         reasons = "; ".join(f"{link.address}: {link.not_ready_reason}" for link in self._links)
         return Refusal(grpc.StatusCode.UNAVAILABLE, f"no scheduler is ready ({reasons})")
 
-    def _choose_link(self, submit: Submit) -> SchedulerLink:
+    def _choose_link(self, submit: Submit, matches: Matches) -> SchedulerLink:
         if self.is_running(submit.request_id):
             raise Refusal(
                 grpc.StatusCode.ALREADY_EXISTS,
                 f"request_id: {submit.request_id!r} is the id of a request that is running",
             )
         self._check_open()
-        link = self._links.choose(submit)
+        link = self._links.choose(submit, matches)
         if link is None:
             raise self._nobody_is_ready()
         return link

@@ -8,7 +8,7 @@ from echelon.pb.process_pb2 import ProcessIdentity, SchedulerUpdate
 from echelon.pb.scheduler_pb2 import Submit
 from gateway.replicas.events import EventLog, StatusWatch
 from gateway.replicas.progress import RunningRequest
-from gateway.replicas.routing import Router
+from gateway.replicas.routing import Matches, Router, find_matches
 from gateway.replicas.scheduler_link import SchedulerLink
 
 
@@ -46,15 +46,22 @@ class Links(Sequence[SchedulerLink]):
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    def choose(self, submit: Submit) -> SchedulerLink | None:
+    async def find_matches(self, submit: Submit) -> Matches:
+        """How much of a new request's prompt each replica has cached."""
+        links = self._of_model(submit.model_id)
+        return await find_matches(links[0].model_name, submit, links) if links else {}
+
+    def choose(self, submit: Submit, matches: Matches) -> SchedulerLink | None:
         """Where a new request goes; None if it would be served nowhere."""
-        links = [link for link in self._links if link.model_id == submit.model_id]
+        links = self._of_model(submit.model_id)
         accepting = [link for link in links if link.accepts_requests]
         candidates = [link for link in accepting if link.ready] or accepting or self._last_resort(submit, links)
         if not candidates:
             return None
-        router = self._routers.setdefault(submit.model_id, Router(candidates[0].model_name))
-        return router.choose(submit, candidates)
+        return self._routers.setdefault(submit.model_id, Router()).choose(matches, candidates)
+
+    def _of_model(self, model_id: str) -> list[SchedulerLink]:
+        return [link for link in self._links if link.model_id == model_id]
 
     def _last_resort(self, submit: Submit, links: Sequence[SchedulerLink]) -> list[SchedulerLink]:
         """For a request that was read for a model just before another took its place: what still finishes its own."""
@@ -120,8 +127,7 @@ class Links(Sequence[SchedulerLink]):
 
     def _move(self, request_id: str, running: RunningRequest) -> bool:
         """To a link of its model that has not refused it, from where its client is. False: there is none."""
-        model_id = running.progress.model_id
-        links = [link for link in self._links if link.model_id == model_id and link.accepts_requests]
+        links = [link for link in self._of_model(running.progress.model_id) if link.accepts_requests]
         links = [link for link in links if link not in running.refused_by]
         if not links:
             return False

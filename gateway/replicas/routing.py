@@ -5,8 +5,9 @@ that would take it too far above the mean. The replicas themselves report what t
 started again knows it too.
 """
 
+import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -29,6 +30,7 @@ class Tuning:
 
 
 _TUNING = Tuning()
+_AT_ONCE = 128  # blocks that are hashed before others have their turn, some 0.4 ms
 
 
 class CachedBlocks:
@@ -63,29 +65,62 @@ R = TypeVar("R", bound=Replica)
 
 
 @dataclass(frozen=True, slots=True)
-class _Match:
+class Match:
+    """The longest beginning of a prompt that a replica has cached."""
+
     num_blocks: int
     end: int  # short digest of its last block; 0 without one
 
 
-_NO_MATCH = _Match(0, 0)
+_NO_MATCH = Match(0, 0)
+Matches = Mapping[int, Match]  # by the id() of the replica; one without a match may be missing
+
+
+async def find_matches(model_name: str, submit: Submit, replicas: Sequence[Replica]) -> Matches:
+    """Hashes no further than the longest of them, and pauses again and again: 128k cached tokens take some 25 ms."""
+    matches: dict[int, Match] = {}
+    if len(replicas) > 1:
+        for block_size in {replica.cache.block_size for replica in replicas} - {0}:
+            chain = DigestChain(root_digest(model_name, block_size, submit.cache_salt), block_size)
+            holding = [replica for replica in replicas if replica.cache.block_size == block_size]
+            # The last token of a prompt is always computed.
+            num_blocks = (len(submit.prompt_token_ids) - 1) // block_size
+            await _match(chain, submit.prompt_token_ids, num_blocks, holding, matches)
+    return matches
+
+
+async def _match(
+    chain: DigestChain, token_ids: Sequence[int], num_blocks: int, holding: list[Replica], matches: dict[int, Match]
+) -> None:
+    match = _NO_MATCH
+    for number in range(1, num_blocks + 1):
+        digest = short_digest(chain.extend(token_ids, number)[-1])
+        still_holding = [replica for replica in holding if digest in replica.cache]
+        if len(still_holding) < len(holding):
+            matches.update((id(replica), match) for replica in holding)
+            holding = still_holding
+            if not holding:
+                return
+        match = Match(number, digest)
+        if number % _AT_ONCE == 0:
+            await asyncio.sleep(0)
+    matches.update((id(replica), match) for replica in holding)
 
 
 class Router:
     """Chooses for one request after the other."""
 
-    def __init__(self, model_name: str, tuning: Tuning = _TUNING) -> None:
-        self._model_name = model_name
+    def __init__(self, tuning: Tuning = _TUNING) -> None:
         self._tuning = tuning
         self._recent: dict[int, float] = {}  # requests that each replica got of late
         self._num_ended: OrderedDict[int, int] = OrderedDict()  # matches by their end, the latest last
 
-    def choose(self, submit: Submit, replicas: Sequence[R]) -> R:
+    def choose(self, found: Matches, replicas: Sequence[R]) -> R:
         """One of these, of which there must be at least one."""
         if len(replicas) == 1:
             return replicas[0]
         self._age(replicas)
-        matches = self._matches(submit, replicas)
+        matches = {id(replica): found.get(id(replica), _NO_MATCH) for replica in replicas}
         free = self._not_overloaded(replicas)
         best = max((matches[id(replica)] for replica in free), key=lambda match: match.num_blocks)
         if best.num_blocks and not self._is_common(best, free[0].cache):
@@ -106,25 +141,7 @@ class Router:
         most = self._tuning.most_load * mean + self._tuning.spare
         return [replica for replica in replicas if replica.load + 1 <= most]
 
-    def _matches(self, submit: Submit, replicas: Sequence[R]) -> dict[int, _Match]:
-        """The longest cached prefix of each replica; hashes no further than the longest of them."""
-        matches = {id(replica): _NO_MATCH for replica in replicas}
-        for block_size in {replica.cache.block_size for replica in replicas} - {0}:
-            holding = [replica for replica in replicas if replica.cache.block_size == block_size]
-            self._match(submit, block_size, holding, matches)
-        return matches
-
-    def _match(self, submit: Submit, block_size: int, holding: list[R], matches: dict[int, _Match]) -> None:
-        chain = DigestChain(root_digest(self._model_name, block_size, submit.cache_salt), block_size)
-        # The last token of a prompt is always computed.
-        for number in range(1, (len(submit.prompt_token_ids) - 1) // block_size + 1):
-            digest = short_digest(chain.extend(submit.prompt_token_ids, number)[-1])
-            holding = [replica for replica in holding if digest in replica.cache]
-            if not holding:
-                return
-            matches.update((id(replica), _Match(number, digest)) for replica in holding)
-
-    def _is_common(self, match: _Match, cache: CachedBlocks) -> bool:
+    def _is_common(self, match: Match, cache: CachedBlocks) -> bool:
         num_before = self._num_ended.pop(match.end, 0)
         self._num_ended[match.end] = num_before + 1
         if len(self._num_ended) > self._tuning.ends_remembered:

@@ -1,5 +1,6 @@
 """Requests go where their prefixes are cached, unless others have far less to do."""
 
+import asyncio
 import random
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -9,7 +10,7 @@ import pytest
 from bench.route import Load, compare
 from childproc.block_digests import Digest, DigestChain, root_digest, short_digest
 from echelon.pb.scheduler_pb2 import CacheReport, Submit
-from gateway.replicas.routing import CachedBlocks, Router
+from gateway.replicas.routing import CachedBlocks, Router, find_matches
 from scheduler.kv_cache.contents import CacheContents, CacheWatch
 
 SIZE = 4
@@ -34,67 +35,83 @@ def submit(token_ids: list[int], salt: str = "") -> Submit:
     return Submit(prompt_token_ids=token_ids, cache_salt=salt)
 
 
+def choose(router: Router, message: Submit, replicas: list[FakeReplica], model: str = "m") -> FakeReplica:
+    return router.choose(asyncio.run(find_matches(model, message, replicas)), replicas)
+
+
 def test_the_longest_cached_prefix_wins_and_on_a_miss_the_least_load() -> None:
     prompt = list(range(40))
     short, long, idle = FakeReplica(3).cached(prompt[:8]), FakeReplica(3).cached(prompt[:32]), FakeReplica(2)
-    router = Router("m")
-    assert router.choose(submit(prompt), [short, long, idle]) is long
-    assert router.choose(submit(prompt[:12]), [idle, short, FakeReplica(5)]) is short
-    assert router.choose(submit([7, *prompt]), [short, long, idle]) is idle, "another beginning"
-    assert router.choose(submit(prompt, salt="mine"), [short, long, idle]) is idle, "other salts share nothing"
-    assert Router("another").choose(submit(prompt), [short, long, idle]) is idle
+    router = Router()
+    assert choose(router, submit(prompt), [short, long, idle]) is long
+    assert choose(router, submit(prompt[:12]), [idle, short, FakeReplica(5)]) is short
+    assert choose(router, submit([7, *prompt]), [short, long, idle]) is idle, "another beginning"
+    assert choose(router, submit(prompt, salt="mine"), [short, long, idle]) is idle, "other salts share nothing"
+    assert choose(router, submit(prompt), [short, long, idle], model="another") is idle
 
 
 def test_the_last_token_of_a_prompt_is_computed_wherever_it_is_cached() -> None:
     prompt = list(range(SIZE))
-    assert Router("m").choose(submit(prompt), [FakeReplica(1).cached(prompt), idle := FakeReplica(0)]) is idle
+    assert choose(Router(), submit(prompt), [FakeReplica(1).cached(prompt), idle := FakeReplica(0)]) is idle
 
 
 def test_a_prefix_does_not_overload_a_replica() -> None:
     prompt = list(range(40))
     holder, half, other = FakeReplica(20).cached(prompt), FakeReplica(9).cached(prompt[:20]), FakeReplica(8)
-    assert Router("m").choose(submit(prompt), [holder, half, other]) is half, "the next longest"
+    assert choose(Router(), submit(prompt), [holder, half, other]) is half, "the next longest"
     holder.load = 12
-    assert Router("m").choose(submit(prompt), [holder, half, other]) is holder
+    assert choose(Router(), submit(prompt), [holder, half, other]) is holder
 
 
 def test_without_differences_replicas_take_turns() -> None:
     replicas = [FakeReplica() for _ in range(3)]
-    router = Router("m")
-    chosen = [router.choose(submit([number] * 9), replicas) for number in range(9)]
+    router = Router()
+    chosen = [choose(router, submit([number] * 9), replicas) for number in range(9)]
     assert all(first is not second for first, second in pairwise(chosen))
     assert {chosen.count(replica) for replica in replicas} == {3}
 
 
 def test_a_new_replica_gets_its_share_and_not_everything() -> None:
     replicas = [FakeReplica() for _ in range(2)]
-    router = Router("m")
+    router = Router()
     for number in range(60):
-        router.choose(submit([number] * 9), replicas)
+        choose(router, submit([number] * 9), replicas)
     replicas.append(FakeReplica())
-    chosen = [router.choose(submit([number] * 9), replicas) for number in range(60, 90)]
+    chosen = [choose(router, submit([number] * 9), replicas) for number in range(60, 90)]
     assert [chosen.count(replica) for replica in replicas] == [10, 10, 10]
 
 
 def test_a_common_beginning_spreads_to_all_and_a_conversation_stays() -> None:
     replicas = [FakeReplica() for _ in range(3)]
-    router = Router("m")
+    router = Router()
     system, rng = list(range(32)), random.Random(0)
-    first = [router.choose(submit([*system, *rng.choices(range(99), k=8)]), replicas).cached(system) for _ in range(9)]
+    first = [choose(router, submit([*system, *rng.choices(range(99), k=8)]), replicas).cached(system) for _ in range(9)]
     assert set(map(id, first)) == set(map(id, replicas))
     conversation = system
     holder = replicas[1]
     for _ in range(6):
         conversation = [*conversation, *rng.choices(range(99), k=12)]
         holder.cached(conversation)
-        assert router.choose(submit([*conversation, 1]), replicas) is holder
+        assert choose(router, submit([*conversation, 1]), replicas) is holder
 
 
 def test_a_beginning_that_fills_caches_is_not_copied() -> None:
     document = list(range(SIZE * 500))  # half of the cache
     replicas = [FakeReplica().cached(document), FakeReplica()]
-    router = Router("m")
-    assert all(router.choose(submit([*document, number]), replicas) is replicas[0] for number in range(9))
+    router = Router()
+    assert all(choose(router, submit([*document, number]), replicas) is replicas[0] for number in range(9))
+
+
+async def test_a_long_prompt_lets_others_have_their_turn() -> None:
+    prompt = list(range(SIZE * 5000))
+    replicas = [FakeReplica().cached(prompt), FakeReplica().cached(prompt[: SIZE * 4000])]
+    finding, num_turns = asyncio.create_task(find_matches("m", submit(prompt), replicas)), 0
+    while not finding.done():
+        await asyncio.sleep(0)
+        num_turns += 1
+    assert num_turns > 10
+    found = finding.result()
+    assert [found[id(replica)].num_blocks for replica in replicas] == [4999, 4000]
 
 
 def test_reports_in_any_pace_tell_what_the_cache_holds() -> None:
