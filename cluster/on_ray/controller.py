@@ -182,6 +182,8 @@ class Controller:
             # From now on another controller would end what is left of it.
             self._keep(lambda desired: desired.with_replicas(others))
         finally:
+            with self._keeping:  # it is gone, even if that cannot be written down
+                self._desired = self._desired.with_replicas(others)
             self._end(replica.processes, grace_s=_REMOVED_GRACE_S, first=[replica.scheduler.name])
 
     def _end(self, processes: Sequence[Bundle | ControlProcess], *, grace_s: float, first: Sequence[str] = ()) -> None:

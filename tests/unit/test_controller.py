@@ -143,6 +143,28 @@ def test_a_replica_that_cannot_be_written_down_is_ended_again(
     assert [each.name for each in serving.status()[1].processes] == ["target-0.0", "scheduler-0", "gateway-0"]
 
 
+def test_a_replica_that_is_gone_is_forgotten_even_if_that_cannot_be_written_down(
+    serving: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(serving.desired().settings, drain_timeout_s=0.0)
+    serving.apply(with_replicas(settings, 2))
+
+    def fail_for_one(desired: DesiredState) -> None:
+        if len(desired.plan.replicas) == 1:
+            raise OSError(28, "No space left on device")
+        desired_module.save(desired)
+
+    monkeypatch.setattr(controller_module, "save", fail_for_one)
+    with pytest.raises(StartError, match=r"desired\.json cannot be written"):
+        serving.apply(with_replicas(settings, 1))
+    monkeypatch.setattr(controller_module, "save", desired_module.save)
+    serving.apply(with_replicas(settings, 1))
+    written = load(serving.desired().path)
+    assert written is not None
+    assert [replica.number for replica in written.plan.replicas] == [0]
+    assert [each.name for each in serving.status()[1].processes] == ["target-0.0", "scheduler-0", "gateway-0"]
+
+
 class SilentHost:
     """Answers nothing until the test ends, and is gone then."""
 
