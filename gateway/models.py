@@ -33,6 +33,7 @@ class Models:
         self._spec = spec
         self.current_id = spec.model_id
         self._models = {spec.model_id: _model(spec, build_validator(spec))}
+        self._served: frozenset[str] = frozenset(self._models)  # by some replica
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -53,6 +54,7 @@ class Models:
             return await model.reader.read(form, data)
         finally:
             model.num_reads -= 1
+            self._forget_unserved()
 
     def open(self) -> None:
         """Start the processes that read requests; without this, the first request does."""
@@ -93,8 +95,13 @@ class Models:
         usable = [model_id for model_id in of_ready if model_id in self._models]
         if usable:
             self.current_id = usable[-1]
-        for model_id in self._models.keys() - {*of_replicas, self.current_id}:
-            if not self._models[model_id].num_reads:  # otherwise after the next change
+        self._served = frozenset(of_replicas)
+        self._forget_unserved()
+
+    def _forget_unserved(self) -> None:
+        """But for those that requests are read for."""
+        for model_id in self._models.keys() - self._served - {self.current_id}:
+            if not self._models[model_id].num_reads:
                 closing = asyncio.create_task(self._models.pop(model_id).reader.close())
                 self._closing.add(closing)
                 closing.add_done_callback(self._closing.discard)

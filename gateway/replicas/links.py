@@ -78,6 +78,10 @@ class Links(Sequence[SchedulerLink]):
     def _tell(self, link: SchedulerLink, update: SchedulerUpdate) -> None:
         match update.WhichOneof("state"):
             case "address":
+                if update.HasField("model") and update.model.model_id != link.model_id:
+                    # A controller was lost before it wrote down that a replica is gone; the next one counts it again.
+                    link.model_id, link.model_name = update.model.model_id, update.model.model_name
+                    link.hand_over()
                 if update.address != link.address:
                     self._events.info(update.replica, f"its scheduler was started again at {update.address}")
                 link.redirect(update.address)

@@ -11,7 +11,9 @@ import pytest_asyncio
 from echelon.errors import InvalidRequestError, UnavailableError
 from echelon.pb import inference_pb2 as pb
 from echelon.pb.process_pb2 import GatewayModel
+from echelon.pb.reading_pb2 import Reading
 from echelon.resuming import ResumableRequest
+from gateway.requests.forms import Form
 from gateway.requests.refusal import Refusal
 from gateway.requests.validation import build_validator
 from tests.helpers.fake_scheduler import FakeScheduler
@@ -73,6 +75,51 @@ async def test_no_model_goes_on_with_the_tokens_of_another(house: ReplicaHouse, 
     with pytest.raises(UnavailableError, match="no other accepts requests"):
         await stream.result()
     assert second.received.empty()
+
+
+async def test_a_link_that_gets_the_scheduler_of_another_model_keeps_no_request(
+    house: ReplicaHouse, tmp_path: Path
+) -> None:
+    """As after a controller that was lost between the removal of a replica and writing that down."""
+    another = model(write_model_folder(tmp_path / "another"))
+    second = await house.add(model=another)
+    await serves(house, "another")
+    new = asyncio.ensure_future(house.client.generate([3, 4], request_id="new"))
+    await second.next_submit()
+    third = await house.add(model=another)
+    first_model = GatewayModel(model_id="", model_name="demo")
+    house.tell(1, address=house.scheduler_addresses[0], model=first_model)
+    async with asyncio.timeout(30):
+        moved = await third.next_submit()
+    assert (moved.request_id, moved.model_id) == ("new", "id of another")
+    third.send_complete("new")
+    await new
+    assert house.scheduler.received.empty()
+
+
+async def test_a_model_is_forgotten_once_its_last_request_was_read(house: ReplicaHouse, tmp_path: Path) -> None:
+    """Its processes would hold memory for as long as nothing else changes."""
+    models = house.gateway._models
+    reader = models._models[""].reader
+    reading, closed = asyncio.Event(), asyncio.Event()
+
+    async def read(form: Form, data: bytes) -> Reading:
+        await reading.wait()
+        return Reading()
+
+    async def close() -> None:
+        closed.set()
+
+    reader.read, reader.close = read, close  # type: ignore[method-assign]
+    asked = asyncio.ensure_future(models.read(Form.GENERATE, b""))
+    await house.add(model=model(write_model_folder(tmp_path / "another")))
+    await serves(house, "another")
+    house.tell(0, removed=True)
+    assert not closed.is_set()
+    reading.set()
+    await asked
+    async with asyncio.timeout(30):
+        await closed.wait()
 
 
 async def test_the_way_back_is_a_change_like_any_other(house: ReplicaHouse, tmp_path: Path) -> None:
