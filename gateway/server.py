@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import sqlite3
 import time
 from pathlib import Path
 
@@ -55,6 +56,7 @@ _SERVICES = tuple(service.full_name for service in (_INFERENCE, _JOBS, _CONTROL,
 # so beyond 16 MiB there is less to spare, down to twice what a token takes.
 _BYTES_PER_TOKEN, _LEAST_BYTES_PER_TOKEN = 32, 8
 _LEAST_MAX_MESSAGE_BYTES, _GENEROUS_MAX_MESSAGE_BYTES = 1 << 20, 16 << 20
+_JOB_NUMBERS_S = 1.0  # for which a scrape waits for them
 _NOTICE_S = 3.0  # for clients and load balancers to hear that the gateway stops
 
 
@@ -208,7 +210,7 @@ class Gateway:
         host, port = self._spec.server.host, self._spec.server.http_port
         if not port:
             return None
-        collector, of_jobs = ReplicaCollector(), JobCollector(self._spec.model_name)
+        collector, of_jobs = ReplicaCollector(), JobCollector(lambda: self._models.name)
 
         async def refresh() -> None:
             names = [link.model_name for link in self._links]
@@ -235,12 +237,16 @@ class Gateway:
             raise StartupError(bind_problem(host, port, err, key="server.http_port")) from err
 
     async def _job_numbers(self) -> JobNumbers | None:
-        """None: this gateway has no jobs, or another owns them."""
+        """None: this gateway has no jobs, another owns them, or their disk does not answer."""
         if self._jobs is None:
             return None
         try:
-            return await self._jobs.numbers()
+            async with asyncio.timeout(_JOB_NUMBERS_S):
+                return await self._jobs.numbers()
         except Refusal:
+            return None
+        except (sqlite3.Error, TimeoutError) as err:
+            logger.warning("metrics lack the jobs, which cannot be counted: %r", err)
             return None
 
     def _update_readiness(self) -> None:

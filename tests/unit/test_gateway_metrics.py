@@ -1,7 +1,9 @@
 """What the metrics say about requests, and what Prometheus reads from a gateway."""
 
 import asyncio
+import contextlib
 import socket
+import sqlite3
 import urllib.error
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 import pytest_asyncio
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 
 from echelon import __version__
 from echelon.client import AsyncClient
@@ -17,6 +19,8 @@ from echelon.errors import InvalidRequestError
 from echelon.pb import inference_pb2 as pb
 from echelon.pb import process_pb2, scheduler_pb2, worker_pb2
 from gateway.doors import http_server
+from gateway.job_metrics import JobCollector
+from gateway.jobs.jobs import JobNumbers
 from gateway.metrics import RequestMetrics
 from gateway.server import Gateway, StartupError
 from tests.helpers.fake_scheduler import FakeScheduler, serve
@@ -107,12 +111,14 @@ def gateway_spec(scheduler_address: str, http_port: int) -> process_pb2.GatewayS
 
 
 @pytest_asyncio.fixture
-async def house(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
+async def house(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[House]:
     monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 20)
     scheduler = FakeScheduler()
     server, scheduler_address = await serve(scheduler)
     port = free_port()
-    gateway = Gateway(gateway_spec(scheduler_address, port))
+    spec = gateway_spec(scheduler_address, port)
+    spec.jobs.CopyFrom(process_pb2.JobsSection(path=str(tmp_path / "jobs"), max_running=1, retention_s=1e6))
+    gateway = Gateway(spec)
     address = await gateway.start()
     await gateway.wait_until_ready()
     async with AsyncClient(address) as client:
@@ -173,6 +179,26 @@ async def test_a_scrape_asks_the_scheduler(house: House) -> None:
     assert by_position == [40, 20]
     house.scheduler.status.num_requests_running = 4
     assert (await house.scrape())["echelon:num_requests_running", "0"] == 4
+
+
+async def test_a_scrape_does_without_jobs_that_cannot_be_counted(house: House, tmp_path: Path) -> None:
+    assert (await house.scrape())["echelon:job_items_left",] == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "jobs" / "jobs.sqlite")) as store:
+        store.execute("ALTER TABLE jobs RENAME TO lost")
+    samples = await house.scrape()
+    assert samples["echelon:replica_ready", "0"] == 1
+    assert ("echelon:job_items_left",) not in samples
+
+
+def test_jobs_are_counted_under_the_model_that_is_served_now() -> None:
+    names, registry = ["old", "new"], CollectorRegistry(auto_describe=False)
+    collector = JobCollector(lambda: names[0])
+    collector.numbers = JobNumbers(by_status={}, num_left=3, oldest_age_s=0.0, num_completed=1, num_failed=0)
+    registry.register(collector)
+    while names:
+        samples = parse(generate_latest(registry).decode(), model_name=names[0])
+        assert samples["echelon:job_items_left",] == 3
+        names.pop(0)
 
 
 async def test_a_scrape_shows_every_tier_of_every_engine(house: House) -> None:
