@@ -13,6 +13,8 @@ from echelon.pb import inference_pb2 as pb
 from echelon.pb.process_pb2 import GatewayModel
 from echelon.pb.reading_pb2 import Reading
 from echelon.resuming import ResumableRequest
+from gateway import models as models_module
+from gateway.models import Models
 from gateway.requests.forms import Form
 from gateway.requests.refusal import Refusal
 from gateway.requests.validation import build_validator
@@ -97,29 +99,42 @@ async def test_a_link_that_gets_the_scheduler_of_another_model_keeps_no_request(
     assert house.scheduler.received.empty()
 
 
-async def test_a_model_is_forgotten_once_its_last_request_was_read(house: ReplicaHouse, tmp_path: Path) -> None:
-    """Its processes would hold memory for as long as nothing else changes."""
-    models = house.gateway._models
-    reader = models._models[""].reader
-    reading, closed = asyncio.Event(), asyncio.Event()
+class SlowReader:
+    """Reads nothing before it is told to."""
 
-    async def read(form: Form, data: bytes) -> Reading:
-        await reading.wait()
+    def __init__(self, *_: object) -> None:
+        self.may_read, self.has_closed = asyncio.Event(), asyncio.Event()
+
+    def open(self) -> None: ...
+
+    async def read(self, form: Form, data: bytes) -> Reading:
+        await self.may_read.wait()
         return Reading()
 
-    async def close() -> None:
-        closed.set()
+    async def close(self) -> None:
+        self.has_closed.set()
 
-    reader.read, reader.close = read, close  # type: ignore[method-assign]
-    asked = asyncio.ensure_future(models.read(Form.GENERATE, b""))
-    await house.add(model=model(write_model_folder(tmp_path / "another")))
-    await serves(house, "another")
-    house.tell(0, removed=True)
-    assert not closed.is_set()
-    reading.set()
+
+async def test_a_model_is_forgotten_once_its_last_request_was_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its processes would hold memory for as long as nothing else changes."""
+    old = SlowReader()
+    monkeypatch.setattr(models_module, "RequestReader", lambda *_: old)
+    models = Models(gateway_spec("127.0.0.1:1"))
+    monkeypatch.setattr(models_module, "RequestReader", SlowReader)
+    loaded = asyncio.Event()
+    models.learn(model(write_model_folder(tmp_path / "another")), loaded.set)
+    await loaded.wait()
+    asked = asyncio.create_task(models.read(Form.GENERATE, b""))
+    await asyncio.sleep(0)
+    models.choose(["id of another"], ["id of another"])
+    await asyncio.sleep(0)
+    assert not old.has_closed.is_set()
+    old.may_read.set()
     await asked
     async with asyncio.timeout(30):
-        await closed.wait()
+        await old.has_closed.wait()
 
 
 async def test_the_way_back_is_a_change_like_any_other(house: ReplicaHouse, tmp_path: Path) -> None:
