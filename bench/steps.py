@@ -160,6 +160,22 @@ def cost(round_: Callable[[], None], runs: int) -> Cost:
     return Cost(1e3 * min(walls), 1e3 * statistics.median(walls), 1e3 * min(cpus))
 
 
+def read_bandwidth(device: str) -> float:
+    """Bytes a second that all threads read from memory, at best: a dot product of 1 GiB with itself."""
+    numbers = torch.ones(1 << 28, device=device)
+
+    def read() -> None:
+        torch.dot(numbers, numbers).item()
+
+    return numbers.nbytes / (cost(read, runs=20).least / 1e3)
+
+
+def floor(folder: Path, bandwidth: float) -> str:
+    """What a step takes at least, because it reads the model once."""
+    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return f"{folder.name} ({num_bytes / 1e6:.0f} MB) {1e3 * num_bytes / bandwidth:.1f} ms"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, default=MODELS / "demo-target")
@@ -198,13 +214,16 @@ def main() -> None:
             for num_tokens in args.drafts:
                 drafting = cost(partial(seqs.draft, num_tokens), args.runs)
                 rows.append([name, str(num_seqs), str(num_tokens), *drafting.cells])
+    bandwidth = read_bandwidth(args.device)
     header = ["round", "seqs", "rows or drafts per seq", "least ms", "median ms", "CPU ms"]
     body = (
         f"{args.target.name} and {args.draft.name}, {args.dtype}, {args.device}, {args.threads} thread(s), "
         f"steps {'' if args.graphs else 'not '}captured, "
         f"{args.context} tokens of context; GOMP_SPINCOUNT {os.environ.get('GOMP_SPINCOUNT', 'not set')}, "
         f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}; {args.runs} rounds each.\n\n"
-        + table(header, rows)
+        f"{table(header, rows)}\n\n"
+        f"Memory is read at {bandwidth / 1e9:.1f} GB/s. Reading a model once takes: "
+        f"{floor(args.target, bandwidth)}, {floor(args.draft, bandwidth)}, less where caches hold it.\n"
     )
     command = shlex.join(["python", "-m", "bench.steps", *sys.argv[1:]])
     publish("steps", body, command=command, save=args.save, on=hardware(args.device))
