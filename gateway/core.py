@@ -122,16 +122,18 @@ class Core:
     def check_ready(self) -> None:
         """Raises Refusal if no request would be served now."""
         self._check_open()
-        if not any(link.ready for link in self._links):
-            raise self._nobody_is_ready()
+        current = self._models.current_id
+        if not any(link.ready and link.model_id == current for link in self._links):
+            raise self._nobody_is_ready(current)
 
     def _check_open(self) -> None:
         if self._draining:
             raise Refusal(grpc.StatusCode.UNAVAILABLE, "this gateway is shutting down; try again later")
 
-    def _nobody_is_ready(self) -> Refusal:
-        reasons = "; ".join(f"{link.address}: {link.not_ready_reason}" for link in self._links)
-        return Refusal(grpc.StatusCode.UNAVAILABLE, f"no scheduler is ready ({reasons})")
+    def _nobody_is_ready(self, model_id: str) -> Refusal:
+        reasons = [f"{link.address}: {link.not_ready_reason}" for link in self._links if link.model_id == model_id]
+        why = "; ".join(reasons) or "another model took the place of this one; send the request again"
+        return Refusal(grpc.StatusCode.UNAVAILABLE, f"no scheduler is ready ({why})")
 
     def _choose_link(self, submit: Submit, matches: Matches) -> SchedulerLink:
         if self.is_running(submit.request_id):
@@ -142,7 +144,7 @@ class Core:
         self._check_open()
         link = self._links.choose(submit, matches)
         if link is None:
-            raise self._nobody_is_ready()
+            raise self._nobody_is_ready(submit.model_id)
         return link
 
     @contextlib.contextmanager

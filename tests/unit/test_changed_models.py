@@ -1,6 +1,7 @@
 """While a deployment changes its target: a request is read for one model, and stays with the replicas of that model."""
 
 import asyncio
+import urllib.error
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from gateway.requests.validation import build_validator
 from tests.helpers.fake_scheduler import FakeScheduler
 from tests.helpers.model_folders import write_model_folder
 from tests.helpers.replica_house import ReplicaHouse, gateway_spec, replica_house
+from tests.helpers.scrape import fetch, free_port
 
 
 @pytest_asyncio.fixture
@@ -97,6 +99,23 @@ async def test_a_link_that_gets_the_scheduler_of_another_model_keeps_no_request(
     third.send_complete("new")
     await new
     assert house.scheduler.received.empty()
+
+
+async def test_health_is_that_of_the_model_that_new_requests_are_for(tmp_path: Path) -> None:
+    """Over HTTP as over gRPC: a replica of the old model serves nothing new."""
+    port = free_port()
+    async with replica_house(http_port=port) as house:
+        second = await house.add(model=model(write_model_folder(tmp_path / "another")))
+        await serves(house, "another")
+        await asyncio.to_thread(fetch, f"http://127.0.0.1:{port}/health")
+        second.ready, second.not_ready_reason = False, "its target is lost"
+        async with asyncio.timeout(30):
+            while (await house.client.server_info()).num_ready_replicas == 2:
+                pass
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            await asyncio.to_thread(fetch, f"http://127.0.0.1:{port}/health")
+        assert refused.value.code == 503
+        assert "its target is lost" in refused.value.read().decode()
 
 
 class SlowReader:
