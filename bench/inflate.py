@@ -234,7 +234,7 @@ def _check(old: Size, new: Size) -> None:
         raise InflateError(f"--hidden {new.hidden}: must be a multiple of --heads {new.heads}")
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder of a Llama model, such as models/demo-target")
     parser.add_argument("out", type=Path)
@@ -243,14 +243,22 @@ def main() -> None:
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help="default: that of the source")
     parser.add_argument("--max-len", type=int, help="longest context, to measure time beyond what the source can read")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
-    args = parser.parse_args()
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    return _parser().parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     try:
         default = PRESETS[args.preset] if args.preset else Size.of(_read_config(args.source))
         given = {name: getattr(args, name) for name in asdict(default) if getattr(args, name) is not None}
         size = Size(**{**asdict(default), **given})
         num_parameters = inflate(args.source, args.out, size, seed=args.seed, max_len=args.max_len)
     except InflateError as error:
-        parser.error(str(error))
+        _parser().error(str(error))
     print(f"{args.out}: {num_parameters / 1e6:.1f}M parameters")
 
 

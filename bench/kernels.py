@@ -126,7 +126,7 @@ def report(program: Program, machine: Machine) -> str:
     return "\n\n".join(sections)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
@@ -136,7 +136,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-kv-heads", type=int, default=4, help="on cpu")
     parser.add_argument("--head-dim", type=int, default=128, help="on cpu")
     add_report_options(parser)
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     on_gpu = args.device == "cuda"

@@ -15,7 +15,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,19 +24,19 @@ from typing import get_args
 import torch
 
 from bench.report import add_report_options, hardware, publish, table
+from checkpoint.config_json import load_model_config
 from checkpoint.quantization import WeightFormat
 from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.sampling_pb2 import SeqSampling
 from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET, EngineRole, Round, Row, SeqInit
 from workers.engine.engine import Engine
 from workers.process.cohort import Cohort
-from workers.process.load import load_engines
+from workers.process.load import DTYPES, load_engines
 
 GREEDY = SeqSampling(temperature=0, top_p=1, repetition_penalty=1)
 MODELS = Path(__file__).parents[1] / "models"
 BLOCK_SIZE = 16
 MAX_LEN = 1024
-KV_CACHE_BYTES = 1 << 29
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def load(
         dtype=dtype,
         tp_size=1,
         block_size=BLOCK_SIZE,
-        kv_cache_bytes=KV_CACHE_BYTES,
+        kv_cache_bytes=kv_cache_bytes([folder, *filter(None, [lower_model])], dtype, max_num_seqs),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=MAX_LEN * max_num_seqs,
         max_model_len=MAX_LEN,
@@ -146,6 +146,13 @@ def load(
     )
     worker = WorkerSpec(rank=0, world_size=1, device=device, engines=[spec])
     return load_engines(worker, Cohort(0, 1, None), lambda stage, done, total: None)[role]
+
+
+def kv_cache_bytes(folders: Iterable[str | Path], dtype: str, num_seqs: int) -> int:
+    """Enough for seqs of MAX_LEN tokens through these models."""
+    configs = [load_model_config(Path(folder)) for folder in folders]
+    numbers = sum(2 * config.num_layers * config.num_kv_heads * config.head_dim for config in configs)
+    return num_seqs * MAX_LEN * numbers * DTYPES[dtype].itemsize
 
 
 def cost(round_: Callable[[], None], runs: int) -> Cost:
@@ -176,7 +183,7 @@ def floor(folder: Path, bandwidth: float) -> str:
     return f"{folder.name} ({num_bytes / 1e6:.0f} MB) {1e3 * num_bytes / bandwidth:.1f} ms"
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, default=MODELS / "demo-target")
     parser.add_argument("--draft", type=Path, default=MODELS / "demo-draft")
@@ -194,7 +201,11 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128, help="tokens per seq")
     parser.add_argument("--runs", type=int, default=30)
     add_report_options(parser)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     torch.set_num_threads(args.threads)
     load_here = partial(load, dtype=args.dtype, max_num_seqs=max(args.seqs), device=args.device)
     most_rows, most_new = (max(args.rows), 2) if args.graphs else (0, 0)
@@ -203,6 +214,9 @@ def main() -> None:
     for rounded_to in args.self_drafts:
         made = load_here(args.target, ENGINE_ROLE_DRAFT, quantization=rounded_to, captured_new_tokens=most_new)
         drafts[f"draft, the target in {rounded_to}"] = made
+    is_captured = all(engine.captures_steps for engine in (target, *drafts.values()))
+    if args.graphs and not is_captured:
+        sys.exit("bench.steps: CUDA refused to capture steps; the log says why")
     rows = []
     for num_seqs in args.seqs:
         seqs = Seqs(target, num_seqs, args.context)
@@ -218,7 +232,7 @@ def main() -> None:
     header = ["round", "seqs", "rows or drafts per seq", "least ms", "median ms", "CPU ms"]
     body = (
         f"{args.target.name} and {args.draft.name}, {args.dtype}, {args.device}, {args.threads} thread(s), "
-        f"steps {'' if args.graphs else 'not '}captured, "
+        f"steps {'' if is_captured else 'not '}captured, "
         f"{args.context} tokens of context; GOMP_SPINCOUNT {os.environ.get('GOMP_SPINCOUNT', 'not set')}, "
         f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}; {args.runs} rounds each.\n\n"
         f"{table(header, rows)}\n\n"
@@ -226,7 +240,8 @@ def main() -> None:
         f"{floor(args.target, bandwidth)}, {floor(args.draft, bandwidth)}, less where caches hold it.\n"
     )
     command = shlex.join(["python", "-m", "bench.steps", *sys.argv[1:]])
-    publish("steps", body, command=command, save=args.save, on=hardware(args.device))
+    name = "steps-captured" if args.graphs else "steps"  # both belong to a session
+    publish(name, body, command=command, save=args.save, on=hardware(args.device))
 
 
 if __name__ == "__main__":

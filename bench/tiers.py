@@ -28,9 +28,10 @@ from childproc.tier_block import TierDtype
 from cluster.deployment.settings import CpuSettings, DiskSettings, KvCacheSettings, Settings
 from cluster.local import LOCAL_SCHEDULER, LocalDeployment, LocalDraft, local_settings
 from cluster.processes.child import Child
+from cluster.processes.specs import ENGINE_ROLES
 from cluster.processes.startup import Launch
 from echelon import AsyncClient, Client
-from echelon.pb.process_pb2 import SchedulerSpec
+from echelon.pb.process_pb2 import SchedulerSpec, WorkerSpec
 from echelon.results import Completion
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -92,7 +93,29 @@ class Bench:
 # -- first tokens -----------------------------------------------------------------------------------------------------
 
 
-class FetchingDeployment(LocalDeployment):
+class LimitedDeployment(LocalDeployment):
+    """One whose devices hold as many tokens as the settings say, on GPUs too."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings, gateway=True)
+        self._limited_to = settings
+
+    def spawn(self, launch: Launch) -> Child:
+        if isinstance(launch.spec, WorkerSpec):
+            limit(launch.spec, self._limited_to)
+        return super().spawn(launch)
+
+
+def limit(spec: WorkerSpec, settings: Settings) -> None:
+    """Otherwise an engine on a GPU takes all memory that its weights leave, and evicts nothing."""
+    as_on_cpu = replace(settings, device="cpu")
+    for role, number in ENGINE_ROLES.items():
+        for engine in spec.engines:
+            if engine.role == number:
+                engine.kv_cache_bytes = as_on_cpu.kv_cache_bytes(role)
+
+
+class FetchingDeployment(LimitedDeployment):
     """One that fetches whatever is there, whatever it expects of it: slow hits shall be seen."""
 
     def spawn(self, launch: Launch) -> Child:
@@ -121,7 +144,7 @@ def first_tokens(bench: Bench, length: int, runs: int) -> dict[str, list[float]]
             device_tokens=length + SPARE_TOKENS, host_tokens=4 * length, disk=Path(folder), max_num_seqs=4
         )
         with (
-            FetchingDeployment(settings, gateway=True) as deployment,
+            FetchingDeployment(settings) as deployment,
             Client(deployment.running.gateway_address) as client,
         ):
             warm_up(client, bench)
@@ -135,7 +158,7 @@ def first_tokens(bench: Bench, length: int, runs: int) -> dict[str, list[float]]
         for _ in range(runs):
             drop_page_cache(Path(folder))
             with (
-                FetchingDeployment(settings, gateway=True) as deployment,
+                FetchingDeployment(settings) as deployment,
                 Client(deployment.running.gateway_address) as client,
             ):
                 warm_up(client, bench)
@@ -235,7 +258,7 @@ def talks(bench: Bench, plan: Talk, runs: int, *, device_share: int) -> dict[str
                 disk=None,
                 max_num_seqs=plan.conversations,
             )
-            with LocalDeployment(settings, gateway=True) as deployment:
+            with LimitedDeployment(settings) as deployment:
                 address = deployment.running.gateway_address
                 with Client(address) as client:
                     warm_up(client, bench)
@@ -276,7 +299,7 @@ def talks_report(results: dict[str, list[Talked]]) -> str:
     return table(["", "requests/s", "x device alone", "later turns, first token p50 s", "p99 s"], rows)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, default=MODELS / "demo-target")
     parser.add_argument("--draft", type=Path, default=MODELS / "demo-draft")
@@ -297,7 +320,11 @@ def main() -> None:
     parser.add_argument("--device-share", type=int, default=4, help="the device holds this part of all KV")
     parser.add_argument("--vocab-size", type=int, default=4096)
     add_report_options(parser)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     bench = Bench(
         target=args.target,
         draft=None if args.no_draft else args.draft,

@@ -5,7 +5,8 @@
 
 Each step is a process of its own with a time limit. Its log, the results so far and a summary with the first error of
 each failure are written after every step, so a session that is cut off keeps what it has. Reports of the benchmarks go
-to bench/results, and models that steps make to FOLDER/models. The exit status is 1 if a step failed or ran out of time.
+to bench/results, and models that steps make to FOLDER/models. The exit status is 1 if a step failed or ran out of time,
+and 2 if the machine lacks something.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
+from bench.gpu_session.needs import has_cuda, is_installed, missing
 from bench.gpu_session.running import SUMMARY, Outcome, run_steps
 from bench.gpu_session.steps import gpu_steps
 
@@ -45,6 +47,10 @@ def main() -> int:
         for step in steps:
             print(f"{step.name} (at most {step.limit_s:.0f} s): {' '.join(step.command)}")
         return 0
+    if lacks := missing(is_installed, has_cuda):
+        for lack in lacks:
+            print(f"bench.gpu_session: {lack}", file=sys.stderr)
+        return 2
     outcomes = run_steps(steps, args.folder, budget_s=args.budget, on_outcome=report)
     print(f"\n{args.folder / SUMMARY}")
     return int(any(outcome.status in ("failed", "timed out") for outcome in outcomes))

@@ -92,14 +92,17 @@ def _run(step: Step, folder: Path, left_s: float, environment: Mapping[str, str]
     path = folder / f"{step.name}.log"
     began = time.monotonic()
     with path.open("wb") as log:
-        process = subprocess.Popen(
-            step.command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | environment,
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                step.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | environment,
+                start_new_session=True,
+            )
+        except OSError as error:  # a program that is not there
+            return _outcome(step, "failed", error=str(error))
         status: Status
         try:
             status = "failed" if process.wait(min(step.limit_s, left_s)) else "passed"

@@ -11,6 +11,10 @@ _MACHINE = (
     "import torch, triton; print(torch.__version__, triton.__version__, torch.version.cuda); "
     "print(torch.cuda.get_device_properties(0)); print(torch.cuda.mem_get_info())"
 )
+# Each variant is a deployment, which takes a while to start, and a report comes after all of them.
+_DEMO_VARIANTS = ("--pipelines", "serial", "continuous", "--sources", "draft", "suffix", "layer-parallel")
+_LARGE_VARIANTS = ("--pipelines", "serial", "continuous", "--sources", "draft", "layer-parallel")
+_PLAINEST = ("--pipelines", "serial", "--sources", "draft")
 # Files of tests/triton by what a wrong result in them would break.
 _TRITON = {
     "attention": ("paged_attention", "prefill_attention", "static_schedule", "attention_invariance", "large_caches"),
@@ -36,7 +40,7 @@ def gpu_steps(work: Path) -> list[Step]:
         _speculate(
             "demo-pair",
             "the demo pair through gateway and scheduler on one GPU, with outputs beside plain decoding",
-            ["--dtype", "float32", "-k", "3", "--prompts", "4", "--tokens", "48", "--runs", "1"],
+            [*_DEMO_VARIANTS, "--dtype", "float32", "-k", "3", "--prompts", "4", "--tokens", "48", "--runs", "1"],
             limit_s=150,
         ),
         *(
@@ -72,13 +76,13 @@ def _large_pair(work: Path) -> list[Step]:
         _speculate(
             "large-pair",
             "plain, serial, continuous and layer-parallel drafting of the large pair",
-            [*pair, "-k", "5", "--prompts", "4", "--runs", "1", "--temperatures", "0"],
+            [*pair, *_LARGE_VARIANTS, "-k", "5", "--prompts", "4", "--runs", "1", "--temperatures", "0"],
             limit_s=300,
         ),
         _speculate(
             "large-pair-without-graphs",
-            "the same without CUDA graphs",
-            [*pair, "-k", "5", "--prompts", "4", "--runs", "1", "--temperatures", "0", "--graphs", "off"],
+            "plain decoding and serial drafting without CUDA graphs",
+            [*pair, *_PLAINEST, "-k", "5", "--prompts", "4", "--runs", "1", "--temperatures", "0", "--graphs", "off"],
             limit_s=300,
         ),
     ]

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from echelon.pb.process_pb2 import WorkerSpec
+from echelon.pb.process_pb2 import EngineSpec, WorkerSpec
 from echelon.pb.sampling_pb2 import SeqSampling
 from kernels.sampling.gumbel import gumbel_noise_range
 from tests.helpers.engines import DRAFT, TARGET, drive, engine_spec, interleave
 from tests.helpers.hot_path import KINDS, hot_rounds
 from tests.helpers.launched import foreign_kernels, launched_by, our_kernels, replaced_operators
 from tests.helpers.rounds import Driver, greedy, seeded
+from workers.engine.engine import Engine
 from workers.process.cohort import Cohort
 from workers.process.load import load_engines
 
@@ -43,8 +44,15 @@ EXPECTED = [
 
 def demo_driver(device: str, **changes: object) -> Driver:
     engine = engine_spec(DEMO_TARGET, TARGET, kv_cache_bytes=32 << 20, max_model_len=512, block_size=16, **changes)
-    spec = WorkerSpec(rank=0, world_size=1, device=device, engines=[engine])
-    return drive(load_engines(spec, Cohort(0, 1, None), lambda stage, done, total: None)[TARGET])
+    return drive(load(device, engine))
+
+
+def load(device: str, spec: EngineSpec) -> Engine:
+    """The engine, which has captured steps if these are asked for: without them, tests would compare plain steps."""
+    worker = WorkerSpec(rank=0, world_size=1, device=device, engines=[spec])
+    engine = load_engines(worker, Cohort(0, 1, None), lambda stage, done, total: None)[spec.role]
+    assert engine.captures_steps == bool(spec.captured_new_tokens), "the log says what CUDA refused"
+    return engine
 
 
 def plain_outputs(device: str, prompts: list[list[int]], sampling: SeqSampling, **changes: object) -> list[list[int]]:
@@ -113,8 +121,7 @@ def test_captured_chains_are_those_of_single_steps(prompts: list[list[int]]) -> 
     chains = []
     for captured_new_tokens in (0, 2):
         engine = engine_spec(DEMO_DRAFT, DRAFT, max_model_len=256, captured_new_tokens=captured_new_tokens)
-        spec = WorkerSpec(rank=0, world_size=1, device="cuda", engines=[engine])
-        driver = drive(load_engines(spec, Cohort(0, 1, None), lambda stage, done, total: None)[DRAFT])
+        driver = drive(load("cuda", engine))
         seqs = [driver.start(slot, prompt, seeded(slot)) for slot, prompt in enumerate(prompts)]
         for asked in ({}, {"num_alternatives": 3, "confidences": True}):
             driver.run(*((seq, driver.draft_row(seq, 8)) for seq in seqs), **asked)
@@ -126,8 +133,7 @@ def test_a_layer_parallel_draft_projects_its_layers_at_once(prompts: list[list[i
     drafts = {}
     for device in DEVICES:
         engine = engine_spec(DEMO_DRAFT, DRAFT, lp_size=3, layer_parallel_weights="replicated", max_model_len=128)
-        spec = WorkerSpec(rank=0, world_size=1, device=device, engines=[engine])
-        driver = drive(load_engines(spec, Cohort(0, 1, None), lambda stage, done, total: None)[DRAFT])
+        driver = drive(load(device, engine))
         seq = driver.start(0, prompts[1], greedy())
         launched = launched_by(lambda driver=driver, seq=seq: driver.run((seq, driver.draft_row(seq, 4))))
         assert (device == "cpu") == (not launched.kernels & our_kernels("layers.layer_parallel_qkv"))

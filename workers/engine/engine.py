@@ -56,6 +56,10 @@ class Engine(Protocol):
     def num_ranks(self) -> int:
         """Ranks 0 to num_ranks - 1 of the group take part in its rounds."""
 
+    @property
+    def captures_steps(self) -> bool:
+        """Whether small steps are captured, as CUDA graphs on a GPU."""
+
     def check(self, round_: Round, queued: Sequence[Round] = ()) -> None:
         """Raises ProtocolError if the round does not fit the state, which stays untouched. Removes from the round what
         the rounds `queued` after it have made useless."""
@@ -227,6 +231,10 @@ class ModelEngine(ABC):
     @property
     def num_ranks(self) -> int:
         return self._runner.num_ranks
+
+    @property
+    def captures_steps(self) -> bool:
+        return self._runner.captured is not None
 
     def check(self, round_: Round, queued: Sequence[Round] = ()) -> None:
         self._checked = round_, self._plan(round_, self._table)
