@@ -33,8 +33,11 @@ def rope_table_bytes(*, head_dim: int, num_positions: int) -> int:
 
 
 def forward_bytes(config: ModelConfig, tp_size: int, *, num_tokens: int, value_bytes: int) -> int:
-    """Estimate of the largest working set of one forward, that of one layer: hidden states and residual, the fused
-    query-key-value or gate-up product and its result."""
-    qkv = (config.num_q_heads // tp_size + 2 * config.kv_heads_per_rank(tp_size)) * config.head_dim
-    mlp = 3 * config.intermediate_size // tp_size
-    return num_tokens * (3 * config.hidden_size + max(2 * qkv, mlp)) * value_bytes
+    """The largest working set of one forward: four hidden states of each token, the result among them, and all that a
+    layer computes. The native kernels of a CPU keep these side by side; what torch frees in between makes it less."""
+    q = config.num_q_heads // tp_size * config.head_dim
+    kv = config.kv_heads_per_rank(tp_size) * config.head_dim
+    mlp = 3 * config.intermediate_size // tp_size  # gate, up and their product
+    norms = q + kv if config.qk_norm else 0
+    values = 4 * config.hidden_size + (q + 2 * kv) + norms + q + mlp
+    return num_tokens * (values * value_bytes + config.head_dim * _ANGLE_BYTES)
