@@ -200,6 +200,15 @@ def test_rounded_blocks_come_back_close_to_what_they_were(
         assert torch.equal(cache[[0, 5]], old[[0, 5]])
 
 
+def test_lower_bits_that_the_disk_does_not_have_lean_to_neither_side() -> None:
+    layout = KVLayout(num_layers=3, block_size=4, num_kv_heads=2, head_dim=8, dtype=torch.float32)
+    size = tier_block("int4", num_layers=3, block_size=4, num_kv_heads=2, head_dim=8, value_bytes=4)
+    host = HostSlots.allocate(1, layout, torch.device("cpu"), lambda done, total: None, size)
+    host.fill(0, memoryview(bytes(size.disk_bytes)))
+    lower = host.memory[0, size.disk_bytes :]
+    assert torch.stack([lower & 15, lower >> 4]).float().mean() == 7.5
+
+
 def test_more_blocks_than_one_read_holds_all_arrive(tmp_path: Path) -> None:
     """Of 2 MiB each: two are read at a time."""
     layout = KVLayout(num_layers=2, block_size=16, num_kv_heads=16, head_dim=512, dtype=torch.float32)
