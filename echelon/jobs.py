@@ -276,8 +276,12 @@ def _pieces(requests: Requests) -> Iterator[bytes]:
     yield piece
 
 
-def line_of(number: int, request: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of a batch as it is; a body with its number as custom_id, for the path that its fields show."""
+def line_of(number: int, request: object) -> dict[str, Any]:
+    """A line of a batch as it is; a body with its number as custom_id, for the path that its fields show. Raises
+    TypeError for what is neither."""
+    if not isinstance(request, Mapping):
+        got = type(request).__name__
+        raise TypeError(f"requests[{number}]: must be the body of a request or a line of a batch, got {got}")
     if "body" in request:
         return dict(request)
     url = "/v1/chat/completions" if "messages" in request else "/v1/completions"

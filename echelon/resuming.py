@@ -9,9 +9,9 @@ from echelon.results import Chunk, Completion, CompletionBuilder
 
 FINAL_KEY = "echelon-final"  # in the trailing metadata with which a gateway says that a request has failed
 _MIN_DELAY_S, _MAX_DELAY_S = 0.05, 1.0  # between attempts, twice as long each time; not measured
+_MOST_LOSSES = 3  # in a row without a token between them: the request itself may be what ends gateways
 # How a stream ends whose gateway is lost or leaves, and how attempts to resume it fail that may succeed later: the old
 # gateway has not noticed yet that its client has left, or too many others came first.
-_MOST_LOSSES = 3  # in a row without a token between them: the request itself may be what ends gateways
 _PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 

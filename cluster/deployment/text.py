@@ -39,12 +39,13 @@ def check_text(settings: Settings, names: Mapping[Role, str]) -> TextReport:
         notes += [*_pair_notes(target, settings.draft), *_draft_notes(settings.draft, target)]
     except LoadError as err:
         return TextReport(problems=(_problem("draft", names, err),))
-    try:
-        if settings.draft.lower is not None:
-            notes += [f"the model beneath the draft: {note}" for note in _pair_notes(target, settings.draft.lower)]
-    except LoadError as err:
-        problem = Problem(path="draft.draft.model", message=err.message, remedy=err.remedy)
-        return TextReport(problems=(problem,))
+    if (lower := settings.draft.lower) is not None:
+        try:
+            notes += [f"the model beneath the draft: {note}" for note in _pair_notes(target, lower)]
+        except LoadError as err:
+            value = repr(str(lower.folder.path))
+            problem = Problem(path="draft.draft.model", value=value, message=err.message, remedy=err.remedy)
+            return TextReport(problems=(problem,))
     return TextReport(notes=tuple(notes))
 
 

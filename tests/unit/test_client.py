@@ -17,6 +17,7 @@ from echelon.errors import (
     OverloadedError,
     UnavailableError,
 )
+from echelon.jobs import line_of
 from echelon.pb import inference_pb2 as pb
 from echelon.pb import sampling_pb2
 from echelon.requests import GenerateOptions, SamplingOptions, SpeculationOptions, build_request
@@ -326,3 +327,10 @@ def test_wrong_arguments_are_named(prompt: Any, options: Any, error: type[Except
 
 def test_an_empty_list_is_an_empty_prompt() -> None:
     assert build_request([], {}).WhichOneof("input") == "token_ids"
+
+
+def test_what_is_no_request_of_a_job_is_named() -> None:
+    """Such as the keys of a single body, which was given instead of a list of bodies."""
+    single: Any = {"prompt": "x"}
+    with pytest.raises(TypeError, match=r"requests\[0\]: must be the body of a request or a line of a batch, got str"):
+        [line_of(number, request) for number, request in enumerate(single)]
