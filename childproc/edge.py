@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -34,6 +35,10 @@ def run(kind: type[S], serve: Callable[[S, EventWriter], None], updates: Updates
     signal.signal(signal.SIGTERM, _exit_at_once)
     # Not sys.stdin: a daemon thread that holds its lock aborts the interpreter's own shutdown.
     stdin = BufferedReader(FileIO(sys.stdin.fileno(), closefd=False))
+    if not select.select([stdin], [], [], 0)[0]:
+        events.waiting()
+    if not stdin.peek(1):
+        os._exit(EXIT_PARENT_DIED)  # it was a spare that nobody has used
     try:
         spec = read_spec(stdin, kind)
         _configure_logging(spec.name)

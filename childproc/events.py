@@ -10,7 +10,7 @@ from typing import NoReturn, TextIO
 
 from google.protobuf import json_format
 
-from echelon.pb.process_pb2 import Failed, ProcessEvent, Progress, Ready, StoreOpened
+from echelon.pb.process_pb2 import Failed, ProcessEvent, Progress, Ready, StoreOpened, Waiting
 from echelon.pb.worker_pb2 import WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,9 @@ class EventWriter:
         stream = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         return cls(stream)
+
+    def waiting(self) -> None:
+        self._write(ProcessEvent(waiting=Waiting()))
 
     def store_opened(self, address: str) -> None:
         self._write(ProcessEvent(store_opened=StoreOpened(address=address)))

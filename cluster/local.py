@@ -39,9 +39,10 @@ from cluster.layer_parallel import LayerParallel, Mlps, Weights, layer_parallel
 from cluster.planning.inventory import inventory_of, machine_facts
 from cluster.planning.plan import Plan, describe_devices
 from cluster.planning.planner import make_plan
-from cluster.processes.child import Child, ChildProcess
+from cluster.processes.child import Child
 from cluster.processes.rollout import RunningDeployment, roll_out, stop_order
-from cluster.processes.startup import Launch, ProcessSet
+from cluster.processes.spares import Recipe, SpareKeeper
+from cluster.processes.startup import Launch, ProcessSet, recipe_of
 from cluster.processes.status import ProcessStatus, State
 from cluster.processes.supervisor import Supervisor
 
@@ -104,6 +105,7 @@ def local_settings(
     startup_timeout_s: float = DEFAULT_STARTUP_TIMEOUT_S,
     collective_timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S,
     rebuild: bool = True,
+    spares: int | Literal["auto"] = 0,
     num_replicas: int = 1,
 ) -> Settings:
     """Settings from the sections of a deployment file.
@@ -151,6 +153,7 @@ def local_settings(
         startup_timeout_s=startup_timeout_s,
         collective_timeout_s=collective_timeout_s,
         rebuild=rebuild,
+        spares=spares,
         num_replicas=num_replicas,
         max_replicas=num_replicas,
     )
@@ -179,10 +182,11 @@ class LocalDeployment:
         self._authority = authority
         facts = machine_facts(settings.kv_cache.disk, settings.server)
         self.plan: Plan = make_plan(settings, inventory_of(facts))
-        self.processes = ProcessSet(self.spawn, on_change=on_change)
+        self.processes = ProcessSet(self.spawn, spares=self, on_change=on_change)
         self._gateway = gateway
         self._free_gpus = [gpu.device_id for gpu in facts.gpus]
         self._gpus: dict[str, list[str]] = {}  # by process, which keeps them when it is started again
+        self._keepers: dict[str, SpareKeeper] = {}  # by process
         self._supervisor: Supervisor | None = None
         self._log_dir: Path | None = None  # while it is of use
 
@@ -240,6 +244,8 @@ class LocalDeployment:
         if self._supervisor is not None:
             self._supervisor.stop()
         self.processes.stop(STOP_GRACE_S, order=stop_order(self.plan))
+        for keeper in list(self._keepers.values()):
+            keeper.keep(False)
 
     def __enter__(self) -> Self:
         self.start()
@@ -250,19 +256,27 @@ class LocalDeployment:
 
     def spawn(self, launch: Launch) -> Child:
         """Starts a process. A subclass may change the spec first."""
-        assert self._log_dir is not None, "processes are spawned by `start`"
-        if launch.name not in self._gpus:
-            num_gpus = launch.bundle.num_gpus if launch.bundle is not None else 0
-            self._gpus[launch.name] = [self._free_gpus.pop(0) for _ in range(num_gpus)]
-        gpu_ids = self._gpus[launch.name]
         if self._authority is not None:
             spec: Any = launch.spec
             spec.identity.CopyFrom(self._authority.issue(launch.name))
-        return ChildProcess(
-            launch.module,
-            launch.spec,
-            name=launch.name,
-            log_path=self._log_dir / launch.log_name,
-            env={**launch.env, "CUDA_VISIBLE_DEVICES": ",".join(gpu_ids)},
-            devices=describe_devices(launch.bundle, gpu_ids),
-        )
+        recipe, devices = self._recipe(launch), describe_devices(launch.bundle, self._gpus_of(launch))
+        return self._keeper_of(launch.name).start(recipe, launch.spec, log_name=launch.log_name, devices=devices)
+
+    def prepare(self, launch: Launch) -> None:
+        self._keeper_of(launch.name).prepare(self._recipe(launch))
+
+    def keep_spare(self, name: str, is_wanted: bool) -> None:
+        self._keeper_of(name).keep(is_wanted)
+
+    def _keeper_of(self, name: str) -> SpareKeeper:
+        return self._keepers.setdefault(name, SpareKeeper())
+
+    def _recipe(self, launch: Launch) -> Recipe:
+        assert self._log_dir is not None, "processes are spawned by `start`"
+        return recipe_of(launch, self._log_dir, self._gpus_of(launch))
+
+    def _gpus_of(self, launch: Launch) -> list[str]:
+        if launch.name not in self._gpus:
+            num_gpus = launch.bundle.num_gpus if launch.bundle is not None else 0
+            self._gpus[launch.name] = [self._free_gpus.pop(0) for _ in range(num_gpus)]
+        return self._gpus[launch.name]

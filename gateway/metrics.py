@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 import grpc
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from echelon.pb import inference_pb2
 
@@ -57,6 +57,13 @@ class RequestMetrics:
         self._histogram(
             "request_decode_time_seconds", "Time from the first token to the end of the request.", _REQUEST_BUCKETS_S
         )
+        self._spares = Gauge(
+            PREFIX + "spares",
+            "Processes that could take the place of a rank that is lost.",
+            ["model_name", "state"],
+            registry=self.registry,
+        )
+        self._num_spares = {"ready": 0, "wanted": 0}
         self.use(model_name)
         self._successes = self._counter("request_success", "Samples that finished, by reason.", "finished_reason")
         self._errors = self._counter("request_errors", "Requests that failed, by gRPC status code.", "code")
@@ -67,10 +74,21 @@ class RequestMetrics:
         children = [family.labels(model_name) for family in self._families]
         self.first_token, self.inter_token, self.per_output_token, self.end_to_end, *others = children
         self.queue, self.prefill, self.decode = others
+        self._show_spares()
 
     def start(self, arrived_s: float, on_end: "OnEnd" = lambda code, elapsed_s, complete: None) -> "RequestMeter":
         """Measures a request that arrived then, by `now`. `on_end` is called once it has ended."""
         return RequestMeter(self, arrived_s, on_end)
+
+    def note_spares(self, *, ready: int, wanted: int) -> None:
+        self._num_spares = {"ready": ready, "wanted": wanted}
+        self._show_spares()
+
+    def _show_spares(self) -> None:
+        """Under the model that is served now, and no other."""
+        self._spares.clear()
+        for state, number in self._num_spares.items():
+            self._spares.labels(self._model_name, state).set(number)
 
     def count_error(self, code: grpc.StatusCode) -> None:
         self._errors.labels(self._model_name, code.name).inc()

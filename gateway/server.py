@@ -128,6 +128,8 @@ class Gateway:
 
     def on_update(self, update: process_pb2.ProcessUpdate) -> None:
         """The parent says what has changed."""
+        if update.HasField("spares"):
+            self._metrics.note_spares(ready=update.spares.num_ready, wanted=update.spares.num_wanted)
         if update.HasField("scheduler"):
             if update.scheduler.HasField("model"):
                 self._models.learn(update.scheduler.model, on_loaded=self._update_readiness)

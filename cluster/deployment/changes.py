@@ -41,6 +41,7 @@ _LIVE = {
     "replicas.rollout",
     "startup_timeout_s",
     "drain_timeout_s",
+    "spares",
 }
 # What a replica has to itself.
 _ROLLED = (

@@ -194,6 +194,7 @@ def _settings(file: DeploymentFile, base: Path, target: ModelSettings, draft: Mo
         drain_timeout_s=file.drain_timeout_s,
         collective_timeout_s=file.collective_timeout_s,
         rebuild=file.rebuild,
+        spares=file.spares,
     )
 
 

@@ -63,14 +63,14 @@ def built(*, use: str, later: tuple[str, ...]) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def count_or(word: str, *, most: int, off: bool = False) -> BeforeValidator:
-    """An integer from 1 to `most`, `word`, or, if allowed, off."""
+def count_or(word: str, *, most: int, least: int = 1, off: bool = False) -> BeforeValidator:
+    """An integer from `least` to `most`, `word`, or, if allowed, off."""
 
     def check(value: Any) -> Any:
         if off and yaml_off(value) == "off":
             return "off"
-        if value != word and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
-            raise ValueError(f"must be {word}{', off' if off else ''} or an integer from 1 to {most}")
+        if value != word and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most):
+            raise ValueError(f"must be {word}{', off' if off else ''} or an integer from {least} to {most}")
         return value
 
     return BeforeValidator(check)

@@ -276,6 +276,10 @@ class DeploymentFile(Section):
     )
     collective_timeout_s: Patience = DEFAULT_COLLECTIVE_TIMEOUT_S
     rebuild: bool = Field(default=True, description="start again what is lost while the deployment serves")
+    spares: Annotated[int | Literal["auto"], count_or("auto", most=64, least=0)] = Field(
+        default="auto",
+        description="worker processes that a node keeps ready for ranks that are lost; auto: one for each target rank",
+    )
 
 
 def json_schema() -> dict[str, Any]:

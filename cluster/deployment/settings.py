@@ -246,6 +246,7 @@ class Settings:
     startup_timeout_s: float = DEFAULT_STARTUP_TIMEOUT_S
     collective_timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S
     rebuild: bool = True  # start again what is lost while the deployment serves
+    spares: int | Literal["auto"] = "auto"  # processes that a node keeps ready; auto: one for each target rank
     notes: tuple[str, ...] = ()  # what a person should know of the models
 
     def num_replicas_from(self, number: int) -> int:

@@ -65,7 +65,7 @@ class Controller:
             plan_more=plan_for,
             plan_changed=plan_changed_now,
         )
-        self._processes = ProcessSet(self._places.spawn)
+        self._processes = ProcessSet(self._places.spawn, spares=self._places)
         self._processes.expect(process_ids(desired.plan))
         self._starter = threading.Thread(target=self._start, name="start", daemon=True)
         self._starter.start()

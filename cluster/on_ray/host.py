@@ -2,14 +2,13 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import ray
-from google.protobuf.message import Message
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -17,7 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from cluster.on_ray.cluster import NAMESPACE
 from cluster.planning.plan import Bundle, describe_devices
 from cluster.processes.child import ChildProcess
-from cluster.processes.startup import Launch
+from cluster.processes.spares import SpareKeeper
+from cluster.processes.startup import Launch, recipe_of
 from echelon.pb.process_pb2 import ProcessEvent, ProcessUpdate, WorkerSpec
 
 logger = logging.getLogger(__name__)
@@ -84,22 +84,33 @@ class ProcessHost:
     """
 
     def __init__(self) -> None:
+        self._keeper = SpareKeeper()
         self._child: ChildProcess | None = None
         self._hosted: HostedProcess | None = None
         self._updates = InOrder()
+        self._starting = threading.Lock()
         self._hearing = threading.Lock()  # who hears what: a call of a controller that was lost may still wait here
         self._teller = ""
         self._events: list[ProcessEvent] = []
         self._unheard: list[ProcessEvent] = []  # that such a call has taken
 
-    def start(
-        self, module: str, spec: Message, name: str, log_path: Path, env: Mapping[str, str], number: int, teller: str
-    ) -> HostedProcess:
+    def prepare(self, launch: Launch, log_dir: Path) -> None:
+        """`start` follows, or has come before: Ray may run calls in another order than they were made."""
+        with self._starting:
+            if self._hosted is None or launch.number > self._hosted.launch_number:
+                self._keeper.prepare(recipe_of(launch, log_dir, _gpu_ids()))
+
+    def keep_spare(self, is_wanted: bool) -> None:
+        self._keeper.keep(is_wanted)
+
+    def start(self, launch: Launch, log_dir: Path, teller: str) -> HostedProcess:
         """`teller`: who will tell the process of updates."""
-        context = ray.get_runtime_context()
-        gpu_ids = tuple(str(gpu) for gpu in context.get_accelerator_ids().get("GPU", ()))
-        child_env = {**env, "CUDA_VISIBLE_DEVICES": ",".join(gpu_ids)}
-        child = ChildProcess(module, spec, name=name, log_path=log_path, env=child_env)
+        with self._starting:
+            return self._start(launch, log_dir, teller)
+
+    def _start(self, launch: Launch, log_dir: Path, teller: str) -> HostedProcess:
+        context, gpu_ids = ray.get_runtime_context(), _gpu_ids()
+        child = self._keeper.start(recipe_of(launch, log_dir, gpu_ids), launch.spec, log_name=launch.log_name)
         with self._hearing:
             self._child, self._teller, self._events, self._unheard = child, teller, [], []
         self._updates.begin(teller, child.tell)
@@ -109,8 +120,8 @@ class ProcessHost:
             gpu_ids=gpu_ids,
             node_id=context.get_node_id(),
             host_name=context.get_actor_name() or "",
-            launch_number=number,
-            incarnation=spec.incarnation if isinstance(spec, WorkerSpec) else 0,
+            launch_number=launch.number,
+            incarnation=launch.spec.incarnation if isinstance(launch.spec, WorkerSpec) else 0,
         )
         return self._hosted
 
@@ -140,7 +151,7 @@ class ProcessHost:
         with self._hearing:
             if child is not self._child:
                 return None
-            if event.WhichOneof("event") != "progress":
+            if event.WhichOneof("event") not in ("progress", "spare"):
                 self._events.append(event)
             if teller == self._teller:
                 return event
@@ -244,10 +255,14 @@ class RayChild:
 
 
 def start_child(launch: Launch, host: Any, log_dir: Path) -> RayChild:
-    log_path, env = log_dir / launch.log_name, dict(launch.env)
     teller = new_teller()
-    starting = host.start.remote(launch.module, launch.spec, launch.name, log_path, env, launch.number, teller)
+    starting = host.start.remote(launch, log_dir, teller)
     return RayChild(launch, host, starting, teller)
+
+
+def _gpu_ids() -> tuple[str, ...]:
+    """Of this actor: Ray's choice."""
+    return tuple(str(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
 
 
 def new_teller() -> str:

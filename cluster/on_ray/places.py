@@ -75,6 +75,15 @@ class Places:
         child = self._children[launch.name] = start_child(launch, host, self._log_dir)
         return child
 
+    def prepare(self, launch: Launch) -> None:
+        """A host that is lost is replaced later, by `spawn`."""
+        if (host := self._hosts.get(launch.name)) is not None:
+            host.prepare.remote(launch, self._log_dir)
+
+    def keep_spare(self, name: str, is_wanted: bool) -> None:
+        if (host := self._hosts.get(name)) is not None:
+            host.keep_spare.remote(is_wanted)
+
     def end(self, processes: Iterable[Process]) -> None:
         """Give up the hosts and placement groups of processes that have ended."""
         for process in processes:

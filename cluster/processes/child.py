@@ -61,7 +61,7 @@ class ChildProcess:
     def __init__(
         self,
         module: str,
-        spec: Message,
+        spec: Message | None,
         *,
         name: str,
         log_path: Path,
@@ -72,7 +72,7 @@ class ChildProcess:
 
         Args:
             module: what `python -m` runs, with this interpreter and the repository on PYTHONPATH.
-            spec: written to its standard input as one line of JSON.
+            spec: written to its standard input as one line of JSON; None: `begin` does that.
             name: for messages, such as "target-0.1".
             log_path: file that takes its standard error; the folder is made, an older file is replaced.
             env: added to this process's environment.
@@ -100,8 +100,20 @@ class ChildProcess:
         self.pid: int | None = self._process.pid
         self._events: queue.SimpleQueue[ProcessEvent | None] = queue.SimpleQueue()  # None: standard output ended
         self._sending = threading.Lock()
-        self._send(spec)
+        self.is_waiting = False  # for its spec, with all imported
+        if spec is not None:
+            self._send(spec)
         threading.Thread(target=self._read_events, name=f"events of {name}", daemon=True).start()
+
+    def begin(self, spec: Message, *, log_path: Path, devices: str = "") -> None:
+        """What the process was started for. Its log goes on under this name."""
+        self.log_path.replace(log_path)
+        self.log_path, self.devices = log_path, devices
+        self._send(spec)
+
+    def say(self, event: ProcessEvent) -> None:
+        """Among the events of the process, what its parent knows of it."""
+        self._events.put(event)
 
     def next_event(self, timeout_s: float) -> ProcessEvent | None:
         try:
@@ -170,7 +182,11 @@ class ChildProcess:
 
     def _on_line(self, line: bytes) -> None:
         try:
-            self._events.put(json_format.Parse(line, ProcessEvent(), ignore_unknown_fields=True))
+            event = json_format.Parse(line, ProcessEvent(), ignore_unknown_fields=True)
+            if event.HasField("waiting"):
+                self.is_waiting = True
+            else:
+                self._events.put(event)
         except json_format.ParseError:
             # A library that prints is a nuisance, not a reason to fail.
             logger.info("%s printed: %s", self.name, line.decode(errors="replace").rstrip())

@@ -136,12 +136,14 @@ class Recovery:
         """When `take_due` is worth calling again if nothing else happens; inf: never."""
         return min((state.due_s for name, state in self._parts.items() if self._may_start(name)), default=inf)
 
-    def on_up(self, part: PartId, now: float) -> None:
+    def on_up(self, part: PartId, now: float, *, num_spares: int = 0) -> None:
+        """`num_spares`: how many of its processes were spares before."""
         if not self._is_in(part, _Phase.STARTING):
             return  # it was removed meanwhile
         state = self._parts[part]
         state.phase, state.up_since_s, state.num_failed = _Phase.UP, now, 0
-        self.note(part.name, f"is up again, {now - state.lost_at_s:.1f} s after it was lost", now)
+        by_spares = f", by {num_spares} spare{'s' if num_spares > 1 else ''}" if num_spares else ""
+        self.note(part.name, f"is up again, {now - state.lost_at_s:.1f} s after it was lost{by_spares}", now)
 
     def on_failed_start(self, part: PartId, reason: str, now: float) -> None:
         if not self._is_in(part, _Phase.STARTING):

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 from google.protobuf.message import Message
 
@@ -15,6 +16,7 @@ from cluster.errors import StartError
 from cluster.planning.plan import Bundle
 from cluster.process_id import ProcessId
 from cluster.processes.child import Child
+from cluster.processes.spares import Recipe
 from cluster.processes.status import ProcessStatus
 from cluster.processes.supervision import Board
 from echelon.pb.process_pb2 import ProcessEvent, ProcessUpdate
@@ -32,6 +34,7 @@ class Launch:
 
     id: ProcessId
     module: str
+    spare_module: str = ""  # what is started ahead of need; empty: nothing is
     spec: Message
     node: str = ""  # address
     bundle: Bundle | None = None  # of a worker; None for a control process
@@ -48,8 +51,26 @@ class Launch:
         return f"{self.name}.log" if self.number == 1 else f"{self.name}.{self.number}.log"
 
 
+def recipe_of(launch: Launch, log_dir: Path, gpu_ids: Sequence[str]) -> Recipe:
+    """How its process is started, on these GPUs."""
+    env = {**launch.env, "CUDA_VISIBLE_DEVICES": ",".join(gpu_ids)}
+    return Recipe(module=launch.module, spare_module=launch.spare_module, name=launch.name, log_dir=log_dir, env=env)
+
+
 T = TypeVar("T")
 Spawn = Callable[[Launch], Child]
+
+
+class Spares(Protocol):
+    """Processes that are started before they are needed."""
+
+    def prepare(self, launch: Launch) -> None:
+        """It is about to be spawned, as soon as all of its spec is known."""
+        ...
+
+    def keep_spare(self, name: str, is_wanted: bool) -> None:
+        """Whether a process is to be kept ready that could take the place of this one."""
+        ...
 
 
 class ProcessSet:
@@ -58,8 +79,15 @@ class ProcessSet:
     Thread-safe. `on_change` is called, from any thread and one call at a time, with a process that has changed.
     """
 
-    def __init__(self, spawn: Spawn, *, on_change: Callable[[ProcessStatus], None] = lambda _: None) -> None:
-        self._spawn = spawn
+    def __init__(
+        self,
+        spawn: Spawn,
+        *,
+        spares: Spares | None = None,
+        on_change: Callable[[ProcessStatus], None] = lambda _: None,
+    ) -> None:
+        """`spares`: None: no process is started before it is needed."""
+        self._spawn, self._spares = spawn, spares
         self._on_change = on_change
         self._board = Board()
         self._changed = threading.Condition()
@@ -72,6 +100,21 @@ class ProcessSet:
         """Show these processes as pending until they are launched."""
         with self._changed:
             self._board = Board(processes)
+
+    def prepare(self, launch: Launch) -> None:
+        """It will be launched: what it does before it has its spec can begin now. Raises StartError."""
+        with self._changed:
+            if self._spares is None or self._stopped:
+                return
+            launch = replace(launch, number=self._num_launches[launch.name] + 1)
+        self._spares.prepare(launch)
+        if self.read(lambda _: self._stopped):  # meanwhile
+            self._spares.keep_spare(launch.name, False)
+
+    def keep_spare(self, name: str, is_wanted: bool) -> None:
+        """Whether a process is to be kept ready that could take the place of this one."""
+        if self._spares is not None:
+            self._spares.keep_spare(name, is_wanted)
 
     def launch(self, launch: Launch) -> None:
         with self._changed:
@@ -171,6 +214,7 @@ class ProcessSet:
         """End these processes, in the order of `stop`, and forget them."""
         with self._changed:
             children = {name: self._children.pop(name) for name in names if name in self._children}
+        self._end_spares(children)
         for name in order:
             if name in children:
                 children.pop(name).stop(grace_s)
@@ -196,12 +240,17 @@ class ProcessSet:
             self._board.on_stopping()
             self._changed.notify_all()
             children = dict(self._children)
+        self._end_spares(children)
         for name in order:
             if name in children:
                 children.pop(name).stop(grace_s)
         _stop_all(list(children.values()), grace_s)
         for watcher in self._watchers:
             watcher.join(timeout=_WATCHER_GRACE_S)
+
+    def _end_spares(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.keep_spare(name, False)
 
     def _take(self, child: Child) -> bool:
         """Watch a child. False if stop() came while the child was being spawned and so does not know it."""

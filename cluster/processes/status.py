@@ -34,6 +34,8 @@ class ProcessStatus:
     done: int = 0
     total: int = 0  # 0: not known
     error: str = ""
+    spare: str = ""  # of the process that could take its place: "starting" | "ready"; empty: there is none
+    was_spare: bool = False  # it was such a process itself
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.id.name)

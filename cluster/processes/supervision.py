@@ -102,6 +102,11 @@ class Board:
             self._change(name, state=State.READY, stage="", done=0, total=0, **where)
         elif kind == "failed":
             self._fail(name, event.failed.error, event.failed.detail)
+        elif kind == "spare":
+            if event.spare.used:
+                self._change(name, was_spare=True)
+            else:
+                self._change(name, spare=event.spare.state)
 
     def on_exit(self, name: str, exit_status: int, stderr_tail: str) -> None:
         """The process has ended. Its own last word counts more than its exit status."""

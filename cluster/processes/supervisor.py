@@ -13,6 +13,7 @@ from cluster.process_id import PartId
 from cluster.processes.recovery import Recovery
 from cluster.processes.restarts import Restarts
 from cluster.processes.rollout import RunningDeployment, RunningReplica
+from cluster.processes.spares import with_spares
 from cluster.processes.specs import ENGINE_ROLES, gateway_model, names_by_part, placed_processes
 from cluster.processes.startup import ProcessSet
 from cluster.processes.status import DeploymentEvent, ProcessStatus, State, TierUse
@@ -66,6 +67,7 @@ class Supervisor:
             told=self._told,
             on_start=self._vitals.on_start,
         )
+        self._has_spare: set[str] = set()  # of which one is kept, as far as this object has asked for it
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
@@ -234,6 +236,7 @@ class Supervisor:
             try:
                 self._notice_losses()
                 wait_s = self._start_due(time.monotonic())
+                self._keep_spares()
             except Exception:  # the edge of the thread: without it, nothing would ever be started again
                 logger.exception("what was lost could not be noticed; it is looked for again")
                 wait_s, version = _INTERVAL_S, _NEVER
@@ -247,6 +250,20 @@ class Supervisor:
                 self._starts[part] = start
                 start.start()
             return max(0.0, min(_INTERVAL_S, self._recovery.next_due() - now))
+
+    def _keep_spares(self) -> None:
+        """A spare takes the place of what is lost, so that another one is asked for when the part is up again."""
+        bundles = [bundle for replica in self._whereabouts.plans for bundle in replica.bundles]
+        chosen = set(with_spares(bundles, self._settings.spares) if self._settings.rebuild else ())
+        with self._lock:
+            up = {name for part, names in self._names.items() if self._recovery.is_up(part) for name in names}
+        for name in sorted(self._has_spare & up - chosen):
+            self._processes.keep_spare(name, False)
+        for name in sorted(chosen & up - self._has_spare):
+            self._processes.keep_spare(name, True)
+        self._has_spare = chosen & up
+        num_ready = sum(process.spare == "ready" for process in self._processes.read(lambda board: board.processes))
+        self._told.tell_of_spares(process_pb2.SparesUpdate(num_ready=num_ready, num_wanted=len(chosen)))
 
     def _notice_losses(self) -> None:
         for part, names in self._names.items():
@@ -288,8 +305,10 @@ class Supervisor:
             logger.exception("the start of %s broke", part.name)
             self._on_failed_start(part, repr(err))
         else:
+            board = self._processes.read(lambda board: board.processes)
+            num_spares = sum(each.was_spare for each in board if each.id.part == part)
             with self._lock:
-                self._recovery.on_up(part, time.monotonic())
+                self._recovery.on_up(part, time.monotonic(), num_spares=num_spares)
 
     def _on_failed_start(self, part: PartId, error: str) -> None:
         if self._stopped.is_set():

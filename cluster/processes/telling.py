@@ -25,6 +25,7 @@ class ToldGateways:
         self._replicas = list(replicas)
         self._retiring: set[int] = set()
         self.is_drained = False  # no replica gets new requests
+        self._spares = process_pb2.SparesUpdate()
 
     def add(self, replica: int, news: process_pb2.SchedulerUpdate) -> None:
         with self._lock:
@@ -60,6 +61,13 @@ class ToldGateways:
             for gateway in self.gateways:
                 self._processes.tell(gateway, process_pb2.ProcessUpdate(scheduler=news))
 
+    def tell_of_spares(self, spares: process_pb2.SparesUpdate) -> None:
+        """Gateways count them in their metrics."""
+        with self._lock:
+            if spares != self._spares:
+                self._spares = spares
+                self._repeat_spares()
+
     def launch_gateway(self, launch: Callable[[Sequence[int]], None], news_of: NewsOf) -> None:
         """Start a gateway with the replicas that there are, in their order: whatever changes next, it is told."""
         with self._lock:
@@ -73,6 +81,11 @@ class ToldGateways:
                 if (news := news_of(replica)) is not None:
                     self.tell(replica, news)
                 self._tell_whether_retiring(replica)
+            self._repeat_spares()
+
+    def _repeat_spares(self) -> None:
+        for gateway in self.gateways:
+            self._processes.tell(gateway, process_pb2.ProcessUpdate(spares=self._spares))
 
     def _tell_whether_retiring(self, replica: int) -> None:
         is_retiring = self.is_drained or replica in self._retiring

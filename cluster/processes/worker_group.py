@@ -13,7 +13,7 @@ from cluster.processes.status import ProcessStatus
 from echelon.pb.process_pb2 import GroupEndpoint, WorkerSpec
 from echelon.pb.worker_pb2 import WorkerInfo
 
-_WORKER_MODULE = "workers"
+_WORKER_MODULE, _SPARE_MODULE = "workers", "workers.spare"
 _FAILED_GRACE_S = 1.0  # a start that failed has nothing to finish
 
 
@@ -63,9 +63,11 @@ def start_groups(
     """
     for group in groups:
         processes.launch(_launch(group, 0, store_address=""))
+        for rank in range(1, len(group.specs)):
+            processes.prepare(_launch(group, rank, store_address=""))
     for group in groups:
         if len(group.specs) > 1:
-            # Stores open within moments of the process start, before any weights are read.
+            # Stores open within moments of the process start, before any weights are read. The others import meanwhile.
             store_address = processes.wait_store(group.leader, deadline, within=within)
             for rank in range(1, len(group.specs)):
                 processes.launch(_launch(group, rank, store_address=store_address))
@@ -106,7 +108,13 @@ def _launch(group: GroupLaunch, rank: int, *, store_address: str) -> Launch:
         # other processes, or the threads of compiled kernels.
         env["OMP_WAIT_POLICY"] = "passive"
     return Launch(
-        id=group.ids[rank], module=_WORKER_MODULE, spec=spec, node=spec.host, bundle=group.bundles[rank], env=env
+        id=group.ids[rank],
+        module=_WORKER_MODULE,
+        spare_module=_SPARE_MODULE,
+        spec=spec,
+        node=spec.host,
+        bundle=group.bundles[rank],
+        env=env,
     )
 
 

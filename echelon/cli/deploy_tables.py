@@ -93,7 +93,8 @@ def _remarks(made: "Plan") -> Iterator[str]:
 
 
 def process_table(processes: "tuple[ProcessStatus, ...]") -> Table:
-    table = plain_table("process", "state", "node", "devices", "pid", "")
+    spares = ("spare",) if any(process.spare for process in processes) else ()
+    table = plain_table("process", "state", "node", "devices", "pid", *spares, "")
     for process in processes:
         table.add_row(
             process.name,
@@ -101,6 +102,7 @@ def process_table(processes: "tuple[ProcessStatus, ...]") -> Table:
             process.node,
             process.devices,
             "" if process.pid is None else str(process.pid),
+            *([process.spare] if spares else []),
             _doing(process),
         )
     return table

@@ -5,7 +5,7 @@ How a child process gets its settings and reports its state. Every Echelon proce
 `python -m scheduler`, `python -m gateway`) reads its spec as one line of JSON from standard
 input, keeps standard input open (its end means that the parent died: exit status 3), writes one
 ProcessEvent a line, as JSON, to standard output, and logs to standard error. Once it is ready, its parent may write
-a ProcessUpdate a line, as JSON, to its standard input. It refuses a spec whose `version` is not its own. `childproc/` implements the child's end, `cluster/processes/child.py` the parent's.
+a ProcessUpdate a line, as JSON, to its standard input. A process may wait for its spec as long as its parent likes. It refuses a spec whose `version` is not its own. `childproc/` implements the child's end, `cluster/processes/child.py` the parent's.
 """
 
 import builtins
@@ -26,6 +26,8 @@ class ProcessEvent(google.protobuf.message.Message):
     PROGRESS_FIELD_NUMBER: builtins.int
     READY_FIELD_NUMBER: builtins.int
     FAILED_FIELD_NUMBER: builtins.int
+    WAITING_FIELD_NUMBER: builtins.int
+    SPARE_FIELD_NUMBER: builtins.int
     @property
     def store_opened(self) -> global___StoreOpened:
         """from the leader of a group of several ranks: where the others meet it"""
@@ -38,6 +40,14 @@ class ProcessEvent(google.protobuf.message.Message):
     def failed(self) -> global___Failed:
         """the last event before a non-zero exit"""
 
+    @property
+    def waiting(self) -> global___Waiting:
+        """it has imported its code, and its spec is not there yet"""
+
+    @property
+    def spare(self) -> global___SpareNews:
+        """not from the process: whoever has started it says so among its events"""
+
     def __init__(
         self,
         *,
@@ -45,12 +55,48 @@ class ProcessEvent(google.protobuf.message.Message):
         progress: global___Progress | None = ...,
         ready: global___Ready | None = ...,
         failed: global___Failed | None = ...,
+        waiting: global___Waiting | None = ...,
+        spare: global___SpareNews | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["event", b"event", "failed", b"failed", "progress", b"progress", "ready", b"ready", "store_opened", b"store_opened"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["event", b"event", "failed", b"failed", "progress", b"progress", "ready", b"ready", "store_opened", b"store_opened"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["store_opened", "progress", "ready", "failed"] | None: ...
+    def HasField(self, field_name: typing.Literal["event", b"event", "failed", b"failed", "progress", b"progress", "ready", b"ready", "spare", b"spare", "store_opened", b"store_opened", "waiting", b"waiting"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["event", b"event", "failed", b"failed", "progress", b"progress", "ready", b"ready", "spare", b"spare", "store_opened", b"store_opened", "waiting", b"waiting"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["store_opened", "progress", "ready", "failed", "waiting", "spare"] | None: ...
 
 global___ProcessEvent = ProcessEvent
+
+@typing.final
+class Waiting(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___Waiting = Waiting
+
+@typing.final
+class SpareNews(google.protobuf.message.Message):
+    """Of the process that could take this one's place."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: builtins.int
+    USED_FIELD_NUMBER: builtins.int
+    state: builtins.str
+    """"starting" | "ready"; empty: there is none"""
+    used: builtins.bool
+    """this process has been one itself"""
+    def __init__(
+        self,
+        *,
+        state: builtins.str = ...,
+        used: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["news", b"news", "state", b"state", "used", b"used"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["news", b"news", "state", b"state", "used", b"used"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["news", b"news"]) -> typing.Literal["state", "used"] | None: ...
+
+global___SpareNews = SpareNews
 
 @typing.final
 class StoreOpened(google.protobuf.message.Message):
@@ -144,6 +190,7 @@ class ProcessUpdate(google.protobuf.message.Message):
 
     GROUP_FIELD_NUMBER: builtins.int
     SCHEDULER_FIELD_NUMBER: builtins.int
+    SPARES_FIELD_NUMBER: builtins.int
     @property
     def group(self) -> global___GroupUpdate:
         """to a scheduler"""
@@ -152,17 +199,42 @@ class ProcessUpdate(google.protobuf.message.Message):
     def scheduler(self) -> global___SchedulerUpdate:
         """to a gateway"""
 
+    @property
+    def spares(self) -> global___SparesUpdate:
+        """to a gateway"""
+
     def __init__(
         self,
         *,
         group: global___GroupUpdate | None = ...,
         scheduler: global___SchedulerUpdate | None = ...,
+        spares: global___SparesUpdate | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["group", b"group", "scheduler", b"scheduler", "update", b"update"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["group", b"group", "scheduler", b"scheduler", "update", b"update"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["update", b"update"]) -> typing.Literal["group", "scheduler"] | None: ...
+    def HasField(self, field_name: typing.Literal["group", b"group", "scheduler", b"scheduler", "spares", b"spares", "update", b"update"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["group", b"group", "scheduler", b"scheduler", "spares", b"spares", "update", b"update"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["update", b"update"]) -> typing.Literal["group", "scheduler", "spares"] | None: ...
 
 global___ProcessUpdate = ProcessUpdate
+
+@typing.final
+class SparesUpdate(google.protobuf.message.Message):
+    """How many processes could take the place of a rank that is lost."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUM_READY_FIELD_NUMBER: builtins.int
+    NUM_WANTED_FIELD_NUMBER: builtins.int
+    num_ready: builtins.int
+    num_wanted: builtins.int
+    def __init__(
+        self,
+        *,
+        num_ready: builtins.int = ...,
+        num_wanted: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["num_ready", b"num_ready", "num_wanted", b"num_wanted"]) -> None: ...
+
+global___SparesUpdate = SparesUpdate
 
 @typing.final
 class GroupUpdate(google.protobuf.message.Message):

@@ -5,7 +5,7 @@ How a child process gets its settings and reports its state. Every Echelon proce
 `python -m scheduler`, `python -m gateway`) reads its spec as one line of JSON from standard
 input, keeps standard input open (its end means that the parent died: exit status 3), writes one
 ProcessEvent a line, as JSON, to standard output, and logs to standard error. Once it is ready, its parent may write
-a ProcessUpdate a line, as JSON, to its standard input. It refuses a spec whose `version` is not its own. `childproc/` implements the child's end, `cluster/processes/child.py` the parent's.
+a ProcessUpdate a line, as JSON, to its standard input. A process may wait for its spec as long as its parent likes. It refuses a spec whose `version` is not its own. `childproc/` implements the child's end, `cluster/processes/child.py` the parent's.
 """
 
 import abc

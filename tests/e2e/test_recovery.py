@@ -15,7 +15,7 @@ from bench.chaos import ROLES, Chaos, Tally
 from bench.crowd import make_cases
 from cluster.deployment.settings import KvCacheSettings, SchedulerSettings
 from cluster.local import LocalDeployment, LocalDraft, local_settings
-from cluster.processes.status import State
+from cluster.processes.status import ProcessStatus, State
 from echelon import Client
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -32,6 +32,7 @@ def deployment() -> Iterator[LocalDeployment]:
         dtype="float32",  # a prompt that is computed again in other chunks must not change a token
         kv_cache=KvCacheSettings(device_bytes=32 << 20),
         scheduler=SchedulerSettings(max_num_seqs=16, max_num_batched_tokens=256, max_model_len=512),
+        spares="auto",
     )
     with LocalDeployment(settings, gateway=True) as deployment:
         yield deployment
@@ -88,7 +89,29 @@ def test_drafts_come_back_after_the_draft_died(deployment: LocalDeployment, clie
     assert again.token_ids == undisturbed.token_ids
     assert again.speculation.num_draft_tokens > 0
     assert [pid_of(deployment, f"target-0.{rank}") for rank in range(2)] == target_pids, "nothing else was touched"
-    assert [event.part for event in deployment.supervisor.events()] == ["draft-0"] * 3
+    assert [event.part for event in deployment.supervisor.events()[-3:]] == ["draft-0"] * 3
+
+
+def test_spares_take_the_place_of_a_target_that_died(deployment: LocalDeployment, client: Client) -> None:
+    def ranks() -> list[ProcessStatus]:
+        board = deployment.processes.read(lambda board: board.processes)
+        return [process for process in board if process.id.role == "target"]
+
+    undisturbed = client.generate(PROMPT, **OPTIONS)
+    wait_until(lambda: all(rank.spare == "ready" for rank in ranks()))
+    old_pid = pid_of(deployment, "target-0.1")
+    with client.stream(PROMPT, **OPTIONS) as stream:
+        next(iter(stream))
+        kill(deployment, "target-0.1")
+        for _ in stream:
+            pass
+        assert stream.result().token_ids == undisturbed.token_ids
+    wait_until_ready(deployment, "target-0.1", old_pid)
+    last = deployment.supervisor.events()[-1]
+    assert last.part == "target-0"
+    assert last.text.startswith("is up again, ")
+    assert last.text.endswith(" s after it was lost, by 2 spares")
+    wait_until(lambda: all(rank.spare for rank in ranks()))  # the next ones are on their way
 
 
 def test_a_gateway_that_died_is_back_at_its_address(deployment: LocalDeployment, client: Client) -> None:

@@ -73,6 +73,7 @@ def deployment_file(
     dtype: str = "bfloat16",
     device: str = "cpu",
     port: int | None = None,
+    spares: int = 0,
     more: str = "",
 ) -> Path:
     path = folder / "deploy.yaml"
@@ -85,6 +86,7 @@ target: {{model: {target}, tensor_parallel_size: {tp_size}, dtype: {dtype}}}
 kv_cache: {{device_bytes: 16MiB}}
 scheduler: {{max_num_seqs: 4, max_num_batched_tokens: 256}}
 device: {device}
+spares: {spares}
 server: {{grpc_port: {port or free_port()}, http_port: {free_port()}}}
 {more}
 """)
@@ -133,6 +135,15 @@ def wait_for_state(name: str, wanted: State) -> DeploymentStatus:
     deadline = time.monotonic() + GONE_S
     while (status := lifecycle.status(name)).state is not wanted:
         assert time.monotonic() < deadline, f"state is {status.state}, not {wanted}"
+    return status
+
+
+def wait_for_spares(status: DeploymentStatus) -> DeploymentStatus:
+    """Until each rank has one that is ready."""
+    deadline = time.monotonic() + START_S
+    while any(process.spare != "ready" for process in status.processes if process.id.rank is not None):
+        assert time.monotonic() < deadline, f"spares: { {each.name: each.spare for each in status.processes} }"
+        status = lifecycle.status("e2e")
     return status
 
 
@@ -485,7 +496,7 @@ def test_a_private_ray_comes_and_goes_alongside_another(
     ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_proxies(monkeypatch)
-    status = lifecycle.up(deployment_file(tmp_path, tp_size=2, draft=True))
+    status = lifecycle.up(deployment_file(tmp_path, tp_size=2, draft=True, spares=3))
     assert (status.state, status.private_ray) == (State.READY, True)
     assert {process.name for process in status.processes} == {
         *("target-0.0", "target-0.1", "draft-0.0"),
@@ -506,7 +517,10 @@ def test_a_private_ray_comes_and_goes_alongside_another(
     assert addresses == {"127.0.0.1"}, "nothing is open to other machines"
     assert Path(private.temp_dir).stat().st_mode & 0o777 == 0o700
 
-    again = kill_and_wait(kill_and_wait(status, "draft-0.0"), "scheduler-0")
+    status = wait_for_spares(status)
+    drafting_again = kill_and_wait(status, "draft-0.0")
+    assert drafting_again.events[-1].text.endswith(" s after it was lost, by 1 spare")
+    again = kill_and_wait(drafting_again, "scheduler-0")
     wait_for_drafts(status.endpoint)
     scheduler = process_of(again, "scheduler-0")
     assert scheduler.pid is not None

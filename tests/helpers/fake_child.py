@@ -2,7 +2,7 @@
 
 Its spec is a WorkerSpec. `FAKE_BEHAVIOUR` says what it does: ready, fail (says why), die (exits with 3 after a line on
 stderr), silent (never says anything), stubborn (ignores SIGTERM), noisy (prints lines that are no events), orphan
-(starts a grandchild that would outlive it).
+(starts a grandchild that would outlive it), importing (never says that it waits for its spec).
 """
 
 import json
@@ -18,6 +18,8 @@ from echelon.pb.process_pb2 import WorkerSpec
 
 
 def main() -> None:
+    if os.environ.get("FAKE_BEHAVIOUR") != "importing":
+        say(waiting={})
     spec = json_format.Parse(sys.stdin.readline(), WorkerSpec())
     parent_died = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), parent_died.set()), daemon=True).start()

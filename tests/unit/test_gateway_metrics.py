@@ -71,6 +71,18 @@ def test_a_request_is_measured_from_its_arrival_to_its_end() -> None:
     assert samples["echelon:request_success_total", "stop"] == 1
 
 
+def test_spares_are_counted_under_the_model_that_is_served_now() -> None:
+    metrics = RequestMetrics("old")
+    metrics.note_spares(ready=1, wanted=2)
+    metrics.use("new")
+
+    def number(model: str, state: str) -> float | None:
+        return metrics.registry.get_sample_value("echelon:spares", {"model_name": model, "state": state})
+
+    assert (number("new", "ready"), number("new", "wanted")) == (1, 2)
+    assert number("old", "ready") is None
+
+
 def test_samples_of_a_request_run_side_by_side() -> None:
     clock = Clock()
     metrics = RequestMetrics("demo", now=clock)

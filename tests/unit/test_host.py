@@ -1,6 +1,7 @@
 """What the controller tells a process arrives in the order in which it was told, and it hears all that one says."""
 
 import threading
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import ClassVar
@@ -9,9 +10,13 @@ import pytest
 
 from cluster.on_ray import host as host_module
 from cluster.on_ray.host import InOrder, ProcessHost
+from cluster.process_id import ProcessId
+from cluster.processes import spares
+from cluster.processes.startup import Launch
 from echelon.pb.process_pb2 import ProcessEvent, ProcessUpdate, Ready, SchedulerUpdate, WorkerSpec
 
 UPDATES = [ProcessUpdate(scheduler=SchedulerUpdate(replica=number)) for number in range(4)]
+LAUNCH = Launch(id=ProcessId(role="target", rank=0), module="workers", spec=WorkerSpec())
 READY = ProcessEvent(ready=Ready(address="127.0.0.1:1"))
 
 
@@ -79,10 +84,10 @@ class Context:
 
 
 def test_what_a_process_says_to_a_controller_that_was_lost_the_next_one_hears(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "ChildProcess", Child)
+    monkeypatch.setattr(spares, "ChildProcess", Child)
     monkeypatch.setattr(host_module.ray, "get_runtime_context", Context)
     host = ProcessHost()
-    host.start("workers", WorkerSpec(), "target-0.0", Path("log"), {}, 1, "lost")
+    host.start(LAUNCH, Path("logs"), "lost")
     child = Child.started.pop()
     lost = threading.Thread(target=host.watch, args=("lost", 30.0))
     lost.start()
@@ -95,3 +100,15 @@ def test_what_a_process_says_to_a_controller_that_was_lost_the_next_one_hears(mo
     child.may_say.clear()
     assert host.watch("next", 0.0) == (None, READY)
     assert host.watch("next", 0.0) == (None, None), "once"
+
+
+def test_a_preparation_that_comes_after_its_start_prepares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spares, "ChildProcess", Child)
+    monkeypatch.setattr(host_module.ray, "get_runtime_context", Context)
+    host = ProcessHost()
+    host.start(LAUNCH, Path("logs"), "controller")
+    host.prepare(LAUNCH, Path("logs"))
+    assert len(Child.started) == 1
+    host.prepare(replace(LAUNCH, number=2), Path("logs"))
+    assert len(Child.started) == 2
+    Child.started.clear()

@@ -16,6 +16,7 @@ from cluster import local
 from cluster.errors import StartError
 from cluster.local import LocalDeployment, local_settings
 from cluster.process_id import PartId
+from cluster.processes import spares
 from cluster.processes.child import ChildProcess
 from cluster.processes.vitals import VitalsWatch
 from echelon.pb.process_pb2 import WorkerSpec
@@ -35,7 +36,7 @@ def behave(monkeypatch: pytest.MonkeyPatch, behaviour: str) -> None:
         fake_spec = WorkerSpec(world_size=1)
         return ChildProcess("tests.helpers.fake_child", fake_spec, env={**env, "FAKE_BEHAVIOUR": behaviour}, **others)
 
-    monkeypatch.setattr(local, "ChildProcess", spawn)
+    monkeypatch.setattr(spares, "ChildProcess", spawn)
 
 
 def test_nothing_is_left_of_a_deployment_that_ran(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
@@ -85,14 +86,14 @@ def test_logs_of_a_process_that_died_later_stay(
 def test_a_start_that_breaks_is_repeated(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
     behave(monkeypatch, "ready")
     with LocalDeployment(SETTINGS) as deployment:
-        spawn, failures = local.ChildProcess, [OSError("too many open files")]
+        spawn, failures = spares.ChildProcess, [OSError("too many open files")]
 
         def failing(*args: Any, **others: Any) -> ChildProcess:
             if failures:
                 raise failures.pop()
             return spawn(*args, **others)
 
-        monkeypatch.setattr(local, "ChildProcess", failing)
+        monkeypatch.setattr(spares, "ChildProcess", failing)
         pid = deployment.processes.read(lambda board: board.process("target-0.0").pid)
         assert pid is not None
         os.kill(pid, signal.SIGKILL)

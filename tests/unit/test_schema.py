@@ -223,6 +223,7 @@ def test_all_problems_at_once_each_with_its_line(folder: Path) -> None:
         ("kv_cache: {device_bytes: 12 parsecs}\n", "'12 parsecs': is not a size; write bytes, or a number with a unit"),
         ("speculation: {num_speculative_tokens: 17}\n", "17: must be auto or an integer from 1 to 16"),
         ("speculation: {num_speculative_tokens: true}\n", "True: must be auto or an integer from 1 to 16"),
+        ("spares: -1\n", "-1: must be auto or an integer from 0 to 64"),
         ("speculation: {verdict_cache: true}\n", "True: must be auto, off or an integer from 1 to 16"),
         ("speculation: {window: 65}\n", "window: 65: must be auto or an integer from 1 to 64"),
         ("speculation: {method: ngram}\n", "'ngram': must be 'none', 'draft_model', 'suffix' or 'hybrid'"),

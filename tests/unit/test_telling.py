@@ -6,7 +6,7 @@ from typing import cast
 
 from cluster.processes.startup import ProcessSet
 from cluster.processes.telling import ToldGateways
-from echelon.pb.process_pb2 import ProcessUpdate, SchedulerUpdate
+from echelon.pb.process_pb2 import ProcessUpdate, SchedulerUpdate, SparesUpdate
 
 
 class Processes:
@@ -14,7 +14,8 @@ class Processes:
         self.told: list[tuple[str, int, str | None]] = []
 
     def tell(self, name: str, update: ProcessUpdate) -> None:
-        self.told.append((name, update.scheduler.replica, update.scheduler.WhichOneof("state")))
+        if update.HasField("scheduler"):
+            self.told.append((name, update.scheduler.replica, update.scheduler.WhichOneof("state")))
 
 
 def told(make: Callable[[ToldGateways], None]) -> list[tuple[str, int, str | None]]:
@@ -104,3 +105,23 @@ def test_a_gateway_that_was_started_again_hears_all_that_it_missed() -> None:
         ("gateway-0", 1, "retiring"),
     ]
     assert started == [(0, 1)]
+
+
+class EarOfGateway:
+    def __init__(self) -> None:
+        self.spares: list[int] = []
+
+    def tell(self, name: str, update: ProcessUpdate) -> None:
+        if update.HasField("spares"):
+            self.spares.append(update.spares.num_ready)
+
+
+def test_gateways_hear_of_spares_when_their_number_changes_and_when_they_are_started_again() -> None:
+    ear = EarOfGateway()
+    gateways = ToldGateways(cast("ProcessSet", ear), ["gateway-0"], [0])
+    gateways.tell_of_spares(SparesUpdate(num_ready=1, num_wanted=2))
+    gateways.tell_of_spares(SparesUpdate(num_ready=1, num_wanted=2))
+    gateways.tell_of_spares(SparesUpdate(num_ready=2, num_wanted=2))
+    assert ear.spares == [1, 2]
+    gateways.launch_gateway(lambda replicas: None, lambda number: None)
+    assert ear.spares == [1, 2, 2]
