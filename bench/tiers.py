@@ -109,10 +109,9 @@ class LimitedDeployment(LocalDeployment):
 def limit(spec: WorkerSpec, settings: Settings) -> None:
     """Otherwise an engine on a GPU takes all memory that its weights leave, and evicts nothing."""
     as_on_cpu = replace(settings, device="cpu")
-    for role, number in ENGINE_ROLES.items():
-        for engine in spec.engines:
-            if engine.role == number:
-                engine.kv_cache_bytes = as_on_cpu.kv_cache_bytes(role)
+    roles = {number: role for role, number in ENGINE_ROLES.items()}
+    for engine in spec.engines:
+        engine.kv_cache_bytes = as_on_cpu.kv_cache_bytes(roles[engine.role])
 
 
 class FetchingDeployment(LimitedDeployment):
