@@ -12,6 +12,7 @@ import itertools
 import shlex
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +24,7 @@ from bench.prompts import load_prompts
 from bench.report import add_report_options, publish, table
 from checkpoint.quantization import WeightFormat, head_format
 from kernels.layers.quantized import dequantize_weight, quantize_weight
+from kernels.layers.quantized_linear import round_inputs
 from kernels.sampling.sample import NoiseKeys, sample
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -88,16 +90,26 @@ def write(target: Any, prompt: list[int], num_tokens: int, *, temperature: float
     return Text(written, len(prompt), logits)
 
 
-def rounded(target: Any, format: WeightFormat) -> Any:
-    """The self-draft in this format: as workers round it at load."""
+def rounded(target: Any, format: WeightFormat, *, with_inputs: bool = False) -> Any:
+    """The self-draft in this format: as workers round it at load. with_inputs: and its inputs, as CPUs with VNNI do in
+    products of few rows."""
     made = copy.deepcopy(target)
     head = target.get_output_embeddings()
     made.lm_head.weight = torch.nn.Parameter(head.weight.clone(), requires_grad=False)  # a tied one becomes its own
     for name, module in made.named_modules():
         if isinstance(module, torch.nn.Linear):
             rounded_to = head_format(format) if name == "lm_head" else format
-            module.weight.data = dequantize_weight(quantize_weight(module.weight.data, rounded_to))
+            weight = quantize_weight(module.weight.data, rounded_to)
+            module.weight.data = dequantize_weight(weight)
+            if with_inputs:
+                module.register_forward_pre_hook(partial(_round_inputs, weight.group_size))
     return made
+
+
+def _round_inputs(group_size: int, module: torch.nn.Linear, inputs: tuple[Tensor]) -> Tensor:
+    x = inputs[0].flatten(0, -2)
+    codes, scales = round_inputs(x, group_size)
+    return (codes * scales).flatten(1)[:, : x.shape[1]].view_as(inputs[0])
 
 
 def first_layers(target: Any, num_layers: int) -> Any:
@@ -131,6 +143,7 @@ def main() -> None:
     parser.add_argument(
         "--self-drafts", nargs="*", choices=get_args(WeightFormat), default=[], help="also of the target"
     )
+    parser.add_argument("--rounded-inputs", action="store_true", help="also self-drafts that round their inputs")
     parser.add_argument("--layers", type=int, nargs="*", default=[], help="also the target's first layers, so many")
     parser.add_argument("--dataset", type=Path, help="JSON lines with 'prompt'; default: a few bundled ones")
     parser.add_argument("--prompts", type=int, default=12)
@@ -145,6 +158,11 @@ def main() -> None:
     )
     drafts = {options.draft.name: draft}
     drafts |= {f"the target in {format}": rounded(target, format) for format in options.self_drafts}
+    if options.rounded_inputs:
+        drafts |= {
+            f"the target in {format}, inputs too": rounded(target, format, with_inputs=True)
+            for format in options.self_drafts
+        }
     drafts |= {f"its first {num} layers": first_layers(target, num) for num in options.layers}
     prompts = [tokenizer(prompt)["input_ids"] for prompt in load_prompts(options.dataset, options.prompts)]
     lines = []

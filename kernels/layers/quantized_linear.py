@@ -5,6 +5,9 @@ took less CPU time than torch's `_weight_int4pack_mm_for_cpu` and `_weight_int8p
 docs/kernels.md). On CUDA, Triton kernels do so: `kernels.layers.mxfp4_linear` and `kernels.layers.integer_linear`.
 """
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,13 +20,19 @@ from kernels.native import quantized as native
 from kernels.native.quantized import NativeQuantizedWeight
 
 AnyQuantizedWeight = QuantizedWeight | NativeQuantizedWeight
+_INPUTS_TOGETHER, _MOST_ROUNDED_TOGETHER = 32, 128  # as in kernels/native: a multiple of these; that share a scale
 # Weights that are dequantised at a time: they stay in the cache of a core; on CUDA, enough for all multiprocessors.
 _TILE_WEIGHTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
-def pack_quantized_weight(weight: QuantizedWeight, *, batch_invariant: bool = False) -> AnyQuantizedWeight:
-    """Convert a weight to the layout that is read fastest; the caller drops the original. batch_invariant: it is for
-    `linear_batch_invariant`, which not every machine can offer."""
+def pack_quantized_weight(
+    weight: QuantizedWeight, *, batch_invariant: bool = False, rounds_inputs: bool = False
+) -> AnyQuantizedWeight:
+    """Convert a weight to the layout that is read fastest; the caller drops the original.
+
+    batch_invariant: it is for `linear_batch_invariant`, which not every machine can offer. rounds_inputs: products of
+    few rows may round their inputs to 8 bits (`rounded_inputs_reference`), where that is faster.
+    """
     if weight.codes.device.type != "cpu" or runs_triton(weight.codes) or native.why_not():
         return weight
     return native.pack_quantized(
@@ -34,6 +43,7 @@ def pack_quantized_weight(weight: QuantizedWeight, *, batch_invariant: bool = Fa
         in_features=weight.shape[1],
         zeros=weight.zeros,
         batch_invariant=batch_invariant,
+        rounds_inputs=rounds_inputs,
     )
 
 
@@ -61,6 +71,39 @@ def quantized_linear(x: Tensor, weight: AnyQuantizedWeight, bias: Tensor | None 
 def quantized_linear_reference(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """The definition: dequantise, multiply in fp32."""
     return F.linear(x.float(), dequantize_weight(weight), None if bias is None else bias.float()).to(x.dtype)
+
+
+def rounded_inputs_reference(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """The definition of products whose inputs are rounded too (`round_inputs`). Sums of a group are whole numbers (or
+    halves), exact in any order. They are scaled and added in fp32 in the order of the groups."""
+    in_features = weight.shape[1]
+    weight_group = weight.group_size if weight.group_size < in_features else _padded(in_features)
+    codes, scales = round_inputs(x, weight_group)
+    one = torch.full_like(weight.scales, 127 if weight.format == "mxfp4" else 1)  # mxfp4: an exponent
+    values = _in_groups(dequantize_weight(replace(weight, scales=one)), codes.shape[2])
+    y = torch.zeros(x.shape[0], weight.shape[0])
+    for group in range(codes.shape[1]):
+        products = (codes[:, group].double() @ values[:, group].double().T).float()
+        y += products * scales[:, group] * weight.fp32_scales[:, group * codes.shape[2] // weight_group]
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def round_inputs(x: Tensor, weight_group: int) -> tuple[Tensor, Tensor]:
+    """Inputs [num_rows, in_features] in groups of at most 128 that share a scale, none longer than a weight's: codes of
+    8 bits [num_rows, num_groups, group_size] as fp32, zeros after the last input, and scales [num_rows, num_groups, 1].
+    The largest of a group becomes 127 or -127, others the nearest code, ties the even one."""
+    groups = _in_groups(x.float(), math.gcd(_MOST_ROUNDED_TOGETHER, weight_group, _padded(x.shape[1])))
+    largest = groups.abs().amax(dim=2, keepdim=True)
+    inverses = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0)
+    return (groups * inverses).round(), largest / 127
+
+
+def _padded(num_inputs: int) -> int:
+    return -(-num_inputs // _INPUTS_TOGETHER) * _INPUTS_TOGETHER
+
+
+def _in_groups(matrix: Tensor, size: int) -> Tensor:
+    return F.pad(matrix, (0, _padded(matrix.shape[1]) - matrix.shape[1])).unflatten(1, (-1, size))
 
 
 def _multiply_dense_tiles(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:

@@ -23,7 +23,8 @@ _COMPILE_TIMEOUT_S = 120.0
 _NO_COMPILER = "no C++ compiler was found (install g++, or name one in CXX)"
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-_AVX512_BF16 = (*_AVX512, "-mavx512bf16")
+_AVX512_VNNI = (*_AVX512, "-mavx512vnni")
+_AVX512_BF16 = (*_AVX512_VNNI, "-mavx512bf16")
 _AMX = (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16")
 
 
@@ -72,7 +73,7 @@ def compile_library(folder: Path) -> Path:
     """The shared library in `folder`. Compiles it unless these sources were already compiled there by this compiler for
     such a CPU; without a compiler, takes what any has compiled there for one. Several processes may do so at the same
     time. Raises CompileError."""
-    options = (*_OPTIONS, *_cpu_options())
+    options = (*_OPTIONS, *cpu_options())
     compiler = _find_compiler()
     if compiler is not None:
         return _compile(folder, compiler, options)
@@ -87,7 +88,8 @@ def compile_for_every_cpu(folder: Path) -> list[Path]:
     compiler = _find_compiler()
     if compiler is None:
         raise CompileError(_NO_COMPILER)
-    return [_compile(folder, compiler, (*_OPTIONS, *cpu)) for cpu in (_AVX2, _AVX512, _AVX512_BF16, _AMX)]
+    cpus = (_AVX2, _AVX512, _AVX512_VNNI, _AVX512_BF16, _AMX)
+    return [_compile(folder, compiler, (*_OPTIONS, *cpu)) for cpu in cpus]
 
 
 def _compile(folder: Path, compiler: str, options: tuple[str, ...]) -> Path:
@@ -121,14 +123,14 @@ def _find_compiler() -> str | None:
     return next(filter(None, paths), None)
 
 
-def _cpu_options() -> tuple[str, ...]:
+def cpu_options() -> tuple[str, ...]:
     """Compiler options for those instructions of this CPU that the sources use."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX2":
         return _AVX2
     if capability.startswith("AVX512"):
         if not torch.cpu._is_avx512_bf16_supported():
-            return _AVX512
+            return _AVX512_VNNI if torch.cpu._is_vnni_supported() else _AVX512
         return _AMX if torch.cpu._init_amx() else _AVX512_BF16  # asks Linux for permission, once for the process
     raise CompileError(f"the CPU's instructions are {capability}, and the native kernels need AVX2 or AVX-512")
 

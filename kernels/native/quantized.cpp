@@ -6,7 +6,7 @@
 // the sum, so a row's bits depend on the row alone. A zero point is subtracted from the codes of a group: times the sum
 // of the group's inputs, from their products.
 
-#include "packed.hpp"
+#include "quantized.hpp"
 #include "vectors.hpp"
 
 extern "C" {  // of linear.cpp
@@ -24,22 +24,6 @@ constexpr int kPanelVectors = kPanel / kLanes;
 constexpr int kMostRows = 8;  // of a tile of sums
 constexpr int64_t kRowsAtOnce = 256;  // of a direct product: their sums stay in the caches. Not measured.
 constexpr int64_t kExpandedElements = 1 << 20;  // at a time: they stay in the second-level caches. Not measured.
-
-// As in kernels/native/quantized.py.
-struct PackedCodes {
-    const uint8_t* codes;
-    const float* scales;  // [panels][groups][kPanel]
-    const float* zeros;   // like scales; null: none
-    const float* table;   // the values of codes of 4 bits
-    int64_t group_size;
-    int64_t most_direct_rows;  // with more, the weight is expanded for the products of linear.cpp
-};
-
-struct Weight : PackedCodes {
-    int64_t num_out, num_in;
-
-    int64_t num_groups() const { return divide_up(padded_inputs(num_in), group_size); }
-};
 
 #if defined(__AVX512F__)
 inline Vector look_up(const Vector* table, Words indices) { return _mm512_permutexvar_ps(indices, table[0]); }

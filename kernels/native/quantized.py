@@ -1,7 +1,8 @@
-"""Products with weights of 4 and 8 bits on a CPU by quantized.cpp."""
+"""Products with weights of 4 and 8 bits on a CPU by quantized.cpp, and by integers.cpp, which rounds inputs too."""
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -42,6 +43,7 @@ class NativeQuantizedWeight:
     table: Tensor | None  # fp32 [16], the values of codes of 4 bits; None: codes are int8
     shape: torch.Size
     address: PackedCodes  # of these tensors
+    rounds_inputs: bool  # products of few rows are those of integers.cpp
 
     @property
     def num_bits(self) -> int:
@@ -66,15 +68,16 @@ def why_not() -> str | None:
 def _wrong_product() -> str | None:
     """As in `kernels.native.linear`: one product of each kind is compared with torch's."""
     generator = torch.Generator().manual_seed(0)
-    for num_bits, dtype in ((4, torch.float32), (4, torch.bfloat16), (8, torch.float32), (8, torch.bfloat16)):
+    for num_bits, dtype, rounds_inputs in itertools.product((4, 8), DTYPES, (False, True)):
         codes = torch.randint(0, 256, (35, 96 * num_bits // 8), generator=generator, dtype=torch.uint8)
         table = torch.arange(-8.0, 8) if num_bits == 4 else None
-        weight = pack_quantized(codes, torch.full((35, 3), 0.25), table, group_size=32, in_features=96)
+        scales = torch.full((35, 3), 0.25)
+        weight = pack_quantized(codes, scales, table, group_size=32, in_features=96, rounds_inputs=rounds_inputs)
         values = codes.view(torch.int8).double() if table is None else table[_nibbles(codes)].double()
         x = torch.randn(9, 96, generator=generator).to(dtype)
         expected = x.double() @ values.T / 4
         error = (native_quantized_linear(x, weight).double() - expected).abs().max().item()
-        if not error < expected.abs().max().item() * 2**-7:
+        if not error < expected.abs().max().item() * 2 ** (-5 if rounds_inputs else -7):
             return f"the compiled product of {num_bits}-bit weights is off by {error:.3g} on this CPU: please report it"
     return None
 
@@ -92,6 +95,7 @@ def pack_quantized(
     in_features: int,
     zeros: Tensor | None = None,
     batch_invariant: bool = False,
+    rounds_inputs: bool = False,
 ) -> NativeQuantizedWeight:
     """Pack a weight for `native_quantized_linear`; the caller drops the original.
 
@@ -99,13 +103,15 @@ def pack_quantized(
     2 rounded up], element 2i in the low nibble of byte i; scales: fp32 [out_features, num_groups] for groups of
     `group_size` inputs, a multiple of 32 (or one group of any size); table: fp32 [16]; zeros: like scales, subtracted
     from the values of codes. batch_invariant: never expand the weight, which rounds many rows otherwise than few.
+    rounds_inputs: round the inputs of few rows to 8 bits, where the CPU has fast products of such numbers
+    (`can_round_inputs`) and there are no zeros. For drafts, whose results need not be exact.
     """
     out_features = codes.shape[0]
     num_panels = -(-out_features // (_PANEL * _PANELS)) * _PANELS
     padded_in = -(-in_features // _INPUTS) * _INPUTS
     num_bits = 8 if table is None else 4
     packed = torch.empty(num_panels * _PANEL * padded_in * num_bits // 8, dtype=torch.uint8)
-    _functions(num_bits, torch.float32).pack(
+    _functions(num_bits, torch.float32, rounds_inputs=False).pack(
         pool(), codes.data_ptr(), codes.shape[1], out_features, in_features, packed.data_ptr()
     )
     packed_scales = _in_panels(scales, num_panels)
@@ -119,7 +125,16 @@ def pack_quantized(
         _ANY if batch_invariant else _MOST_DIRECT_ROWS,
     )
     shape = torch.Size((out_features, in_features))
-    return NativeQuantizedWeight(packed, packed_scales, packed_zeros, table, shape, address)
+    rounds_inputs = rounds_inputs and zeros is None and can_round_inputs()
+    return NativeQuantizedWeight(packed, packed_scales, packed_zeros, table, shape, address, rounds_inputs)
+
+
+@functools.cache
+def can_round_inputs() -> bool:
+    """Whether this CPU multiplies inputs of 8 bits faster than bf16. Raises CompileError if it cannot multiply here."""
+    ask = load_library().echelon_rounds_inputs
+    ask.restype = ctypes.c_bool
+    return bool(ask())
 
 
 def _in_panels(numbers: Tensor, num_panels: int) -> Tensor:
@@ -134,13 +149,13 @@ def native_quantized_linear(x: Tensor, weight: NativeQuantizedWeight, bias: Tens
 
     x: fp32 or bf16 [num_rows, in_features], rows may be strided; bias: contiguous [out_features] like x. Returns
     [num_rows, out_features]. For up to 16 rows, a row's bits depend on neither the other rows nor the number of
-    threads. More rows are multiplied with weights that are rounded to the dtype of x first, unless the weight was
-    packed with `batch_invariant`.
+    threads, even where inputs are rounded. More rows are multiplied with weights that are rounded to the dtype of x
+    first, unless the weight was packed with `batch_invariant`.
     """
     if x.stride(1) != 1:
         x = x.contiguous()
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-    _functions(weight.num_bits, x.dtype).linear(
+    _functions(weight.num_bits, x.dtype, rounds_inputs=weight.rounds_inputs).linear(
         pool(),
         x.data_ptr(),
         x.shape[0],
@@ -156,23 +171,25 @@ def native_quantized_linear(x: Tensor, weight: NativeQuantizedWeight, bias: Tens
 def product_address(weight: NativeQuantizedWeight, dtype: torch.dtype) -> int:
     """Where the function of quantized.cpp is in memory that multiplies rows of this dtype, for others in C++: in the
     place of a packed weight it takes the address of `weight.address`."""
-    address = ctypes.cast(_functions(weight.num_bits, dtype).linear, ctypes.c_void_p).value  # type: ignore[arg-type]
+    linear = _functions(weight.num_bits, dtype, rounds_inputs=weight.rounds_inputs).linear
+    address = ctypes.cast(linear, ctypes.c_void_p).value  # type: ignore[arg-type]
     assert address is not None, "a loaded function has an address"
     return address
 
 
 class _Functions(NamedTuple):
-    """The functions of quantized.cpp for one number of bits and one dtype."""
+    """Functions for one number of bits and one dtype."""
 
     pack: Callable[..., None]
     linear: Callable[..., None]
 
 
 @functools.cache
-def _functions(num_bits: int, dtype: torch.dtype) -> _Functions:
+def _functions(num_bits: int, dtype: torch.dtype, *, rounds_inputs: bool) -> _Functions:
     library, name = load_library(), str(dtype).removeprefix("torch.")
     pack = getattr(library, f"echelon_pack_codes{num_bits}")
-    linear = getattr(library, f"echelon_linear_codes{num_bits}_{name}")
+    kind = "integers" if rounds_inputs else "codes"
+    linear = getattr(library, f"echelon_linear_{kind}{num_bits}_{name}")
     size, address = ctypes.c_int64, ctypes.c_void_p
     pack.argtypes = [address, address, size, size, size, address]
     linear.argtypes = [address, address, size, size, address, size, size, address, address]

@@ -23,6 +23,7 @@ from echelon.pb.process_pb2 import WorkerSpec
 from echelon.pb.worker_pb2 import ENGINE_ROLE_DRAFT, ENGINE_ROLE_TARGET, EngineInfo, EngineRole
 from kernels.layers.quantized import dequantize_weight, quantize_weight
 from kernels.native.linear import why_not
+from kernels.native.quantized import NativeQuantizedWeight, can_round_inputs
 from tests.helpers.deployment_streams import DRAFT, TARGET
 from tests.helpers.engines import drive, engine_spec
 from tests.helpers.rounds import greedy
@@ -48,7 +49,7 @@ def load(**options: Any) -> CausalLM:
 @pytest.mark.parametrize("format", FORMATS)
 def test_matrices_are_the_rounded_ones_of_the_checkpoint(format: WeightFormat) -> None:
     whole, made = load(), load(quantization=format)
-    x = torch.randn(3, whole.config.hidden_size)
+    x = torch.randn(17, whole.config.hidden_size)  # of fewer rows, the inputs may be rounded too
     for ours, theirs, rounded_to in (
         (made.layers[2].mlp.gate_up_proj, whole.layers[2].mlp.gate_up_proj, format),
         (made.layers[7].attention.qkv_proj, whole.layers[7].attention.qkv_proj, format),
@@ -61,6 +62,14 @@ def test_matrices_are_the_rounded_ones_of_the_checkpoint(format: WeightFormat) -
     tokens = torch.arange(5)
     assert torch.equal(made.embedding(tokens), whole.embedding(tokens))
     assert torch.equal(made.norm, whole.norm)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_few_rows_of_a_draft_round_their_inputs_where_that_is_fast(format: WeightFormat) -> None:
+    layer = load(quantization=format).layers[2].mlp.down_proj
+    assert isinstance(layer.weight, NativeQuantizedWeight) == (why_not() is None)
+    if isinstance(layer.weight, NativeQuantizedWeight):
+        assert layer.weight.rounds_inputs == can_round_inputs()
 
 
 def test_only_one_matrix_exists_in_full_while_they_are_rounded() -> None:

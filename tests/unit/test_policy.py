@@ -34,6 +34,7 @@ GPU = roofline(0.020, 200, 0.0001)
 COMPUTE = line(0.002, 0.004)
 SMALL_DRAFT = line(0.0009, 0.00002)
 BIG_DRAFT = line(0.0022, 0.00002)
+SELF_DRAFT = line(0.0034, 0.0002)
 
 
 def world(verify_s: Law, step_s: Law, acceptance: float, num_seqs: int = 1, slowdown: float = 1.07) -> World:
@@ -80,6 +81,8 @@ def best_continuous_rate(given: World) -> float:
         (CPU, SMALL_DRAFT, 0.8, 16),
         (CPU, BIG_DRAFT, 0.3, 4),
         (CPU, BIG_DRAFT, 0.8, 1),
+        (CPU, SELF_DRAFT, 0.3, 1),  # never pays
+        (CPU, SELF_DRAFT, 0.7, 1),
         (staircase, SMALL_DRAFT, 0.6, 4),
         (staircase, SMALL_DRAFT, 0.3, 1),
         (COMPUTE, SMALL_DRAFT, 0.8, 1),

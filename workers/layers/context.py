@@ -161,7 +161,7 @@ class BuildContext:
             dense = torch.empty_like(weight, device=self.device)
             read([replace(part, parameter=dense) for part in self._slices_of(weight)])
             weight = dense
-        rounded = pack_quantized_weight(quantize_weight(weight, format))
+        rounded = pack_quantized_weight(quantize_weight(weight, format), rounds_inputs=True)
         self._sizes.append(rounded.nbytes)
         return rounded
 
