@@ -7,7 +7,7 @@ from triton import language as tl
 MERGE_ELEMENTS = 1024
 
 
-@triton.jit(do_not_specialize=["num_elements"])
+@triton.jit(do_not_specialize=["num_splits", "num_elements"])
 def add_partial_sums_kernel(
     partial_ptr,  # fp32 [num_splits, num_rows, out_features]
     bias_ptr,

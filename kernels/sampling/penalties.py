@@ -24,7 +24,7 @@ _BIAS = tl.constexpr(BIAS)
 _MASK = tl.constexpr(MASK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries"])
 def edit_kernel(
     logits_ptr,
     rows_ptr,

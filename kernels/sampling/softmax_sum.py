@@ -16,7 +16,7 @@ def _exponentials_jit(scaled, largest):
     return tl.exp(scaled - tl.where(largest > -float("inf"), largest, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["sums_ptr"])
 def tile_sums_kernel(
     largest_ptr,  # fp32 [num_rows, num_tiles]
     sums_ptr,  # fp32 [num_rows, num_tiles]
@@ -36,7 +36,7 @@ def tile_sums_kernel(
     tl.store(sums_ptr + place, tl.sum(_exponentials_jit(scaled, largest), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["totals_ptr", "tile_sums_ptr"])
 def row_sums_kernel(largest_ptr, totals_ptr, tile_largest_ptr, tile_sums_ptr, num_tiles, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, BLOCK)

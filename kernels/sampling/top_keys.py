@@ -23,6 +23,7 @@ from kernels.sampling.tile import (
 
 _EXCLUDED_KEY = tl.constexpr(EXCLUDED_KEY)
 _ABOVE_ALL = tl.constexpr((1 << 63) - 1)
+NUM_MERGED = (4, 32, 512, 1024)  # tokens of a tile for which there is a kernel that merges tiles
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def _below_jit(keys, last):
     return tl.where(keys < last, keys, _EXCLUDED_KEY)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num"])
 def top_of_tiles_kernel(
     top_ptr,  # int64 [num_rows, num_tiles, num]
     logits_ptr,
@@ -95,7 +96,7 @@ def top_of_tiles_kernel(
         rank += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num", "num_candidates"])
 def top_of_rows_kernel(top_ptr, tile_top_ptr, num, num_candidates, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     candidate = tl.arange(0, BLOCK)
@@ -147,7 +148,7 @@ def top_keys_triton(
         **EXACT,
     )
     num_candidates = num_tiles * num
-    block = triton.next_power_of_2(num_candidates)
+    block = triton.next_power_of_2(num_tiles * next((most for most in NUM_MERGED if most >= num), num))
     top_of_rows_kernel[(num_rows,)](
         top, tile_top, num, num_candidates, BLOCK=block, num_warps=min(max(block // 256, 1), 16)
     )

@@ -58,7 +58,7 @@ def part_maxima_kernel(
     tl.store(maxima_ptr + row * tl.num_programs(1) * (TILE // PART) + parts, tl.max(scaled, axis=1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["largest_ptr"])
 def lower_bound_kernel(
     bounds_ptr,
     largest_ptr,
@@ -97,7 +97,7 @@ def lower_bound_kernel(
     tl.store(largest_ptr + row, largest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["totals_ptr", "largest_ptr"])
 def collect_kernel(
     collected_ptr,  # fp32 [num_rows, num_tokens], in any order
     counts_ptr,  # int64 [num_rows], zeros
@@ -158,7 +158,7 @@ def _largest_key_jit(collected_ptr, count, wanted, largest, MASS: tl.constexpr, 
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["totals_ptr", "largest_ptr"])
 def threshold_kernel(
     thresholds_ptr,
     collected_ptr,

@@ -10,7 +10,7 @@ from kernels.dispatch import runs_triton
 BLOCK = 32  # rows processed together: more than nearly all chains have
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["next_token_ids_ptr"])
 def verify_chain_kernel(
     num_accepted_ptr,
     next_token_ids_ptr,

@@ -11,7 +11,7 @@ from kernels.attention.paged_kv import SeqLengths
 from workers.captured.captured_step import Step, capture_on
 from workers.captured.static_batch import StaticBatch
 from workers.captured.static_rows import MOST_CHOICES, NUM_ALTERNATIVES, StaticRows, is_plain
-from workers.models.batch import Batch
+from workers.models.batch import Batch, new_seqs
 from workers.models.decoder import CausalLM, KVCache
 from workers.models.logits import shard_logits
 from workers.sampling.rows import RowEntry
@@ -134,9 +134,8 @@ class CapturedModel:
     def _probe(self, size: StepSize) -> None:
         """Raises RuntimeError if a captured forward is not what the model computes. One seq of several is padding."""
         num_blocks, block_size = self._kv_caches[0][0].shape[:2]
-        blocks_of_seq = -(-size.max_new // block_size)
-        num_seqs = max(1, min(size.num_seqs - 1, num_blocks // blocks_of_seq))
-        batch = _new_seqs(num_seqs, size.max_new, blocks_of_seq, block_size)
+        num_seqs = max(1, min(size.num_seqs - 1, num_blocks // -(-size.max_new // block_size)))
+        batch = new_seqs(num_seqs, size.max_new, block_size)
         expected = self._model.forward_by_operators(batch.to(self._device), self._kv_caches)
         found = self.forward(batch)
         assert found is not None, "a size has room for itself"
@@ -173,20 +172,3 @@ def _append(batch: Batch, token_ids: Tensor, *, block_size: int) -> None:
     batch.positions.copy_(positions)
     batch.slot_mapping.copy_(torch.where(is_seq, slots, -1))
     batch.seq_lens.add_(is_seq.to(torch.int32))
-
-
-def _new_seqs(num_seqs: int, length: int, blocks_of_seq: int, block_size: int) -> Batch:
-    """Seqs of `length` new tokens each, in blocks of their own from block 0 on."""
-    positions = torch.arange(length).repeat(num_seqs)
-    seq = torch.arange(num_seqs).repeat_interleave(length)
-    seq_lens = torch.full((num_seqs,), length, dtype=torch.int32)
-    bounds = torch.arange(num_seqs + 1, dtype=torch.int32) * length
-    return Batch(
-        input_ids=(positions + seq) % 2,
-        positions=positions,
-        slot_mapping=seq * blocks_of_seq * block_size + positions,
-        block_table=torch.arange(num_seqs * blocks_of_seq, dtype=torch.int32).view(num_seqs, blocks_of_seq),
-        seq_lens=seq_lens,
-        cu_seqlens_q=bounds,
-        lengths=SeqLengths.read(seq_lens, bounds),
-    )

@@ -26,3 +26,21 @@ class Batch:
         """The batch on this device. Does not wait."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "lengths"}
         return Batch(**{name: x.to(device, non_blocking=True) for name, x in tensors.items()}, lengths=self.lengths)
+
+
+def new_seqs(num_seqs: int, length: int, block_size: int) -> Batch:
+    """Seqs of `length` new tokens each, in blocks of their own from block 0 on, on the host."""
+    blocks_of_seq = -(-length // block_size)
+    positions = torch.arange(length).repeat(num_seqs)
+    seq = torch.arange(num_seqs).repeat_interleave(length)
+    seq_lens = torch.full((num_seqs,), length, dtype=torch.int32)
+    bounds = torch.arange(num_seqs + 1, dtype=torch.int32) * length
+    return Batch(
+        input_ids=(positions + seq) % 2,
+        positions=positions,
+        slot_mapping=seq * blocks_of_seq * block_size + positions,
+        block_table=torch.arange(num_seqs * blocks_of_seq, dtype=torch.int32).view(num_seqs, blocks_of_seq),
+        seq_lens=seq_lens,
+        cu_seqlens_q=bounds,
+        lengths=SeqLengths.read(seq_lens, bounds),
+    )

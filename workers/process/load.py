@@ -24,6 +24,7 @@ from workers.engine.engine import Engine, ModelRunner
 from workers.engine.kv_cache import KVLayout, activation_bytes, check_num_blocks
 from workers.engine.seq_state import Limits, SeqTable
 from workers.engine.target_engine import TargetEngine
+from workers.engine.warm_up import warm_up, warm_up_moves
 from workers.models.checkpoint import Progress
 from workers.models.decoder import CausalLM
 from workers.models.fp8_caches import use_fp8_caches
@@ -325,7 +326,11 @@ def _build(
     )
     mover = build_mover(spec, layout, kv_caches, addresses, store, role=role, device=device, on_progress=on_progress)
     table = SeqTable(limits, GrammarCompiler(Path(spec.model), vocab_size))
-    if spec.role == EngineRole.ENGINE_ROLE_TARGET:
+    is_target = spec.role == EngineRole.ENGINE_ROLE_TARGET
+    warm_up(runner, limits, verifies=is_target, on_step=partial(on_progress, f"compiling kernels of the {role}"))
+    if mover is not None:
+        warm_up_moves(mover, device)
+    if is_target:
         return TargetEngine(runner, table, info, mover=mover, forced_acceptance=spec.forced_acceptance)
     lower = build_lower(spec, entry.lower, runner, limits)
     return DraftEngine(runner, table, info, mover=mover, lower=lower)

@@ -21,6 +21,7 @@ from workers.engine.kv_cache import KVLayout, one_block_batch
 from workers.engine.lower_draft import LowerDraft, Pace, StepCosts
 from workers.engine.lower_model import LowerModel
 from workers.engine.seq_state import Limits
+from workers.engine.warm_up import warm_up
 from workers.models.checkpoint import Progress
 from workers.models.decoder import CausalLM
 from workers.models.loading import load_model
@@ -88,6 +89,7 @@ def build_lower(spec: EngineSpec, loaded: LoadedLower | None, draft: ModelRunner
         device=draft.device,
         tracer=Tracer(),  # its time is part of the draft's spans
     )
+    warm_up(runner, limits, verifies=False)
     costs = step_costs(draft, runner, loaded.group, block_size=limits.block_size)
     return LowerModel(runner, limits, Pace(costs), max_model_len=loaded.max_model_len)
 
