@@ -103,7 +103,8 @@ def _padded(num_inputs: int) -> int:
 
 
 def _in_groups(matrix: Tensor, size: int) -> Tensor:
-    return F.pad(matrix, (0, _padded(matrix.shape[1]) - matrix.shape[1])).unflatten(1, (-1, size))
+    groups: Tensor = F.pad(matrix, (0, _padded(matrix.shape[1]) - matrix.shape[1])).unflatten(1, (-1, size))
+    return groups
 
 
 def _multiply_dense_tiles(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
