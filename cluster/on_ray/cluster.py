@@ -32,9 +32,9 @@ _HEAD_RESOURCE = "node:__internal_head__"
 _NODE_ID_LABEL = "ray.io/node-id"
 
 
-def ray_inventory(settings: Settings) -> Inventory:
-    """What every live node has to give to this deployment now."""
-    alive = [node for node in _all_nodes() if node["Alive"]]
+def ray_inventory(settings: Settings, *, without: Container[str] = ()) -> Inventory:
+    """What every live node has to give to this deployment now. `without`: ids of nodes that are not asked."""
+    alive = [node for node in _all_nodes() if node["Alive"] and node["NodeID"] not in without]
     free = _free_resources()
     facts = _probe([node["NodeID"] for node in alive], settings)
     head = next((node["NodeID"] for node in alive if _HEAD_RESOURCE in node["Resources"]), "")

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -20,7 +20,9 @@ from cluster.on_ray.adoption import adopt, end_others, find_groups, find_process
 from cluster.on_ray.changing import Changer
 from cluster.on_ray.cluster import plan_changed_now, plan_for
 from cluster.on_ray.desired import DesiredState, load, save
+from cluster.on_ray.nodes import NodeWatch
 from cluster.on_ray.places import Places
+from cluster.on_ray.replacing import Replacer
 from cluster.on_ray.scaler import Load, Scaler
 from cluster.planning.plan import Bundle, ControlProcess, ReplicaPlan
 from cluster.processes.rollout import RunningDeployment, check_ports, process_ids, roll_out, start_replicas, stop_order
@@ -51,8 +53,8 @@ class Controller:
         self._is_successor = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
         self._places = Places(desired.settings.name, desired.log_dir, Authority.create(desired.settings.name))
         self._failure: StartError | None = None
-        self._endpoint = ""
         self._supervisor: Supervisor | None = None  # once it serves
+        self._nodes: NodeWatch | None = None  # once it serves
         self._scaler: Scaler | None = None  # once it serves, if replicas come and go with the load
         self._joining: Sequence[str] = ()  # processes of replicas that are being added
         self._changing = threading.Lock()  # held while `apply` runs
@@ -177,7 +179,7 @@ class Controller:
         supervisor = self._serving()
         supervisor.retire(replica, drain_timeout_s)
         supervisor.remove(replica)
-        others = [other for other in self._desired.plan.replicas if other != replica]
+        others = [other for other in self._desired.plan.replicas if other.number != replica.number]
         try:
             # From now on another controller would end what is left of it.
             self._keep(lambda desired: desired.with_replicas(others))
@@ -201,6 +203,8 @@ class Controller:
         """End every process and give every placement group back. Idempotent."""
         with self._keeping:
             self._is_stopped = True  # what is being changed is not written down any more
+        if self._nodes is not None:
+            self._nodes.stop()
         if self._supervisor is not None:
             self._supervisor.stop()
         self._processes.stop(grace_s, order=stop_order(self._desired.plan))
@@ -214,8 +218,8 @@ class Controller:
     def _start(self) -> None:
         try:
             supervisor = self._take_over() if self._is_successor else self._bring_up()
-            self._start_scaler(supervisor)
             self._supervisor = supervisor  # from now on others may change it
+            self._start_scaler(supervisor)
             self._processes.all_ready()
         except StartError as err:
             self._give_up(err)
@@ -247,7 +251,6 @@ class Controller:
         end_others(plan, found, groups)
         hosts = {name: each.host for name, each in found.items()}
         self._places.adopt(plan.processes, groups, hosts, adopt(plan, self._processes, found))
-        self._places.reserve(plan.replicas)  # what is missing
         supervisor = self._supervise(where_all_is(desired, self._processes, found))
         supervisor.note("controller", f"was lost; the next one has taken over {len(found)} processes")
         if desired.unfinished:
@@ -256,9 +259,33 @@ class Controller:
         return supervisor
 
     def _supervise(self, running: RunningDeployment) -> Supervisor:
-        self._endpoint = running.gateway_address
         identity = self._places.authority.issue("controller")
-        return Supervisor(self._desired.settings, self._desired.plan, self._processes, running, identity)
+        nodes = self._nodes = NodeWatch(self._used_nodes, self._on_lost_nodes)
+        replacer = Replacer(
+            places=self._places,
+            processes=self._processes,
+            desired=self.desired,
+            keep=self._keep,
+            lost_nodes=lambda: nodes.lost,
+        )
+        return Supervisor(
+            self._desired.settings,
+            self._desired.plan,
+            self._processes,
+            running,
+            identity,
+            replan=replacer.replan,
+        )
+
+    def _used_nodes(self) -> dict[str, str]:
+        """Addresses by id."""
+        return {process.node_id: process.address for process in self._desired.plan.processes}
+
+    def _on_lost_nodes(self, reasons: Mapping[str, str]) -> None:
+        for node_id, reason in reasons.items():
+            names = self._places.on_node(node_id)
+            self._processes.fail(names, reason)
+            self._places.abandon(names, reason)
 
     def _give_up(self, failure: StartError) -> None:
         logger.warning("%s did not start: %s", self._desired.settings.name, failure)
@@ -270,7 +297,9 @@ class Controller:
         settings = self._desired.settings
         state, reason, detail = self._verdict(board)
         processes, supervisor = board.processes, self._supervisor
+        endpoint = ""
         if supervisor is not None:
+            endpoint = supervisor.endpoint
             state, reason, processes = supervisor.judge(board)
             if state is State.READY and not self._changing.locked():
                 reason = reason or self._desired.unfinished
@@ -279,8 +308,8 @@ class Controller:
             state=state,
             reason=reason,
             detail=detail,
-            endpoint=self._endpoint,
-            http_url=self._desired.plan.http_url if self._endpoint else "",
+            endpoint=endpoint,
+            http_url=self._desired.plan.http_url if endpoint else "",
             model=settings.model_name,
             processes=processes,
             tiers=supervisor.tiers() if supervisor is not None else (),

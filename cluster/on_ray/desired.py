@@ -40,6 +40,10 @@ class DesiredState:
         kept = {each.number: known[each.number] for each in plan.replicas if each.number in known}
         return replace(self, plan=plan, others=kept)
 
+    def with_plan(self, plan: Plan) -> "DesiredState":
+        """The same parts in other places."""
+        return replace(self, plan=plan)
+
     def with_settings(self, settings: Settings) -> "DesiredState":
         """All replicas have them now."""
         plan = replace(self.plan, eos=settings.target.folder.eos)

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _LOST_HOST_STATUS = 255  # exit status of a process whose host died, as ssh reports a lost connection
 _CALL_TIMEOUT_S = 30.0
+_LOST_POLL_S = 0.5  # how often a call that a host does not answer looks whether the host is lost
 _NUM_THREADS = 4  # a call that waits for events, one that stops, one that reads the log, and one to spare
 
 
@@ -196,7 +198,13 @@ class RayChild:
         if isinstance(starting, HostedProcess):
             self._on_started(starting)
 
+    def abandon(self, reason: str) -> None:
+        """Its host is lost. Ray may take long to notice, and nobody is to wait for that."""
+        self._lost, self._exit_status = reason, _LOST_HOST_STATUS
+
     def next_event(self, timeout_s: float) -> ProcessEvent | None:
+        if self._lost:
+            return None
         try:
             if self.pid is None and not self._has_started(timeout_s):
                 return None
@@ -226,8 +234,12 @@ class RayChild:
 
     def stop(self, grace_s: float) -> None:
         """The host stays."""
+        deadline = time.monotonic() + grace_s + _CALL_TIMEOUT_S
         try:
-            ray.get(self._host.stop.remote(grace_s), timeout=grace_s + _CALL_TIMEOUT_S)
+            stopping = [] if self._lost else [self._host.stop.remote(grace_s)]
+            while stopping and not self._lost and time.monotonic() < deadline:
+                done, stopping = ray.wait(stopping, timeout=_LOST_POLL_S)
+                ray.get(done)
         except RayError as err:
             # Where the host is gone its child has seen its standard input end.
             self._lost = f"its host did not answer stop: {_first_line(err)}"

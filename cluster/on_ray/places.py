@@ -48,6 +48,30 @@ class Places:
         self._hosts.update(hosts)
         self._children.update(children)
 
+    def stands(self, part: PartId) -> bool:
+        """Whether a worker group has a placement group."""
+        return part in self._groups
+
+    def on_node(self, node_id: str) -> list[str]:
+        """Names of processes whose hosts are there, as far as is known."""
+        here = [name for name, process in list(self._processes.items()) if process.node_id == node_id]
+        return [name for name in here if (child := self._children.get(name)) is not None and child.has_host]
+
+    def abandon(self, names: Iterable[str], reason: str) -> None:
+        """Their node is lost: wait for nothing more there."""
+        for name in names:
+            if (child := self._children.get(name)) is not None:
+                child.abandon(reason)
+
+    def move(self, processes: Sequence[Process]) -> None:
+        """These processes, which have ended, will be where the plan says now. Raises PlanError."""
+        self.end(processes)
+        bundles = [process for process in processes if isinstance(process, Bundle)]
+        if bundles:
+            part = bundles[0].id.part
+            self._groups[part] = reserve(group_name(self._deployment, part.name), bundles, _RESERVE_TIMEOUT_S)
+        self._processes.update((process.name, process) for process in processes)
+
     def reserve(self, replicas: Iterable[ReplicaPlan]) -> None:
         """A placement group for each worker group that has none. Raises PlanError."""
         for replica in replicas:

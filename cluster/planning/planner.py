@@ -18,7 +18,7 @@ from cluster.planning.tiers import check_disks, tier_notes, with_tiers, with_tie
 from cluster.process_id import ProcessId
 
 _LOOPBACK = "127.0.0.1"
-_EVERYWHERE = ("0.0.0.0", "::")
+EVERYWHERE = ("0.0.0.0", "::")
 
 
 def make_plan(settings: Settings, inventory: Inventory) -> Plan:
@@ -26,9 +26,9 @@ def make_plan(settings: Settings, inventory: Inventory) -> Plan:
     if not inventory.nodes:
         raise PlanError("the Ray cluster has no live node; start one, or leave --ray-address out to use a private Ray")
     ranks = [rank for replica in range(settings.num_replicas) for rank in ranks_of(settings, replica)]
-    placed, notes = _place(settings, inventory, ranks)
+    placed, notes = place_ranks(settings, inventory, ranks)
     bundles = with_tiers(placed, settings)
-    _check_host_memory(bundles, inventory, settings)
+    check_host_memory(bundles, inventory, settings)
     check_disks(bundles, inventory, settings)
     notes += [*model_notes(settings), *tier_notes(bundles, settings)]
     head = next((node for node in inventory.nodes if node.node_id == inventory.head_node_id), inventory.nodes[0])
@@ -48,22 +48,22 @@ def plan_more(plan: Plan, settings: Settings, inventory: Inventory, num_replicas
     """The plan with so many replicas, the new ones on what is free now. Raises PlanError."""
     numbers = _free_numbers(plan, num_replicas - len(plan.replicas))
     ranks = [rank for replica in numbers for rank in ranks_of(settings, replica)]
-    placed, _ = _place(settings, inventory, ranks)
+    placed, _ = place_ranks(settings, inventory, ranks)
     bundles = with_tiers_of(placed, plan.replicas[0].bundles)
-    _check_host_memory(bundles, inventory, settings)
+    check_host_memory(bundles, inventory, settings)
     check_disks(bundles, inventory, settings)
     more = [_replica(number, bundles) for number in numbers]
-    return replace(plan, replicas=(*plan.replicas, *(_loopback_beside(plan.gateways, replica) for replica in more)))
+    return replace(plan, replicas=(*plan.replicas, *(loopback_beside(plan.gateways, replica) for replica in more)))
 
 
 def plan_changed(plan: Plan, settings: Settings, inventory: Inventory) -> ReplicaPlan:
     """A replica with other settings than those of `plan`, on what is free now. Raises PlanError."""
     (number,) = _free_numbers(plan, 1)
-    placed, _ = _place(settings, inventory, ranks_of(settings, number))
+    placed, _ = place_ranks(settings, inventory, ranks_of(settings, number))
     bundles = with_tiers(placed, replace(settings, num_replicas=1))
-    _check_host_memory(bundles, inventory, settings)
+    check_host_memory(bundles, inventory, settings)
     check_disks(bundles, inventory, settings)
-    return _loopback_beside(plan.gateways, _replica(number, bundles))
+    return loopback_beside(plan.gateways, _replica(number, bundles))
 
 
 def _free_numbers(plan: Plan, count: int) -> list[int]:
@@ -71,7 +71,7 @@ def _free_numbers(plan: Plan, count: int) -> list[int]:
     return list(itertools.islice((number for number in itertools.count() if number not in taken), count))
 
 
-def _place(settings: Settings, inventory: Inventory, ranks: list[Rank]) -> tuple[tuple[Bundle, ...], list[str]]:
+def place_ranks(settings: Settings, inventory: Inventory, ranks: list[Rank]) -> tuple[tuple[Bundle, ...], list[str]]:
     """The bundles, and notes for a person."""
     if settings.device == "cpu":
         return place_on_cpus(settings, inventory, ranks)
@@ -91,7 +91,7 @@ def _replica(number: int, bundles: Iterable[Bundle]) -> ReplicaPlan:
 def _place_gateways(server: ServerSettings, head: Node, nodes: Iterable[Node]) -> tuple[GatewayPlan, ...]:
     """On the head first, then on one node after the other if they listen on all interfaces: other addresses are those
     of one machine. Raises PlanError."""
-    others = [node for node in nodes if node is not head] if server.host in _EVERYWHERE else []
+    others = [node for node in nodes if node is not head] if server.host in EVERYWHERE else []
     places = [head, *others]
     gateways = []
     for number in range(server.gateways):
@@ -113,7 +113,7 @@ def _loopback_if_alone(plan: Plan) -> Plan:
     return replace(plan, replicas=tuple(_on_loopback(replica) for replica in plan.replicas), gateways=gateways)
 
 
-def _loopback_beside(gateways: Iterable[GatewayPlan], replica: ReplicaPlan) -> ReplicaPlan:
+def loopback_beside(gateways: Iterable[GatewayPlan], replica: ReplicaPlan) -> ReplicaPlan:
     """The same for a replica that comes later: nobody but the gateways talks to it."""
     nodes = {gateway.process.node_id for gateway in gateways} | {process.node_id for process in replica.processes}
     is_alone = len(nodes) == 1
@@ -125,7 +125,7 @@ def _on_loopback(replica: ReplicaPlan) -> ReplicaPlan:
     return ReplicaPlan(bundles=bundles, scheduler=replace(replica.scheduler, address=_LOOPBACK))
 
 
-def _check_host_memory(bundles: Iterable[Bundle], inventory: Inventory, settings: Settings) -> None:
+def check_host_memory(bundles: Iterable[Bundle], inventory: Inventory, settings: Settings) -> None:
     """What all workers of a node take of its memory must be free. Device memory on cpu is the node's own."""
     addresses = {node.node_id: node.address for node in inventory.nodes}
     needed: Counter[str] = Counter()

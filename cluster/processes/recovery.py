@@ -23,6 +23,7 @@ class Tuning:
     stable_s: float = 10.0  # a part that was up for so long may be started at once again
     settle_s: float = 10.0  # for the scheduler to reach a group that has just started
     most_failed_starts: int = 5  # in a row, after which a part is given up
+    search_s: float = 3.0  # after which a place is looked for again where there was none
 
 
 _TUNING = Tuning()
@@ -52,6 +53,7 @@ class _Part:
     due_s: float = inf
     num_in_row: int = 0  # starts since it was last up for `stable_s`
     num_failed: int = 0  # starts in a row that ended before it was ready
+    no_place: str = ""  # why it cannot be started anywhere now
 
 
 class Recovery:
@@ -104,6 +106,10 @@ class Recovery:
     def is_given_up(self, part: PartId) -> bool:
         return self._is_in(part, _Phase.GIVEN_UP)
 
+    def has_no_place(self, part: PartId) -> bool:
+        """When it was last looked for."""
+        return part in self._parts and bool(self._parts[part].no_place)
+
     def is_settled(self, part: PartId, now: float) -> bool:
         """Whether it has been up for so long that its silence means something."""
         return self.is_up(part) and now - self._parts[part].up_since_s >= self._tuning.settle_s
@@ -128,8 +134,9 @@ class Recovery:
         for name in due:
             state = self._parts[name]
             state.phase = _Phase.STARTING
-            state.num_in_row += 1
-            self.note(name.name, "is started again", now)
+            if not state.no_place:
+                state.num_in_row += 1
+                self.note(name.name, "is started again", now)
         return due
 
     def next_due(self) -> float:
@@ -141,7 +148,7 @@ class Recovery:
         if not self._is_in(part, _Phase.STARTING):
             return  # it was removed meanwhile
         state = self._parts[part]
-        state.phase, state.up_since_s, state.num_failed = _Phase.UP, now, 0
+        state.phase, state.up_since_s, state.num_failed, state.no_place = _Phase.UP, now, 0, ""
         by_spares = f", by {num_spares} spare{'s' if num_spares > 1 else ''}" if num_spares else ""
         self.note(part.name, f"is up again, {now - state.lost_at_s:.1f} s after it was lost{by_spares}", now)
 
@@ -156,6 +163,15 @@ class Recovery:
         else:
             state.phase = _Phase.GIVEN_UP
             self.note(part.name, f"is given up: {state.num_failed} starts in a row failed", now)
+
+    def on_no_place(self, part: PartId, reason: str, now: float) -> None:
+        """There is nowhere to start it, until more machines are there or something ends. That is no failed start."""
+        if not self._is_in(part, _Phase.STARTING):
+            return
+        state = self._parts[part]
+        if state.no_place != reason:
+            self.note(part.name, f"has no place: {reason}", now)
+        state.phase, state.no_place, state.due_s = _Phase.LOST, reason, now + self._tuning.search_s
 
     def _is_in(self, part: PartId, phase: _Phase) -> bool:
         return part in self._parts and self._parts[part].phase is phase

@@ -7,11 +7,12 @@ import threading
 import time
 
 from cluster.deployment.settings import Settings
-from cluster.errors import StartError
+from cluster.errors import PlanError, StartError
 from cluster.planning.plan import Plan, ReplicaPlan
 from cluster.process_id import PartId
+from cluster.processes.handover import Handover
 from cluster.processes.recovery import Recovery
-from cluster.processes.restarts import Restarts
+from cluster.processes.restarts import Replan, Restarts, stay
 from cluster.processes.rollout import RunningDeployment, RunningReplica
 from cluster.processes.spares import with_spares
 from cluster.processes.specs import ENGINE_ROLES, gateway_model, names_by_part, placed_processes
@@ -43,6 +44,8 @@ class Supervisor:
         processes: ProcessSet,
         running: RunningDeployment,
         identity: process_pb2.ProcessIdentity | None = None,
+        *,
+        replan: Replan = stay,
     ) -> None:
         """`identity`: with which it asks schedulers how they fare; None: wires are plain."""
         self._settings, self._processes = settings, processes
@@ -66,8 +69,10 @@ class Supervisor:
             whereabouts=self._whereabouts,
             told=self._told,
             on_start=self._vitals.on_start,
+            replan=replan,
         )
         self._has_spare: set[str] = set()  # of which one is kept, as far as this object has asked for it
+        self._handover = Handover(self._processes, self._whereabouts, self._told, self._is_up)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
@@ -76,6 +81,11 @@ class Supervisor:
     def running(self) -> RunningDeployment:
         """Where everything is now."""
         return self._whereabouts.running
+
+    @property
+    def endpoint(self) -> str:
+        """Addresses of the gateways, as clients take them."""
+        return ",".join(self._whereabouts.gateway_addresses.values())
 
     def use(self, settings: Settings) -> None:
         """For the deployment as a whole from now on; a replica keeps those with which it was started."""
@@ -297,18 +307,38 @@ class Supervisor:
 
     def _restart(self, part: PartId) -> None:
         try:
-            self._processes.clear(self._names[part])
+            with self._lock:
+                has_no_place = self._recovery.has_no_place(part)
+            if not has_no_place:  # otherwise it says why until there is one
+                self._processes.clear(self._names[part])
             self._restarts.start(part, self._names[part], time.monotonic() + self._settings.startup_timeout_s)
+        except PlanError as err:
+            self._on_no_place(part, str(err))
         except StartError as err:
             self._on_failed_start(part, str(err))
         except Exception as err:  # the edge of the thread: nobody else would try again
             logger.exception("the start of %s broke", part.name)
             self._on_failed_start(part, repr(err))
         else:
+            if part.role == "target":
+                self._handover.end(part.replica)
             board = self._processes.read(lambda board: board.processes)
             num_spares = sum(each.was_spare for each in board if each.id.part == part)
             with self._lock:
                 self._recovery.on_up(part, time.monotonic(), num_spares=num_spares)
+
+    def _on_no_place(self, part: PartId, reason: str) -> None:
+        with self._lock:
+            if not self._recovery.knows(part):
+                return  # its replica was removed meanwhile
+            self._recovery.on_no_place(part, reason, time.monotonic())
+        self._processes.fail(self._names.get(part, [])[:1], reason)
+        if part.role == "target":
+            self._handover.begin(part.replica, reason)
+
+    def _is_up(self, part: PartId) -> bool:
+        with self._lock:
+            return self._recovery.is_up(part)
 
     def _on_failed_start(self, part: PartId, error: str) -> None:
         if self._stopped.is_set():

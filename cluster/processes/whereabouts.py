@@ -49,6 +49,18 @@ class Whereabouts:
         with self._lock:
             del self._plans[number], self._running[number]
 
+    def plan_again(self, plan: ReplicaPlan | GatewayPlan) -> None:
+        """A part of it has, or will have, another place."""
+        with self._lock:
+            if isinstance(plan, GatewayPlan):
+                self.gateways[plan.process.id.part] = plan
+            else:
+                self._plans[plan.number] = plan
+
+    def move_gateway(self, part: PartId, address: str) -> None:
+        with self._lock:
+            self.gateway_addresses[part] = address
+
     def replica(self, number: int) -> tuple[ReplicaPlan, RunningReplica]:
         with self._lock:
             return self._plans[number], self._running[number]
@@ -63,9 +75,12 @@ class Whereabouts:
         return process_pb2.SchedulerUpdate(address=running.scheduler_address, model=model)
 
     def is_last_of_its_model(self, number: int) -> bool:
+        return not self.others_of_its_model(number)
+
+    def others_of_its_model(self, number: int) -> list[ReplicaPlan]:
         with self._lock:
             models = {other: model_id(running.settings) for other, running in self._running.items()}
-        return list(models.values()).count(models[number]) == 1
+            return [self._plans[other] for other in models if other != number and models[other] == models[number]]
 
     def alike(self, numbers: Sequence[int]) -> list[RunningReplica]:
         """The first of these replicas, as far as they serve the same model."""

@@ -24,8 +24,7 @@ _Connection = grpc.aio.StreamStreamCall[scheduler_pb2.SchedulerRequest, schedule
 
 _STATUS_INTERVAL_S = 0.5
 STATUS_TIMEOUT_S = 2.0  # with the interval: a scheduler that hangs is seen within 2.5 s
-# Unanswered questions in a row, with no reply to any request meanwhile, after which requests are given up: 7 s,
-# because on a busy machine a scheduler or this gateway may stall for a while.
+# Unanswered questions in a row, without a reply, after which requests are given up: 7 s, since busy machines stall.
 _MAX_UNANSWERED = 3
 # Of requests that another replica may serve: a full queue, or a replica that stops or was given up.
 _REFUSALS = {code.value[0] for code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)}
@@ -77,6 +76,7 @@ class SchedulerLink:
 
     def redirect(self, address: str) -> None:
         """The scheduler was started again there."""
+        self._given_up = ""
         if address == self.address:
             return  # where the next attempt to connect goes anyway
         former, connection = self._channel, self._connection
@@ -88,7 +88,7 @@ class SchedulerLink:
         self._closing = asyncio.create_task(former.close(grace=None))
 
     def give_up(self, reason: str) -> None:
-        """The scheduler is lost and is not started again."""
+        """The scheduler is lost, and is not started again unless `redirect` says so."""
         self._given_up = reason
         if self._outgoing is None:
             self._fail_all(reason)

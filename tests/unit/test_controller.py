@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from ray.exceptions import RayError
@@ -16,13 +16,15 @@ from cluster.errors import StartError
 from cluster.local import local_settings
 from cluster.on_ray import controller as controller_module
 from cluster.on_ray import desired as desired_module
+from cluster.on_ray import replacing as replacing_module
 from cluster.on_ray.adoption import Found, adopt
 from cluster.on_ray.controller import Controller
 from cluster.on_ray.desired import DesiredState, load
 from cluster.on_ray.host import HostedProcess
 from cluster.planning.inventory import inventory_of, machine_facts
-from cluster.planning.plan import Bundle, ControlProcess, Plan
+from cluster.planning.plan import Bundle, ControlProcess, Inventory, Plan
 from cluster.planning.planner import make_plan, plan_more
+from cluster.process_id import PartId
 from cluster.processes import vitals
 from cluster.processes.child import Child, ChildProcess
 from cluster.processes.rollout import process_ids
@@ -30,7 +32,9 @@ from cluster.processes.startup import Launch, ProcessSet
 from cluster.processes.status import State
 from echelon.pb.process_pb2 import ProcessEvent, Ready, WorkerSpec
 
-INVENTORY = inventory_of(machine_facts())
+THIS = inventory_of(machine_facts()).nodes[0]
+HEAD = replace(THIS, node_id="head", num_cpus=0)
+INVENTORY = Inventory(nodes=(HEAD, replace(THIS, node_id="a")), head_node_id="head")
 SETTINGS = local_settings(Path(__file__).parents[2] / "models" / "demo-target")
 WAIT_S = 60.0
 
@@ -46,11 +50,20 @@ class Places:
         self.ended: list[str] = []
 
     def reserve(self, replicas: object) -> None: ...
+    def abandon(self, names: object, reason: object) -> None: ...
     def create_hosts(self, processes: object) -> None: ...
     def prepare(self, launch: Launch) -> None: ...
     def keep_spare(self, name: str, is_wanted: bool) -> None: ...
     def end_hosts(self) -> None: ...
     def end_all(self) -> None: ...
+
+    def on_node(self, node_id: str) -> list[str]:
+        return ["target-0.0", "scheduler-0"] if node_id == "a" else []
+
+    def stands(self, part: PartId) -> bool:
+        return True
+
+    def move(self, processes: object) -> None: ...
 
     def spawn(self, launch: Launch) -> Child:
         env = {"FAKE_BEHAVIOUR": Places.behaviour}
@@ -61,10 +74,24 @@ class Places:
         self.ended += [process.name for process in processes]
 
 
+class Nodes:
+    """Of which those are lost that the test says."""
+
+    lost: ClassVar[dict[str, str]] = {}
+    latest: ClassVar["Nodes"]
+
+    def __init__(self, used: object, on_lost: Callable[[dict[str, str]], None]) -> None:
+        self.on_lost, Nodes.latest = on_lost, self
+
+    def stop(self) -> None: ...
+
+
 @pytest.fixture
 def serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Controller]:
     """One replica, and what follows the load."""
     monkeypatch.setattr(controller_module, "Places", Places)
+    monkeypatch.setattr(controller_module, "NodeWatch", Nodes)
+    monkeypatch.setattr(Nodes, "lost", {})
     monkeypatch.setattr(controller_module, "plan_for", more)
     monkeypatch.setattr(controller_module, "check_ports", lambda plan, server: None)
     monkeypatch.setattr(vitals, "_USED_LIMIT_S", 0.0)  # the gateway answers nobody
@@ -165,6 +192,23 @@ def test_a_replica_that_is_gone_is_forgotten_even_if_that_cannot_be_written_down
     assert written is not None
     assert [replica.number for replica in written.plan.replicas] == [0]
     assert [each.name for each in serving.status()[1].processes] == ["target-0.0", "scheduler-0", "gateway-0"]
+
+
+def test_what_ran_on_a_lost_node_says_so_until_there_is_another(
+    serving: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = Inventory(nodes=(HEAD,), head_node_id="head")
+    monkeypatch.setattr(replacing_module, "ray_inventory", lambda settings, without: left)
+    Nodes.lost = {"a": "node a is lost"}
+    Nodes.latest.on_lost(Nodes.lost)
+    until(serving, lambda: "target-0.0: node a is lost; no place for target" in serving.status()[1].reason)
+    assert serving.status()[1].state is State.RECOVERING
+    left = Inventory(nodes=(HEAD, replace(THIS, node_id="b")), head_node_id="head")
+    until(serving, lambda: serving.status()[1].state is State.READY)
+    written = load(serving.desired().path)
+    assert written is not None
+    places = {process.name: process.node_id for process in written.plan.processes}
+    assert places == {"target-0.0": "b", "scheduler-0": "b", "gateway-0": "head"}
 
 
 class SilentHost:

@@ -141,6 +141,21 @@ async def test_requests_of_a_scheduler_that_is_given_up_fail(house: ReplicaHouse
         await call
 
 
+async def test_a_scheduler_that_was_given_up_and_has_a_place_again_serves(house: ReplicaHouse) -> None:
+    await house.lose_scheduler()
+    house.tell(0, given_up="its target has no place")
+    with pytest.raises(UnavailableError):
+        await house.client.generate("x")
+    await house.start_another()
+    call = asyncio.ensure_future(house.client.generate("x", request_id="r"))
+    assert (await house.scheduler.next_submit()).request_id == "r"
+    await house.lose_scheduler()
+    await house.start_another()
+    assert (await house.scheduler.next_submit()).request_id == "r", "it is awaited again"
+    house.scheduler.send_complete("r")
+    await call
+
+
 async def lose_twice(house: ReplicaHouse, names: set[str]) -> None:
     """The scheduler is lost twice while these run and bring nothing."""
     for _ in range(2):

@@ -104,3 +104,23 @@ def test_parts_come_and_go(recovery: Recovery) -> None:
     assert not recovery.is_up(more)
     assert not recovery.is_given_up(more)
     assert [event.text for event in recovery.events] == ["lost: it died", "is started again"]
+
+
+def test_a_part_without_a_place_is_looked_after_until_there_is_one(recovery: Recovery) -> None:
+    recovery.on_lost(TARGET, "node a is lost", 100.0)
+    for number in range(10):
+        now = recovery.next_due()
+        assert now == 100.0 + 3.0 * number, "it is no failed start, so it is never given up"
+        assert recovery.take_due(now) == [TARGET]
+        recovery.on_no_place(TARGET, "node a is lost; there is no other node", now)
+        assert recovery.has_no_place(TARGET)
+        assert not recovery.is_up(TARGET)
+    recovery.take_due(130.0)
+    recovery.on_up(TARGET, 131.0)
+    assert not recovery.has_no_place(TARGET)
+    assert [event.text for event in recovery.events] == [
+        "lost: node a is lost",
+        "is started again",
+        "has no place: node a is lost; there is no other node",
+        "is up again, 31.0 s after it was lost",
+    ]
