@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.errors import StartError
-from cluster.state_dir import folder_of
+from cluster.state_dir import folder_of, names
 
 _POLL_S = 0.3
 _TAIL_BYTES = 1 << 20  # that are read from the end of a file to find its last lines
@@ -54,7 +54,8 @@ def read_logs(
     follow: bool,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[LogLine]:
-    """The last lines of each log of a process, or of all processes; then, with `follow`, what is added, for ever.
+    """The last lines of each log of a process, or of all processes; then, with `follow`, what is added: until the
+    deployment is taken down if it was started here, for ever otherwise.
 
     Raises StartError if there is no such log.
     """
@@ -63,8 +64,10 @@ def read_logs(
         raise StartError(_nothing(deployment, process))
     for log in logs.values():
         yield from log.last(num_lines)
-    while follow:
+    was_known, is_down = deployment in names(), False
+    while follow and not is_down:
         sleep(_POLL_S)
+        is_down = was_known and deployment not in names()  # asked first: the logs are complete then
         for path in _paths(deployment, process):  # a process that was started again has a new one
             yield from logs.setdefault(path, _Log(path)).read()
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from cluster.processes.child import REPOSITORY
 logger = logging.getLogger(__name__)
 
 _TOKEN_VARIABLE = "ECHELON_PRIVATE_RAY"
-START_TIMEOUT_S = 60.0
+_SILENCE_S = 60.0  # in which a Ray that starts writes nothing into its folder: it hangs
+_START_TIMEOUT_S = 300.0  # however much it writes
 _POLL_S = 0.05
 _CONNECT_TIMEOUT_S = 5.0  # not measured
 _FAILED_GRACE_S = 10.0  # for a Ray that did not come up to end its processes in order; not measured
@@ -130,14 +132,33 @@ def _environment(token: str) -> dict[str, str]:
 
 def _wait_for_address(process: subprocess.Popen[bytes], address_file: Path, log_path: Path) -> str:
     """Ray writes its address into the temp dir once its GCS answers."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
+    began_s = news_s = time.monotonic()
+    written = 0
+    while time.monotonic() < min(news_s + _SILENCE_S, began_s + _START_TIMEOUT_S):
         if process.poll() is not None:
             raise StartError(f"Ray ended with exit status {process.returncode}", _tail(log_path))
         if address_file.is_file() and (address := address_file.read_text().strip()):
             return address
+        before, written = written, _bytes_in(address_file.parent)
+        if written != before:
+            news_s = time.monotonic()
         time.sleep(_POLL_S)
-    raise StartError(f"Ray did not come up within {START_TIMEOUT_S:.0f} s; its log: {log_path}", _tail(log_path))
+    waited_s, silent_s = time.monotonic() - began_s, time.monotonic() - news_s
+    raise StartError(
+        f"Ray did not come up within {waited_s:.0f} s, and has written nothing for the last {silent_s:.0f} s; "
+        f"if this machine is busy, try again; its log: {log_path}",
+        _tail(log_path),
+    )
+
+
+def _bytes_in(folder: Path) -> int:
+    """Of all files that are there now; Ray makes and removes some while one looks."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += (Path(parent) / name).lstat().st_size
+    return total
 
 
 def _tail(log_path: Path) -> str:

@@ -76,7 +76,9 @@ def restart(
 def logs(
     name: Annotated[str, typer.Argument(help="Name of the deployment.", show_default=False)],
     process: Annotated[str | None, typer.Argument(help="Such as target-0.1. By default, all.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show what is added, until Ctrl-C.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Show what is added, until Ctrl-C or echelon down.")
+    ] = False,
     lines: Annotated[int, typer.Option(min=0, help="The last lines of each log.")] = 20,
 ) -> None:
     """Show the logs of the processes on this machine, also of those that were started again."""
@@ -87,3 +89,5 @@ def logs(
         for line in read_logs(name, process, num_lines=lines, follow=follow):
             prefix = "" if process else f"{line.log}: "
             out.print(f"{prefix}{line.text}", markup=False, highlight=False, soft_wrap=True)
+        if follow:
+            stderr().print(f"{name} was taken down; its logs stay until the next deployment of that name")

@@ -1,5 +1,6 @@
 """`echelon logs` shows what processes wrote, as it comes."""
 
+import threading
 from itertools import islice
 from pathlib import Path
 
@@ -51,6 +52,24 @@ def test_what_is_added_follows_line_by_line_also_in_new_logs(folder: Path) -> No
         LogLine("scheduler-0", "four"),
         LogLine("scheduler-0", "five"),
     }
+
+
+def test_following_ends_with_the_deployment(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = folder.parent / "record.json"
+    record.touch()
+
+    def take_down(_: float) -> None:
+        record.unlink()
+        with (folder / "scheduler-0.log").open("a") as stream:
+            stream.write("bye\n")
+
+    lines = list(read_logs("d", "scheduler-0", num_lines=0, follow=True, sleep=take_down))
+    assert lines == [LogLine("scheduler-0", "bye")]
+    record.touch()
+    threading.Timer(0.5, record.unlink).start()
+    with pytest.raises(SystemExit):
+        main(["logs", "d", "scheduler-0", "--follow"])
+    assert "d was taken down" in capsys.readouterr().err
 
 
 def test_a_log_that_is_not_here_is_named_with_those_that_are(folder: Path) -> None:
