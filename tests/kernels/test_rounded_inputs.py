@@ -14,6 +14,7 @@ from kernels.layers.quantized import QuantizedWeight, WeightFormat, dequantize_w
 from kernels.layers.quantized_linear import pack_quantized_weight, rounded_inputs_reference
 from kernels.native import library, quantized
 from kernels.native.library import cpu_options
+from kernels.native.linear import why_not as native_why_not
 from kernels.native.quantized import NativeQuantizedWeight, can_round_inputs, why_not
 
 FORMATS: list[WeightFormat] = ["int8", "int4", "mxfp4"]
@@ -21,6 +22,11 @@ needs_compiler = pytest.mark.skipif(why_not() is not None, reason=f"cannot be co
 needs_vnni = pytest.mark.skipif(
     why_not() is not None or not can_round_inputs(), reason="the CPU has no products of 8-bit numbers"
 )
+
+
+@pytest.mark.skipif(native_why_not() is not None, reason="nothing can be compiled here")
+def test_what_was_compiled_here_is_right() -> None:
+    assert why_not() is None  # otherwise the products are not used, and most tests are skipped
 
 
 def make(shape: tuple[int, int], format: WeightFormat, dtype: torch.dtype) -> tuple[Tensor, QuantizedWeight, Tensor]:
