@@ -210,7 +210,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def drill_settings(*, tp: int, colocated: bool = False, server: ServerSettings = LOCAL_SERVER) -> Settings:
-    """The demo pair."""
+    """The demo pair, with spares as a deployment file has them by default."""
     return local_settings(
         MODELS / "demo-target",
         tp_size=tp,
@@ -219,6 +219,7 @@ def drill_settings(*, tp: int, colocated: bool = False, server: ServerSettings =
         kv_cache=KvCacheSettings(device_bytes=64 << 20),
         scheduler=SchedulerSettings(max_num_seqs=64, max_num_batched_tokens=512, max_model_len=_MAX_MODEL_LEN),
         server=server,
+        spares="auto",
     )
 
 

@@ -18,12 +18,17 @@ def _import() -> None:
     with contextlib.suppress(OSError):  # only Linux has priorities of threads
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST)
     import workers.process.worker  # noqa: F401
+
+    if not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        _load_kernels()
+
+
+def _load_kernels() -> None:
+    """Those of CPUs."""
     from kernels.native.library import CompileError, load_library
 
-    try:
+    with contextlib.suppress(CompileError):  # whoever needs them says so
         load_library()
-    except CompileError:
-        return  # whoever needs it says so
 
 
 def _has_parent() -> bool:

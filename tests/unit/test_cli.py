@@ -614,6 +614,18 @@ def test_the_status_of_what_cannot_be_asked_has_no_empty_fields(run: Run, monkey
     assert run("status", "demo")[1] == "demo is FAILED: its Ray is gone\nRay 10.0.0.1:6379\n"
 
 
+def test_status_shows_spares(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def row() -> list[str]:
+        out = run("status", "demo")[1]
+        return next(line for line in out.splitlines() if line.lstrip().startswith("target-0.0")).split()
+
+    stub(monkeypatch, "status", STATUS)
+    assert "ready" not in row()
+    (rank,) = STATUS.processes
+    stub(monkeypatch, "status", dataclasses.replace(STATUS, processes=(dataclasses.replace(rank, spare="ready"),)))
+    assert row()[-2:] == ["ready", "127.0.0.1:9"]
+
+
 def test_status_shows_the_tiers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = TierUse(
         engine="draft",
