@@ -86,10 +86,10 @@ async def measure(subjects: list[Subject], kills: int) -> None:
     await until_calm(subjects)
     undisturbed = await subjects[0].lose(0, None)
     for number in range(kills):
+        await until_calm(subjects)
         for subject in subjects:
             await subject.lose(number, undisturbed)
             print(f"{number + 1}: {subject.title}: {subject.pauses_s[-1]:.2f} s", file=sys.stderr, flush=True)
-        await until_calm(subjects)
 
 
 def started(stack: ExitStack) -> Iterator[Subject]:
