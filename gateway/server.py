@@ -103,7 +103,7 @@ class Gateway:
         self._server.add_generic_rpc_handlers(
             (
                 service_handlers(_INFERENCE, servicer, undecoded={"Generate"}),
-                service_handlers(_CONTROL, ControlServicer(self._operations)),
+                service_handlers(_CONTROL, ControlServicer(self._operations, self._tokens)),
                 service_handlers(_HEALTH, self._health),
                 service_handlers(_REFLECTION, ReflectionServicer(_SERVICES)),
             )

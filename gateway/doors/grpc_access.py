@@ -1,7 +1,9 @@
 """What the gRPC port asks of callers: a certificate for the connection, a token for each call."""
 
-from collections.abc import Awaitable, Callable
-from typing import Any
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 
@@ -13,9 +15,12 @@ from gateway.access.tokens import Tokens
 from gateway.doors.service_handlers import Context
 from gateway.requests.refusal import Refusal
 
+T = TypeVar("T")
+
 _Metadata = Any  # pairs; grpc's own types differ between its versions
 _FREE = "grpc.health.v1.Health"  # load balancers ask it
 _OPERATORS = "echelon.v1.Control"
+_CHECK_S = 1.0
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -42,6 +47,22 @@ def caller_of(metadata: _Metadata, tokens: Tokens, scope: Scope) -> Caller:
     """Raises Refusal."""
     given = {key: value for key, value in metadata or () if key == "authorization"}
     return tokens.caller(given.get("authorization"), scope)
+
+
+async def while_known(items: AsyncIterator[T], context: Context, tokens: Tokens, scope: Scope) -> AsyncIterator[T]:
+    """The items of an answer that may go on for long. Raises Refusal once the caller's token is revoked."""
+    check = partial(caller_of, context.invocation_metadata(), tokens, scope)
+    while True:
+        item = asyncio.ensure_future(anext(items))
+        try:
+            while not item.done():
+                await asyncio.wait((item,), timeout=_CHECK_S)
+                check()
+            yield item.result()
+        except StopAsyncIteration:
+            return
+        finally:
+            item.cancel()
 
 
 def tls_credentials(files: TlsFiles) -> grpc.ServerCredentials:

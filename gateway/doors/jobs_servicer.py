@@ -11,7 +11,7 @@ from childproc.tokens_file import Scope
 from echelon.pb import jobs_pb2
 from gateway.access.caller import Caller
 from gateway.access.tokens import Tokens
-from gateway.doors.grpc_access import caller_of
+from gateway.doors.grpc_access import caller_of, while_known
 from gateway.doors.job_messages import job_message
 from gateway.doors.service_handlers import Context
 from gateway.jobs.checks import DEFAULT_WINDOW_S, check_order
@@ -52,7 +52,7 @@ class JobsServicer:
     async def StreamResults(self, request: jobs_pb2.StreamResultsRequest, context: Context) -> None:
         after = request.after if request.HasField("after") else -1
         results = self._jobs.results(request.job_id, self._owner(context), after=after, follow=request.follow)
-        async for result in results:
+        async for result in while_known(results, context, self._tokens, Scope.GENERATE):
             message = jobs_pb2.JobResult(number=result.number, is_error=result.is_error, line=result.line)
             await context.write(message)
 

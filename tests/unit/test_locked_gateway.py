@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from childproc.tls_identity import TlsFileError, TlsIdentity
 from echelon import AsyncClient, Client, Tls, __version__
+from echelon.channel import metadata, open_async_channel
 from echelon.cli.token import token_app
 from echelon.errors import (
     AuthenticationError,
@@ -28,6 +29,10 @@ from echelon.errors import (
     UnavailableError,
 )
 from echelon.pb import process_pb2
+from echelon.pb.control_pb2 import ReplicaTraceRequest
+from echelon.pb.control_pb2_grpc import ControlStub
+from echelon.pb.jobs_pb2 import StreamResultsRequest
+from echelon.pb.jobs_pb2_grpc import JobsStub
 from echelon.pb.scheduler_pb2 import TracedRound, TraceEvent
 from echelon.pb.worker_pb2 import ENGINE_ROLE_TARGET
 from gateway.doors import http_server
@@ -249,6 +254,29 @@ async def test_who_watches_rounds_is_shown_no_more_once_the_token_is_revoked(fil
         files.revoke("ops")
         assert "this token is not known here" in str((await watching)[2])
         assert (await house.ask("/control/status", authorization=f"Bearer {other}"))[0] == 200
+
+
+async def test_what_is_watched_over_grpc_ends_once_the_token_is_revoked(files: Files) -> None:
+    operator, token = files.token("ops", "--scope", "admin"), files.token("alice")
+    async with opened(files) as house, open_async_channel(house.address, house.tls) as channel:
+        house.scheduler.trace = [TraceEvent(round=TracedRound(engine=ENGINE_ROLE_TARGET))]
+        async with house.client(token) as client:
+            job = await client.jobs.submit([{"prompt": "x"}, {"prompt": "x"}])
+        control: Any = ControlStub(channel)
+        jobs: Any = JobsStub(channel)
+        trace = control.Trace(ReplicaTraceRequest(), metadata=metadata(operator))
+        wanted = StreamResultsRequest(job_id=job.job_id, follow=True)
+        results = jobs.StreamResults(wanted, metadata=metadata(token))
+        await trace.read()
+        submits = [await house.scheduler.next_submit() for _ in range(2)]
+        first = min(submit.request_id for submit in submits)  # results come in the order of the items
+        house.scheduler.send_complete(first)
+        await results.read()
+        files.revoke("ops")
+        files.revoke("alice")
+        for call in (trace, results):
+            with pytest.raises(grpc.aio.AioRpcError, match="this token is not known here"):
+                await call.read()
 
 
 async def test_what_is_no_http_gets_an_answer_over_tls_too(files: Files) -> None:
