@@ -108,6 +108,8 @@ def load_engines(spec: WorkerSpec, cohort: Cohort, on_progress: OnProgress) -> E
         SpecError: A field of the spec is wrong.
     """
     device = torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
+    if device.type == "cpu":
+        on_progress("preparing native kernels", 0, 0)  # the first start on a machine compiles them
     if device.type == "cpu" and (reason := why_not()):
         logger.info("products and attention run through torch, which is slower for few rows: %s", reason)
     loaded = [_load(engine, cohort, device, on_progress) for engine in spec.engines]
