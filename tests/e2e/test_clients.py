@@ -105,6 +105,7 @@ def test_responses_are_the_same_whole_and_streamed(client: openai.OpenAI) -> Non
         "response.output_item.done",
         "response.incomplete",
     ]
+    assert events[-2].item.model_dump() == final.output[0].model_dump(), "cut short in both"
 
 
 def test_a_response_continues_an_earlier_one(client: openai.OpenAI) -> None:

@@ -248,6 +248,7 @@ async def test_a_prompt_is_scored_without_output(house: House) -> None:
     (choice,) = completion.choices
     assert choice.text == "def f"
     assert choice.logprobs.tokens == ["<|endoftext|>", "def", " f"]
+    assert choice.logprobs.text_offset == [0, 0, 3], "the BOS is not in the text"
     assert choice.logprobs.token_logprobs == [None, -1.0, -2.0]
     assert choice.logprobs.top_logprobs == [None, {"def": -1.0}, {" f": -2.0, "x": -3.0}]
     assert completion.usage.completion_tokens == 0

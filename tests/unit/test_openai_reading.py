@@ -196,6 +196,8 @@ def test_a_choice_of_tools_forces_calls() -> None:
     ):
         with pytest.raises(Refusal, match=message):
             forced(choice)
+    with pytest.raises(Refusal, match=r'^tools\[0\].type: must be "function", got \'"retrieval"\''):
+        forced("auto", tools=[{"type": "retrieval"}])
     bad = {"type": "function", "function": {"name": "f", "parameters": {"uniqueItems": True}}}
     with pytest.raises(Refusal, match=r"^tools\[0\].function.parameters: cannot be enforced"):
         forced("required", tools=[bad])

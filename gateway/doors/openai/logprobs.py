@@ -45,7 +45,7 @@ async def prompt_columns(echo: Echo, positions: Sequence[PositionLogprobs]) -> C
         "top_logprobs": ["null"],
         "text_offset": ["0"],
     }
-    start = len(echo.first_token)
+    start = len(echo.first_token) if echo.text.startswith(echo.first_token) else 0  # a BOS is not in a client's text
     for begin in range(1, len(positions), AT_ONCE):
         some = positions[begin : begin + AT_ONCE]
         extend_columns(columns, completion_columns(some, start))

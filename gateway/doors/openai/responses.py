@@ -93,7 +93,7 @@ class ResponseAnswer:
     def _grow(self, change: Change) -> Iterator[Event]:
         if change.is_new:
             if self._open is not None:
-                yield from self._close(*self._open)
+                yield from self._close(*self._open, "completed")
             yield from self._begin(change.place, change.block)
         self._open = change.place, change.block
         if change.text:
@@ -111,7 +111,7 @@ class ResponseAnswer:
         if block.kind == "said":
             yield self._event("response.content_part.added", **self._place(index, block), part=_part(empty))
 
-    def _close(self, index: int, block: Block) -> Iterator[Event]:
+    def _close(self, index: int, block: Block, status: str) -> Iterator[Event]:
         place = self._place(index, block)
         if block.kind == "call":
             done = {"arguments": block.text, "name": block.name}
@@ -120,13 +120,13 @@ class ResponseAnswer:
         yield self._event(f"{_KINDS[block.kind]}.done", **place, **done)
         if block.kind == "said":
             yield self._event("response.content_part.done", **place, part=_part(block))
-        item = self._item(index, block, "completed")
+        item = self._item(index, block, status)
         yield self._event("response.output_item.done", output_index=index, item=item)
 
     def _end(self, end: End) -> Iterator[Event]:
-        if self._open is not None:
-            yield from self._close(*self._open)
         response = self._finish(end)
+        if self._open is not None:
+            yield from self._close(*self._open, response["status"])
         yield self._event(f"response.{response['status']}", response=response)
 
     def _place(self, index: int, block: Block) -> dict[str, Any]:

@@ -79,14 +79,16 @@ def _check(body: ChatBody) -> None:
 
 def _forced_calls(body: ChatBody, template: ChatTemplate | None, special_id: SpecialId) -> list[dict[str, Any]] | None:
     choice = body.tool_choice
-    if body.tools and choice != "none" and not call_form_of(template):
+    if choice == "none":
+        return None
+    if body.tools and not call_form_of(template):
         raise invalid(
             'tool_choice: must be "none", with which the template still sees the tools, because how this model writes '
             "calls is not known here"
         )
-    if choice in (None, "none", "auto"):
-        return None
     tools = tools_of(body.tools or ())
+    if choice in (None, "auto"):
+        return None
     if template is None or not tools:
         raise invalid("tool_choice: needs tools")
     one_call = body.parallel_tool_calls is False
