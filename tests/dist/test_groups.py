@@ -1,9 +1,12 @@
 """Collectives over gloo: correct for every dtype that layers and sampling send, and ordered where order matters."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.helpers.ranks import run_on_ranks
+from tests.helpers.lonely_rank import wait_alone
+from tests.helpers.ranks import run_on_ranks, start_ranks
 from tests.helpers.tp_worker import Collectives, collectives
 
 SIZE = 3
@@ -28,3 +31,8 @@ def test_an_ordered_sum_does_not_depend_on_other_rows(ranks: list[Collectives]) 
     for rank in ranks:
         assert torch.equal(rank.sum_together, rank.sum_alone)
         assert torch.equal(rank.sum_together, ranks[0].sum_together)
+
+
+def test_a_collective_fails_after_the_time_in_the_spec(tmp_path: Path) -> None:
+    """It does not wait for torch's half an hour."""
+    start_ranks(wait_alone, 2, tmp_path)

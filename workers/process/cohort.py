@@ -12,9 +12,12 @@ from torch.distributed import ProcessGroup, ProcessGroupGloo
 
 from echelon.pb.process_pb2 import WorkerSpec
 from workers.collectives import Group, SoloGroup, TorchGroup
+from workers.one_shot import OneShotGroup, can_keep_bits, is_allowed, open_one_shot
+from workers.process.fast_sums import with_fast_sums
 from workers.trace import TracedGroup, Tracer
 
 START_TIMEOUT_S = 1800.0  # ranks load at different speeds; the process that starts them has a shorter limit
+_MEETING_TIMEOUT_S = 20.0  # of ranks that do the same at the same time; not measured
 _GLOO_ON_HOST = "gloo_on_host"
 
 
@@ -28,6 +31,10 @@ class Cohort:
         self.world_size = world_size
         self.tracer = Tracer(rank)  # of this rank's rounds
         self._store = store
+        self._num_groups = 0
+        self._uses_nccl = False
+        self._can_share_memory = False
+        self._timeout = timedelta(seconds=START_TIMEOUT_S)  # of collectives
 
     @classmethod
     def open(cls, spec: WorkerSpec) -> "Cohort":
@@ -73,25 +80,60 @@ class Cohort:
         if self._store is None:
             return
         device_ids = self.gather("device", _device_id(spec))  # also waits for all ranks before short timeouts apply
-        use_nccl = spec.device == "cuda" and len(set(device_ids)) == self.world_size
+        self._uses_nccl = spec.device == "cuda" and len(set(device_ids)) == self.world_size
+        is_one_node = len(set(self.gather("host", spec.host))) == 1
+        self._can_share_memory = self._uses_nccl and is_one_node and is_allowed()
+        self._timeout = timedelta(seconds=spec.collective_timeout_s)
         _register_gloo(spec.host)
         dist.init_process_group(
-            "nccl" if use_nccl else _GLOO_ON_HOST,
+            "nccl" if self._uses_nccl else _GLOO_ON_HOST,
             store=self._store,
             rank=self.rank,
             world_size=self.world_size,
-            timeout=timedelta(seconds=spec.collective_timeout_s),
+            timeout=self._timeout,
+            pg_options=self._options(),
         )
 
     def group(self, size: int, *, ordered_sum: bool) -> Group | None:
         """The group of the first `size` ranks; None on the others."""
         if size == 1:
             return SoloGroup() if self.rank == 0 else None
-        process_group = dist.new_group(list(range(size)))
-        if self.rank >= size:
+        # torch would give it the backend's timeout, 10 or 30 minutes.
+        process_group = dist.new_group(list(range(size)), timeout=self._timeout, pg_options=self._options())
+        plain = None
+        if self.rank < size:
+            assert isinstance(process_group, ProcessGroup), "a member gets the group"
+            plain = TorchGroup(process_group, ordered_sum=ordered_sum)
+        self._num_groups += 1
+        group: Group | None = plain
+        if self._can_share_memory and can_keep_bits(size, ordered_sum=ordered_sum):
+            key, device = f"fast_sums/{self._num_groups}", torch.device("cuda", 0)
+            group = with_fast_sums(plain, lambda group: self._open(group, process_group), self.gather, key, device)
+        return None if group is None else TracedGroup(group, self.tracer)
+
+    def _open(self, plain: Group, process_group: Any) -> OneShotGroup:
+        """The ranks meet in the store here, and one that does not come must not hold up the start."""
+        assert self._store is not None, "there are several ranks"
+        self._store.set_timeout(timedelta(seconds=_MEETING_TIMEOUT_S))
+        try:
+            return open_one_shot(plain, process_group, torch.device("cuda", 0))
+        finally:
+            self._store.set_timeout(timedelta(seconds=START_TIMEOUT_S))
+
+    def _options(self) -> Any:
+        """Of a process group. NCCL's kernels go before others that wait, such as copies between tiers, since a
+        forward goes on only after them.
+
+        What NCCL does when a rank is lost stays torch's default: after the timeout, a thread of torch ends the process,
+        which its parent notices. Waiting on the host for each collective instead would leave the device idle, and is
+        impossible in captured steps. Collectives of captured steps have no timeout; the leader's watch of silent ranks
+        ends them (workers/process/round_channel.py).
+        """
+        if not self._uses_nccl:
             return None
-        assert isinstance(process_group, ProcessGroup), "a member gets the group"
-        return TracedGroup(TorchGroup(process_group, ordered_sum=ordered_sum), self.tracer)
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options._timeout = self._timeout
+        return options
 
 
 def _split(address: str) -> tuple[str, int]:
