@@ -43,6 +43,7 @@ def gpu_steps(work: Path) -> list[Step]:
             [*_DEMO_VARIANTS, "--dtype", "float32", "-k", "3", "--prompts", "4", "--tokens", "48", "--runs", "1"],
             limit_s=150,
         ),
+        _bench("first_request", "the first requests wait for no compiler", ["--device", "cuda"], limit_s=150),
         *(
             _tests(f"kernels-{name}", "the kernels as a device computes them", _files(names), limit_s=120)
             for name, names in _TRITON.items()
@@ -54,6 +55,9 @@ def gpu_steps(work: Path) -> list[Step]:
         _bench("tiers", "hits from host memory and disk", _tiers_options(work), limit_s=120),
         _tests("kernels-not-yet-called", "kernels without a caller", _files(_TRITON["not-yet-called"]), limit_s=120),
         *(_sanitizer(tool) for tool in ("memcheck", "racecheck")),
+        _tests(
+            "two-gpus", "one-shot sums between two GPUs; skipped with one", ["tests/gpu/test_one_shot.py"], limit_s=120
+        ),
     ]
 
 
