@@ -17,7 +17,7 @@ def wait_alone(rank: int, folder: Path) -> None:
     """Of two ranks. Returns when rank 0 has got an error."""
     torch.set_num_threads(1)
     meeting = dist.FileStore(str(folder / "meeting"), 2)
-    spec = WorkerSpec(rank=rank, world_size=2, host=HOST, device="cpu", collective_timeout_s=1.0)
+    spec = WorkerSpec(rank=rank, world_size=2, host=HOST, device="cpu")
     if rank == 0:
         cohort = Cohort.open(spec)
         meeting.set("address", cohort.store_address)
@@ -27,6 +27,7 @@ def wait_alone(rank: int, folder: Path) -> None:
     cohort.join(spec)
     group = cohort.group(2, ordered_sum=False)
     assert group is not None
+    cohort.limit_waits(1.0)
     if rank == 0:
         with pytest.raises(RuntimeError, match=r"[Tt]imed out|[Tt]imeout"):
             group.all_reduce(torch.ones(1))

@@ -34,7 +34,7 @@ class Cohort:
         self._num_groups = 0
         self._uses_nccl = False
         self._can_share_memory = False
-        self._timeout = timedelta(seconds=START_TIMEOUT_S)  # of collectives
+        self._process_groups: list[ProcessGroup] = []
 
     @classmethod
     def open(cls, spec: WorkerSpec) -> "Cohort":
@@ -76,21 +76,20 @@ class Cohort:
         return [self.read(f"{key}/{rank}") for rank in range(self.world_size)]
 
     def join(self, spec: WorkerSpec) -> None:
-        """Make the process group of all ranks. Its collectives fail after spec.collective_timeout_s."""
+        """Make the process group of all ranks."""
         if self._store is None:
             return
         device_ids = self.gather("device", _device_id(spec))  # also waits for all ranks before short timeouts apply
         self._uses_nccl = spec.device == "cuda" and len(set(device_ids)) == self.world_size
         is_one_node = len(set(self.gather("host", spec.host))) == 1
         self._can_share_memory = self._uses_nccl and is_one_node and is_allowed()
-        self._timeout = timedelta(seconds=spec.collective_timeout_s)
         _register_gloo(spec.host)
         dist.init_process_group(
             "nccl" if self._uses_nccl else _GLOO_ON_HOST,
             store=self._store,
             rank=self.rank,
             world_size=self.world_size,
-            timeout=self._timeout,
+            timeout=timedelta(seconds=START_TIMEOUT_S),
             pg_options=self._options(),
         )
 
@@ -98,11 +97,12 @@ class Cohort:
         """The group of the first `size` ranks; None on the others."""
         if size == 1:
             return SoloGroup() if self.rank == 0 else None
-        # torch would give it the backend's timeout, 10 or 30 minutes.
-        process_group = dist.new_group(list(range(size)), timeout=self._timeout, pg_options=self._options())
+        timeout = timedelta(seconds=START_TIMEOUT_S)
+        process_group = dist.new_group(list(range(size)), timeout=timeout, pg_options=self._options())
         plain = None
         if self.rank < size:
             assert isinstance(process_group, ProcessGroup), "a member gets the group"
+            self._process_groups.append(process_group)
             plain = TorchGroup(process_group, ordered_sum=ordered_sum)
         self._num_groups += 1
         group: Group | None = plain
@@ -110,6 +110,12 @@ class Cohort:
             key, device = f"fast_sums/{self._num_groups}", torch.device("cuda", 0)
             group = with_fast_sums(plain, lambda group: self._open(group, process_group), self.gather, key, device)
         return None if group is None else TracedGroup(group, self.tracer)
+
+    def limit_waits(self, timeout_s: float) -> None:
+        """From now on, collectives fail if a rank does not come for so long. For when all is loaded, as ranks load at
+        different speeds."""
+        for process_group in self._process_groups:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), process_group)
 
     def _open(self, plain: Group, process_group: Any) -> OneShotGroup:
         """The ranks meet in the store here, and one that does not come must not hold up the start."""
@@ -132,7 +138,7 @@ class Cohort:
         if not self._uses_nccl:
             return None
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        options._timeout = self._timeout
+        options._timeout = timedelta(seconds=START_TIMEOUT_S)
         return options
 
 

@@ -326,10 +326,10 @@ def _build(
         num_disk_blocks=sizes.num_disk_blocks,
         load_s=entry.load_s,
     )
-    mover = build_mover(spec, layout, kv_caches, addresses, store, role=role, device=device, on_progress=on_progress)
-    table = SeqTable(limits, GrammarCompiler(Path(spec.model), vocab_size))
     is_target = spec.role == EngineRole.ENGINE_ROLE_TARGET
     warm_up(runner, limits, verifies=is_target, on_step=partial(on_progress, f"compiling kernels of the {role}"))
+    mover = build_mover(spec, layout, kv_caches, addresses, store, role=role, device=device, on_progress=on_progress)
+    table = SeqTable(limits, GrammarCompiler(Path(spec.model), vocab_size))
     if mover is not None:
         warm_up_moves(mover, device)
     if is_target:

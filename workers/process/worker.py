@@ -58,10 +58,12 @@ def _work(spec: WorkerSpec, events: EventWriter, build_engines: BuildEngines) ->
     if spec.rank == 0:
         leader = round_channel.Leader.accept(cohort, spec.host, spec.collective_timeout_s)
         engines = build_engines(spec, cohort, events.progress)
+        cohort.limit_waits(spec.collective_timeout_s)
         _lead(spec, leader, engines, events, tracer=cohort.tracer)
     else:
         follower = round_channel.Follower.connect(cohort, spec.collective_timeout_s)
         engines = build_engines(spec, cohort, events.progress)
+        cohort.limit_waits(spec.collective_timeout_s)
         _follow(spec, follower, engines, events, tracer=cohort.tracer)
 
 
