@@ -28,7 +28,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.crowd import Case, Crowd, Damage, left, make_cases, until
+from bench.crowd import Born, Case, Crowd, Damage, left, make_cases, until
 from bench.health_watch import HealthWatch, right_after_s
 from bench.report import add_report_options, publish, table
 from cluster.deployment.settings import KvCacheSettings, SchedulerSettings, ServerSettings, Settings
@@ -66,7 +66,7 @@ class Chaos:
         self._health = HealthWatch(deployment.running.gateway_address)
         self._rng = rng
         self._rates: deque[float] = deque(maxlen=_NUM_RATES)
-        self.pids: set[int] = set()  # of all processes that ever ran
+        self.born: set[Born] = set()  # all processes that ever ran
 
     async def observe(self) -> None:
         """Learn what the streams are when nothing happens. Raises EchelonError if one fails even then."""
@@ -117,7 +117,7 @@ class Chaos:
         return self._deployment.processes.read(lambda board: board.process(name).pid)
 
     def _note_pids(self) -> None:
-        self.pids |= {pid for role in ROLES for _, pid in self._processes(role)}
+        self.born |= {Born.with_pid(pid) for role in ROLES for _, pid in self._processes(role)}
 
 
 async def torment(chaos: Chaos, args: argparse.Namespace) -> dict[tuple[str, str], Tally]:
@@ -229,11 +229,11 @@ def main() -> int:
     with LocalDeployment(settings, gateway=True) as deployment:
         chaos = Chaos(deployment, make_cases(args.streams, args.tokens), random.Random(args.seed))
         tallies = asyncio.run(torment(chaos, args))
-    remains = left(chaos.pids)
+    remains = left(chaos.born)
     lines = [
         report(tallies),
         "",
-        f"{args.streams} streams at once; {len(remains)} of {len(chaos.pids)} processes are left.",
+        f"{args.streams} streams at once; {len(remains)} of {len(chaos.born)} processes are left.",
     ]
     command = shlex.join(["python", "-m", "bench.chaos", *sys.argv[1:]])
     publish("chaos", "\n".join(lines), command=command, save=args.save)

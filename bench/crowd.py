@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from echelon import AsyncClient
 from echelon.errors import EchelonError, UnavailableError
@@ -26,6 +26,7 @@ _KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.0, "ignore_eos": False, "structured_output": {"json_schema": _NUMBERS}},
 )
 RESUME_WITHIN_S = 120.0
+_START_TIME = 18  # among the fields of /proc/PID/stat after the state
 _STREAM_LIMIT_S = 180.0  # a stream that takes longer has failed
 _LOGPROB_TOLERANCE = 1e-3  # other chunks of a prompt round differently
 _REMEMBERED_S = 300.0  # longer than any loss is looked at
@@ -227,16 +228,27 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(_POLL_S)
 
 
-def left(pids: set[int]) -> set[int]:
+@dataclass(frozen=True, slots=True)
+class Born:
+    """A process, whichever other one gets its number later."""
+
+    pid: int
+    at: str  # in ticks since the system started; empty: it does not run
+
+    @classmethod
+    def with_pid(cls, pid: int) -> Self:
+        try:
+            state, *others = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            return cls(pid, "")
+        return cls(pid, "" if state == "Z" else others[_START_TIME])
+
+
+def left(processes: set[Born]) -> set[Born]:
     """Those that still run some time after their deployment has ended."""
     deadline = time.monotonic() + _GONE_LIMIT_S
-    while (running := {pid for pid in pids if is_running(pid)}) and time.monotonic() < deadline:
+    while (running := {each for each in processes if each.at and each == Born.with_pid(each.pid)}) and (
+        time.monotonic() < deadline
+    ):
         time.sleep(_POLL_S)
     return running
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False

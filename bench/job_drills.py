@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.crowd import left
+from bench.crowd import Born, left
 from bench.report import add_report_options, publish, table
 from cluster.deployment.settings import JobsSettings, KvCacheSettings, SchedulerSettings, Settings
 from cluster.local import LocalDeployment, LocalDraft, local_settings
@@ -112,7 +112,7 @@ def settings_for(jobs: Path, args: argparse.Namespace) -> Settings:
 class Tally:
     kills: Counter[str] = field(default_factory=Counter)  # by role
     num_done: list[int] = field(default_factory=list)  # items that were recorded when each of them happened
-    pids: set[int] = field(default_factory=set)
+    born: set[Born] = field(default_factory=set)
 
 
 class Drill:
@@ -174,7 +174,7 @@ class Drill:
         return self._deployment.processes.read(lambda board: board.process(name).pid)
 
     def _note_pids(self) -> None:
-        self._tally.pids |= {pid for role in (*ROLES, "draft") for _, pid in self._processes(role)}
+        self._tally.born |= {Born.with_pid(pid) for role in (*ROLES, "draft") for _, pid in self._processes(role)}
 
 
 def run_job(jobs: Path, job_id: str, num_kills: int, tally: Tally, args: argparse.Namespace) -> None:
@@ -218,14 +218,14 @@ def main() -> int:
         run_job(disturbed, job_id, args.kills, tally, args)
         (state, expected), (state_after, got) = results_of(calm, job_id), results_of(disturbed, job_id)
     is_equal = expected == got and state == state_after
-    remains = left(tally.pids)
+    remains = left(tally.born)
     kills = ", ".join(f"{number} {role}" for role, number in sorted(tally.kills.items()))
     rows = [["undisturbed", state, str(len(expected[0])), str(len(expected[1]))]]
     rows.append([f"killed: {kills}", state_after, str(len(got[0])), str(len(got[1]))])
     lines = [
         table(["", "job", "output bytes", "error bytes"], rows),
         "",
-        f"The files are {'equal' if is_equal else 'NOT equal'}; {len(remains)} of {len(tally.pids)} processes left.",
+        f"The files are {'equal' if is_equal else 'NOT equal'}; {len(remains)} of {len(tally.born)} processes left.",
     ]
     command = shlex.join(["python", "-m", "bench.job_drills", *sys.argv[1:]])
     publish("job-drills", "\n".join(lines), command=command, save=args.save)

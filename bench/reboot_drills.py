@@ -24,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.chaos import left
+from bench.crowd import Born, left
 from bench.job_drills import Tally, make_lines, results_of, run_job, settings_for, submit
 from bench.report import add_report_options, publish, table
 from cluster.local import LocalDeployment
@@ -64,12 +64,12 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def drill(jobs: Path, args: argparse.Namespace) -> tuple[list[int], set[int]]:
+def drill(jobs: Path, args: argparse.Namespace) -> tuple[list[int], set[Born]]:
     """Items that were recorded at each reboot, and all processes that there were."""
     rng = random.Random(args.seed)
     moments = sorted(rng.uniform(0.0, 0.97) * args.items for _ in range(args.reboots))
     done_at: list[int] = []
-    pids: set[int] = set()
+    born: set[Born] = set()
     while num_done(jobs)[1] is None:
         command = [sys.executable, "-m", "bench.reboot_drills", *sys.argv[1:], "--hold", str(jobs)]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as child:
@@ -78,16 +78,16 @@ def drill(jobs: Path, args: argparse.Namespace) -> tuple[list[int], set[int]]:
                 if moments and done >= moments[0] and (not done_at or done > done_at[-1]):
                     time.sleep(rng.uniform(0.0, 0.3))
                     victims = descendants(child.pid)
+                    born |= {Born.with_pid(pid) for pid in victims}
                     for pid in victims:
                         with contextlib.suppress(ProcessLookupError):  # it ended with its parent
                             os.kill(pid, signal.SIGKILL)
                     moments.pop(0)
                     done_at.append(done)
-                    pids |= set(victims)
                     print(f"killed {len(victims)} processes after {done} items", file=sys.stderr)
                     break
                 time.sleep(_POLL_S)
-    return done_at, pids
+    return done_at, born
 
 
 def parse_args() -> argparse.Namespace:
@@ -113,15 +113,15 @@ def main() -> int:
         job_id = submit(calm, make_lines(args.items, args.tokens))
         shutil.copytree(calm, disturbed)
         run_job(calm, job_id, 0, Tally(), args)
-        done_at, pids = drill(disturbed, args)
+        done_at, born = drill(disturbed, args)
         (state, expected), (state_after, got) = results_of(calm, job_id), results_of(disturbed, job_id)
-    is_equal, remains = expected == got and state == state_after, left(pids)
+    is_equal, remains = expected == got and state == state_after, left(born)
     rows = [["undisturbed", state, str(len(expected[0])), str(len(expected[1]))]]
     rows.append([f"{len(done_at)} reboots", state_after, str(len(got[0])), str(len(got[1]))])
     lines = [
         table(["", "job", "output bytes", "error bytes"], rows),
         "",
-        f"The files are {'equal' if is_equal else 'NOT equal'}; {len(remains)} of {len(pids)} processes left.",
+        f"The files are {'equal' if is_equal else 'NOT equal'}; {len(remains)} of {len(born)} processes left.",
         f"Items that were recorded at each reboot: {', '.join(map(str, done_at))}.",
     ]
     command = shlex.join(["python", "-m", "bench.reboot_drills", *sys.argv[1:]])

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.chaos import Chaos, Tally, drill_settings
-from bench.crowd import Crowd, Damage, left, make_cases
+from bench.crowd import Born, Crowd, Damage, left, make_cases
 from bench.report import add_report_options, publish, table
 from childproc.wires import open_blocking_channel
 from cluster.deployment.settings import ServerSettings
@@ -54,6 +54,7 @@ class Life:
 
     name: str
     began_s: float
+    born: Born
     rss: list[tuple[float, int]] = field(default_factory=list)  # age in seconds, bytes
 
     @property
@@ -86,7 +87,7 @@ class Memory:
     def _sample(self, name: str, pid: int) -> None:
         with contextlib.suppress(OSError):  # it has ended
             size = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
-            life = self.lives.setdefault(pid, Life(name=name, began_s=time.monotonic()))
+            life = self.lives.setdefault(pid, Life(name=name, began_s=time.monotonic(), born=Born.with_pid(pid)))
             life.rss.append((time.monotonic() - life.began_s, size))
 
 
@@ -245,7 +246,7 @@ def main() -> int:
         misuse = Misuse(chaos.crowd, deployment.running.gateway_address, port, rng)
         tally = asyncio.run(soak(chaos, misuse, memory, args))
         held = num_held_blocks(deployment.running.replicas[0].scheduler_address)
-    remains = left(chaos.pids | set(memory.lives))
+    remains = left(chaos.born | {life.born for life in memory.lives.values()})
     lines = [
         memory_table(memory),
         "",
