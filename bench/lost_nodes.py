@@ -51,6 +51,10 @@ class Nodes:
         self.address: str = self._cluster.address
         ray.init(address=self.address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
 
+    @property
+    def gcs_pid(self) -> int:
+        return int(self._cluster.head_node.all_processes["gcs_server"][0].process.pid)
+
     def add(self, num_cpus: int) -> None:
         self._others.append(self._cluster.add_node(num_cpus=num_cpus))
 
