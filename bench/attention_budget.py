@@ -1,4 +1,4 @@
-"""What attention to a part of the KV would need and cost, before it is built (`attention: budgeted`).
+"""What attention to a part of the KV would need and cost, before it is built.
 
 The demo target reads held-out files of Python's library. Of the tokens after a prefix, every query of every layer sees
 the prefix in chunks, each with bounds of its keys (Quest, arXiv 2406.10774). All later tokens are always seen.

@@ -7,3 +7,4 @@ MAX_GRAMMAR_BYTES = 1 << 18  # it travels to the workers each time that a seq ta
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 MAX_BIAS = 100  # as in OpenAI's API: enough to force or to exclude a token
+ATTENTION_MODES = ("full", "budgeted")

@@ -8,6 +8,11 @@ _SCALE_BYTES = 4
 _SCALES = 2  # of each group: its least element and its step
 
 
+# That a device needs if the rest of a seq may be in host memory: one that is complete, one that is being filled, and as
+# many for others.
+LEAST_BUDGETED_BLOCKS = 4
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierBlock:
     """One block on one rank."""

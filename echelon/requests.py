@@ -70,6 +70,7 @@ class GenerateOptions(SamplingOptions, total=False):
     speculation: SpeculationOptions | None  # of this request; None: as the deployment says
     structured_output: StructuredOutputOptions | None  # a form that the output keeps to
     cache_salt: str | None  # only requests of the same salt share KV cache; at most 256 bytes
+    attention: str | None  # "budgeted": the context may be longer than the devices hold; see docs/kv-cache.md
     add_special_tokens: bool | None  # text; True when absent
     add_generation_prompt: bool | None  # conversations; True when absent, False with continue_final_message
     continue_final_message: bool | None  # conversations: the output continues the last message
@@ -96,6 +97,9 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.Gen
     _set_prompt(request, prompt)
     _set_prompt_options(request, options)
     _set_field(request, "cache_salt", options.get("cache_salt"))
+    if (attention := options.get("attention")) is not None:
+        request.attention.CopyFrom(inference_pb2.Attention())
+        _set_field(request.attention, "mode", attention)
     for name in _SAMPLING_NAMES:
         _set_field(request.sampling, name, options.get(name))
     speculation = options.get("speculation")

@@ -15,6 +15,7 @@ from checkpoint.token_table import TokenTable
 from echelon.pb import inference_pb2, scheduler_pb2, worker_pb2
 from scheduler.config import SchedulerConfig
 from scheduler.drafting.speculation import Speculation
+from scheduler.engines.attention import longest_seq, no_longer_fits
 from scheduler.engines.engine import EngineView
 from scheduler.engines.idle_meter import Idleness
 from scheduler.errors import UnexpectedAnswerError
@@ -61,9 +62,8 @@ class SchedulerCore:
         engine: EngineView[TargetRow] = self._new_engine(info, incarnation)
         self.last_target = engine
         self._target.attach(engine)
-        for request in [request for request in self._requests.values() if request.max_len > engine.longest_seq]:
-            room = f"the target was started again and has room for {engine.longest_seq} tokens"
-            self._fail(request, StatusCode.RESOURCE_EXHAUSTED, f"{room}: lower max_tokens")
+        for request in [other for other in self._requests.values() if other.max_len > engine.longest(other)]:
+            self._fail(request, StatusCode.RESOURCE_EXHAUSTED, no_longer_fits(request, engine))
 
     def connect_draft(self, info: worker_pb2.EngineInfo, incarnation: int, *, shares_process: bool = False) -> None:
         """Speculation starts, or resumes, for every seq. `shares_process`: the draft runs in the target's process."""
@@ -122,7 +122,7 @@ class SchedulerCore:
         request = build_request(
             submit,
             config=self._config,
-            max_model_len=min(self._config.max_model_len, engine.longest_seq),
+            max_model_len=min(self._config.max_model_len, longest_seq(submit, engine)),
             vocab_size=engine.info.vocab_size,
             table=self._table,
             block_size=engine.info.block_size,

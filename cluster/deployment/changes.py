@@ -54,6 +54,7 @@ _ROLLED = (
     "scheduler.max_num_batched_tokens",
     "scheduler.max_queue",
     "scheduler.enable_prefix_caching",
+    "attention",
     "batch_invariant",
     "cpu",
     "cuda",

@@ -85,7 +85,7 @@ def _resolve(file: DeploymentFile, base: Path) -> tuple[Settings | None, list[Pr
     if method is not None and method not in DRAFT_MODEL_METHODS:
         draft = None  # none and suffix are for comparisons, so the file may keep its draft section
     settings = _settings(file, base, target, draft)
-    if file.scheduler.max_model_len is None and settings.device == "cpu":
+    if file.scheduler.max_model_len is None and settings.device == "cpu" and settings.attention == "full":
         settings = _cap_max_model_len(settings)
     text = check_text(settings, {"target": file.target.model, "draft": file.draft.model if file.draft else ""})
     settings = replace(settings, notes=(*text.notes, *start_time_notes(settings)))
@@ -189,6 +189,7 @@ def _settings(file: DeploymentFile, base: Path, target: ModelSettings, draft: Mo
         scheduler=resolve_scheduler(_section(SchedulerSettings, file.scheduler), target),
         server=_server(file.server, base),
         jobs=_jobs(file, base),
+        attention=file.attention,
         batch_invariant=resolve_batch_invariant(file.batch_invariant, file.device),
         startup_timeout_s=file.startup_timeout_s,
         drain_timeout_s=file.drain_timeout_s,
@@ -306,20 +307,22 @@ def _kv_problems(settings: Settings) -> Iterator[Problem]:
     if settings.device != "cpu":
         return
     target, draft = settings.target.kv_bytes_per_token, settings.draft.held_kv_bytes_per_token if settings.draft else 0
+    num_tokens = settings.num_tokens_on_device("target")
     if settings.colocated:
-        yield from _kv_problem(settings, "", settings.max_model_len, target + draft)
+        yield from _kv_problem(settings, "", num_tokens, target + draft)
         return
-    yield from _kv_problem(settings, "", settings.max_model_len, target)
+    yield from _kv_problem(settings, "", num_tokens, target)
     if draft:
-        yield from _kv_problem(settings, " of the draft", settings.max_model_len_of("draft"), draft)
+        yield from _kv_problem(settings, " of the draft", settings.num_tokens_on_device("draft"), draft)
 
 
-def _kv_problem(settings: Settings, whose: str, max_model_len: int, per_token: int) -> Iterator[Problem]:
+def _kv_problem(settings: Settings, whose: str, num_tokens: int, per_token: int) -> Iterator[Problem]:
     block_size, device_bytes = settings.kv_cache.block_size, settings.kv_cache.device_bytes
-    needed = -(-max_model_len // block_size) * block_size * per_token
+    needed = -(-num_tokens // block_size) * block_size * per_token
     if needed > device_bytes:
+        what = f"max_model_len {num_tokens}" if settings.attention == "full" else f"{num_tokens} tokens"
         message = (
-            f"one seq of max_model_len {max_model_len} takes {needed} bytes a rank{whose} "
+            f"one seq of {what} takes {needed} bytes a rank{whose} "
             f"({per_token} a token), device_bytes is {device_bytes}"
         )
         remedy = "raise kv_cache.device_bytes or lower scheduler.max_model_len"

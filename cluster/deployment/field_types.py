@@ -52,17 +52,6 @@ def yaml_off(value: Any) -> Any:
     return "off" if value is False else value
 
 
-def built(*, use: str, later: tuple[str, ...]) -> BeforeValidator:
-    """Refuse values that the schema knows and this version cannot do yet."""
-
-    def check(value: Any) -> Any:
-        if value in later:
-            raise ValueError(f"is not built yet; use {use}")
-        return value
-
-    return BeforeValidator(check)
-
-
 def count_or(word: str, *, most: int, least: int = 1, off: bool = False) -> BeforeValidator:
     """An integer from `least` to `most`, `word`, or, if allowed, off."""
 

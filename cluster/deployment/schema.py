@@ -1,7 +1,6 @@
 """The deployment file: its keys, their defaults and their limits.
 
-A value whose feature is not built yet is refused with a message, never ignored. Unknown keys are errors that name the
-nearest known one (`cluster.deployment.deployment_file`).
+Unknown keys are errors that name the nearest known one (`cluster.deployment.deployment_file`).
 """
 
 from typing import Annotated, Any, Literal
@@ -20,7 +19,6 @@ from cluster.deployment.field_types import (
     Positive,
     Seconds,
     Size,
-    built,
     count_or,
     flag_or_auto,
     path_of,
@@ -260,7 +258,10 @@ class DeploymentFile(Section):
     speculation: Speculation = Speculation()
     kv_cache: KvCache = KvCache()
     scheduler: Scheduler = Scheduler()
-    attention: Annotated[Literal["full"], built(use="full", later=("budgeted",))] = "full"
+    attention: Literal["full", "budgeted"] = Field(
+        default="full",
+        description="budgeted: requests may ask for contexts of which a part stays in host memory",
+    )
     batch_invariant: Annotated[bool | Literal["auto"], BeforeValidator(flag_or_auto)] = Field(
         default="auto", description="results do not depend on the batch; auto: where that costs nothing"
     )

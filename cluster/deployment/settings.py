@@ -10,7 +10,7 @@ from typing import Literal
 from checkpoint.folder import ModelFolder
 from checkpoint.weights import EMBEDDING, HEAD
 from childproc.ports import reachable_host
-from childproc.tier_block import TierBlock, TierDtype, tier_block
+from childproc.tier_block import LEAST_BUDGETED_BLOCKS, TierBlock, TierDtype, tier_block
 from cluster.layer_parallel import LayerParallel
 
 Role = Literal["target", "draft"]
@@ -242,6 +242,7 @@ class Settings:
     server: ServerSettings = ServerSettings()
     jobs: JobsSettings = JobsSettings()
     forced_acceptance: float = 0.0  # benchmarks only: the share of drafts that count as right; 0: drafts are checked
+    attention: Literal["full", "budgeted"] = "full"  # budgeted: a request may have more blocks than its devices
     batch_invariant: bool | None = None  # None: where it costs nothing, which the workers find out
     startup_timeout_s: float = DEFAULT_STARTUP_TIMEOUT_S
     collective_timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S
@@ -261,6 +262,12 @@ class Settings:
     def max_model_len_of(self, role: Role) -> int:
         """Tokens of a seq that an engine can hold: a draft ends at its model's own limit, and the seq goes on alone."""
         return min(self.max_model_len, self.model(role).folder.config.max_len)
+
+    def num_tokens_on_device(self, role: Role) -> int:
+        """Tokens that a device of the engine must have room for."""
+        if self.attention == "budgeted":
+            return min(self.max_model_len_of(role), LEAST_BUDGETED_BLOCKS * self.kv_cache.block_size)
+        return self.max_model_len_of(role)
 
     @property
     def round_timeout_s(self) -> float:

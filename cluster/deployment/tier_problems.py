@@ -14,6 +14,7 @@ def tier_problems(settings: Settings) -> Iterator[Problem]:
             path="kv_cache.cpu_bytes", value=str(cache.cpu_bytes), message=message, remedy="leave one of them out"
         )
     yield from _rounding_problems(settings)
+    yield from _attention_problems(settings)
     if cache.store != "on_complete" and not cache.cpu_bytes:
         message, remedy = "there is no host memory to store blocks in", "set kv_cache.cpu_bytes too, or leave it out"
         yield Problem(path="kv_cache.store", value=repr(cache.store), message=message, remedy=remedy)
@@ -43,3 +44,18 @@ def _rounding_problems(settings: Settings) -> Iterator[Problem]:
     if rounded >= exact:
         message = f"a block takes {rounded} bytes with its scales, and {exact} as it is"
         yield Problem(path=path, value=value, message=message, remedy="raise kv_cache.block_size, or leave it out")
+
+
+def _attention_problems(settings: Settings) -> Iterator[Problem]:
+    """Attention that reads host memory needs it, with blocks as they are on the devices, as soon as they are full."""
+    cache = settings.kv_cache
+    if settings.attention != "budgeted":
+        return
+    remedies = {
+        "set kv_cache.cpu_bytes too": not cache.cpu_bytes,
+        "leave kv_cache.tier_dtype out": cache.tier_dtype != "same",
+        "leave kv_cache.store out": cache.store != "on_complete",
+    }
+    for remedy in (remedy for remedy, is_needed in remedies.items() if is_needed):
+        message = "keeps exact copies of all full blocks in host memory"
+        yield Problem(path="attention", value="'budgeted'", message=message, remedy=remedy)

@@ -63,7 +63,7 @@ def _kv_cache_bytes(model: ModelSettings, settings: Settings) -> int:
     if settings.device == "cpu":
         return settings.kv_cache_bytes(model.role)
     # Engines that share a device get blocks for equally many tokens.
-    num_tokens = settings.max_model_len if settings.colocated else settings.max_model_len_of(model.role)
+    num_tokens = settings.num_tokens_on_device("target" if settings.colocated else model.role)
     num_blocks = -(-num_tokens // settings.kv_cache.block_size)
     return num_blocks * settings.kv_cache.block_size * model.held_kv_bytes_per_token
 

@@ -58,6 +58,7 @@ def _engine_spec(settings: Settings, role: Role, bundle: Bundle) -> process_pb2.
         num_layers=model.folder.config.num_layers if role == "draft" else 0,
         captured_new_tokens=settings.captured_new_tokens_of(role),
         kv_dtype=model.kv_dtype,
+        attention=settings.attention,
     )
     if model.layer_parallel is not None:
         _add_layer_parallel(spec, model.layer_parallel)

@@ -36,6 +36,10 @@ NumDrafts = Annotated[
 CacheSalt = Annotated[
     str | None, typer.Option("--cache-salt", help="Share cached KV only with requests of the same salt.")
 ]
+AttentionMode = Annotated[
+    str | None,
+    typer.Option("--attention", help="'budgeted': the context may be longer than the devices hold. Default: full."),
+]
 Timeout = Annotated[
     float | None, typer.Option("--timeout", min=0, help="Deadline in seconds, including time in the queue.")
 ]
@@ -74,6 +78,7 @@ def generate(
     ] = False,
     model: Annotated[str | None, typer.Option("--model", help="Fail unless this model is served.")] = None,
     cache_salt: CacheSalt = None,
+    attention: AttentionMode = None,
     timeout: Timeout = None,
     no_speculation: NoSpeculation = False,
     num_speculative_tokens: NumDrafts = None,
@@ -100,6 +105,7 @@ def generate(
         add_special_tokens=False if no_special_tokens else None,
         model=model,
         cache_salt=cache_salt,
+        attention=attention,
         timeout_s=timeout,
         speculation=_speculation(no_speculation, num_speculative_tokens),
     )
@@ -133,6 +139,7 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     cache_salt: CacheSalt = None,
+    attention: AttentionMode = None,
     timeout: Timeout = None,
     no_speculation: NoSpeculation = False,
     stats: Stats = False,
@@ -148,6 +155,7 @@ def chat(
         seed=seed,
         stop=stop,
         cache_salt=cache_salt,
+        attention=attention,
         timeout_s=timeout,
         speculation=_speculation(no_speculation, None),
         chat_template_kwargs=_template_kwargs(template_kwargs),

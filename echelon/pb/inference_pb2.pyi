@@ -59,6 +59,7 @@ class GenerateRequest(google.protobuf.message.Message):
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
     CACHE_SALT_FIELD_NUMBER: builtins.int
     STRUCTURED_OUTPUT_FIELD_NUMBER: builtins.int
+    ATTENTION_FIELD_NUMBER: builtins.int
     RESUME_FROM_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """chosen by the server when empty; unique among running requests"""
@@ -82,6 +83,8 @@ class GenerateRequest(google.protobuf.message.Message):
     @property
     def structured_output(self) -> global___StructuredOutput: ...
     @property
+    def attention(self) -> global___Attention: ...
+    @property
     def resume_from(self) -> global___Resume:
         """set: the client has a part of the output already. Needs the seed, unless sampling is greedy"""
 
@@ -98,10 +101,11 @@ class GenerateRequest(google.protobuf.message.Message):
         add_special_tokens: builtins.bool | None = ...,
         cache_salt: builtins.str = ...,
         structured_output: global___StructuredOutput | None = ...,
+        attention: global___Attention | None = ...,
         resume_from: global___Resume | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "input", b"input", "resume_from", b"resume_from", "sampling", b"sampling", "speculation", b"speculation", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "model", b"model", "request_id", b"request_id", "resume_from", b"resume_from", "sampling", b"sampling", "speculation", b"speculation", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "attention", b"attention", "chat", b"chat", "input", b"input", "resume_from", b"resume_from", "sampling", b"sampling", "speculation", b"speculation", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "attention", b"attention", "cache_salt", b"cache_salt", "chat", b"chat", "input", b"input", "model", b"model", "request_id", b"request_id", "resume_from", b"resume_from", "sampling", b"sampling", "speculation", b"speculation", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_add_special_tokens", b"_add_special_tokens"]) -> typing.Literal["add_special_tokens"] | None: ...
     @typing.overload
@@ -165,6 +169,27 @@ class ResumedSample(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["num_chars", b"num_chars", "token_ids", b"token_ids"]) -> None: ...
 
 global___ResumedSample = ResumedSample
+
+@typing.final
+class Attention(google.protobuf.message.Message):
+    """Where the KV is that attention reads. The tokens are the same."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: builtins.int
+    mode: builtins.str
+    """"full", or empty: on the devices. "budgeted": what they have no room for stays in host memory, and each step copies
+    it to the devices, one layer at a time. So the context may be longer than the devices hold; its steps are slower.
+    Needs `attention: budgeted` in the deployment file.
+    """
+    def __init__(
+        self,
+        *,
+        mode: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["mode", b"mode"]) -> None: ...
+
+global___Attention = Attention
 
 @typing.final
 class StructuredOutput(google.protobuf.message.Message):

@@ -434,6 +434,7 @@ class EngineSpec(google.protobuf.message.Message):
     KEEPS_BITS_FIELD_NUMBER: builtins.int
     CAPTURED_NEW_TOKENS_FIELD_NUMBER: builtins.int
     KV_DTYPE_FIELD_NUMBER: builtins.int
+    ATTENTION_FIELD_NUMBER: builtins.int
     role: echelon.pb.worker_pb2.EngineRole.ValueType
     model: builtins.str
     """folder in Hugging Face layout"""
@@ -481,6 +482,8 @@ class EngineSpec(google.protobuf.message.Message):
     """Steps in which no seq has more new tokens are captured, as CUDA graphs. 0: none are. On a CPU only tests set it."""
     kv_dtype: builtins.str
     """"auto": that of the weights | "fp8" """
+    attention: builtins.str
+    """"full", or empty | "budgeted": a seq may have more blocks than the device"""
     @property
     def layer_groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[echelon.pb.worker_pb2.LayerGroup]:
         """every layer, in order; empty: chosen by the similarity of hidden states"""
@@ -514,9 +517,10 @@ class EngineSpec(google.protobuf.message.Message):
         keeps_bits: builtins.bool = ...,
         captured_new_tokens: builtins.int = ...,
         kv_dtype: builtins.str = ...,
+        attention: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_batch_invariant", b"_batch_invariant", "batch_invariant", b"batch_invariant", "tiers", b"tiers"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_batch_invariant", b"_batch_invariant", "batch_invariant", b"batch_invariant", "block_size", b"block_size", "captured_new_tokens", b"captured_new_tokens", "dtype", b"dtype", "forced_acceptance", b"forced_acceptance", "gpu_memory_utilization", b"gpu_memory_utilization", "keeps_bits", b"keeps_bits", "kv_cache_bytes", b"kv_cache_bytes", "kv_dtype", b"kv_dtype", "layer_groups", b"layer_groups", "layer_parallel_mlp", b"layer_parallel_mlp", "layer_parallel_weights", b"layer_parallel_weights", "lower_draft", b"lower_draft", "lower_model", b"lower_model", "lp_size", b"lp_size", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_layers", b"num_layers", "quantization", b"quantization", "role", b"role", "tiers", b"tiers", "tp_size", b"tp_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_batch_invariant", b"_batch_invariant", "attention", b"attention", "batch_invariant", b"batch_invariant", "block_size", b"block_size", "captured_new_tokens", b"captured_new_tokens", "dtype", b"dtype", "forced_acceptance", b"forced_acceptance", "gpu_memory_utilization", b"gpu_memory_utilization", "keeps_bits", b"keeps_bits", "kv_cache_bytes", b"kv_cache_bytes", "kv_dtype", b"kv_dtype", "layer_groups", b"layer_groups", "layer_parallel_mlp", b"layer_parallel_mlp", "layer_parallel_weights", b"layer_parallel_weights", "lower_draft", b"lower_draft", "lower_model", b"lower_model", "lp_size", b"lp_size", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "num_layers", b"num_layers", "quantization", b"quantization", "role", b"role", "tiers", b"tiers", "tp_size", b"tp_size"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_batch_invariant", b"_batch_invariant"]) -> typing.Literal["batch_invariant"] | None: ...
 
 global___EngineSpec = EngineSpec

@@ -55,6 +55,7 @@ class Submit(google.protobuf.message.Message):
     SPECULATION_FIELD_NUMBER: builtins.int
     TIMEOUT_S_FIELD_NUMBER: builtins.int
     CACHE_SALT_FIELD_NUMBER: builtins.int
+    ATTENTION_FIELD_NUMBER: builtins.int
     GRAMMAR_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
     RESUME_FROM_FIELD_NUMBER: builtins.int
@@ -85,6 +86,8 @@ class Submit(google.protobuf.message.Message):
     @property
     def speculation(self) -> echelon.pb.inference_pb2.Speculation: ...
     @property
+    def attention(self) -> echelon.pb.inference_pb2.Attention: ...
+    @property
     def resume_from(self) -> echelon.pb.inference_pb2.Resume:
         """set: another scheduler, or another gateway, began the request and was lost"""
 
@@ -97,6 +100,7 @@ class Submit(google.protobuf.message.Message):
         speculation: echelon.pb.inference_pb2.Speculation | None = ...,
         timeout_s: builtins.float | None = ...,
         cache_salt: builtins.str = ...,
+        attention: echelon.pb.inference_pb2.Attention | None = ...,
         grammar: builtins.str = ...,
         tenant: builtins.str = ...,
         resume_from: echelon.pb.inference_pb2.Resume | None = ...,
@@ -104,8 +108,8 @@ class Submit(google.protobuf.message.Message):
         is_background: builtins.bool = ...,
         model_id: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "resume_from", b"resume_from", "sampling", b"sampling", "speculation", b"speculation", "timeout_s", b"timeout_s"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "cache_salt", b"cache_salt", "grammar", b"grammar", "is_background", b"is_background", "model_id", b"model_id", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_from", b"resume_from", "sampling", b"sampling", "speculation", b"speculation", "tenant", b"tenant", "timeout_s", b"timeout_s", "was_accepted", b"was_accepted"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "attention", b"attention", "resume_from", b"resume_from", "sampling", b"sampling", "speculation", b"speculation", "timeout_s", b"timeout_s"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_timeout_s", b"_timeout_s", "attention", b"attention", "cache_salt", b"cache_salt", "grammar", b"grammar", "is_background", b"is_background", "model_id", b"model_id", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume_from", b"resume_from", "sampling", b"sampling", "speculation", b"speculation", "tenant", b"tenant", "timeout_s", b"timeout_s", "was_accepted", b"was_accepted"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_timeout_s", b"_timeout_s"]) -> typing.Literal["timeout_s"] | None: ...
 
 global___Submit = Submit

@@ -192,11 +192,16 @@ class SeqInit(google.protobuf.message.Message):
     NUM_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     NUM_COMPUTED_TOKENS_FIELD_NUMBER: builtins.int
     BLOCK_TABLE_FIELD_NUMBER: builtins.int
+    NUM_IN_HOST_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
     slot: builtins.int
     num_prompt_tokens: builtins.int
     num_computed_tokens: builtins.int
     """leading tokens whose KV the given blocks already hold"""
+    num_in_host: builtins.int
+    """Target, if attention is budgeted: so many leading entries of block_table are not blocks but host slots. Attention reads
+    these copies where they are. They are full, have KV, and do not change while the seq names them.
+    """
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """prompt and, after a preemption or a rebuild, the output so far"""
@@ -213,10 +218,11 @@ class SeqInit(google.protobuf.message.Message):
         num_prompt_tokens: builtins.int = ...,
         num_computed_tokens: builtins.int = ...,
         block_table: collections.abc.Iterable[builtins.int] | None = ...,
+        num_in_host: builtins.int = ...,
         sampling: echelon.pb.sampling_pb2.SeqSampling | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["block_table", b"block_table", "num_computed_tokens", b"num_computed_tokens", "num_prompt_tokens", b"num_prompt_tokens", "sampling", b"sampling", "slot", b"slot", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_table", b"block_table", "num_computed_tokens", b"num_computed_tokens", "num_in_host", b"num_in_host", "num_prompt_tokens", b"num_prompt_tokens", "sampling", b"sampling", "slot", b"slot", "token_ids", b"token_ids"]) -> None: ...
 
 global___SeqInit = SeqInit
 
@@ -283,6 +289,7 @@ class Row(google.protobuf.message.Message):
     CROP_LEN_FIELD_NUMBER: builtins.int
     APPEND_TOKEN_IDS_FIELD_NUMBER: builtins.int
     NEW_BLOCK_IDS_FIELD_NUMBER: builtins.int
+    HOST_SLOTS_FIELD_NUMBER: builtins.int
     CALIBRATE_LEN_FIELD_NUMBER: builtins.int
     CHUNK_LEN_FIELD_NUMBER: builtins.int
     DRAFT_TOKEN_IDS_FIELD_NUMBER: builtins.int
@@ -314,8 +321,12 @@ class Row(google.protobuf.message.Message):
 
     @property
     def new_block_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """3. Blocks are appended to the block table."""
+        """3. Blocks are appended to the block table. Before that, its first blocks on the device are replaced by host slots that
+           hold copies of them (see num_in_host).
+        """
 
+    @property
+    def host_slots(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
     def draft_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """   Draft engine: they go through the exact model, unless a chain continues: a chunk of 1 whose token the engine
@@ -335,6 +346,7 @@ class Row(google.protobuf.message.Message):
         crop_len: builtins.int | None = ...,
         append_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         new_block_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        host_slots: collections.abc.Iterable[builtins.int] | None = ...,
         calibrate_len: builtins.int = ...,
         chunk_len: builtins.int = ...,
         draft_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
@@ -343,7 +355,7 @@ class Row(google.protobuf.message.Message):
         without_lower: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_crop_len", b"_crop_len", "crop_len", b"crop_len"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_crop_len", b"_crop_len", "append_token_ids", b"append_token_ids", "calibrate_len", b"calibrate_len", "chunk_len", b"chunk_len", "crop_len", b"crop_len", "draft_base_len", b"draft_base_len", "draft_token_ids", b"draft_token_ids", "new_block_ids", b"new_block_ids", "num_draft_tokens", b"num_draft_tokens", "slot", b"slot", "without_lower", b"without_lower"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_crop_len", b"_crop_len", "append_token_ids", b"append_token_ids", "calibrate_len", b"calibrate_len", "chunk_len", b"chunk_len", "crop_len", b"crop_len", "draft_base_len", b"draft_base_len", "draft_token_ids", b"draft_token_ids", "host_slots", b"host_slots", "new_block_ids", b"new_block_ids", "num_draft_tokens", b"num_draft_tokens", "slot", b"slot", "without_lower", b"without_lower"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_crop_len", b"_crop_len"]) -> typing.Literal["crop_len"] | None: ...
 
 global___Row = Row
@@ -718,6 +730,7 @@ class EngineInfo(google.protobuf.message.Message):
     LOWER_WEIGHT_BYTES_FIELD_NUMBER: builtins.int
     LOWER_KV_CACHE_BYTES_FIELD_NUMBER: builtins.int
     KV_DTYPE_FIELD_NUMBER: builtins.int
+    ATTENTION_FIELD_NUMBER: builtins.int
     role: global___EngineRole.ValueType
     model: builtins.str
     dtype: builtins.str
@@ -767,6 +780,8 @@ class EngineInfo(google.protobuf.message.Message):
     """of its cache; not part of kv_cache_bytes"""
     kv_dtype: builtins.str
     """as in EngineSpec"""
+    attention: builtins.str
+    """as in EngineSpec"""
     @property
     def layer_groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LayerGroup]:
         """draft, as chosen: every layer, in order"""
@@ -804,8 +819,9 @@ class EngineInfo(google.protobuf.message.Message):
         lower_weight_bytes: builtins.int = ...,
         lower_kv_cache_bytes: builtins.int = ...,
         kv_dtype: builtins.str = ...,
+        attention: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["batch_invariant", b"batch_invariant", "block_bytes", b"block_bytes", "block_size", b"block_size", "disk_block_bytes", b"disk_block_bytes", "dtype", b"dtype", "host_block_bytes", b"host_block_bytes", "kv_cache_bytes", b"kv_cache_bytes", "kv_dtype", b"kv_dtype", "layer_groups", b"layer_groups", "layer_parallel_mlp", b"layer_parallel_mlp", "layer_parallel_weights", b"layer_parallel_weights", "load_s", b"load_s", "lower_draft", b"lower_draft", "lower_kv_cache_bytes", b"lower_kv_cache_bytes", "lower_weight_bytes", b"lower_weight_bytes", "lp_size", b"lp_size", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "model", b"model", "num_blocks", b"num_blocks", "num_disk_blocks", b"num_disk_blocks", "num_host_slots", b"num_host_slots", "num_layers", b"num_layers", "num_slots", b"num_slots", "quantization", b"quantization", "role", b"role", "tier_dtype", b"tier_dtype", "tp_size", b"tp_size", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attention", b"attention", "batch_invariant", b"batch_invariant", "block_bytes", b"block_bytes", "block_size", b"block_size", "disk_block_bytes", b"disk_block_bytes", "dtype", b"dtype", "host_block_bytes", b"host_block_bytes", "kv_cache_bytes", b"kv_cache_bytes", "kv_dtype", b"kv_dtype", "layer_groups", b"layer_groups", "layer_parallel_mlp", b"layer_parallel_mlp", "layer_parallel_weights", b"layer_parallel_weights", "load_s", b"load_s", "lower_draft", b"lower_draft", "lower_kv_cache_bytes", b"lower_kv_cache_bytes", "lower_weight_bytes", b"lower_weight_bytes", "lp_size", b"lp_size", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "model", b"model", "num_blocks", b"num_blocks", "num_disk_blocks", b"num_disk_blocks", "num_host_slots", b"num_host_slots", "num_layers", b"num_layers", "num_slots", b"num_slots", "quantization", b"quantization", "role", b"role", "tier_dtype", b"tier_dtype", "tp_size", b"tp_size", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]) -> None: ...
 
 global___EngineInfo = EngineInfo
 

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from checkpoint.chat_template import ChatTemplate
-from childproc.request_limits import MAX_CACHE_SALT_BYTES, MAX_REQUEST_ID_CHARS
+from childproc.request_limits import ATTENTION_MODES, MAX_CACHE_SALT_BYTES, MAX_REQUEST_ID_CHARS
 from echelon.pb import inference_pb2, process_pb2, scheduler_pb2
 from echelon.pb.reading_pb2 import REASONING_UNSPECIFIED
 from echelon.pb.sampling_pb2 import SamplingParams
@@ -61,6 +61,7 @@ class RequestValidator:
             sampling=sampling,
             speculation=request.speculation,
             cache_salt=request.cache_salt,
+            attention=request.attention if request.HasField("attention") else None,
             grammar=self._grammar(request, forced_calls, token_ids, sampling),
             model_id=self.model_id,
         )
@@ -98,6 +99,10 @@ class RequestValidator:
             )
         if (num_bytes := len(request.cache_salt.encode())) > MAX_CACHE_SALT_BYTES:
             raise invalid(f"cache_salt: at most {MAX_CACHE_SALT_BYTES} bytes are allowed, got {num_bytes}")
+        if request.attention.mode not in ("", *ATTENTION_MODES):
+            raise invalid(
+                f"attention.mode: must be {' or '.join(ATTENTION_MODES)}, got {shown(request.attention.mode)}"
+            )
 
     def _check_same_model(self, resume: inference_pb2.Resume) -> None:
         """Raises Refusal: the tokens of one model are no beginning for another's."""

@@ -1,6 +1,7 @@
 """The scheduler's view of one engine: its slots, its blocks and its rounds in flight."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Generic
@@ -13,12 +14,14 @@ from scheduler.engines.prompt_pace import PromptPace
 from scheduler.engines.round_cost import RoundCost
 from scheduler.engines.row import PlannedRow, RowT
 from scheduler.engines.slot import Slot
+from scheduler.engines.spilling import Spilling
 from scheduler.errors import UnexpectedAnswerError
 from scheduler.kv_cache.blocks import BlockManager
 from scheduler.kv_cache.contents import CacheContents
 from scheduler.kv_cache.fetching import Fetch
+from scheduler.kv_cache.host import HostBlock
 from scheduler.kv_cache.tiers import Tiers
-from scheduler.requests.request import Seq
+from scheduler.requests.request import Request, Seq
 
 
 class NoRoomError(RuntimeError):
@@ -64,6 +67,8 @@ class EngineView(Generic[RowT]):
         has_tiers = enable_prefix_caching and info.num_host_slots > 0
         config = tiers or TierConfig()
         self.tiers = Tiers(self.blocks, info, incarnation, config, self.contents) if has_tiers else None
+        self.is_budgeted = info.attention == "budgeted" and info.role == worker_pb2.ENGINE_ROLE_TARGET
+        self.spilling = Spilling(self.blocks, self.tiers if self.is_budgeted else None)
         self.info = info
         # Of every seq; the KV of a draft changes no output.
         is_approximate = info.kv_dtype == "fp8" and info.role == worker_pb2.ENGINE_ROLE_TARGET
@@ -80,6 +85,14 @@ class EngineView(Generic[RowT]):
     def longest_seq(self) -> int:
         """Length of a seq that fits whatever else runs, so that no seq is preempted forever."""
         return min(self.info.max_model_len, self.info.num_blocks * self.info.block_size)
+
+    @property
+    def longest_in_host(self) -> int:
+        """The same for a seq that may have blocks in host memory."""
+        return max(self.longest_seq, min(self.info.max_model_len, self.spilling.longest_seq))
+
+    def longest(self, request: Request) -> int:
+        return self.longest_in_host if request.is_budgeted else self.longest_seq
 
     @property
     def prompt_budget(self) -> int:
@@ -119,7 +132,9 @@ class EngineView(Generic[RowT]):
     def release(self, slot: Slot) -> None:
         """The seq no longer needs its slot, even if rounds in flight still name it."""
         slot.is_released = True
-        self.blocks.release(slot.block_ids)
+        self.blocks.release(slot.block_ids[slot.num_in_host :])
+        self.spilling.release(slot, self.num_rounds)
+        self._end_reads()
         self._free_slots.append(slot.index)
         if slot.introduced:
             self._slots_to_free.append(slot.index)
@@ -128,26 +143,40 @@ class EngineView(Generic[RowT]):
         """Blocks that hold the start of the seq's history; its last token always stays to be computed."""
         return self.blocks.match(self._reusable(seq))
 
-    def take_prefix(self, seq: Seq, found: list[int]) -> None:
+    def find_start(self, seq: Seq, *, reuse: bool) -> tuple[list[HostBlock], list[int]]:
+        """As `find_prefix`, after the blocks that stay in host memory. `reuse`: otherwise all is computed.
+
+        Raises NoRoomError if host memory has no room for the seq."""
+        if not self.spilling.has_room_for(seq):
+            raise NoRoomError
+        digests = self._reusable(seq) if reuse else []
+        in_host = self.spilling.find_for(seq, digests)
+        return in_host, self.blocks.match(digests[len(in_host) :])
+
+    def take_prefix(self, seq: Seq, found: list[int], num_in_host: int = 0) -> None:
         """A slot of the seq begins with these blocks, which `find_prefix` has found."""
         self.blocks.hold(found)
         if self.tiers is not None:
-            self.tiers.use(found, self._reusable(seq)[: len(found)])
+            self.tiers.use(found, self._reusable(seq)[num_in_host : num_in_host + len(found)])
 
-    def begin(self, seq: Seq, found: list[int]) -> Slot:
+    def begin(self, seq: Seq, found: list[int], in_host: Sequence[HostBlock] = ()) -> Slot:
         """A target's slot for the seq, which begins with these blocks. Rounded ones make its request approximate."""
-        self.take_prefix(seq, found)
+        self.take_prefix(seq, found, len(in_host))
         is_rounded = self.blocks.has_rounded(found)
         if is_rounded and self.tiers is not None:
             seq.request.approximations.update(self.tiers.approximations)
         seq.request.approximations.update(self._approximations)
-        return Slot(
+        block_ids = [block.slot for block in in_host] + found
+        slot = Slot(
             index=self.take_slot(),
-            block_ids=found,
-            num_computed=len(found) * self.blocks.block_size,
-            num_published=len(found),
+            block_ids=block_ids,
+            num_computed=len(block_ids) * self.blocks.block_size,
+            num_published=len(block_ids),
             is_rounded=is_rounded,
+            in_host=list(in_host),
         )
+        self.spilling.begin(seq, slot)
+        return slot
 
     def is_settling(self, now: float) -> bool:
         """Whether it has just started, and is about to say what it has on disk."""
@@ -182,10 +211,15 @@ class EngineView(Generic[RowT]):
     @property
     def num_blocks_to_come(self) -> int:
         """Blocks that will be free in a moment, when the stores in flight are answered."""
-        return 0 if self.tiers is None else self.tiers.num_held_by_stores
+        return self.spilling.num_to_come + (0 if self.tiers is None else self.tiers.num_held_by_stores)
+
+    def _end_reads(self) -> None:
+        """Host slots that were read by rounds that are over."""
+        self.spilling.completed(self.in_flight[0].round_id - 1 if self.in_flight else self.num_rounds)
 
     def expire_fetches(self, now: float) -> None:
-        """Let seqs go on whose blocks have not come in time."""
+        """Let seqs go on whose blocks have not come in time, and let go of blocks that are in host memory by now."""
+        self.spilling.move()
         if self.tiers is not None:
             self.tiers.expire(now)
 
@@ -205,7 +239,7 @@ class EngineView(Generic[RowT]):
             return True
         if missing > self.blocks.num_free:
             return False
-        slot.block_ids += self.blocks.allocate(missing, slot.block_ids[-1] if slot.block_ids else None)
+        slot.block_ids += self.blocks.allocate(missing, slot.last_block_id)
         return True
 
     def room_for(self, slot: Slot) -> int:
@@ -227,9 +261,9 @@ class EngineView(Generic[RowT]):
 
     def unpublish(self, slot: Slot) -> None:
         """Let no seq find what the slot holds: it is not to be trusted."""
-        forgotten = self.blocks.forget(slot.block_ids[: slot.num_published])
+        forgotten = self.blocks.forget(slot.block_ids[slot.num_in_host : slot.num_published])
         if self.tiers is not None:
-            self.tiers.forget(forgotten)
+            self.tiers.forget([*forgotten, *(block.digest for block in slot.in_host)])
 
     def launch(
         self, rows: list[RowT], now: float, *, num_alternatives: int = 0, confidences: bool = False
@@ -284,6 +318,7 @@ class EngineView(Generic[RowT]):
         if record.is_prefill:
             self._pace.observe(record.num_tokens, result.run_ns)
         self._answered_s = now
+        self._end_reads()
         return record
 
 
@@ -309,6 +344,7 @@ def _add_row(message: worker_pb2.Round, row: PlannedRow) -> None:
         row.introduce(message)
         slot.introduced = True
     else:
+        pb.host_slots.extend(slot.block_ids[slot.num_sent_in_host : slot.num_in_host])
         pb.new_block_ids.extend(slot.block_ids[slot.num_sent_blocks :])
-    slot.num_sent_blocks = len(slot.block_ids)
+    slot.num_sent_blocks, slot.num_sent_in_host = len(slot.block_ids), slot.num_in_host
     slot.num_computed = row.num_computed

@@ -56,6 +56,7 @@ class PlannedRow:
             num_prompt_tokens=seq.request.num_prompt_tokens,
             num_computed_tokens=self.start,
             block_table=slot.block_ids,
+            num_in_host=slot.num_in_host,
             sampling=_sampling(seq),
         )
 

@@ -123,6 +123,11 @@ class Tiers:
             self._writing.forget(digest)
 
     @property
+    def has_stored(self) -> bool:
+        """Whether no block is on its way to host memory, or waits for it."""
+        return self._storing.is_done
+
+    @property
     def num_held_by_stores(self) -> int:
         """Device blocks that nothing else holds."""
         return self._storing.num_held_alone

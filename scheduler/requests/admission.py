@@ -58,6 +58,7 @@ def _new_request(submit: scheduler_pb2.Submit, now: float) -> Request:
         request_id=submit.request_id,
         tenant=submit.tenant,
         is_background=submit.is_background,
+        is_budgeted=submit.attention.mode == "budgeted",
         num_prompt_tokens=num_prompt,
         arrived_s=now,
         deadline_s=now + submit.timeout_s if submit.HasField("timeout_s") else None,

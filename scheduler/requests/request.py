@@ -35,6 +35,7 @@ class Request:
     request_id: str
     tenant: str
     is_background: bool  # others go first
+    is_budgeted: bool  # attention may read blocks in host memory
     num_prompt_tokens: int
     arrived_s: float
     deadline_s: float | None

@@ -271,7 +271,7 @@ class TargetPlanner:
     def _fetch(self, engine: EngineView[TargetRow], state: TargetState, now: float) -> bool:
         """Begin to bring more of the seq's prefix to the device, if that pays. Returns whether the seq waits for it;
         others may start meanwhile. Raises NoRoomError."""
-        if state.has_fetched or not state.may_reuse:
+        if state.has_fetched or not state.may_reuse or engine.spilling.takes(state.seq):
             return False
         num_spare = self._reserve() + 1  # for the first chunk after it
         fetch = engine.fetch(state.seq, now, num_spare=num_spare, takes_part=not self.running)
@@ -307,13 +307,14 @@ class TargetPlanner:
         Raises NoRoomError if there is no room for the first chunk after it."""
         seq, blocks = state.seq, engine.blocks
         reuse = state.may_reuse
-        found = engine.find_prefix(seq) if reuse else []
-        num_cached = len(found) * blocks.block_size
-        first_chunk = min(len(seq.token_ids) - num_cached, self._budget(engine), engine.prompt_budget)
+        in_host, found = engine.find_start(seq, reuse=reuse)
+        num_cached = (len(in_host) + len(found)) * blocks.block_size
+        budget = min(self._budget(engine), engine.prompt_budget)
+        first_chunk = engine.spilling.first_chunk(seq, min(len(seq.token_ids) - num_cached, budget))
         needed = blocks.num_blocks_for(first_chunk) + blocks.num_idle_among(found) + self._reserve()
         if needed > blocks.num_free and (self.running or engine.num_blocks_to_come or self._others_holding(state)):
             raise NoRoomError
-        state.slot = engine.begin(seq, found)
+        state.slot = engine.begin(seq, found, in_host)
         state.num_reused = num_cached
         cached = state.cached_tokens(num_cached, blocks.block_size)
         leave_fetch(self.engine, state)

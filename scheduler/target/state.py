@@ -39,7 +39,8 @@ class TargetState:
     def cached_tokens(self, num_cached: int, block_size: int) -> CachedTokens:
         """Where `num_cached` tokens came from that need not be computed."""
         if self.fetch is None:
-            return CachedTokens(total=num_cached)
+            num_in_host = 0 if self.slot is None else self.slot.num_in_host
+            return CachedTokens(total=num_cached, from_host=num_in_host * block_size)
         from_host = min(self.fetch.num_come, self.fetch.num_from_host)
         from_disk = self.fetch.num_come - from_host
         return CachedTokens(total=num_cached, from_host=from_host * block_size, from_disk=from_disk * block_size)

@@ -54,7 +54,7 @@ class House:
             disk_node_bytes=2 * world_size * DISK_BYTES,
         )
         groups = [LayerGroup(layers=group) for group in GROUPS[2]]
-        shared = {"tiers": tiers, "batch_invariant": True, "block_size": BLOCK_SIZE}
+        shared = {"tiers": tiers, "batch_invariant": True, "block_size": BLOCK_SIZE, "attention": "budgeted"}
         self._engines = [
             engine_spec(model, TARGET, tp_size=world_size, **shared),
             engine_spec(model, DRAFT, lp_size=2, layer_groups=groups, **shared),
@@ -106,6 +106,12 @@ class Client(Driver):
         self.inits[-1].block_table.extend(block_ids)
         self.inits[-1].num_computed_tokens = seq.num_computed
         self.blocks[slot] = list(block_ids)
+        return seq
+
+    def resume_in_host(self, slot: int, prompt: Sequence[int], sampling: SeqSampling, host_slots: Sequence[int]) -> Seq:
+        """Start a seq whose first blocks are in host memory, and stay there."""
+        seq = self.resume(slot, prompt, sampling, host_slots)
+        self.inits[-1].num_in_host = len(host_slots)
         return seq
 
     def take(self, num_blocks: int) -> list[int]:
@@ -277,6 +283,43 @@ def test_moves_during_rounds_of_others_change_no_token(house: House) -> None:
         assert [token for result in results for token in result.rows[0].token_ids] == plain
         assert [list(client.stream.receive_move(move).failed) for move in moves] == [[]] * len(moves)
         assert client.generate(client.resume(3, PROMPT, SAMPLING, loaded), NUM_TOKENS) == expected
+
+
+def test_attention_reads_blocks_in_host_memory(house: House) -> None:
+    """Blocks of a seq leave the device in the middle of its prompt and of its output, and another seq takes their
+    places; or they were never on the device. Tokens and their log-probabilities are those of a seq on the device, with
+    and without drafts, beside others and alone."""
+    sampling = seeded(3, logprobs=2)
+
+    def answers(client: Client, *rows: tuple[Seq, Row]) -> list[tuple[list[int], list[object]]]:
+        return [(list(result.token_ids), list(result.logprobs)) for result in client.run(*rows)]
+
+    with house.open(house.engines["target"]) as client:
+        seq = client.start(0, PROMPT, sampling)
+        expected = [answers(client, (seq, client.target_row(seq))) for _ in range(NUM_TOKENS)]
+        output = seq.output
+        seq = client.start(1, PROMPT, sampling)
+        client.run((seq, client.target_row(seq, chunk_len=10)))
+        first, rest = client.blocks[1][:2], client.blocks[1][2:]
+        client.move_all(MoveOrder.STORE, block_ids=first, host_slots=[9, 4])
+        row = client.target_row(seq)
+        row.host_slots.extend([9, 4])
+        assert [answers(client, (seq, row))] == expected[:1]
+        overwrite(client, first)
+        other = client.start(2, PROMPT, sampling)
+        client.run((other, client.target_row(other)))
+        both = answers(client, (other, client.target_row(other)), (seq, client.target_row(seq)))
+        assert both == expected[1] * 2
+        rest = client.blocks[1][2:4]
+        client.move_all(MoveOrder.STORE, block_ids=rest, host_slots=[0, 1])
+        row = client.target_row(seq, drafts=[*output[2:4], output[4] ^ 1])
+        row.host_slots.extend([0, 1])
+        assert answers(client, (seq, row)) == [
+            (output[2:5], [entry for ((_, logprobs),) in expected[2:5] for entry in logprobs])
+        ]
+        client.free_blocks += rest
+        seq = client.resume_in_host(3, PROMPT, sampling, [9, 4, 0, 1])
+        assert [answers(client, (seq, client.target_row(seq))) for _ in range(NUM_TOKENS)] == expected
 
 
 def test_a_new_scheduler_finds_all_slots_and_blocks_free(house: House) -> None:

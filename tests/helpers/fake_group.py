@@ -83,6 +83,7 @@ class _Slot:
     sampling: sampling_pb2.SeqSampling
     num_exact: int = 0  # leading tokens with the exact model's KV
     num_given: int = 0  # leading tokens that came from the scheduler; this engine's drafts follow them
+    num_in_host: int = 0  # leading blocks that are host slots
     fell_short: bool = False  # the chain ended before all ordered drafts were written
 
 
@@ -111,6 +112,7 @@ class FakeEngine:
     _last_round_id: int = -1
     tiers: FakeTiers | None = None
     tier_dtype: str = "same"
+    attention: str = "full"
     _reading: list[int] = field(default_factory=list)  # blocks that moves in flight read
     _filling: list[int] = field(default_factory=list)  # blocks that they write
 
@@ -129,6 +131,7 @@ class FakeEngine:
             num_host_slots=self.tiers.num_slots if self.tiers else 0,
             num_disk_blocks=self.tiers.num_disk_blocks if self.tiers else 0,
             tier_dtype=self.tier_dtype,
+            attention=self.attention,
         )
 
     def order(self, order: worker_pb2.MoveOrder) -> None:
@@ -143,7 +146,7 @@ class FakeEngine:
 
     def receive(self, message: worker_pb2.Round) -> None:
         """A round is on its way, after the moves ordered so far."""
-        named = [seq.block_table for seq in message.init_seqs]
+        named = [seq.block_table[seq.num_in_host :] for seq in message.init_seqs]
         named += [each.new_block_ids for each in (*message.forks, *message.rows)]
         _require(
             not set(chain.from_iterable(named)) & set(self._filling), "a block that is being loaded belongs to no seq"
@@ -238,9 +241,11 @@ class FakeEngine:
             num_exact=seq.num_computed_tokens,
             num_given=len(seq.token_ids),
         )
-        self._add_blocks(slot, seq.block_table)
+        self._move_to_host(slot, seq.block_table[: seq.num_in_host])
+        self._add_blocks(slot, seq.block_table[seq.num_in_host :])
         _require(seq.num_computed_tokens <= len(slot.blocks) * self.block_size, "computed tokens have blocks")
-        places = {self._place(slot, position) for position in range(seq.num_computed_tokens)}
+        start = seq.num_in_host * self.block_size
+        places = {self._place(slot, position) for position in range(start, seq.num_computed_tokens)}
         _require(not places & self._approximate, "KV that is reused is exact")
         self.slots[seq.slot] = slot
 
@@ -280,8 +285,26 @@ class FakeEngine:
     def _add_blocks(self, slot: _Slot, block_ids: Sequence[int]) -> None:
         _require(all(block_id < self.num_blocks for block_id in block_ids), "block ids exist")
         slot.blocks += block_ids
-        _require(len(set(slot.blocks)) == len(slot.blocks), "a block stands once in a block table")
+        on_device = slot.blocks[slot.num_in_host :]
+        _require(len(set(on_device)) == len(on_device), "a block stands once in a block table")
         _require(len(slot.blocks) <= -(-self.max_model_len // self.block_size), "blocks of one seq")
+
+    def _move_to_host(self, slot: _Slot, host_slots: Sequence[int]) -> None:
+        if not host_slots:
+            return
+        _require(self.attention == "budgeted", "attention reads host memory")
+        start, slot.num_in_host = slot.num_in_host, slot.num_in_host + len(host_slots)
+        slot.blocks[start : slot.num_in_host] = host_slots
+        _require(slot.num_in_host * self.block_size <= slot.num_computed, "blocks in host memory are full")
+
+    def _held(self, slot: _Slot, position: int) -> int | None:
+        """What the KV at a position is that of."""
+        index, offset = divmod(position, self.block_size)
+        if index >= slot.num_in_host:
+            return self._kv.get(self._place(slot, position))
+        assert self.tiers is not None, "host slots are of a tier"
+        contents = self.tiers.host.get(slot.blocks[index])
+        return contents[offset] if contents else None
 
     def _run_row(self, row: worker_pb2.Row, message: worker_pb2.Round) -> worker_pb2.RowResult:
         _require(row.slot in self.slots, f"slot {row.slot} holds a seq")
@@ -329,6 +352,7 @@ class FakeEngine:
             slot.history += row.append_token_ids
             slot.num_given = len(slot.history)
             slot.fell_short = False
+        self._move_to_host(slot, row.host_slots)
         self._add_blocks(slot, row.new_block_ids)
 
     def _calibrate(self, slot: _Slot, count: int) -> None:
@@ -348,7 +372,7 @@ class FakeEngine:
         prefix = 0
         for position in range(slot.num_computed):
             prefix = _mix(prefix, slot.history[position])
-            held = self._kv.get(self._place(slot, position))
+            held = self._held(slot, position)
             _require(held == prefix, f"KV at position {position} is that of the history")
         # After approximate KV, all KV is approximate, whichever model computes it.
         approximately = approximately or slot.num_exact < slot.num_computed
@@ -366,6 +390,7 @@ class FakeEngine:
 
     def _place(self, slot: _Slot, position: int) -> tuple[int, int]:
         _require(position < len(slot.blocks) * self.block_size, f"a block covers position {position}")
+        _require(position >= slot.num_in_host * self.block_size, "what is in host memory is not written")
         return slot.blocks[position // self.block_size], position % self.block_size
 
     def _verify(self, slot: _Slot, prefix: int, row: worker_pb2.Row, result: worker_pb2.RowResult) -> None:

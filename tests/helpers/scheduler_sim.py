@@ -37,6 +37,7 @@ def submit(
     cache_salt: str = "",
     tenant: str = "",
     is_background: bool = False,
+    attention: str = "",
     **fields: Any,
 ) -> Any:
     """A Submit; `fields` are sampling parameters, or those of Speculation."""
@@ -51,6 +52,7 @@ def submit(
         cache_salt=cache_salt,
         tenant=tenant,
         is_background=is_background,
+        attention=inference_pb2.Attention(mode=attention),
     )
 
 

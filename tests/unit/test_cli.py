@@ -149,7 +149,9 @@ def test_generate_streams_the_text_only(run: Run, gateway: FakeGateway) -> None:
 def test_generate_passes_its_options_on(run: Run, gateway: FakeGateway) -> None:
     options = "-t 0.5 --max-tokens 4 --top-p 0.9 --top-k 3 --min-p 0.1 --seed 5 --stop a --stop b --ignore-eos "
     options += "--min-tokens 1 --repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty -0.2 "
-    options += "--logprobs 2 --num-speculative-tokens 3 --model demo --timeout 60 --cache-salt tenant"
+    options += (
+        "--logprobs 2 --num-speculative-tokens 3 --model demo --timeout 60 --cache-salt tenant --attention budgeted"
+    )
     assert run("generate", "Hi", "--address", gateway.address, *options.split())[0] == 0
     request = gateway.requests[0]
     sampling = {field.name: value for field, value in request.sampling.ListFields()}
@@ -160,6 +162,7 @@ def test_generate_passes_its_options_on(run: Run, gateway: FakeGateway) -> None:
     assert sampling["frequency_penalty"] == pytest.approx(-0.2)
     assert request.speculation.num_speculative_tokens == 3
     assert request.cache_salt == "tenant"
+    assert request.attention.mode == "budgeted"
     assert not request.speculation.HasField("enabled")
     assert 0 < gateway.time_remaining_s[0] < 61  # gRPC rounds deadlines
 

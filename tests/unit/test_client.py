@@ -269,6 +269,7 @@ def test_every_option_reaches_its_field() -> None:
         request_id="me",
         model="demo",
         cache_salt="tenant",
+        attention="budgeted",
         structured_output={"json_schema": {"b": 1, "a": 2}},
         speculation={"enabled": False, "num_speculative_tokens": 0},
         top_k=None,
@@ -281,6 +282,7 @@ def test_every_option_reaches_its_field() -> None:
     assert request.sampling.ignore_eos
     assert request.sampling.seed == (1 << 64) - 1
     assert (request.request_id, request.model, request.cache_salt) == ("me", "demo", "tenant")
+    assert request.attention.mode == "budgeted"
     assert request.structured_output.json_schema == '{"b": 1, "a": 2}'
     assert request.speculation.HasField("num_speculative_tokens")
     assert request.speculation.enabled is False

@@ -83,6 +83,7 @@ def test_every_setting_reaches_the_scheduler(ask: Any, validator: RequestValidat
         "seed": 11,
     }
     wishes = {"stop": ["a", "b"], "logit_bias": {"17": -100}, "cache_salt": "s"}
+    wishes["attention"] = {"mode": "budgeted"}
     (submit,) = ask(
         validator,
         **settings,
@@ -92,6 +93,7 @@ def test_every_setting_reaches_the_scheduler(ask: Any, validator: RequestValidat
     assert submit.sampling == SamplingParams(**settings, stop=["a", "b"], logit_bias={17: -100})
     assert submit.speculation == pb.Speculation(enabled=True, num_speculative_tokens=2, lower_draft=False)
     assert submit.cache_salt == "s"
+    assert submit.attention.mode == "budgeted"
     assert ask(validator, seed=-1).submits[0].sampling.seed == 2**64 - 1
     (plain,) = ask(validator, **dict.fromkeys([*settings, *wishes, "speculation", "model", "stream", "n"])).submits
     assert plain.sampling.n == 1, "null is no value"

@@ -278,8 +278,16 @@ def test_wrong_values(folder: Path, text: str, problem: str) -> None:
     assert problem in "\n".join(problems_of(folder, base + text))
 
 
-def test_what_is_not_built_yet_is_refused(folder: Path) -> None:
-    assert "not built yet" in problems_of(folder, HEAD + TARGET + "attention: budgeted\n")[0]
+def test_attention_to_host_memory_needs_exact_blocks_there(folder: Path) -> None:
+    """Then a sequence may be longer than what its device holds."""
+    base = HEAD + TARGET + CPU + "attention: budgeted\nscheduler: {max_model_len: 512}\nkv_cache: {device_bytes: 32KiB"
+    assert load_deployment(write(folder, base + ", cpu_bytes: 1MiB}\n")).attention == "budgeted"
+    for wrong, remedy in (
+        ("}", "set kv_cache.cpu_bytes too"),
+        (", cpu_bytes: 1MiB, tier_dtype: int8}", "leave kv_cache.tier_dtype out"),
+        (", cpu_bytes: 1MiB, store: on_evict}", "leave kv_cache.store out"),
+    ):
+        assert any(problem.endswith(remedy) for problem in problems_of(folder, base + wrong + "\n")), remedy
 
 
 def test_not_built_keys_may_be_written_as_off(folder: Path) -> None:

@@ -104,6 +104,11 @@ def test_the_ends_of_the_ranges_are_allowed(validator: RequestValidator, samplin
     [
         (request(model="llama"), "NOT_FOUND", "model: 'llama' is not served here; this server has 'demo'"),
         (request(request_id="x" * 129), "INVALID_ARGUMENT", "request_id: at most 128 characters are allowed, got 129"),
+        (
+            request(attention=pb.Attention(mode="half")),
+            "INVALID_ARGUMENT",
+            "attention.mode: must be full or budgeted, got 'half'",
+        ),
         (request(cache_salt="\u00e9" * 129), "INVALID_ARGUMENT", "cache_salt: at most 256 bytes are allowed, got 258"),
         (request(ids=[]), "INVALID_ARGUMENT", "token_ids: the prompt is empty"),
         (request(ids=[1, 4096]), "INVALID_ARGUMENT", "token_ids[1]: token id 4096 is outside the vocabulary of 4096"),

@@ -279,6 +279,8 @@ def apply_changes(round_: Round, table: SeqTable) -> dict[int, int]:
             table.crop(row.slot, row.crop_len)
         if row.append_token_ids:
             table.give(row.slot, row.append_token_ids)
+        if row.host_slots:
+            table.move_to_host(row.slot, row.host_slots)
         if row.new_block_ids:
             table.add_blocks(row.slot, row.new_block_ids)
     return sources

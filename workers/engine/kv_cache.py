@@ -14,7 +14,7 @@ KVCaches = list[tuple[Tensor, Tensor]]  # of each layer: k, v [num_blocks, block
 
 
 class KVCacheError(ValueError):
-    """The memory for KV holds less than one sequence of max_model_len tokens. Names numbers and remedy."""
+    """The memory for KV holds less than it must. Names numbers and remedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,15 +49,15 @@ class KVLayout:
         return torch.zeros(shape, dtype=self.dtype, device=device)
 
 
-def check_num_blocks(num_blocks: int, layout: KVLayout, *, max_model_len: int, device: torch.device) -> None:
-    """Raises KVCacheError if one sequence of max_model_len tokens needs more blocks."""
-    needed = -(-max_model_len // layout.block_size)
+def check_num_blocks(num_blocks: int, layout: KVLayout, *, num_tokens: int, device: torch.device) -> None:
+    """Raises KVCacheError if one sequence of so many tokens needs more blocks."""
+    needed = -(-num_tokens // layout.block_size)
     if num_blocks >= needed:
         return
     key = "kv_cache.gpu_memory_utilization" if device.type == "cuda" else "kv_cache.device_bytes"
     raise KVCacheError(
         f"KV cache: memory for {num_blocks} blocks of {layout.block_size} tokens "
-        f"({num_blocks * layout.block_bytes:,} bytes a rank), but one sequence of max_model_len {max_model_len} "
+        f"({num_blocks * layout.block_bytes:,} bytes a rank), but one sequence of {num_tokens} tokens "
         f"needs {needed} ({needed * layout.block_bytes:,} bytes): raise {key} or lower scheduler.max_model_len"
     )
 

@@ -162,11 +162,17 @@ def _check_init(seq: SeqInit, limits: Limits, where: str) -> SlotState:
     if not 1 <= seq.num_prompt_tokens <= num_tokens:
         raise ProtocolError(f"{where} num_prompt_tokens: {seq.num_prompt_tokens}, must be 1 to {num_tokens}")
     _check_token_ids(seq.token_ids, limits, f"{where} token_ids")
-    _check_new_blocks(0, seq.block_table, limits, f"{where} block_table")
+    _check_host_slots(seq.block_table[: seq.num_in_host], limits, f"{where} block_table")
+    _check_new_blocks(seq.num_in_host, seq.block_table[seq.num_in_host :], limits, f"{where} block_table")
     if seq.num_computed_tokens > min(num_tokens, num_blocks * limits.block_size):
         raise ProtocolError(
             f"{where} num_computed_tokens: {seq.num_computed_tokens}, but there are {num_tokens} tokens "
             f"and {num_blocks} blocks of {limits.block_size}"
+        )
+    if seq.num_in_host * limits.block_size > seq.num_computed_tokens or seq.num_in_host > num_blocks:
+        raise ProtocolError(
+            f"{where} num_in_host: {seq.num_in_host}, but there are {num_blocks} blocks, "
+            f"and {seq.num_computed_tokens} tokens have KV"
         )
     _check_sampling(seq.sampling, limits, f"{where} sampling.")
     return SlotState.of_init(seq)
@@ -233,6 +239,13 @@ def _change(row: Row, state: SlotState, limits: Limits, where: str) -> None:
             raise ProtocolError(
                 f"{where} append_token_ids: make {state.length} tokens, more than max_model_len {limits.max_model_len}"
             )
+    if row.host_slots:
+        _check_host_slots(row.host_slots, limits, f"{where} host_slots")
+        state.move_to_host(len(row.host_slots))
+        if state.num_in_host * limits.block_size > state.num_computed:
+            raise ProtocolError(
+                f"{where} host_slots: make {state.num_in_host} full blocks, but {state.num_computed} tokens have KV"
+            )
     if row.new_block_ids:
         _check_new_blocks(state.num_blocks, row.new_block_ids, limits, f"{where} new_block_ids")
         state.add_blocks(len(row.new_block_ids))
@@ -264,6 +277,13 @@ def _check_new_blocks(num_blocks: int, block_ids: Sequence[int], limits: Limits,
         )
     if block_ids and max(block_ids) >= limits.num_blocks:
         raise ProtocolError(f"{where}: block {max(block_ids)}, must be below {limits.num_blocks}")
+
+
+def _check_host_slots(host_slots: Sequence[int], limits: Limits, where: str) -> None:
+    if host_slots and max(host_slots) >= limits.num_host_slots:
+        raise ProtocolError(
+            f"{where}: host slot {max(host_slots)}, must be below {limits.num_host_slots}, which attention can read"
+        )
 
 
 def _check_token_ids(token_ids: Sequence[int], limits: Limits, where: str) -> None:

@@ -25,6 +25,7 @@ class Limits:
     block_size: int
     num_blocks: int
     max_num_batched_tokens: int  # of a round, through a target
+    num_host_slots: int = 0  # that attention can read; 0: it reads the device only
 
     @property
     def max_blocks(self) -> int:
@@ -36,9 +37,10 @@ class SeqTable:
     """The slots of one engine.
 
     A seq has a history `token_ids[slot, :lengths[slot]]`; on a draft engine the chain of its own drafts follows in it.
-    The first `num_computed[slot]` tokens have KV, in the blocks `block_table[slot, :num_blocks[slot]]`. A draft engine
-    knows two more things. The first `num_given[slot]` tokens came from the scheduler, and the engine drafted the rest.
-    The exact model computed the KV of the first `num_exact[slot]` tokens. Later KV may be approximate.
+    The first `num_computed[slot]` tokens have KV, in the blocks `block_table[slot, :num_blocks[slot]]`, of which the
+    first `num_in_host[slot]` are slots of host memory. A draft engine knows two more things. The first
+    `num_given[slot]` tokens came from the scheduler, and the engine drafted the rest. The exact model computed the KV
+    of the first `num_exact[slot]` tokens. Later KV may be approximate.
 
     Each property of all slots is one array, so that no Python runs per token and little per seq. SlotState defines
     how the changes of a round move these values. Not thread-safe. Methods trust their arguments; rounds.py checks them.
@@ -59,6 +61,7 @@ class SeqTable:
         self.num_exact: NDArray[np.int64] = np.zeros(slots, np.int64)
         self.num_given: NDArray[np.int64] = np.zeros(slots, np.int64)
         self.num_blocks: NDArray[np.int64] = np.zeros(slots, np.int64)
+        self.num_in_host: NDArray[np.int64] = np.zeros(slots, np.int64)
         self.fell_short: NDArray[np.bool_] = np.zeros(slots, np.bool_)  # the chain ended before all ordered tokens
         self.is_void: NDArray[np.bool_] = np.zeros(slots, np.bool_)  # a branch of tokens that were never drafted
         self.num_prompt_logprobs: list[int | None] = [None] * slots  # top-n wanted; None: not requested
@@ -81,6 +84,7 @@ class SeqTable:
             num_given=int(self.num_given[slot]),
             num_blocks=int(self.num_blocks[slot]),
             num_prompt=int(self.num_prompt[slot]),
+            num_in_host=int(self.num_in_host[slot]),
             fell_short=bool(self.fell_short[slot]),
             is_void=bool(self.is_void[slot]),
         )
@@ -92,6 +96,7 @@ class SeqTable:
         self.num_given[slot] = state.num_given
         self.num_blocks[slot] = state.num_blocks
         self.num_prompt[slot] = state.num_prompt
+        self.num_in_host[slot] = state.num_in_host
         self.fell_short[slot] = state.fell_short
         self.is_void[slot] = state.is_void
 
@@ -201,6 +206,14 @@ class SeqTable:
         state.add_blocks(len(block_ids))
         self._store(slot, state)
         self.block_table[slot, start : state.num_blocks] = block_ids
+
+    def move_to_host(self, slot: int, host_slots: Sequence[int]) -> None:
+        """The first blocks on the device are read from these host slots from now on."""
+        state = self.state(slot)
+        start = state.num_in_host
+        state.move_to_host(len(host_slots))
+        self._store(slot, state)
+        self.block_table[slot, start : state.num_in_host] = host_slots
 
     def blocks(self, slots: Sequence[int], num_tokens: int) -> torch.Tensor:
         """The blocks of so many tokens of each slot, on the host: int32 [num_seqs, max_blocks]."""

@@ -19,6 +19,7 @@ class SlotState:
     num_given: int
     num_blocks: int
     num_prompt: int
+    num_in_host: int = 0
     fell_short: bool = False
     is_void: bool = False
 
@@ -32,6 +33,7 @@ class SlotState:
             num_given=len(seq.token_ids),
             num_blocks=len(seq.block_table),
             num_prompt=seq.num_prompt_tokens,
+            num_in_host=seq.num_in_host,
         )
 
     @property
@@ -55,6 +57,10 @@ class SlotState:
 
     def add_blocks(self, num_blocks: int) -> None:
         self.num_blocks += num_blocks
+
+    def move_to_host(self, num_blocks: int) -> None:
+        """So many more leading blocks are read from host memory."""
+        self.num_in_host += num_blocks
 
     def fork(self, length: int, block_size: int) -> "SlotState":
         """A branch of the first `length` tokens that shares the blocks they fill.

@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from kernels.sampling.verify_chain import verify_chain
 from workers.engine.engine import NO_TOKEN, ActiveRow, ModelEngine, ModelRunner, Mover, chosen_token_ids
 from workers.engine.rounds import RowPlan, plan_target
 from workers.engine.seq_state import SeqTable
+from workers.models.batch import Batch
 from workers.sampling.rows import RowEntry
 from workers.sampling.sampler import SampledRows
 from workers.upload import upload
@@ -21,6 +23,13 @@ from workers.upload import upload
 logger = logging.getLogger(__name__)
 
 _NO_DRAFT = -1
+_PlannedRow = tuple[RowPlan, RowResult]
+
+
+class HostAttention(Protocol):
+    """See workers.engine.host_attention."""
+
+    def forward(self, batch: Batch, num_in_host: int) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +52,12 @@ class TargetEngine(ModelEngine):
         info: EngineInfo,
         *,
         mover: Mover | None = None,
+        host_attention: HostAttention | None = None,
         forced_acceptance: float = 0.0,
     ) -> None:
-        """`forced_acceptance`: the share of drafts that count as right, whatever they are. For benchmarks only; 0 turns
+        """`host_attention`: computes seqs that have blocks in host memory; None: no seq has any.
+
+        `forced_acceptance`: the share of drafts that count as right, whatever they are. For benchmarks only; 0 turns
         it off. Raises ValueError if it is not between 0 and 1."""
         super().__init__(runner, table, info, plan_target, mover)
         if not 0 <= forced_acceptance <= 1:
@@ -57,13 +69,31 @@ class TargetEngine(ModelEngine):
                 forced_acceptance,
             )
         self._forced_acceptance = forced_acceptance
+        self._host_attention = host_attention
 
     def _run_rows(self, round_: Round, active: list[ActiveRow]) -> int:
         for each in active:
             if num_drafts := each.plan.num_drafts:
                 self._table.put_drafts(each.plan.slot, each.row.draft_token_ids[:num_drafts])
                 each.result.num_verified_tokens = num_drafts
-        return self._step([(self._without_illegal(each.plan), each.result) for each in active])
+        rows = [(self._without_illegal(each.plan), each.result) for each in active]
+        return sum(map(self._step, self._together(rows)))
+
+    def _together(self, rows: list[_PlannedRow]) -> list[list[_PlannedRow]]:
+        """The rows by forwards: a seq with blocks in host memory has one of its own."""
+        if self._host_attention is None:
+            return [rows]
+        in_host = self._table.num_in_host[[plan.slot for plan, _ in rows]] > 0
+        others = [row for row, is_in_host in zip(rows, in_host, strict=True) if not is_in_host]
+        alone = [[row] for row, is_in_host in zip(rows, in_host, strict=True) if is_in_host]
+        return [others, *alone] if others else alone
+
+    def _forward(self, slots: list[int], batch: Batch) -> Tensor:
+        num_in_host = int(self._table.num_in_host[slots[0]])
+        if not num_in_host:
+            return self._runner.forward(batch)
+        assert self._host_attention is not None, "rounds are checked"
+        return self._host_attention.forward(batch, num_in_host)
 
     def _without_illegal(self, plan: RowPlan) -> RowPlan:
         """Drafts that leave the seq's grammar are rejected before they cost anything."""
@@ -72,13 +102,13 @@ class TargetEngine(ModelEngine):
             return plan
         return replace(plan, num_drafts=grammar.num_legal(self._table.drafts(plan.slot, plan.num_drafts)))
 
-    def _step(self, active: list[tuple[RowPlan, RowResult]]) -> int:
+    def _step(self, active: list[_PlannedRow]) -> int:
         """Run all rows in one forward, and rows spoiled by their drafts in a second. Returns the number of forwards."""
         table = self._table
         slots = [plan.slot for plan, _ in active]
         counts = [plan.chunk_len + plan.num_drafts for plan, _ in active]
         with self._runner.tracer.span(_step_name([plan for plan, _ in active])):
-            hidden = self._runner.forward(table.pack(slots, counts))
+            hidden = self._forward(slots, table.pack(slots, counts))
         verifies = []
         for (plan, result), end in zip(active, accumulate(counts), strict=True):
             first_row = end - plan.num_drafts - 1
@@ -90,7 +120,7 @@ class TargetEngine(ModelEngine):
         spoiled = self._verify(hidden, verifies) if verifies else []
         return 1 + (self._step([self._undo(seq) for seq in spoiled]) if spoiled else 0)
 
-    def _undo(self, seq: _Verify) -> tuple[RowPlan, RowResult]:
+    def _undo(self, seq: _Verify) -> _PlannedRow:
         """The row without its drafts. Attention hides later tokens with a factor of 0, which does not hide NaN, and a
         stream must not depend on its drafts."""
         self._table.num_computed[seq.plan.slot] -= seq.plan.chunk_len

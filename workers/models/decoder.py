@@ -1,5 +1,6 @@
 """One decoder for all dense families; ModelConfig holds their differences."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -188,8 +189,12 @@ class CausalLM:
 
     def forward_by_operators(self, batch: Batch, kv_caches: list[KVCache]) -> Tensor:
         """`forward` as it reads: one operator after another, with the same bits."""
-        hidden = self.embedding(batch.input_ids)
-        step = make_step(batch, self.cos_sin, kv_caches[0])
+        return self.forward_by_layers(make_step(batch, self.cos_sin, kv_caches[0]), kv_caches)
+
+    def forward_by_layers(self, step: Step, kv_caches: Iterable[KVCache]) -> Tensor:
+        """`forward` of the step's batch. It takes the cache of a layer once the layers before it are computed, so all
+        may be the same memory."""
+        hidden = self.embedding(step.batch.input_ids)
         residual: Tensor | None = None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             hidden, residual = layer(hidden, residual, step, kv_cache)

@@ -43,6 +43,7 @@ def describe_engine(
         num_disk_blocks=num_disk_blocks,
         tier_dtype=tier_dtype(spec),
         kv_dtype=spec.kv_dtype or "auto",
+        attention=spec.attention or "full",
         host_block_bytes=in_tiers.host_bytes,
         disk_block_bytes=in_tiers.disk_bytes,
         batch_invariant=spec.batch_invariant,

@@ -37,9 +37,13 @@ from workers.process.draft_layout import is_layer_parallel, num_ranks, quantizat
 from workers.process.engine_info import describe_engine
 from workers.process.lower_level import LoadedLower, build_lower, check_lower, load_lower
 from workers.process.tier_setup import (
+    build_host,
+    build_host_attention,
     build_mover,
     has_disk,
+    is_budgeted,
     kv_facts,
+    num_tokens_on_device,
     open_store,
     staging_bytes,
     weights_fingerprint,
@@ -289,7 +293,8 @@ def _build(
     on_progress: OnProgress,
 ) -> Engine:
     spec, model, layout, num_blocks = entry.spec, entry.model, entry.layout, sizes.num_blocks
-    check_num_blocks(num_blocks, layout, max_model_len=spec.max_model_len, device=device)
+    budgeted = is_budgeted(spec)
+    check_num_blocks(num_blocks, layout, num_tokens=num_tokens_on_device(spec), device=device)
     vocab_size = model.config.vocab_size
     limits = Limits(
         num_slots=spec.max_num_seqs,
@@ -298,6 +303,7 @@ def _build(
         block_size=spec.block_size,
         num_blocks=num_blocks,
         max_num_batched_tokens=spec.max_num_batched_tokens,
+        num_host_slots=sizes.num_host_slots if budgeted else 0,
     )
     kv_caches = layout.allocate(num_blocks, device)
     addresses = cache_addresses(kv_caches)
@@ -328,11 +334,14 @@ def _build(
     )
     is_target = spec.role == EngineRole.ENGINE_ROLE_TARGET
     warm_up(runner, limits, verifies=is_target, on_step=partial(on_progress, f"compiling kernels of the {role}"))
-    mover = build_mover(spec, layout, kv_caches, addresses, store, role=role, device=device, on_progress=on_progress)
+    host = build_host(spec, layout, role=role, device=device, on_progress=on_progress)
+    mover = build_mover(spec, layout, kv_caches, addresses, host, store, device=device) if host else None
     table = SeqTable(limits, GrammarCompiler(Path(spec.model), vocab_size))
     if mover is not None:
         warm_up_moves(mover, device)
     if is_target:
-        return TargetEngine(runner, table, info, mover=mover, forced_acceptance=spec.forced_acceptance)
+        host_attention = build_host_attention(spec, model, kv_caches, host, layout)
+        forced = spec.forced_acceptance
+        return TargetEngine(runner, table, info, mover=mover, host_attention=host_attention, forced_acceptance=forced)
     lower = build_lower(spec, entry.lower, runner, limits)
     return DraftEngine(runner, table, info, mover=mover, lower=lower)

@@ -11,14 +11,19 @@ import xxhash
 from checkpoint.tensors import weight_files
 from childproc.disk_folder import folder_problem
 from childproc.segment_shape import TooFewBytesError
-from childproc.tier_block import TierBlock, tier_block
+from childproc.spec import SpecError
+from childproc.tier_block import LEAST_BUDGETED_BLOCKS, TierBlock, tier_block
 from echelon import __version__
 from echelon.pb.process_pb2 import EngineSpec
+from echelon.pb.worker_pb2 import EngineRole
 from kernels.kv.block_copy import CacheAddresses
 from kernels.native.library import library_name
 from kernels.native.linear import why_not
+from workers.engine.host_attention import HostAttention, scratch_bytes
 from workers.engine.kv_cache import KVCaches, KVLayout
+from workers.models.decoder import CausalLM
 from workers.models.layer_groups import LayerParallelPlan
+from workers.models.layer_parallel_decoder import LayerParallelLM
 from workers.process.cohort import Cohort
 from workers.tiers.copier import STAGING_BYTES, make_copier
 from workers.tiers.files import Files
@@ -49,6 +54,23 @@ def tier_dtype(spec: EngineSpec) -> str:
     return spec.tiers.tier_dtype or "same"
 
 
+def is_budgeted(spec: EngineSpec) -> bool:
+    """Whether a seq may have more blocks than the device. Raises SpecError."""
+    if spec.attention in ("", "full"):
+        return False
+    if spec.attention != "budgeted" or not spec.tiers.num_host_slots or rounds_blocks(spec):
+        raise SpecError(
+            f"engines: attention {spec.attention!r} must be full, or budgeted where host memory holds exact blocks"
+        )
+    return True
+
+
+def num_tokens_on_device(spec: EngineSpec) -> int:
+    """Of one seq, for which a device must have room."""
+    least = LEAST_BUDGETED_BLOCKS * spec.block_size
+    return min(spec.max_model_len, least) if is_budgeted(spec) else spec.max_model_len
+
+
 def block_in_tiers(spec: EngineSpec, layout: KVLayout) -> TierBlock:
     """Bytes of one block on one rank."""
     return tier_block(
@@ -62,11 +84,29 @@ def block_in_tiers(spec: EngineSpec, layout: KVLayout) -> TierBlock:
 
 
 def staging_bytes(spec: EngineSpec, layout: KVLayout) -> int:
-    """Device memory that moves between a GPU and the host take."""
+    """Device memory for what moves between a GPU and the host, and for attention to what has moved."""
     row_bytes = block_in_tiers(spec, layout).host_bytes
     num_rows = min(spec.tiers.num_host_slots, 1 + STAGING_BYTES // row_bytes)
     # A rounded block is there three times: as it was, in parts, and packed.
-    return num_rows * (layout.block_bytes + 2 * row_bytes if rounds_blocks(spec) else row_bytes)
+    moves = num_rows * (layout.block_bytes + 2 * row_bytes if rounds_blocks(spec) else row_bytes)
+    return moves + (scratch_bytes(layout, max_model_len=spec.max_model_len) if _reads_host(spec) else 0)
+
+
+def build_host_attention(
+    spec: EngineSpec,
+    model: CausalLM | LayerParallelLM,
+    kv_caches: KVCaches,
+    host: HostSlots | None,
+    layout: KVLayout,
+) -> HostAttention | None:
+    """None if no seq of the engine has blocks in host memory. Raises SpecError."""
+    if host is None or not _reads_host(spec) or not isinstance(model, CausalLM):
+        return None
+    return HostAttention(model, kv_caches, host.memory, layout, max_model_len=spec.max_model_len)
+
+
+def _reads_host(spec: EngineSpec) -> bool:
+    return is_budgeted(spec) and spec.role == EngineRole.ENGINE_ROLE_TARGET
 
 
 def open_store(
@@ -99,24 +139,28 @@ def open_store(
         raise StoreError(f"kv_cache.disk.path: {folder} cannot be used ({err}); give another folder") from err
 
 
-def build_mover(
-    spec: EngineSpec,
-    layout: KVLayout,
-    kv_caches: KVCaches,
-    addresses: CacheAddresses,
-    store: SegmentStore | None,
-    *,
-    role: str,
-    device: torch.device,
-    on_progress: OnProgress,
-) -> Mover | None:
+def build_host(
+    spec: EngineSpec, layout: KVLayout, *, role: str, device: torch.device, on_progress: OnProgress
+) -> HostSlots | None:
     """Takes the host memory. None if the engine has no host tier. Raises KVCacheError."""
     num_slots = spec.tiers.num_host_slots
     if not num_slots:
         return None
     stage = f"taking host memory for KV of the {role}"
     rounded = block_in_tiers(spec, layout) if rounds_blocks(spec) else None
-    host = HostSlots.allocate(num_slots, layout, device, lambda done, total: on_progress(stage, done, total), rounded)
+    return HostSlots.allocate(num_slots, layout, device, lambda done, total: on_progress(stage, done, total), rounded)
+
+
+def build_mover(
+    spec: EngineSpec,
+    layout: KVLayout,
+    kv_caches: KVCaches,
+    addresses: CacheAddresses,
+    host: HostSlots,
+    store: SegmentStore | None,
+    *,
+    device: torch.device,
+) -> Mover:
     rounding = Rounding(layout) if rounds_blocks(spec) else None
     return Mover(make_copier(kv_caches, addresses, host, device, rounding), host, store)
 

@@ -52,6 +52,7 @@ class MessagesBody(PromptBody):
     seed: int | None = None  # of ours, as are the following
     speculation: dict[str, Any] | None = None
     cache_salt: str | None = None
+    attention: dict[str, Any] | None = None
 
 
 def ask_messages(data: bytes, template: ChatTemplate | None, special_id: SpecialId) -> Asked:
@@ -72,6 +73,7 @@ def ask_messages(data: bytes, template: ChatTemplate | None, special_id: Special
         "seed": body.seed,
         "speculation": body.speculation,
         "cache_salt": body.cache_salt,
+        "attention": body.attention,
     }
     return ask_conversation(_chat_body(ChatBody, fields), template, special_id, _WORDS)
 

@@ -63,6 +63,14 @@ class SpeculationWish(ApiObject):
     lower_draft: bool | None = None
 
 
+class AttentionWish(ApiObject):
+    """As the message of that name in the gRPC API."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    mode: str | None = None
+
+
 class StructuredOutputs(ApiObject):
     """As in vLLM; one of them."""
 
@@ -105,6 +113,7 @@ class GenerateBody(ApiObject):
     return_drafted: bool | None = None
     cache_salt: str | None = None
     speculation: SpeculationWish | None = None
+    attention: AttentionWish | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: str | dict[str, Any] | None = None  # these four: the former names of the same

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from echelon.pb.inference_pb2 import GenerateRequest, Speculation
+from echelon.pb.inference_pb2 import Attention, GenerateRequest, Speculation
 from echelon.pb.reading_pb2 import Echo, Presentation, Reading
 from echelon.pb.sampling_pb2 import SamplingParams
 from echelon.pb.scheduler_pb2 import Submit
@@ -57,6 +57,8 @@ def common_request(body: GenerateBody) -> GenerateRequest:
     request = GenerateRequest(model=body.model or "", sampling=_sampling(body), cache_salt=body.cache_salt or "")
     if body.speculation is not None:
         request.speculation.CopyFrom(Speculation(**body.speculation.model_dump(exclude_none=True)))
+    if body.attention is not None:
+        request.attention.CopyFrom(Attention(mode=body.attention.mode or ""))
     if structured := structured_output_of(body):
         request.structured_output.CopyFrom(structured[0])
     return request

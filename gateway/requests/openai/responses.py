@@ -47,12 +47,13 @@ class ResponseBody(ApiObject):
     ignore_eos: bool | None = None
     speculation: dict[str, Any] | None = None
     cache_salt: str | None = None
+    attention: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
 _SAME_NAMES = (
     "model", "stream", "temperature", "top_p", "parallel_tool_calls", "top_k", "min_p", "seed", "stop", "ignore_eos",
-    "speculation", "cache_salt", "chat_template_kwargs",
+    "speculation", "cache_salt", "attention", "chat_template_kwargs",
 )  # fmt: skip
 
 
