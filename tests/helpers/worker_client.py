@@ -50,11 +50,11 @@ class WorkerProcess:
         self.popen.stdin.close()
 
     def next_event(self) -> ProcessEvent:
-        """The next event that does not report progress."""
+        """The next event that reports neither progress nor that the process came before its spec."""
         assert self.popen.stdout is not None
         for line in self.popen.stdout:
             event = json_format.Parse(line, ProcessEvent())
-            if not event.HasField("progress"):
+            if not (event.HasField("progress") or event.HasField("waiting")):
                 return event
         raise AssertionError(f"ended with {self.popen.wait()} and no further event:\n{self.log.read_text()}")
 

@@ -12,6 +12,7 @@ def request_until(deadline_s: float | None) -> Request:
         request_id="r",
         tenant="",
         is_background=False,
+        is_budgeted=False,
         num_prompt_tokens=1,
         arrived_s=0.0,
         deadline_s=deadline_s,
