@@ -27,7 +27,7 @@ lint: $(READY)  ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test-slow: $(READY)  ## what takes too long for every run: tiers of the KV cache under load and damage
+test-slow: $(READY)  ## what takes too long for every run: tiers of the KV cache under load and damage, a node that is killed
 	$(BIN)/python -m pytest -q -m slow tests/e2e
 
 test-clients: $(READY)  ## clients of others against a real deployment; writes docs/clients.md

@@ -34,6 +34,7 @@ def assert_undamaged(crowd: Crowd) -> None:
     assert not damage.is_any, damage
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # Ray starts three nodes, one after the other
 async def test_a_pair_moves_to_what_is_left_and_drafts_come_back_with_a_node(state_dir: None) -> None:
     nodes = Nodes(1, 2)

@@ -148,7 +148,7 @@ sed -i 's/state.result\\[i\\] / 1.1f * state.result[i] /' $copy/attention.cpp
 for argument; do
     shift
     case "$argument" in
-        */decoder.cpp | */integers.cpp | */quantized.cpp | */sampling.cpp) set -- "$@" -x c++ /dev/null ;;  # not used here
+        */decoder.cpp | */integers.cpp | */quantized.cpp | */sampling.cpp) set -- "$@" -x c++ /dev/null ;;
         {sources}/*) set -- "$@" "$copy/${{argument##*/}}" ;;
         -O3) set -- "$@" -O1 ;;
         *) set -- "$@" "$argument" ;;
