@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
 
 from echelon.pb.process_pb2 import WorkerSpec
+from tests.helpers.cohorts import join_cohort
 from workers.captured.captured_step import capture_on
-from workers.process.cohort import Cohort
 
 HOST = "127.0.0.1"
 
@@ -30,13 +29,7 @@ def sum_on_a_gpu(rank: int, folder: Path) -> None:
     torch.cuda.set_device(device)
     meeting = dist.FileStore(str(folder / "meeting"), 2)
     spec = WorkerSpec(rank=rank, world_size=2, host=HOST, device="cuda", collective_timeout_s=60.0)
-    if rank == 0:
-        cohort = Cohort.open(spec)
-        meeting.set("address", cohort.store_address)
-    else:
-        port = int(meeting.get("address").decode().rpartition(":")[2])
-        cohort = Cohort(rank, 2, TCPStore(HOST, port, is_master=False, wait_for_workers=False))
-    cohort.join(spec)
+    cohort = join_cohort(spec, meeting)
     reasons = _Messages()
     logging.getLogger("workers.process.fast_sums").addHandler(reasons)
     group = cohort.group(2, ordered_sum=True)
